@@ -1,0 +1,40 @@
+"""Round-to-nearest slicing: no data, seconds.
+
+The base quantiser has four cells between a group's minimum and maximum (not three: the top cell
+would stay nearly empty and every depth would lose a third), and nothing is clipped, because
+residual slices cannot reach what a clip cut off.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mbq_runtime.errors import ModelError
+
+from .reference import F16, F32, Sliced, encode
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+def _toward(values: F32, limit: float) -> F16:
+    """float16 of ``values``, rounded toward ``limit`` (an infinity) and not to nearest."""
+    rounded = values.astype(np.float16)
+    off = rounded.astype(np.float32) < values if limit > 0 else rounded.astype(np.float32) > values
+    return np.where(off, np.nextafter(rounded, np.float16(limit)), rounded)
+
+
+def slice_weight(weight: F32, group_size: int, name: str) -> Sliced:
+    """float32 [N, K] -> Sliced.  K must be a multiple of ``group_size``.
+
+    Raises ModelError when a weight is outside the range of float16 offsets.
+    """
+    n, k = weight.shape
+    groups = weight.reshape(n, k // group_size, group_size)
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    largest = float(max(-low.min(), high.max()))
+    if largest > _LARGEST:
+        raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a group's offset can hold")
+    # Rounding outward keeps both ends of the range inside the cells.
+    offset = _toward(low, -np.inf)
+    scale = _toward((high - offset.astype(np.float32)) / np.float32(4), np.inf)
+    return Sliced(encode(weight, scale, offset), scale, offset)

@@ -1,0 +1,110 @@
+"""Moves the spread of input channels into the weights, where it costs nothing at run time.
+
+A few channels of an LLM's activations are far larger than the rest.  Each linear's input is divided
+and its weight's columns multiplied by ``s = (rms of the channel / their mean)**ALPHA``: int8
+activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant,
+arXiv 2211.10438, and AWQ, arXiv 2306.00978).  The division is folded into whatever makes the input:
+a norm's weight, the rows of v (through attention), the rows of up (through the gate).  The function
+of the model stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mbq_runtime.errors import ModelError
+
+from ..checkpoint import Checkpoint
+
+ALPHA = 0.5
+"""Between 0.25 and 0.5 both ends gain: on SmolLM2-135M int8 activations cost 0.8 % of perplexity at 0
+and 0.1 % at 0.5, and 4 uniform bits 59 % at 0, 31 % at 0.25, 36 % at 0.5, 77 % at 0.75."""
+
+_SMALLEST = 1e-6
+
+
+def _input_rms(
+    checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
+) -> dict[str, torch.Tensor]:
+    """float32 [K] root mean square of every unit's input channels, by unit name."""
+    squares: dict[str, torch.Tensor] = {}
+    handles = []
+    for unit in checkpoint.decoder.units():
+
+        def record(_: torch.nn.Module, args: tuple[torch.Tensor], name: str = unit.name) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            squares[name] = squares.get(name, torch.zeros(x.shape[1])) + (x**2).sum(0)
+
+        handles.append(checkpoint.linear(unit.sources[0]).register_forward_pre_hook(record))
+    try:
+        with torch.no_grad():
+            for i, window in enumerate(windows):
+                checkpoint.model(torch.from_numpy(window)[None], use_cache=False)
+                progress(i + 1, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in squares.items():
+        if not torch.isfinite(total).all():
+            raise ModelError(
+                f"{name}: the activations are NaN or infinite on the calibration text; the model is broken"
+            )
+    return {name: (total / windows.size).sqrt() for name, total in squares.items()}
+
+
+def _spread(rms: torch.Tensor) -> torch.Tensor:
+    rms = rms.clamp(min=_SMALLEST)
+    return (rms / rms.mean()) ** ALPHA
+
+
+def _shared_by_value_heads(rms: torch.Tensor, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of o's input channels, and the same per row of v: query heads of one group read one v."""
+    d = checkpoint.decoder
+    grouped = rms.reshape(d.kv_heads, d.heads // d.kv_heads, d.head_dim)
+    per_value = _spread((grouped**2).mean(1).sqrt().reshape(-1))
+    per_query = per_value.reshape(d.kv_heads, 1, d.head_dim).expand(grouped.shape).reshape(-1)
+    return per_query, per_value
+
+
+def smooth(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.float32]:
+    """Rescale the checkpoint's weights in place, measuring on int64 [windows, context] tokens.
+
+    Returns float32 [hidden]: what a row of the head must be divided by to serve as the embedding.
+    Raises ModelError for activations that are not finite.
+    """
+    d, model = checkpoint.decoder, checkpoint.model
+    rms = _input_rms(checkpoint, windows, progress)
+    with torch.no_grad():
+        for layer in range(d.layers):
+            block = model.model.layers[layer]
+            units = d.layer_units(layer)
+            for role, norm in (("attn_in", block.input_layernorm), ("mlp_in", block.post_attention_layernorm)):
+                scale = _spread(rms[units[role].name])
+                norm.weight /= scale
+                for name in units[role].sources:
+                    checkpoint.linear(name).weight *= scale
+            per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
+            _rescale(block.self_attn.v_proj, block.self_attn.o_proj, per_value, per_query)
+            scale = _spread(rms[units["mlp_out"].name])
+            _rescale(block.mlp.up_proj, block.mlp.down_proj, scale, scale)
+        scale = _spread(rms[d.head.name])
+        model.model.norm.weight /= scale
+        # The head gets weights of its own here; a tied embedding keeps the old ones for this model,
+        # and is read from the head's rows, divided by the scale, in the bundle.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * scale, requires_grad=False)
+    return scale.numpy()
+
+
+def _rescale(before: torch.nn.Linear, after: torch.nn.Linear, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    before.weight.div_(rows[:, None])
+    if before.bias is not None:
+        before.bias.div_(rows)
+    after.weight.mul_(columns)

@@ -1,0 +1,139 @@
+"""The number format: packing is a bijection, and the values are the paper's recursive quantiser."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mbq_export.slicing import rtn
+from mbq_export.slicing.reference import (
+    RouterParams,
+    Sliced,
+    decode,
+    decode_f32,
+    pack_planes,
+    pack_scales,
+    quantize_activations,
+    route,
+    sliced_gather,
+    sliced_matmul,
+    threshold_at,
+    unpack_planes,
+    unpack_scales,
+)
+from mbq_runtime.profile import SliceProfile
+
+PROFILES = ["2,2,2,2", "3,1,2,2", "1,1,2,4", "8"]
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (37, 256), (1, 32), (48, 576)])
+def test_planes_unpack_to_the_same_codes(slices: str, n: int, k: int) -> None:
+    profile = SliceProfile.parse(slices)
+    codes = np.random.default_rng(0).integers(0, 256, (n, k), dtype=np.uint8)
+    planes = pack_planes(codes, profile)
+    assert planes.shape == (-(-n // 16) * 16 * k,)
+    np.testing.assert_array_equal(unpack_planes(planes, n, k, profile), codes)
+
+
+def test_plane_bytes_lie_where_the_format_says() -> None:
+    """One weight set in row 3, k = 4 * 2 + 1 of the second block, in each plane of [3,1,2,2]."""
+    profile = SliceProfile.parse("3,1,2,2")
+    codes = np.zeros((16, 64), np.uint8)
+    codes[3, 16 + 9] = 0b10_1_0_11_01
+    planes = pack_planes(codes, profile)
+    two_bit, one_bit = 64 * 16 * 2 // 8, 64 * 16 // 8
+    # 2-bit planes: block 1 of 16 k, byte 4 * row + 1, field 2; 1-bit planes: block 0 of 32 k, k = 25 = 4 * 6 + 1.
+    assert planes[64 + 13] == 0b10 << 4
+    assert planes[two_bit + 13] == 1 << 6
+    assert planes[two_bit + one_bit + 13] == 0
+    assert planes[two_bit + 2 * one_bit + 64 + 13] == 0b11 << 4
+    assert planes[2 * two_bit + 2 * one_bit + 64 + 13] == 0b01 << 4
+    assert np.count_nonzero(planes) == 4
+
+
+def test_scales_unpack_to_the_same() -> None:
+    rng = np.random.default_rng(1)
+    scale, offset = (rng.normal(size=(37, 5)).astype(np.float16) for _ in range(2))
+    packed = pack_scales(scale, offset)
+    assert packed.shape == (3, 5, 2, 16)
+    assert packed[2, 4, 1, 4] == offset[36, 4]
+    back = unpack_scales(packed, 37)
+    np.testing.assert_array_equal(back[0], scale)
+    np.testing.assert_array_equal(back[1], offset)
+
+
+@pytest.mark.parametrize("slices", ["2,2,2,2", "3,1,2,2"])
+def test_decode_is_the_recursive_residual_quantiser(slices: str) -> None:
+    profile = SliceProfile.parse(slices)
+    weight = np.random.default_rng(2).normal(size=(8, 128)).astype(np.float32)
+    sliced = rtn.slice_weight(weight, 64, "w")
+    scale = np.repeat(sliced.scale.astype(np.float64), 64, axis=1)
+    offset = np.repeat(sliced.offset.astype(np.float64), 64, axis=1)
+    residual, value, bits = weight - offset, offset.copy(), 0
+    for depth, width in enumerate(profile.slices, 1):
+        bits += width
+        step = scale * 2.0 ** (2 - bits)
+        # After the base, a residual lies within half of the last step on both sides of zero.
+        zero = 0 if depth == 1 else 2 ** (width - 1)
+        field = np.clip(np.floor(residual / step + zero), 0, 2**width - 1)
+        part = step * (field - zero + 0.5)
+        residual, value = residual - part, value + part
+        np.testing.assert_allclose(decode(sliced, profile, depth), value, atol=1e-12)
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+def test_error_of_a_depth_is_at_most_half_a_step(slices: str) -> None:
+    profile = SliceProfile.parse(slices)
+    weight = np.random.default_rng(3).normal(size=(16, 256)).astype(np.float32)
+    sliced = rtn.slice_weight(weight, 64, "w")
+    for depth, bits in enumerate(profile.depth_bits, 1):
+        half = np.repeat(sliced.scale.astype(np.float64), 64, axis=1) * 2.0 ** (1 - bits)
+        assert (np.abs(decode(sliced, profile, depth) - weight) <= half * (1 + 1e-6)).all()
+        np.testing.assert_allclose(decode_f32(sliced, profile, depth), decode(sliced, profile, depth), atol=1e-6)
+
+
+def test_constant_and_zero_groups_keep_their_value() -> None:
+    weight = np.zeros((1, 64), np.float32)
+    weight[0, 32:] = 0.25
+    sliced = rtn.slice_weight(weight, 32, "w")
+    assert (sliced.scale == 0).all()
+    np.testing.assert_array_equal(decode(sliced, SliceProfile.parse("2,2,2,2"), 1), weight)
+
+
+def test_activations_round_to_the_nearest_of_255_steps() -> None:
+    x = np.array([[0.0, 1.0, -2.0, 0.5] + [0.0] * 28 + [0.0] * 32], np.float32)
+    q, step = quantize_activations(x, 32)
+    assert list(q[0, :4]) == [0, 64, -127, 32]  # 63.5 is even-rounded to 64
+    np.testing.assert_allclose(step, [[2 / 127, 0]])
+    assert (q[0, 32:] == 0).all()
+
+
+def test_matmul_and_gather_follow_decode() -> None:
+    profile = SliceProfile.parse("2,2,2,2")
+    rng = np.random.default_rng(4)
+    sliced = rtn.slice_weight(rng.normal(size=(40, 128)).astype(np.float32), 64, "w")
+    x = rng.integers(-127, 128, (4, 128)).astype(np.float32)
+    x[:, ::64] = 127  # every step is 1: the activations are their own integers
+    depth = np.array([1, 4, 2, 4], np.int32)
+    y = sliced_matmul(x, depth, sliced, profile)
+    for row, d in enumerate(depth):
+        np.testing.assert_allclose(y[row], decode(sliced, profile, int(d)) @ x[row], rtol=1e-6, atol=1e-6)
+    rows = np.array([39, 0, 39], np.int64)
+    np.testing.assert_array_equal(sliced_gather(rows, sliced, profile, 3), decode(sliced, profile, 3)[rows])
+    assert isinstance(sliced, Sliced)
+
+
+def test_router_takes_prefixes_only_and_obeys_the_ends() -> None:
+    router = RouterParams(
+        bias=np.array([0.0, -5.0, 3.0], np.float32),
+        norm_gain=np.ones(3, np.float32),
+        budgets=np.array([2, 4, 8], np.float32),
+        thresholds=np.array([2, 0, -4], np.float32),
+    )
+    x = np.exp(np.array([[-1.0], [0.5], [3.0]], np.float32)) * np.ones((3, 32), np.float32)
+    # Scores: 2 * log scale + bias. The third slice's high score never helps where the second fails.
+    np.testing.assert_array_equal(route(x, 4.0, router), [1, 2, 4])
+    assert threshold_at(6.0, router) == pytest.approx(-2.0)
+    np.testing.assert_array_equal(route(x, 2.0, router), [1, 1, 1])
+    np.testing.assert_array_equal(route(x, 8.0, router), [4, 4, 4])
