@@ -1,0 +1,1 @@
+"""One module per ``mbq`` command; each holds ``command`` and imports what is heavy when it runs."""

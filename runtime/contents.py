@@ -1,0 +1,73 @@
+"""Does the model file hold what the manifest says it does?  Sizes and shapes, not values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from .errors import BundleError
+from .manifest import Linear, Manifest
+from .onnx_file import FLOAT16, UINT8, Tensor, initializers
+
+_ROW_BLOCK = 16
+
+_Kind = tuple[int, tuple[int, ...]]
+"""Element type and shape."""
+
+
+def check_contents(folder: Path, manifest: Manifest) -> None:
+    """Compare the initialisers of ``model.onnx`` with the files that hold them and with the manifest's matrices.
+
+    Raises BundleError naming the tensor or the matrix at fault.
+    """
+    path = folder / "model.onnx"
+    tensors = initializers(path)
+    sizes = {entry.name: entry.size for entry in manifest.files}
+    for tensor in tensors:
+        _check_extent(path, tensor, sizes)
+    if manifest.native:
+        _check_packed(path, tensors, manifest)
+    else:
+        _check_codes(path, tensors, manifest)
+
+
+def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:
+    if not tensor.file:
+        return
+    held = sizes.get(tensor.file, -1)
+    if held < 0:
+        raise BundleError(f"{path}: {tensor.name} lies in {tensor.file}, which the manifest does not list")
+    if tensor.length != tensor.bytes or tensor.offset < 0 or tensor.offset + tensor.length > held:
+        raise BundleError(
+            f"{path}: {tensor.name} takes {tensor.bytes} bytes, but bytes {tensor.offset} to "
+            f"{tensor.offset + tensor.length} of {tensor.file} ({held} long) are set aside for it; export again"
+        )
+
+
+def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
+    """Element type and shape of a matrix's planes and scales in the native layout."""
+    blocks = -(-linear.N // _ROW_BLOCK)
+    planes = (blocks * _ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
+    scales = (blocks, linear.K // group_size, 2, _ROW_BLOCK)
+    return (UINT8, planes), (FLOAT16, scales)
+
+
+def _check_packed(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:
+    found = Counter((tensor.element_type, tensor.shape) for tensor in tensors)
+    for linear in manifest.weights.linears:
+        for what, kind in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            if not found[kind]:
+                raise BundleError(
+                    f"{path}: no {what} of shape {list(kind[1])} left for {linear.name} "
+                    f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+            found[kind] -= 1
+
+
+def _check_codes(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:
+    needed = sum(linear.N * linear.K for linear in manifest.weights.linears)
+    found = sum(tensor.bytes for tensor in tensors if tensor.element_type == UINT8)
+    if found < needed:
+        raise BundleError(
+            f"{path}: {found} bytes of packed weights, the manifest's matrices need {needed}; export the bundle again"
+        )

@@ -1,0 +1,56 @@
+"""What comes before a bundle reaches an engine: the checks, and the engine's own set-up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from mbq_runtime import isa, manifest
+from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.manifest import Manifest
+
+
+def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Path, Manifest]:
+    """Everything that can be refused cheaply is refused here, before a native library is loaded.
+
+    Raises BundleError (incomplete, too new, not for this machine) and UsageError (threads).
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads}: needed a whole number above 0")
+    path = Path(folder).expanduser()
+    found = manifest.read(path)
+    manifest.check_sizes(path, found)
+    isa.check(found.target)
+    return path.resolve(), found
+
+
+def import_engine(name: str) -> ModuleType:
+    """Import "onnxruntime" or "onnxruntime_genai".
+
+    Official builds of both keep a device id in the home folder and report usage over the network;
+    here they do neither, unless ORT_DISABLE_TELEMETRY=0 is set.  Raises UsageError when the package
+    is missing.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise UsageError(f"{package} cannot be imported ({error}): pip install {package}") from None
+
+
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Turn what the native side throws into a BundleError of one line that starts with ``what``."""
+    try:
+        yield
+    # ONNX Runtime's own exceptions share no base class but Exception; genai throws RuntimeError.
+    except Exception as error:
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime"):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BundleError(f"{what}: {reason}; check the files with mbq verify") from error
+        raise

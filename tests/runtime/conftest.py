@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_bundle import write_bundle
+
+from mbq_runtime import Engine
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runnable bundle; not to be changed."""
+    return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    """The same, to be broken."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def loaded(bundle: Path) -> Engine:
+    return Engine.load(bundle, threads=1)
+
+
+@pytest.fixture
+def engine(loaded: Engine) -> Engine:
+    """The loaded bundle at its default budget."""
+    loaded.avg_bits = loaded.manifest.budget.default_bits
+    return loaded

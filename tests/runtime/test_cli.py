@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tiny_bundle import REPLY, facts, ids, write_manifest
+
+from mbq_runtime import Engine, cli, manifest, perplexity
+
+HEAVY = ("onnxruntime", "onnxruntime_genai", "torch", "numpy", "transformers", "tvm", "onnx", "mbq_export")
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = cli.main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from mbq_runtime.cli import main\n"
+        f"code = main({args!r})\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], code, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[] 0"
+    assert done.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = f"import sys, mbq_runtime, mbq_runtime.manifest; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_is_listed_and_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    for name, entry in cli.COMMANDS.items():
+        assert f"  {name} " in out
+        assert entry.help in out
+        code, text, _ = run(capsys, name, "--help")
+        assert code == 0
+        assert f"mbq {name}" in text
+
+
+def test_run_streams_the_reply(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, err = run(capsys, "run", bundle, "hello", "--threads", 1)
+    assert code == 0
+    assert out == REPLY + "\n"
+    assert err.startswith("11 tokens, ")
+    assert err.count("\n") == 1
+
+
+def test_run_json_holds_everything_and_stdout_nothing_else(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, err = run(capsys, "run", bundle, "A", "--raw", "--max-tokens", 5, "--bits", 4, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert set(found) == {"text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used"}
+    assert found["text"] == "BCDEF"
+    assert found["tokens"] == ids("BCDEF")
+    assert 4.0 < found["avg_bits_used"] < 4.3
+
+
+def test_run_reads_the_prompt_from_stdin(bundle: Path) -> None:
+    command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "-", "--raw", "--max-tokens", "3"]
+    done = subprocess.run(command, input="xA", capture_output=True, text=True, check=True)
+    assert done.stdout == "BCD\n"
+
+
+def test_perplexity_json(capsys: pytest.CaptureFixture[str], bundle: Path, loaded: Engine, tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("ABCDEFGABCD hello\n" * 20)
+    args = ("perplexity", bundle, "--data", data, "--bits", "3,4.5", "--context", 32, "--max-windows", 3, "--json")
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert set(found) == {"context", "windows", "reference_ppl", "rows"}
+    assert (found["context"], found["windows"], found["reference_ppl"]) == (32, 3, None)
+    assert [row["bits"] for row in found["rows"]] == [3.0, 4.5]
+    tokens = loaded.encode(data.read_text())
+    for row in found["rows"]:
+        assert set(row) == {"bits", "avg_bits_used", "ppl", "ppl_stderr"}
+        nll = [loaded.score(tokens[i : i + 32], row["bits"]).nll for i in (0, 32, 64)]
+        assert row["ppl"] == pytest.approx(math.exp(sum(nll) / 3))
+        assert row["ppl_stderr"] > 0
+
+
+def test_perplexity_with_a_reference(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    module = ModuleType(perplexity.REFERENCE_MODULE)
+    module.window_nll = lambda model, windows, progress: [math.log(6)] * len(windows)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, perplexity.REFERENCE_MODULE, module)
+    data = tmp_path / "text.txt"
+    data.write_text("A" * 70)
+    args = ("perplexity", bundle, "--data", data, "--bits", "8", "--context", 32, "--reference", "some/model")
+    code, out, _ = run(capsys, *args, "--json")
+    assert code == 0
+    assert json.loads(out)["reference_ppl"] == pytest.approx(6.0)
+    code, out, _ = run(capsys, *args)
+    assert out.splitlines()[-1].split() == ["reference", "6.000", "+-", "0.000"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", "2,4"], "average bits 2.0: "),
+        (["--bits", "four"], "--bits 'four': expected numbers"),
+        (["--context", "97"], "--context 97: .* takes at most 96 tokens"),
+        (["--context", "80"], "the text has 70 tokens, one window needs 80"),
+        (["--max-windows", "0", "--context", "32"], "windows 0"),
+    ],
+)
+def test_perplexity_refuses(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("A" * 70)
+    code, out, err = run(capsys, "perplexity", bundle, "--data", data, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("mbq: error: ")
+    assert err.count("\n") == 1
+    import re
+
+    assert re.search(message, err)
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, _ = run(capsys, "inspect", bundle)
+    assert code == 0
+    assert "3,1,2,2: 3/4/6/8 bits, groups of 64" in out
+    assert out.splitlines()[-1].split() == ["runs", "here", "yes"]
+    code, out, _ = run(capsys, "inspect", bundle, "--json")
+    found = json.loads(out)
+    assert found["runs_here"] is True
+    assert found["model"]["vocab_size"] == 264
+    assert found["total_bytes"] == manifest.read(bundle).total_bytes
+
+
+def foreign(folder: Path) -> None:
+    """Make a bundle one for a machine nobody has."""
+    write_manifest(folder, replace(facts(), target=manifest.TargetFacts("t", "onnx", "aarch64", "c", ("nonesuch",))))
+
+
+def test_a_bundle_for_another_machine(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
+    foreign(bundle_copy)
+    code, out, err = run(capsys, "run", bundle_copy, "hello")
+    assert (code, out) == (4, "")
+    assert "the bundle is for target t (aarch64 with nonesuch)" in err
+    code, out, _ = run(capsys, "inspect", bundle_copy)
+    assert code == 0
+    assert "runs here  no: " in out
+    code, out, _ = run(capsys, "verify", bundle_copy)
+    assert code == 0
+    assert "note: the bundle is for target t" in out
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
+    code, out, err = run(capsys, "verify", bundle_copy)
+    assert (code, err) == (0, "")
+    assert "5 files" in out
+    data = bytearray((bundle_copy / "model.onnx").read_bytes())
+    data[-3] ^= 8
+    (bundle_copy / "model.onnx").write_bytes(data)
+    code, out, err = run(capsys, "verify", bundle_copy)
+    assert (code, out) == (4, "")
+    assert err.startswith("mbq: error: ")
+    assert "its contents differ" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["run", "/nowhere", "hi"], 4, "mbq: error: /nowhere: no such folder"),
+        (["run"], 2, "mbq: error: Missing argument 'BUNDLE'. (see mbq run --help)"),
+        (["rum"], 2, "mbq: error: No such command 'rum'"),
+        (["run", "x", "y", "--bits", "lots"], 2, "mbq: error: Invalid value for '--bits'"),
+        (["verify", "/nowhere"], 4, "mbq: error: /nowhere"),
+        (["perplexity", "/nowhere"], 2, "mbq: error: Missing option '--data'."),
+    ],
+)
+def test_errors_are_one_line_with_their_exit_code(
+    capsys: pytest.CaptureFixture[str], args: list[str], code: int, message: str
+) -> None:
+    found, out, err = run(capsys, *args)
+    assert (found, out) == (code, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_interrupt_exits_130_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> Engine:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "load", interrupted)
+    code, out, err = run(capsys, "run", bundle, "hello")
+    assert (code, out, err.strip()) == (130, "", "")

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from tiny_bundle import facts
+
+from mbq_runtime import BundleError, manifest
+from mbq_runtime.contents import check_contents, packed_kinds
+from mbq_runtime.onnx_file import initializers
+
+LINEARS = (manifest.Linear("layers.0.attn_in", 40, 128), manifest.Linear("head", 100, 64))
+
+
+def arrays() -> dict[str, NDArray[np.generic]]:
+    found: dict[str, NDArray[np.generic]] = {"norm": np.ones(4, np.float32), "scalar": np.array(3, np.int64)}
+    for linear in LINEARS:
+        (_, planes), (_, scales) = packed_kinds(linear, 64)
+        found[f"{linear.name}.planes"] = np.zeros(planes, np.uint8)
+        found[f"{linear.name}.scales"] = np.zeros(scales, np.float16)
+    return found
+
+
+def save(folder: Path, tensors: dict[str, NDArray[np.generic]]) -> manifest.Manifest:
+    """A graph of initialisers alone, the big ones in a file of their own, and its manifest."""
+    protos = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph([], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])], protos)
+    model = helper.make_model(graph)
+    onnx.save(
+        model,
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=64,
+    )
+    for name in ("genai_config.json", "tokenizer.json", "lib/libmbq_ops.so"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    return replace(
+        facts(),
+        layout="mbq16",
+        weights=manifest.Weights(40 * 128 + 100 * 64, {}, LINEARS),
+        files=manifest.file_entries(folder),
+    )
+
+
+def test_sizes_of_the_packed_form() -> None:
+    planes, scales = packed_kinds(manifest.Linear("x", 40, 128), 32)
+    assert planes == (TensorProto.UINT8, (48 * 128,))
+    assert scales == (TensorProto.FLOAT16, (3, 4, 2, 16))
+
+
+def test_reader_agrees_with_the_onnx_package(tmp_path: Path) -> None:
+    tensors = arrays()
+    save(tmp_path, tensors)
+    found = {tensor.name: tensor for tensor in initializers(tmp_path / "model.onnx")}
+    assert found.keys() == tensors.keys()
+    for proto in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer:
+        tensor = found[proto.name]
+        external = {entry.key: entry.value for entry in proto.external_data}
+        assert tensor.shape == tuple(proto.dims) == tensors[proto.name].shape
+        assert tensor.element_type == proto.data_type
+        assert tensor.file == external.get("location", "")
+        assert tensor.offset == int(external.get("offset", 0))
+        assert tensor.length == tensor.bytes == tensors[proto.name].nbytes
+
+
+def test_a_model_that_holds_its_matrices(tmp_path: Path) -> None:
+    check_contents(tmp_path, save(tmp_path, arrays()))
+
+
+def test_a_matrix_that_is_not_there(tmp_path: Path) -> None:
+    tensors = arrays()
+    tensors["head.scales"] = tensors["head.scales"][:, :, :, :8]
+    with pytest.raises(
+        BundleError, match=r"no scales of shape \[7, 1, 2, 16\] left for head \(100 x 64, groups of 64\)"
+    ):
+        check_contents(tmp_path, save(tmp_path, tensors))
+
+
+def test_two_matrices_do_not_share_one_tensor(tmp_path: Path) -> None:
+    facts_ = save(tmp_path, arrays())
+    twice = replace(facts_, weights=replace(facts_.weights, linears=(*LINEARS, LINEARS[1])))
+    with pytest.raises(BundleError, match=r"no planes of shape .* left for head"):
+        check_contents(tmp_path, twice)
+
+
+def test_weights_past_the_end_of_their_file(tmp_path: Path) -> None:
+    found = save(tmp_path, arrays())
+    short = [replace(e, size=e.size - 1) if e.name == "model.onnx.data" else e for e in found.files]
+    with pytest.raises(BundleError, match=r"head\.scales takes 448 bytes, but bytes \d+ to \d+ of model\.onnx\.data"):
+        check_contents(tmp_path, replace(found, files=tuple(short)))
+
+
+def test_weights_in_a_file_nobody_listed(tmp_path: Path) -> None:
+    found = save(tmp_path, arrays())
+    kept = tuple(entry for entry in found.files if entry.name != "model.onnx.data")
+    with pytest.raises(BundleError, match=r"lies in model\.onnx\.data, which the manifest does not list"):
+        check_contents(tmp_path, replace(found, files=kept))
+
+
+def test_portable_layout_holds_enough_codes(tmp_path: Path) -> None:
+    tensors = arrays()
+    portable = replace(save(tmp_path, tensors), layout="nbits")
+    check_contents(tmp_path, portable)
+    del tensors["head.planes"]
+    fewer = replace(save(tmp_path, tensors), layout="nbits")
+    with pytest.raises(BundleError, match="6144 bytes of packed weights, the manifest's matrices need 11520"):
+        check_contents(tmp_path, fewer)
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 30, b"\x3a\xff\x01", b"\x3a\x02\x2a\x05", b"\x0b"])
+def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match="not an ONNX file"):
+        initializers(tmp_path / "model.onnx")

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
+
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.engine import Session
+from mbq_runtime.engine.genai import Prompt
+from mbq_runtime.engine.score import mean_nll
+
+
+def test_reply_to_a_chat_prompt(engine: Engine) -> None:
+    generation = engine.generate("hello", max_tokens=40)
+    pieces = list(generation)
+    assert "".join(pieces) == REPLY
+    assert "ö" in pieces  # two tokens, never half a character
+    stats = generation.stats
+    assert stats.tokens == tuple(ids(REPLY))
+    assert stats.finish_reason == "stop"
+    assert len(stats.bits) == len(stats.tokens) + 1  # the pass that gave the end token
+    assert stats.ttft_s > 0
+    assert stats.tokens_per_s > 0
+
+
+def test_chat_prompt_is_the_template(engine: Engine) -> None:
+    text = engine.chat_prompt([{"role": "user", "content": 'say "ö"'}])
+    assert text == '<|im_start|>user\nsay "ö"<|im_end|>\n<|im_start|>assistant\n'
+    as_text = engine.generate('say "ö"')
+    as_messages = engine.generate([{"role": "user", "content": 'say "ö"'}])
+    expected = len([1, *ids('user\nsay "ö"'), EOS, *ids("\n"), 1, *ids("assistant\n")])
+    assert as_text.stats.prompt_tokens == as_messages.stats.prompt_tokens == expected
+
+
+def test_raw_prompt_text_and_tokens(engine: Engine) -> None:
+    assert engine.generate("A", chat=False, max_tokens=9).text() == "BCDEFGABC"
+    generation = engine.generate(ids("A"), max_tokens=9)
+    assert generation.text() == "BCDEFGABC"
+    assert generation.stats.finish_reason == "length"
+    assert len(generation.stats.tokens) == len(generation.stats.bits) == 9
+
+
+def test_reply_ends_with_the_context(engine: Engine) -> None:
+    generation = engine.generate(ids("A" * (CONTEXT - 3)), max_tokens=1000)
+    assert generation.text() == "BCD"
+    assert generation.stats.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", ["DE", ["xx", "E", "DE"], ["EF", "DEFG"]])
+def test_stop_text_ends_the_reply_and_is_left_out(engine: Engine, stop: str | list[str]) -> None:
+    generation = engine.generate("A", chat=False, max_tokens=20, stop=stop)
+    text = generation.text()
+    assert text == {"DE": "BC", "xx": "BC", "EF": "BCD"}[stop if isinstance(stop, str) else stop[0]]
+    assert generation.stats.finish_reason == "stop"
+
+
+def test_text_held_back_for_a_stop_text_comes_out_at_the_end(engine: Engine) -> None:
+    assert engine.generate("A", chat=False, max_tokens=3, stop=["CDEXX", "D!"]).text() == "BCD"
+
+
+def test_bits_are_reported_per_pass(engine: Engine) -> None:
+    prompt = ids("xyz" * 7)  # longer than a chunk
+    generation = engine.generate(prompt, max_tokens=4, avg_bits=4.0)
+    list(generation)
+    stats = generation.stats
+    assert stats.prompt_bits == pytest.approx(4.0 + np.mean(prompt) / 1000, abs=1e-5)
+    last_chunk = prompt[len(prompt) // 8 * 8 :]
+    fed = [float(np.mean(last_chunk)), *stats.tokens[:-1]]
+    assert stats.bits == pytest.approx([4.0 + token / 1000 for token in fed], abs=1e-5)
+    assert stats.avg_bits_used == pytest.approx(np.mean(stats.bits))
+
+
+def test_budget_set_between_pieces_holds_from_the_next_token(engine: Engine) -> None:
+    generation = engine.generate("A", chat=False, max_tokens=12, avg_bits=8.0)
+    for i, _ in enumerate(generation):
+        if i == 4:
+            engine.avg_bits = 3.5
+    budgets = np.array(generation.stats.bits) - np.array([ids("A")[0], *generation.stats.tokens[:-1]]) / 1000
+    assert budgets == pytest.approx([8.0] * 5 + [3.5] * 7, abs=1e-5)
+
+
+def test_budget_set_from_another_thread_holds_from_the_next_token(engine: Engine) -> None:
+    """A second thread sets a new budget after each token; each next pass uses exactly that one."""
+    wanted = [8.0, 3.0, 6.5, 4.0, 5.5, 7.0, 3.25, 8.0, 4.75, 6.0]
+    token_out, budget_set = threading.Semaphore(0), threading.Semaphore(0)
+
+    def controller() -> None:
+        for bits in wanted[1:]:
+            token_out.acquire()
+            engine.avg_bits = bits
+            budget_set.release()
+
+    thread = threading.Thread(target=controller)
+    thread.start()
+    generation = engine.generate("A", chat=False, max_tokens=len(wanted), avg_bits=wanted[0])
+    for i, _ in enumerate(generation):
+        if i < len(wanted) - 1:
+            token_out.release()
+            budget_set.acquire()
+    thread.join()
+    fed = np.array([ids("A")[0], *generation.stats.tokens[:-1]])
+    assert np.array(generation.stats.bits) - fed / 1000 == pytest.approx(wanted, abs=1e-5)
+
+
+def test_free_running_thread_changes_the_budget_of_a_running_reply(engine: Engine) -> None:
+    """No hand-shake: a controller at its own pace gets its budget in before the reply ends."""
+    done = threading.Event()
+    seen = threading.Event()
+
+    def controller() -> None:
+        seen.wait()
+        engine.avg_bits = 3.0
+        done.set()
+
+    thread = threading.Thread(target=controller)
+    thread.start()
+    generation = engine.generate("A", chat=False, max_tokens=CONTEXT, avg_bits=8.0)
+    for _ in generation:
+        seen.set()
+        time.sleep(0.001)  # as long as a pass of a real model, in which a waiting thread asks for its turn
+    thread.join()
+    assert done.is_set()
+    used = np.array(generation.stats.bits) - np.array([ids("A")[0], *generation.stats.tokens[:-1]]) / 1000
+    assert used[0] == pytest.approx(8.0, abs=1e-5)
+    assert used[-1] == pytest.approx(3.0, abs=1e-5)
+    assert (np.diff(used) < -1).sum() == 1
+
+
+def test_budget_switch_keeps_the_array_the_engine_points_at(engine: Engine) -> None:
+    address = engine._budget.ctypes.data
+    engine.avg_bits = 3.75
+    assert engine._budget.ctypes.data == address
+    assert engine.avg_bits == 3.75
+
+
+@pytest.mark.parametrize("value", [2.9, 8.01, float("nan"), float("inf"), -1, "much"])
+def test_budget_out_of_range_names_the_bundle_s_range(engine: Engine, value: float) -> None:
+    with pytest.raises(UsageError, match=r"average bits .*: .* takes a number from 3 to 8"):
+        engine.avg_bits = value
+    assert engine.avg_bits == 8.0
+
+
+def test_sampling_repeats_with_its_seed_and_varies_without(engine: Engine) -> None:
+    def sample(seed: int | None) -> tuple[int, ...]:
+        generation = engine.generate(ids("A"), max_tokens=24, temperature=3.0, top_k=200, top_p=0.99, seed=seed)
+        list(generation)
+        return generation.stats.tokens
+
+    assert sample(5) == sample(5)
+    assert sample(5) != sample(6)
+    assert sample(None) != sample(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens 0: needed at least 1"),
+        ({"temperature": -1.0}, "temperature -1.0: needed 0 or above"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p 0.0: needed above 0"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"seed": 2**31}, "seed 2147483648"),
+        ({"stop": ""}, "stop"),
+        ({"avg_bits": 9}, "average bits 9"),
+    ],
+)
+def test_bad_options_are_refused_at_the_call(engine: Engine, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine.generate("A", **options)  # type: ignore[arg-type]
+
+
+def test_bad_prompts_are_refused_at_the_call(engine: Engine) -> None:
+    nothing: list[Prompt] = ["", "  \n", []]
+    for prompt in nothing:
+        with pytest.raises(UsageError, match="the prompt is empty"):
+            engine.generate(prompt)
+    with pytest.raises(UsageError, match=f"the prompt is {CONTEXT} tokens long; .* at most {CONTEXT - 1}"):
+        engine.generate("A" * CONTEXT, chat=False)
+    with pytest.raises(UsageError, match=f"token id {VOCAB}: the model's ids go from 0 to {VOCAB - 1}"):
+        engine.generate([5, VOCAB])
+    with pytest.raises(UsageError, match="NUL character at position 1"):
+        engine.generate("a\0b")
+
+
+def test_one_reply_at_a_time(engine: Engine) -> None:
+    first = engine.generate("A", chat=False)
+    next(first)
+    with pytest.raises(UsageError, match="already generating"):
+        next(engine.generate("B", chat=False))
+    first.close()
+    assert first.stats.finish_reason == "closed"
+    assert list(first) == []
+    assert engine.generate("B", chat=False, max_tokens=2).text() == "CD"
+
+
+def test_a_dropped_reply_frees_the_engine(engine: Engine) -> None:
+    for _ in engine.generate("A", chat=False):
+        break
+    with engine.generate("B", chat=False) as generation:
+        next(generation)
+    with pytest.raises(ZeroDivisionError):
+        _ = [1 / len(piece.strip("B")) for piece in engine.generate("A", chat=False)]
+    assert engine.generate("C", chat=False, max_tokens=2).text() == "DE"
+
+
+def test_opening_token_goes_before_raw_text_only(tmp_path: Path) -> None:
+    engine = Engine.load(write_bundle(tmp_path / "bos", bos=True))
+    assert engine.opening_tokens == [1]
+    assert engine.encode("AB") == ids("AB")
+    assert engine.encode("AB", add_bos=True) == [1, *ids("AB")]
+    assert engine.generate("AB", chat=False).stats.prompt_tokens == 3
+    assert engine.generate(ids("AB")).stats.prompt_tokens == 2
+
+
+def test_no_opening_token_without_the_tokenizer_saying_so(engine: Engine) -> None:
+    assert engine.opening_tokens == []
+
+
+def test_score_agrees_with_plain_onnxruntime_and_numpy(engine: Engine, bundle: Path) -> None:
+    """Chunked scoring in the engine, one pass in plain ONNX Runtime, and float64 by hand."""
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 50).tolist()
+    session = Session(bundle, threads=1)
+    for bits in (3.0, 5.5, 8.0):
+        window = session.run(tokens, bits)
+        assert window.logits.shape == (50, VOCAB)
+        logits = window.logits.astype(np.float64)[:-1]
+        by_hand = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(49), tokens[1:]]
+        found = engine.score(tokens, bits)
+        assert found.nll == pytest.approx(by_hand.mean(), rel=1e-5)
+        assert mean_nll(window.logits[:-1], np.array(tokens[1:])) == pytest.approx(by_hand.mean(), rel=1e-5)
+        assert found.avg_bits_used == pytest.approx(bits + np.mean(tokens) / 1000, abs=1e-5)
+        assert window.avg_bits_used == pytest.approx(found.avg_bits_used, abs=1e-5)
+    assert engine.avg_bits == 8.0
+
+
+def test_mean_nll_survives_large_logits() -> None:
+    logits = np.array([[1e4, 0.0, 0.0], [0.0, 0.0, -1e4]], np.float32)
+    assert mean_nll(logits, np.array([0, 1])) == pytest.approx(np.log(2) / 2)
+    assert mean_nll(logits[:1], np.array([1])) == pytest.approx(1e4)
+
+
+def test_model_says_what_it_knows(engine: Engine) -> None:
+    """Every greedy step is the successor of the last token."""
+    generation = engine.generate(ids("z"), max_tokens=40)
+    list(generation)
+    following = successors()
+    before = [ids("z")[0], *generation.stats.tokens]
+    assert all(b == following[a] for a, b in pairwise(before))
+    assert CIRCLE not in generation.text()
+
+
+def test_load_refuses_before_the_engine_sees_anything(bundle_copy: Path) -> None:
+    model = bundle_copy / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1])
+    for load in (Engine.load, Session):
+        with pytest.raises(BundleError, match=r"model\.onnx: \d+ bytes long where the manifest says \d+"):
+            load(bundle_copy)
+
+
+def test_load_with_bad_arguments(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="threads 0"):
+        Engine.load(bundle, threads=0)
+    with pytest.raises(UsageError, match="takes a number from 3 to 8"):
+        Engine.load(bundle, avg_bits=2)
+    assert Engine.load(bundle, avg_bits=3.25).avg_bits == 3.25
+
+
+def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
+    (bundle_copy / "model.onnx").write_bytes(b"\x08\x0a" + b"junk" * 9)
+    write_manifest(bundle_copy)
+    for load in (Engine.load, Session):
+        with pytest.raises(BundleError) as caught:
+            load(bundle_copy)
+        assert "\n" not in str(caught.value)
+        assert str(bundle_copy) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.decoder.session_options.custom_ops_library", "/tmp/other.so", "custom_ops_library is '/tmp/other.so'"),
+        ("model.decoder.session_options.custom_ops_library", "lib/libmbq_ops.so", "needed None"),
+        ("model.decoder.filename", "../model.onnx", "filename is '../model.onnx', needed 'model.onnx'"),
+        ("model.context_length", 1000, "context_length is 1000, needed 96"),
+        ("model.vocab_size", 7, "vocab_size is 7, needed 264"),
+        ("model.eos_token_id", ..., "incomplete or unreadable"),
+        ("search.chunk_size", ..., "incomplete or unreadable"),
+    ],
+)
+def test_engine_configuration_must_fit_the_manifest(bundle_copy: Path, field: str, value: object, message: str) -> None:
+    """Above all, it may not name code the manifest does not vouch for."""
+    file = bundle_copy / "genai_config.json"
+    config = json.loads(file.read_text())
+    *parents, last = field.split(".")
+    place = config
+    for part in parents:
+        place = place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    file.write_text(json.dumps(config))
+    write_manifest(bundle_copy)
+    with pytest.raises(BundleError, match=message):
+        Engine.load(bundle_copy)
+
+
+def test_bundle_without_template_takes_prompts_as_they_are(bundle_copy: Path) -> None:
+    assert (bundle_copy / "chat_template.jinja").read_text() == TEMPLATE
+    (bundle_copy / "chat_template.jinja").unlink()
+    write_manifest(bundle_copy)
+    engine = Engine.load(bundle_copy)
+    assert not engine.has_chat_template
+    assert engine.generate("A", max_tokens=3).text() == "BCD"
+    with pytest.raises(BundleError, match="no chat template"):
+        engine.generate([{"role": "user", "content": "A"}])

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mbq_runtime import UsageError, perplexity
+from mbq_runtime.perplexity import cut_windows, estimate, measure
+
+
+def test_windows_do_not_overlap_and_drop_the_rest() -> None:
+    assert cut_windows(list(range(10)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut_windows(list(range(10)), 4, limit=1) == [[0, 1, 2, 3]]
+    assert cut_windows(list(range(10)), 4, limit=99) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_opening_token_takes_a_place_in_every_window() -> None:
+    assert cut_windows(list(range(10, 20)), 4, [1]) == [[1, 10, 11, 12], [1, 13, 14, 15], [1, 16, 17, 18]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "limit", "message"),
+    [(3, 4, None, "the text has 3 tokens, one window needs 4"), (9, 1, None, "context 1"), (9, 4, 0, "windows 0")],
+)
+def test_windows_that_cannot_be_cut(tokens: int, context: int, limit: int | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        cut_windows(list(range(tokens)), context, limit=limit)
+
+
+def test_estimate_by_hand() -> None:
+    # Means 1, 2, 3: mean 2, variance ((1 + 0 + 1) / 2) = 1, stderr of the mean 1 / sqrt(3).
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.ppl == pytest.approx(math.e**2)
+    assert found.ppl_stderr == pytest.approx(math.e**2 / math.sqrt(3))
+    assert astuple(estimate([math.log(7), math.log(7)])) == pytest.approx((7.0, 0.0))
+    alone = estimate([math.log(5)])
+    assert alone.ppl == pytest.approx(5.0)
+    assert alone.ppl_stderr is None
+    assert estimate([1e4]).ppl == math.inf
+
+
+def test_measure_averages_windows() -> None:
+    scores = {(1, 2): (1.0, 3.5), (3, 4): (3.0, 4.5)}
+    calls: list[tuple[int, int]] = []
+
+    def score(window: Sequence[int]) -> tuple[float, float]:
+        return scores[tuple(window)]  # type: ignore[index]
+
+    row = measure([[1, 2], [3, 4]], 4.0, score, lambda done, total: calls.append((done, total)))
+    assert astuple(row) == pytest.approx((4.0, 4.0, math.e**2, math.e**2))
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        perplexity.read_text(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match="byte 3 is not UTF-8"):
+        perplexity.read_text(tmp_path / "latin.txt")
+
+
+def test_reference_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, perplexity.REFERENCE_MODULE, None)
+    with pytest.raises(UsageError, match=r"pip install 'mbq-export\[export\]'"):
+        perplexity.load_reference()
+
+
+def test_reference_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType(perplexity.REFERENCE_MODULE)
+    module.window_nll = lambda model, windows, progress: [0.5] * len(windows)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, perplexity.REFERENCE_MODULE, module)
+    assert perplexity.load_reference()("m", [[1], [2]], lambda done, total: None) == [0.5, 0.5]

@@ -1,0 +1,195 @@
+"""A bundle small enough to build in a test, and real enough for the engine to load and run.
+
+The tokenizer has three special tokens and one token per byte.  The decoder is an embedding, one
+grouped-query attention and a head that knows by heart which token follows which: after a newline it
+says "Hi, wörld!" and ends; A to G follow each other in a circle.  Logits grow with the budget, and
+``avg_bits_used`` is the budget plus a thousandth of the step's mean token id, so that tests can tell
+steps apart.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from mbq_runtime import manifest
+from mbq_runtime.genai_config import genai_config
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS = 2
+VOCAB = 264
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
+CONTEXT = 96
+REPLY = "Hi, wörld!"
+CIRCLE = "ABCDEFG"
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def ids(text: str) -> list[int]:
+    """The tokens of ``text``, which must hold no special token."""
+    return [byte + len(SPECIAL) for byte in text.encode()]
+
+
+def _byte_names() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def write_tokenizer(folder: Path, *, bos: bool = False) -> None:
+    vocab = {name: i for i, name in enumerate((*SPECIAL, *_byte_names()))}
+    added = [
+        {"id": i, "content": text, "special": True, "normalized": False,
+         "lstrip": False, "rstrip": False, "single_word": False}
+        for i, text in enumerate(SPECIAL)
+    ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    opening = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": SPECIAL[1], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {SPECIAL[1]: {"id": SPECIAL[1], "ids": [1], "tokens": [SPECIAL[1]]}},
+    }
+    tokenizer: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": opening if bos else None, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": vocab, "merges": []},
+    }  # fmt: skip
+    config = {
+        "tokenizer_class": "TokenizersBackend",
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[2],
+        **({"add_bos_token": True} if bos else {}),
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def successors() -> NDArray[np.int64]:
+    """int64 [VOCAB]: which token follows which."""
+    following = (np.arange(VOCAB) + 1) % VOCAB
+    reply = [*ids("\n" + REPLY), EOS]
+    following[reply[:-1]] = reply[1:]
+    circle = ids(CIRCLE)
+    following[circle] = circle[1:] + circle[:1]
+    return following
+
+
+def write_model(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
+    head = np.zeros((HIDDEN, VOCAB), np.float32)
+    for token, following in enumerate(successors()):
+        head[:, following] += embedding[token] * 20 / HIDDEN
+    angles = np.arange(CONTEXT)[:, None] * 10000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)[None]
+    constants: dict[str, NDArray[Any]] = {
+        "embedding": embedding,
+        "head": head,
+        "wq": rng.standard_normal((HIDDEN, HEADS * HEAD_DIM)).astype(np.float32) / HIDDEN,
+        "wk": rng.standard_normal((HIDDEN, KV_HEADS * HEAD_DIM)).astype(np.float32) / HIDDEN,
+        "wv": rng.standard_normal((HIDDEN, KV_HEADS * HEAD_DIM)).astype(np.float32) / HIDDEN,
+        "wo": rng.standard_normal((HEADS * HEAD_DIM, HIDDEN)).astype(np.float32) / HIDDEN,
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+        "one": np.array([1], np.int32),
+        "axis": np.array([1], np.int64),
+        "last": np.array(1, np.int64),
+        "full_bits": np.array([8], np.float32),
+        "thousand": np.array([1000], np.float32),
+    }
+    node = helper.make_node
+    attention_inputs = ["q", "k", "v", "past_key_values.0.key", "past_key_values.0.value", "before", "total"]
+    nodes = [
+        node("Gather", ["embedding", "input_ids"], ["x"]),
+        node("Cast", ["attention_mask"], ["mask"], to=TensorProto.INT32),
+        node("ReduceSum", ["mask", "axis"], ["length"], keepdims=0),
+        node("Sub", ["length", "one"], ["before"]),
+        node("Shape", ["attention_mask"], ["mask_shape"]),
+        node("Gather", ["mask_shape", "last"], ["total64"]),
+        node("Cast", ["total64"], ["total"], to=TensorProto.INT32),
+        *(node("MatMul", ["x", f"w{name}"], [name]) for name in "qkv"),
+        node("GroupQueryAttention", [*attention_inputs, "cos", "sin"], ["a", "present.0.key", "present.0.value"],
+             domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV_HEADS, do_rotary=1),
+        node("MatMul", ["a", "wo"], ["o"]),
+        node("Add", ["x", "o"], ["h"]),
+        node("MatMul", ["h", "head"], ["raw"]),
+        node("Div", ["avg_bits", "full_bits"], ["gain"]),
+        node("Mul", ["raw", "gain"], ["logits"]),
+        node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+        node("Div", ["ids", "thousand"], ["small"]),
+        node("ReduceMean", ["small"], ["mean"], keepdims=0),
+        node("Add", ["avg_bits", "mean"], ["avg_bits_used"]),
+    ]  # fmt: skip
+    value = helper.make_tensor_value_info
+    cache: list[int | str | None] = ["batch", KV_HEADS, "past", HEAD_DIM]
+    inputs = [
+        value("input_ids", TensorProto.INT64, ["batch", "seq"]),
+        value("attention_mask", TensorProto.INT64, ["batch", "total"]),
+        value("avg_bits", TensorProto.FLOAT, [1]),
+        *(value(f"past_key_values.0.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")),
+    ]
+    outputs = [
+        value("logits", TensorProto.FLOAT, ["batch", "seq", VOCAB]),
+        *(value(f"present.0.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")),
+        value("avg_bits_used", TensorProto.FLOAT, [1]),
+    ]
+    graph = helper.make_graph(
+        nodes, "tiny", inputs, outputs, [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def facts() -> manifest.Manifest:
+    """The tiny bundle's manifest, without its files."""
+    return manifest.Manifest(
+        model=manifest.ModelFacts("tiny", "LlamaForCausalLM", "llama", 50_000, VOCAB, HIDDEN, 1, CONTEXT),
+        target=manifest.TargetFacts("portable", "onnx", "any", "", ()),
+        slices=(3, 1, 2, 2),
+        group_size=64,
+        layout="nbits",
+        budget=manifest.Budget(3.0, 8.0, 8.0),
+        router=manifest.RouterFacts("norm", 24),
+        weights=manifest.Weights(0, {"3": 3000, "8": 8000}, ()),
+        calibration={"windows": 4},
+        seed=0,
+        tools={"mbq_export": "0.1.0"},
+        files=(),
+    )
+
+
+def write_manifest(folder: Path, base: manifest.Manifest | None = None) -> None:
+    manifest.write(replace(base or facts(), files=manifest.file_entries(folder)), folder)
+
+
+def write_bundle(folder: Path, *, bos: bool = False, chunk: int = 8) -> Path:
+    """A whole bundle; prompts run in chunks of ``chunk`` tokens."""
+    folder.mkdir(parents=True)
+    write_tokenizer(folder, bos=bos)
+    write_model(folder / "model.onnx")
+    config = genai_config(
+        family="llama", vocab_size=VOCAB, context_length=CONTEXT, layers=1, hidden_size=HIDDEN, heads=HEADS,
+        kv_heads=KV_HEADS, head_dim=HEAD_DIM, eos_token_ids=[EOS], bos_token_id=1, native=False,
+    )  # fmt: skip
+    config["search"]["chunk_size"] = chunk
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    return folder
