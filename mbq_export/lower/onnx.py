@@ -1,0 +1,278 @@
+"""A calibrated decoder as an ONNX graph.
+
+The graph is the plain decoder of its family with every linear layer replaced by a ``Router`` (one
+per distinct input) and a ``SlicedMatMul`` (stacked layers that share the input), and the embedding
+by a ``SlicedGather``, all in domain ``ai.mbq``.  Its inputs and outputs are those ONNX Runtime
+GenAI expects of a decoder, with one more input, ``avg_bits``, and one more output, ``avg_bits_used``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mbq_runtime.profile import SliceProfile
+
+from ..calibrate import Calibrated, RoutedLinear
+from ..checkpoint import Checkpoint
+from ..families import Decoder
+from ..slicing.reference import Sliced, pack_planes, pack_scales
+from .onnx_functions import pack_nbits, portable_functions
+
+DOMAIN = "ai.mbq"
+DOMAIN_VERSION = 1
+OPSET = 21
+MS = "com.microsoft"
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix is stored in the graph.
+
+    pack: its tensors in the order the ops take them; functions: bodies of stock ops for the ops of
+    ``ai.mbq``, or none where a native library has them.
+    """
+
+    pack: Callable[[Sliced, SliceProfile], dict[str, Array]]
+    functions: Callable[[SliceProfile, int, bool], list[onnx.FunctionProto]]
+
+
+def _pack_native(sliced: Sliced, profile: SliceProfile) -> dict[str, Array]:
+    return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
+
+
+LAYOUTS = {
+    "mbq16": Layout(_pack_native, lambda profile, group_size, mlp: []),
+    "nbits": Layout(
+        lambda sliced, profile: dict(pack_nbits(sliced, profile)),
+        lambda profile, group_size, mlp: portable_functions(profile, group_size, mlp=mlp),
+    ),
+}
+
+
+@dataclass
+class Graph:
+    """Nodes and tensors while they are being written."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    tensors: dict[str, Array] = field(default_factory=dict)
+
+    def tensor(self, name: str, value: Array) -> str:
+        self.tensors[name] = np.ascontiguousarray(value)
+        return name
+
+    def node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        domain: str = "",
+        outputs: list[str] | None = None,
+        **attributes: Any,
+    ) -> str:
+        """Add a node; its first output is called ``name`` unless ``outputs`` says otherwise."""
+        outputs = outputs or [name]
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+
+class _Lowering:
+    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated, layout: Layout) -> None:
+        self.checkpoint = checkpoint
+        self.decoder: Decoder = checkpoint.decoder
+        self.calibrated = calibrated
+        self.layout = layout
+        self.graph = Graph()
+        self.depths: list[str] = []
+        self.shared_table: str | None = None
+
+    def build(self) -> Graph:
+        g, d = self.graph, self.decoder
+        self._attention_inputs()
+        head = self._weights("head", self.calibrated.units["head"].sliced)
+        own_table = self.calibrated.embedding
+        table = head if own_table is None else self._weights("embedding", own_table)
+        residual = g.node(
+            "SlicedGather", ["input_ids", *table], "embedding", DOMAIN,
+            **self._matrix(d.vocab_size, d.hidden_size), depth=self.calibrated.profile.depths,
+        )  # fmt: skip
+        if own_table is None:
+            unscale = g.tensor("embedding.unscale", 1 / self.calibrated.head_scale)
+            residual = g.node("Mul", [residual, unscale], "embedding.unscaled")
+        branch: str | None = None
+        for layer in range(d.layers):
+            prefix = f"layers.{layer}"
+            units = d.layer_units(layer)
+            x, residual = self._norm(residual, branch, f"{prefix}.attn_norm", f"model.layers.{layer}.input_layernorm")
+            attended = self._attention(layer, self._linear(self.calibrated.units[units["attn_in"].name], x))
+            branch = self._linear(self.calibrated.units[units["attn_out"].name], attended)
+            x, residual = self._norm(
+                residual, branch, f"{prefix}.mlp_norm", f"model.layers.{layer}.post_attention_layernorm"
+            )
+            gated = self._gate(prefix, self._linear(self.calibrated.units[units["mlp_in"].name], x))
+            branch = self._linear(self.calibrated.units[units["mlp_out"].name], gated)
+        x, _ = self._norm(residual, branch, "final_norm", "model.norm")
+        self._linear(self.calibrated.units["head"], x, weights=head, output="logits")
+        self._bits_used()
+        return g
+
+    def _attention_inputs(self) -> None:
+        g = self.graph
+        g.tensor("one_axis", np.array([1], np.int64))
+        g.tensor("one", np.array(1, np.int64))
+        lengths = g.node("ReduceSum", ["attention_mask", "one_axis"], "lengths", keepdims=0)
+        last = g.node("Sub", [lengths, "one"], "last_positions")
+        g.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+        shape = g.node("Shape", ["attention_mask"], "mask_shape")
+        total = g.node("Gather", [shape, "one"], "total_length", axis=0)
+        g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
+        cos, sin = self.checkpoint.rotary(self.decoder.context_length)
+        g.tensor("cos_cache", cos)
+        g.tensor("sin_cache", sin)
+
+    def _matrix(self, n: int, k: int) -> dict[str, Any]:
+        return {
+            "N": n,
+            "K": k,
+            "group_size": self.calibrated.group_size,
+            "slices": list(self.calibrated.profile.slices),
+        }
+
+    def _weights(self, name: str, sliced: Sliced) -> list[str]:
+        packed = self.layout.pack(sliced, self.calibrated.profile)
+        return [self.graph.tensor(f"{name}.{part}", value) for part, value in packed.items()]
+
+    def _norm(self, residual: str, branch: str | None, name: str, source: str) -> tuple[str, str]:
+        """RMS norm of residual + branch; returns the norm and the sum."""
+        weight = self.graph.tensor(f"{name}.weight", self.checkpoint.norm(source))
+        eps = self.decoder.norm_eps
+        if branch is None:
+            return self._plain_norm(residual, weight, name), residual
+        self.graph.node(
+            "SkipSimplifiedLayerNormalization", [residual, branch, weight], name, MS,
+            outputs=[name, "", "", f"{name}.sum"], epsilon=eps,
+        )  # fmt: skip
+        return name, f"{name}.sum"
+
+    def _plain_norm(self, x: str, weight: str, name: str) -> str:
+        return self.graph.node(
+            "SimplifiedLayerNormalization", [x, weight], name, axis=-1, epsilon=self.decoder.norm_eps, stash_type=1
+        )
+
+    def _linear(self, linear: RoutedLinear, x: str, weights: list[str] | None = None, output: str | None = None) -> str:
+        g, name = self.graph, linear.unit.name
+        depth = self._route(linear, x)
+        weights = weights or self._weights(name, linear.sliced)
+        n, k = linear.sliced.codes.shape
+        product = name if linear.bias is not None or output is None else output
+        g.node("SlicedMatMul", [x, depth, *weights], product, DOMAIN, **self._matrix(n, k))
+        if linear.bias is None:
+            return product
+        return g.node("Add", [product, g.tensor(f"{name}.bias", linear.bias)], output or f"{name}.biased")
+
+    def _route(self, linear: RoutedLinear, x: str) -> str:
+        g, name, router = self.graph, f"{linear.unit.name}.router", linear.router
+        # The thresholds are set jointly, so units that have the same table share one tensor.
+        table = np.stack([router.budgets, router.thresholds])
+        if self.shared_table is None or not np.array_equal(g.tensors[self.shared_table], table):
+            self.shared_table = g.tensor("budget_table" if self.shared_table is None else f"{name}.table", table)
+        inputs = [x, "avg_bits", self.shared_table]
+        inputs += [g.tensor(f"{name}.bias", router.bias), g.tensor(f"{name}.norm_gain", router.norm_gain)]
+        if router.w1 is not None and router.b1 is not None and router.w2 is not None:
+            inputs += [g.tensor(f"{name}.w1", router.w1), g.tensor(f"{name}.b1", router.b1)]
+            inputs.append(g.tensor(f"{name}.w2", router.w2))
+        depth = g.node("Router", inputs, name, DOMAIN, outputs=[f"{linear.unit.name}.depth"])
+        self.depths.append(depth)
+        return depth
+
+    def _attention(self, layer: int, qkv: str) -> str:
+        g, d = self.graph, self.decoder
+        prefix = f"layers.{layer}.attention"
+        query = [qkv, "", ""]
+        if d.family.qk_norm:
+            sizes = g.tensor("qkv_sizes", np.asarray(d.qkv_sizes, np.int64))
+            parts = [f"{prefix}.{part}" for part in "qkv"]
+            g.node("Split", [qkv, sizes], f"{prefix}.split", outputs=parts, axis=-1)
+            query = [self._head_norm(layer, part, parts[i]) for i, part in enumerate("qk")] + [parts[2]]
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        return g.node(
+            "GroupQueryAttention",
+            [*query, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            prefix, MS, outputs=[prefix, *present],
+            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.head_dim**-0.5, do_rotary=1, rotary_interleaved=0,
+        )  # fmt: skip
+
+    def _head_norm(self, layer: int, part: str, x: str) -> str:
+        g = self.graph
+        heads = g.tensor("per_head", np.array([0, 0, -1, self.decoder.head_dim], np.int64))
+        flat = g.tensor("flat", np.array([0, 0, -1], np.int64))
+        weight = g.tensor(f"{x}_norm.weight", self.checkpoint.norm(f"model.layers.{layer}.self_attn.{part}_norm"))
+        split = g.node("Reshape", [x, heads], f"{x}_heads")
+        return g.node("Reshape", [self._plain_norm(split, weight, f"{x}_norm"), flat], f"{x}_normed")
+
+    def _gate(self, prefix: str, stacked: str) -> str:
+        g, name = self.graph, f"{prefix}.mlp"
+        sizes = g.tensor("gate_up_sizes", np.array([self.decoder.ffn_size] * 2, np.int64))
+        gate, up = f"{name}.gate", f"{name}.up"
+        g.node("Split", [stacked, sizes], f"{name}.split", outputs=[gate, up], axis=-1)
+        # QuickGelu with alpha 1 is SiLU in one op.
+        active = g.node("QuickGelu", [gate], f"{name}.active", MS, alpha=1.0)
+        return g.node("Mul", [active, up], f"{name}.gated")
+
+    def _bits_used(self) -> None:
+        """avg_bits_used: bits over the step's tokens and all routed linears, weighted by parameters."""
+        g, calibrated = self.graph, self.calibrated
+        sizes = np.array([linear.parameters for linear in calibrated.units.values()], np.float64)
+        share = (sizes / sizes.sum()).astype(np.float32)
+        # Entry k - 1 of the table is depth k; depths are lowered to indices by one.
+        bits = g.tensor("depth_bits", np.asarray((0, *calibrated.profile.depth_bits), np.float32))
+        depths = g.node("Concat", self.depths, "all_depths", axis=0)
+        used = g.node("Gather", [bits, depths], "all_bits", axis=0)
+        by_unit = g.node("Reshape", [used, g.tensor("by_unit", np.array([len(share), -1], np.int64))], "bits_by_unit")
+        average = g.node("ReduceMean", [by_unit, "one_axis"], "average_bits", keepdims=0)
+        weighted = g.node("Mul", [average, g.tensor("parameter_share", share)], "weighted_bits")
+        g.node("ReduceSum", [weighted], "avg_bits_used", keepdims=1)
+
+
+def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
+    """(is input, value) of the graph."""
+
+    def value(name: str, kind: int, shape: list[str | int]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    yield True, value("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    yield True, value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
+    yield True, value("avg_bits", TensorProto.FLOAT, [1])
+    yield False, value("logits", TensorProto.FLOAT, ["batch", "sequence", decoder.vocab_size])
+    for is_input, name, length in ((True, "past_key_values", "past_sequence"), (False, "present", "total_sequence")):
+        for layer in range(decoder.layers):
+            for part in ("key", "value"):
+                shape: list[str | int] = ["batch", decoder.kv_heads, length, decoder.head_dim]
+                yield is_input, value(f"{name}.{layer}.{part}", TensorProto.FLOAT, shape)
+    yield False, value("avg_bits_used", TensorProto.FLOAT, [1])
+
+
+def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """The model without its tensors, and the tensors by name, in the order the graph reads them."""
+    layout = LAYOUTS[layout_name]
+    graph = _Lowering(checkpoint, calibrated, layout).build()
+    values = list(_signature(checkpoint.decoder))
+    proto = helper.make_graph(
+        graph.nodes, "decoder", [v for is_input, v in values if is_input], [v for is_input, v in values if not is_input]
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    has_mlp = any(linear.router.w1 is not None for linear in calibrated.units.values())
+    functions = layout.functions(calibrated.profile, calibrated.group_size, has_mlp)
+    model = helper.make_model(
+        proto, opset_imports=opsets, functions=functions, ir_version=10, producer_name="mbq-export"
+    )
+    return model, graph.tensors

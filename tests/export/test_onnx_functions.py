@@ -1,0 +1,396 @@
+"""The portable functions under stock ONNX Runtime, with no library of our own, against the numpy definition.
+
+Tolerances.  ``accuracy_level=4`` makes MatMulNBits round activations to int8 for each block with
+``step = max|x| / 127``, which is the reference's rule.  On activations that already lie on such a
+grid nothing is rounded and only float32 summation separates the two (``FLOAT_ERROR``).  On other
+activations the group sums see the exact activations where the reference sees rounded ones; that
+difference is linear in the rounding errors, so it is computed and taken off rather than allowed for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnxruntime import GraphOptimizationLevel as Level
+
+from mbq_export.lower import onnx_functions as portable
+from mbq_export.slicing import reference
+from mbq_export.slicing.reference import RouterParams, Sliced
+from mbq_runtime.profile import SliceProfile
+
+Array = NDArray[Any]
+F32 = NDArray[np.float32]
+
+PROFILES = ["2,2,2,2", "3,1,2,2", "8", "4,4", "1,2,5", "1,7"]
+SHAPES = [(50, 576, 32), (50, 576, 64), (33, 896, 32), (33, 896, 64), (33, 896, 128), (7, 256, 128), (16, 256, 64)]
+LEVELS = [Level.ORT_DISABLE_ALL, Level.ORT_ENABLE_BASIC, Level.ORT_ENABLE_EXTENDED, Level.ORT_ENABLE_ALL]
+FLOAT_ERROR = 1e-5
+"""Of the largest output; about 1e-6 is seen."""
+
+
+def make_model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, tuple[int, int]],
+    outputs: Mapping[str, tuple[int, int]],
+    initializers: Mapping[str, Array],
+    functions: Sequence[onnx.FunctionProto],
+    opset: int = 21,
+) -> bytes:
+    """inputs, outputs: name -> (element type, rank)."""
+
+    def declare(values: Mapping[str, tuple[int, int]]) -> list[onnx.ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info(name, kind, [f"{name}_{axis}" for axis in range(rank)])
+            for name, (kind, rank) in values.items()
+        ]
+
+    constants = [numpy_helper.from_array(value, name) for name, value in initializers.items()]
+    graph = helper.make_graph(nodes, "test", declare(inputs), declare(outputs), constants)
+    domains = {"": opset, "com.microsoft": 1, portable.DOMAIN: portable.DOMAIN_VERSION}
+    model = helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def load(
+    model: bytes,
+    level: Level = Level.ORT_ENABLE_ALL,
+    save: Path | None = None,
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def random_sliced(n: int, k: int, group_size: int, rng: np.random.Generator) -> Sliced:
+    """Groups whose middle is off zero, so that an error in the group sums' term would show."""
+    groups = (n, k // group_size)
+    return Sliced(
+        rng.integers(0, 256, (n, k), dtype=np.uint8),
+        rng.uniform(0.005, 0.025, groups).astype(np.float16),
+        rng.uniform(-0.06, 0.01, groups).astype(np.float16),
+    )
+
+
+def weighted_node(
+    op: str, inputs: Sequence[str], output: str, sliced: Sliced, profile: SliceProfile, **attributes: int
+) -> onnx.NodeProto:
+    """A SlicedMatMul or SlicedGather whose weight inputs have the names of ``weight_inputs``."""
+    n, k = sliced.codes.shape
+    attributes |= {"N": n, "K": k, "group_size": sliced.group_size}
+    node = helper.make_node(op, [*inputs, *portable.weight_inputs(profile)], [output], domain=portable.DOMAIN)
+    values: dict[str, Any] = {**attributes, "slices": profile.slices}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
+    return node
+
+
+def matmul_model(sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 21) -> bytes:
+    weights = portable.pack_nbits(sliced, profile)
+    node = weighted_node("SlicedMatMul", ["x", "depth"], "y", sliced, profile)
+    inputs = {"x": (onnx.TensorProto.FLOAT, x_rank), "depth": (onnx.TensorProto.INT32, x_rank - 1)}
+    functions = portable.portable_functions(profile, sliced.group_size, mlp=False)
+    return make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, x_rank)}, weights, functions, opset)
+
+
+def on_grid(x: F32, group_size: int) -> F32:
+    q, step = reference.quantize_activations(x, group_size)
+    return (q * np.repeat(step, group_size, axis=1)).astype(np.float32)
+
+
+def group_sum_difference(x: F32, depth: Array, sliced: Sliced, profile: SliceProfile) -> NDArray[np.float64]:
+    """What summing the exact activations of a group, not the rounded ones, changes in y [M, N]."""
+    q, step = reference.quantize_activations(x, sliced.group_size)
+    error = x.astype(np.float64) - q * np.repeat(step.astype(np.float64), sliced.group_size, axis=1)
+    sums = error.reshape(len(x), -1, sliced.group_size).sum(axis=2)
+    scale, offset = sliced.scale.astype(np.float64), sliced.offset.astype(np.float64)
+    difference = np.zeros((len(x), len(scale)))
+    for row, k in enumerate(np.asarray(depth, np.int64)):
+        kappa = 2 + sum(2.0 ** (1 - bits) for bits in profile.depth_bits[:k])
+        difference[row] = sums[row] @ (kappa * scale + offset).T
+    return difference
+
+
+def assert_close(actual: Array, wanted: Array, error: float = FLOAT_ERROR) -> None:
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=error * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_sliced_matmul_is_the_reference(slices: str, n: int, k: int, group_size: int) -> None:
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng([n, k, group_size, *profile.slices])
+    sliced = random_sliced(n, k, group_size, rng)
+    session = load(matmul_model(sliced, profile))
+    for m in (1, 2, 5, 33):
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
+        y = session.run(None, {"x": x, "depth": depth})[0]
+        wanted = reference.sliced_matmul(x, depth, sliced, profile)
+        assert_close(y, wanted + group_sum_difference(x, depth, sliced, profile))
+        assert_close(y, wanted, error=0.03)
+        x = on_grid(x, group_size)
+        y = session.run(None, {"x": x, "depth": depth})[0]
+        assert_close(y, reference.sliced_matmul(x, depth, sliced, profile))
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+def test_every_depth_alone_and_rows_do_not_touch_each_other(slices: str) -> None:
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng(1)
+    sliced = random_sliced(20, 256, 64, rng)
+    session = load(matmul_model(sliced, profile))
+    x = on_grid(rng.standard_normal((9, 256)).astype(np.float32), 64)
+    uniform = []
+    for k in range(1, profile.depths + 1):
+        depth = np.full(9, k, np.int32)
+        uniform.append(session.run(None, {"x": x, "depth": depth})[0])
+        assert_close(uniform[-1], reference.sliced_matmul(x, depth, sliced, profile))
+    depth = (np.arange(9, dtype=np.int32) % profile.depths) + 1
+    mixed = session.run(None, {"x": x, "depth": depth})[0]
+    assert_close(mixed, np.stack([uniform[k - 1][row] for row, k in enumerate(depth)]), error=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (2, 1, 3)])
+def test_any_rank_and_newer_opset(lead: tuple[int, ...]) -> None:
+    profile = SliceProfile.parse("3,1,2,2")
+    rng = np.random.default_rng(2)
+    sliced = random_sliced(18, 256, 64, rng)
+    session = load(matmul_model(sliced, profile, len(lead) + 1, opset=22))
+    rows = int(np.prod(lead))
+    x = on_grid(rng.standard_normal((rows, 256)).astype(np.float32), 64)
+    depth = rng.integers(1, 5, rows, dtype=np.int32)
+    y = session.run(None, {"x": x.reshape(*lead, 256), "depth": depth.reshape(lead)})[0]
+    assert y.shape == (*lead, 18)
+    assert_close(y.reshape(rows, 18), reference.sliced_matmul(x, depth, sliced, profile))
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES[::3])
+def test_sliced_gather_is_the_reference(slices: str, n: int, k: int, group_size: int) -> None:
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng(3)
+    sliced = random_sliced(n, k, group_size, rng)
+    functions = portable.portable_functions(profile, group_size, mlp=False)
+    weights = portable.pack_nbits(sliced, profile)
+    indices = np.array([[0, n - 1, 3], [3, 2, 0]], np.int64)
+    for depth in range(1, profile.depths + 1):
+        node = weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=depth)
+        inputs = {"indices": (onnx.TensorProto.INT64, 2)}
+        session = load(make_model([node], inputs, {"rows": (onnx.TensorProto.FLOAT, 3)}, weights, functions))
+        rows = session.run(None, {"indices": indices})[0]
+        assert rows.shape == (2, 3, k)
+        assert_close(rows.reshape(6, k), reference.sliced_gather(indices.reshape(-1), sliced, profile, depth), 1e-6)
+
+
+def random_router(profile: SliceProfile, k: int, entries: int, mlp: bool, rng: np.random.Generator) -> RouterParams:
+    def normal(*shape: int) -> F32:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    last, hidden = profile.depths - 1, 12
+    return RouterParams(
+        bias=normal(last),
+        norm_gain=normal(last),
+        budgets=np.sort(rng.uniform(profile.min_bits, 8, entries)).astype(np.float32),
+        thresholds=np.sort(normal(entries))[::-1].astype(np.float32),
+        w1=normal(hidden, k).astype(np.float16) if mlp else None,
+        b1=normal(hidden) if mlp else None,
+        w2=normal(last, hidden) if mlp else None,
+    )
+
+
+def router_tensors(router: RouterParams) -> dict[str, Array]:
+    """In the order of the op's inputs after x and avg_bits."""
+    named = {
+        "table": np.stack([router.budgets, router.thresholds]),
+        "bias": router.bias,
+        "norm_gain": router.norm_gain,
+        "w1": router.w1,
+        "b1": router.b1,
+        "w2": router.w2,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["norm", "mlp"])
+@pytest.mark.parametrize("entries", [1, 2, 9])
+@pytest.mark.parametrize("slices", PROFILES)
+def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng([entries, mlp, *profile.slices])
+    router = random_router(profile, 64, entries, mlp, rng)
+    tensors = router_tensors(router)
+    assert ("x", "avg_bits", *tensors) == portable.ROUTER_INPUTS + (portable.ROUTER_MLP_INPUTS if mlp else ())
+    node = helper.make_node("Router", ["x", "avg_bits", *tensors], ["depth"], domain=portable.DOMAIN)
+    inputs = {"x": (onnx.TensorProto.FLOAT, 3), "avg_bits": (onnx.TensorProto.FLOAT, 1)}
+    functions = portable.portable_functions(profile, 64, mlp=mlp)
+    session = load(make_model([node], inputs, {"depth": (onnx.TensorProto.INT32, 2)}, tensors, functions))
+
+    x = (rng.standard_normal((40, 64)) * np.exp(3 * rng.standard_normal((40, 1)))).astype(np.float32)
+    x[0] = 0
+    scores = reference.router_scores(x, router)
+    inside = np.linspace(router.budgets[0], router.budgets[-1], 7)
+    seen = Counter[int]()
+    for avg_bits in (0.0, *inside, *router.budgets, 8.0, 9.0):
+        budget = np.float32(avg_bits)
+        depth = session.run(None, {"x": x.reshape(4, 10, 64), "avg_bits": budget.reshape(1)})[0]
+        assert depth.shape == (4, 10)
+        assert depth.dtype == np.int32
+        # Tokens so close to the threshold that float32 may decide them otherwise do not count.
+        clear = (np.abs(scores - reference.threshold_at(float(budget), router)) > 1e-4).all(axis=1)
+        assert clear.mean() > 0.9
+        wanted = reference.route(x, float(budget), router)
+        np.testing.assert_array_equal(depth.reshape(-1)[clear], wanted[clear])
+        seen.update(wanted.tolist())
+    assert seen.keys() >= {1, profile.depths}
+
+
+def test_pack_nbits_layout() -> None:
+    profile = SliceProfile.parse("3,1,4")
+    codes = np.zeros((1, 32), np.uint8)
+    codes[0, :4] = 0b101_1_0110, 0b000_0_1111, 0b111_1_0000, 0b010_0_0001
+    packed = portable.pack_nbits(Sliced(codes, np.array([[0.5]], np.float16), np.array([[-1.0]], np.float16)), profile)
+    assert tuple(packed) == portable.weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre")
+    # Three bits in four, moved by 4; one bit in two, moved by 1; four bits as they are.
+    assert packed["slice_1"][0, 0, :2].tolist() == [(5 + 4) | (0 + 4) << 4, (7 + 4) | (2 + 4) << 4]
+    assert packed["slice_2"][0, 0, :1].tolist() == [(1 + 1) | (0 + 1) << 2 | (1 + 1) << 4 | (0 + 1) << 6]
+    assert packed["slice_3"][0, 0, :2].tolist() == [0b0110 | 0b1111 << 4, 0b0000 | 0b0001 << 4]
+    assert {name: value.shape for name, value in packed.items()} == {
+        "slice_1": (1, 1, 16),
+        "slice_2": (1, 1, 8),
+        "slice_3": (1, 1, 16),
+        "step": (1, 1),
+        "centre": (1, 1),
+    }
+    assert packed["step"].dtype == packed["centre"].dtype == np.float32
+    assert packed["step"].item() == 0.25  # scale / 2
+    assert packed["centre"].item() == 0.125  # offset + 2.25 * scale
+
+
+def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: RouterParams) -> bytes:
+    """Embedding rows, then ``calls`` times Router + SlicedMatMul with the embedding's own tensors."""
+    weights, tensors = portable.pack_nbits(sliced, profile), router_tensors(router)
+    nodes = [weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=profile.depths)]
+    state = "rows"
+    for call in range(calls):
+        depth, product, following = f"depth_{call}", f"product_{call}", f"state_{call}"
+        nodes += [
+            helper.make_node("Router", [state, "avg_bits", *tensors], [depth], domain=portable.DOMAIN),
+            weighted_node("SlicedMatMul", [state, depth], product, sliced, profile),
+            helper.make_node("Tanh", [product], [following]),
+        ]
+        state = following
+    return make_model(
+        nodes,
+        {"indices": (onnx.TensorProto.INT64, 2), "avg_bits": (onnx.TensorProto.FLOAT, 1)},
+        {state: (onnx.TensorProto.FLOAT, 3)} | {f"depth_{call}": (onnx.TensorProto.INT32, 2) for call in range(calls)},
+        {**weights, **tensors},
+        portable.portable_functions(profile, sliced.group_size, mlp=router.w1 is not None),
+        opset=22,
+    )
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["norm", "mlp"])
+def test_whole_graph_at_every_optimisation_level(mlp: bool) -> None:
+    """No library is registered, so these nodes can only run as the functions."""
+    profile = SliceProfile.parse("3,1,2,2")
+    rng = np.random.default_rng(5)
+    sliced = random_sliced(128, 128, 64, rng)
+    router = random_router(profile, 128, 4, mlp, rng)
+    model = tied_chain(2, profile, sliced, router)
+    avg_bits = float(router.budgets[1:3].mean(dtype=np.float32))
+    feed: dict[str, Array] = {
+        "indices": np.arange(12, dtype=np.int64).reshape(3, 4),
+        "avg_bits": np.array([avg_bits], np.float32),
+    }
+    results = [load(model, level).run(None, feed) for level in LEVELS]
+    _, *depths = results[0]
+
+    wanted = reference.sliced_gather(feed["indices"].reshape(-1), sliced, profile, 4).astype(np.float32)
+    np.testing.assert_array_equal(depths[0].reshape(-1), reference.route(wanted, avg_bits, router))
+    for depth in (values.reshape(-1) for values in depths):
+        product = reference.sliced_matmul(wanted, depth, sliced, profile)
+        product += group_sum_difference(wanted, depth, sliced, profile)
+        wanted = np.tanh(product).astype(np.float32)
+    for state, *same_depths in results:
+        np.testing.assert_array_equal(same_depths, depths)
+        # An activation on the edge of two int8 values may fall to either side in the second product.
+        assert_close(state.reshape(12, 128), wanted, error=1e-3)
+
+
+def test_a_hundred_calls_load() -> None:
+    profile = SliceProfile.parse("2,2,2,2")
+    rng = np.random.default_rng(6)
+    sliced = random_sliced(64, 64, 64, rng)
+    session = load(tied_chain(120, profile, sliced, random_router(profile, 64, 4, True, rng)))
+    feed = {"indices": np.zeros((1, 1), np.int64), "avg_bits": np.array([5.0], np.float32)}
+    state = session.run(None, feed)[0]
+    assert state.shape == (1, 1, 64)
+    assert np.isfinite(state).all()
+
+
+@pytest.mark.parametrize("slices", ["2,2,2,2", "3,1,2,2", "4,4", "8"])
+def test_optimised_graph_keeps_the_fast_form(slices: str, tmp_path: Path) -> None:
+    """What the int8 kernels need: level 4, constant weights and scales, and no explicit zero points."""
+    profile = SliceProfile.parse(slices)
+    sliced = random_sliced(32, 256, 64, np.random.default_rng(7))
+    load(matmul_model(sliced, profile), save=tmp_path / "optimised.onnx")
+    graph = onnx.load(tmp_path / "optimised.onnx").graph
+    constants = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == profile.depths
+    for node in products:
+        values = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        assert values["accuracy_level"] == 4
+        assert (values["N"], values["K"], values["block_size"]) == (32, 256, 64)
+        assert len(node.input) == 3
+        assert constants.issuperset(node.input[1:])
+    assert {node.op_type for node in graph.node}.isdisjoint({"If", "Loop", "SlicedMatMul", "DequantizeLinear"})
+
+
+def fastest(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
+    """Seconds of the quickest of some runs."""
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("slices", ["2,2,2,2", "3,1,2,2", "4,4", "8"])
+def test_no_slow_kernel(slices: str) -> None:
+    """A whole decode step's product stays within a few float products' time.
+
+    Kernels that unpack to float on every call take 20 (one 8-bit slice) to 400 times (four 2-bit
+    slices) as long as a float MatMul of the same shape; the int8 ones take 1 to 4 times as long.
+    """
+    profile = SliceProfile.parse(slices)
+    size = 1024
+    rng = np.random.default_rng(8)
+    sliced = random_sliced(size, size, 64, rng)
+    weight = reference.decode(sliced, profile, profile.depths).T.astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "weight"], ["y"])
+    inputs = {"x": (onnx.TensorProto.FLOAT, 2)}
+    plain = load(make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, 2)}, {"weight": weight}, []))
+    session = load(matmul_model(sliced, profile))
+    x = rng.standard_normal((1, size)).astype(np.float32)
+    depth = np.full(1, profile.depths, np.int32)
+    assert fastest(session, {"x": x, "depth": depth}) < 12 * fastest(plain, {"x": x})
