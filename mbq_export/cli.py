@@ -1,0 +1,212 @@
+"""The command ``mbq-export``: options, plan, progress, closing table.  The only module here that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mbq_runtime.errors import MbqError
+
+if TYPE_CHECKING:
+    from mbq_runtime.manifest import Manifest
+    from mbq_targets.table import Target
+
+    from .export import Prepared
+
+SHOWN_BITS = ("2", "3", "4", "6", "8")
+
+
+def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from mbq_targets.table import TARGETS
+
+    for target in TARGETS.values():
+        needs = " ".join(target.features) or "-"
+        click.echo(f"{target.name:12} {target.arch:8} {needs:34} {target.description}")
+    context.exit()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--target", "targets", multiple=True, default=["arm64"], help="Machine to export for; may be repeated.")
+@click.option(
+    "--model",
+    "-m",
+    default="smollm2-135m",
+    help="Hugging Face folder or id, a GGUF file, or the packaged smollm2-135m.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder to write; with several targets, one in it for each.  [default: bundles/MODEL-TARGET]",
+)
+@click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
+@click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
+@click.option(
+    "--router", default="norm", type=click.Choice(["norm", "mlp"]), help="Rule that picks each token's depth."
+)
+@click.option("--calib-data", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on.  [default: Wikipedia]")
+@click.option("--calib-tokens", default=4096, help="How many of its tokens to use.")
+@click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option(
+    "--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets, help="List targets."
+)
+@click.version_option(package_name="mbq-export")
+def command(as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Turn a decoder LLM into a bundle whose precision can follow the device.
+
+    Without options: SmolLM2-135M for a 64-bit ARM board with dot-product instructions.
+    """
+    from mbq_runtime.profile import SliceProfile
+    from mbq_targets.table import resolve
+
+    # One line per rejected option, before torch is imported.
+    targets = {name: resolve(name) for name in options.pop("targets")}
+    options["profile"] = SliceProfile.parse(options.pop("slices"))
+    options["outputs"] = _output_folders(options.pop("output"), options["model"], targets)
+    from .export import Options, prepare, run
+
+    prepared = prepare(Options(**options))
+    if not as_json:
+        _show_plan(prepared)
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(_plan_document(prepared)))
+        return
+    with _Progress(quiet=as_json) as progress:
+        manifests = run(prepared, progress)
+    if as_json:
+        results = [_result_document(prepared, output, manifest) for output, manifest in manifests.items()]
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    for output, manifest in manifests.items():
+        _show_result(output, manifest)
+
+
+def _output_folders(output: Path | None, model: str, targets: dict[str, Target]) -> dict[Path, Target]:
+    stem = model.rstrip("/").split("/")[-1].removesuffix(".gguf")
+    if output is not None and len(targets) == 1:
+        return dict(zip([output], targets.values(), strict=True))
+    folder = output or Path("bundles")
+    return {folder / f"{stem}-{name}": target for name, target in targets.items()}
+
+
+class _Progress:
+    """One bar per stage on a terminal, one line per stage elsewhere; always on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.stage = ""
+        self.bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if not sys.stderr.isatty():
+            if what != self.stage:
+                click.echo(f"{what} ...", err=True)
+            self.stage = what
+            return
+        if what != self.stage:
+            from tqdm import tqdm
+
+            self.__exit__()
+            self.stage = what
+            self.bar = tqdm(total=total, desc=what, file=sys.stderr, unit_scale=total > 1 << 20)
+        self.bar.update(done - self.bar.n)
+
+
+def _plan_document(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "model": prepared.source.name,
+        "architecture": plan.decoder.family.architecture,
+        "layers": plan.decoder.layers,
+        "routed_parameters": plan.routed_parameters,
+        "slices": list(plan.profile.slices),
+        "group_size": plan.group_size,
+        "router": prepared.options.router,
+        "calib_tokens": plan.calib_tokens,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "outputs": [
+            {"output": str(output), "target": target.name, "disk_bytes": prepared.plans[output].disk_bytes}
+            for output, target in prepared.options.outputs.items()
+        ],
+    }
+
+
+def _show_plan(prepared: Prepared) -> None:
+    plan = prepared.plan
+    d = plan.decoder
+    click.echo(f"Model    {prepared.source.name}: {d.family.architecture}, {d.layers} layers")
+    for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
+        click.echo(f"           {role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}")
+    click.echo(f"Slices   {plan.profile} in groups of {plan.group_size}, router {prepared.options.router}")
+    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory")
+    for output, target in prepared.options.outputs.items():
+        size_mb = prepared.plans[output].disk_bytes >> 20
+        click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")
+
+
+def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> dict[str, Any]:
+    document = _plan_document(prepared)
+    del document["outputs"]
+    return {
+        **document,
+        "output": str(output),
+        "target": manifest.target.name,
+        "calibration": dict(manifest.calibration),
+        "bundle_bytes": manifest.total_bytes,
+        "files": {entry.name: entry.size for entry in manifest.files},
+        "bytes_per_token": dict(manifest.weights.bytes_per_token),
+        "next": _next_command(output),
+    }
+
+
+def _next_command(output: Path) -> str:
+    return f'mbq run {output} "What is the capital of France?"'
+
+
+def _show_result(output: Path, manifest: Manifest) -> None:
+    click.echo(f"\nWrote {output}")
+    for entry in manifest.files:
+        click.echo(f"  {entry.name:24} {entry.size / 1e6:9.2f} MB")
+    click.echo(f"  {'in all':24} {manifest.total_bytes / 1e6:9.2f} MB\nWeights read per token")
+    for bits in SHOWN_BITS:
+        if bits in manifest.weights.bytes_per_token:
+            click.echo(f"  {bits} bits on average        {manifest.weights.bytes_per_token[bits] / 1e6:9.2f} MB")
+    click.echo(f"Copy the folder to the device and run there:\n  {_next_command(output)}")
+
+
+def main() -> None:
+    """Entry point: prints an error as one line and exits with its code; 130 when interrupted."""
+    try:
+        command(standalone_mode=False)
+    except MbqError as error:
+        click.echo(f"mbq-export: error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"mbq-export: error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("mbq-export: interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

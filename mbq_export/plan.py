@@ -1,0 +1,134 @@
+"""What an export will do, need and write, worked out from the config alone, before any long work."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mbq_runtime.errors import UsageError
+from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_targets.table import Target
+
+from .families import Decoder
+
+ROW_BLOCK = 16
+SCALE_BYTES = 4
+"""Per group: a float16 scale and a float16 offset."""
+
+AUTO_GROUP_SIZES = (64, 32)
+"""What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""
+
+
+def choose_group_size(decoder: Decoder, wanted: str) -> int:
+    """The group size for ``--group-size``.  Raises UsageError naming the layers whose K it does not divide."""
+    widths = {name: k for name, (_, k) in decoder.unit_shapes().items()}
+    sizes = AUTO_GROUP_SIZES if wanted == "auto" else (int(wanted),)
+    for size in sizes:
+        bad = {name: k for name, k in widths.items() if k % size}
+        if not bad:
+            return size
+    fits = [size for size in (128, 64, 32) if not any(k % size for k in widths.values())]
+    name, k = next(iter(bad.items()))
+    remedy = f"use --group-size {fits[0]}" if fits else "no group size of 32, 64 or 128 fits this model"
+    raise UsageError(f"group size {size} does not divide K = {k} of {name} (and {len(bad) - 1} more layers); {remedy}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one export.  ``layout`` is how the target stores planes."""
+
+    decoder: Decoder
+    profile: SliceProfile
+    group_size: int
+    layout: str
+    router_bytes: int
+    calib_tokens: int
+
+    @property
+    def routed_parameters(self) -> int:
+        return sum(n * k for n, k in self.decoder.unit_shapes().values())
+
+    @property
+    def parameters(self) -> int:
+        """All weights: routed, embedding when it is not the head, and norms left out."""
+        d = self.decoder
+        return self.routed_parameters + (0 if d.tied else d.vocab_size * d.hidden_size)
+
+    def bytes_per_token(self, avg_bits: float) -> int:
+        """Bytes of weights read for one decoded token at an average of ``avg_bits``."""
+        scales = self.routed_parameters * SCALE_BYTES // self.group_size
+        return round(self.routed_parameters * self.stored_bits(avg_bits) / 8) + scales + self.router_bytes
+
+    def stored_bits(self, avg_bits: float) -> float:
+        """Bits read per weight at an average of ``avg_bits``: more than that where fields are padded."""
+        if self.layout == "mbq16":
+            return avg_bits
+        from .lower.onnx_functions import packed_bits
+
+        stored, at = 0.0, 0
+        for width in self.profile.slices:
+            stored += packed_bits(width) * min(1.0, max(0.0, (avg_bits - at) / width))
+            at += width
+        return stored
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the bundle, to a few percent."""
+        d = self.decoder
+        per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES / self.group_size
+        rotary = d.context_length * d.head_dim * 4
+        return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory the export holds at once, to about a fifth.
+
+        The float32 model, a stacked copy of its linears, the 8-bit codes, one window's activations and
+        gradients, logits with their gradients, and the libraries themselves.
+        """
+        d = self.decoder
+        tokens = 512
+        widths = sum(2 * n + 2 * k for n, k in d.unit_shapes().values()) + d.layers * d.heads * tokens
+        largest = max(n * k for n, k in d.unit_shapes().values())
+        return 9 * self.parameters + 8 * largest + 4 * tokens * widths + 12 * tokens * d.vocab_size + (1 << 30)
+
+
+def depth_budgets(profile: SliceProfile) -> list[float]:
+    """Average bits a size is stated at: whole and half bits of the profile's range."""
+    steps = range(2 * profile.min_bits, 2 * CODE_BITS + 1)
+    return [step / 2 for step in steps]
+
+
+def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], force: bool) -> list[str]:
+    """Everything that would stop the export later, one line each.  plans, outputs: by output folder."""
+    found = [
+        f"{output}: it exists; choose another --output, or --force to replace it"
+        for output in outputs
+        if output.exists() and not force
+    ]
+    if any(target.native for target in outputs.values()):
+        found += [
+            f"compiled kernels need the package {package}: pip install 'mbq-export[export]'"
+            for module, package in (("tvm", "apache-tvm"), ("ziglang", "ziglang"))
+            if importlib.util.find_spec(module) is None
+        ]
+    needed: dict[Path, int] = {}
+    for output, plan in plans.items():
+        parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
+        needed[parent] = needed.get(parent, 0) + plan.disk_bytes
+    for parent, size in needed.items():
+        free = shutil.disk_usage(parent).free
+        if free < size:
+            found.append(
+                f"{parent}: {free >> 20} MB free, {size >> 20} MB are needed; free some or choose another --output"
+            )
+        if not os.access(parent, os.W_OK):
+            found.append(f"{parent}: not writable; choose another --output")
+    memory = max(plan.peak_memory_bytes for plan in plans.values())
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if available < memory:
+        found.append(f"about {memory >> 20} MB of memory are needed, this machine has {available >> 20} MB")
+    return found

@@ -1,0 +1,55 @@
+"""What several rooms of the tests share: small random models, and the real one exported once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The engine's wheels report usage unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+REAL_TARGETS = ("host", "arm64", "rpi4", "portable")
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand words: enough for a tokenizer of bytes and small windows."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The tide turns twice a day, and twice a day the boats leave the harbour. " * 400, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SmolLM2-135M for every kind of target, from one run of the command line."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder)]
+    for target in REAL_TARGETS:
+        command += ["--target", target]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    return {target: folder / f"smollm2-135m-{target}" for target in REAL_TARGETS}
+
+
+@pytest.fixture(scope="session")
+def smollm2_host_bundle(smollm2_bundles: dict[str, Path]) -> Path:
+    return smollm2_bundles["host"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_arm64_bundle(smollm2_bundles: dict[str, Path]) -> Path:
+    return smollm2_bundles["arm64"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_rpi4_bundle(smollm2_bundles: dict[str, Path]) -> Path:
+    return smollm2_bundles["rpi4"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_portable_bundle(smollm2_bundles: dict[str, Path]) -> Path:
+    return smollm2_bundles["portable"]
