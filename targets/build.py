@@ -1,0 +1,152 @@
+"""Builds the custom-op library of a target: kernels to an object, the shim beside it, one link.
+
+The compiler and linker come from pip (the ``ziglang`` package), so no system toolchain is needed
+and every target builds on every host.  A library depends on the slices, the group size and the
+target, not on the model: finished ones are kept in a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mbq_runtime.errors import BuildError
+from mbq_runtime.profile import SliceProfile
+
+from .table import Target
+
+GROUP_SIZES = (32, 64, 128)
+CACHE_VARIABLE = "MBQ_CACHE_DIR"
+
+_ROOM = Path(__file__).parent
+_SHIM = _ROOM / "ort_ops"
+_EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info")
+_COMPILER_FLAGS = (
+    "-shared", "-fPIC", "-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror",
+    "-fvisibility=hidden", "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
+)  # fmt: skip
+_TOOL_LINES = 6  # of a failing tool's output that an error repeats
+
+
+def cache_dir() -> Path:
+    """Where finished libraries are kept: $MBQ_CACHE_DIR, or mbq-export in the user's cache folder."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mbq-export"
+
+
+def build_ops_library(target: Target, profile: SliceProfile, group_size: int, out: Path) -> None:
+    """Write the library of ``target`` for a profile and group size to ``out`` (atomically).
+
+    Raises BuildError for a target without native library, a group size without kernels, or when
+    a tool fails; the message ends with the tool's last lines.
+    """
+    if not target.native:
+        raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
+    if group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise BuildError(f"group size {group_size}: kernels exist for {sizes}; choose one of these")
+    try:
+        cached = cache_dir() / "ops" / f"{_key(target, profile, group_size)}.so"
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+                _place(_build(target, profile, group_size, Path(folder)), cached)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _place(cached, out)
+    except OSError as error:
+        raise BuildError(f"library for {target.name}: {error}; check space and permissions") from error
+
+
+def _place(source: Path, destination: Path) -> None:
+    """Copy so that ``destination`` is never seen half written."""
+    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as file:
+        partial = Path(file.name)
+    try:
+        shutil.copyfile(source, partial)
+        partial.chmod(0o755)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _key(target: Target, profile: SliceProfile, group_size: int) -> str:
+    """Hash of everything a library is made from."""
+    digest = hashlib.sha256()
+    sources = (*_ROOM.glob("kernels/*.py"), *_SHIM.glob("*.[ch]"), Path(__file__))
+    for path in sorted(sources):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
+    digest.update("\n".join([repr(target), str(profile), str(group_size), *tools]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError(f"the Python package {package} is missing; install mbq-export[export]") from None
+
+
+def _build(target: Target, profile: SliceProfile, group_size: int, folder: Path) -> Path:
+    kernels = folder / "kernels.o"
+    _compile_kernels(target, profile, group_size, kernels)
+    (folder / "mbq_config.h").write_text(config_header(target, profile, group_size))
+    exports = folder / "exports.map"
+    exports.write_text("{ global: " + " ".join(f"{name};" for name in _EXPORTS) + " local: *; };\n")
+    library = folder / "libmbq_ops.so"
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, *_COMPILER_FLAGS]
+    command += [f"-I{folder}", f"-I{_SHIM}", f"-Wl,--version-script={exports}"]
+    command += [*map(str, sorted(_SHIM.glob("*.c"))), str(kernels), "-lm", "-o", str(library)]
+    zig_cache = str(cache_dir() / "zig")
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not library.is_file():
+        lines = (result.stderr or result.stdout).strip().splitlines()[-_TOOL_LINES:]
+        raise BuildError(f"linking the library for {target.name} failed: " + " | ".join(lines))
+    return library
+
+
+def _compile_kernels(target: Target, profile: SliceProfile, group_size: int, out: Path) -> None:
+    # The compiler takes seconds to import, which a cached library does not need.
+    import tvm
+
+    from .kernels.isa import ISAS
+    from .kernels.module import build_module
+
+    try:
+        module = build_module(ISAS[target.isa], profile, group_size)
+        tvm.compile(module, target=tvm.target.Target(target.llvm)).mod.write_to_file(str(out))
+    except Exception as error:
+        lines = str(error).strip().splitlines()[-_TOOL_LINES:]
+        raise BuildError(f"compiling the kernels for {target.name} failed: " + " | ".join(lines)) from error
+
+
+def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:
+    """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
+    from .kernels.matmul import TILE_K
+
+    def braces(values: tuple[int, ...]) -> str:
+        return "{" + ", ".join(map(str, values)) + "}"
+
+    info = f"target={target.name} isa={target.isa} slices={profile} group_size={group_size}"
+    defines = {
+        "GROUP": group_size,
+        "TILE_K": TILE_K,
+        "DEPTHS": profile.depths,
+        "SLICES": braces(profile.slices),
+        "SLICES_TEXT": f'"{profile}"',
+        "DEPTH_BITS": braces(profile.depth_bits),
+        "EACH_DEPTH(X)": " ".join(f"X({depth})" for depth in range(1, profile.depths + 1)),
+        "BUILD_INFO": f'"{info}"',
+    }
+    return "".join(f"#define MBQ_{name} {value}\n" for name, value in defines.items())

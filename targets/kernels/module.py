@@ -1,0 +1,34 @@
+"""All kernels of one library: an IRModule for an ISA, a profile and a group size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mbq_runtime.profile import SliceProfile
+
+from .activations import quantize
+from .emit import module
+from .gather import gather
+from .isa import Isa
+from .layout import DepthPlan, plan_depth
+from .matmul import gemm, gemv
+from .router import router_sums
+
+PREFIX = "mbq_"
+
+
+def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
+    """The plan of every depth, depth 1 first."""
+    return [plan_depth(profile.plane_bits, planes, max_width) for planes in profile.depth_planes]
+
+
+def build_module(isa: Isa, profile: SliceProfile, group: int) -> Any:
+    """IRModule with mbq_quantize, mbq_router_sums and, for every depth d, mbq_{gemv,gemm,gather}_d<d>."""
+    with module() as builder:
+        quantize(group, f"{PREFIX}quantize")
+        router_sums(f"{PREFIX}router_sums")
+        for depth, plan in enumerate(depth_plans(profile, isa.max_width), 1):
+            gemv(isa, plan, group, f"{PREFIX}gemv_d{depth}")
+            gemm(isa, plan, group, f"{PREFIX}gemm_d{depth}")
+            gather(plan, group, f"{PREFIX}gather_d{depth}")
+    return builder.get()

@@ -1,0 +1,69 @@
+/* The library's entry points, and what the op tables have in common. */
+#include <limits.h>
+#include <stdlib.h>
+
+#include "ops.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+OrtApi *ort_api;
+
+const char *any_provider(const OrtCustomOp *op) { return (void)op, NULL; }
+int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
+int default_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }
+int zero(const OrtCustomOp *op) { return (void)op, 0; }
+int one(const OrtCustomOp *op) { return (void)op, 1; }
+int highest_version(const OrtCustomOp *op) { return (void)op, INT_MAX; }
+void free_kernel(void *kernel) { free(kernel); }
+
+OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value) {
+  const OrtOpAttr *attr;
+  size_t used;
+  TRY(OrtInferGetAttribute(context, name, &attr));
+  return OrtReadOpAttr(attr, ORT_ATTRIBUTE_INT, value, sizeof *value, &used);
+}
+
+OrtStatus *infer_shape(const OrtInferContext *context, int type, int64_t last, bool append) {
+  OrtShapeInfo *in, *out;
+  int64_t dims[MAX_RANK + 1];
+  const char *names[MAX_RANK + 1];
+  size_t rank;
+  OrtStatus *unknown = OrtInferGetInputShape(context, 0, &in);
+  if (unknown != NULL) return OrtReleaseStatus(unknown), NULL;
+  TRY(OrtGetDimensionsCount(in, &rank));
+  if (rank > MAX_RANK || (rank == 0 && !append)) return NULL;
+  TRY(OrtGetDimensions(in, dims, rank));
+  TRY(OrtGetSymbolicDimensions(in, names, rank));
+  rank = append ? rank + 1 : last < 0 ? rank - 1 : rank;
+  if (last >= 0) dims[rank - 1] = last, names[rank - 1] = "";
+  for (size_t i = 0; i < rank; ++i)
+    if (dims[i] < 0 && names[i][0] == '\0') return NULL; /* unknown and unnamed: cannot be said */
+  TRY(OrtCreateShapeInfo(&out));
+  OrtStatus *status = OrtSetElementType(out, type);
+  if (status == NULL) status = OrtSetDimensions(out, dims, rank);
+  if (status == NULL) status = OrtSetSymbolicDimensions(out, names, rank);
+  if (status == NULL) status = OrtInferSetOutput(context, 0, out);
+  OrtReleaseShapeInfo(out);
+  return status;
+}
+
+/* The kernels report a wrong argument type this way; the shim never passes one. */
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+  (void)kind, (void)parts, (void)count;
+}
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { (void)kind, (void)message; }
+
+/* "key=value" words separated by spaces: what the library was built for. */
+EXPORT const char *mbq_ops_build_info(void) { return MBQ_BUILD_INFO; }
+
+EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+  OrtApi *api = base->GetApi(ORT_VERSION);
+  if (api == NULL) return NULL; /* a runtime before 1.17: the model's own functions are used */
+  ort_api = api;
+  static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_gather_op};
+  OrtCustomOpDomain *domain; /* the runtime keeps it for the session's life */
+  TRY(OrtCreateCustomOpDomain("ai.mbq", &domain));
+  for (size_t i = 0; i < sizeof ops / sizeof ops[0]; ++i) TRY(OrtCustomOpDomain_Add(domain, ops[i]));
+  return OrtAddCustomOpDomain(options, domain);
+}

@@ -1,0 +1,121 @@
+/* What the three ops share: errors, tensors, work sharing, and the compiled kernels. */
+#ifndef MBQ_OPS_H
+#define MBQ_OPS_H
+
+#include <stdbool.h>
+
+#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TILE_K, ... */
+#include "ort_abi.h"
+
+enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 8, NAME_BYTES = 128 };
+
+#define TRY(call)                     \
+  do {                                \
+    OrtStatus *status_ = (call);      \
+    if (status_ != NULL) return status_; \
+  } while (0)
+
+/* ---- tensors and errors (tensor.c) ---- */
+
+typedef struct Shape {
+  size_t rank;
+  int64_t dims[MAX_RANK];
+} Shape;
+
+/* The part of every kernel's state that names the node and remembers the shapes of its constant inputs. */
+typedef struct Node {
+  const char *op;
+  char name[NAME_BYTES];
+  bool known[MAX_INPUTS];
+  Shape shapes[MAX_INPUTS];
+} Node;
+
+typedef struct Tensor {
+  bool present; /* false: an optional input left out */
+  void *data;   /* may be NULL for an empty tensor */
+  Shape shape;
+} Tensor;
+
+/* A status whose message starts with the op and the node's name. */
+OrtStatus *fail(const Node *node, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Name the node and read the shapes of its constant inputs. */
+OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info);
+OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value);
+/* Refuse a node whose slices or group_size are not the ones the kernels were compiled for. */
+OrtStatus *check_format(const Node *node, const OrtKernelInfo *info);
+
+OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor);
+OrtStatus *output(OrtKernelContext *context, const Shape *shape, void **data);
+int64_t elements(const Shape *shape);
+/* The last dimension must be k; *rows is the product of the others. */
+OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, int64_t k, int64_t *rows);
+
+/* Shape of a sliced weight [n, k] as stored. */
+typedef struct Weight {
+  int64_t n, k, blocks, groups;
+} Weight;
+OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weight);
+OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales);
+
+/* ---- work sharing (work.c) ---- */
+
+/* Pieces to cut a job of `units` units and `cost` bytes of work into: 1 when a launch would not pay. */
+size_t pieces_of(int64_t units, int64_t cost);
+OrtStatus *parallel(const OrtKernelContext *context, size_t pieces, void (*run)(void *, size_t), void *data);
+static inline int64_t piece_start(int64_t units, size_t pieces, size_t index) {
+  return units * (int64_t)index / (int64_t)pieces;
+}
+
+/* A buffer of the calling thread, good until its next call; NULL if `bytes` is more than it has. */
+void *thread_scratch(size_t bytes);
+
+/* ---- kernels: TVM's packed calling convention ---- */
+
+typedef struct Arg {
+  int32_t type;
+  uint32_t zero;
+  union {
+    int64_t integer;
+    const void *pointer;
+  } value;
+} Arg;
+typedef int (*Kernel)(void *self, const Arg *args, int32_t count, Arg *result);
+
+#define INT(v) ((Arg){1, 0, {.integer = (v)}})
+#define PTR(v) ((Arg){4, 0, {.pointer = (v)}})
+#define CALL(kernel, ...)                                                                 \
+  ((kernel)(NULL, (const Arg[]){__VA_ARGS__}, sizeof((const Arg[]){__VA_ARGS__}) / sizeof(Arg), &(Arg){0}))
+
+int __tvm_ffi_mbq_quantize(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_router_sums(void *, const Arg *, int32_t, Arg *);
+#define DECLARE(d)                                                \
+  int __tvm_ffi_mbq_gemv_d##d(void *, const Arg *, int32_t, Arg *); \
+  int __tvm_ffi_mbq_gemm_d##d(void *, const Arg *, int32_t, Arg *); \
+  int __tvm_ffi_mbq_gather_d##d(void *, const Arg *, int32_t, Arg *);
+MBQ_EACH_DEPTH(DECLARE)
+#undef DECLARE
+
+/* ---- the ops ---- */
+
+extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_gather_op;
+
+/* Fields every op fills in the same way. */
+const char *any_provider(const OrtCustomOp *op);
+int required(const OrtCustomOp *op, size_t index);
+int default_memory(const OrtCustomOp *op, size_t index);
+size_t one_output(const OrtCustomOp *op);
+int zero(const OrtCustomOp *op);
+int one(const OrtCustomOp *op);
+int highest_version(const OrtCustomOp *op);
+void free_kernel(void *kernel);
+/* Output 0 has the shape of input 0, its last dimension replaced (>= 0), appended (append) or dropped (-1). */
+OrtStatus *infer_shape(const OrtInferContext *context, int type, int64_t last, bool append);
+OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value);
+
+#define OP_COMMON                                                                                       \
+  .version = ORT_VERSION, .GetExecutionProviderType = any_provider, .GetOutputTypeCount = one_output,   \
+  .GetOutputCharacteristic = required, .GetInputMemoryType = default_memory, .KernelDestroy = free_kernel, \
+  .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero, \
+  .GetVariadicOutputHomogeneity = zero, .GetStartVersion = one, .GetEndVersion = highest_version
+#endif

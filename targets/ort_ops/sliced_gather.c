@@ -1,0 +1,101 @@
+/* SlicedGather(indices i64 [...], planes u8, scales f16) -> y f32 [..., K]: rows of a table at one depth. */
+#include <stdlib.h>
+
+#include "ops.h"
+
+typedef struct Gather {
+  Node node;
+  Weight weight;
+  Kernel kernel;
+} Gather;
+
+typedef struct Job {
+  const Gather *op;
+  const int64_t *indices;
+  const void *planes, *scales;
+  float *y;
+  int64_t rows;
+  size_t pieces;
+} Job;
+
+#define GATHER(d) __tvm_ffi_mbq_gather_d##d,
+static const Kernel kernels[] = {MBQ_EACH_DEPTH(GATHER)};
+
+static void piece(void *data, size_t index) {
+  const Job *job = data;
+  const Weight *w = &job->op->weight;
+  const int64_t end = piece_start(job->rows, job->pieces, index + 1);
+  for (int64_t m = piece_start(job->rows, job->pieces, index); m < end; ++m)
+    CALL(job->op->kernel, PTR(job->planes), PTR(job->scales), PTR(job->y + m * w->k), INT(w->blocks), INT(w->groups),
+         INT(job->indices[m]));
+}
+
+static OrtStatus *compute(void *state, OrtKernelContext *context) {
+  const Gather *op = state;
+  const Node *node = &op->node;
+  const Weight *w = &op->weight;
+  Tensor indices, planes, scales;
+  TRY(input(node, context, 0, &indices));
+  TRY(input(node, context, 1, &planes));
+  TRY(input(node, context, 2, &scales));
+  if (!node->known[1] || !node->known[2]) TRY(check_weight(node, w, &planes.shape, &scales.shape));
+  Shape shape = indices.shape;
+  if (shape.rank == MAX_RANK) return fail(node, "indices has rank 8, the most is 7");
+  const int64_t rows = elements(&shape);
+  const int64_t *index = indices.data;
+  for (int64_t m = 0; m < rows; ++m)
+    if (index[m] < 0 || index[m] >= w->n)
+      return fail(node, "index %lld is outside the table's %lld rows", (long long)index[m], (long long)w->n);
+  shape.dims[shape.rank++] = w->k;
+  void *y;
+  TRY(output(context, &shape, &y));
+  Job job = {.op = op, .indices = index, .planes = planes.data, .scales = scales.data, .y = y, .rows = rows};
+  job.pieces = pieces_of(rows, rows * w->k * 8);
+  return parallel(context, job.pieces, piece, &job);
+}
+
+static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+  (void)self, (void)api;
+  Gather op = {0};
+  int64_t depth;
+  TRY(node_init(&op.node, "SlicedGather", info));
+  TRY(weight_init(&op.node, info, &op.weight));
+  TRY(attribute(&op.node, info, "depth", &depth));
+  if (depth < 1 || depth > MBQ_DEPTHS)
+    return fail(&op.node, "depth is %lld, slices %s allow 1 to %d", (long long)depth, MBQ_SLICES_TEXT, MBQ_DEPTHS);
+  op.kernel = kernels[depth - 1];
+  if (op.node.known[1] && op.node.known[2])
+    TRY(check_weight(&op.node, &op.weight, &op.node.shapes[1], &op.node.shapes[2]));
+  Gather *copy = malloc(sizeof op);
+  if (copy == NULL) return fail(&op.node, "no memory");
+  *copy = op;
+  *kernel = copy;
+  return NULL;
+}
+
+static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
+  (void)self;
+  int64_t k;
+  TRY(infer_attribute(context, "K", &k));
+  return infer_shape(context, ORT_FLOAT, k, true);
+}
+
+static const char *name(const OrtCustomOp *self) { return (void)self, "SlicedGather"; }
+static size_t input_count(const OrtCustomOp *self) { return (void)self, 3; }
+static int output_type(const OrtCustomOp *self, size_t index) { return (void)self, (void)index, ORT_FLOAT; }
+static int input_type(const OrtCustomOp *self, size_t index) {
+  static const int types[] = {ORT_INT64, ORT_UINT8, ORT_FLOAT16};
+  return (void)self, types[index];
+}
+
+const OrtCustomOp mbq_gather_op = {
+    OP_COMMON,
+    .GetName = name,
+    .GetInputTypeCount = input_count,
+    .GetInputType = input_type,
+    .GetInputCharacteristic = required,
+    .GetOutputType = output_type,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute,
+    .InferOutputShape = infer,
+};

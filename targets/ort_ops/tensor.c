@@ -1,0 +1,136 @@
+/* Tensors, attributes and error messages. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "ops.h"
+
+OrtStatus *fail(const Node *node, const char *format, ...) {
+  char text[768];
+  int used = snprintf(text, sizeof text, "%s \"%s\": ", node->op, node->name);
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text + used, sizeof text - (size_t)used, format, args);
+  va_end(args);
+  return OrtCreateStatus(ORT_INVALID_ARGUMENT, text);
+}
+
+static OrtStatus *shape_of(const Node *node, const OrtValue *value, Shape *shape) {
+  OrtShapeInfo *info;
+  TRY(OrtGetShapeInfo(value, &info));
+  OrtStatus *status = OrtGetDimensionsCount(info, &shape->rank);
+  if (status == NULL && shape->rank > MAX_RANK) status = fail(node, "an input has rank %zu, the most is 8", shape->rank);
+  if (status == NULL) status = OrtGetDimensions(info, shape->dims, shape->rank);
+  OrtReleaseShapeInfo(info);
+  return status;
+}
+
+OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
+  node->op = op;
+  size_t size = sizeof node->name;
+  OrtStatus *status = OrtGetNodeName(info, node->name, &size);
+  if (status != NULL) { /* longer than the buffer: the message does without */
+    OrtReleaseStatus(status);
+    strcpy(node->name, "?");
+  }
+  size_t count;
+  TRY(OrtGetKernelInputCount(info, &count));
+  for (size_t i = 0; i < count && i < MAX_INPUTS; ++i) {
+    int constant = 0;
+    const OrtValue *value = NULL;
+    status = OrtGetConstantInput(info, i, &constant, &value);
+    if (status != NULL) { /* an optional input left out */
+      OrtReleaseStatus(status);
+      continue;
+    }
+    if (!constant || value == NULL) continue;
+    TRY(shape_of(node, value, &node->shapes[i]));
+    node->known[i] = true;
+  }
+  return NULL;
+}
+
+OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value) {
+  OrtStatus *status = OrtGetAttribute_int64(info, name, value);
+  if (status == NULL) return NULL;
+  OrtReleaseStatus(status);
+  return fail(node, "attribute %s is missing or not an integer", name);
+}
+
+OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
+  static const int64_t built[] = MBQ_SLICES;
+  const size_t depths = sizeof built / sizeof built[0];
+  int64_t group, slices[8];
+  TRY(attribute(node, info, "group_size", &group));
+  if (group != MBQ_GROUP)
+    return fail(node, "group_size is %lld, this library was built for %d; build one for the model's group size",
+                (long long)group, MBQ_GROUP);
+  size_t count = sizeof slices / sizeof slices[0];
+  OrtStatus *status = OrtGetAttributeArray_int64(info, "slices", slices, &count);
+  if (status != NULL) OrtReleaseStatus(status);
+  if (status == NULL && count == depths && memcmp(slices, built, sizeof built) == 0) return NULL;
+  char seen[64] = "missing or too long";
+  for (size_t i = 0, used = 0; status == NULL && i < count; ++i)
+    used += (size_t)snprintf(seen + used, sizeof seen - used, "%s%d", i ? "," : "", (int)(int16_t)slices[i]);
+  return fail(node, "attribute slices is %s, this library was built for %s; build one for the model's slices", seen,
+              MBQ_SLICES_TEXT);
+}
+
+OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor) {
+  const OrtValue *value = NULL;
+  TRY(OrtGetInput(context, index, &value));
+  tensor->present = value != NULL;
+  if (value == NULL) return NULL;
+  TRY(OrtGetTensorMutableData(value, &tensor->data));
+  if (!node->known[index]) return shape_of(node, value, &tensor->shape);
+  tensor->shape = node->shapes[index];
+  return NULL;
+}
+
+OrtStatus *output(OrtKernelContext *context, const Shape *shape, void **data) {
+  OrtValue *value;
+  TRY(OrtGetOutput(context, 0, shape->dims, shape->rank, &value));
+  return OrtGetTensorMutableData(value, data);
+}
+
+int64_t elements(const Shape *shape) {
+  int64_t count = 1;
+  for (size_t i = 0; i < shape->rank; ++i) count *= shape->dims[i];
+  return count;
+}
+
+OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, int64_t k, int64_t *rows) {
+  if (shape->rank == 0 || shape->dims[shape->rank - 1] != k)
+    return fail(node, "the last dimension of %s is %lld, it must be %lld", what,
+                shape->rank ? (long long)shape->dims[shape->rank - 1] : 0LL, (long long)k);
+  *rows = 1;
+  for (size_t i = 0; i + 1 < shape->rank; ++i) *rows *= shape->dims[i];
+  return NULL;
+}
+
+OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weight) {
+  TRY(check_format(node, info));
+  TRY(attribute(node, info, "N", &weight->n));
+  TRY(attribute(node, info, "K", &weight->k));
+  /* The limits keep every byte offset far inside 64 bits. */
+  if (weight->n < 1 || weight->n > INT32_MAX || weight->k < MBQ_GROUP || weight->k > INT32_MAX ||
+      weight->k % MBQ_GROUP != 0)
+    return fail(node, "N=%lld, K=%lld: N must be at least 1 and K a multiple of the group size %d",
+                (long long)weight->n, (long long)weight->k, MBQ_GROUP);
+  weight->blocks = (weight->n + ROW_BLOCK - 1) / ROW_BLOCK;
+  weight->groups = weight->k / MBQ_GROUP;
+  return NULL;
+}
+
+OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales) {
+  const int64_t bytes = weight->blocks * ROW_BLOCK * weight->k;
+  if (elements(planes) != bytes)
+    return fail(node, "planes holds %lld bytes, N=%lld and K=%lld need %lld; export the model again",
+                (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
+  const int64_t want[] = {weight->blocks, weight->groups, 2, ROW_BLOCK};
+  if (scales->rank != 4 || memcmp(scales->dims, want, sizeof want) != 0)
+    return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, 2, 16]; export the "
+                "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
+                (long long)want[0], (long long)want[1]);
+  return NULL;
+}

@@ -1,0 +1,193 @@
+"""Prepares the folders ``op_check`` runs: small models of one op each, inputs, expected outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mbq_export.slicing import reference as ref
+from mbq_export.slicing.rtn import slice_weight
+from mbq_runtime.profile import SliceProfile
+
+# Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
+RELATIVE = 1e-6
+
+Inputs = Mapping[str, tuple[int, Sequence[Any]]]  # name: (element type, shape)
+Runs = list[dict[str, dict[str, Any]]]
+
+
+def op_model(
+    op: str,
+    inputs: Inputs,
+    constants: dict[str, Any],
+    out: tuple[int, Sequence[Any]],
+    **attrs: Any,
+) -> onnx.ModelProto:
+    """A model with one node of domain ai.mbq; constants {name: array}, output y."""
+    node = helper.make_node(op, [*inputs, *constants], ["y"], name=f"{op}_node", domain="ai.mbq", **attrs)
+    graph = helper.make_graph(
+        [node],
+        "case",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info("y", *out)],
+        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.mbq", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def weight(rng: np.random.Generator, n: int, k: int, group: int) -> ref.Sliced:
+    """A sliced random weight with one constant group (scale 0)."""
+    values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
+    values[n // 2, :group] = 0.25
+    return slice_weight(values, group, "random")
+
+
+def stored(sliced: ref.Sliced, profile: SliceProfile) -> dict[str, Any]:
+    """The constant inputs of a sliced op."""
+    return {"planes": ref.pack_planes(sliced.codes, profile), "scales": ref.pack_scales(sliced.scale, sliced.offset)}
+
+
+def matmul_model(
+    sliced: ref.Sliced, profile: SliceProfile, constants: dict[str, Any], **changes: Any
+) -> onnx.ModelProto:
+    n, k = sliced.codes.shape
+    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), **changes}
+    inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "depth": (TensorProto.INT32, ["b", "s"])}
+    return op_model("SlicedMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", n]), **attrs)
+
+
+def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> ref.F32:
+    """Random rows; every third has outliers, every fourth a group of zeros."""
+    x = rng.standard_normal((tokens, k)).astype(np.float32)
+    x[::3, rng.integers(k)] *= 300
+    x[1::3, rng.integers(k, size=4)] = -40
+    x[::4, group : 2 * group] = 0
+    return x
+
+
+def term_sizes(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> ref.F64:
+    """|offset| + |w - offset| per weight, float64 [N, K]."""
+    offset = np.repeat(sliced.offset.astype(np.float64), sliced.group_size, axis=1)
+    return np.asarray(np.abs(offset) + np.abs(ref.decode(sliced, profile, depth) - offset))
+
+
+def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile) -> Runs:
+    """One token at every depth, then batches: mixed depths, and one depth."""
+    k, group = sliced.codes.shape[1], sliced.group_size
+    depths = [np.array([d], np.int32) for d in range(1, profile.depths + 1)]
+    depths += [rng.integers(1, profile.depths + 1, m).astype(np.int32) for m in (2, 5, 33)]
+    depths += [np.full(11, profile.depths, np.int32)]
+    runs: Runs = []
+    for depth in depths:
+        x = activations(rng, len(depth), k, group)
+        y = ref.sliced_matmul(x, depth, sliced, profile)
+        q, step = ref.quantize_activations(x, group)
+        sizes = np.abs(q * np.repeat(step.astype(np.float64), group, axis=1))
+        scale = np.stack([s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, depth, strict=True)])
+        runs.append(
+            {"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": RELATIVE * scale[None]}}
+        )
+    return runs
+
+
+def gather_model(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> onnx.ModelProto:
+    n, k = sliced.codes.shape
+    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), "depth": depth}
+    inputs = {"indices": (TensorProto.INT64, ["b", "s"])}
+    return op_model("SlicedGather", inputs, stored(sliced, profile), (TensorProto.FLOAT, ["b", "s", k]), **attrs)
+
+
+def gather_case(
+    rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile, depth: int
+) -> tuple[onnx.ModelProto, Runs]:
+    n = len(sliced.codes)
+    model = gather_model(sliced, profile, depth)
+    runs: Runs = []
+    for indices in (np.array([n - 1]), np.array([0, n - 1, 7]), rng.integers(0, n, 40)):
+        y = ref.sliced_gather(indices.astype(np.int64), sliced, profile, depth)
+        tolerance = 1e-6 * float(np.abs(y).max())
+        runs.append({"in": {"indices": indices.astype(np.int64)[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance}})
+    return model, runs
+
+
+def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) -> ref.RouterParams:
+    more = depths - 1
+    extra: dict[str, Any] = {}
+    if hidden:
+        extra = {
+            "w1": (rng.standard_normal((hidden, k)) / np.sqrt(k)).astype(np.float16),
+            "b1": rng.standard_normal(hidden).astype(np.float32),
+            "w2": rng.standard_normal((more, hidden)).astype(np.float32),
+        }
+    return ref.RouterParams(
+        bias=rng.standard_normal(more).astype(np.float32) * 0.3,
+        norm_gain=rng.uniform(0.5, 1.5, more).astype(np.float32),
+        budgets=np.array([2, 2.5, 4, 4, 6, 8], np.float32),
+        thresholds=np.array([3, 1.5, 0.5, 0.25, -1, -4], np.float32),
+        **extra,
+    )
+
+
+def router_model(router: ref.RouterParams, k: int) -> onnx.ModelProto:
+    constants: dict[str, Any] = {
+        "table": np.stack([router.budgets, router.thresholds]),
+        "bias": router.bias,
+        "norm_gain": router.norm_gain,
+    }
+    if router.w1 is not None:
+        constants |= {"w1": router.w1, "b1": router.b1, "w2": router.w2}
+    inputs: Inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "avg_bits": (TensorProto.FLOAT, [1])}
+    return op_model("Router", inputs, constants, (TensorProto.INT32, ["b", "s"]))
+
+
+def router_runs(rng: np.random.Generator, router: ref.RouterParams, k: int) -> Runs:
+    """Budgets below, at, between and above the table's ends; tokens near the threshold are left out."""
+    runs: Runs = []
+    for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
+        for tokens in (1, 60):
+            x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
+            x32 = x.astype(np.float32)
+            distance = np.abs(ref.router_scores(x32, router) - ref.threshold_at(bits, router))
+            x32 = x32[(distance > 1e-4).all(axis=1)][:tokens]
+            want = ref.route(x32, bits, router)
+            feeds = {"x": x32[None], "avg_bits": np.array([bits], np.float32)}
+            runs.append({"in": feeds, "out": {"y": want[None]}, "tol": {"y": 0}})
+    return runs
+
+
+def save_case(folder: Path, name: str, model: onnx.ModelProto, runs: Runs) -> None:
+    case = folder / name
+    case.mkdir(parents=True)
+    onnx.save(model, case / "model.onnx")
+    arrays = {
+        f"{i}/{part}/{key}": value for i, run in enumerate(runs) for part, d in run.items() for key, value in d.items()
+    }
+    np.savez(case / "runs.npz", **arrays)
+
+
+SHAPES = {
+    32: ((40, 576), (16, 96), (200, 1536)),
+    64: ((40, 576), (16, 896), (200, 1536)),
+    128: ((40, 896), (200, 1536)),
+}
+
+
+def prepare(folder: Path, profile: SliceProfile, group: int, seed: int = 0) -> None:
+    """Write the cases of every op for one profile and group size, for ``op_check.main``."""
+    rng = np.random.default_rng(seed)
+    for n, k in SHAPES[group]:
+        sliced = weight(rng, n, k, group)
+        model = matmul_model(sliced, profile, stored(sliced, profile))
+        save_case(folder, f"matmul_{n}x{k}", model, matmul_runs(rng, sliced, profile))
+    sliced = weight(rng, 50, SHAPES[group][0][1], group)
+    for depth in range(1, profile.depths + 1):
+        save_case(folder, f"gather_d{depth}", *gather_case(rng, sliced, profile, depth))
+    for hidden, k in ((0, 576), (8, 896), (32, 1536)):
+        router = router_params(rng, profile.depths, k, hidden)
+        save_case(folder, f"router_h{hidden}", router_model(router, k), router_runs(rng, router, k))

@@ -1,0 +1,61 @@
+"""Runs prepared op cases through onnxruntime and compares: ``op_check.py FOLDER LIBRARY``.
+
+Needs numpy and onnxruntime only, so the same cases run in a board's userland.  Every sub-folder
+of FOLDER is a case: ``model.onnx`` and ``runs.npz`` with, for every run r, the inputs
+``r/in/NAME``, the expected outputs ``r/out/NAME`` and the largest absolute difference allowed,
+``r/tol/NAME`` (an array or a number).  Prints a line per failure; exits with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+
+def open_session(model: Path, library: Path, threads: int = 2) -> ort.InferenceSession:
+    """A session of ``model`` with the op library registered."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def check_case(case: Path, library: Path, threads: int = 2) -> list[str]:
+    """Run one case; a line for every output that is off."""
+    session = open_session(case / "model.onnx", library, threads)
+    problems = []
+    with np.load(case / "runs.npz") as data:
+        runs = sorted({key.split("/")[0] for key in data.files}, key=int)
+        for run in runs:
+            feeds = {key.split("/")[2]: data[key] for key in data.files if key.startswith(f"{run}/in/")}
+            names = [key.split("/")[2] for key in data.files if key.startswith(f"{run}/out/")]
+            for name, got in zip(names, session.run(names, feeds), strict=True):
+                want, tolerance = data[f"{run}/out/{name}"], data[f"{run}/tol/{name}"]
+                if got.shape != want.shape:
+                    problems.append(f"{case.name} run {run}: {name} has shape {got.shape}, expected {want.shape}")
+                    continue
+                excess = np.abs(got.astype(np.float64) - want) - tolerance
+                if not (excess <= 0).all():
+                    at = np.unravel_index(np.argmax(np.nan_to_num(excess, nan=np.inf)), want.shape)
+                    problems.append(
+                        f"{case.name} run {run}: {name}{[int(i) for i in at]} is {got[at]}, expected {want[at]}; "
+                        f"{int((~(excess <= 0)).sum())} of {want.size} are off"
+                    )
+    return problems
+
+
+def main(folder: str, library: str) -> int:
+    cases = sorted(path.parent for path in Path(folder).glob("*/model.onnx"))
+    problems = [line for case in cases for line in check_case(case, Path(library))]
+    for line in problems:
+        print(line)
+    print(f"{len(cases)} cases, {len(problems)} problems")
+    return 1 if problems or not cases else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

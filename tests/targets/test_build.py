@@ -1,0 +1,108 @@
+"""Building: every target on this host, the cache, and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from conftest import Build, runnable
+
+from mbq_runtime.errors import BuildError
+from mbq_runtime.profile import SliceProfile
+from mbq_targets import build as build_room
+from mbq_targets.build import build_ops_library
+from mbq_targets.table import TARGETS
+
+PROFILE = SliceProfile((3, 1, 2, 2))
+MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
+ALLOWED = {"libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+def needed(data: bytes) -> tuple[int, set[str]]:
+    """e_machine and the libraries a 64-bit ELF file asks for."""
+    machine, section_offset = struct.unpack_from("<H", data, 18)[0], struct.unpack_from("<Q", data, 40)[0]
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, section_offset + i * size) for i in range(count)]
+    names = set()
+    for section in sections:
+        if section[1] != 6:  # SHT_DYNAMIC
+            continue
+        strings = sections[section[6]]
+        for at in range(section[4], section[4] + section[5], 16):
+            tag, value = struct.unpack_from("<QQ", data, at)
+            if tag == 1:  # DT_NEEDED
+                start = strings[4] + value
+                names.add(data[start : data.index(b"\0", start)].decode())
+    return machine, names
+
+
+@pytest.mark.parametrize("target", [t.name for t in TARGETS.values() if t.native])
+def test_every_target_builds_here(target: str, library: Build) -> None:
+    data = library(target, str(PROFILE), 64).read_bytes()
+    machine, libraries = needed(data)
+    assert machine == MACHINES[TARGETS[target].arch]
+    assert "libc.so.6" in libraries
+    assert libraries <= ALLOWED
+    assert len(data) < 200_000
+
+
+def test_the_library_says_what_it_is_for(library: Build) -> None:
+    target = runnable()[0]
+    info = ctypes.CDLL(str(library(target.name, str(PROFILE), 64))).mbq_ops_build_info
+    info.restype = ctypes.c_char_p
+    assert info().decode() == f"target={target.name} isa={target.isa} slices=3,1,2,2 group_size=64"
+
+
+def test_only_the_entry_points_are_exported(library: Build) -> None:
+    loaded = ctypes.CDLL(str(library(runnable()[0].name, str(PROFILE), 64)))
+    assert loaded.RegisterCustomOps
+    for hidden in ("__tvm_ffi_mbq_quantize", "TVMFFIErrorSetRaisedFromCStrParts", "ort_api"):
+        with pytest.raises(AttributeError):
+            getattr(loaded, hidden)
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same request is compiled once; the key separates target, profile and group size."""
+    monkeypatch.setenv(build_room.CACHE_VARIABLE, str(tmp_path / "cache"))
+    built = []
+
+    def fake(target: object, profile: object, group: object, folder: Path) -> Path:
+        built.append((target, profile, group))
+        (folder / "x.so").write_bytes(b"library")
+        return folder / "x.so"
+
+    monkeypatch.setattr(build_room, "_build", fake)
+    requests = [
+        ("rpi5", PROFILE, 64),
+        ("rpi4", PROFILE, 64),
+        ("rpi5", SliceProfile((2, 2, 2, 2)), 64),
+        ("rpi5", PROFILE, 32),
+    ]
+    for target, profile, group in (*requests, *requests):
+        out = tmp_path / "out" / "lib.so"
+        build_ops_library(TARGETS[target], profile, group, out)
+        assert out.read_bytes() == b"library"
+    assert len(built) == len(requests)
+    assert len(list((tmp_path / "cache/ops").iterdir())) == len(requests)
+    assert os.listdir(tmp_path / "out") == ["lib.so"]
+
+
+def test_portable_has_no_library(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="target portable: it has no native library to build"):
+        build_ops_library(TARGETS["portable"], PROFILE, 64, tmp_path / "x.so")
+
+
+def test_group_size_without_kernels(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="group size 48: kernels exist for 32, 64, 128"):
+        build_ops_library(TARGETS["rpi5"], PROFILE, 48, tmp_path / "x.so")
+
+
+def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build_room.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(build_room, "_compile_kernels", lambda *args: args[-1].write_bytes(b"not an object"))
+    with pytest.raises(BuildError, match=r"linking the library for rpi5 failed: .*error"):
+        build_ops_library(TARGETS["rpi5"], PROFILE, 64, tmp_path / "x.so")
+    assert not (tmp_path / "x.so").exists()

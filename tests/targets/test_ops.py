@@ -1,0 +1,115 @@
+"""Every op through onnxruntime against the numpy reference, for every instruction set this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import op_cases
+import op_check
+import pytest
+from conftest import Build, runnable
+
+from mbq_export.slicing import reference as ref
+from mbq_runtime.profile import SliceProfile
+
+FORMATS = [
+    ("2,2,2,2", 32),
+    ("2,2,2,2", 64),
+    ("2,2,2,2", 128),
+    ("3,1,2,2", 32),
+    ("3,1,2,2", 64),
+    ("3,1,2,2", 128),
+    ("1,1,2,2,2", 64),  # lone and paired 1-bit planes
+    ("3,3,2", 32),  # segments that do not join
+    ("8", 128),  # a single depth: no router decision
+]
+
+
+@pytest.mark.parametrize(("slices", "group"), FORMATS)
+@pytest.mark.parametrize("target", [t.name for t in runnable()])
+def test_ops_agree_with_the_reference(target: str, slices: str, group: int, library: Build, tmp_path: Path) -> None:
+    profile = SliceProfile.parse(slices)
+    built = library(target, slices, group)
+    op_cases.prepare(tmp_path, profile, group)
+    cases = sorted(tmp_path.iterdir())
+    assert len(cases) == len(op_cases.SHAPES[group]) + profile.depths + 3
+    assert [line for case in cases for line in op_check.check_case(case, built)] == []
+
+
+@pytest.fixture(params=[t.name for t in runnable()])
+def built(request: pytest.FixtureRequest, library: Build) -> Path:
+    return library(request.param, "2,2,2,2", 64)
+
+
+PROFILE = SliceProfile((2, 2, 2, 2))
+
+
+def session(tmp_path: Path, library: Path, model: onnx.ModelProto, threads: int = 2) -> Any:
+    onnx.save(model, tmp_path / "m.onnx")
+    return op_check.open_session(tmp_path / "m.onnx", library, threads)
+
+
+def test_threads_and_batches_do_not_change_the_result(tmp_path: Path, built: Path) -> None:
+    """A token's row is the same bits alone or with others of its depth through the one-token kernel, on any pool."""
+    rng = np.random.default_rng(1)
+    sliced = op_cases.weight(rng, 520, 1536, 64)
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    x = rng.standard_normal((1, 2, 1536)).astype(np.float32)
+    depth = np.array([[4, 2]], np.int32)
+    results = [session(tmp_path, built, model, threads).run(None, {"x": x, "depth": depth})[0] for threads in (1, 2, 4)]
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+    alone = session(tmp_path, built, model).run(None, {"x": x[:, 1:], "depth": depth[:, 1:]})[0]
+    assert np.array_equal(results[0][:, 1:], alone)
+
+
+def test_activations_are_quantised_bit_for_bit(tmp_path: Path, built: Path) -> None:
+    """Against an identity weight the result is ``step * q``; inputs lie on the halves between two steps."""
+    k = 64
+    codes = np.eye(16, k, dtype=np.uint8)
+    # w = scale / 64 * (code + 0.5) + offset with scale 64, offset -0.5: 1 where the code is 1, else 0.
+    sliced = ref.Sliced(codes, np.full((16, 1), 64, np.float16), np.full((16, 1), -0.5, np.float16))
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    run = session(tmp_path, built, model)
+    rng = np.random.default_rng(2)
+    for scale in (1e-30, 1e-3, 1.0, 7e4):
+        x = (rng.standard_normal((1, 1, k)) * scale).astype(np.float32)
+        x[0, 0, 20] = 127 * scale  # the step is ``scale``, give or take a rounding
+        x[0, 0, :16] = (np.arange(16) - 8 + 0.5) * np.float32(scale)
+        q, step = ref.quantize_activations(x[0], 64)
+        y = run.run(None, {"x": x, "depth": np.array([[4]], np.int32)})[0]
+        assert np.array_equal(np.rint(y[0, 0] / step[0]).astype(int), q[0, :16])
+
+
+def test_zero_input_gives_zero(tmp_path: Path, built: Path) -> None:
+    rng = np.random.default_rng(3)
+    sliced = op_cases.weight(rng, 20, 128, 64)
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    y = session(tmp_path, built, model).run(
+        None, {"x": np.zeros((1, 3, 128), np.float32), "depth": np.array([[1, 4, 2]], np.int32)}
+    )[0]
+    assert np.array_equal(y, np.zeros((1, 3, 20), np.float32))
+
+
+def test_no_rows(tmp_path: Path, built: Path) -> None:
+    rng = np.random.default_rng(4)
+    sliced = op_cases.weight(rng, 20, 128, 64)
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    y = session(tmp_path, built, model).run(
+        None, {"x": np.zeros((1, 0, 128), np.float32), "depth": np.zeros((1, 0), np.int32)}
+    )[0]
+    assert y.shape == (1, 0, 20)
+
+
+def test_shapes_are_inferred_with_their_names(tmp_path: Path, built: Path) -> None:
+    """Downstream shape inference sees [b, s, N]: the names of the free dimensions pass through the op."""
+    rng = np.random.default_rng(5)
+    sliced = op_cases.weight(rng, 20, 128, 64)
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    (output,) = session(tmp_path, built, model).get_outputs()
+    assert output.shape == ["b", "s", 20]

@@ -1,0 +1,134 @@
+"""What the library refuses, and what it says: at session creation where it can, else in the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import op_cases
+import op_check
+import pytest
+from conftest import Build, runnable
+from onnx import TensorProto
+
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((2, 2, 2, 2))
+OPS = r"(SlicedMatMul|SlicedGather|Router) \""
+N, K, GROUP = 40, 128, 64
+
+
+@pytest.fixture(scope="module")
+def built(library: Build) -> Path:
+    return library(runnable()[0].name, "2,2,2,2", GROUP)
+
+
+@pytest.fixture
+def weight() -> Any:
+    return op_cases.weight(np.random.default_rng(0), N, K, GROUP)
+
+
+def refused(tmp_path: Path, library: Path, model: onnx.ModelProto, feeds: dict[str, Any] | None = None) -> str:
+    """The message with which a session (or, given feeds, a run) fails."""
+    onnx.save(model, tmp_path / "m.onnx")
+    if feeds is None:
+        with pytest.raises(Exception, match=OPS) as caught:
+            op_check.open_session(tmp_path / "m.onnx", library)
+    else:
+        session = op_check.open_session(tmp_path / "m.onnx", library)
+        with pytest.raises(Exception, match=OPS) as caught:
+            session.run(None, feeds)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"slices": [3, 1, 2, 2]}, "slices is 3,1,2,2, this library was built for 2,2,2,2"),
+        ({"slices": [2, 2, 4]}, "slices is 2,2,4"),
+        ({"group_size": 32}, "group_size is 32, this library was built for 64"),
+        ({"K": 100}, "K=100: N must be at least 1 and K a multiple of the group size 64"),
+        ({"N": 0}, "N=0"),
+        ({"N": 100}, "planes holds 6144 bytes, N=100 and K=128 need 14336"),
+        ({"K": 64}, "planes holds 6144 bytes, N=40 and K=64 need 3072"),
+    ],
+)
+def test_attributes(tmp_path: Path, built: Path, weight: Any, attributes: dict[str, Any], message: str) -> None:
+    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE), **attributes)
+    text = refused(tmp_path, built, model)
+    assert message in text
+    assert 'SlicedMatMul "SlicedMatMul_node"' in text
+
+
+def test_planes_too_short(tmp_path: Path, built: Path, weight: Any) -> None:
+    constants = op_cases.stored(weight, PROFILE)
+    constants["planes"] = constants["planes"][:-1]
+    model = op_cases.matmul_model(weight, PROFILE, constants)
+    assert "planes holds 6143 bytes, N=40 and K=128 need 6144" in refused(tmp_path, built, model)
+
+
+def test_scales_of_another_shape(tmp_path: Path, built: Path, weight: Any) -> None:
+    constants = op_cases.stored(weight, PROFILE)
+    constants["scales"] = constants["scales"].transpose(1, 0, 2, 3)
+    assert "need [3, 2, 2, 16]" in refused(tmp_path, built, op_cases.matmul_model(weight, PROFILE, constants))
+
+
+def test_planes_given_at_run_time_are_checked_too(tmp_path: Path, built: Path, weight: Any) -> None:
+    constants = op_cases.stored(weight, PROFILE)
+    inputs: op_cases.Inputs = {
+        "x": (TensorProto.FLOAT, [1, K]),
+        "depth": (TensorProto.INT32, [1]),
+        "planes": (TensorProto.UINT8, ["bytes"]),
+    }
+    attrs = {"N": N, "K": K, "group_size": GROUP, "slices": [2, 2, 2, 2]}
+    scales = {"scales": constants["scales"]}
+    model = op_cases.op_model("SlicedMatMul", inputs, scales, (TensorProto.FLOAT, [1, N]), **attrs)
+    feeds = {"x": np.ones((1, K), np.float32), "depth": np.ones(1, np.int32), "planes": constants["planes"][:-64]}
+    assert "planes holds 6080 bytes" in refused(tmp_path, built, model, feeds)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 5, 2**31 - 1])
+def test_depth_out_of_range(tmp_path: Path, built: Path, weight: Any, bad: int) -> None:
+    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
+    feeds = {"x": np.ones((1, 2, K), np.float32), "depth": np.array([[1, bad]], np.int32)}
+    assert f"depth[1] is {bad}, slices 2,2,2,2 allow 1 to 4" in refused(tmp_path, built, model, feeds)
+
+
+def test_depth_count_must_match(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
+    feeds = {"x": np.ones((1, 3, K), np.float32), "depth": np.ones((1, 2), np.int32)}
+    assert "depth has 2 values, x has 3 rows" in refused(tmp_path, built, model, feeds)
+
+
+def test_width_of_x(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "k"
+    feeds = {"x": np.ones((1, 1, 64), np.float32), "depth": np.ones((1, 1), np.int32)}
+    assert "the last dimension of x is 64, it must be 128" in refused(tmp_path, built, model, feeds)
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+def test_gather_depth(tmp_path: Path, built: Path, weight: Any, depth: int) -> None:
+    model = op_cases.gather_model(weight, PROFILE, depth)
+    assert f"depth is {depth}, slices 2,2,2,2 allow 1 to 4" in refused(tmp_path, built, model)
+
+
+@pytest.mark.parametrize("index", [-1, N, 2**62])
+def test_gather_index(tmp_path: Path, built: Path, weight: Any, index: int) -> None:
+    """Also the padding rows of the last block are out of reach."""
+    model = op_cases.gather_model(weight, PROFILE, 4)
+    feeds = {"indices": np.array([[0, index]], np.int64)}
+    assert f"index {index} is outside the table's {N} rows" in refused(tmp_path, built, model, feeds)
+
+
+def test_router_shapes(tmp_path: Path, built: Path) -> None:
+    rng = np.random.default_rng(0)
+    router = op_cases.router_params(rng, 4, K, 8)
+    feeds = {"x": np.ones((1, 1, 96), np.float32), "avg_bits": np.array([3], np.float32)}
+    model = op_cases.router_model(router, K)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "k"
+    assert "w1 must be [H, 96]" in refused(tmp_path, built, model, feeds)
+    feeds["x"] = np.ones((1, 1, 100), np.float32)
+    assert "the last dimension of x is 100, it must be a multiple of 32" in refused(tmp_path, built, model, feeds)
