@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2)
             else:
-                parameter.mul_(4)
+                parameter.mul_(2)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
