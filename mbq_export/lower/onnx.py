@@ -27,7 +27,7 @@ from .onnx_functions import pack_nbits, portable_functions
 
 DOMAIN = "ai.mbq"
 DOMAIN_VERSION = 1
-OPSET = 21
+OPSET = 22
 MS = "com.microsoft"
 
 Array = NDArray[np.generic]

@@ -44,8 +44,8 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 DOMAIN = "ai.mbq"
 DOMAIN_VERSION = 1
-OPSET_IMPORTS = {"": 21, "com.microsoft": 1}
-"""Opsets the bodies are written in; the model has to import both (its own "" may be newer)."""
+OPSET_IMPORTS = {"": 22, "com.microsoft": 1}
+"""Opsets the bodies are written in; the model has to import both (its own "" may be newer, as long as none of the ops used changed)."""
 
 ROUTER_INPUTS = ("x", "avg_bits", "table", "bias", "norm_gain")
 ROUTER_MLP_INPUTS = ("w1", "b1", "w2")
@@ -121,10 +121,24 @@ def _halves(profile: SliceProfile) -> list[float]:
 
 def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto:
     lines = [
-        "flat = Flatten <axis = -1> (x)",  # [M, K]
+        # MatMulNBits rounds activations to int8 by itself.  Rounding them here, by the same rule, lets
+        # the group sums see what it sees, and a portable bundle say what a native one says.
+        "flat_x = Flatten <axis = -1> (x)",  # [M, K]
         f"grouping = Constant <value = int64[3] {{0, -1, {group_size}}}> ()",
-        "grouped = Reshape (flat, grouping)",
+        "grouped_x = Reshape (flat_x, grouping)",
         "last = Constant <value = int64[1] {2}> ()",
+        "magnitudes = Abs (grouped_x)",
+        "peaks = ReduceMax <keepdims = 1> (magnitudes, last)",
+        f"smallest = {_row([1e-30])}",  # a group of zeros is divided by this
+        f"levels = {_row([127.0])}",
+        "divisors = Max (peaks, smallest)",
+        "inverse_steps = Div (levels, divisors)",
+        "in_steps = Mul (grouped_x, inverse_steps)",
+        "rounded = Round (in_steps)",
+        "steps = Div (peaks, levels)",
+        "grouped = Mul (rounded, steps)",
+        "flattening = Constant <value = int64[2] {0, -1}> ()",
+        "flat = Reshape (grouped, flattening)",
         "sums = ReduceSum <keepdims = 0> (grouped, last)",  # [M, G]
         _nbits(profile, group_size, 1, "flat", "coarse"),
         "y_1 = Gemm <transB = 1> (sums, centre, coarse)",

@@ -1,10 +1,9 @@
 """The portable functions under stock ONNX Runtime, with no library of our own, against the numpy definition.
 
-Tolerances.  ``accuracy_level=4`` makes MatMulNBits round activations to int8 for each block with
-``step = max|x| / 127``, which is the reference's rule.  On activations that already lie on such a
-grid nothing is rounded and only float32 summation separates the two (``FLOAT_ERROR``).  On other
-activations the group sums see the exact activations where the reference sees rounded ones; that
-difference is linear in the rounding errors, so it is computed and taken off rather than allowed for.
+Tolerances.  Activations are rounded to int8 by the reference's rule, both in the function's own ops
+and inside MatMulNBits (``accuracy_level=4``), so only float32 summation separates the two
+(``FLOAT_ERROR``), but for an activation so near the middle of a step that float32 and float64 round
+it apart.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def make_model(
     outputs: Mapping[str, tuple[int, int]],
     initializers: Mapping[str, Array],
     functions: Sequence[onnx.FunctionProto],
-    opset: int = 21,
+    opset: int = 22,
 ) -> bytes:
     """inputs, outputs: name -> (element type, rank)."""
 
@@ -102,30 +101,12 @@ def weighted_node(
     return node
 
 
-def matmul_model(sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 21) -> bytes:
+def matmul_model(sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 22) -> bytes:
     weights = portable.pack_nbits(sliced, profile)
     node = weighted_node("SlicedMatMul", ["x", "depth"], "y", sliced, profile)
     inputs = {"x": (onnx.TensorProto.FLOAT, x_rank), "depth": (onnx.TensorProto.INT32, x_rank - 1)}
     functions = portable.portable_functions(profile, sliced.group_size, mlp=False)
     return make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, x_rank)}, weights, functions, opset)
-
-
-def on_grid(x: F32, group_size: int) -> F32:
-    q, step = reference.quantize_activations(x, group_size)
-    return (q * np.repeat(step, group_size, axis=1)).astype(np.float32)
-
-
-def group_sum_difference(x: F32, depth: Array, sliced: Sliced, profile: SliceProfile) -> NDArray[np.float64]:
-    """What summing the exact activations of a group, not the rounded ones, changes in y [M, N]."""
-    q, step = reference.quantize_activations(x, sliced.group_size)
-    error = x.astype(np.float64) - q * np.repeat(step.astype(np.float64), sliced.group_size, axis=1)
-    sums = error.reshape(len(x), -1, sliced.group_size).sum(axis=2)
-    scale, offset = sliced.scale.astype(np.float64), sliced.offset.astype(np.float64)
-    difference = np.zeros((len(x), len(scale)))
-    for row, k in enumerate(np.asarray(depth, np.int64)):
-        kappa = 2 + sum(2.0 ** (1 - bits) for bits in profile.depth_bits[:k])
-        difference[row] = sums[row] @ (kappa * scale + offset).T
-    return difference
 
 
 def assert_close(actual: Array, wanted: Array, error: float = FLOAT_ERROR) -> None:
@@ -144,11 +125,7 @@ def test_sliced_matmul_is_the_reference(slices: str, n: int, k: int, group_size:
         depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
         y = session.run(None, {"x": x, "depth": depth})[0]
         wanted = reference.sliced_matmul(x, depth, sliced, profile)
-        assert_close(y, wanted + group_sum_difference(x, depth, sliced, profile))
-        assert_close(y, wanted, error=0.03)
-        x = on_grid(x, group_size)
-        y = session.run(None, {"x": x, "depth": depth})[0]
-        assert_close(y, reference.sliced_matmul(x, depth, sliced, profile))
+        assert_close(y, wanted)
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -157,7 +134,7 @@ def test_every_depth_alone_and_rows_do_not_touch_each_other(slices: str) -> None
     rng = np.random.default_rng(1)
     sliced = random_sliced(20, 256, 64, rng)
     session = load(matmul_model(sliced, profile))
-    x = on_grid(rng.standard_normal((9, 256)).astype(np.float32), 64)
+    x = rng.standard_normal((9, 256)).astype(np.float32)
     uniform = []
     for k in range(1, profile.depths + 1):
         depth = np.full(9, k, np.int32)
@@ -173,9 +150,9 @@ def test_any_rank_and_newer_opset(lead: tuple[int, ...]) -> None:
     profile = SliceProfile.parse("3,1,2,2")
     rng = np.random.default_rng(2)
     sliced = random_sliced(18, 256, 64, rng)
-    session = load(matmul_model(sliced, profile, len(lead) + 1, opset=22))
+    session = load(matmul_model(sliced, profile, len(lead) + 1, opset=23))
     rows = int(np.prod(lead))
-    x = on_grid(rng.standard_normal((rows, 256)).astype(np.float32), 64)
+    x = rng.standard_normal((rows, 256)).astype(np.float32)
     depth = rng.integers(1, 5, rows, dtype=np.int32)
     y = session.run(None, {"x": x.reshape(*lead, 256), "depth": depth.reshape(lead)})[0]
     assert y.shape == (*lead, 18)
