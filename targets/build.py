@@ -133,6 +133,7 @@ def _compile_kernels(target: Target, profile: SliceProfile, group_size: int, out
 
 def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:
     """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
+    from .kernels.activations import TERMS
     from .kernels.matmul import TILE_K
 
     def braces(values: tuple[int, ...]) -> str:
@@ -141,6 +142,7 @@ def config_header(target: Target, profile: SliceProfile, group_size: int) -> str
     info = f"target={target.name} isa={target.isa} slices={profile} group_size={group_size}"
     defines = {
         "GROUP": group_size,
+        "TERMS": TERMS,
         "TILE_K": TILE_K,
         "DEPTHS": profile.depths,
         "SLICES": braces(profile.slices),

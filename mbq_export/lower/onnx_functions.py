@@ -39,13 +39,13 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from mbq_export.slicing.reference import MEAN_SQUARE_EPS, Sliced
+from mbq_export.slicing.reference import ACTIVATION_TERMS, MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 DOMAIN = "ai.mbq"
 DOMAIN_VERSION = 1
 OPSET_IMPORTS = {"": 22, "com.microsoft": 1}
-"""Opsets the bodies are written in; the model has to import both (its own "" may be newer, as long as none of the ops used changed)."""
+"""Opsets the bodies are written in; the model has to import the same."""
 
 ROUTER_INPUTS = ("x", "avg_bits", "table", "bias", "norm_gain")
 ROUTER_MLP_INPUTS = ("w1", "b1", "w2")
@@ -121,32 +121,24 @@ def _halves(profile: SliceProfile) -> list[float]:
 
 def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto:
     lines = [
-        # MatMulNBits rounds activations to int8 by itself.  Rounding them here, by the same rule, lets
-        # the group sums see what it sees, and a portable bundle say what a native one says.
         "flat_x = Flatten <axis = -1> (x)",  # [M, K]
         f"grouping = Constant <value = int64[3] {{0, -1, {group_size}}}> ()",
-        "grouped_x = Reshape (flat_x, grouping)",
+        "rest_1 = Reshape (flat_x, grouping)",
         "last = Constant <value = int64[1] {2}> ()",
-        "magnitudes = Abs (grouped_x)",
-        "peaks = ReduceMax <keepdims = 1> (magnitudes, last)",
-        f"smallest = {_row([1e-30])}",  # a group of zeros is divided by this
+        f"smallest = {_row([float(SMALLEST_ACTIVATION)])}",
         f"levels = {_row([127.0])}",
-        "divisors = Max (peaks, smallest)",
-        "inverse_steps = Div (levels, divisors)",
-        "in_steps = Mul (grouped_x, inverse_steps)",
-        "rounded = Round (in_steps)",
-        "steps = Div (peaks, levels)",
-        "grouped = Mul (rounded, steps)",
+        *_activation_terms(),
         "flattening = Constant <value = int64[2] {0, -1}> ()",
-        "flat = Reshape (grouped, flattening)",
-        "sums = ReduceSum <keepdims = 0> (grouped, last)",  # [M, G]
+        "flat = Reshape (grouped, flattening)",  # [R, K], R = terms * M
+        "sums = ReduceSum <keepdims = 0> (grouped, last)",  # [R, G]
         _nbits(profile, group_size, 1, "flat", "coarse"),
         "y_1 = Gemm <transB = 1> (sums, centre, coarse)",
     ]
     if profile.depths > 1:
         lines += [
             "all_rows = Constant <value = int64[1] {-1}> ()",
-            "depths = Reshape (depth, all_rows)",
+            "depths_m = Reshape (depth, all_rows)",
+            f"depths = Concat <axis = 0> ({', '.join(['depths_m'] * ACTIVATION_TERMS)})",
             f"halves = {_row([0.0, *_halves(profile)])}",
         ]
     for e, ratio in enumerate(_ratios(profile)[1:], 2):
@@ -173,15 +165,48 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
         added = "add_2" if e == 2 else f"product_{e}"
         lines.append(f'y_{e} = ScatterND <reduction = "add"> (y_{e - 1}, rows_{e}, {added})')
     lines += [
-        "leading = Shape <start = 0, end = -1> (x)",
+        # The terms' rows are added up again.
         "n = Constant <value_int : int = @N> ()",
         "one = Constant <value = int64[1] {1}> ()",
         "n_row = Reshape (n, one)",
+        f"terms_first = Constant <value = int64[2] {{{ACTIVATION_TERMS}, -1}}> ()",
+        "term_shape = Concat <axis = 0> (terms_first, n_row)",
+        f"term_y = Reshape (y_{profile.depths}, term_shape)",
+        "first_axis = Constant <value = int64[1] {0}> ()",
+        "flat_y = ReduceSum <keepdims = 0> (term_y, first_axis)",
+        "leading = Shape <start = 0, end = -1> (x)",
         "y_shape = Concat <axis = 0> (leading, n_row)",
-        f"y = Reshape (y_{profile.depths}, y_shape)",
+        "y = Reshape (flat_y, y_shape)",
     ]
     inputs = ("x", "depth", *weight_inputs(profile))
     return _function("SlicedMatMul", "<N, K, group_size, slices>", inputs, "y", "\n".join(lines))
+
+
+def _activation_terms() -> list[str]:
+    """rest_1 [M, G, group] -> grouped [terms * M, G, group]: the int8 terms of the activations, scaled back.
+
+    MatMulNBits rounds its rows to int8 by itself, by the same rule.  Rows that are already so
+    rounded pass through it unchanged, the group sums see the same values, and a portable bundle says
+    what a native one says.
+    """
+    lines = []
+    for t in range(1, ACTIVATION_TERMS + 1):
+        lines += [
+            f"magnitudes_{t} = Abs (rest_{t})",
+            f"seen_{t} = ReduceMax <keepdims = 1> (magnitudes_{t}, last)",
+            f"counts_{t} = GreaterOrEqual (seen_{t}, smallest)",
+            f"divisors_{t} = Max (seen_{t}, smallest)",
+            f"inverse_{t} = Div (levels, divisors_{t})",
+            f"in_steps_{t} = Mul (rest_{t}, inverse_{t})",
+            f"nearest_{t} = Round (in_steps_{t})",
+            f"all_steps_{t} = Div (seen_{t}, levels)",
+            f"nothing_{t} = Sub (all_steps_{t}, all_steps_{t})",
+            f"steps_{t} = Where (counts_{t}, all_steps_{t}, nothing_{t})",
+            f"term_{t} = Mul (nearest_{t}, steps_{t})",
+            f"rest_{t + 1} = Sub (rest_{t}, term_{t})",
+        ]
+    terms = ", ".join(f"term_{t}" for t in range(1, ACTIVATION_TERMS + 1))
+    return [*lines[:-1], f"grouped = Concat <axis = 0> ({terms})"]
 
 
 def _nbits(profile: SliceProfile, group_size: int, e: int, x: str, y: str) -> str:

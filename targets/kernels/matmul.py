@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from .activations import TERMS
 from .emit import Expr, bind, cast, const, fma, function, load, registers, splat, store
 from .isa import Accumulator, Isa
 from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
@@ -87,21 +88,27 @@ def _tree_sum(values: list[Expr]) -> Expr:
 
 
 class _GroupScalars:
-    """What a token's group contributes to every row: a * 2**(2 - bits + unit), middle * that * sum(q), a * sum(q)."""
+    """What a token's group contributes to every row: a * 2**(2 - bits + unit) of each term, then middle * that
+    * sum(q) and a * sum(q) over the terms.  ``at``: the group of each term in step and total."""
 
-    def __init__(self, step: Expr, total: Expr, bits: int, unit: int, middle: float) -> None:
+    def __init__(self, step: Any, total: Any, at: list[Expr], bits: int, unit: int, middle: float) -> None:
         factor = 2.0 ** (2 - bits + unit)
-        self.dot = bind(step * const(factor, "float32"))
-        self.middle = bind(total * const(middle * factor, "float32"))
-        self.offset = total
+        self.dots = [bind(load(step, g, 1) * const(factor, "float32")) for g in at]
+        self.offset = _tree_sum([load(total, g, 1) for g in at])
+        self.middle = bind(self.offset * const(middle * factor, "float32"))
 
 
-def _accumulate(isa: Isa, scales: Any, base: Expr, r: Expr, y: Any, y_at: int, dot: Expr, by: _GroupScalars) -> None:
-    """y[y_at + row] += scale * (by.dot * dot + by.middle) + offset * by.offset for the rows of vector ``r``."""
+def _accumulate(
+    isa: Isa, scales: Any, base: Expr, r: Expr, y: Any, y_at: int, dots: list[Expr], by: _GroupScalars
+) -> None:
+    """y[y_at + row] += scale * (sum of by.dots * dots + by.middle) + offset * by.offset for the rows of ``r``."""
     rows = isa.rows
     scale = cast(load(scales, base + r * rows, rows), "float32", rows)
     offset = cast(load(scales, base + ROW_BLOCK + r * rows, rows), "float32", rows)
-    term = fma(cast(dot, "float32", rows), splat(by.dot, rows), splat(by.middle, rows))
+    # The smallest term first, so that its bits are not lost in the largest.
+    term = splat(by.middle, rows)
+    for dot, factor in zip(reversed(dots), reversed(by.dots), strict=True):
+        term = fma(cast(dot, "float32", rows), splat(factor, rows), term)
     y_row = fma(scale, term, load(y, y_at + r * rows, rows))
     store(y, y_at + r * rows, rows, fma(offset, splat(by.offset, rows), y_row))
 
@@ -109,6 +116,7 @@ def _accumulate(isa: Isa, scales: Any, base: Expr, r: Expr, y: Any, y_at: int, d
 def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     """One token: q i8 [K], step f32 [G], total f32 [G] (step * sum of q) -> y f32 [(end - begin) * 16].
 
+    Term t of the activations lies ``t * apart`` groups further on in all three.
     planes, scales: the whole weight's; blocks: its row blocks; [begin, end): those to compute.
     """
     offset_at = 2.0**-plan.unit_log2 / 2
@@ -116,8 +124,8 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     middle = offset_at + (sum(OFFSET << shift for shift in shifts) if isa.signed else 0)
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8"}
     pointers |= {"scales": "float16", "y": "float32"}
-    with function(name, pointers, ("blocks", "groups", "begin", "end")) as args:
-        q, step, total, planes, scales, y, blocks, groups, begin, end = args
+    with function(name, pointers, ("blocks", "groups", "apart", "begin", "end")) as args:
+        q, step, total, planes, scales, y, blocks, groups, apart, begin, end = args
         starts = plane_starts(plan, blocks, groups, group)
         acc = registers(ROW_BLOCK, "float32")
         with T.serial(0, end - begin) as b:
@@ -125,19 +133,27 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
             with T.serial(0, groups) as g:
-                by = _GroupScalars(load(step, g, 1), load(total, g, 1), plan.bits, plan.unit_log2, middle)
+                terms = [bind(t * apart + g) for t in range(TERMS)]
+                by = _GroupScalars(step, total, terms, plan.bits, plan.unit_log2, middle)
                 base = bind((first + g) * (2 * ROW_BLOCK))
                 with T.serial(0, isa.vectors // isa.rows_together) as bundle:
-                    rows = [_RowDots(isa, plan) for _ in range(isa.rows_together)]
+                    rows = [[_RowDots(isa, plan) for _ in terms] for _ in range(isa.rows_together)]
                     vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
                     for s in range(group // STEP):
-                        k = g * group + s * STEP
-                        acts = [*isa.activations(q, k), *isa.activations(q, k + STEP // 2)]
+                        acts = [
+                            [
+                                *isa.activations(q, at * group + s * STEP),
+                                *isa.activations(q, at * group + s * STEP + 16),
+                            ]
+                            for at in terms
+                        ]
                         at = plane_loader(isa, plan, planes, starts, (first + g) * (group // STEP) + s)
                         for r, row in zip(vectors, rows, strict=True):
-                            row.add_step(operands(isa, plan, at(r), isa.signed), acts)
+                            codes = operands(isa, plan, at(r), isa.signed)
+                            for dots, act in zip(row, acts, strict=True):
+                                dots.add_step(codes, act)
                     for r, row in zip(vectors, rows, strict=True):
-                        _accumulate(isa, scales, base, r, acc, 0, row.result(), by)
+                        _accumulate(isa, scales, base, r, acc, 0, [dots.result() for dots in row], by)
             for r in range(isa.vectors):
                 store(y, b * ROW_BLOCK + r * isa.rows, isa.rows, load(acc, r * isa.rows, isa.rows))
 
@@ -149,31 +165,35 @@ def _tokens(isa: Isa, plan: DepthPlan, group: int, count: int, args: dict[str, A
     middle = 2.0**-unit / 2 + (OFFSET if isa.signed and max_code > 127 else 0)
     q, step, total, scales, y, tile = (args[n] for n in ("q", "step", "total", "scales", "y", "tile"))
     groups, first_group, scale_base = args["groups"], args["first_group"], args["scale_base"]
+    apart = args["apart"]
     token = [bind(cast(load(args["tokens"], position + m, 1), "int64", 1)) for m in range(count)]
     y_at = [bind(t * args["y_stride"] + args["y_column"]) for t in token]
-    q_at = [bind(t * groups * group) for t in token]
+    at = [[bind(t * groups + term * apart + first_group) for term in range(TERMS)] for t in token]
     acc = registers(ROW_BLOCK * count, "float32")
     for m in range(count):
         for r in range(isa.vectors):
             store(acc, ROW_BLOCK * m + r * isa.rows, isa.rows, load(y, y_at[m] + r * isa.rows, isa.rows))
     chains = isa.chains if count < isa.chains else 1
     with T.serial(0, args["tile_groups"]) as g:
-        dots = [[[isa.accumulator(max_code) for _ in range(chains)] for _ in range(isa.vectors)] for _ in range(count)]
+        dots = [
+            [[[isa.accumulator(max_code) for _ in range(chains)] for _ in range(TERMS)] for _ in range(isa.vectors)]
+            for _ in range(count)
+        ]
         for k in range(0, group, 16):
-            acts = [isa.activations(q, at + (first_group + g) * group + k) for at in q_at]
+            acts = [[isa.activations(q, (start + g) * group + k) for start in starts] for starts in at]
             for j in range(4):
                 for r in range(isa.vectors):
                     index = (g * group + k + 4 * j) * ROW_BLOCK + r * isa.vector_bytes
                     codes = load(tile, index, isa.vector_bytes)
                     for m in range(count):
-                        dots[m][r][j % chains].add(codes, acts[m][j])
+                        for term in range(TERMS):
+                            dots[m][r][term][j % chains].add(codes, acts[m][term][j])
         for m in range(count):
-            at = bind(token[m] * groups + first_group + g)
-            by = _GroupScalars(load(step, at, 1), load(total, at, 1), plan.bits, unit, middle)
+            by = _GroupScalars(step, total, [bind(start + g) for start in at[m]], plan.bits, unit, middle)
             base = bind(scale_base + g * (2 * ROW_BLOCK))
             for r, row in enumerate(dots[m]):
-                dot = _tree_sum([chain.result() for chain in row])
-                _accumulate(isa, scales, base, r, acc, ROW_BLOCK * m, dot, by)
+                sums = [_tree_sum([chain.result() for chain in chained]) for chained in row]
+                _accumulate(isa, scales, base, r, acc, ROW_BLOCK * m, sums, by)
     for m in range(count):
         for r in range(isa.vectors):
             store(y, y_at[m] + r * isa.rows, isa.rows, load(acc, ROW_BLOCK * m + r * isa.rows, isa.rows))
@@ -188,8 +208,8 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     """
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8", "scales": "float16"}
     pointers |= {"y": "float32", "tile": "uint8", "tokens": "int32"}
-    with function(name, pointers, ("blocks", "groups", "begin", "end", "count", "y_stride")) as args:
-        q, step, total, planes, scales, y, tile, tokens, blocks, groups, begin, end, count, y_stride = args
+    with function(name, pointers, ("blocks", "groups", "apart", "begin", "end", "count", "y_stride")) as args:
+        q, step, total, planes, scales, y, tile, tokens, blocks, groups, apart, begin, end, count, y_stride = args
         starts = plane_starts(plan, blocks, groups, group)
         per_tile = TILE_K // group
         zero = const(0, "float32", ROW_BLOCK)
@@ -217,6 +237,7 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 "tile": tile,
                 "tokens": tokens,
                 "groups": groups,
+                "apart": apart,
                 "first_group": first_group,
                 "tile_groups": tile_groups,
                 "scale_base": bind(first * (2 * ROW_BLOCK)),
@@ -224,7 +245,7 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 "y_column": b * ROW_BLOCK,
             }
             done: Expr = T.int64(0)
-            for size in isa.token_blocks:
+            for size in dict.fromkeys(-(-size // TERMS) for size in isa.token_blocks):
                 whole = bind((count - done) // size)
                 with T.serial(0, whole) as i:
                     _tokens(isa, plan, group, size, shared, done + i * size)

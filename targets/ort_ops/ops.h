@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TILE_K, ... */
+#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TERMS, MBQ_TILE_K, ... */
 #include "ort_abi.h"
 
 enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 8, NAME_BYTES = 128 };

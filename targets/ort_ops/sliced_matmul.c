@@ -25,8 +25,9 @@ typedef struct Job {
   const void *scales;
   float *y;
   size_t pieces;
-  int8_t *q;           /* [rows, K] */
-  float *step, *total; /* [rows, groups] */
+  int64_t apart;       /* rows * groups: how far apart the terms of an activation lie */
+  int8_t *q;           /* [terms, rows, K] */
+  float *step, *total; /* [terms, rows, groups] */
   /* one token */
   Kernel kernel;
   /* many tokens */
@@ -41,7 +42,7 @@ typedef struct Job {
 static void gemv_blocks(const Job *job, Kernel kernel, int64_t token, int64_t begin, int64_t end, float *y) {
   const int64_t groups = job->weight->groups;
   CALL(kernel, PTR(job->q + token * job->weight->k), PTR(job->step + token * groups), PTR(job->total + token * groups),
-       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(begin), INT(end));
+       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->apart), INT(begin), INT(end));
 }
 
 static void gemv_piece(void *data, size_t index) {
@@ -65,8 +66,8 @@ static void gemm_blocks(const Job *job, uint8_t *tile, int64_t begin, int64_t en
         gemv_blocks(job, gemv[d], tokens[i], begin, end, y + tokens[i] * stride);
     else
       CALL(gemm[d], PTR(job->q), PTR(job->step), PTR(job->total), PTR(job->planes), PTR(job->scales), PTR(y), PTR(tile),
-           PTR(tokens), INT(job->weight->blocks), INT(job->weight->groups), INT(begin), INT(end), INT(job->count[d]),
-           INT(stride));
+           PTR(tokens), INT(job->weight->blocks), INT(job->weight->groups), INT(job->apart), INT(begin), INT(end),
+           INT(job->count[d]), INT(stride));
 }
 
 static void gemm_piece(void *data, size_t index) {
@@ -86,7 +87,7 @@ static void gemm_piece(void *data, size_t index) {
 static void quantize_rows(const Job *job, int64_t begin, int64_t end) {
   const int64_t k = job->weight->k, groups = job->weight->groups;
   CALL(__tvm_ffi_mbq_quantize, PTR(job->x + begin * k), PTR(job->q + begin * k), PTR(job->step + begin * groups),
-       PTR(job->total + begin * groups), INT((end - begin) * groups));
+       PTR(job->total + begin * groups), INT((end - begin) * groups), INT(job->apart));
 }
 
 static void quantize_piece(void *data, size_t index) {
@@ -145,8 +146,9 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
 
   Job job = {.weight = w, .planes = planes.data, .scales = scales.data, .x = x.data, .y = y, .rows = rows};
   /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
-  const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
-  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + (size_t)(rows * w->k);
+  job.apart = rows * w->groups;
+  const size_t groups = (size_t)job.apart * MBQ_TERMS, extra = rows > 1 ? (size_t)rows : 0;
+  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + (size_t)(rows * w->k) * MBQ_TERMS;
   char *own = NULL, *memory = thread_scratch(bytes);
   if (memory == NULL) memory = own = malloc(bytes);
   if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);

@@ -87,8 +87,7 @@ def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProf
     for depth in depths:
         x = activations(rng, len(depth), k, group)
         y = ref.sliced_matmul(x, depth, sliced, profile)
-        q, step = ref.quantize_activations(x, group)
-        sizes = np.abs(q * np.repeat(step.astype(np.float64), group, axis=1))
+        sizes = np.abs(ref.round_activations(x, group))
         scale = np.stack([s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, depth, strict=True)])
         runs.append(
             {"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": RELATIVE * scale[None]}}

@@ -1,0 +1,91 @@
+"""The cross-built op libraries on emulated boards, against the numpy definition."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from board_packages import REPO
+from rooms import helper
+from userland import Userland
+
+from mbq_runtime.profile import SliceProfile
+from mbq_targets.build import build_ops_library
+from mbq_targets.table import TARGETS
+
+pytestmark = pytest.mark.slow
+
+OP_CHECK = REPO / "tests" / "targets" / "op_check.py"
+
+# Every arm64 target on the weakest core it is meant for, and the two general ones on other cores too.
+BOARDS = [
+    ("arm64", "cortex-a76"),
+    ("arm64", "max"),
+    ("rpi4", "cortex-a72"),
+    ("rpi4", "cortex-a53"),
+    ("rpi5", "cortex-a76"),
+    ("jetson-orin", "max"),
+]
+# The project's own slices and group size go to every board, others to a board of each kind of kernel.
+USUAL = ("3,1,2,2", 64)
+RUNS = [(target, cpu, *USUAL) for target, cpu in BOARDS]
+RUNS += [
+    ("arm64", "cortex-a76", "2,2,2,2", 32),
+    ("arm64", "cortex-a76", "1,2,1,4", 64),
+    ("rpi4", "cortex-a72", "2,2,2,2", 128),
+]
+
+Cases = Callable[[str, int], Path]
+Library = Callable[[str, str, int], Path]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    """A folder of prepared cases for slices and a group size, each made once."""
+    folders: dict[tuple[str, int], Path] = {}
+
+    def prepared(slices: str, group_size: int) -> Path:
+        if (slices, group_size) not in folders:
+            folder = tmp_path_factory.mktemp("cases")
+            helper("targets", "op_cases").prepare(folder, SliceProfile.parse(slices), group_size)
+            folders[slices, group_size] = folder
+        return folders[slices, group_size]
+
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """A target's op library, cross-built here."""
+
+    def built(target: str, slices: str, group_size: int) -> Path:
+        out = tmp_path_factory.mktemp("ops") / "libmbq_ops.so"
+        build_ops_library(TARGETS[target], SliceProfile.parse(slices), group_size, out)
+        return out
+
+    return built
+
+
+def test_every_arm64_target_is_run_here() -> None:
+    assert {target.name for target in TARGETS.values() if target.arch == "aarch64"} == {name for name, _ in BOARDS}
+
+
+@pytest.mark.parametrize(("target", "cpu", "slices", "group_size"), RUNS)
+def test_ops_give_the_references_numbers(
+    userland: Userland, cases: Cases, library: Library, target: str, cpu: str, slices: str, group_size: int
+) -> None:
+    folder = cases(slices, group_size)
+    done = userland.run([OP_CHECK, folder, library(target, slices, group_size)], cpu=cpu, timeout=300)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    closing = re.fullmatch(r"(\d+) cases, 0 problems", done.stdout.splitlines()[-1])
+    assert closing is not None, done.stdout
+    assert int(closing[1]) == len(list(folder.glob("*/model.onnx"))) > 0
+
+
+def test_emulated_cores_refuse_what_they_lack(userland: Userland, cases: Cases, library: Library) -> None:
+    """The proof of the proof: dot product code on a core without it must die, or passing above means nothing."""
+    done = userland.run([OP_CHECK, cases(*USUAL), library("arm64", *USUAL)], cpu="cortex-a72")
+    assert done.returncode == -signal.SIGILL

@@ -1,0 +1,42 @@
+"""The runtime on an emulated board, with a bundle small enough to write here: whole engine, stock operators."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rooms import helper
+from userland import Userland
+
+pytestmark = pytest.mark.slow
+
+ARGS = ["--json", "--bits", "4", "--max-tokens", "24"]
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runtime tests' own bundle, for any machine."""
+    return Path(helper("runtime", "tiny_bundle").write_bundle(tmp_path_factory.mktemp("tiny") / "bundle"))
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a76", "cortex-a72"])
+@pytest.mark.parametrize("prompt", ["hello", "Grüße"])
+def test_reply_is_the_hosts(userland: Userland, tiny_bundle: Path, cpu: str, prompt: str) -> None:
+    command = ["-m", "mbq_runtime.cli", "run", str(tiny_bundle), prompt, *ARGS]
+    host = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", check=False)
+    board = userland.run(command, cpu=cpu)
+    assert (host.returncode, board.returncode) == (0, 0), host.stderr + board.stderr
+    assert board.stderr == ""
+    expected, found = json.loads(host.stdout), json.loads(board.stdout)
+    assert found["tokens"] == expected["tokens"] != []
+    assert found["text"] == expected["text"] != ""
+    assert found["avg_bits_used"] == pytest.approx(expected["avg_bits_used"], rel=1e-6)
+
+
+def test_machine_as_the_runtime_sees_it(userland: Userland, tiny_bundle: Path) -> None:
+    board = userland.run(["-m", "mbq_runtime.cli", "inspect", str(tiny_bundle), "--json"])
+    assert board.returncode == 0, board.stderr
+    assert json.loads(board.stdout)["runs_here"] is True
