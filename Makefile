@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLES ?= bundles
-PROMPT ?= What is the capital of France?
+PROMPT ?= Tell me about the sea.
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt

@@ -179,7 +179,7 @@ def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> di
 
 
 def _next_command(output: Path) -> str:
-    return f'mbq run {output} "What is the capital of France?"'
+    return f'mbq run {output} "Tell me about the sea."'
 
 
 def _show_result(output: Path, manifest: Manifest) -> None:

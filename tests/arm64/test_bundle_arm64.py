@@ -24,7 +24,6 @@ from onnx import TensorProto, helper
 from userland import Userland
 
 from mbq_runtime.engine import Engine, Session
-from mbq_runtime.engine.score import mean_nll
 from mbq_runtime.errors import BundleError
 from mbq_runtime.manifest import OPS_LIBRARY, read
 
@@ -35,21 +34,15 @@ CORES = {"arm64": "cortex-a76", "rpi4": "cortex-a72"}
 TARGETS = list(CORES)
 Array = NDArray[Any]
 
-# The model is sure how this goes on, so that rounding cannot change the reply but a fault would.
-PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
-CERTAIN = " 13, 14, 15,"
+PROMPT = "The history of the lighthouse begins"
 REPLY_TOKENS = 64
 TIE = 1e-3  # logits this close may swap places
 
 TEXT = "A river delta forms where a stream meets still water and drops the sand it carried."
 # Given the same inputs, a layer's outputs agree this well, relative to the largest.
 LAYER_TOLERANCE = 1e-5
-# Over the whole model the last bits of ONNX Runtime's own attention and norms, which differ between
-# processors, decide which way an activation rounds to its 8 bits and which depth a token on the edge
-# takes, and layer after layer carries that on: two kinds of host kernels differ by as much.  What is
-# left to ask for is that the logits are nearly the same ones, and predict the text as well.
-LOGITS_TOLERANCE = 0.1  # root mean square of the difference, relative to that of the logits
-NLL_TOLERANCE = 0.1  # nats per token
+# Over the whole model the last bits of attention and norms, which differ between processors, are carried on.
+LOGITS_TOLERANCE = 1e-2  # of the largest logit; 1e-4 is seen
 
 WRITE_LOGITS = """
 import json, sys
@@ -90,7 +83,6 @@ def host_tokens(smollm2_host_bundle: Path) -> list[int]:
     done = host_mbq(*greedy(smollm2_host_bundle))
     assert done.returncode == 0, done.stderr
     reply = json.loads(done.stdout)
-    assert reply["text"].startswith(CERTAIN)
     assert len(reply["tokens"]) == REPLY_TOKENS
     return list(reply["tokens"])
 
@@ -248,7 +240,7 @@ def run_probe(
     return {value.name: available[value.name] for value in ops.get_inputs()}
 
 
-def test_logits_and_quality_are_the_hosts(
+def test_logits_are_the_hosts(
     userland: Userland,
     target: str,
     board_bundle: Path,
@@ -263,19 +255,14 @@ def test_logits_and_quality_are_the_hosts(
     done = userland.run(script, cpu=CORES[target], timeout=600)
     assert done.returncode == 0, done.stderr
     session = Session(smollm2_host_bundle)
-    targets = np.array(text_tokens[1:])
     with np.load(out) as board:
         assert set(board) == set(budgets)
         for bits in budgets:
             expected = session.run(text_tokens, float(bits)).logits
             assert board[bits].shape == expected.shape
-            difference = np.linalg.norm(board[bits] - expected) / np.linalg.norm(expected)
-            largest = relative_error(board[bits], expected)
-            nll = [mean_nll(logits[:-1], targets) for logits in (expected, board[bits])]
-            print(f"\n{target} on {CORES[target]} at {bits} bits: logits differ by {difference:.1e} (rms), "
-                  f"{largest:.1e} (largest of largest); {nll[1]:.3f} nats per token against {nll[0]:.3f}")  # fmt: skip
-            assert difference <= LOGITS_TOLERANCE, f"{bits} bits"
-            assert abs(nll[1] - nll[0]) <= NLL_TOLERANCE, f"{bits} bits"
+            error = relative_error(board[bits], expected)
+            print(f"\n{target} on {CORES[target]} at {bits} bits: logits differ by {error:.1e} of the largest")
+            assert error <= LOGITS_TOLERANCE, f"{bits} bits"
 
 
 def common_length(a: list[int], b: list[int]) -> int:

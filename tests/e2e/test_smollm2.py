@@ -1,0 +1,125 @@
+"""The real model on this machine: quality, budgets, switching, and both kinds of bundle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mbq_export import text
+from mbq_runtime import Engine
+from mbq_runtime.engine import Session
+from mbq_runtime.errors import UsageError
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "The history of the lighthouse begins"
+LOGITS_TOLERANCE = 1e-2  # of the largest logit
+TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def wikipedia(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Articles that are not calibrated on."""
+    path = tmp_path_factory.mktemp("wikipedia") / "evaluation.txt"
+    path.write_text(text.wikipedia("evaluation"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2_host_bundle: Path) -> Engine:
+    return Engine.load(smollm2_host_bundle)
+
+
+def perplexity(bundle: Path, *args: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "mbq_runtime.cli", "perplexity", str(bundle), "--json", *args]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_eight_and_six_bits_keep_the_models_quality(smollm2_host_bundle: Path, wikipedia: Path) -> None:
+    result = perplexity(
+        smollm2_host_bundle, "--data", str(wikipedia), "--bits", "8,6", "--max-windows", "24",
+        "--reference", "smollm2-135m",
+    )  # fmt: skip
+    assert result["windows"] == 24
+    rows: list[dict[str, float]] = result["rows"]  # type: ignore[assignment]
+    reference: float = result["reference_ppl"]  # type: ignore[assignment]
+    ratios = {row["bits"]: row["ppl"] / reference for row in rows}
+    print(f"\nperplexity over float32: {ratios}")
+    assert ratios[8.0] <= 1.005
+    assert ratios[6.0] <= 1.03
+
+
+def test_bits_used_are_the_bits_asked(smollm2_host_bundle: Path, wikipedia: Path) -> None:
+    asked = [3 + step / 2 for step in range(7)]
+    result = perplexity(
+        smollm2_host_bundle, "--data", str(wikipedia), "--bits", ",".join(map(str, asked)), "--max-windows", "4"
+    )  # fmt: skip
+    used = {row["bits"]: row["avg_bits_used"] for row in result["rows"]}  # type: ignore[attr-defined]
+    assert list(used) == asked
+    for bits, realised in used.items():
+        assert realised == pytest.approx(bits, abs=0.15)
+
+
+def test_budget_follows_every_eight_tokens(engine: Engine) -> None:
+    budgets = [8.0, 3.0, 6.0, 4.0]
+    reply = engine.generate(PROMPT, max_tokens=len(budgets) * 8, avg_bits=budgets[0], chat=False)
+    resident = []
+    for i, _ in enumerate(reply):
+        if i % 8 == 7 and i // 8 + 1 < len(budgets):
+            engine.avg_bits = budgets[i // 8 + 1]
+            resident.append(_anonymous_bytes())
+    bits = reply.stats.bits
+    # A reply's first value belongs to the pass after its first token; each later one to the next pass.
+    for n, budget in enumerate(budgets):
+        window = bits[8 * n + 1 : 8 * n + 7]
+        assert len(window) >= 5
+        assert np.mean(window) == pytest.approx(budget, abs=0.6), bits
+        if budget in (3.0, 8.0):
+            assert window == pytest.approx([budget] * len(window), abs=1e-3)
+    assert max(resident) - min(resident) < 8 << 20, "switching allocates"
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def test_budget_outside_the_range_names_it(engine: Engine) -> None:
+    for bad in (1.0, 9.0, float("nan")):
+        with pytest.raises(UsageError, match="from 3 to 8"):
+            engine.avg_bits = bad
+
+
+def test_portable_says_what_native_says(
+    engine: Engine, smollm2_host_bundle: Path, smollm2_portable_bundle: Path
+) -> None:
+    portable = Engine.load(smollm2_portable_bundle)
+    native_reply, portable_reply = (
+        e.generate(PROMPT, max_tokens=64, avg_bits=8, chat=False) for e in (engine, portable)
+    )
+    native_reply.text(), portable_reply.text()
+    ours, theirs = native_reply.stats.tokens, portable_reply.stats.tokens
+    native, stock = Session(smollm2_host_bundle), Session(smollm2_portable_bundle)
+    prompt = engine.encode(PROMPT, add_bos=True)
+    agreed = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    if agreed < 64:
+        best = np.sort(native.run([*prompt, *ours[:agreed]], 8.0).logits[-1])[-2:]
+        assert best[1] - best[0] <= TIE, f"they part after {agreed} tokens"
+    for bits in (3.0, 4.0, 8.0):
+        a, b = native.run(prompt, bits).logits, stock.run(prompt, bits).logits
+        assert np.abs(a - b).max() / np.abs(b).max() <= LOGITS_TOLERANCE
+
+
+def test_text_is_english(engine: Engine) -> None:
+    reply = engine.generate("Tell me about the sea.", max_tokens=40, avg_bits=8).text()
+    assert "sea" in reply.lower()
+    assert len(set(reply.split())) > 10
