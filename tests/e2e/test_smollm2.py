@@ -123,3 +123,14 @@ def test_text_is_english(engine: Engine) -> None:
     reply = engine.generate("Tell me about the sea.", max_tokens=40, avg_bits=8).text()
     assert "sea" in reply.lower()
     assert len(set(reply.split())) > 10
+
+
+def test_example_switches_in_the_middle(smollm2_host_bundle: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "switch_bits.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(smollm2_host_bundle)], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    bits = [float(b) for b in done.stdout.splitlines()[-1].split()]
+    assert bits[0] == 8.0
+    assert bits[-1] == 3.0
