@@ -52,7 +52,7 @@ SHAPE = {
 
 
 def random_model(profile: SliceProfile) -> tuple[Checkpoint, Calibrated]:
-    """SmolLM2-135M's shape with random weights; routers whose scores all tokens share."""
+    """SmolLM2-135M's shape with random weights; routers that give every token the depth of the budget."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"])
     checkpoint = Checkpoint(
@@ -60,7 +60,9 @@ def random_model(profile: SliceProfile) -> tuple[Checkpoint, Calibrated]:
     )
     steps = profile.depths - 1
     budgets = thresholds.budgets(profile)
-    router = RouterParams(np.zeros(steps, np.float32), np.ones(steps, np.float32), budgets, -budgets)
+    # A slice passes when the bits it leads to are within the budget.
+    bias = 0.5 - np.asarray(profile.depth_bits[1:], np.float32)
+    router = RouterParams(bias, np.zeros(steps, np.float32), budgets, -budgets)
     units = {
         unit.name: RoutedLinear(unit, rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name), None, router)
         for unit in checkpoint.decoder.units()
@@ -170,7 +172,11 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
         bundle.write_model(model, tensors, Path(scratch))
         session = open_session(Path(scratch), threads, library)
         for bits in profile.depth_bits:
-            sides[f"sliced {bits} bits"] = (session, feed(session, bits))
+            values = feed(session, bits)
+            used = float(session.run(["avg_bits_used"], values)[0][0])
+            if abs(used - bits) > 1e-3:
+                raise SystemExit(f"asked for {bits} bits, the graph used {used}")
+            sides[f"sliced {bits} bits"] = (session, values)
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, (session, values) in sides.items():
