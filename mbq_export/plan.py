@@ -14,7 +14,6 @@ from mbq_targets.table import Target
 
 from .families import Decoder
 
-ROW_BLOCK = 16
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
 

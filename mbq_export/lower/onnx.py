@@ -23,11 +23,8 @@ from ..calibrate import Calibrated, RoutedLinear
 from ..checkpoint import Checkpoint
 from ..families import Decoder
 from ..slicing.reference import Sliced, pack_planes, pack_scales
-from .onnx_functions import pack_nbits, portable_functions
+from .onnx_functions import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS, pack_nbits, portable_functions
 
-DOMAIN = "ai.mbq"
-DOMAIN_VERSION = 1
-OPSET = 22
 MS = "com.microsoft"
 
 Array = NDArray[np.generic]
@@ -269,7 +266,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str) -> t
     proto = helper.make_graph(
         graph.nodes, "decoder", [v for is_input, v in values if is_input], [v for is_input, v in values if not is_input]
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    opsets = [helper.make_opsetid(*item) for item in {**OPSET_IMPORTS, DOMAIN: DOMAIN_VERSION}.items()]
     has_mlp = any(linear.router.w1 is not None for linear in calibrated.units.values())
     functions = layout.functions(calibrated.profile, calibrated.group_size, has_mlp)
     model = helper.make_model(

@@ -35,7 +35,6 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 ROW_BLOCK = 16
 ACTIVATION_TERMS = 2
 SMALLEST_ACTIVATION = np.float32(1e-30)
-GROUP_SIZES = (128, 64, 32)
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]

@@ -34,7 +34,8 @@ from mbq_export import bundle
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.checkpoint import Checkpoint, Source
 from mbq_export.families import describe
-from mbq_export.lower.onnx import DOMAIN, lower
+from mbq_export.lower.onnx import lower
+from mbq_export.lower.onnx_functions import DOMAIN
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import RouterParams
