@@ -103,6 +103,12 @@ class Checkpoint:
     model: Any
     tokenizer: Any
 
+    @property
+    def opening_tokens(self) -> list[int]:
+        """What the tokenizer puts before every text: [bos] or nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+
     def linear(self, name: str) -> torch.nn.Linear:
         module = self.model.get_submodule(name)
         assert isinstance(module, torch.nn.Linear)
@@ -121,18 +127,37 @@ class Checkpoint:
         return torch.cat(parts).numpy()
 
     def embedding(self) -> NDArray[np.float32]:
-        """float32 [vocab, hidden]."""
+        """float32 [vocab, hidden]: the table, before ``Decoder.embedding_scale``."""
         return np.asarray(self.model.get_input_embeddings().weight.detach().numpy())
 
-    def norm(self, name: str) -> NDArray[np.float32]:
-        """float32 weight of the RMS norm ``name``."""
-        return np.asarray(self.model.get_submodule(name).weight.detach().numpy())
+    def part(self, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """float32 weight [rows, K] and bias [rows] of q, k, v, o, gate, up or down: views to write through."""
+        rows = self.decoder.rows(layer, part)
+        linear = self.linear(rows.layer)
+        bias = None if linear.bias is None else linear.bias[rows.start : rows.stop]
+        return linear.weight[rows.start : rows.stop], bias
 
-    def rotary(self, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """float32 cos and sin [positions, head_dim / 2], with the model's own scaling of frequencies."""
-        ids = torch.arange(positions)[None]
-        cos, sin = self.model.model.rotary_emb(torch.zeros(1), ids)
-        half = self.decoder.head_dim // 2
+    def norm(self, name: str) -> NDArray[np.float32]:
+        """float32 [width]: what the RMS norm ``name`` multiplies by."""
+        weight = self.model.get_submodule(name).weight.detach()
+        return np.asarray((weight + self.decoder.family.norm_offset).numpy())
+
+    def scale_norm(self, name: str, factor: torch.Tensor) -> None:
+        """Multiply what the RMS norm ``name`` multiplies by, in place."""
+        offset = self.decoder.family.norm_offset
+        with torch.no_grad():
+            weight = self.model.get_submodule(name).weight
+            weight.copy_((weight + offset) * factor - offset)
+
+    def rotary(self, kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """float32 cos and sin [context, rotated / 2] of layers of ``kind``, with the model's own frequencies.
+
+        rotated: how many of a head's first numbers are rotated, all of them but for Phi-3's relatives.
+        """
+        ids = torch.arange(self.decoder.context_length)[None]
+        of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), ids, **of_kind)
+        half = cos.shape[-1] // 2
         return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
 
 

@@ -1,13 +1,16 @@
 """What a decoder is made of: one row per model family, one description per model.
 
 Every family here is a pre-norm decoder with RMS norms, rotary embeddings, grouped-query attention
-and a gated MLP; a row says where it differs.  ``Decoder`` is what the lowerings read.
+and a gated MLP; a row says where it differs.  ``Decoder`` is what calibration and the lowerings
+read: module names of the checkpoint appear here and nowhere else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from mbq_runtime.errors import ModelError
@@ -21,6 +24,16 @@ class Family:
     architecture: str
     qk_norm: bool = False
     """RMS norm over each head of q and k, before the rotation."""
+    fused: bool = False
+    """q, k and v are one layer in the checkpoint, gate and up another, stacked as a unit stacks them."""
+    post_norms: bool = False
+    """What attention and MLP put out is normed before it is added to the residual."""
+    norm_offset: float = 0.0
+    """An RMS norm multiplies by its weight plus this."""
+    scaled_embedding: bool = False
+    """Rows of the embedding are multiplied by sqrt(hidden_size)."""
+    local_rotary: bool = False
+    """Layers that attend through a window rotate by frequencies of their own."""
 
 
 FAMILIES = {
@@ -30,12 +43,23 @@ FAMILIES = {
         Family("mistral", "MistralForCausalLM"),
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+        Family(
+            "gemma3_text", "Gemma3ForCausalLM",
+            qk_norm=True, post_norms=True, norm_offset=1.0, scaled_embedding=True, local_rotary=True,
+        ),
+        Family("phi3", "Phi3ForCausalLM", fused=True),
     )
-}
+}  # fmt: skip
 
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What stands between gate and up, by its name in config.json."""
 
 HEAD_DIM_STEP = 16
 """ONNX Runtime's attention with rotation takes no other head sizes on a CPU."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, by their names in config.json."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +74,32 @@ class Unit:
     sources: tuple[str, ...]
 
 
-_LAYER_UNITS = {
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of the weight and the bias of ``layer``, a linear layer of the checkpoint."""
+
+    layer: str
+    start: int
+    stop: int
+
+
+_SEPARATE = {
     "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn_out": ("self_attn.o_proj",),
     "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp_out": ("mlp.down_proj",),
+}
+_FUSED = _SEPARATE | {"attn_in": ("self_attn.qkv_proj",), "mlp_in": ("mlp.gate_up_proj",)}
+
+# By Family.post_norms: before the units whose role ends in _in, after those whose role ends in _out.
+_NORMS = {
+    False: {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+    True: {
+        "attn_in": "input_layernorm",
+        "attn_out": "post_attention_layernorm",
+        "mlp_in": "pre_feedforward_layernorm",
+        "mlp_out": "post_feedforward_layernorm",
+    },
 }
 
 
@@ -74,12 +119,36 @@ class Decoder:
     norm_eps: float
     tied: bool
     """Whether the head is the embedding."""
+    activation: str
+    """A value of ``ACTIVATIONS``."""
+    attention_scale: float
+    """Multiplies q . k."""
+    layer_kinds: tuple[str, ...]
+    """FULL or SLIDING, by layer."""
+    sliding_window: int
+    """Tokens that a token sees in sliding layers, itself included."""
+
+    @property
+    def embedding_scale(self) -> float:
+        """What a row of the embedding is multiplied by."""
+        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of q, k and v in the stacked projection."""
         kv = self.kv_heads * self.head_dim
         return self.heads * self.head_dim, kv, kv
+
+    @property
+    def parts(self) -> dict[str, dict[str, slice]]:
+        """What a block's stacked matrices are made of: rows by part (q, k, v, o, gate, up, down), by role."""
+        sizes = {
+            "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
+            "attn_out": {"o": self.hidden_size},
+            "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
+            "mlp_out": {"down": self.hidden_size},
+        }
+        return {role: dict(zip(of, _stacked(*of.values()), strict=True)) for role, of in sizes.items()}
 
     @property
     def role_shapes(self) -> dict[str, tuple[int, int]]:
@@ -101,11 +170,16 @@ class Decoder:
         }
         return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
 
+    def block(self, layer: int) -> str:
+        """The module that is block ``layer``."""
+        return f"model.layers.{layer}"
+
     def layer_units(self, layer: int) -> dict[str, Unit]:
         """The units of one block, by role."""
+        sources = _FUSED if self.family.fused else _SEPARATE
         return {
-            role: Unit(f"layers.{layer}.{role}", tuple(f"model.layers.{layer}.{part}" for part in parts))
-            for role, parts in _LAYER_UNITS.items()
+            role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
+            for role, names in sources.items()
         }
 
     @property
@@ -118,9 +192,46 @@ class Decoder:
             yield from self.layer_units(layer).values()
         yield self.head
 
+    def input_norm(self, layer: int, role: str) -> str:
+        """The norm that makes the input of a block's attn_in or mlp_in."""
+        return f"{self.block(layer)}.{_NORMS[self.family.post_norms][role]}"
+
+    def output_norm(self, layer: int, role: str) -> str | None:
+        """The norm that what a block's attn_out or mlp_out puts out goes through, if the family has them."""
+        return f"{self.block(layer)}.{_NORMS[True][role]}" if self.family.post_norms else None
+
+    @property
+    def final_norm(self) -> str:
+        """The norm that makes the head's input."""
+        return "model.norm"
+
+    def head_norm(self, layer: int, part: str) -> str:
+        """The norm over each head of ``part``, q or k, where the family has them."""
+        return f"{self.block(layer)}.self_attn.{part}_norm"
+
+    def rows(self, layer: int, part: str) -> Rows:
+        """Where ``part`` (q, k, v, o, gate, up, down) of a block is in the checkpoint."""
+        role = next(role for role, of in self.parts.items() if part in of)
+        within, names = self.parts[role][part], self.layer_units(layer)[role].sources
+        if len(names) == 1:
+            return Rows(names[0], within.start, within.stop)
+        return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token sees in this layer, itself included; None for all."""
+        sliding = self.layer_kinds[layer] == SLIDING and self.sliding_window < self.context_length
+        return self.sliding_window if sliding else None
+
+
+def _stacked(*sizes: int) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+
 
 def _supported() -> str:
     return ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
+
+
+_WITHOUT_LOWERING = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def describe(config: Any, where: str) -> Decoder:
@@ -130,17 +241,22 @@ def describe(config: Any, where: str) -> Decoder:
     if family is None or any(a != family.architecture for a in architectures):
         seen = ", ".join(architectures) or config.model_type
         raise ModelError(f"{where}: architecture {seen} is not supported; supported: {_supported()}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise ModelError(f"{where}: hidden_act is {config.hidden_act!r}; only silu has a lowering")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < config.max_position_embeddings:
-        raise ModelError(
-            f"{where}: sliding-window attention of {window} tokens has no lowering; "
-            "set sliding_window to null in config.json to run with full attention"
-        )
+    activation = getattr(config, "hidden_act", None) or config.hidden_activation
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")
+    for feature in _WITHOUT_LOWERING:
+        if getattr(config, feature, None):
+            raise ModelError(
+                f"{where}: {feature} is {getattr(config, feature)!r}; only models that leave it unset have a lowering"
+            )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % HEAD_DIM_STEP:
         raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * config.num_hidden_layers
+    unknown = set(kinds) - {FULL, SLIDING}
+    if unknown:
+        raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
     return Decoder(
         family=family,
         layers=config.num_hidden_layers,
@@ -150,7 +266,22 @@ def describe(config: Any, where: str) -> Decoder:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=_context_length(config),
         norm_eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
+        activation=ACTIVATIONS[activation],
+        attention_scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
+        layer_kinds=tuple(kinds),
+        sliding_window=window or config.max_position_embeddings,
     )
+
+
+def _context_length(config: Any) -> int:
+    """Tokens for which one table of rotations serves: a model with longrope changes to other
+    frequencies, and so to other keys for all tokens before, past its original length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    longest: int = config.max_position_embeddings
+    if rope.get("rope_type") != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return min(longest, int(original))

@@ -54,6 +54,12 @@ LAYOUTS = {
     ),
 }
 
+# QuickGelu with alpha 1 is SiLU in one op.
+ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "silu": ("QuickGelu", MS, {"alpha": 1.0}),
+    "gelu_tanh": ("Gelu", "", {"approximate": "tanh"}),
+}
+
 
 @dataclass
 class Graph:
@@ -101,25 +107,30 @@ class _Lowering:
             "SlicedGather", ["input_ids", *table], "embedding", DOMAIN,
             **self._matrix(d.vocab_size, d.hidden_size), depth=self.calibrated.profile.depths,
         )  # fmt: skip
-        if own_table is None:
-            unscale = g.tensor("embedding.unscale", 1 / self.calibrated.head_scale)
-            residual = g.node("Mul", [residual, unscale], "embedding.unscaled")
+        if own_table is None or d.embedding_scale != 1:
+            scale = np.full(d.hidden_size, d.embedding_scale, np.float32)
+            if own_table is None:
+                scale /= self.calibrated.head_scale
+            residual = g.node("Mul", [residual, g.tensor("embedding.scale", scale)], "embedding.scaled")
         branch: str | None = None
         for layer in range(d.layers):
-            prefix = f"layers.{layer}"
-            units = d.layer_units(layer)
-            x, residual = self._norm(residual, branch, f"{prefix}.attn_norm", f"model.layers.{layer}.input_layernorm")
-            attended = self._attention(layer, self._linear(self.calibrated.units[units["attn_in"].name], x))
-            branch = self._linear(self.calibrated.units[units["attn_out"].name], attended)
-            x, residual = self._norm(
-                residual, branch, f"{prefix}.mlp_norm", f"model.layers.{layer}.post_attention_layernorm"
-            )
-            gated = self._gate(prefix, self._linear(self.calibrated.units[units["mlp_in"].name], x))
-            branch = self._linear(self.calibrated.units[units["mlp_out"].name], gated)
-        x, _ = self._norm(residual, branch, "final_norm", "model.norm")
+            for name, inner in (("attn", self._attention), ("mlp", self._gate)):
+                x, residual = self._norm(
+                    residual, branch, f"layers.{layer}.{name}_norm", d.input_norm(layer, f"{name}_in")
+                )
+                branch = self._branch(layer, name, inner, x)
+        x, _ = self._norm(residual, branch, "final_norm", d.final_norm)
         self._linear(self.calibrated.units["head"], x, weights=head, output="logits")
         self._bits_used()
         return g
+
+    def _branch(self, layer: int, name: str, inner: Callable[[int, str], str], x: str) -> str:
+        """Attention or MLP: what is added to the residual."""
+        units, calibrated = self.decoder.layer_units(layer), self.calibrated.units
+        y = inner(layer, self._linear(calibrated[units[f"{name}_in"].name], x))
+        branch = self._linear(calibrated[units[f"{name}_out"].name], y)
+        post_norm = self.decoder.output_norm(layer, f"{name}_out")
+        return branch if post_norm is None else self._plain_norm(branch, post_norm, f"layers.{layer}.{name}_post_norm")
 
     def _attention_inputs(self) -> None:
         g = self.graph
@@ -131,9 +142,6 @@ class _Lowering:
         shape = g.node("Shape", ["attention_mask"], "mask_shape")
         total = g.node("Gather", [shape, "one"], "total_length", axis=0)
         g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
-        cos, sin = self.checkpoint.rotary(self.decoder.context_length)
-        g.tensor("cos_cache", cos)
-        g.tensor("sin_cache", sin)
 
     def _matrix(self, n: int, k: int) -> dict[str, Any]:
         return {
@@ -149,17 +157,17 @@ class _Lowering:
 
     def _norm(self, residual: str, branch: str | None, name: str, source: str) -> tuple[str, str]:
         """RMS norm of residual + branch; returns the norm and the sum."""
-        weight = self.graph.tensor(f"{name}.weight", self.checkpoint.norm(source))
-        eps = self.decoder.norm_eps
         if branch is None:
-            return self._plain_norm(residual, weight, name), residual
+            return self._plain_norm(residual, source, name), residual
+        weight = self.graph.tensor(f"{name}.weight", self.checkpoint.norm(source))
         self.graph.node(
             "SkipSimplifiedLayerNormalization", [residual, branch, weight], name, MS,
-            outputs=[name, "", "", f"{name}.sum"], epsilon=eps,
+            outputs=[name, "", "", f"{name}.sum"], epsilon=self.decoder.norm_eps,
         )  # fmt: skip
         return name, f"{name}.sum"
 
-    def _plain_norm(self, x: str, weight: str, name: str) -> str:
+    def _plain_norm(self, x: str, source: str, name: str) -> str:
+        weight = self.graph.tensor(f"{name}.weight", self.checkpoint.norm(source))
         return self.graph.node(
             "SimplifiedLayerNormalization", [x, weight], name, axis=-1, epsilon=self.decoder.norm_eps, stash_type=1
         )
@@ -201,28 +209,40 @@ class _Lowering:
             query = [self._head_norm(layer, part, parts[i]) for i, part in enumerate("qk")] + [parts[2]]
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        window = d.window(layer)
         return g.node(
             "GroupQueryAttention",
-            [*query, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            [*query, *past, "seqlens_k", "total_sequence_length", *self._rotary(layer)],
             prefix, MS, outputs=[prefix, *present],
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.head_dim**-0.5, do_rotary=1, rotary_interleaved=0,
+            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=d.attention_scale, do_rotary=1, rotary_interleaved=0,
+            **({} if window is None else {"local_window_size": window}),
         )  # fmt: skip
+
+    def _rotary(self, layer: int) -> list[str]:
+        """cos and sin of a layer; layers of one kind share theirs."""
+        d = self.decoder
+        kind = d.layer_kinds[layer] if d.family.local_rotary else "rotary"
+        names = [f"{kind}.cos", f"{kind}.sin"]
+        if names[0] not in self.graph.tensors:
+            for name, values in zip(names, self.checkpoint.rotary(d.layer_kinds[layer]), strict=True):
+                self.graph.tensor(name, values)
+        return names
 
     def _head_norm(self, layer: int, part: str, x: str) -> str:
         g = self.graph
         heads = g.tensor("per_head", np.array([0, 0, -1, self.decoder.head_dim], np.int64))
         flat = g.tensor("flat", np.array([0, 0, -1], np.int64))
-        weight = g.tensor(f"{x}_norm.weight", self.checkpoint.norm(f"model.layers.{layer}.self_attn.{part}_norm"))
         split = g.node("Reshape", [x, heads], f"{x}_heads")
-        return g.node("Reshape", [self._plain_norm(split, weight, f"{x}_norm"), flat], f"{x}_normed")
+        normed = self._plain_norm(split, self.decoder.head_norm(layer, part), f"{x}_norm")
+        return g.node("Reshape", [normed, flat], f"{x}_normed")
 
-    def _gate(self, prefix: str, stacked: str) -> str:
-        g, name = self.graph, f"{prefix}.mlp"
+    def _gate(self, layer: int, stacked: str) -> str:
+        g, name = self.graph, f"layers.{layer}.mlp"
         sizes = g.tensor("gate_up_sizes", np.array([self.decoder.ffn_size] * 2, np.int64))
         gate, up = f"{name}.gate", f"{name}.up"
         g.node("Split", [stacked, sizes], f"{name}.split", outputs=[gate, up], axis=-1)
-        # QuickGelu with alpha 1 is SiLU in one op.
-        active = g.node("QuickGelu", [gate], f"{name}.active", MS, alpha=1.0)
+        op, domain, attributes = ACTIVATIONS[self.decoder.activation]
+        active = g.node(op, [gate], f"{name}.active", domain, **attributes)
         return g.node("Mul", [active, up], f"{name}.gated")
 
     def _bits_used(self) -> None:
