@@ -50,7 +50,11 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option(
     "--router", default="norm", type=click.Choice(["norm", "mlp"]), help="Rule that picks each token's depth."
 )
-@click.option("--calib-data", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on.  [default: Wikipedia]")
+@click.option(
+    "--calib-data",
+    metavar="DATA",
+    help="A UTF-8 text, a .jsonl of chats, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]].  [default: Wikipedia, packaged]",
+)
 @click.option("--calib-tokens", default=4096, help="How many of its tokens to use.")
 @click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")

@@ -14,6 +14,7 @@ from mbq_runtime.errors import UsageError
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_targets.table import Target
 
+from . import calibration_data
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done and how many there are."""
 
-DEFAULT_TEXT = "English Wikipedia (gensim test data, calibration half)"
 TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang", "numpy")
 
 
@@ -34,14 +34,14 @@ def no_progress(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
-    calib_data: a text file, or None for the packaged Wikipedia text."""
+    calib_data: as ``calibration_data.open_source`` takes it."""
 
     model: str
     outputs: dict[Path, Target]
     profile: SliceProfile
     group_size: str
     router: str
-    calib_data: Path | None
+    calib_data: str | None
     calib_tokens: int
     seed: int
     force: bool
@@ -53,6 +53,7 @@ class Prepared:
 
     options: Options
     source: Source
+    calibration_source: calibration_data.Source
     plans: dict[Path, planning.Plan]
 
     @property
@@ -82,27 +83,28 @@ def prepare(options: Options) -> Prepared:
     found = planning.problems(plans, options.outputs, options.force)
     if found:
         raise UsageError("; ".join(found))
-    return Prepared(options, source, plans)
+    return Prepared(options, source, calibration_data.open_source(options.calib_data), plans)
 
 
 def run(prepared: Prepared, progress: Progress = no_progress) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from . import text
-    from .calibrate import calibrate, token_windows
+    from .calibrate import CONTEXT_TOKENS, calibrate
 
     options = prepared.options
-    calibration_text = text.read(options.calib_data) if options.calib_data else text.wikipedia("calibration")
     progress("loading the model", 0, 1)
     started = time.monotonic()
     checkpoint = load(prepared.source)
     progress("loading the model", 1, 1)
-    windows = token_windows(checkpoint, calibration_text, options.calib_tokens)
+    count = max(1, options.calib_tokens // CONTEXT_TOKENS)
+    windows, _ = calibration_data.calibration_windows(
+        checkpoint, prepared.calibration_source, count, max(1, count // 3), CONTEXT_TOKENS
+    )
     calibrated = calibrate(
         checkpoint, windows, options.profile, prepared.plan.group_size, options.router, options.seed, progress
     )
     calibration = {
         "method": "rtn",
-        "text": options.calib_data.name if options.calib_data else DEFAULT_TEXT,
+        "text": prepared.calibration_source.name,
         "tokens": int(windows.size),
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -1,0 +1,159 @@
+"""Calibration data: every kind of source, its two parts, and everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_checkpoint
+
+from mbq_export import text
+from mbq_export.calibration_data import calibration_windows, open_source
+from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_runtime.errors import UsageError
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+STRICT_TEMPLATE = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model whose tokens are bytes, so that windows can be read back."""
+    found = load(locate(str(write_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama"))))
+    found.tokenizer.chat_template = TEMPLATE
+    return found
+
+
+def numbered(words: int) -> str:
+    """Eight bytes a word, every word different."""
+    return "".join(f"w{i:06d} " for i in range(words))
+
+
+def shown(checkpoint: Checkpoint, windows: np.ndarray) -> list[str]:
+    return [checkpoint.tokenizer.decode(window) for window in windows]
+
+
+def test_last_quarter_of_a_text_is_held_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(160))  # 1280 tokens: 40 windows of 32, the last ten held back
+    fitted, held_back = calibration_windows(checkpoint, open_source(str(file)), 4, 2, 32)
+    assert fitted.shape == (4, 32)
+    assert held_back.shape == (2, 32)
+    assert fitted.dtype == held_back.dtype == np.int64
+    assert shown(checkpoint, fitted) == [numbered(160)[32 * w :][:32] for w in (0, 9, 19, 29)]
+    assert shown(checkpoint, held_back) == [numbered(160)[32 * w :][:32] for w in (30, 39)]
+
+
+def test_more_than_a_quarter_is_held_back_when_asked(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(16))  # 4 windows
+    fitted, held_back = calibration_windows(checkpoint, open_source(str(file)), 2, 2, 32)
+    assert "".join(shown(checkpoint, np.concatenate([fitted, held_back]))) == numbered(16)
+
+
+@pytest.mark.parametrize(("count", "held_back"), [(4, 1), (3, 2), (1, 9)])
+def test_too_short(checkpoint: Checkpoint, tmp_path: Path, count: int, held_back: int) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(16))
+    needed = f"text.txt: too short, it has 4 windows of 32 tokens, {count + held_back} are needed"
+    with pytest.raises(UsageError, match=needed):
+        calibration_windows(checkpoint, open_source(str(file)), count, held_back, 32)
+
+
+def test_windows_begin_with_the_opening_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    opened = load(checkpoint.source)
+    opened.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 256)]
+    )
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(100))
+    assert checkpoint.opening_tokens == []
+    assert opened.opening_tokens == [256]
+    fitted, _ = calibration_windows(opened, open_source(str(file)), 2, 1, 33)
+    assert fitted.shape == (2, 33)
+    assert (fitted[:, 0] == 256).all()
+    assert opened.tokenizer.decode(fitted[0, 1:]) == numbered(4)
+
+
+def chat(*turns: tuple[str, str]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}, ensure_ascii=False)
+
+
+def test_chats_go_through_the_template(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(
+        chat(("user", "a\u2028b"), ("assistant", "c")) + "\n\n" + chat(("user", "d" * 200)), encoding="utf-8"
+    )
+    fitted, _ = calibration_windows(checkpoint, open_source(str(file)), 1, 1, 64)
+    expected = "<user>a\u2028b</user><assistant>c</assistant><user>" + "d" * 200
+    assert bytes(checkpoint.tokenizer.decode(fitted[0]), "utf-8") == bytes(expected, "utf-8")[:64]
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("{'messages': []}", ["not JSON", "one object"]),
+        ('{"text": "hello"}', ["no field 'messages'", '"role"']),
+        ('["messages"]', ["no field 'messages'"]),
+        ('{"messages": []}', ["field 'messages' is []"]),
+        ('{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}', ["message 2", "no field 'role'"]),
+        ('{"messages": [{"role": "user"}]}', ["message 1", "no field 'content'"]),
+        ('{"messages": [{"role": "user", "content": null}]}', ["message 1", "'content' is None", "a string"]),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, parts: list[str]) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(chat(("user", "fine")) + "\n" + line + "\n")
+    with pytest.raises(UsageError) as caught:
+        open_source(str(file))
+    for part in (f"{file}, line 2", *parts):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_chats_need_a_template_that_takes_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(chat(("system", "s")))
+    other = load(checkpoint.source)
+    with pytest.raises(UsageError, match=r"line 1: the tokenizer of llama has no chat template"):
+        calibration_windows(other, open_source(str(file)), 1, 1, 8)
+    other.tokenizer.chat_template = STRICT_TEMPLATE
+    with pytest.raises(UsageError, match=r"line 1: the chat template of llama refuses it: the user speaks first"):
+        calibration_windows(other, open_source(str(file)), 1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [(b"", "empty"), (b"  \n", "empty"), ("naïve".encode("latin-1"), "byte 2 is not UTF-8"), (None, "cannot be read")],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_file_that_is_no_text(tmp_path: Path, content: bytes | None, part: str, suffix: str) -> None:
+    file = tmp_path / f"data{suffix}"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match=part) as caught:
+        open_source(str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
+    parts = {name: text.wikipedia(name) for name in ("calibration", "validation", "evaluation")}
+    openings = {name: {article[:60] for article in part.split("\n\n")} for name, part in parts.items()}
+    assert not openings["calibration"] & openings["validation"]
+    assert not (openings["calibration"] | openings["validation"]) & openings["evaluation"]
+    assert len(parts["validation"]) / len(parts["calibration"]) == pytest.approx(1 / 3, abs=0.1)
+    fitted, held_back = calibration_windows(checkpoint, open_source(None), 64, 24, 512)
+    assert checkpoint.tokenizer.decode(fitted[0])[:400] == parts["calibration"][:400]
+    assert checkpoint.tokenizer.decode(held_back[0])[:400] == parts["validation"][:400]
+    with pytest.raises(UsageError, match=r"Wikipedia .* has \d+ windows of 512 tokens, 9999 are needed"):
+        calibration_windows(checkpoint, open_source(None), 64, 9999, 512)
+
+
+def test_three_domains_are_long_enough_to_measure_on() -> None:
+    for content in (text.wikipedia("evaluation"), text.news(), text.technical()):
+        assert len(content) > 24 * 512 * 6
+    assert "context manager" in text.technical()
