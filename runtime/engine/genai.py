@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,13 @@ class Score(NamedTuple):
     """nll: mean negative log-likelihood in nats of tokens 1.. given those before; avg_bits_used: mean over tokens."""
 
     nll: float
+    avg_bits_used: float
+
+
+class Passes(NamedTuple):
+    """seconds: of each pass; avg_bits_used: mean over all tokens."""
+
+    seconds: tuple[float, ...]
     avg_bits_used: float
 
 
@@ -177,6 +185,28 @@ class Engine:
         if not math.isfinite(nll):
             raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
         return Score(nll / (len(ids) - 1), bits / len(ids))
+
+    def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
+        """Time a row of passes over random tokens: no tokenizer, no sampling, no end; the engine's budget is left alone.
+
+        sizes: tokens that each pass adds to one context, as [128] for a prompt or [1] * 64 for decoding.
+        """
+        if not sizes or min(sizes) < 1 or sum(sizes) > self._context:
+            raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
+        budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
+        ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
+        seconds, bits, start = [], 0.0, 0
+        with self._alone(), engine_errors(f"{self.path}: a pass failed"):
+            generator = self._generator(len(ids), {"do_sample": False}, budget)
+            for size in sizes:
+                begin_s = time.perf_counter()
+                for at in range(start, start + size, self._chunk):
+                    chunk = ids[at : min(at + self._chunk, start + size)]
+                    generator.append_tokens(chunk)
+                    bits += _bits_used(generator) * len(chunk)
+                seconds.append(time.perf_counter() - begin_s)
+                start += size
+        return Passes(tuple(seconds), bits / len(ids))
 
     def _prompt_tokens(self, prompt: Prompt, chat: bool) -> NDArray[np.int32]:
         if isinstance(prompt, str):

@@ -320,3 +320,19 @@ def test_bundle_without_template_takes_prompts_as_they_are(bundle_copy: Path) ->
     assert engine.generate("A", max_tokens=3).text() == "BCD"
     with pytest.raises(BundleError, match="no chat template"):
         engine.generate([{"role": "user", "content": "A"}])
+
+
+def test_time_passes_runs_what_it_says(engine: Engine) -> None:
+    found = engine.time_passes([20, 1, 1], 4.0)  # the first in chunks of 8, 8 and 4
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 22, np.int32)
+    assert found.avg_bits_used == pytest.approx(4.0 + tokens.mean() / 1000, abs=1e-5)
+    assert len(found.seconds) == 3
+    assert min(found.seconds) > 0
+    assert engine.avg_bits == 8.0
+    assert engine.generate("hello", max_tokens=40).text() == REPLY
+
+
+@pytest.mark.parametrize("sizes", [[], [3, 0], [CONTEXT, 1]])
+def test_time_passes_refuses(engine: Engine, sizes: list[int]) -> None:
+    with pytest.raises(UsageError, match=f"{sum(sizes)} tokens to time: needed 1 to {CONTEXT}"):
+        engine.time_passes(sizes, 4.0)
