@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import OPS_LIBRARY, Manifest
 
-from .generation import Generation, Record, Sampling, Step
+from .generation import Generation, Record, Sampling, Step, Tell
 from .opening import engine_errors, import_engine, open_bundle
 from .score import mean_nll
 
@@ -45,7 +45,10 @@ class Engine:
     """A loaded bundle.  Make one with ``Engine.load``; use ``avg_bits`` and ``generate``.
 
     One reply runs at a time.  ``avg_bits`` may be set from any thread at any time.
+    on_token: somebody to tell the seconds and bits of each decoded token, see ``Tell``.
     """
+
+    on_token: Tell | None = None
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
         og = import_engine("onnxruntime_genai")
@@ -161,7 +164,12 @@ class Engine:
         tokens = self._prompt_tokens(prompt, chat)
         if avg_bits is not None:
             self.avg_bits = avg_bits
-        return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops)
+        return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops, self._tell)
+
+    def _tell(self, seconds: float, bits: float) -> None:
+        listener = self.on_token  # may be taken away by another thread
+        if listener is not None:
+            listener(seconds, bits)
 
     def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
         """How well the model predicts ``tokens`` at a budget; the engine's own budget is left alone.
@@ -187,7 +195,7 @@ class Engine:
         return Score(nll / (len(ids) - 1), bits / len(ids))
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
-        """Time a row of passes over random tokens: no tokenizer, no sampling, no end; the engine's budget is left alone.
+        """Time a row of passes over random tokens: no tokenizer, no sampling, no end; the budget is left alone.
 
         sizes: tokens that each pass adds to one context, as [128] for a prompt or [1] * 64 for decoding.
         """
