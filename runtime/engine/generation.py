@@ -116,6 +116,8 @@ class Record:
 
 
 StepSource = Callable[[Record], Generator[Step, None, None]]
+Tell = Callable[[float, float], None]
+"""Called after each decoded token but the first, whose time is the prompt's, with its seconds and bits used."""
 
 
 class Generation:
@@ -125,9 +127,9 @@ class Generation:
     dropped, closed or read to its end makes way for the next.
     """
 
-    def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str]) -> None:
+    def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str], tell: Tell) -> None:
         self._record = Record(prompt_tokens)
-        self._pieces = _pieces(source, self._record, stop)
+        self._pieces = _pieces(source, self._record, stop, tell)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -155,7 +157,7 @@ class Generation:
         return self._record.freeze()
 
 
-def _pieces(source: StepSource, record: Record, stop: Sequence[str]) -> Generator[str, None, None]:
+def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Tell) -> Generator[str, None, None]:
     """Time the steps, book them in ``record``, and yield text that no stop text can still claim."""
     held = ""
     steps = source(record)
@@ -165,6 +167,7 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str]) -> Generato
             spent_s = time.perf_counter() - start_s
             if record.bits:
                 record.decode_s += spent_s
+                tell(spent_s, step.bits)
             else:
                 record.ttft_s = spent_s
             record.bits.append(step.bits)
