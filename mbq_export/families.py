@@ -217,6 +217,10 @@ class Decoder:
             return Rows(names[0], within.start, within.stop)
         return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
 
+    def rotary_kind(self, layer: int) -> str:
+        """Layers of one kind rotate by the same frequencies."""
+        return self.layer_kinds[layer] if self.family.local_rotary else FULL
+
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in this layer, itself included; None for all."""
         sliding = self.layer_kinds[layer] == SLIDING and self.sliding_window < self.context_length

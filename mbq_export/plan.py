@@ -78,7 +78,7 @@ class Plan:
         """Size of the bundle, to a few percent."""
         d = self.decoder
         per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES / self.group_size
-        rotary = d.context_length * d.head_dim * 4
+        rotary = len({d.rotary_kind(layer) for layer in range(d.layers)}) * d.context_length * d.head_dim * 4
         return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
 
     @property

@@ -220,11 +220,10 @@ class _Lowering:
 
     def _rotary(self, layer: int) -> list[str]:
         """cos and sin of a layer; layers of one kind share theirs."""
-        d = self.decoder
-        kind = d.layer_kinds[layer] if d.family.local_rotary else "rotary"
+        kind = self.decoder.rotary_kind(layer)
         names = [f"{kind}.cos", f"{kind}.sin"]
         if names[0] not in self.graph.tensors:
-            for name, values in zip(names, self.checkpoint.rotary(d.layer_kinds[layer]), strict=True):
+            for name, values in zip(names, self.checkpoint.rotary(kind), strict=True):
                 self.graph.tensor(name, values)
         return names
 
