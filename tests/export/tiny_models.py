@@ -23,25 +23,47 @@ COMMON = {
     "pad_token_id": 257,
 }
 
-FAMILIES: dict[str, dict[str, object]] = {
+# Every family, and what one family does only in some of its models.
+MODELS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 48,
+    },
+    "phi3": {"tie_word_embeddings": False, "sliding_window": None},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "head_dim": 64,
+        "hidden_size": 384,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1 + i / 50 for i in range(24)],
+            "long_factor": [2 + i for i in range(24)],
+        },
+    },
 }
 
 
-def write_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:
-    """A Hugging Face folder: safetensors, config, byte-level tokenizer."""
+def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) -> Path:
+    """A Hugging Face folder: safetensors, config, byte-level tokenizer.  name: a key of ``MODELS``."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(**{"model_type": name, **COMMON, **MODELS[name], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter_name, parameter in model.named_parameters():
             # Norms and biases start at one and zero; a lowering that dropped them would go unnoticed.
-            if "norm" in name:
+            if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.2)
             else:
                 parameter.mul_(2)
