@@ -1,0 +1,145 @@
+"""What the control groups of this process, from its own up to the root, leave it of processors and memory."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from .host import Absent, Host, Unreadable, whole_number
+from .probe import NEEDS_SECOND_LOOK, Growth, Probe
+from .signal import Kind, Signal, signal
+
+_MEMBERSHIP, _MOUNTS = "/proc/self/cgroup", "/proc/self/mountinfo"
+_UNLIMITED_BYTES = 2**60  # version 1 writes the largest page-aligned number for "no limit"
+
+
+class _MemoryFiles(NamedTuple):
+    limits: tuple[str, ...]
+    used: str
+    cache: str  # the line of memory.stat that counts what can be dropped at once
+
+
+_MEMORY_FILES = {
+    1: _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    2: _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_file"),
+}
+
+
+class ControlGroup(Probe):
+    kind = Kind.PROCESSORS
+    also = (Kind.MEMORY, Kind.GROUP_THROTTLING)
+    shown = "control group"
+
+    def __init__(self, host: Host, path: str) -> None:
+        super().__init__(host, path)
+        self._growth: defaultdict[str, Growth] = defaultdict(Growth)
+
+    def look(self) -> list[Signal]:
+        found: list[Signal] = []
+        seen: list[str] = []
+        for controller, read in (("cpu", self._processors), ("memory", self._memory)):
+            version, folders = self._folders(controller)
+            seen += folders
+            for folder in folders:
+                found += read(version, folder)
+        if not seen:
+            raise Unreadable("its groups are not mounted where this program can see them")
+        if not any(one.kind in (Kind.GROUP_THROTTLING, Kind.PROCESSORS) for one in found):
+            found.append(signal(Kind.GROUP_THROTTLING, self.name, 0, self.path, note="no processor limit"))
+        return found
+
+    def _folders(self, controller: str) -> tuple[int, list[str]]:
+        """(version, folders): that of the group of this process, then those above it as far as they can be seen."""
+        paths: dict[int, str] = {}
+        for line in self.host.text(_MEMBERSHIP).splitlines():
+            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if controller in controllers.split(","):
+                paths[1] = path
+            elif not controllers:
+                paths[2] = path
+        version = min(paths, default=2)  # a controller that version 1 holds is not in version 2
+        if not (mount := self._mount(version, controller)):
+            return version, []
+        top, point = mount
+        inside = paths[version].removeprefix(top.rstrip("/")).strip("/")
+        folder = f"{point}/{inside}".rstrip("/")
+        # The path of a container's own group need not be visible inside it: what is mounted is the group then.
+        if ".." in inside or not self.host.exists(folder):
+            return version, [point]
+        above = [folder[:i] for i, letter in enumerate(folder) if letter == "/" and i >= len(point)]
+        return version, [folder, *reversed(above)]
+
+    def _mount(self, version: int, controller: str) -> tuple[str, str] | None:
+        """(the group at its top, where it is mounted)"""
+        for line in self.host.text(_MOUNTS).splitlines():
+            left, _, right = line.partition(" - ")
+            kind, _, options = [*right.split(" ", 2), "", ""][:3]
+            if kind == "cgroup2" if version == 2 else kind == "cgroup" and controller in options.split(","):
+                _, _, _, top, point, *_ = [*left.split(), *[""] * 5]
+                return top, point
+        return None
+
+    def _processors(self, version: int, folder: str) -> list[Signal]:
+        file = f"{folder}/cpu.max" if version == 2 else f"{folder}/cpu.cfs_quota_us"
+        try:
+            cpus = self._quota(version, folder)
+        except Unreadable as error:
+            # Root groups and kernels without quotas lack the file, and then count no periods either.
+            if isinstance(error, Absent) and not self._periods(folder):
+                return []
+            return [Signal(Kind.PROCESSORS, self.name, None, file, problem=str(error))]
+        return [] if cpus is None else [signal(Kind.PROCESSORS, self.name, cpus, file), self._throttling(folder)]
+
+    def _quota(self, version: int, folder: str) -> float | None:
+        """CPUs, or None for no limit.  Raises Unreadable."""
+        if version == 1:
+            quota_us = self.host.number(f"{folder}/cpu.cfs_quota_us")
+            return None if quota_us == -1 else quota_us / (self.host.number(f"{folder}/cpu.cfs_period_us") or 1)
+        words = self.host.text(f"{folder}/cpu.max").split()
+        if len(words) != 2:
+            raise Unreadable(f"not a quota and a period: {' '.join(words)[:40]!r}")
+        return None if words[0] == "max" else whole_number(words[0]) / (whole_number(words[1]) or 1)
+
+    def _periods(self, folder: str) -> tuple[int, int] | None:
+        """(all, throttled)"""
+        try:
+            text = self.host.text(f"{folder}/cpu.stat")
+        except Unreadable:
+            return None
+        counts = dict(re.findall(r"^(nr_periods|nr_throttled) (\d{1,20})$", text, re.M))
+        return (int(counts["nr_periods"]), int(counts["nr_throttled"])) if len(counts) == 2 else None
+
+    def _throttling(self, folder: str) -> Signal:
+        source = f"{folder}/cpu.stat"
+        if not (periods := self._periods(folder)):
+            return Signal(Kind.GROUP_THROTTLING, self.name, None, source, problem="no counts of periods")
+        if not (grown := self._growth[folder].since(self.host.clock(), *periods)):
+            return Signal(Kind.GROUP_THROTTLING, self.name, None, source, problem=NEEDS_SECOND_LOOK)
+        _, periods_grown, throttled = grown
+        return signal(Kind.GROUP_THROTTLING, self.name, min(1.0, throttled / (periods_grown or 1)), source)
+
+    def _memory(self, version: int, folder: str) -> list[Signal]:
+        files = _MEMORY_FILES[version]
+        if not self.host.exists(f"{folder}/{files.used}"):
+            return []  # a root group, or one without this controller
+        file = f"{folder}/{files.limits[0]}"
+        try:
+            limits = {one: self._limit_bytes(f"{folder}/{one}") for one in files.limits}
+            file = f"{folder}/{min(limits, key=limits.__getitem__)}"
+            if (limit := min(limits.values())) >= _UNLIMITED_BYTES:
+                return []
+            used = self.host.number(f"{folder}/{files.used}") - self._cache_bytes(folder, files.cache)
+        except Unreadable as error:
+            return [Signal(Kind.MEMORY, self.name, None, file, problem=str(error))]
+        return [signal(Kind.MEMORY, self.name, max(0, limit - used), file, limit=limit)]
+
+    def _limit_bytes(self, file: str) -> int:
+        text = self.host.text(file)
+        return _UNLIMITED_BYTES if text == "max" else whole_number(text)
+
+    def _cache_bytes(self, folder: str, line: str) -> int:
+        found = re.search(rf"^{line} (\d{{1,20}})$", self.host.text(f"{folder}/memory.stat"), re.M)
+        if not found:
+            raise Unreadable(f"memory.stat: no line {line}")
+        return int(found[1])

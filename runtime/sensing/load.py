@@ -1,0 +1,125 @@
+"""Who uses the processors and the memory: /proc/stat, pressure stall information, /proc/meminfo."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from .host import Host, Unreadable
+from .probe import NEEDS_SECOND_LOOK, Growth, Probe
+from .signal import Kind, Signal, signal
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# Columns of a "cpu" line of /proc/stat that are work: user, nice, system, irq, softirq, steal.
+_BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
+_PRESSURES = {"cpu": Kind.CPU_PRESSURE, "memory": Kind.MEMORY_PRESSURE, "io": Kind.IO_PRESSURE}
+_STATUS, _STAT, _ONLINE = "/proc/self/status", "/proc/self/stat", "/sys/devices/system/cpu/online"
+
+
+class Affinity(Probe):
+    """The processors this process may be scheduled on."""
+
+    kind = Kind.PROCESSORS
+    shown = "affinity"
+
+    def look(self) -> list[Signal]:
+        return [signal(self.kind, self.name, len(allowed_cpus(self.host)), _STATUS)]
+
+
+class ProcessorTime(Probe):
+    """Work of other programs, and of other guests of the same host, on the processors this one may use."""
+
+    kind = Kind.FOREIGN_LOAD
+    shown = "other programs"
+
+    def __init__(self, host: Host, path: str) -> None:
+        super().__init__(host, path)
+        self._growth = Growth()
+
+    def look(self) -> list[Signal]:
+        cpus = allowed_cpus(self.host)
+        busy_s = self._busy_s(cpus)
+        own_s = self._own_s()
+        grown = self._growth.since(self.host.clock(), busy_s, own_s)
+        if grown is None:
+            return self.unknown(NEEDS_SECOND_LOOK)
+        span_s, busy_s, own_s = grown
+        foreign = min(1.0, max(0.0, busy_s - own_s) / (span_s * len(cpus)))
+        return [
+            signal(self.kind, self.name, foreign, self.path, note=f"of {len(cpus)} CPUs"),
+            signal(Kind.OWN_LOAD, "this program", own_s / span_s, _STAT),
+        ]
+
+    def _busy_s(self, cpus: frozenset[int]) -> float:
+        """Raises Unreadable when a processor's line is missing or short."""
+        ticks, found = 0, set()
+        for line in self.host.text(self.path).splitlines():
+            name, *columns = line.split()
+            if (number := re.fullmatch(r"cpu(\d+)", name)) and int(number[1]) in cpus:
+                if len(columns) <= _BUSY_COLUMNS[-1] or not all(map(str.isdecimal, columns)):
+                    raise Unreadable(f"not the times of a processor: {line[:40]!r}")
+                found.add(int(number[1]))
+                ticks += sum(int(columns[i]) for i in _BUSY_COLUMNS)
+        if missing := sorted(cpus - found):
+            raise Unreadable(f"no line of CPU {missing[0]}")
+        return ticks / _TICKS_PER_S
+
+    def _own_s(self) -> float:
+        try:
+            columns = self.host.text(_STAT).rpartition(")")[2].split()
+            return (int(columns[11]) + int(columns[12])) / _TICKS_PER_S
+        except (Unreadable, IndexError, ValueError) as error:
+            raise Unreadable(f"own part is not known: {_STAT}: {error}") from error
+
+
+class Pressure(Probe):
+    """Share of time in which somebody waited, from the running total; at the first look the kernel's 10 s average."""
+
+    def __init__(self, host: Host, path: str) -> None:
+        super().__init__(host, path)
+        self.kind = _PRESSURES.get(self.name, Kind.CHIP)
+        self._growth = Growth()
+
+    def look(self) -> list[Signal]:
+        if self.kind is Kind.CHIP:
+            return []
+        text = self.host.text(self.path)
+        found = re.match(r"some avg10=(\d+\.\d+) .*total=(\d+)$", text, re.M)
+        if not found:
+            raise Unreadable(f"not a pressure: {text[:40]!r}")
+        grown = self._growth.since(self.host.clock(), int(found[2]) * 1e-6)
+        share = float(found[1]) / 100 if grown is None else min(1.0, grown[1] / grown[0])
+        note = "somebody waits" if grown else "average of 10 s"
+        return [signal(self.kind, self.name, share, self.path, note=note)]
+
+
+class Memory(Probe):
+    kind = Kind.MEMORY
+    shown = "available"
+
+    def look(self) -> list[Signal]:
+        text = self.host.text(self.path)
+        sizes = {name: int(kb) * 1024 for name, kb in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
+        if "MemAvailable" not in sizes:
+            raise Unreadable("no line MemAvailable")
+        return [signal(self.kind, self.name, sizes["MemAvailable"], self.path, limit=sizes.get("MemTotal"))]
+
+
+def allowed_cpus(host: Host) -> frozenset[int]:
+    """Numbers of the processors that are in the affinity mask and online.  Raises Unreadable."""
+    found = re.search(r"^Cpus_allowed_list:\s*(\S+)$", host.text(_STATUS), re.M)
+    if not found:
+        raise Unreadable(f"{_STATUS}: no line Cpus_allowed_list")
+    # The mask of a virtual machine names processors that could be plugged in one day.
+    return _numbers(found[1], _STATUS) & _numbers(host.text(_ONLINE), _ONLINE)
+
+
+def _numbers(ranges: str, file: str) -> frozenset[int]:
+    """Of "0-3,5", as kernels write sets of processors.  Raises Unreadable."""
+    numbers: set[int] = set()
+    for part in ranges.split(","):
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        if not found:
+            raise Unreadable(f"{file}: not a set of processors: {ranges[:40]!r}")
+        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return frozenset(numbers)

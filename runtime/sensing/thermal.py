@@ -1,0 +1,147 @@
+"""Heat: thermal zones with their trip points, cooling devices, throttle counters, the known limits of boards."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from .host import Absent, Host, Unreadable
+from .probe import NEEDS_SECOND_LOOK, Growth, Probe
+from .signal import Kind, Signal, signal
+
+# Zones that are of no use here: constants (the PMIC of Tegra X1 always says 100 C, INT3400 20 C) and other devices.
+_OTHER_ZONES = re.compile(
+    r"PMIC-Die|INT3400.*|iwlwifi.*|ath1.*|mt7.*|nvme.*|pch_.*|.*batt.*|.*modem.*|.*charger.*", re.I
+)
+# Cooling by slowing a processor down: ACPI, cpufreq, devfreq, idle injection, Tegra's hardware throttles.
+_SLOWING = re.compile(
+    r"Processor|intel_powerclamp|(thermal-)?(cpufreq|devfreq|idle)-.*|.*-throttle-alert|.*-balanced", re.I
+)
+_TRIP_C = (30, 150)
+_SELDOM_S = 60.0
+
+# The firmware of these boards slows the processor by itself, at points no file tells.
+_KNOWN_LIMITS_C = {"brcm,bcm2711": 80.0, "brcm,bcm2712": 80.0, "raspberrypi,3-model-b-plus": 60.0}
+
+
+@dataclass(frozen=True)
+class _Trips:
+    throttle_c: float | None
+    critical_c: float | None
+    note: str
+
+
+class ThermalZone(Probe):
+    kind = Kind.HEAT
+
+    def __init__(self, host: Host, path: str) -> None:
+        super().__init__(host, path)
+        self._trips: _Trips | None = None
+
+    def look(self) -> list[Signal]:
+        if self._trips is None:
+            self.name = self._type()
+            self.kind = Kind.TEMPERATURE if _OTHER_ZONES.fullmatch(self.name) else Kind.HEAT
+            self._trips = self._read_trips()
+        trips = self._trips
+        found = self.read(
+            self.kind, self.name, "temp", 1e-3, limit=trips.throttle_c, hard_limit=trips.critical_c, note=trips.note
+        )
+        if found.value is None and not self.host.exists(f"{self.path}/temp"):
+            self._trips = None  # a driver that comes back may bring other limits
+        return [found]
+
+    def _type(self) -> str:
+        try:
+            return self.host.text(f"{self.path}/type")
+        except Unreadable as error:
+            raise Unreadable(f"what it measures is not known: type: {error}") from error
+
+    def _read_trips(self) -> _Trips:
+        """Limits in C.  With the power_allocator governor the last passive trip is the temperature it holds."""
+        points: dict[str, list[float]] = {}
+        troubles = []
+        for file in self.host.names(self.path):
+            if not re.fullmatch(r"trip_point_\d+_temp", file):
+                continue
+            try:
+                kind = self.host.text(f"{self.path}/{file.removesuffix('temp')}type")
+                celsius = self.host.number(f"{self.path}/{file}") / 1000
+            except Unreadable as error:
+                troubles.append(f"{file}: {error}")
+                continue
+            if _TRIP_C[0] <= celsius <= _TRIP_C[1]:  # drivers put 0, -274 or 2**31 where there is none
+                points.setdefault(kind, []).append(celsius)
+        passive = points.get("passive", [])
+        critical = points.get("critical") or points.get("hot", [])
+        held = max if len(passive) > 1 and self._policy() == "power_allocator" else min
+        return _Trips(held(passive, default=None), min(critical, default=None), "; ".join(troubles))
+
+    def _policy(self) -> str:
+        try:
+            return self.host.text(f"{self.path}/policy")
+        except Unreadable:
+            return ""
+
+
+class CoolingDevice(Probe):
+    kind = Kind.COOLING
+
+    def look(self) -> list[Signal]:
+        self.name = self.host.text(f"{self.path}/type")
+        self.kind = Kind.SLOWED if _SLOWING.fullmatch(self.name) else Kind.COOLING
+        steps = self.number_or_none("max_state")
+        found = self.read(self.kind, self.name, "cur_state", limit=steps)
+        if found.value is not None and steps is not None and found.value > steps:
+            return [replace(found, value=None, problem=f"step {found.value:g} of {steps} cannot be true")]
+        return [found]
+
+
+class ThrottleCounters(Probe):
+    """What x86 processors count when their own heat protection slows them."""
+
+    kind = Kind.THROTTLE_EVENTS
+    shown = "processor packages"
+
+    def __init__(self, host: Host, path: str) -> None:
+        super().__init__(host, path)
+        self._files: list[str] = []
+        self._growth = Growth()
+
+    def look(self) -> list[Signal]:
+        if not self._files:
+            files = [f"{self.path}/{name}/thermal_throttle/package_throttle_count"
+                     for name in self.host.names(self.path) if re.fullmatch(r"cpu\d+", name)]  # fmt: skip
+            self._files = [file for file in files if self.host.exists(file)]
+            if not self._files:
+                self.every_s = _SELDOM_S
+                raise Unreadable("no processor counts it")
+        counts = []
+        for file in self._files:
+            try:
+                counts.append(float(self.host.number(file)))
+            except Absent:
+                self._files = []  # a processor went offline
+                break
+        grown = self._growth.since(self.host.clock(), *counts)
+        source = f"{self.path}/cpu*/thermal_throttle/package_throttle_count"
+        if grown is None:
+            return [Signal(self.kind, self.name, None, source, problem=NEEDS_SECOND_LOOK)]
+        return [signal(self.kind, self.name, max(grown[1:]), source, note="since the look before")]
+
+
+class Board(Probe):
+    """Which board this is, and from which temperature its firmware is known to slow it."""
+
+    kind = Kind.HEAT_LIMIT
+    every_s = _SELDOM_S
+    shown = "board"
+
+    def look(self) -> list[Signal]:
+        compatible = self.host.text(f"{self.path}/compatible").split("\0")
+        limits = [(celsius, part) for part, celsius in _KNOWN_LIMITS_C.items() if part in compatible]
+        if not limits:
+            raise Unreadable("none is known of this board")
+        celsius, part = min(limits)
+        note = f"known of every {part}, not read from this one"
+        return [signal(self.kind, "firmware slows from", celsius, f"{self.path}/compatible", note=note)]
