@@ -1,0 +1,179 @@
+"""What a client gets: OpenAI's objects, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError
+from .worker import Job, Result
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # or nginx keeps the tokens until the reply is whole
+]
+_STALL_S = 30.0  # a client that takes nothing for so long is gone
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one endpoint words its replies."""
+
+    model: str
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()), init=False)
+
+    PREFIX: ClassVar[str]
+    OBJECT: ClassVar[str]
+    CHUNK: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", f"{self.PREFIX}-{uuid4().hex}")
+
+    def first(self) -> dict[str, Any] | None:
+        """The choice that opens a stream, if there is one."""
+        return None
+
+    def part(self, text: str) -> dict[str, Any]:
+        """The choice of a chunk with ``text``."""
+        raise NotImplementedError
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """The choice of a reply given at once."""
+        raise NotImplementedError
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": None, **choice} for choice in choices],
+            **more,
+        }
+
+
+class ChatShape(Shape):
+    PREFIX, OBJECT, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+
+class CompletionShape(Shape):
+    PREFIX, OBJECT, CHUNK = "cmpl", "text_completion", "text_completion"
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    whole = part
+
+
+def usage(result: Result) -> dict[str, Any]:
+    """OpenAI's counts, and: avg_bits, mean over the reply's tokens; energy_j, null without a power sensor."""
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "total_tokens": result.prompt_tokens + result.completion_tokens,
+        "avg_bits": round(result.avg_bits, 3),
+        "energy_j": None if result.energy_j is None else round(result.energy_j, 3),
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "ttft_s": round(result.ttft_s, 4),
+    }
+
+
+def event(payload: Any) -> bytes:
+    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+class Reply:
+    """The ASGI response to one job.  done is called when nobody waits for the job any more."""
+
+    def __init__(self, job: Job, shape: Shape, done: Callable[[Job], None], *, stream: bool, with_usage: bool) -> None:
+        self._job, self._shape, self._done = job, shape, done
+        self._stream, self._with_usage = stream, with_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._answer(scope, receive, send))
+        finally:
+            self._done(self._job)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._job.started()
+            if self._stream:
+                await send_events(send, self._events())
+                return
+            text = "".join([piece async for piece in self._job.pieces()])
+            result = self._job.result
+            choice = {**self._shape.whole(text), "finish_reason": result.finish_reason}
+            response = JSONResponse(self._shape.envelope(self._shape.OBJECT, [choice], usage=usage(result)))
+        except ApiError as error:
+            response = error.response()
+        await response(scope, receive, send)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        shape = self._shape
+        first = shape.first()
+        if first is not None:
+            yield event(shape.envelope(shape.CHUNK, [first]))
+        try:
+            async for text in self._job.pieces():
+                yield event(shape.envelope(shape.CHUNK, [shape.part(text)]))
+        except ApiError as error:  # the status line is long gone
+            yield event(error.body())
+            return
+        result = self._job.result
+        yield event(shape.envelope(shape.CHUNK, [{**shape.part(""), "finish_reason": result.finish_reason}]))
+        if self._with_usage:
+            yield event(shape.envelope(shape.CHUNK, [], usage=usage(result)))
+        yield b"data: [DONE]\n\n"
+
+
+async def send_events(send: Send, events: AsyncGenerator[bytes, None]) -> None:
+    """Send a stream.  Gives up, leaving the response unfinished, on a client that takes nothing for a while."""
+    try:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+        async with aclosing(events):
+            async for data in events:
+                async with asyncio.timeout(_STALL_S):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except TimeoutError:
+        return
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work``, but no longer than the client stays.  The request's body must have been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+    if not working.cancelled():
+        working.result()  # passes on what went wrong
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
