@@ -1,0 +1,218 @@
+"""How fast a bundle is here, at several budgets, and what that costs in heat and energy.
+
+Tests are named as by llama-bench: pp128 reads a prompt of 128 tokens, tg64 writes 64 from an empty
+context, both over random tokens, without tokenizer and sampling.  Each is run once to warm up and
+then repeated; nothing is taken out of the repetitions.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .engine import Engine
+from .sensing.readings import Readings
+
+_PACKAGES = ("mbq-export", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+@dataclass(frozen=True)
+class Test:
+    """One line of the result: ``prompt`` tokens read, or ``new`` written; the other is 0."""
+
+    prompt: int
+    new: int
+    bits: float
+
+    @property
+    def name(self) -> str:
+        return f"pp{self.prompt}" if self.prompt else f"tg{self.new}"
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt or self.new
+
+    @property
+    def passes(self) -> list[int]:
+        return [self.prompt] if self.prompt else [1] * self.new
+
+
+@dataclass(frozen=True)
+class Row:
+    """A test's figures; fields that llama-bench's JSON has too bear its names.
+
+    avg_ns, stddev_ns: of a repetition; avg_ts, stddev_ts: tokens/s, mean and standard deviation
+    over repetitions (0 for a single one); power_w: mean of the readings after each repetition;
+    temp_c: the highest of them; slowed_by: what the board said slows it, "" for nothing.  None is
+    unknown: this machine has no such sensor.
+    """
+
+    test_time: str
+    model: str
+    model_size: int
+    model_n_params: int
+    n_threads: int
+    n_prompt: int
+    n_gen: int
+    test: str
+    bits: float
+    avg_bits_used: float
+    avg_ns: int
+    stddev_ns: int
+    avg_ts: float
+    stddev_ts: float
+    samples_ns: list[int]
+    samples_ts: list[float]
+    power_w: float | None
+    energy_j_per_token: float | None
+    temp_c: float | None
+    slowed_by: str | None
+
+
+def run(engine: Engine, threads: int, test: Test, repetitions: int, look: Callable[[], Readings]) -> Row:
+    """Run ``test`` once to warm up and ``repetitions`` times; raises UsageError when it does not fit the bundle.
+
+    threads: what the engine was loaded with; look: reads the board's sensors.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    used = engine.time_passes(test.passes, test.bits).avg_bits_used
+    seconds, seen = [], []
+    for _ in range(repetitions):
+        seconds.append(sum(engine.time_passes(test.passes, test.bits).seconds))
+        seen.append(look())
+    speeds = [test.tokens / s for s in seconds]
+    powers = [r.power_w for r in seen]
+    power_w = statistics.fmean(p for p in powers if p is not None) if None not in powers else None
+    temperatures = [r.temp_c for r in seen if r.temp_c is not None]
+    model = engine.manifest.model
+    return Row(
+        test_time=now,
+        model=model.name,
+        model_size=engine.manifest.total_bytes,
+        model_n_params=model.parameters,
+        n_threads=threads,
+        n_prompt=test.prompt,
+        n_gen=test.new,
+        test=test.name,
+        bits=test.bits,
+        avg_bits_used=used,
+        avg_ns=round(1e9 * statistics.fmean(seconds)),
+        stddev_ns=round(1e9 * _deviation(seconds)),
+        avg_ts=statistics.fmean(speeds),
+        stddev_ts=_deviation(speeds),
+        samples_ns=[round(1e9 * s) for s in seconds],
+        samples_ts=speeds,
+        power_w=power_w,
+        energy_j_per_token=None if power_w is None else power_w * statistics.fmean(seconds) / test.tokens,
+        temp_c=max(temperatures, default=None),
+        slowed_by=_slowed(seen),
+    )
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _slowed(seen: Iterable[Readings]) -> str | None:
+    causes = {"heat": [r.heat_throttled for r in seen], "supply": [r.undervoltage for r in seen]}
+    found = [cause for cause, flags in causes.items() if any(flags)]
+    unknown = all(flag is None for flags in causes.values() for flag in flags)
+    return "+".join(found) if found or not unknown else None
+
+
+def environment(look: Callable[[], Readings], root: Path = Path("/")) -> dict[str, Any]:
+    """The machine: board, processor, processors available, governor, system, versions, temperature at this moment."""
+    reading = look()
+    return {
+        "board": _text(root / "sys/firmware/devicetree/base/model"),
+        "cpu": _cpu_name(root) or platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "governor": _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "load": round(os.getloadavg()[0], 2),
+        "temp_c": reading.temp_c,
+        "power_sensor": reading.power_w is not None,
+    }
+
+
+def _cpu_name(root: Path) -> str | None:
+    info = _text(root / "proc/cpuinfo") or ""
+    return next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), None)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8", errors="replace").strip("\0\n ") or None
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _markdown(rows: Sequence[Row], env: dict[str, Any]) -> str:
+    lines = [f"{name}: {_said(value)}" for name, value in env.items()]
+    lines += ["", "| " + " | ".join(heading for heading, _ in _COLUMNS) + " |"]
+    lines += ["| " + " | ".join("---" if heading in _WORDS else "---:" for heading, _ in _COLUMNS) + " |"]
+    lines += ["| " + " | ".join(show(row) for _, show in _COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_said(part)}" for name, part in value.items())
+    return {None: "unknown", True: "yes", False: "no"}.get(value, str(value))
+
+
+def _or_unknown(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"
+
+
+_WORDS = ("model", "test", "slowed by")
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda r: r.model),
+    ("size", lambda r: f"{r.model_size / 2**20:.2f} MiB"),
+    ("params", lambda r: f"{r.model_n_params / 1e6:.2f} M"),
+    ("threads", lambda r: str(r.n_threads)),
+    ("bits", lambda r: f"{r.bits:g}"),
+    ("bits used", lambda r: f"{r.avg_bits_used:.2f}"),
+    ("test", lambda r: r.test),
+    ("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
+    ("W", lambda r: _or_unknown(r.power_w, 2)),
+    ("J/token", lambda r: _or_unknown(r.energy_j_per_token, 3)),
+    ("°C", lambda r: _or_unknown(r.temp_c, 1)),
+    ("slowed by", lambda r: "unknown" if r.slowed_by is None else r.slowed_by or "nothing"),
+)
+
+
+def _json(rows: Sequence[Row], env: dict[str, Any]) -> str:
+    return json.dumps([{**asdict(row), "environment": env} for row in rows], indent=2, ensure_ascii=False)
+
+
+def _csv(rows: Sequence[Row], env: dict[str, Any]) -> str:
+    """One line a row; lists and the environment stay in JSON."""
+    text = io.StringIO()
+    flat = [{k: v for k, v in asdict(row).items() if not isinstance(v, list)} for row in rows]
+    writer = csv.DictWriter(text, [*flat[0], "cpu", "cpus"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "cpu": env["cpu"], "cpus": env["cpus"]} for row in flat)
+    return text.getvalue().rstrip("\n")
+
+
+FORMATS: dict[str, Callable[[Sequence[Row], dict[str, Any]], str]] = {"md": _markdown, "json": _json, "csv": _csv}
