@@ -1,0 +1,3 @@
+"""``mbq chat``: a conversation in a terminal."""
+
+from __future__ import annotations

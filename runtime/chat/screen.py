@@ -1,0 +1,103 @@
+"""The terminal: text as it comes, a status line below it, tokens in the colour of their bits."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+# Few bits are warm, many are cool; read on dark and on light ground.
+_SCALE = (196, 208, 178, 71, 38, 33)
+_REDRAW_S = 0.2
+# A model's text must not move the cursor or retitle the window.
+_HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+_SAVE, _RESTORE, _CLEAR_LINE = "\x1b7", "\x1b8", "\x1b[2K"
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Screen:
+    """out: where the conversation goes; err: where figures and notes go.
+
+    terminal: whether out is one; without it the text goes out untouched and there is no status line.
+    colour: whether it may be coloured; bits: the range the colours span, None for no colours by bits.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        terminal: bool,
+        colour: bool,
+        bits: tuple[float, float] | None = None,
+        size: Callable[[], tuple[int, int]] = shutil.get_terminal_size,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._out, self._err = out, err
+        self._terminal, self._colour, self._bits = terminal, colour, bits if colour else None
+        self._size, self._clock = size, clock
+        self._rows = 0  # of the terminal while its last row is kept for the status; 0: it is not
+        self._drawn_s = 0.0
+
+    def legend(self) -> str | None:
+        """The colours in use, or None."""
+        if self._bits is None:
+            return None
+        low, high = self._bits
+        steps = [low + (high - low) * i / (len(_SCALE) - 1) for i in range(len(_SCALE))]
+        return "bits: " + " ".join(self._painted(f"{bits:.1f}", bits) for bits in steps)
+
+    def piece(self, text: str, bits: float) -> None:
+        if self._terminal:
+            text = text.translate(_HARMLESS)
+        self._out.write(self._painted(text, bits) if self._bits else text)
+        self._out.flush()
+
+    def line(self, text: str = "") -> None:
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def note(self, text: str) -> None:
+        self._err.write((f"{_DIM}{text}{_PLAIN}" if self._colour else text) + "\n")
+        self._err.flush()
+
+    @contextmanager
+    def with_status(self) -> Iterator[Callable[[str], None]]:
+        """Keep the last row for what the function it yields is given; redrawn five times a second at most."""
+        if not self._terminal:
+            yield lambda text: None
+            return
+        try:
+            yield self._show
+        finally:
+            if self._rows:
+                self._out.write(f"{_SAVE}\x1b[r\x1b[{self._rows};1H{_CLEAR_LINE}{_RESTORE}")
+                self._out.flush()
+            self._rows, self._drawn_s = 0, 0.0
+
+    def _show(self, text: str) -> None:
+        now_s = self._clock()
+        if self._rows and now_s - self._drawn_s < _REDRAW_S:
+            return
+        self._drawn_s = now_s
+        columns, rows = self._size()
+        if rows < 4:
+            return
+        if rows != self._rows:
+            # A line is made below the cursor, so that it is not on the row that is taken; then the others scroll alone.
+            self._out.write(f"\n\x1b[A{_SAVE}\x1b[1;{rows - 1}r{_RESTORE}")
+            self._rows = rows
+        text = text[: columns - 1]
+        shown = f"{_DIM}{text}{_PLAIN}" if self._colour else text
+        self._out.write(f"{_SAVE}\x1b[{rows};1H{_CLEAR_LINE}{shown}{_RESTORE}")
+        self._out.flush()
+
+    def _painted(self, text: str, bits: float) -> str:
+        assert self._bits is not None
+        low, high = self._bits
+        share = (bits - low) / (high - low) if high > low else 1.0
+        step = min(max(round(share * (len(_SCALE) - 1)), 0), len(_SCALE) - 1)
+        return f"\x1b[38;5;{_SCALE[step]}m{text}\x1b[39m"

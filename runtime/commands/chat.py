@@ -1,0 +1,84 @@
+"""``mbq chat``"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mbq_runtime.errors import UsageError
+
+from .common import bundle_argument, threads_option
+from .steering import Steering, steered, steering_options
+
+
+@click.command("chat")
+@bundle_argument
+@click.option("--system", help="What the model is told about itself before the conversation.")
+@click.option("--max-tokens", type=int, default=512, help="Longest reply, in tokens.")
+@click.option("--temperature", type=float, default=0.7, help="0 takes the likeliest token; higher is more varied.")
+@click.option("--top-p", type=float, default=0.95, help="Choose among the likeliest tokens of this total probability.")
+@click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
+@click.option("--seed", type=int, help="Repeat a varied reply.")
+@click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
+@steering_options
+@threads_option
+def command(
+    bundle: Path,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    show_bits: bool,
+    threads: int | None,
+    **steering: Any,
+) -> None:
+    """Talk with the bundle in folder BUNDLE.
+
+    Replies go to stdout, figures to stderr.  /help lists what can be typed besides messages; Ctrl-C
+    stops a reply.
+    """
+    from mbq_runtime.chat.conversation import Conversation
+    from mbq_runtime.chat.loop import Chat
+    from mbq_runtime.chat.screen import Screen
+    from mbq_runtime.engine import Engine
+
+    engine = Engine.load(bundle, threads=threads)
+    if not engine.has_chat_template:
+        raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")
+    terminal = sys.stdout.isatty()
+    colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    budget = engine.manifest.budget
+    with steered(engine, Steering(**steering)) as (gate, governor):
+        screen = Screen(
+            sys.stdout,
+            sys.stderr,
+            terminal=terminal and os.environ.get("TERM") != "dumb",
+            colour=colour,
+            bits=(budget.min_bits, budget.max_bits) if show_bits else None,
+        )
+        if legend := screen.legend():
+            screen.line(legend)
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        Chat(engine, gate, governor, screen, Conversation(engine, system), options).run(_reader())
+
+
+def _reader() -> Any:
+    """Lines from a person, with editing and history, or from a file or pipe, without a prompt."""
+    if not sys.stdin.isatty():
+        return lambda prompt: line.rstrip("\n") if (line := sys.stdin.readline()) else None
+    import readline  # noqa: F401  what makes input() edit
+
+    def read(prompt: str) -> str | None:
+        try:
+            return input(prompt)
+        except EOFError:
+            click.echo()
+            return None
+
+    return read
