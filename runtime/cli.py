@@ -23,6 +23,10 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "run": Entry("run", "Answer a prompt."),
+    "chat": Entry("chat", "Talk with a bundle in the terminal."),
+    "serve": Entry("serve", "Offer a bundle over HTTP, as OpenAI's API does."),
+    "monitor": Entry("monitor", "Watch a running mbq serve."),
+    "bench": Entry("bench", "Measure speed, heat and energy at several budgets."),
     "perplexity": Entry("perplexity", "Measure how well a bundle predicts a text, at several budgets."),
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),

@@ -1,0 +1,75 @@
+"""``mbq serve``"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mbq_runtime.errors import UsageError
+
+from .common import bundle_argument, threads_option
+from .steering import Steering, steered, steering_options
+
+
+@click.command("serve")
+@bundle_argument
+@click.option("--host", default="127.0.0.1", help="Address to listen to; 0.0.0.0 for every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
+@click.option("--api-key", envvar="MBQ_API_KEY", help="Ask clients for this key; better set as MBQ_API_KEY.")
+@click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
+@steering_options
+@threads_option
+def command(
+    bundle: Path, host: str, port: int, api_key: str | None, queue: int, threads: int | None, **steering: Any
+) -> None:
+    """Offer the bundle in folder BUNDLE over HTTP, as OpenAI's API does, with a page that shows the board at /.
+
+    A request may set avg_bits, or bound them by min_bits and max_bits.
+    """
+    try:
+        import uvicorn
+
+        from mbq_runtime.server.app import Server
+        from mbq_runtime.server.guard import is_loopback
+        from mbq_runtime.server.http import configure
+        from mbq_runtime.server.live import Live
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'mbq-export[serve]'") from None
+    from dataclasses import replace
+
+    from mbq_runtime.engine import Engine
+
+    if api_key is not None and not api_key.strip():
+        raise UsageError("--api-key is empty; leave it out, or give a key")
+    listener = _listen(host, port)
+    engine = Engine.load(bundle, threads=threads)
+    live = Live(engine.manifest.model.name, lambda: runner.should_exit)
+    with listener, steered(engine, Steering(**steering), live.add_event) as (gate, governor):
+        low, high = governor.policy.bounds
+        server = Server(
+            engine, gate, governor, live,
+            budget=replace(engine.manifest.budget, min_bits=low, max_bits=high),
+            queue_limit=queue, host=host, api_key=api_key,
+        )  # fmt: skip
+        runner = uvicorn.Server(configure(server.app))
+        address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        click.echo(f"{server.model}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
+        if api_key is None and not is_loopback(host):
+            click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
+        runner.run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded: a port that is taken should not cost that time."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UsageError(f"cannot listen to {host} port {port} ({error.strerror}); choose another --port") from None
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
