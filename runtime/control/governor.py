@@ -1,0 +1,171 @@
+"""Ties sensors, the controller's step and an engine together while a reply is made."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+from mbq_runtime.manifest import Manifest
+from mbq_runtime.sensing.readings import Readings
+
+from .drift import Drift
+from .energy import Energy
+from .events import Event
+from .policy import Policy
+from .step import start, step
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.5
+_FORGET_S = 3.0  # a speed older than this, and than a few tokens, is no longer the present one
+
+
+class Governed(Protocol):
+    """What a governor needs of an engine: a budget that may be set from any thread, and the bundle's manifest."""
+
+    avg_bits: float
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """An engine that calls ``on_token(seconds, bits used)`` after each decoded token."""
+
+    on_token: Callable[[float, float], None] | None
+
+
+class Reads(Protocol):
+    """What a governor needs of the sensors."""
+
+    def read(self) -> Readings: ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """The latest look.
+
+    avg_bits: the budget; tokens_per_s, avg_bits_used: of the tokens of late, None when there were
+    none; energy_j_per_token: since the start, None without a power sensor.
+    """
+
+    avg_bits: float
+    reason: str
+    readings: Readings
+    tokens_per_s: float | None
+    avg_bits_used: float | None
+    energy_j_per_token: float | None
+
+
+class Governor:
+    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second, in a thread of its own.
+
+    A context manager: the first budget is set on entering, and the last one stays after leaving.
+    A new budget takes effect at the engine's next token.  ``policy`` may be replaced at any time.
+    on_event: called in the governor's thread for every change and every word about the sensors;
+    on_readings: with every look at the board.  Raises UsageError for a policy the bundle cannot hold.
+    """
+
+    def __init__(
+        self,
+        engine: Governed,
+        sensors: Reads,
+        policy: Policy,
+        on_event: Callable[[Event], None] | None = None,
+        on_readings: Callable[[Readings], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._sensors, self._clock = engine, sensors, clock
+        self._on_event, self._on_readings = on_event, on_readings
+        self._policy = policy.within(engine.manifest)
+        self._state = start(self._policy)
+        self._drift = Drift(self._state.bits)
+        self._energy = Energy()
+        self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by this one
+        self._last_token_s = clock()
+        self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mbq-governor", daemon=True)
+
+    @property
+    def policy(self) -> Policy:
+        """The one in force, with its bounds."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy.within(self._engine.manifest)
+
+    def status(self) -> Status:
+        """From any thread."""
+        return self._status
+
+    def observe(self, token_time_s: float, bits_used: float) -> None:
+        """One token was decoded.  From any thread; an engine that tells its tokens is listened to without this."""
+        self._tokens.append((token_time_s, bits_used))
+
+    def tick(self) -> Status:
+        """Look once and set the budget; what the thread does."""
+        now_s, before = self._clock(), self._state.bits
+        speed, used = self._drain(now_s)
+        readings = replace(self._sensors.read(), tokens_per_s=speed)
+        self._state, budget, reason = step(self._state, readings, now_s, self._policy)
+        self._drift = self._drift.at(budget)
+        bundle = self._engine.manifest.budget
+        asked = self._drift.request(bundle.min_bits, bundle.max_bits)
+        if asked != self._engine.avg_bits:
+            self._engine.avg_bits = asked
+        if self._on_readings is not None:
+            self._on_readings(readings)
+        for notice in self._state.notices:
+            self._tell(Event(time.time(), budget, budget, notice, readings))
+        if budget != before:
+            self._tell(Event(time.time(), before, budget, reason, readings))
+        self._status = Status(budget, reason, readings, speed, used, self._energy.joules_per_token)
+        return self._status
+
+    def _drain(self, now_s: float) -> tuple[float | None, float | None]:
+        """Book the tokens since the last look: (tokens/s, bits used)."""
+        tokens = [self._tokens.popleft() for _ in range(len(self._tokens))]
+        last = self._status
+        if not tokens:
+            still = last.tokens_per_s and now_s - self._last_token_s < max(_FORGET_S, 3 / last.tokens_per_s)
+            return (last.tokens_per_s, last.avg_bits_used) if still else (None, None)
+        self._last_token_s = now_s
+        spent_s = sum(seconds for seconds, _ in tokens)
+        for _, bits in tokens:
+            self._drift = self._drift.after(bits)
+        self._energy = self._energy.add(last.readings.power_w, spent_s, len(tokens))
+        return len(tokens) / max(spent_s, 1e-9), sum(bits for _, bits in tokens) / len(tokens)
+
+    def _tell(self, event: Event) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _run(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            try:
+                self.tick()
+            except Exception as error:  # a listener's mistake, most likely: the reply goes on at the last budget
+                log.exception("the governor could not look at the board")
+                self._status = replace(self._status, reason=f"the governor failed: {error}")
+
+    def __enter__(self) -> Governor:
+        if isinstance(self._engine, Telling):
+            self._engine.on_token = self.observe
+        self.tick()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        if isinstance(self._engine, Telling):
+            self._engine.on_token = None
