@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .common import bundle_argument, json_option, threads_option
+from .steering import Steering, steered, steering_options
 
 
 @click.command("run")
 @bundle_argument
 @click.argument("prompt")
-@click.option("--bits", type=float, help="Average bits per weight.  [default: the bundle's]")
 @click.option("--max-tokens", type=int, default=128, help="Longest reply, in tokens.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; higher is more varied.")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest tokens of this total probability.")
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
+@steering_options
 @threads_option
 @json_option
 def command(
     bundle: Path,
     prompt: str,
-    bits: float | None,
     max_tokens: int,
     raw: bool,
     temperature: float,
@@ -35,25 +36,29 @@ def command(
     seed: int | None,
     threads: int | None,
     as_json: bool,
+    **steering: Any,
 ) -> None:
     """Answer PROMPT with the bundle in folder BUNDLE.
 
     The reply goes to stdout as it comes, one line of figures to stderr.  PROMPT may be - to read it
     from stdin.
     """
+    from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine.load(bundle, threads=threads, avg_bits=bits)
-    generation = engine.generate(
-        text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    pieces = []
-    with generation:
-        for piece in generation:
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
+    engine = Engine.load(bundle, threads=threads)
+    with steered(engine, Steering(**steering)) as (_, governor):
+        generation = engine.generate(
+            text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        pieces = []
+        with generation:
+            for piece in generation:
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+    status = governor.status()
     stats = generation.stats
     if as_json:
         figures = {
@@ -62,12 +67,14 @@ def command(
             "tokens_per_s": stats.tokens_per_s,
             "ttft_s": stats.ttft_s,
             "avg_bits_used": stats.avg_bits_used,
+            "energy_j_per_token": status.energy_j_per_token,
+            "reason": status.reason,
         }
         click.echo(json.dumps(figures, ensure_ascii=False))
         return
     click.echo()
     click.echo(
         f"{len(stats.tokens)} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_s:.2f} s, "
-        f"{stats.avg_bits_used:.2f} bits on average",
+        f"{stats.avg_bits_used:.2f} bits on average, energy {describe(status.energy_j_per_token)}",
         err=True,
     )

@@ -65,12 +65,12 @@ class Status:
 
 
 class Governor:
-    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second, in a thread of its own.
+    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second, in its own thread.
 
     A context manager: the first budget is set on entering, and the last one stays after leaving.
     A new budget takes effect at the engine's next token.  ``policy`` may be replaced at any time.
-    on_event: called in the governor's thread for every change and every word about the sensors;
-    on_readings: with every look at the board.  Raises UsageError for a policy the bundle cannot hold.
+    on_event: called in the governor's thread for every change and every word about the sensors.
+    Raises UsageError for a policy the bundle cannot hold.
     """
 
     def __init__(
@@ -79,11 +79,10 @@ class Governor:
         sensors: Reads,
         policy: Policy,
         on_event: Callable[[Event], None] | None = None,
-        on_readings: Callable[[Readings], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._sensors, self._clock = engine, sensors, clock
-        self._on_event, self._on_readings = on_event, on_readings
+        self._on_event = on_event
         self._policy = policy.within(engine.manifest)
         self._state = start(self._policy)
         self._drift = Drift(self._state.bits)
@@ -112,18 +111,17 @@ class Governor:
         self._tokens.append((token_time_s, bits_used))
 
     def tick(self) -> Status:
-        """Look once and set the budget; what the thread does."""
+        """Look once and set the budget: what the thread does, and nobody else while it runs."""
         now_s, before = self._clock(), self._state.bits
         speed, used = self._drain(now_s)
         readings = replace(self._sensors.read(), tokens_per_s=speed)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
         self._drift = self._drift.at(budget)
         bundle = self._engine.manifest.budget
-        asked = self._drift.request(bundle.min_bits, bundle.max_bits)
+        # A fixed budget is the router's own, so that a reply can be repeated.
+        asked = self._drift.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
         if asked != self._engine.avg_bits:
             self._engine.avg_bits = asked
-        if self._on_readings is not None:
-            self._on_readings(readings)
         for notice in self._state.notices:
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before:
@@ -151,11 +149,15 @@ class Governor:
 
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            try:
-                self.tick()
-            except Exception as error:  # a listener's mistake, most likely: the reply goes on at the last budget
-                log.exception("the governor could not look at the board")
-                self._status = replace(self._status, reason=f"the governor failed: {error}")
+            self._look()
+        self._look()  # books the last tokens
+
+    def _look(self) -> None:
+        try:
+            self.tick()
+        except Exception as error:  # a listener's mistake, most likely: the reply goes on at the last budget
+            log.exception("the governor could not look at the board")
+            self._status = replace(self._status, reason=f"the governor failed: {error}")
 
     def __enter__(self) -> Governor:
         if isinstance(self._engine, Telling):

@@ -49,9 +49,18 @@ class Source:
     sensor: bool = True
 
 
+_BEFORE_OFF_C = 10.0  # below the temperature at which it switches off, a board that tells no other limit is hot
+
+
+def _limit_c(r: Readings) -> float | None:
+    if r.throttle_temp_c is not None or r.critical_temp_c is None:
+        return r.throttle_temp_c
+    return r.critical_temp_c - _BEFORE_OFF_C
+
+
 def _heat(at: Situation) -> float | None:
-    r = at.readings
-    return None if r.temp_c is None or r.throttle_temp_c is None else r.temp_c - r.throttle_temp_c
+    temp_c, limit_c = at.readings.temp_c, _limit_c(at.readings)
+    return None if temp_c is None or limit_c is None else temp_c - limit_c
 
 
 def _throttle(at: Situation) -> float | None:
@@ -137,7 +146,7 @@ def _say(value: float | None, form: str) -> str:
 
 
 def _say_heat(r: Readings) -> str:
-    return f"heat: {_say(r.temp_c, '.1f')} C, this board slows down at {_say(r.throttle_temp_c, '.0f')} C"
+    return f"heat: {_say(r.temp_c, '.1f')} C, the limit is {_say(_limit_c(r), '.0f')} C"
 
 
 def _say_cpu(r: Readings) -> str:

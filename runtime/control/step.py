@@ -199,7 +199,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
         state = replace(state, fall_since_s=wanted_s, calm_since_s=None)
         if now_s - wanted_s < _CONFIRM_S:
             return state
-        target, cause = min(falls)
+        target, cause = min(falls, key=lambda fall: fall[0])
         early = now_s - state.rose_s < 2 * state.clear_s
         return replace(
             state,
@@ -232,7 +232,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
 def _reason(before: float, state: State, presses: list[_Press], policy: Policy) -> str:
     """Why the budget is what it is now."""
     low, high = policy.bounds
-    strongest = max(presses, default=_Press(0.0, ""))
+    strongest = max(presses, key=lambda press: press.pressure, default=_Press(0.0, ""))
     name = state.cause if state.bits < before else strongest.name
     if strongest.pressure > 0 and _target(strongest.pressure, low, high) <= state.bits <= before:
         return SOURCES[name].say(state.tracks[name].readings)

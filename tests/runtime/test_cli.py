@@ -12,6 +12,7 @@ import pytest
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
 from mbq_runtime import Engine, cli, manifest, perplexity
+from mbq_runtime.sensing.readings import Readings
 
 HEAVY = ("onnxruntime", "onnxruntime_genai", "torch", "numpy", "transformers", "tvm", "onnx", "mbq_export")
 
@@ -62,10 +63,29 @@ def test_run_json_holds_everything_and_stdout_nothing_else(capsys: pytest.Captur
     code, out, err = run(capsys, "run", bundle, "A", "--raw", "--max-tokens", 5, "--bits", 4, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used"}
+    assert set(found) == {
+        "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "reason",
+    }  # fmt: skip
+    assert found["reason"] == "fixed"
     assert found["text"] == "BCDEF"
     assert found["tokens"] == ids("BCDEF")
     assert 4.0 < found["avg_bits_used"] < 4.3
+
+
+def test_run_writes_what_happens_to_the_budget(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = Readings(0.0, temp_c=85.0, throttle_temp_c=80.0, heat_throttled=True)
+    monkeypatch.setattr("mbq_runtime.sensing.sensors.Sensors.read", lambda self: hot)
+    monkeypatch.setattr("mbq_runtime.control.governor.PERIOD_S", 0.01)
+    monkeypatch.setattr("mbq_runtime.control.step._CONFIRM_S", 0.0)
+    events = tmp_path / "events.jsonl"
+    options = ("--policy", "cool", "--min-bits", 4, "--events", events, "--json")
+    _, out, _ = run(capsys, "run", bundle, "A", "--raw", "--max-tokens", 90, *options)
+    assert json.loads(out)["reason"] == "heat: 85.0 C, the limit is 80 C"
+    (event,) = [json.loads(line) for line in events.read_text().splitlines()]
+    assert (event["old"], event["new"]) == (8.0, 4.0)
+    assert event["readings"]["temp_c"] == 85.0
 
 
 def test_run_reads_the_prompt_from_stdin(bundle: Path) -> None:

@@ -115,7 +115,7 @@ def test_energy_is_unknown_without_a_power_sensor_and_counts_known_stretches_onl
 @pytest.mark.parametrize("offset", [0.3, -0.3])
 def test_a_router_that_misses_the_budget_is_corrected(offset: float) -> None:
     engine, clock = StandIn(), Clock()
-    governor = Governor(engine, Board(), replace(POLICIES["fixed"], ceiling_bits=5.0), clock=clock)
+    governor = Governor(engine, Board(), replace(AUTO, ceiling_bits=5.0), clock=clock)
     used = 0.0
     for _ in range(100):
         used = engine.avg_bits + offset
@@ -123,6 +123,15 @@ def test_a_router_that_misses_the_budget_is_corrected(offset: float) -> None:
             governor.observe(0.02, used)
         looks(governor, clock, 0.5)
     assert used == pytest.approx(5.0, abs=0.02)
+
+
+def test_a_fixed_budget_is_not_corrected() -> None:
+    engine, clock = StandIn(), Clock()
+    governor = Governor(engine, Board(), replace(POLICIES["fixed"], ceiling_bits=5.0), clock=clock)
+    for _ in range(100):
+        governor.observe(0.02, 4.5)
+    looks(governor, clock, 5)
+    assert engine.avg_bits == 5.0
 
 
 def test_a_correction_stays_within_half_a_bit_and_the_bounds() -> None:

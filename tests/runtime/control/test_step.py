@@ -209,6 +209,12 @@ def test_rising_heat_is_seen_coming() -> None:
     assert 72 <= 60 + 0.2 * at < 75, "before the band of 5 C begins"
 
 
+def test_a_board_that_tells_only_when_it_switches_off_is_kept_10_degrees_below() -> None:
+    laptop = replace(CALM, throttle_temp_c=None, critical_temp_c=100.0)
+    assert changes(run(lambda _: replace(laptop, temp_c=84.0), 60)) == []
+    assert changes(run(lambda _: replace(laptop, temp_c=90.0), 60)) == [(1.0, 3.0)]
+
+
 def test_the_board_slowing_down_is_acted_on_at_once() -> None:
     found = changes(run(lambda at: replace(CALM, heat_throttled=at >= 10), 30))
     assert found == [(11.0, 3.0)]
