@@ -28,7 +28,8 @@ MODELS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
     "mistral-sliding": {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
+    # The width of Qwen2.5-0.5B.
+    "qwen2": {"hidden_size": 896, "num_attention_heads": 14, "head_dim": 64, "tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
     "gemma3_text": {
         "tie_word_embeddings": True,
@@ -36,7 +37,7 @@ MODELS: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 48,
     },
-    "phi3": {"tie_word_embeddings": False, "sliding_window": None},
+    "phi3": {"sliding_window": 16, "tie_word_embeddings": False},
     "phi3-longrope": {
         "model_type": "phi3",
         "tie_word_embeddings": True,
