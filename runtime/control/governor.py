@@ -23,6 +23,7 @@ from .step import start, step
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
+_SAME_BITS = 1e-3  # engines keep the budget in single precision
 _FORGET_S = 3.0  # a speed older than this, and than a few tokens, is no longer the present one
 
 
@@ -86,6 +87,7 @@ class Governor:
         self._policy = policy.within(engine.manifest)
         self._state = start(self._policy)
         self._drift = Drift(self._state.bits)
+        self._asked = engine.avg_bits
         self._energy = Energy()
         self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by this one
         self._last_token_s = clock()
@@ -119,9 +121,9 @@ class Governor:
         self._drift = self._drift.at(budget)
         bundle = self._engine.manifest.budget
         # A fixed budget is the router's own, so that a reply can be repeated.
-        asked = self._drift.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
-        if asked != self._engine.avg_bits:
-            self._engine.avg_bits = asked
+        self._asked = self._drift.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
+        if self._asked != self._engine.avg_bits:
+            self._engine.avg_bits = self._asked
         for notice in self._state.notices:
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before:
@@ -138,8 +140,9 @@ class Governor:
             return (last.tokens_per_s, last.avg_bits_used) if still else (None, None)
         self._last_token_s = now_s
         spent_s = sum(seconds for seconds, _ in tokens)
-        for _, bits in tokens:
-            self._drift = self._drift.after(bits)
+        if abs(self._engine.avg_bits - self._asked) < _SAME_BITS:  # else a request or a person set the budget
+            for _, bits in tokens:
+                self._drift = self._drift.after(bits)
         self._energy = self._energy.add(last.readings.power_w, spent_s, len(tokens))
         return len(tokens) / max(spent_s, 1e-9), sum(bits for _, bits in tokens) / len(tokens)
 
