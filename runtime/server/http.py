@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _PARTING_S = 3  # for replies in the making when the server is told to stop
+# Longer than clients keep an idle connection (5 s in OpenAI's): the server must not be the one to close
+# it, or a request already on its way is lost.
+_KEEP_ALIVE_S = 75
 
 
 def configure(app: ASGIApp, host: str = "127.0.0.1", port: int = 8080) -> uvicorn.Config:
@@ -25,5 +28,6 @@ def configure(app: ASGIApp, host: str = "127.0.0.1", port: int = 8080) -> uvicor
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_PARTING_S,
     )

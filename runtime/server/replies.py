@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -25,20 +24,15 @@ EVENT_STREAM = [
 _STALL_S = 30.0  # a client that takes nothing for so long is gone
 
 
-@dataclass(frozen=True)
 class Shape:
-    """How one endpoint words its replies."""
-
-    model: str
-    id: str = field(init=False)
-    created: int = field(default_factory=lambda: int(time.time()), init=False)
+    """How one endpoint words one reply."""
 
     PREFIX: ClassVar[str]
     OBJECT: ClassVar[str]
     CHUNK: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id", f"{self.PREFIX}-{uuid4().hex}")
+    def __init__(self, model: str) -> None:
+        self._same = {"id": f"{self.PREFIX}-{uuid4().hex}", "created": int(time.time()), "model": model}
 
     def first(self) -> dict[str, Any] | None:
         """The choice that opens a stream, if there is one."""
@@ -53,14 +47,8 @@ class Shape:
         raise NotImplementedError
 
     def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": [{"index": 0, "logprobs": None, "finish_reason": None, **choice} for choice in choices],
-            **more,
-        }
+        filled = [{"index": 0, "logprobs": None, "finish_reason": None, **choice} for choice in choices]
+        return {**self._same, "object": kind, "choices": filled, **more}
 
 
 class ChatShape(Shape):

@@ -1,0 +1,115 @@
+"""A real server on a real port, in this process, so that tests can look at both of its sides."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import uvicorn
+
+from mbq_runtime import Engine
+from mbq_runtime.control.gate import Gate
+from mbq_runtime.sensing.readings import Readings
+from mbq_runtime.server.app import Server
+from mbq_runtime.server.http import configure
+from mbq_runtime.server.live import Live
+
+PATIENCE_S = 20.0
+SLOW_S = 0.05
+
+
+@dataclass
+class Steered:
+    """What ``Governor.status`` tells, as far as the server reads it."""
+
+    avg_bits: float = 8.0
+    reason: str = "nothing presses"
+    readings: Readings = field(default_factory=lambda: Readings(time_s=0.0))
+    tokens_per_s: float | None = None
+    avg_bits_used: float | None = None
+    energy_j_per_token: float | None = None
+
+
+class HandGovernor:
+    """A governor whose every reading the test sets, so that pages and figures can be checked to the digit."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._status = Steered(avg_bits=gate.avg_bits)
+
+    def status(self) -> Steered:
+        return self._status
+
+    def set(self, *, avg_bits: float | None = None, **changes: Any) -> None:
+        """Status fields and readings by name."""
+        names = Readings.__dataclass_fields__
+        readings = {k: v for k, v in changes.items() if k in names and k != "tokens_per_s"}
+        rest = {k: v for k, v in changes.items() if k not in readings}
+        if avg_bits is not None:
+            self._gate.avg_bits = avg_bits
+            rest["avg_bits"] = avg_bits
+        self._status = replace(self._status, readings=replace(self._status.readings, **readings), **rest)
+
+
+@dataclass
+class Running:
+    url: str
+    port: int
+    server: Server
+    governor: HandGovernor
+    gate: Gate
+    live: Live
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the server's event loop."""
+        return len(asyncio.all_tasks(self.loop))
+
+    def settled(self, idle_tasks: int) -> bool:
+        worker = self.server.worker
+        return not worker.running and worker.waiting == 0 and self.tasks <= idle_tasks
+
+
+@contextmanager
+def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: Any) -> Iterator[Running]:
+    """port: 0 for a free one; options: of ``Server``."""
+    gate = Gate(engine)
+    governor = HandGovernor(gate)
+    live = Live(engine.manifest.model.name, lambda: runner.should_exit)
+    made = Server(
+        engine, gate, governor, live,  # type: ignore[arg-type]
+        **{"budget": engine.manifest.budget, "queue_limit": queue_limit, **options},
+    )  # fmt: skip
+    runner = uvicorn.Server(configure(made.app))
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def run(sock: socket.socket) -> None:
+        loops.append(asyncio.get_running_loop())
+        await runner.serve([sock])
+
+    with socket.create_server(("127.0.0.1", port)) as sock:
+        port = sock.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(run(sock)), name="test-server")
+        thread.start()
+        try:
+            wait_for(lambda: runner.started)
+            yield Running(f"http://127.0.0.1:{port}", port, made, governor, gate, live, loops[0])
+        finally:
+            runner.should_exit = True
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive(), "the server does not stop"
+
+
+def wait_for(holds: Callable[[], bool], what: str = "it") -> None:
+    """Wait until ``holds()``; fail when that takes too long."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end_s, f"{what} did not happen within {PATIENCE_S:g} s"
+        time.sleep(0.01)

@@ -1,0 +1,205 @@
+"""Many clients, slow ones and some that leave: everyone gets their own answer or a refusal, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import openai
+import pytest
+from serving import SLOW_S, Running, serve, wait_for
+
+from mbq_runtime import Engine
+from mbq_runtime.server import replies
+
+CLIENTS, REQUESTS_EACH, QUEUE = 50, 6, 8
+
+
+def completion(running: Running, *, stream: bool = False, **fields: Any) -> http.client.HTTPConnection:
+    """A request under way; ``getresponse`` waits for the answer."""
+    body = {"prompt": "xA", "temperature": 0, "max_tokens": 40, "stream": stream, **fields}
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
+def text(connection: http.client.HTTPConnection) -> str:
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    found = json.loads(answer.read())["choices"][0]["text"]
+    connection.close()
+    return str(found)
+
+
+@pytest.fixture
+def idle(running: Running) -> Iterator[int]:
+    """Tasks of the server with nothing to do; afterwards it is back there, and no thread is left over."""
+    wait_for(lambda: running.tasks > 0)
+    tasks, threads = running.tasks, threading.active_count()
+    yield tasks
+    wait_for(lambda: running.settled(tasks), "coming to rest")
+    wait_for(lambda: threading.active_count() <= threads, "threads ending")
+    assert text(completion(running, max_tokens=3)) == "BCD"
+
+
+def test_fifty_clients_each_get_their_own_answer_or_a_refusal(engine: Engine) -> None:
+    # "@" and "G" are followed by the same.
+    prompts = [f"x{chr(byte)}" for byte in range(ord("!"), ord("!") + CLIENTS + 1) if chr(byte) != "@"]
+
+    async def all_of_them(url: str, alone: dict[str, str]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+        async def one(number: int) -> None:
+            for turn in range(REQUESTS_EACH):
+                prompt = prompts[(number + turn) % CLIENTS]
+                options: dict[str, Any] = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 24}
+                try:
+                    if (number + turn) % 2:
+                        stream = await client.completions.create(**options, stream=True)
+                        found = "".join([chunk.choices[0].text async for chunk in stream])
+                    else:
+                        found = (await client.completions.create(**options)).choices[0].text
+                except openai.RateLimitError as error:
+                    counts["refused" if error.code == "queue_full" else "refused oddly"] += 1
+                    await asyncio.sleep(0.02)
+                else:
+                    counts["right" if found == alone[prompt] else "mixed up"] += 1
+
+        await asyncio.gather(*(one(number) for number in range(CLIENTS)))
+        await client.close()
+        return counts
+
+    with serve(engine, queue_limit=QUEUE) as running:
+        idle_tasks = running.tasks
+        alone = {prompt: text(completion(running, prompt=prompt, max_tokens=24)) for prompt in prompts}
+        assert len(set(alone.values())) == CLIENTS
+        before = running.server.worker.tokens
+        counts = asyncio.run(all_of_them(running.url, alone))
+        assert counts["mixed up"] == 0
+        assert counts["right"] + counts["refused"] == CLIENTS * REQUESTS_EACH
+        assert counts["right"] > 2 * QUEUE
+        assert counts["refused"] > 0
+        assert running.server.worker.tokens - before <= 24 * counts["right"]  # refusals cost the engine nothing
+        wait_for(lambda: running.settled(idle_tasks), "coming to rest")
+
+
+def test_the_queue_holds_what_it_says(slow_engine: Engine) -> None:
+    with serve(slow_engine, queue_limit=2) as running:
+        requests = [completion(running, max_tokens=10)]
+        wait_for(lambda: running.server.worker.running)
+        for waiting in (1, 2):
+            requests.append(completion(running, max_tokens=10))
+            wait_for(lambda waiting=waiting: running.server.worker.waiting == waiting)  # type: ignore[misc]
+        refused = completion(running).getresponse()
+        assert refused.status == 429
+        assert refused.headers["Retry-After"] == "1"
+        error = json.loads(refused.read())["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert [text(request) for request in requests] == ["BCDEFGABCD"] * 3
+        assert text(completion(running, max_tokens=3)) == "BCD"
+
+
+def test_without_a_queue_one_request_is_served_at_a_time(slow_engine: Engine) -> None:
+    with serve(slow_engine, queue_limit=0) as running:
+        first = completion(running, max_tokens=10)
+        wait_for(lambda: running.server.worker.running)
+        assert completion(running).getresponse().status == 429
+        assert text(first) == "BCDEFGABCD"
+        wait_for(lambda: not running.server.worker.running)
+        assert text(completion(running, max_tokens=3)) == "BCD"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_reply(slow_engine: Engine, running: Running, idle: int, stream: bool) -> None:
+    connection = completion(running, stream=stream, max_tokens=90)
+    wait_for(lambda: running.server.worker.tokens >= 3)
+    connection.close()
+    wait_for(lambda: running.settled(idle), "stopping")
+    assert running.server.worker.tokens < 40
+    left = 'mbq_requests_total{path="/v1/completions",status="%s"} 1.0' % ("200" if stream else "499")
+    assert left in running.server.metrics.text().decode()
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten(slow_engine: Engine, running: Running, idle: int) -> None:
+    first = completion(running, max_tokens=10)
+    wait_for(lambda: running.server.worker.running)
+    second = completion(running, max_tokens=90)
+    wait_for(lambda: running.server.worker.waiting == 1)
+    second.close()
+    wait_for(lambda: running.server.worker.waiting == 0)
+    assert running.server.worker.running
+    assert text(first) == "BCDEFGABCD"
+    wait_for(lambda: running.settled(idle))
+    assert running.server.worker.tokens == 10
+
+
+def test_a_slow_reader_delays_nobody_and_loses_nothing(running: Running, idle: int) -> None:
+    slow = completion(running, stream=True, max_tokens=90)
+    wait_for(lambda: running.server.worker.tokens == 90 and not running.server.worker.running)
+    assert text(completion(running, max_tokens=3)) == "BCD"
+    answer, pieces = slow.getresponse(), b""
+    while piece := answer.read(7):
+        pieces += piece
+    chunks = [json.loads(line[6:]) for line in pieces.decode().split("\n\n") if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == ("ABCDEFG" * 13)[1:91]
+    slow.close()
+
+
+def test_clients_that_never_read_and_watchers_that_leave_cost_nothing(running: Running, idle: int) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    deaf = []
+    for path in (b"POST /v1/completions", b"GET /live"):
+        for _ in range(10):
+            sock = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            body = b'{"prompt": "xA", "stream": true, "max_tokens": 90}' if path.startswith(b"POST") else b""
+            sock.sendall(path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            deaf.append(sock)
+    wait_for(lambda: running.server.worker.tokens >= 90)
+    for sock in deaf:
+        sock.close()
+    wait_for(lambda: running.settled(idle), "coming to rest")
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= descriptors, "descriptors closing")
+
+
+def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "_STALL_S", 0.05)
+    closed = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data"
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            sent.append(message)
+            if len(sent) == 3:
+                await asyncio.Event().wait()  # the client's window is full, for ever
+
+    sent: list[Any] = []
+    asyncio.run(asyncio.wait_for(replies.send_events(send, events()), 10))
+    assert closed == [True]
+    assert all(message["more_body"] for message in sent)
+
+
+def test_stopping_the_server_ends_replies_and_streams(slow_engine: Engine) -> None:
+    with serve(slow_engine) as running:
+        watcher = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+        watcher.request("GET", "/live")
+        reader = completion(running, max_tokens=90, stream=True)
+        wait_for(lambda: running.server.worker.tokens >= 2)
+    watcher.close()
+    reader.close()
+    assert running.server.worker.tokens < 3.5 / SLOW_S + 20  # it had 3 s to come to its end, and no more
+    assert not any(thread.name == "mbq-engine" for thread in threading.enumerate())

@@ -1,0 +1,189 @@
+"""Whatever arrives, the answer is a status below 500 in OpenAI's error shape, and the next request is served."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import Running, serve
+
+from mbq_runtime import Engine
+from mbq_runtime.server import app
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SAY_A = [{"role": "user", "content": "A"}]
+
+
+@pytest.fixture(scope="module")
+def running(loaded: Engine) -> Iterator[Running]:
+    """One server for all: it must outlive them."""
+    with serve(loaded) as found:
+        yield found
+
+
+def ask(running: Running, path: str, body: bytes, method: str = "POST", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def still_answers(running: Running) -> bool:
+    status, found = ask(running, COMPLETIONS, b'{"prompt": "xA", "temperature": 0, "max_tokens": 3}')
+    return status == 200 and found["choices"][0]["text"] == "BCD"
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"messages": SAY_A, **fields}).encode()
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"prompt": "A", **fields}).encode()
+
+
+def message(content: Any, role: Any = "user") -> bytes:
+    return json.dumps({"messages": [{"role": role, "content": content}]}).encode()
+
+
+REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
+    # name: path, body, the field named, words of the message
+    "nothing": (CHAT, b"", None, "EOF"),
+    "no JSON": (CHAT, b"messages=hello", None, "Invalid JSON"),
+    "cut off": (CHAT, chat()[:-4], None, "EOF"),
+    "a list": (CHAT, b"[]", None, "object"),
+    "null": (CHAT, b"null", None, "object"),
+    "invalid UTF-8": (CHAT, b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', None, "unicode"),
+    "overlong UTF-8": (CHAT, b'{"messages": [{"role": "user", "content": "\xc0\xaf"}]}', None, "unicode"),
+    "half a surrogate": (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "escape"),
+    "UTF-16": (CHAT, chat().decode().encode("utf-16"), None, "Invalid JSON"),
+    "deep nesting": (CHAT, b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "recursion"),
+    "deep nesting, ignored field": (CHAT, b'{"x": ' + b'{"x":' * 100_000, None, "recursion"),
+    "a number of 5000 digits": (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", None, "number"),
+    "no messages": (CHAT, b"{}", "messages", "required"),
+    "messages of the wrong type": (CHAT, b'{"messages": "A"}', "messages", "valid array"),
+    "empty messages": (CHAT, b'{"messages": []}', "messages", "at least 1"),
+    "a message that is text": (CHAT, b'{"messages": ["A"]}', "messages.0", "object"),
+    "no role": (CHAT, b'{"messages": [{"content": "A"}]}', "messages.0.role", "required"),
+    "unknown role": (CHAT, message("A", "tool"), "messages.0.role", "'user'"),
+    "content is a number": (CHAT, message(5), "messages.0.content", "valid string"),
+    "content is null": (CHAT, message(None), "messages.0.content", "valid string"),
+    "a picture": (CHAT, message([{"type": "image_url", "image_url": {}}]), "messages.0.content", "parts of type text"),
+    "parts that are not objects": (CHAT, message([1]), "messages.0.content", "parts of type text"),
+    "NUL character": (CHAT, message("A\0B"), None, "NUL character at position 1"),
+    "too long": (CHAT, message("A" * 500), None, "tokens long"),
+    "no prompt": (COMPLETIONS, b"{}", "prompt", "required"),
+    "empty prompt": (COMPLETIONS, completion(prompt=""), None, "the prompt is empty"),
+    "two prompts": (COMPLETIONS, completion(prompt=["A", "B"]), "prompt", "one text"),
+    "prompt is a number": (COMPLETIONS, completion(prompt=7), "prompt", "one text"),
+    "prompt of booleans": (COMPLETIONS, completion(prompt=[True]), "prompt", "one list of token ids"),
+    "no tokens": (COMPLETIONS, completion(prompt=[]), "prompt", "one list of token ids"),
+    "negative token": (COMPLETIONS, completion(prompt=[-1]), "prompt", "one list of token ids"),
+    "unknown token": (COMPLETIONS, completion(prompt=[264]), None, "token id 264: the model's ids go from 0 to 263"),
+    "token beyond 64 bits": (COMPLETIONS, completion(prompt=[10**30]), "prompt", "one list of token ids"),
+    "max_tokens 0": (CHAT, chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    "max_tokens is text": (CHAT, chat(max_tokens="9"), "max_tokens", "valid integer"),
+    "max_tokens is a fraction": (CHAT, chat(max_tokens=1.5), "max_tokens", "integer"),
+    "temperature below 0": (CHAT, chat(temperature=-0.1), "temperature", "greater than or equal to 0"),
+    "temperature above 2": (CHAT, chat(temperature=2.1), "temperature", "less than or equal to 2"),
+    "temperature not a number": (CHAT, b'{"messages": [], "temperature": NaN}', "temperature", "finite"),
+    "temperature infinite": (CHAT, b'{"messages": [], "temperature": 1e999}', "temperature", "finite"),
+    "top_p 0": (CHAT, chat(top_p=0), "top_p", "greater than 0"),
+    "top_k below 0": (CHAT, chat(top_k=-1), "top_k", "greater than or equal to 0"),
+    "seed is text": (CHAT, chat(seed="x"), "seed", "valid integer"),
+    "stop is a number": (CHAT, chat(stop=3), "stop", "valid array"),
+    "stop holds a number": (CHAT, chat(stop=["a", 3]), "stop.1", "valid string"),
+    "empty stop": (CHAT, chat(stop=""), "stop.0", "at least 1"),
+    "long stop": (CHAT, chat(stop="a" * 257), "stop.0", "at most 256"),
+    "many stops": (CHAT, chat(stop=["a"] * 17), "stop", "at most 16"),
+    "stream is text": (CHAT, chat(stream="yes"), "stream", "valid boolean"),
+    "avg_bits too low": (CHAT, chat(avg_bits=2), "avg_bits", "3 to 8"),
+    "avg_bits not a number": (CHAT, b'{"messages": [], "avg_bits": NaN}', "avg_bits", "finite"),
+    "min_bits too high": (CHAT, chat(min_bits=8.5), "min_bits", "3 to 8"),
+    "min_bits above max_bits": (CHAT, chat(min_bits=6, max_bits=5), "min_bits", "above max_bits"),
+    "avg_bits and min_bits": (CHAT, chat(avg_bits=6, min_bits=5), "avg_bits", "leave out"),
+    "model is a number": (CHAT, chat(model=1), "model", "valid string"),
+    "unknown model": (CHAT, chat(model="x" * 1000), "model", "this server has 'tiny'"),
+    "two replies": (CHAT, chat(n=2), "n", "not offered"),
+    "tools": (CHAT, chat(tools=[{"type": "function"}]), "tools", "not offered"),
+    "logprobs": (CHAT, chat(logprobs=True), "logprobs", "not offered"),
+    "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not offered"),
+    "penalty": (CHAT, chat(presence_penalty=0.5), "presence_penalty", "not offered"),
+    "echo": (COMPLETIONS, completion(echo=True), "echo", "not offered"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(running: Running, name: str) -> None:
+    path, body, param, words = REFUSED[name]
+    status, found = ask(running, path, body)
+    assert status == (404 if name == "unknown model" else 400), found
+    error = found["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param, error
+    assert words in error["message"]
+    assert len(error["message"]) < 300
+    assert still_answers(running)
+
+
+def test_neutral_and_unknown_fields_are_let_through(running: Running) -> None:
+    body = chat(
+        n=1, tools=[], logprobs=False, presence_penalty=0, frequency_penalty=0.0, response_format={"type": "text"},
+        user="somebody", metadata={"a": 1}, stop=None, max_tokens=None, temperature=None, stream=None, store=False,
+    )  # fmt: skip
+    status, found = ask(running, CHAT, body)
+    assert (status, found["object"]) == (200, "chat.completion")
+
+
+def test_a_huge_body_is_refused_before_it_is_read(running: Running) -> None:
+    limit = app._MIN_BODY_LIMIT
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (limit + 1))
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413 ")
+    status, found = ask(running, COMPLETIONS, b'{"prompt": "' + b"x" * limit + b'"}')
+    assert (status, found["error"]["code"]) == (413, "body_too_large")
+    assert still_answers(running)
+
+
+def test_a_huge_body_in_chunks_is_refused_when_it_grows_too_large(running: Running) -> None:
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b"x" * (1 << 16)
+
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.request("POST", CHAT, chunks(), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert still_answers(running)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_UPLOAD_S", 0.2)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert still_answers(running)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/nothing", 404),
+        ("GET", "/v1/models/huge", 404),
+        ("GET", CHAT, 405),
+        ("POST", "/health", 405),
+        ("DELETE", "/v1/models", 405),
+    ],
+)
+def test_wrong_paths_and_methods_are_refused_in_the_same_shape(
+    running: Running, method: str, path: str, status: int
+) -> None:
+    found, body = ask(running, path, b"", method)
+    assert found == status
+    assert set(body["error"]) == {"message", "type", "param", "code"}
