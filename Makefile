@@ -19,6 +19,9 @@ $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 	$(BIN)/mbq-export --target arm64 --target host --output $(BUNDLES) --force
 
 test: $(VENV)/.dev lint
+	@# The monitor page is tested in a real browser, where there is one or it can be had.
+	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
+	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
