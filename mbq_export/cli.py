@@ -157,9 +157,8 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
 def _show_plan(prepared: Prepared) -> None:
     plan = prepared.plan
     d = plan.decoder
-    click.echo(
-        f"Model    {prepared.source.name}: {d.family.architecture}, {d.layers} layers, {d.context_length} tokens of context"
-    )
+    shape = f"{d.layers} layers, {d.context_length} tokens of context"
+    click.echo(f"Model    {prepared.source.name}: {d.family.architecture}, {shape}")
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
         click.echo(f"           {role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}")
     click.echo(f"Slices   {plan.profile} in groups of {plan.group_size}, router {prepared.options.router}")
