@@ -35,6 +35,8 @@ def command(
     prompts, lengths = _list("-p", n_prompt, int), _list("-n", n_gen, int)
     if repetitions < 1:
         raise UsageError(f"-r {repetitions}: needed at least 1")
+    if not any(prompts) and not any(lengths):
+        raise UsageError("-p 0 -n 0: nothing to measure; give one of them a length")
     from mbq_runtime import manifest
 
     budget = manifest.read(bundle).budget
