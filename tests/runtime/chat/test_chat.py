@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_bundle import CONTEXT, REPLY
+
+from mbq_runtime import Engine
+from mbq_runtime.chat.conversation import Conversation
+from mbq_runtime.chat.loop import COMMANDS, Chat
+from mbq_runtime.chat.screen import Screen
+from mbq_runtime.control.gate import Gate
+from mbq_runtime.sensing.readings import Readings
+
+PATIENCE_S = 60.0
+
+
+class Talk:
+    """A chat with a script instead of a person.  out, notes: what was written where."""
+
+    def __init__(self, engine: Engine, **readings: Any) -> None:
+        self.gate = Gate(engine)
+        status = SimpleNamespace(reason="nothing presses", readings=Readings(0.0, **readings))
+        governor: Any = SimpleNamespace(status=lambda: status)
+        self.conversation = Conversation(engine)
+        self._out, self._notes = io.StringIO(), io.StringIO()
+        screen = Screen(self._out, self._notes, terminal=False, colour=False)
+        options = {"max_tokens": 20, "temperature": 0.0}
+        self._chat = Chat(engine, self.gate, governor, screen, self.conversation, options)
+
+    def say(self, *lines: str | type[BaseException]) -> tuple[str, str]:
+        """Returns what came since the last time: (out, notes)."""
+        script: Iterator[str | type[BaseException]] = iter(lines)
+
+        def read(_: str) -> str | None:
+            line = next(script, None)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        self._chat.run(read)
+        found = self._out.getvalue(), self._notes.getvalue()
+        for stream in (self._out, self._notes):
+            stream.seek(0)
+            stream.truncate()
+        return found
+
+
+@pytest.fixture
+def talk(engine: Engine) -> Talk:
+    return Talk(engine, temp_c=61.4, power_w=3.0)
+
+
+def test_a_reply_and_its_figures(talk: Talk) -> None:
+    out, notes = talk.say("hello")
+    assert out == REPLY + "\n"
+    assert notes.startswith("11 tokens, ")
+    for words in (" tokens/s, 8.10 bits, 61 °C, nothing presses, energy ", " J/token\n"):
+        assert words in notes
+    assert talk.conversation.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": REPLY},
+    ]
+
+
+def test_what_no_sensor_tells_is_unknown(engine: Engine) -> None:
+    _, notes = Talk(engine).say("hello")
+    assert "temperature unknown" in notes
+    assert "energy unknown (no power sensor)" in notes
+
+
+def test_bits_by_hand(talk: Talk) -> None:
+    talk.gate.avg_bits = 6.0
+    _, notes = talk.say("/bits 4", "hello")
+    assert notes.startswith("4 bits\n")
+    assert "4.10 bits, 61 °C, asked by you" in notes
+    _, notes = talk.say("/bits auto", "hello")
+    assert notes.startswith("6 bits\n")
+    assert "6.10 bits, 61 °C, nothing presses" in notes
+    for bad in ("/bits", "/bits lots", "/bits 9", "/bits nan"):
+        assert "takes a number from 3 to 8" in talk.say(bad)[1]
+    assert talk.gate.avg_bits == 6.0
+
+
+def test_reset_forgets_all_but_the_system_s_message(engine: Engine) -> None:
+    talk = Talk(engine)
+    talk.conversation = Conversation(engine, "Be kind.")
+    talk._chat._conversation = talk.conversation
+    talk.say("hello", "/reset")
+    assert talk.conversation.messages == [{"role": "system", "content": "Be kind."}]
+    talk.say("hello", "/clear", "x")
+    assert [m["content"] for m in talk.conversation.messages][:2] == ["Be kind.", "x"]
+
+
+@pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
+def test_leaving(talk: Talk, word: str) -> None:
+    assert talk.say(word, "hello") == ("", "")
+
+
+def test_help_names_every_command_and_an_unknown_one_says_so(talk: Talk) -> None:
+    _, notes = talk.say("/help")
+    assert [line.split()[0] for line in notes.splitlines()] == [*COMMANDS, '"""']
+    assert talk.say("/nope", "") == ("", "/nope: no such command; /help lists them\n")
+
+
+def test_a_message_of_several_lines(talk: Talk) -> None:
+    talk.say('"""first', "/exit", '  third""" rest')
+    assert talk.conversation.messages[0]["content"] == "first\n/exit\n  third"
+    talk.say("/reset", '"""one line"""')
+    assert talk.conversation.messages[0]["content"] == "one line"
+
+
+def test_an_interrupt_at_the_prompt_does_not_leave(talk: Talk) -> None:
+    out, notes = talk.say(KeyboardInterrupt, "hello")
+    assert out == REPLY + "\n"
+    assert notes.startswith("\n/exit or Ctrl-D to leave\n")
+
+
+def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, talk: Talk) -> None:
+    heard = []
+
+    def interrupt(seconds: float, bits: float) -> None:
+        heard.append(bits)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    engine.on_token = interrupt
+    try:
+        out, _ = talk.say("hello", "/bits 8")
+    finally:
+        engine.on_token = None
+    assert out == REPLY[:3] + "\n"
+    assert talk.conversation.messages[-1] == {"role": "assistant", "content": REPLY[:3]}
+    assert talk.say("/reset", "hello")[0] == REPLY + "\n"  # the engine is free
+
+
+def test_a_message_too_long_is_taken_back(talk: Talk) -> None:
+    _, notes = talk.say("x" * CONTEXT)
+    assert "tokens long" in notes
+    assert talk.conversation.messages == []
+    assert talk.say("hello")[0] == REPLY + "\n"
+
+
+def test_the_oldest_turns_make_room(engine: Engine) -> None:
+    conversation = Conversation(engine)
+    for i in range(3):
+        forgotten = conversation.ask(f"question {i}")
+        conversation.answer("yes")
+    assert forgotten == 1
+    assert [m["content"] for m in conversation.messages] == ["question 1", "yes", "question 2", "yes"]
+    assert conversation.ask("y" * 60) == 2
+    assert [m["content"] for m in conversation.messages] == ["y" * 60]
+
+
+def command(bundle: Path, *args: str) -> list[str]:
+    return [sys.executable, "-m", "mbq_runtime.cli", "chat", str(bundle), "--temperature", "0", "--bits", "8", *args]
+
+
+def test_from_a_pipe_to_a_pipe(bundle: Path) -> None:
+    done = subprocess.run(
+        command(bundle, "--show-bits"), input="hello\n\nhello\n", capture_output=True, encoding="utf-8", check=True
+    )
+    assert done.stdout == f"{REPLY}\n{REPLY}\n"
+    assert done.stderr.count("energy ") == 2
+
+
+def test_on_a_terminal(bundle: Path) -> None:
+    """A real one: colours, a status line, Ctrl-C at the prompt, Ctrl-D to leave."""
+    master, slave = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
+    chat = subprocess.Popen(
+        command(bundle, "--show-bits"), stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    seen = ""
+
+    def until(words: str) -> None:
+        nonlocal seen
+        end_s = time.monotonic() + PATIENCE_S
+        while words not in seen:
+            assert select.select([master], [], [], max(end_s - time.monotonic(), 0))[0], seen
+            seen += os.read(master, 1 << 16).decode(errors="replace")
+
+    until(">>> ")
+    assert "bits: " in seen
+    os.write(master, b"hello\n")
+    until("energy ")
+    assert "\x1b[38;5;33mH\x1b[39m" in seen
+    assert "reading the prompt" in seen
+    seen = ""
+    chat.send_signal(signal.SIGINT)
+    until("Ctrl-D to leave")
+    os.write(master, b"\x04")
+    assert chat.wait(PATIENCE_S) == 0
+    os.close(master)
+
+
+def test_a_model_without_chat_template(bundle_copy: Path) -> None:
+    (bundle_copy / "chat_template.jinja").unlink()
+    from tiny_bundle import write_manifest
+
+    write_manifest(bundle_copy)
+    done = subprocess.run(command(bundle_copy), input="", capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("the model has no chat template; use mbq run --raw")
