@@ -81,8 +81,9 @@ def _show(text: str, terminal: bool, *, stays: bool) -> None:
 def _follow(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
     """What the server tells, as it comes.  Raises UsageError when it cannot be reached."""
     request = urllib.request.Request(f"{url}/live", headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # boards are near
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with opener.open(request, timeout=_TIMEOUT_S) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     yield json.loads(line[6:])

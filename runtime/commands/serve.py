@@ -68,7 +68,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
-        raise UsageError(f"cannot listen to {host} port {port} ({error.strerror}); choose another --port") from None
+        reason = str(error.strerror).partition(" (while")[0]  # the rest repeats the address
+        raise UsageError(f"cannot listen to {host} port {port} ({reason}); choose another") from None
 
 
 def _shown(host: str) -> str:

@@ -1,0 +1,151 @@
+"""``mbq serve`` and ``mbq monitor`` as a user runs them, with this machine's own sensors."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from serving import PATIENCE_S, wait_for
+from tiny_bundle import REPLY
+
+from mbq_runtime import cli
+
+MBQ = [sys.executable, "-m", "mbq_runtime.cli"]
+
+
+@contextmanager
+def mbq_serve(bundle: Path, *args: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Its address and process."""
+    command = [*MBQ, "serve", str(bundle), "--port", "0", "--threads", "1", *args]
+    served = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    try:
+        assert served.stdout is not None
+        line = served.stdout.readline()
+        found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+)/v1 for clients, .*\n", line)
+        assert found, (line, served.stderr and served.stderr.read())
+        address = found[1]
+        wait_for(lambda: reachable(address), "listening")
+        yield address, served
+    finally:
+        served.kill()
+        served.communicate()
+
+
+def reachable(address: str) -> bool:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def test_it_serves_and_ends_on_interrupt(bundle: Path, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    with mbq_serve(bundle, "--policy", "auto", "--min-bits", "4", "--events", str(events)) as (address, served):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        found = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hello"}], temperature=0, extra_body={"avg_bits": 5}
+        )
+        assert found.choices[0].message.content == REPLY
+        assert found.usage is not None
+        assert found.usage.model_dump()["avg_bits"] == pytest.approx(5.1, abs=0.01)
+        with pytest.raises(openai.BadRequestError, match="this server gives 4 to 8 bits"):
+            client.completions.create(model="tiny", prompt="A", extra_body={"avg_bits": 3})
+        metrics = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE_S)
+        metrics.request("GET", "/metrics")
+        bits = re.search(r"^mbq_avg_bits ([\d.]+)$", metrics.getresponse().read().decode(), re.MULTILINE)
+        assert bits is not None
+        assert 4 <= float(bits[1]) <= 8
+        served.send_signal(signal.SIGINT)
+        assert served.wait(PATIENCE_S) == 130
+        assert served.stderr is not None
+        assert served.stderr.read().strip() == ""
+    assert all("reason" in json.loads(line) for line in events.read_text().splitlines())
+
+
+def test_the_key_comes_from_the_environment(bundle: Path) -> None:
+    with mbq_serve(bundle, MBQ_API_KEY="sesame") as (address, _):
+        assert openai.OpenAI(base_url=f"{address}/v1", api_key="sesame").models.list().data[0].id == "tiny"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0).models.list()
+        done = subprocess.run([*MBQ, "monitor", address], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "refused with status 401; give the server's --api-key" in done.stderr
+
+
+def test_monitor_follows_a_server(bundle: Path) -> None:
+    with mbq_serve(bundle, "--bits", "5") as (address, served):
+        watcher = subprocess.Popen([*MBQ, "monitor", address + "/"], stdout=subprocess.PIPE, text=True)
+        assert watcher.stdout is not None
+        heading = watcher.stdout.readline().split()
+        assert heading == ["time", "bits", "used", "tokens/s", "°C", "W", "J/token", "waiting", "reason"]
+        first, second = (watcher.stdout.readline().split() for _ in range(2))
+        assert (first[1], first[2], first[7]) == ("5.0", "-", "0")
+        assert second[0] >= first[0]
+        served.send_signal(signal.SIGINT)
+        assert watcher.wait(PATIENCE_S) == 0  # the server said good-bye
+        watcher.stdout.close()
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = cli.main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_monitor_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    code, _, err = run(capsys, "monitor", f"http://127.0.0.1:{port}")
+    assert code == 2
+    assert "no server there" in err
+    assert "start one with mbq serve" in err
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        code, out, err = run(capsys, "serve", bundle, "--port", sock.getsockname()[1])
+    assert (code, out) == (2, "")
+    assert "(Address already in use); choose another" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--api-key", " "], "--api-key is empty"),
+        (["--host", "no.such.host.invalid"], "cannot listen to no.such.host.invalid"),
+        (["--bits", "2"], "2"),
+        (["--policy", "wild"], "policy 'wild': needed one of fixed, auto"),
+        (["--bits", "4", "--policy", "auto"], "--bits fixes the budget"),
+        (["--queue", "-1"], "--queue"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], bundle: Path, args: list[str], message: str) -> None:
+    code, out, err = run(capsys, "serve", bundle, "--port", 0, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("mbq: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_what_to_install(capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, err = run(capsys, "serve", bundle)
+    assert code == 2
+    assert "pip install 'mbq-export[serve]'" in err
