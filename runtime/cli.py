@@ -30,6 +30,7 @@ COMMANDS = {
     "perplexity": Entry("perplexity", "Measure how well a bundle predicts a text, at several budgets."),
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),
+    "simulate": Entry("simulate", "Compare policies on a modelled board or on recorded readings."),
     "sense": Entry("sense", "Show what this machine tells of its heat, power and load."),
 }
 

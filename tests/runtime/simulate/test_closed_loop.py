@@ -1,0 +1,89 @@
+"""One hour on every board: what the policies promise."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+
+from mbq_runtime.errors import UsageError
+from mbq_runtime.simulate.boards import BOARDS
+from mbq_runtime.simulate.closed_loop import Run, contenders, simulate
+from mbq_runtime.simulate.model import SMOLLM2_135M
+
+STEADY_S = 900.0
+
+
+@cache
+def an_hour(board: str, policy: str, demand_tps: float | None = None) -> Run:
+    ((name, row),) = contenders([policy], SMOLLM2_135M.low_bits, SMOLLM2_135M.high_bits)
+    return simulate(BOARDS[board], SMOLLM2_135M, name, row, demand_tps=demand_tps)
+
+
+def figure(run: Run, name: str) -> float:
+    value = run.figures()[name]
+    assert value is not None
+    return value
+
+
+def throttles(board: str) -> bool:
+    return figure(an_hour(board, "fixed 8"), "above_throttle_share") > 0
+
+
+def test_the_boards_differ_in_what_matters() -> None:
+    assert {board for board in BOARDS if throttles(board)} == {"pi5-bare", "phone"}
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_auto_stays_below_the_hard_limit(board: str) -> None:
+    assert figure(an_hour(board, "auto"), "hottest_c") < BOARDS[board].hard_c
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_auto_gains_where_the_board_throttles_and_costs_nothing_where_it_does_not(board: str) -> None:
+    fixed, auto = an_hour(board, "fixed 8"), an_hour(board, "auto")
+    if throttles(board):
+        assert figure(auto, "tokens_per_s") >= 1.3 * figure(fixed, "tokens_per_s")
+        assert figure(auto, "joules_per_token") < 0.8 * figure(fixed, "joules_per_token")
+    else:
+        assert auto.figures() == fixed.figures()
+        assert figure(auto, "mean_bits") == 8.0
+
+
+@pytest.mark.parametrize("policy", ["auto", "battery", "cool", "quality"])
+@pytest.mark.parametrize("board", BOARDS)
+def test_no_policy_oscillates(board: str, policy: str) -> None:
+    switches = an_hour(board, policy).switches
+    assert len(switches) <= 40
+    assert all(after - before >= 20 for before, after in pairwise(at for at in switches if at > STEADY_S))
+
+
+def test_battery_saves_energy_on_battery_alone() -> None:
+    assert figure(an_hour("laptop-battery", "battery"), "mean_bits") < 6
+    assert figure(an_hour("laptop-battery", "battery"), "joules_per_token") < 0.85 * figure(
+        an_hour("laptop-battery", "auto"), "joules_per_token"
+    )
+    assert figure(an_hour("orin-nano-15w", "battery"), "mean_bits") == 8.0
+
+
+def test_at_a_given_speed_fewer_bits_keep_the_board_below_its_throttle_point() -> None:
+    assert figure(an_hour("pi5-bare", "fixed 8", 20.0), "above_throttle_share") > 0.5
+    auto = an_hour("pi5-bare", "auto", 20.0)
+    assert figure(auto, "above_throttle_share") == 0.0
+    assert figure(auto, "tokens_per_s") == pytest.approx(20.0)
+    assert 4.0 < figure(auto, "mean_bits") < 8.0
+
+
+def test_the_same_run_twice() -> None:
+    ((name, row),) = contenders(["auto"], 4.0, 8.0)
+    assert simulate(BOARDS["phone"], SMOLLM2_135M, name, row) == an_hour("phone", "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("auto 4", "only fixed takes a number"), ("fixed four", "'four' is no number"), ("eco", "needed one of fixed")],
+)
+def test_what_is_no_contender(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        contenders([name], 4.0, 8.0)
