@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from boards import CALM
+from controlled import CALM
 from test_governor import AUTO, Board, Clock
 from tiny_bundle import REPLY, ids
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boards import CALM, MANIFEST
+from controlled import CALM, MANIFEST
 from tiny_bundle import CIRCLE, ids
 
 from mbq_runtime import Engine

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
-from boards import MANIFEST
+from controlled import MANIFEST
 
 from mbq_runtime.control.policy import POLICIES, Band, Policy, choose, seconds_until
 from mbq_runtime.control.sources import SOURCES

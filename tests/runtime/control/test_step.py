@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from boards import CALM, changes, policy, run
+from controlled import CALM, changes, policy, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
