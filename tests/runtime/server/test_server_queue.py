@@ -7,9 +7,12 @@ import http.client
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -203,3 +206,13 @@ def test_stopping_the_server_ends_replies_and_streams(slow_engine: Engine) -> No
     reader.close()
     assert running.server.worker.tokens < 3.5 / SLOW_S + 20  # it had 3 s to come to its end, and no more
     assert not any(thread.name == "mbq-engine" for thread in threading.enumerate())
+
+
+def test_memory_stays_flat_under_many_clients(bundle: Path) -> None:
+    """The short form of the benchmark, which a server process of its own must pass."""
+    soak = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
+    command = [sys.executable, str(soak), str(bundle), "--seconds", "10", "--queue", "8"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none lost or mixed up, memory flat" in done.stdout
+    assert "'right': " in done.stdout
