@@ -263,11 +263,13 @@ class Engine:
             generator = self._generator(length, options, self._budget)
             # Native calls hold Python's lock: chunks let other threads and Ctrl-C in, and bound the logits.
             for start in range(0, len(prompt), self._chunk):
+                if record.stopping:
+                    return
                 chunk = prompt[start : start + self._chunk]
                 generator.append_tokens(chunk)
                 record.prompt_bits += _bits_used(generator) * len(chunk) / len(prompt)
             stream = self._tokenizer.create_stream()
-            while not generator.is_done():
+            while not (record.stopping or generator.is_done()):
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
                 ends = token in self._eos

@@ -92,7 +92,7 @@ class Step:
 
 @dataclass
 class Record:
-    """What a running reply accumulates."""
+    """What a running reply accumulates.  stopping: set by any thread, seen before the next pass."""
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -101,6 +101,7 @@ class Record:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: FinishReason | None = None
+    stopping: bool = False
 
     def freeze(self) -> GenerationStats:
         passes = len(self.bits) - 1
@@ -140,6 +141,10 @@ class Generation:
     def text(self) -> str:
         """Run to the end and return the pieces not yet taken as one text."""
         return "".join(self)
+
+    def stop(self) -> None:
+        """From any thread: end the reply before its next token, or before the next part of a long prompt."""
+        self._record.stopping = True
 
     def close(self) -> None:
         """Stop here and free the engine; asking for more pieces then ends at once."""
@@ -187,7 +192,7 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Tell)
                 held = held[ready:]
             start_s = time.perf_counter()
         else:
-            record.finish_reason = "length"
+            record.finish_reason = "closed" if record.stopping else "length"
     finally:
         steps.close()  # frees the engine before the last text goes out
     if held:

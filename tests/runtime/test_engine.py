@@ -336,3 +336,37 @@ def test_time_passes_runs_what_it_says(engine: Engine) -> None:
 def test_time_passes_refuses(engine: Engine, sizes: list[int]) -> None:
     with pytest.raises(UsageError, match=f"{sum(sizes)} tokens to time: needed 1 to {CONTEXT}"):
         engine.time_passes(sizes, 4.0)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.2])
+def test_stop_from_another_thread_ends_the_reply(engine: Engine, after_s: float) -> None:
+    engine.on_token = lambda seconds, bits: time.sleep(0.02)
+    reply = engine.generate("xA", max_tokens=90, chat=False)
+    stopper = threading.Timer(after_s, reply.stop)
+    stopper.start()
+    text = reply.text()
+    stopper.join()
+    engine.on_token = None
+    assert len(text) < 60
+    assert (CIRCLE * 13)[1:].startswith(text)
+    assert reply.stats.finish_reason == "closed"
+    assert engine.generate("hello", max_tokens=40).text() == REPLY
+
+
+def test_stop_ends_a_long_prompt_between_its_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbq_runtime.engine import genai
+
+    reply = engine.generate("x" * 90, max_tokens=5, chat=False)  # twelve chunks of 8
+    passes = []
+
+    def bits_used(generator: object) -> float:
+        passes.append(generator)
+        if len(passes) == 3:
+            reply.stop()
+        return 8.0
+
+    monkeypatch.setattr(genai, "_bits_used", bits_used)
+    assert reply.text() == ""
+    assert len(passes) == 3
+    assert reply.stats.tokens == ()
+    assert reply.stats.finish_reason == "closed"
