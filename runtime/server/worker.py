@@ -23,7 +23,7 @@ from .requests import Order
 if TYPE_CHECKING:
     from mbq_runtime.control.gate import Gate
     from mbq_runtime.control.governor import Governor
-    from mbq_runtime.engine import Engine
+    from mbq_runtime.engine import Engine, Generation
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Job:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.cancelled = False
+        self.reply: Generation | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._waiting: deque[str] = deque()
@@ -128,9 +129,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._closing = True
-            for job in (*self._waiting, *([self._running] if self._running else [])):
-                job.cancelled = True
+            running = self._running
             self._changed.notify()
+        if running is not None:
+            self.cancel(running)
         self._thread.join()
 
     @property
@@ -157,11 +159,13 @@ class Worker:
             return job
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for it any more.  A running one stops after its present token."""
+        """Nobody waits for it any more: it leaves the queue, or stops after its present pass."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
+            if job.reply is not None:
+                job.reply.stop()
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -191,14 +195,16 @@ class Worker:
             except MbqError as error:  # the tokenizer's, the template's, or a length
                 message = str(error).removeprefix(f"{self._engine.path}: ")
                 raise ApiError(400, message, code="invalid_prompt") from None
+            with self._changed:
+                job.reply = reply
+                if job.cancelled:
+                    reply.stop()
             job.begin()
             followed = Follow(reply, self._governor)
             with reply:
                 for piece in followed:
                     job.put(piece.text)
                     self.tokens += piece.tokens
-                    if job.cancelled:
-                        break
         stats = reply.stats
         self.prompt_tokens += stats.prompt_tokens
         result = Result(

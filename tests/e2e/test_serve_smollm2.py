@@ -27,8 +27,7 @@ def client(smollm2_host_bundle: Path) -> Iterator[openai.OpenAI]:
     assert server.stdout is not None
     found = re.search(r"http://\S+?:\d+", server.stdout.readline())
     assert found is not None
-    # A moment passes between that line and the first accepted connection: the client tries again.
-    yield openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=5)
+    yield openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0)
     server.terminate()
     server.wait()
 
