@@ -41,7 +41,8 @@ class Metrics:
 
     def reply(self, result: Result) -> None:
         """Count a finished reply; from any thread."""
-        self.ttft.observe(result.ttft_s)
+        if result.ttft_s:  # one that was left in its prompt has no first token
+            self.ttft.observe(result.ttft_s)
 
     def counted(self, app: ASGIApp) -> ASGIApp:
         """ASGI middleware that counts every request by path and status."""
