@@ -43,6 +43,8 @@ class Steering:
         from mbq_runtime.control.policy import choose, seconds_until
 
         policy = choose(self.policy or ("auto" if self.bits is None else "fixed"))
+        if not policy.bands and (self.min_tps is not None or self.last_until is not None):
+            raise UsageError(f"policy {policy.name} pursues no goal; for --min-tps or --last-until use --policy auto")
         if self.bits is not None:
             if policy.name != "fixed" or self.min_bits is not None or self.max_bits is not None:
                 raise UsageError("--bits fixes the budget; to bound what a policy does, use --min-bits and --max-bits")
