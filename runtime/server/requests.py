@@ -16,7 +16,7 @@ from mbq_runtime.manifest import Budget
 
 from .errors import ApiError
 
-_SEED_RANGE = 2**31  # the engine's; the API's is 64 bits wide
+_INT32 = 2**31  # the engine's whole numbers; the API's seeds are 64 bits wide
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -53,7 +53,7 @@ def _one_prompt(value: Any) -> str | list[int]:
         value = value[0]
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(type(i) is int and 0 <= i < _SEED_RANGE for i in value):
+    if isinstance(value, list) and value and all(type(i) is int and 0 <= i < _INT32 for i in value):
         return value
     raise ValueError("needed one text or one list of token ids")
 
@@ -89,7 +89,7 @@ class Body(_Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=_SEED_RANGE)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=_INT32)] | None = None
     seed: int | None = None
     stop: Annotated[list[_Stop] | None, Field(max_length=16), BeforeValidator(_as_list)] = None
     avg_bits: float | None = None
@@ -166,7 +166,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": body.top_p or 1.0,
         "top_k": body.top_k or 0,
-        "seed": None if body.seed is None else body.seed % _SEED_RANGE,
+        "seed": None if body.seed is None else body.seed % _INT32,
         "stop": tuple(body.stop or ()),
     }
     return Order(body.engine_prompt(), options, floor, ceiling)
