@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
+import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import openai
 import pytest
 from serving import PATIENCE_S
@@ -88,6 +93,31 @@ def test_monitor_follows_a_server(bundle: Path) -> None:
         served.send_signal(signal.SIGINT)
         assert watcher.wait(PATIENCE_S) == 0  # the server said good-bye
         watcher.stdout.close()
+
+
+def test_monitor_on_a_terminal_redraws_one_line(bundle: Path) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
+    with mbq_serve(bundle, "--bits", "5") as (address, served):
+        watcher = subprocess.Popen([*MBQ, "monitor", address], stdout=slave)
+        os.close(slave)
+        seen = ""
+        while seen.count("\r\x1b[K") < 3:
+            seen += os.read(master, 1 << 16).decode()
+        assert seen.startswith(f"{address}/ shows this in a browser")
+        *_, last = seen.split("\r\x1b[K")
+        assert last.split()[1] == "5.0"
+        assert len(last) < 60  # it must not wrap, or the next one would not land on it
+        served.send_signal(signal.SIGINT)
+        assert watcher.wait(PATIENCE_S) == 0
+    os.close(master)
+
+
+def test_monitor_opens_the_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(click, "launch", opened.append)
+    assert run(capsys, "monitor", "http://board:8080/", "--open") == (0, "", "")
+    assert opened == ["http://board:8080"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
