@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from mbq_runtime.errors import UsageError
 from .common import bundle_argument, threads_option
 from .steering import Steering, steered, steering_options
 
+_CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at once
+
 
 @click.command("serve")
 @bundle_argument
@@ -20,10 +24,20 @@ from .steering import Steering, steered, steering_options
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", envvar="MBQ_API_KEY", help="Ask clients for this key; better set as MBQ_API_KEY.")
 @click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
+@click.option(
+    "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
+)
 @steering_options
 @threads_option
 def command(
-    bundle: Path, host: str, port: int, api_key: str | None, queue: int, threads: int | None, **steering: Any
+    bundle: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    queue: int,
+    context: int | None,
+    threads: int | None,
+    **steering: Any,
 ) -> None:
     """Offer the bundle in folder BUNDLE over HTTP, as OpenAI's API does, with a page that shows the board at /.
 
@@ -38,16 +52,18 @@ def command(
         from mbq_runtime.server.live import Live
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mbq-export[serve]'") from None
-    from dataclasses import replace
-
+    from mbq_runtime import manifest
     from mbq_runtime.engine import Engine
 
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty; leave it out, or give a key")
-    listener = _listen(host, port)
-    engine = Engine.load(bundle, threads=threads)
-    live = Live(engine.manifest.model.name, lambda: runner.should_exit)
-    with listener, steered(engine, Steering(**steering), live.add_event) as (gate, governor):
+    with ExitStack() as stack:
+        # Before the model is loaded: a port that is taken should not cost that time.
+        listener = stack.enter_context(_listen(host, port))
+        most = min(manifest.read(bundle).model.context_length, _CONTEXT)
+        engine = Engine.load(bundle, threads=threads, context=most if context is None else context)
+        live = Live(engine.manifest.model.name, lambda: runner.should_exit)
+        gate, governor = stack.enter_context(steered(engine, Steering(**steering), live.add_event))
         low, high = governor.policy.bounds
         server = Server(
             engine, gate, governor, live,
@@ -63,7 +79,6 @@ def command(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the model is loaded: a port that is taken should not cost that time."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)

@@ -50,7 +50,7 @@ class Engine:
 
     on_token: Tell | None = None
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None, context: int | None) -> None:
         og = import_engine("onnxruntime_genai")
         self.path, self.manifest = path, manifest
         config = _read_config(path, manifest)
@@ -66,6 +66,10 @@ class Engine:
             self._bos = _leading_token(self._tokenizer)
         self._og = og
         self._context = int(config["model"]["context_length"])
+        if context is not None:
+            if not 2 <= context <= self._context:
+                raise UsageError(f"context {context}: {path} takes 2 to {self._context} tokens")
+            self._context = context
         self._eos = frozenset(_ids(config["model"]["eos_token_id"]))
         self._chunk = int(config["search"]["chunk_size"])
         # The native generator keeps a pointer to this array and reads it in every pass: a new budget
@@ -74,17 +78,25 @@ class Engine:
         self._busy = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None, avg_bits: float | None = None) -> Engine:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        avg_bits: float | None = None,
+        context: int | None = None,
+    ) -> Engine:
         """Load the bundle in folder ``path``.
 
         threads: of the processor, None for one per core; avg_bits: the first budget, None for the
-        bundle's default.  Raises BundleError when it is incomplete or not for this machine,
+        bundle's default; context: most tokens of prompt and reply together, which take memory, None
+        for all the bundle can.  Raises BundleError when it is incomplete or not for this machine,
         UsageError for a bad argument.
         """
         folder, manifest = open_bundle(path, threads)
         if avg_bits is not None:
             manifest.budget.check(avg_bits, str(path))
-        engine = cls(folder, manifest, threads)
+        engine = cls(folder, manifest, threads, context)
         if avg_bits is not None:
             engine.avg_bits = avg_bits
         return engine

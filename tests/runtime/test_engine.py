@@ -370,3 +370,16 @@ def test_stop_ends_a_long_prompt_between_its_chunks(engine: Engine, monkeypatch:
     assert len(passes) == 3
     assert reply.stats.tokens == ()
     assert reply.stats.finish_reason == "closed"
+
+
+def test_context_may_be_made_smaller(bundle: Path) -> None:
+    small = Engine.load(bundle, threads=1, context=20)
+    assert small.context_length == 20
+    reply = small.generate("xA", max_tokens=90, chat=False)
+    assert len(reply.text()) == 18
+    assert reply.stats.finish_reason == "length"
+    with pytest.raises(UsageError, match="the bundle takes at most 19"):
+        small.generate("x" * 20, chat=False)
+    for bad in (1, CONTEXT + 1):
+        with pytest.raises(UsageError, match=f"context {bad}: .* takes 2 to {CONTEXT} tokens"):
+            Engine.load(bundle, context=bad)

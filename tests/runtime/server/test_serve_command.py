@@ -71,6 +71,15 @@ def test_it_serves_and_ends_on_interrupt(bundle: Path, tmp_path: Path) -> None:
     assert all("reason" in json.loads(line) for line in events.read_text().splitlines())
 
 
+def test_context_bounds_a_request_s_memory(bundle: Path) -> None:
+    with mbq_serve(bundle, "--bits", "8", "--context", "30") as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        assert client.models.list().data[0].model_dump()["context_length"] == 30
+        found = client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=10**6)
+        assert found.usage is not None
+        assert found.usage.total_tokens == 30
+
+
 def test_the_key_comes_from_the_environment(bundle: Path) -> None:
     with mbq_serve(bundle, MBQ_API_KEY="sesame") as (address, _):
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="sesame").models.list().data[0].id == "tiny"
@@ -151,6 +160,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], bundle: Path) 
         (["--policy", "wild"], "policy 'wild': needed one of fixed, auto"),
         (["--bits", "4", "--policy", "auto"], "--bits fixes the budget"),
         (["--queue", "-1"], "--queue"),
+        (["--context", "97"], "takes 2 to 96 tokens"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], bundle: Path, args: list[str], message: str) -> None:
