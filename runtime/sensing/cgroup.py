@@ -11,7 +11,7 @@ from .probe import NEEDS_SECOND_LOOK, Growth, Probe
 from .signal import Kind, Signal, signal
 
 _MEMBERSHIP, _MOUNTS = "/proc/self/cgroup", "/proc/self/mountinfo"
-_UNLIMITED_BYTES = 2**60  # version 1 writes the largest page-aligned number for "no limit"
+_UNLIMITED_BYTES = 2**46  # no machine has more; version 1 writes the largest number for "no limit"
 
 
 class _MemoryFiles(NamedTuple):
@@ -53,7 +53,9 @@ class ControlGroup(Probe):
         """(version, folders): that of the group of this process, then those above it as far as they can be seen."""
         paths: dict[int, str] = {}
         for line in self.host.text(_MEMBERSHIP).splitlines():
-            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if not (group := re.fullmatch(r"\d+:([^:]*):(/.*)", line)):
+                raise Unreadable(f"not a group: {line[:40]!r}")
+            controllers, path = group.groups()
             if controller in controllers.split(","):
                 paths[1] = path
             elif not controllers:
@@ -136,7 +138,10 @@ class ControlGroup(Probe):
 
     def _limit_bytes(self, file: str) -> int:
         text = self.host.text(file)
-        return _UNLIMITED_BYTES if text == "max" else whole_number(text)
+        limit = _UNLIMITED_BYTES if text == "max" else whole_number(text)
+        if not 0 <= limit < 2**63:
+            raise Unreadable(f"{limit} bytes cannot be true")
+        return limit
 
     def _cache_bytes(self, folder: str, line: str) -> int:
         found = re.search(rf"^{line} (\d{{1,20}})$", self.host.text(f"{folder}/memory.stat"), re.M)

@@ -26,6 +26,10 @@ class Absent(Unreadable):
     """There is no such file, or no longer."""
 
 
+class NotFitted(Unreadable):
+    """This machine has no such device; nothing is wrong."""
+
+
 class SwitchedOff(Unreadable):
     """The device is there but off, as the clocks of processors that were taken offline."""
 

@@ -13,6 +13,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # Columns of a "cpu" line of /proc/stat that are work: user, nice, system, irq, softirq, steal.
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
 _PRESSURES = {"cpu": Kind.CPU_PRESSURE, "memory": Kind.MEMORY_PRESSURE, "io": Kind.IO_PRESSURE}
+_OWN = "this program"
 _STATUS, _STAT, _ONLINE = "/proc/self/status", "/proc/self/stat", "/sys/devices/system/cpu/online"
 
 
@@ -47,8 +48,12 @@ class ProcessorTime(Probe):
         foreign = min(1.0, max(0.0, busy_s - own_s) / (span_s * len(cpus)))
         return [
             signal(self.kind, self.name, foreign, self.path, note=f"of {len(cpus)} CPUs"),
-            signal(Kind.OWN_LOAD, "this program", own_s / span_s, _STAT),
+            signal(Kind.OWN_LOAD, _OWN, own_s / span_s, _STAT),
         ]
+
+    def unknown(self, problem: str) -> list[Signal]:
+        own = Signal(Kind.OWN_LOAD, _OWN, None, _STAT, problem=problem)
+        return [*super().unknown(problem), own]
 
     def _busy_s(self, cpus: frozenset[int]) -> float:
         """Raises Unreadable when a processor's line is missing or short."""

@@ -6,7 +6,7 @@ import os
 import re
 import struct
 
-from .host import Unreadable, reason
+from .host import NotFitted, Unreadable, reason
 from .probe import Probe
 from .signal import Kind, Signal, signal
 
@@ -113,7 +113,7 @@ class PowerChip(_Firmware):
     def look(self) -> list[Signal]:
         if _HAS_POWER_CHIP not in self.host.text(BOARD).split("\0"):
             self.every_s = 60.0
-            raise Unreadable("this board has none")
+            raise NotFitted("this board has none")
         source = f"{MAILBOX} pmic_read_adc"
         try:
             text = self._command("pmic_read_adc")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .fold import fold
-from .host import Host, Ioctl, Run, Unreadable, run_command
+from .host import Host, Ioctl, NotFitted, Run, Unreadable, run_command
 from .probe import Probe
 from .readings import Readings
 from .signal import Kind, Signal
@@ -112,12 +112,17 @@ class Sensors:
     def _ask(self, probe: Probe) -> list[Signal]:
         try:
             return probe.look()
+        except NotFitted as error:
+            problem = str(error)
+            blank = [Signal(Kind.MISSING, probe.name, None, probe.path, problem=problem)]
         except Unreadable as error:
             problem = str(error)
+            blank = probe.unknown(problem)
         except Exception as error:  # a sensor nobody has foreseen must not end a conversation
             problem = f"{type(error).__name__}: {error}"
+            blank = probe.unknown(problem)
         _, before = self._heard.get(probe, (0.0, []))
-        return [replace(one, value=None, problem=problem) for one in before] or probe.unknown(problem)
+        return [replace(one, value=None, problem=problem) for one in before] or blank
 
     def _take(self, probe: Probe, found: list[Signal]) -> None:
         del self._started_s[probe]

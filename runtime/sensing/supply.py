@@ -66,7 +66,8 @@ class PowerSupply(Probe):
                 signal(Kind.BATTERY, self.name, min(1.0, left / whole), source),
                 signal(Kind.BATTERY_ENERGY, self.name, left * factor, source, limit=whole * factor),
             ]
-        return [self.read(Kind.BATTERY, self.name, "capacity", 0.01)]
+        share = self.read(Kind.BATTERY, self.name, "capacity", 0.01)
+        return [share, Signal(Kind.BATTERY_ENERGY, self.name, None, share.source, problem="it counts in percent only")]
 
     def _power(self, discharging: bool) -> Signal:
         found = self.read(Kind.BATTERY_POWER, self.name, "power_now", _MICRO)
@@ -127,9 +128,11 @@ class RaplDomain(Probe):
         source = f"{self.path}/energy_uj"
         try:
             energy_uj = self.host.number(source)
+            wraps_at = self.host.number(f"{self.path}/max_energy_range_uj")
+            if not 0 <= energy_uj <= wraps_at:
+                raise Unreadable(f"{energy_uj} micro-J cannot be true")
         except Unreadable as error:
             return [Signal(self.kind, self.name, None, source, problem=str(error))]
-        wraps_at = self.number_or_none("max_energy_range_uj") or 0
         grown = self._growth.since(self.host.clock(), energy_uj, wraps_at=wraps_at)
         if grown is None:
             return [Signal(self.kind, self.name, None, source, problem=NEEDS_SECOND_LOOK)]

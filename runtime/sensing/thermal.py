@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .host import Absent, Host, Unreadable
+from .host import Absent, Host, NotFitted, Unreadable
 from .probe import NEEDS_SECOND_LOOK, Growth, Probe
 from .signal import Kind, Signal, signal
 
@@ -101,7 +101,7 @@ class ThrottleCounters(Probe):
     """What x86 processors count when their own heat protection slows them."""
 
     kind = Kind.THROTTLE_EVENTS
-    shown = "processor packages"
+    shown = "throttle counters of x86"
 
     def __init__(self, host: Host, path: str) -> None:
         super().__init__(host, path)
@@ -115,7 +115,7 @@ class ThrottleCounters(Probe):
             self._files = [file for file in files if self.host.exists(file)]
             if not self._files:
                 self.every_s = _SELDOM_S
-                raise Unreadable("no processor counts it")
+                raise NotFitted("no processor counts it")
         counts = []
         for file in self._files:
             try:
@@ -135,13 +135,13 @@ class Board(Probe):
 
     kind = Kind.HEAT_LIMIT
     every_s = _SELDOM_S
-    shown = "board"
+    shown = "known limit of the board"
 
     def look(self) -> list[Signal]:
         compatible = self.host.text(f"{self.path}/compatible").split("\0")
         limits = [(celsius, part) for part, celsius in _KNOWN_LIMITS_C.items() if part in compatible]
         if not limits:
-            raise Unreadable("none is known of this board")
+            raise NotFitted("none is known of this board")
         celsius, part = min(limits)
         note = f"known of every {part}, not read from this one"
         return [signal(self.kind, "firmware slows from", celsius, f"{self.path}/compatible", note=note)]
