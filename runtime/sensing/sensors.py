@@ -137,11 +137,10 @@ class Sensors:
             started_s = self._started_s.get(probe)
             return probe.unknown("not read yet" if started_s is None else f"no answer for {now_s - started_s:.1f} s")
         age_s = max(0.0, now_s - heard[0])
-        found = [replace(one, age_s=age_s) for one in heard[1]]
         if age_s <= probe.every_s + _STALE_S:
-            return found
+            return [replace(one, age_s=age_s) for one in heard[1]]
         problem = f"no answer for {age_s:.0f} s"
-        return [replace(one, value=None, problem=problem) if one.value is not None else one for one in found]
+        return [replace(one, value=None, problem=problem, age_s=age_s) for one in heard[1]]
 
 
 class _Finder(Probe):

@@ -1,0 +1,90 @@
+"""Every file of every board broken in every way, one at a time: never an exception, a stall or a wrong value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import astuple
+
+import pytest
+from boards import Board
+from boards_pc import TERMUX
+from conftest import Machine
+from trees import FAULTS
+
+from mbq_runtime.sensing import Kind, Signal, fold
+
+Key = tuple[Kind, str, str]
+
+
+def known(signals: Iterable[Signal]) -> dict[Key, float]:
+    return {(one.kind, one.name, one.source): one.value for one in signals if one.value is not None}
+
+
+def healthy(machine: Machine) -> dict[Key, float]:
+    machine.settled()
+    machine.go_on()
+    return known(machine.settled())
+
+
+def measured(board: Board, values: dict[Key, float]) -> list[str]:
+    """Files of which the board's values come."""
+    return [path for path in board.files if path != TERMUX and any(source == path for _, _, source in values)]
+
+
+def device(path: str) -> str:
+    return path.rsplit("/", 1)[0]
+
+
+def concerned(source: str, broken: str) -> bool:
+    """Whether a signal from ``source`` may be unknown because of the broken file: they are read together."""
+    folder = device(broken)
+    return (
+        (folder.startswith("/sys") and (device(source) == folder or source.startswith(folder + "/")))
+        or source.startswith(broken)
+        or broken.startswith((source, "/sys/firmware/devicetree"))
+        or any(part in source and part in broken for part in ("cgroup", "/proc/s", "/devfreq/"))
+    )
+
+
+def check(signals: list[Signal], before: dict[Key, float], broken: str) -> None:
+    """Of the broken file nothing is known; the rest is as it was or unknown, and other devices are untouched."""
+    now = known(signals)
+    believed = [key for key in now if key[2] == broken]
+    assert not believed
+    for key, value in now.items():
+        # What steps in for a broken file (percent for energy, the tool for the mailbox) is a signal of its own.
+        assert key not in before or value == pytest.approx(before[key]), key
+    lost = [key for key in before if key not in now and not concerned(key[2], broken)]
+    assert not lost
+    assert all(one.problem for one in signals if one.value is None)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_from_the_start(machine: Machine, fault: str) -> None:
+    before = healthy(machine)
+    for file in measured(machine.board, before):
+        machine.smash(file, FAULTS[fault])
+        machine.start()
+        machine.settled()
+        machine.go_on()
+        signals = machine.settled()
+        check(signals, before, file)
+        assert all(value is None or math.isfinite(value) for value in astuple(fold(signals, machine.clock())))
+        machine.mend()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_between_two_reads(machine: Machine, fault: str) -> None:
+    """The signal is still listed, without a value, and with the reason."""
+    before = healthy(machine)
+    for file in measured(machine.board, before):
+        machine.start()
+        machine.settled()
+        machine.smash(file, FAULTS[fault])
+        machine.go_on()
+        signals = machine.settled()
+        check(signals, before, file)
+        # Marked as unknown, or known from another file; listed in any case.
+        assert {key[:2] for key in before if key[2] == file} <= {(one.kind, one.name) for one in signals}
+        machine.mend()
