@@ -34,12 +34,17 @@ class ControlGroup(Probe):
     def __init__(self, host: Host, path: str) -> None:
         super().__init__(host, path)
         self._growth: defaultdict[str, Growth] = defaultdict(Growth)
+        self._membership = ""
+        self._known: dict[str, tuple[int, list[str]]] = {}
 
     def look(self) -> list[Signal]:
+        if (membership := self.host.text(_MEMBERSHIP)) != self._membership:
+            self._known = {controller: self._folders(membership, controller) for controller in ("cpu", "memory")}
+            self._membership = membership
         found: list[Signal] = []
         seen: list[str] = []
         for controller, read in (("cpu", self._processors), ("memory", self._memory)):
-            version, folders = self._folders(controller)
+            version, folders = self._known[controller]
             seen += folders
             for folder in folders:
                 found += read(version, folder)
@@ -49,10 +54,10 @@ class ControlGroup(Probe):
             found.append(signal(Kind.GROUP_THROTTLING, self.name, 0, self.path, note="no processor limit"))
         return found
 
-    def _folders(self, controller: str) -> tuple[int, list[str]]:
+    def _folders(self, membership: str, controller: str) -> tuple[int, list[str]]:
         """(version, folders): that of the group of this process, then those above it as far as they can be seen."""
         paths: dict[int, str] = {}
-        for line in self.host.text(_MEMBERSHIP).splitlines():
+        for line in membership.splitlines():
             if not (group := re.fullmatch(r"\d+:([^:]*):(/.*)", line)):
                 raise Unreadable(f"not a group: {line[:40]!r}")
             controllers, path = group.groups()
@@ -61,7 +66,7 @@ class ControlGroup(Probe):
             elif not controllers:
                 paths[2] = path
         version = min(paths, default=2)  # a controller that version 1 holds is not in version 2
-        if not (mount := self._mount(version, controller)):
+        if version not in paths or not (mount := self._mount(version, controller)):
             return version, []
         top, point = mount
         inside = paths[version].removeprefix(top.rstrip("/")).strip("/")

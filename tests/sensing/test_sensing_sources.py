@@ -237,6 +237,21 @@ def test_a_group_whose_limit_is_gone_while_its_counts_are_there_is_unknown(tmp_p
     assert (readings.available_cpus, readings.available_memory_bytes) == (None, None)
 
 
+def test_a_process_moved_to_another_group_is_followed(tmp_path: Path) -> None:
+    files, _ = linux(8, 0.0, 0.0)
+    limits = folder("/sys/fs/cgroup/small", **{"cpu.max": "50000 100000", "cpu.stat": "nr_periods 1\nnr_throttled 0"})
+    machine = Machine(Board(files | own_group() | limits, {}, (), {}), tmp_path)
+    assert fold(machine.settled(), 0).available_cpus == 8
+    write_over(tmp_path, "/proc/self/cgroup", "0::/small")
+    assert fold(machine.settled(), 0).available_cpus == 0.5
+
+
+def test_a_controller_that_no_group_has_is_no_limit(tmp_path: Path) -> None:
+    files, _ = linux(8, 0.0, 0.0)
+    build(tmp_path, files | own_group() | {"/proc/self/cgroup": "3:pids:/"})
+    assert look(tmp_path)[1].available_cpus is None  # groups exist, and none is where limits of processors would be
+
+
 def test_processors_that_are_offline_are_not_available(tmp_path: Path) -> None:
     files, _ = linux(8, 0.0, 0.0, allowed="0-127")
     build(tmp_path, files)
