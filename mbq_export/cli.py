@@ -1,4 +1,4 @@
-"""The command ``mbq-export``: options, plan, progress, closing table.  The only module here that prints."""
+"""The command ``mbq-export``: options, plan, progress, closing table.  Only commands print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mbq_runtime.errors import MbqError
+from mbq_runtime.errors import MbqError, UsageError
+
+from .compare.command import command as compare
+from .progress import Progress
 
 if TYPE_CHECKING:
     from mbq_runtime.manifest import Manifest
@@ -31,7 +34,9 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     context.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.option("--target", "targets", multiple=True, default=["arm64"], help="Machine to export for; may be repeated.")
 @click.option(
     "--model",
@@ -47,15 +52,20 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
 @click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
+@click.option("--method", default="nested", type=click.Choice(["rtn", "nested", "learned"]), help="How to slice.")
 @click.option(
-    "--router", default="norm", type=click.Choice(["norm", "mlp"]), help="Rule that picks each token's depth."
+    "--router",
+    default="auto",
+    type=click.Choice(["auto", "static", "norm", "mlp"]),
+    help="Rule that picks each token's depth; auto takes what measures best.",
 )
+@click.option("--floor-ratio", default=1.25, help="Perplexity over the original's that is acceptable at the floor.")
 @click.option(
     "--calib-data",
     metavar="DATA",
     help="A UTF-8 text, a .jsonl of chats, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]].  [default: Wikipedia, packaged]",
 )
-@click.option("--calib-tokens", default=4096, help="How many of its tokens to use.")
+@click.option("--calib-tokens", default=40960, help="How many of its tokens to use.")
 @click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
@@ -64,11 +74,15 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets, help="List targets."
 )
 @click.version_option(package_name="mbq-export")
-def command(as_json: bool, dry_run: bool, **options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Turn a decoder LLM into a bundle whose precision can follow the device.
 
     Without options: SmolLM2-135M for a 64-bit ARM board with dot-product instructions.
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     from mbq_runtime.profile import SliceProfile
     from mbq_targets.table import resolve
 
@@ -85,7 +99,7 @@ def command(as_json: bool, dry_run: bool, **options: Any) -> None:
         if as_json:
             click.echo(json.dumps(_plan_document(prepared)))
         return
-    with _Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress:
         manifests = run(prepared, progress)
     if as_json:
         results = [_result_document(prepared, output, manifest) for output, manifest in manifests.items()]
@@ -95,44 +109,22 @@ def command(as_json: bool, dry_run: bool, **options: Any) -> None:
         _show_result(output, manifest)
 
 
+command.add_command(compare)
+
+
+def _refuse_options(context: click.Context) -> None:
+    """Options of an export before a subcommand would be dropped without a word."""
+    for parameter in context.command.params:
+        if parameter.name and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"{parameter.opts[0]}: options of {context.invoked_subcommand} come after its name")
+
+
 def _output_folders(output: Path | None, model: str, targets: dict[str, Target]) -> dict[Path, Target]:
     stem = model.rstrip("/").split("/")[-1].removesuffix(".gguf")
     if output is not None and len(targets) == 1:
         return dict(zip([output], targets.values(), strict=True))
     folder = output or Path("bundles")
     return {folder / f"{stem}-{name}": target for name, target in targets.items()}
-
-
-class _Progress:
-    """One bar per stage on a terminal, one line per stage elsewhere; always on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.stage = ""
-        self.bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self.quiet:
-            return
-        if not sys.stderr.isatty():
-            if what != self.stage:
-                click.echo(f"{what} ...", err=True)
-            self.stage = what
-            return
-        if what != self.stage:
-            from tqdm import tqdm
-
-            self.__exit__()
-            self.stage = what
-            self.bar = tqdm(total=total, desc=what, file=sys.stderr, unit_scale=total > 1 << 20)
-        self.bar.update(done - self.bar.n)
 
 
 def _plan_document(prepared: Prepared) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""A small task that needs no download: the last word of a sentence, from the paragraph before it.
+
+In the manner of LAMBADA: a paragraph is cut after a sentence of which the last word occurred before in the
+paragraph.  The answer counts when greedy decoding spells exactly that word, token by token.  It is a task of
+this project's own: its figures compare sides with each other, not with published ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .harness import Forward, Mean
+
+MIN_WORDS, MAX_WORDS = 30, 150
+_MIN_LETTERS = 4
+_SENTENCE_END = re.compile(r"(?<=[a-z])[.!?](?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """tokens: context and word together; answer: how many of the last are the word's."""
+
+    tokens: list[int]
+    answer: int
+    word: str
+
+
+def passages(text: str, tokenizer: Any, count: int, opening: list[int]) -> list[Passage]:
+    """At most ``count`` passages, spread evenly over the text; ``opening`` is put before each."""
+    found = [cut for paragraph in re.split(r"\n\s*\n", text) if (cut := _cut(" ".join(paragraph.split())))]
+    made = []
+    for at in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int):
+        context, word = found[at]
+        before = tokenizer(context, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        made.append(Passage([*opening, *before, *answer], len(answer), word))
+    return made
+
+
+def _cut(paragraph: str) -> tuple[str, str] | None:
+    """(context, last word) at the first sentence end where the task is possible."""
+    for end in _SENTENCE_END.finditer(paragraph):
+        words = paragraph[: end.start()].split(" ")
+        if len(words) > MAX_WORDS:
+            return None
+        word, before = words[-1], " ".join(words[:-1])
+        if (
+            len(words) >= MIN_WORDS
+            and len(word) >= _MIN_LETTERS
+            and word.isalpha()
+            and re.search(rf"\b{word}\b", before)
+        ):
+            return before, word
+    return None
+
+
+def right(forward: Forward, passages: list[Passage], progress: Callable[[int, int], None]) -> list[bool]:
+    """For each passage, whether greedy decoding gives the word."""
+    answers = []
+    for done, passage in enumerate(passages, 1):
+        logits = forward(passage.tokens[:-1]).logits[-passage.answer :]
+        answers.append(logits.argmax(axis=1).tolist() == passage.tokens[-passage.answer :])
+        progress(done, len(passages))
+    return answers
+
+
+def accuracy(answers: list[bool]) -> Mean:
+    share = sum(answers) / len(answers)
+    return Mean(share, math.sqrt(share * (1 - share) / len(answers)))

@@ -1,0 +1,162 @@
+"""A comparison's figures: rows, who wins against whom, and both as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .harness import Mean, Scores, Side, mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side on one text.  last_word: accuracy, or None when there were no passages; zero_shot: lm-eval's figures
+    by task and metric; scores: of every window, so that any two rows can be paired later."""
+
+    method: str
+    name: str
+    bits: float | None
+    bits_used: float
+    ppl: Mean
+    over_fp: Mean
+    divergence: Mean
+    agreement: Mean
+    last_word: Mean | None
+    zero_shot: dict[str, float]
+    linear_bytes: int
+    block_bytes: int | None
+    head: str
+    scores: Scores
+
+    @classmethod
+    def of(
+        cls, side: Side, scores: Scores, reference: Scores, last_word: Mean | None, zero_shot: dict[str, float]
+    ) -> Row:
+        used = mean(scores.bits).value
+        return cls(
+            side.method,
+            side.name,
+            side.bits,
+            used,
+            scores.ppl,
+            scores.ppl_over(reference),
+            mean(scores.divergence),
+            mean(scores.agreement),
+            last_word,
+            zero_shot,
+            side.linear_bytes(used),
+            side.block_bytes,
+            side.head,
+            scores,
+        )
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A budget of the bundle against a rival: the bundle's perplexity over the rival's, windows paired."""
+
+    bundle: str
+    rival: str
+    ppl_ratio: Mean
+    bytes_ratio: float
+
+    @property
+    def verdict(self) -> str:
+        """What the ratio says beyond one standard error."""
+        off = self.ppl_ratio.value - 1
+        if self.ppl_ratio.stderr is None or abs(off) <= self.ppl_ratio.stderr:
+            return "undecided"
+        return "better" if off < 0 else "worse"
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """All sides on one text."""
+
+    name: str
+    windows: int
+    rows: list[Row]
+
+    @property
+    def duels(self) -> list[Duel]:
+        """Each budget of the bundle against the methods of as many bits, and against files of no more bytes."""
+        ours = [row for row in self.rows if row.method == "bundle"]
+        rivals = [row for row in self.rows if row.method not in ("bundle", "fp32")]
+        return [
+            Duel(us.name, them.name, us.scores.ppl_over(them.scores), us.linear_bytes / them.linear_bytes)
+            for us in ours
+            for them in rivals
+            if (them.bits == us.bits if them.bits is not None else them.linear_bytes <= us.linear_bytes)
+        ]
+
+
+def document(results: Sequence[TextResult], facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything, for JSON.  facts: of the run, put first."""
+    return {
+        **facts,
+        "texts": [
+            {
+                "name": result.name,
+                "windows": result.windows,
+                "rows": [asdict(row) for row in result.rows],
+                "duels": [{**asdict(duel), "verdict": duel.verdict} for duel in result.duels],
+            }
+            for result in results
+        ],
+    }
+
+
+def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: int) -> str:
+    """Two tables for each text.  linear_weights: how many all linear layers have; block_weights: without the head."""
+    parts = []
+    for result in results:
+        tasks = sorted({task for row in result.rows for task in row.zero_shot})
+        rows = [_cells(row, linear_weights, block_weights, tasks) for row in result.rows]
+        parts.append(f"### {result.name}, {result.windows} windows\n")
+        parts.append(_table(_HEADINGS + tasks, rows))
+        if result.duels:
+            parts.append("\nPerplexity of the bundle over that of a rival of as many bits, or of no more bytes:\n")
+            parts.append(
+                _table(
+                    ["bundle", "rival", "ratio", "bytes", "the bundle is"],
+                    [
+                        [d.bundle, d.rival, _figure(d.ppl_ratio, 3), f"{d.bytes_ratio:.2f}x", d.verdict]
+                        for d in result.duels
+                    ],
+                )
+            )
+    return "\n".join(parts)
+
+
+_HEADINGS = [
+    "side", "bits used", "perplexity", "over fp32", "KL, nats", "top-1 agreement", "last word", "MB a token",
+    "bits a weight", "in blocks", "head",
+]  # fmt: skip
+
+
+def _cells(row: Row, linear_weights: int, block_weights: int, tasks: Sequence[str]) -> list[str]:
+    return [
+        row.name,
+        f"{row.bits_used:.2f}",
+        _figure(row.ppl, 3),
+        _figure(row.over_fp, 3),
+        _figure(row.divergence, 4),
+        _figure(row.agreement, 3),
+        "" if row.last_word is None else _figure(row.last_word, 3),
+        f"{row.linear_bytes / 1e6:.1f}",
+        f"{8 * row.linear_bytes / linear_weights:.2f}",
+        "" if row.block_bytes is None else f"{8 * row.block_bytes / block_weights:.2f}",
+        row.head,
+        *(f"{row.zero_shot[task]:.3f}" if task in row.zero_shot else "" for task in tasks),
+    ]
+
+
+def _figure(value: Mean, digits: int) -> str:
+    shown = f"{value.value:.{digits}f}"
+    return shown if value.stderr is None else f"{shown} ± {value.stderr:.{digits}f}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,208 @@
+"""A whole comparison: refuse what cannot be done, then measure one side after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mbq_export import calibration_data, text
+from mbq_export.checkpoint import Checkpoint, Source, load, locate, read_config
+from mbq_runtime.errors import UsageError
+from mbq_runtime.perplexity import cut_windows, read_text
+
+from . import last_word, report, weights
+from .harness import Reference, Side
+from .methods import METHODS, Bench, reference
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done and how many there are."""
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "wikipedia": lambda: text.wikipedia("evaluation"),
+    "news": text.news,
+    "technical": text.technical,
+}
+"""Packaged texts by name; none of them is calibrated on."""
+
+_BITS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for.  methods: None for all that are installed."""
+
+    model: str
+    bundle: Path | None
+    data: tuple[str, ...]
+    methods: tuple[str, ...] | None
+    bits: tuple[int, ...]
+    avg_bits: tuple[float, ...]
+    group_size: int
+    windows: int
+    context: int
+    calib_data: str | None
+    calib_windows: int
+    last_words: int
+    tasks: tuple[str, ...]
+    lm_eval_limit: int | None
+    lm_eval_path: Path | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked comparison.  texts: by the name they were asked for; left_out: methods that are not installed."""
+
+    settings: Settings
+    source: Source
+    calibration: calibration_data.Source
+    texts: dict[str, str]
+    methods: list[str]
+    left_out: list[str]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Read the texts and refuse what would fail later.  Raises UsageError or ModelError."""
+    for bits in settings.bits:
+        if bits not in _BITS:
+            raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
+    source = locate(settings.model)
+    for name, (_, width) in read_config(source).unit_shapes().items():
+        if width % settings.group_size:
+            raise UsageError(f"--group-size {settings.group_size} does not divide K = {width} of {name}")
+    texts = {name: TEXTS[name]() if name in TEXTS else read_text(Path(name)) for name in settings.data}
+    methods, left_out = [], []
+    for name in settings.methods or METHODS:
+        if name not in METHODS:
+            raise UsageError(f"--methods {name}: there is no such method; there are {', '.join(METHODS)}")
+        method = METHODS[name]
+        if method.available:
+            methods.append(name)
+        elif method.needs:
+            left_out.append(f"{name} is left out, it needs {method.needs[1]}: pip install {method.needs[1]}")
+    if settings.methods and left_out:
+        raise UsageError("; ".join(left_out))
+    if settings.tasks:
+        _lm_eval()
+    return Prepared(settings, source, calibration_data.open_source(settings.calib_data), texts, methods, left_out)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is measured so far."""
+
+    texts: list[report.TextResult]
+    linear_weights: int
+    block_weights: int
+
+    def document(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return report.document(self.texts, facts)
+
+    def markdown(self) -> str:
+        return report.markdown(self.texts, self.linear_weights, self.block_weights)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """One text, ready to be predicted."""
+
+    reference: Reference
+    passages: list[last_word.Passage]
+    result: report.TextResult
+
+
+def run(prepared: Prepared, folder: Path, progress: Progress) -> Iterator[Results]:
+    """Measure, and yield the same results after every side.  folder: for files that may go afterwards."""
+    settings = prepared.settings
+    progress("loading the model", 0, 1)
+    checkpoint = load(prepared.source)
+    progress("loading the model", 1, 1)
+    calibration, _ = calibration_data.calibration_windows(
+        checkpoint, prepared.calibration, settings.calib_windows, 1, settings.context
+    )
+    bench = Bench(
+        checkpoint,
+        calibration,
+        settings.group_size,
+        settings.bits,
+        settings.bundle,
+        settings.avg_bits,
+        settings.seed,
+        folder,
+    )
+    layers = weights.Layers.of(checkpoint)
+    block_weights = weights.count(checkpoint, layers.blocks)
+    original = reference(bench)
+    with ExitStack() as stack:
+        grounds = [
+            _ground(prepared, checkpoint, name, content, original, stack, progress)
+            for name, content in prepared.texts.items()
+        ]
+        results = Results(
+            [ground.result for ground in grounds],
+            block_weights + weights.count(checkpoint, [layers.head]),
+            block_weights,
+        )
+        _add(prepared, checkpoint, original, grounds, progress)
+        yield results
+        for method in prepared.methods:
+            progress(f"preparing {method}", 0, 1)
+            for side in METHODS[method].sides(bench):
+                _add(prepared, checkpoint, side, grounds, progress)
+                yield results
+
+
+def _ground(
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    name: str,
+    content: str,
+    original: Side,
+    stack: ExitStack,
+    progress: Progress,
+) -> _Ground:
+    settings, opening = prepared.settings, checkpoint.opening_tokens
+    tokens = checkpoint.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = cut_windows(tokens, settings.context, opening, settings.windows)
+    if len(windows) < settings.windows:
+        raise UsageError(f"--data {name}: it has {len(windows)} windows, {settings.windows} are asked for")
+    measured = stack.enter_context(Reference(original, windows, partial(progress, f"fp32 on {name}")))
+    passages = last_word.passages(content, checkpoint.tokenizer, settings.last_words, opening)
+    return _Ground(measured, passages, report.TextResult(name, len(windows), []))
+
+
+def _add(
+    prepared: Prepared, checkpoint: Checkpoint, side: Side, grounds: Sequence[_Ground], progress: Progress
+) -> None:
+    zero_shot = _zero_shot(prepared.settings, checkpoint, side)
+    for ground in grounds:
+        at = f"{side.name} on {ground.result.name}"
+        fp = ground.reference.scores
+        scores = fp if side.method == "fp32" else ground.reference.measure(side, partial(progress, at))
+        answers = last_word.right(side.forward, ground.passages, partial(progress, f"last words, {at}"))
+        found = last_word.accuracy(answers) if answers else None
+        ground.result.rows.append(report.Row.of(side, scores, fp, found, zero_shot))
+
+
+def _zero_shot(settings: Settings, checkpoint: Checkpoint, side: Side) -> dict[str, float]:
+    if not settings.tasks:
+        return {}
+    zero_shot = _lm_eval()
+    model = zero_shot.SideModel(
+        side.forward, checkpoint.tokenizer, checkpoint.opening_tokens, checkpoint.decoder.context_length
+    )
+    path = str(settings.lm_eval_path) if settings.lm_eval_path else None
+    found: dict[str, float] = zero_shot.evaluate(model, settings.tasks, settings.lm_eval_limit, path)
+    return found
+
+
+def _lm_eval() -> Any:
+    try:
+        from . import zero_shot
+    except ImportError as error:
+        raise UsageError(f"--lm-eval needs a package that is not installed ({error}): pip install lm-eval") from None
+    return zero_shot

@@ -1,0 +1,75 @@
+"""Zero-shot tasks of lm-eval, on any side: the library asks for log-likelihoods, a side gives logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from mbq_runtime.errors import UsageError
+
+from .harness import Forward
+
+
+class SideModel(TemplateLM):  # type: ignore[misc]
+    """One side as lm-eval sees it; it scores given continuations and does not generate."""
+
+    def __init__(self, forward: Forward, tokenizer: Any, opening: Sequence[int], context: int) -> None:
+        super().__init__()
+        self._forward, self.tokenizer, self._opening, self._context = forward, tokenizer, list(opening), context
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    def tok_encode(self, string: str, **_: Any) -> list[int]:
+        return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        answers = []
+        for _, before, continuation in requests:
+            tokens = [*self._opening, *before, *continuation][-self._context :]
+            logits = torch.from_numpy(self._forward(tokens[:-1]).logits[-len(continuation) :])
+            likely = torch.log_softmax(logits, dim=-1).double()
+            picked = likely.gather(1, torch.tensor(continuation)[:, None]).sum()
+            answers.append((float(picked), bool((likely.argmax(dim=1).numpy() == np.array(continuation)).all())))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        raise UsageError("tasks of rolling perplexity are not run; the comparison measures perplexity itself")
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        raise UsageError("tasks that generate are not run; choose tasks of multiple choice or log-likelihood")
+
+
+def evaluate(model: SideModel, tasks: Sequence[str], limit: int | None, include_path: str | None) -> dict[str, float]:
+    """lm-eval's figures, by "task metric".  include_path: a folder of task files besides the library's own.
+
+    Raises UsageError for a task that is not there or whose data cannot be had.
+    """
+    try:
+        found = simple_evaluate(
+            model,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=TaskManager(include_path=include_path),
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a loader of data, a hub or a task raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--lm-eval {','.join(tasks)}: {reason}; check the names and the network") from error
+    return {
+        f"{task} {metric.removesuffix(',none')}": float(value)
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in metric
+    }

@@ -1,0 +1,198 @@
+"""The comparison: its formulas on numbers worked out by hand, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_models import write_checkpoint
+
+from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.cli import command
+from mbq_export.compare import last_word, methods, report, weights
+from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
+from mbq_runtime.engine.session import Window
+from mbq_runtime.errors import UsageError
+
+WINDOWS = [[0, 1, 2], [2, 0, 1]]
+SENTENCE = "The boats leave the harbour when the tide turns and the wind allows it. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Checkpoint:
+    return load(locate(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    paragraph = "A lighthouse stands beside this harbour and its keeper counts what comes and goes " * 2
+    file.write_text("\n\n".join(f"{i}. {paragraph}near the harbour." for i in range(30)))
+    return file
+
+
+def fixed(name: str, probabilities: list[float], method: str = "x", bits: float | None = 4, size: int = 100) -> Side:
+    """A side that finds the same distribution everywhere."""
+    logits = np.log(np.array(probabilities, np.float32))
+    return Side(
+        method, name, bits, lambda _: size, None, "", lambda tokens: Window(np.tile(logits, (len(tokens), 1)), 4.0)
+    )
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def test_scores_by_hand() -> None:
+    p, q = [0.5, 0.25, 0.25], [0.2, 0.6, 0.2]
+    with Reference(fixed("p", p), WINDOWS, quiet) as reference:
+        own, other = reference.scores, reference.measure(fixed("q", q), quiet)
+        assert reference.measure(fixed("p", p), quiet) == own
+    assert own.nll == pytest.approx([-math.log(0.25), -(math.log(0.5) + math.log(0.25)) / 2])
+    assert own.divergence == [0, 0]
+    assert own.agreement == [1, 1]
+    assert other.nll == pytest.approx([-(math.log(0.6) + math.log(0.2)) / 2] * 2)
+    assert other.divergence == pytest.approx([sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))] * 2)
+    assert other.agreement == [0, 0]
+    assert other.bits == [4.0, 4.0]
+
+
+def test_ratio_has_the_error_of_paired_differences() -> None:
+    a, b = Scores(nll=[1.0, 3.0, 5.0]), Scores(nll=[0.9, 2.8, 4.9])
+    ratio = a.ppl_over(b)
+    assert ratio.value == pytest.approx(math.exp(0.4 / 3))
+    assert ratio.stderr == pytest.approx(math.exp(0.4 / 3) * np.std([0.1, 0.2, 0.1], ddof=1) / math.sqrt(3))
+    assert ratio.stderr < 0.1 * a.ppl.stderr / a.ppl.value, "windows differ more than sides do"
+    assert mean([2.0]) == Mean(2.0, None)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_to_nearest(bits: int) -> None:
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    rounded = weights.round_to_nearest(weight, bits, 64)
+    step = (weight.reshape(16, 2, 64).amax(2) - weight.reshape(16, 2, 64).amin(2)) / (2**bits - 1)
+    assert ((rounded - weight).abs().reshape(16, 2, 64).amax(2) <= step * 1.02).all()
+    assert max(len(group.unique()) for group in rounded.reshape(-1, 64)) <= 2**bits
+    assert weights.rounded_bytes(weight.numel(), bits, 64) == 16 * 128 * bits // 8 + 32 * (16 + bits) // 8
+
+
+def test_swapped_weights_come_back(checkpoint: Checkpoint) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    before = checkpoint.linear(name).weight.clone()
+    with suppress(ZeroDivisionError), weights.swapped(checkpoint, {name: torch.zeros_like(before)}):
+        assert not checkpoint.linear(name).weight.any()
+        raise ZeroDivisionError
+    assert torch.equal(checkpoint.linear(name).weight, before)
+
+
+def test_duels_are_of_equal_bits_or_no_more_bytes() -> None:
+    sides = [
+        fixed("fp", [0.5, 0.25, 0.25], "fp32", 32, 800),
+        fixed("gptq 4", [0.3, 0.3, 0.4], "gptq", 4, 110),
+        fixed("gptq 3", [0.3, 0.3, 0.4], "gptq", 3, 90),
+        fixed("small", [0.4, 0.4, 0.2], "llama.cpp", None, 100),
+        fixed("large", [0.4, 0.3, 0.3], "llama.cpp", None, 101),
+        fixed("ours", [0.4, 0.3, 0.3], "bundle", 4, 100),
+    ]
+    with Reference(sides[0], WINDOWS, quiet) as reference:
+        rows = [report.Row.of(s, reference.measure(s, quiet), reference.scores, None, {}) for s in sides]
+    duels = report.TextResult("t", 2, rows).duels
+    assert [(d.bundle, d.rival) for d in duels] == [("ours", "gptq 4"), ("ours", "small")]
+    assert duels[0].bytes_ratio == pytest.approx(100 / 110)
+    assert report.Duel("", "", Mean(0.98, 0.01), 1).verdict == "better"
+    assert report.Duel("", "", Mean(1.02, 0.01), 1).verdict == "worse"
+    assert report.Duel("", "", Mean(0.98, 0.03), 1).verdict == "undecided"
+
+
+def test_last_words(checkpoint: Checkpoint) -> None:
+    text = SENTENCE * 3 + "They come back to the harbour. And more."
+    (passage,) = last_word.passages(text + "\n\nToo short a harbour.", checkpoint.tokenizer, 5, [256])
+    assert passage.word == "harbour"
+    assert passage.answer == len(" harbour")
+    assert passage.tokens[0] == 256
+    assert checkpoint.tokenizer.decode(passage.tokens[1:]) == SENTENCE * 3 + "They come back to the harbour"
+
+    def knows(tokens: list[int]) -> Window:
+        following = [*passage.tokens[1:], 0][: len(tokens)]
+        return Window(np.eye(264, dtype=np.float32)[following], 8.0)
+
+    def misspells(tokens: list[int]) -> Window:
+        logits = knows(tokens).logits
+        logits[-1] = np.roll(logits[-1], 1)
+        return Window(logits, 8.0)
+
+    assert last_word.right(knows, [passage], quiet) == [True]
+    assert last_word.right(misspells, [passage], quiet) == [False]
+    assert last_word.accuracy([True, False, True, True]).value == 0.75
+
+
+def compare(*args: str | Path) -> object:
+    return CliRunner().invoke(command, ["compare", *map(str, args)], standalone_mode=False)
+
+
+def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    args = ("--model", folder, "--data", text_file, "--methods", "rtn,llama.cpp", "--bits", "2,4", "--windows", "3")
+    args += ("--context", "64", "--calib-data", text_file, "--calib-windows", "4", "--last-words", "3")
+    done = compare(*args, "--output", tmp_path / "out")
+    assert done.exception is None, done.exception
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["texts"]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["fp32"]["over_fp"]["value"] == 1
+    assert (
+        rows["round to nearest, 2 bits"]["divergence"]["value"]
+        > rows["round to nearest, 4 bits"]["divergence"]["value"]
+    )
+    assert rows["llama.cpp Q4_0"]["divergence"]["value"] > 5 * rows["llama.cpp Q8_0"]["divergence"]["value"] > 0
+    blocks = 2 * (192 * 192 * 2 + 2 * 64 * 192 + 3 * 192 * 320)
+    assert rows["llama.cpp Q8_0"]["block_bytes"] == blocks * 34 // 32
+    assert rows["round to nearest, 4 bits"]["block_bytes"] == blocks // 2 + blocks // 64 * 20 // 8
+    assert (
+        rows["round to nearest, 4 bits"]["linear_bytes"]
+        == rows["round to nearest, 4 bits"]["block_bytes"] + 264 * 192 * 2
+    )
+    assert len(rows["fp32"]["scores"]["nll"]) == 3
+    assert (tmp_path / "out" / "table.md").read_text().strip() == done.output[done.output.index("###") :].strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--methods", "magic"], "no such method; there are rtn, gptq"),
+        (["--bits", "two"], "--bits 'two'"),
+        (["--bits", "9"], "--bits 9: needed whole numbers from 2 to 8"),
+        (["--group-size", "128"], "--group-size 128 does not divide K = 192"),
+        (["--data", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--windows", "9999"], "windows, 9999 are asked for"),
+    ],
+)
+def test_refusals(folder: Path, text_file: Path, args: list[str], part: str) -> None:
+    data = [] if "--data" in args else ["--data", str(text_file)]
+    base = ("--model", folder, "--context", "64", "--calib-data", text_file, "--calib-windows", "4")
+    done = compare(*base, *data, *(args if "--methods" in args else ["--methods", "rtn", *args]))
+    assert isinstance(done.exception, UsageError)
+    assert part in str(done.exception)
+
+
+def test_a_method_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = methods.Method("absent", methods.METHODS["rtn"].sides, ("no_such_module", "no-such-package"))
+    monkeypatch.setitem(methods.METHODS, "absent", absent)
+    done = compare("--model", folder, "--methods", "absent")
+    assert "absent is left out, it needs no-such-package: pip install no-such-package" in str(done.exception)
+
+
+def test_options_of_an_export_before_the_subcommand() -> None:
+    done = CliRunner().invoke(command, ["--seed", "3", "compare"], standalone_mode=False)
+    assert isinstance(done.exception, UsageError)
+    assert "--seed: options of compare come after its name" in str(done.exception)
