@@ -1,28 +1,70 @@
-"""Checkpoint and text in, slices and routers out."""
+"""Checkpoint and text in; slices, routers and what they are worth out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import UsageError
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.manifest import QualityPoint
+from mbq_runtime.profile import CODE_BITS, SliceProfile
 
+from . import quality
 from .checkpoint import Checkpoint
 from .families import Unit
-from .routing import mlp, norm, thresholds
+from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
 from .slicing import rtn
-from .slicing.reference import RouterParams, Sliced, router_scores
+from .slicing.reference import RouterParams, Sliced, route, router_scores
+from .slicing.rotation import HeadInput, rotate
+from .slicing.sequential import slice_model, write_depth
 from .slicing.smoothing import smooth
+from .slicing.tuning import Teacher, tune
+from .store import Store
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done and how many there are."""
 
 CONTEXT_TOKENS = 512
+CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
+"""Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
+
+HELD_BACK_SHARE = 4
+"""One window is held back for this many that are fitted to."""
+
+_HESSIAN_WINDOWS = 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
+    family allows that; else rounding to nearest.  tuning_steps: of end-to-end tuning behind it."""
+
+    help: str
+    feedback: bool
+    tuning_steps: int
+
+
+METHODS = {
+    "rtn": Method("round to nearest, a minute", feedback=False, tuning_steps=0),
+    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 80),
+    "learned": Method("as nested, tuned for an hour and more", True, 600),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a calibration is asked for.  router: a name in ``candidates.ROUTERS``, or "auto": the best of them."""
+
+    profile: SliceProfile
+    group_size: int
+    method: str
+    router: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +84,10 @@ class RoutedLinear:
 @dataclass(frozen=True)
 class Calibrated:
     """units: by name, in the graph's order; embedding: None when the head's slices serve for it;
-    head_scale: float32 [hidden], what such a row of the head is divided by."""
+    head_scale: float32 [hidden], what such a row of the head is divided by; head_input: what the head's
+    input goes through, or None; reference_perplexity: of the original, and curve: of this one by rising
+    budgets, on the same held-back text; routers: perplexity of every candidate by
+    average bits, where they were compared."""
 
     profile: SliceProfile
     group_size: int
@@ -50,94 +95,190 @@ class Calibrated:
     units: dict[str, RoutedLinear]
     embedding: Sliced | None
     head_scale: NDArray[np.float32]
-
-
-def _norm_router(stats: UnitStatistics, profile: SliceProfile, seed: int) -> RouterParams:
-    bias, gain = norm.fit(stats, profile)
-    return RouterParams(bias, gain, _EMPTY, _EMPTY)
-
-
-def _mlp_router(stats: UnitStatistics, profile: SliceProfile, seed: int) -> RouterParams:
-    bias, gain, weights = mlp.fit(stats, profile, seed)
-    return RouterParams(bias, gain, _EMPTY, _EMPTY, weights.w1, weights.b1, weights.w2)
-
-
-_EMPTY = np.zeros(0, np.float32)
-
-ROUTERS: dict[str, Callable[[UnitStatistics, SliceProfile, int], RouterParams]] = {
-    "norm": _norm_router,
-    "mlp": _mlp_router,
-}
-"""Router kinds; a fit leaves the threshold table empty, which is set jointly afterwards."""
-
-
-def token_windows(checkpoint: Checkpoint, text: str, tokens: int) -> NDArray[np.int64]:
-    """int64 [windows, 512] of the text's tokens, spread evenly over it.
-
-    Raises UsageError when the text has fewer than ``tokens`` tokens.
-    """
-    count = max(1, tokens // CONTEXT_TOKENS)
-    ids = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(ids) // CONTEXT_TOKENS
-    if available < count:
-        raise UsageError(
-            f"the calibration text has {len(ids)} tokens, {count * CONTEXT_TOKENS} are needed "
-            f"({count} windows of {CONTEXT_TOKENS}); give a longer --calib-data or a smaller --calib-tokens"
-        )
-    starts = np.linspace(0, available - 1, count).astype(int) * CONTEXT_TOKENS
-    return np.stack([np.asarray(ids[s : s + CONTEXT_TOKENS], np.int64) for s in starts])
+    head_input: HeadInput | None = None
+    reference_perplexity: float = 0.0
+    curve: tuple[QualityPoint, ...] = ()
+    routers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def calibrate(
     checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    profile: SliceProfile,
-    group_size: int,
-    router_kind: str,
-    seed: int,
+    fitted: NDArray[np.int64],
+    held_back: NDArray[np.int64],
+    recipe: Recipe,
+    store: Store | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Calibrated:
-    """Slice every unit, fit its router and set the thresholds jointly.  Rescales the checkpoint in place.
+    """Slice every unit, choose and fit its router, set the thresholds jointly, measure the curve.
 
-    windows: int64 [windows, context] tokens.  ``group_size`` must divide every unit's K.
+    fitted, held_back: int64 [windows, context] tokens; slices are fitted to the first, routers and
+    thresholds to one half of the second, and measured on the other half.  The checkpoint's weights
+    are changed in place.  ``recipe.group_size`` must divide every unit's K.
     Raises ModelError for weights or activations that are not finite.
     """
-    units = list(checkpoint.decoder.units())
-    head_scale = smooth(checkpoint, windows, lambda done, total: progress("measuring activations", done, total))
-    slices = {}
-    for i, unit in enumerate(units):
-        slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), group_size, unit.name)
-        progress("slicing", i + 1, len(units))
+
+    def stage(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(what, done, total)
+
+    store = store or Store(None)
+    profile = recipe.profile
+    routing_windows, measured_windows = np.array_split(held_back, 2)
+    reference = quality.reference(checkpoint, measured_windows)
+    slices, embedding, head_scale, head_input = _slices(checkpoint, fitted, recipe, store, stage)
+    for unit in checkpoint.decoder.units():
+        write_depth(checkpoint, unit, slices[unit.name], profile, profile.depths)
+    if checkpoint.decoder.tied:
+        table = checkpoint.weight(checkpoint.decoder.head) / head_scale
+        checkpoint.model.get_input_embeddings().weight.copy_(torch.from_numpy(table))
+    names = list(candidates.ROUTERS) if recipe.router == "auto" else [recipe.router]
     stats = collect(
-        checkpoint, slices, profile, windows, seed,
-        keep_inputs=router_kind == "mlp",
-        progress=lambda done, total: progress("measuring slices", done, total),
+        checkpoint, slices, profile, routing_windows, recipe.seed,
+        keep_inputs=any(candidates.ROUTERS[name].needs_inputs for name in names), progress=stage("measuring slices"),
     )  # fmt: skip
-    routers, scores = {}, []
-    for i, unit in enumerate(units):
-        unit_stats = stats.pop(unit.name)
-        router = ROUTERS[router_kind](unit_stats, profile, seed)
-        routers[unit.name] = router
-        scores.append(_scores(router, unit_stats))
-        progress("fitting routers", i + 1, len(units))
-    budget = thresholds.budgets(profile)
-    found = thresholds.table(scores, [slices[unit.name].codes.size for unit in units], profile)
+    fits = {}
+    for i, name in enumerate(names):
+        fits[name] = _fit(name, stats, slices, recipe)
+        progress("fitting routers", i + 1, len(names))
+    kind, table_bits, measured = _choose(checkpoint, fits, slices, recipe, measured_windows, stage("comparing routers"))
+    routers = fits[kind]
+    if table_bits is not None:
+        routers = {name: replace(router, thresholds=table_bits) for name, router in routers.items()}
+    bits = [b for b in CURVE_BITS if profile.min_bits <= b]
+    results = quality.measure(
+        checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality")
+    )
+    original = float(np.exp(reference.mean()))
+    curve = tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True))
     linears = {
-        unit.name: RoutedLinear(
-            unit, slices[unit.name], checkpoint.bias(unit), _with_table(routers[unit.name], budget, found)
-        )
-        for unit in units
+        unit.name: RoutedLinear(unit, slices[unit.name], checkpoint.bias(unit), routers[unit.name])
+        for unit in checkpoint.decoder.units()
     }
-    embedding = None if checkpoint.decoder.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
-    return Calibrated(profile, group_size, router_kind, linears, embedding, head_scale)
+    return Calibrated(
+        profile, recipe.group_size, kind, linears, embedding, head_scale, head_input, original, curve, measured
+    )
+
+
+def quality_floor(calibrated: Calibrated, ratio: float) -> float:
+    """The lowest average bits with a perplexity of at most ``ratio`` times the original's.
+
+    Between the curve's points log perplexity is taken for linear; rounded up to 0.05 bits.
+    """
+    limit = np.log(ratio * calibrated.reference_perplexity)
+    bits = [point.avg_bits_used for point in calibrated.curve]
+    loss = np.log([point.perplexity for point in calibrated.curve])
+    grid = np.arange(bits[0], CODE_BITS + 0.025, 0.05)
+    good = np.interp(grid, bits, loss) <= limit
+    # From where on every budget is good; all of 8 bits where none is.
+    first = len(good) - int(np.argmin(good[::-1])) if not good.all() else 0
+    return round(float(grid[min(first, len(grid) - 1)]), 2)
+
+
+def _slices(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    recipe: Recipe,
+    store: Store,
+    stage: Callable[[str], Callable[[int, int], None]],
+) -> tuple[dict[str, Sliced], Sliced | None, NDArray[np.float32], HeadInput | None]:
+    d, method, profile = checkpoint.decoder, METHODS[recipe.method], recipe.profile
+    hessian_windows = windows[:: -(-len(windows) // _HESSIAN_WINDOWS)]
+    head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
+    if method.feedback and not d.family.post_norms:
+        head_input = rotate(checkpoint, recipe.seed)
+    else:
+        head_scale = smooth(checkpoint, hessian_windows, stage("measuring activations"))
+    embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), recipe.group_size, "embedding")
+    if not method.feedback:
+        units = list(d.units())
+        slices = {}
+        for i, unit in enumerate(units):
+            slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
+            stage("slicing")(i + 1, len(units))
+        return slices, embedding, head_scale, head_input
+    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if method.tuning_steps else None
+    slices = slice_model(checkpoint, hessian_windows, profile, recipe.group_size, store, stage("slicing blocks"))
+    if teacher is not None:
+        slices = tune(
+            checkpoint, teacher, slices, profile, head_scale, method.tuning_steps, recipe.seed, store,
+            stage("tuning scales"),
+        )  # fmt: skip
+    return slices, embedding, head_scale, head_input
+
+
+def _fit(
+    name: str, stats: dict[str, UnitStatistics], slices: Mapping[str, Sliced], recipe: Recipe
+) -> dict[str, RouterParams]:
+    """One kind of router for every unit, with its joint table of thresholds."""
+    fit = candidates.ROUTERS[name].fit
+    routers = {unit: fit(of_unit, recipe.profile, recipe.seed) for unit, of_unit in stats.items()}
+    scores = [_scores(routers[unit], of_unit) for unit, of_unit in stats.items()]
+    found = thresholds.table(scores, [slices[unit].codes.size for unit in stats], recipe.profile)
+    budgets = thresholds.budgets(recipe.profile)
+    return {unit: replace(router, budgets=budgets, thresholds=found) for unit, router in routers.items()}
 
 
 def _scores(router: RouterParams, stats: UnitStatistics) -> NDArray[np.float64]:
-    if stats.inputs is not None:
+    if router.w1 is not None:
+        assert stats.inputs is not None
         return router_scores(stats.inputs, router)
     log_energy = np.log(stats.mean_square.astype(np.float64))[:, None]
     return np.asarray(router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * log_energy)
 
 
-def _with_table(router: RouterParams, budget: NDArray[np.float32], found: NDArray[np.float32]) -> RouterParams:
-    return RouterParams(router.bias, router.norm_gain, budget, found, router.w1, router.b1, router.w2)
+def _case(routers: Mapping[str, RouterParams], avg_bits: float) -> quality.Case:
+    def of(router: RouterParams) -> quality.Depths:
+        return lambda x: torch.from_numpy(route(x.numpy(), avg_bits, router)).long()
+
+    return {name: of(router) for name, router in routers.items()}
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    fits: Mapping[str, dict[str, RouterParams]],
+    slices: Mapping[str, Sliced],
+    recipe: Recipe,
+    windows: NDArray[np.int64],
+    progress: Callable[[int, int], None],
+) -> tuple[str, NDArray[np.float32] | None, dict[str, dict[str, float]]]:
+    """The kind of router with the lowest loss, its thresholds corrected for drift, and what each one reached.
+
+    The loss of a kind is the mean over CHOICE_BITS at equal measured bits.  A random choice is measured
+    beside them, which nothing ships.
+    """
+    bits = [b for b in CHOICE_BITS if recipe.profile.min_bits < b]
+    random = candidates.random_depths(recipe.profile, recipe.seed)
+    names = [*fits, "random"]
+    cases = [
+        _case(fits[name], b) if name in fits else {unit: random(b) for unit in slices} for name in names for b in bits
+    ]
+    results = quality.measure(checkpoint, slices, recipe.profile, windows, cases, progress)
+    by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
+    losses = {name: _at_equal_bits(of_kind, bits) for name, of_kind in by_name.items()}
+    kind = min(fits, key=lambda name: float(losses[name].mean()))
+    budgets = next(iter(fits[kind].values())).budgets.astype(np.float64)
+    drift = [result.avg_bits_used - b for result, b in zip(by_name[kind], bits, strict=True)]
+    ends = [recipe.profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0]
+    found = next(iter(fits[kind].values())).thresholds
+    corrected = np.interp(budgets - np.interp(budgets, *ends), budgets, found).astype(np.float32)
+    table = {
+        name: {f"{b:g}": round(float(np.exp(loss)), 4) for b, loss in zip(bits, losses[name], strict=True)}
+        for name in names
+    }
+    return kind, corrected, table
+
+
+def _at_equal_bits(results: list[quality.Measured], bits: list[float]) -> NDArray[np.float64]:
+    """Mean nats a token at exactly ``bits``, by interpolation between what was realised."""
+    used = np.array([result.avg_bits_used for result in results])
+    nll = np.array([result.nll.mean() for result in results])
+    if len(used) < 2:
+        return nll
+    order = np.argsort(used)
+    used, nll = used[order], nll[order]
+    # Outside the measured range the nearest segment goes on.
+    slope = np.gradient(nll, used)
+    nearest = np.abs(used[:, None] - np.asarray(bits)).argmin(0)
+    inside = np.interp(bits, used, nll)
+    outside = nll[nearest] + slope[nearest] * (np.asarray(bits) - used[nearest])
+    beyond = (np.asarray(bits) < used[0]) | (np.asarray(bits) > used[-1])
+    return np.asarray(np.where(beyond, outside, inside))

@@ -149,6 +149,11 @@ class Checkpoint:
             weight = self.model.get_submodule(name).weight
             weight.copy_((weight + offset) * factor - offset)
 
+    def reset_norm(self, name: str) -> None:
+        """Make the RMS norm ``name`` multiply by 1."""
+        with torch.no_grad():
+            self.model.get_submodule(name).weight.fill_(1 - self.decoder.family.norm_offset)
+
     def rotary(self, kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """float32 cos and sin [context, rotated / 2] of layers of ``kind``, with the model's own frequencies.
 

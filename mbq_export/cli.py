@@ -187,6 +187,12 @@ def _show_result(output: Path, manifest: Manifest) -> None:
     for bits in SHOWN_BITS:
         if bits in manifest.weights.bytes_per_token:
             click.echo(f"  {bits} bits on average        {manifest.weights.bytes_per_token[bits] / 1e6:9.2f} MB")
+    quality = manifest.quality
+    click.echo(f"Perplexity on held-back text (the original model: {quality.reference_perplexity:.2f})")
+    for point in quality.curve:
+        ratio = point.perplexity / quality.reference_perplexity
+        click.echo(f"  {point.avg_bits_used:4.2f} bits on average     {point.perplexity:9.2f}  x {ratio:.3f}")
+    click.echo(f"  The quality floor is {quality.floor_bits:g} bits; router {manifest.router.kind}")
     click.echo(f"Copy the folder to the device and run there:\n  {_next_command(output)}")
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mbq_runtime import manifest as bundle_manifest
 from mbq_runtime.errors import UsageError
@@ -17,9 +22,12 @@ from mbq_targets.table import Target
 from . import calibration_data
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
+from .store import Store
 
 if TYPE_CHECKING:
-    from .calibrate import Calibrated
+    from .calibrate import Calibrated, Recipe
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done and how many there are."""
@@ -34,13 +42,16 @@ def no_progress(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
-    calib_data: as ``calibration_data.open_source`` takes it."""
+    method, router: as ``calibrate.Recipe`` takes them; floor_ratio: how many times the original's perplexity
+    is still acceptable; calib_data: as ``calibration_data.open_source`` takes it."""
 
     model: str
     outputs: dict[Path, Target]
     profile: SliceProfile
     group_size: str
+    method: str
     router: str
+    floor_ratio: float
     calib_data: str | None
     calib_tokens: int
     seed: int
@@ -64,20 +75,15 @@ class Prepared:
 
 def prepare(options: Options) -> Prepared:
     """Work out the plan and refuse what would fail later.  Raises UsageError or ModelError."""
-    from .routing.mlp import HIDDEN
-
     if options.calib_tokens < 1:
-        raise UsageError(f"--calib-tokens {options.calib_tokens}: at least 1 is needed; 4096 is the default")
+        raise UsageError(f"--calib-tokens {options.calib_tokens}: at least 1 is needed; 40960 is the default")
+    if not options.floor_ratio >= 1:
+        raise UsageError(f"--floor-ratio {options.floor_ratio:g}: 1 or more is needed; 1.25 is the default")
     source = locate(options.model)
     decoder = read_config(source)
     group_size = planning.choose_group_size(decoder, options.group_size)
-    steps = options.profile.depths - 1
-    widths = [k for _, k in decoder.unit_shapes().values()]
-    router_bytes = len(widths) * 8 * steps
-    if options.router == "mlp":
-        router_bytes += sum(HIDDEN * (2 * k + 4 + 4 * steps) for k in widths)
     plans = {
-        output: planning.Plan(decoder, options.profile, group_size, target.layout, router_bytes, options.calib_tokens)
+        output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, options.calib_tokens)
         for output, target in options.outputs.items()
     }
     found = planning.problems(plans, options.outputs, options.force)
@@ -88,7 +94,7 @@ def prepare(options: Options) -> Prepared:
 
 def run(prepared: Prepared, progress: Progress = no_progress) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from .calibrate import CONTEXT_TOKENS, calibrate
+    from .calibrate import CONTEXT_TOKENS, HELD_BACK_SHARE, Recipe, calibrate
 
     options = prepared.options
     progress("loading the model", 0, 1)
@@ -96,22 +102,38 @@ def run(prepared: Prepared, progress: Progress = no_progress) -> dict[Path, bund
     checkpoint = load(prepared.source)
     progress("loading the model", 1, 1)
     count = max(1, options.calib_tokens // CONTEXT_TOKENS)
-    windows, _ = calibration_data.calibration_windows(
-        checkpoint, prepared.calibration_source, count, max(1, count // 3), CONTEXT_TOKENS
+    fitted, held_back = calibration_data.calibration_windows(
+        checkpoint, prepared.calibration_source, count, max(2, count // HELD_BACK_SHARE), CONTEXT_TOKENS
     )
-    calibrated = calibrate(
-        checkpoint, windows, options.profile, prepared.plan.group_size, options.router, options.seed, progress
-    )
+    recipe = Recipe(options.profile, prepared.plan.group_size, options.method, options.router, options.seed)
+    store = _store(prepared, checkpoint, recipe, fitted)
+    if store.finished:
+        progress(f"resuming behind {store.finished} finished steps", 1, 1)
+    calibrated = calibrate(checkpoint, fitted, held_back, recipe, store, progress)
     calibration = {
-        "method": "rtn",
+        "method": options.method,
         "text": prepared.calibration_source.name,
-        "tokens": int(windows.size),
-        "seconds": round(time.monotonic() - started, 1),
+        "tokens": int(fitted.size),
+        "held_back_tokens": int(held_back.size),
+        "routers": calibrated.routers,
     }
-    return {
+    log.info("calibrated in %.0f s", time.monotonic() - started)
+    manifests = {
         output: _write_bundle(prepared, output, checkpoint, calibrated, calibration, progress)
         for output in options.outputs
     }
+    store.remove()
+    return manifests
+
+
+def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: NDArray[np.int64]) -> Store:
+    """Where this very calibration keeps what it has finished: beside the first bundle, under a hidden name."""
+    digest = sha256(repr(recipe).encode() + fitted.tobytes())
+    for name, parameter in checkpoint.model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().numpy())
+    first = next(iter(prepared.options.outputs))
+    return Store(first.parent / f".{prepared.source.name}.calibration", digest.hexdigest())
 
 
 def _write_bundle(
@@ -139,7 +161,7 @@ def _write_bundle(
             (folder / "lib").mkdir()
             build_ops_library(target, options.profile, calibrated.group_size, folder / bundle_manifest.OPS_LIBRARY)
             progress(f"compiling kernels for {target.name}", 1, 1)
-        manifest = _manifest(prepared, output, checkpoint, calibration, folder)
+        manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
         bundle_manifest.write(manifest, folder)
     return manifest
 
@@ -189,9 +211,17 @@ def _tool_versions() -> dict[str, str]:
 
 
 def _manifest(
-    prepared: Prepared, output: Path, checkpoint: Checkpoint, calibration: dict[str, Any], folder: Path
+    prepared: Prepared,
+    output: Path,
+    checkpoint: Checkpoint,
+    calibrated: Calibrated,
+    calibration: dict[str, Any],
+    folder: Path,
 ) -> bundle_manifest.Manifest:
-    options, plan, d = prepared.options, prepared.plans[output], checkpoint.decoder
+    from .calibrate import quality_floor
+
+    options, d = prepared.options, checkpoint.decoder
+    plan = replace(prepared.plans[output], router_kind=calibrated.router_kind)
     target = options.outputs[output]
     low, high = float(plan.profile.min_bits), float(CODE_BITS)
     return bundle_manifest.Manifest(
@@ -210,7 +240,7 @@ def _manifest(
         group_size=plan.group_size,
         layout=target.layout,
         budget=bundle_manifest.Budget(low, high, high),
-        router=bundle_manifest.RouterFacts(options.router, plan.router_bytes),
+        router=bundle_manifest.RouterFacts(calibrated.router_kind, plan.router_bytes),
         weights=bundle_manifest.Weights(
             plan.routed_parameters,
             {f"{bits:g}": plan.bytes_per_token(bits) for bits in planning.depth_budgets(plan.profile)},
@@ -220,4 +250,7 @@ def _manifest(
         seed=options.seed,
         tools=_tool_versions(),
         files=bundle_manifest.file_entries(folder),
+        quality=bundle_manifest.Quality(
+            calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
+        ),
     )

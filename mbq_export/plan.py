@@ -17,6 +17,9 @@ from .families import Decoder
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
 
+MLP_HIDDEN = 16
+"""Width of a learned router."""
+
 AUTO_GROUP_SIZES = (64, 32)
 """What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""
 
@@ -43,8 +46,18 @@ class Plan:
     profile: SliceProfile
     group_size: int
     layout: str
-    router_bytes: int
+    router_kind: str
     calib_tokens: int
+
+    @property
+    def router_bytes(self) -> int:
+        """Size of the routers' parameters; of the largest kind while it is still to be chosen."""
+        steps = self.profile.depths - 1
+        widths = [k for _, k in self.decoder.unit_shapes().values()]
+        rules = len(widths) * 8 * steps
+        if self.router_kind not in ("auto", "mlp"):
+            return rules
+        return rules + sum(MLP_HIDDEN * (2 * k + 4 + 4 * steps) for k in widths)
 
     @property
     def routed_parameters(self) -> int:

@@ -87,10 +87,29 @@ class Budget:
 
 @dataclass(frozen=True)
 class RouterFacts:
-    """kind: "norm" or "mlp"; bytes: size of all routers' parameters."""
+    """kind: "static", "norm" or "mlp"; bytes: size of all routers' parameters."""
 
     kind: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """asked_bits: the budget; avg_bits_used: what the routers made of it; perplexity: there, on held-back text."""
+
+    asked_bits: float
+    avg_bits_used: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the bundle is worth.  reference_perplexity: of the original model on the same text;
+    floor_bits: lowest average bits the exporter vouches for; curve: by rising budgets."""
+
+    reference_perplexity: float
+    floor_bits: float
+    curve: tuple[QualityPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ class Manifest:
     seed: int
     tools: Mapping[str, str]
     files: tuple[FileEntry, ...]
+    quality: Quality = Quality(0.0, 0.0, ())
 
     @property
     def profile(self) -> SliceProfile:

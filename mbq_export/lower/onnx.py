@@ -118,19 +118,38 @@ class _Lowering:
                 x, residual = self._norm(
                     residual, branch, f"layers.{layer}.{name}_norm", d.input_norm(layer, f"{name}_in")
                 )
-                branch = self._branch(layer, name, inner, x)
-        x, _ = self._norm(residual, branch, "final_norm", d.final_norm)
-        self._linear(self.calibrated.units["head"], x, weights=head, output="logits")
+                branch = self._branch(layer, name, inner, x, residual)
+        x, residual = self._norm(residual, branch, "final_norm", d.final_norm)
+        self._linear(self.calibrated.units["head"], self._head_input(x), residual, weights=head, output="logits")
         self._bits_used()
         return g
 
-    def _branch(self, layer: int, name: str, inner: Callable[[int, str], str], x: str) -> str:
-        """Attention or MLP: what is added to the residual."""
+    def _branch(self, layer: int, name: str, inner: Callable[[int, str], str], x: str, residual: str) -> str:
+        """Attention or MLP: what is added to the residual.  x: the residual behind its norm."""
         units, calibrated = self.decoder.layer_units(layer), self.calibrated.units
-        y = inner(layer, self._linear(calibrated[units[f"{name}_in"].name], x))
-        branch = self._linear(calibrated[units[f"{name}_out"].name], y)
+        y = inner(layer, self._linear(calibrated[units[f"{name}_in"].name], x, residual))
+        branch = self._linear(calibrated[units[f"{name}_out"].name], y, y)
         post_norm = self.decoder.output_norm(layer, f"{name}_out")
         return branch if post_norm is None else self._plain_norm(branch, post_norm, f"layers.{layer}.{name}_post_norm")
+
+    def _head_input(self, x: str) -> str:
+        """``x @ kron.T * gain @ kron``, by its small factors, where the head is tied and rotated."""
+        turn = self.calibrated.head_input
+        if turn is None:
+            return x
+        g, a, b = self.graph, len(turn.left), len(turn.right)
+        split = g.tensor("head_split", np.array([0, 0, a, b], np.int64))
+        flat = g.tensor("flat", np.array([0, 0, -1], np.int64))
+        tensors = {"left": turn.left, "left_back": turn.left.T, "right": turn.right, "right_back": turn.right.T}
+        names = {part: g.tensor(f"head_input.{part}", value) for part, value in tensors.items()}
+        gain = g.tensor("head_input.gain", turn.gain.reshape(a, b))
+        y = g.node("Reshape", [x, split], "head_input.split")
+        y = g.node("MatMul", [names["left"], y], "head_input.unturned_left")
+        y = g.node("MatMul", [y, names["right_back"]], "head_input.unturned")
+        y = g.node("Mul", [y, gain], "head_input.gained")
+        y = g.node("MatMul", [names["left_back"], y], "head_input.turned_left")
+        y = g.node("MatMul", [y, names["right"]], "head_input.turned")
+        return g.node("Reshape", [y, flat], "head_input")
 
     def _attention_inputs(self) -> None:
         g = self.graph
@@ -172,9 +191,17 @@ class _Lowering:
             "SimplifiedLayerNormalization", [x, weight], name, axis=-1, epsilon=self.decoder.norm_eps, stash_type=1
         )
 
-    def _linear(self, linear: RoutedLinear, x: str, weights: list[str] | None = None, output: str | None = None) -> str:
+    def _linear(
+        self,
+        linear: RoutedLinear,
+        x: str,
+        routed_by: str,
+        weights: list[str] | None = None,
+        output: str | None = None,
+    ) -> str:
+        """routed_by: what the router looks at, see ``routing.inputs``."""
         g, name = self.graph, linear.unit.name
-        depth = self._route(linear, x)
+        depth = self._route(linear, routed_by)
         weights = weights or self._weights(name, linear.sliced)
         n, k = linear.sliced.codes.shape
         product = name if linear.bias is not None or output is None else output

@@ -1,8 +1,9 @@
 """The learned router: a two-layer MLP that predicts what the next slice would change.
 
-It adds to the norm rule.  Its target is ``log(|dW x|**2 / mean(x**2))``, the energy that a slice
-would add to this token's output at unit input energy: unlike the slice's effect on the loss, that
-can be computed for every token without noise.  The input is ``x`` scaled to unit mean square.
+It adds to the norm rule what the input's direction tells.  Its target is the logarithm of ``|dW x|**2``, the
+energy that a slice would add to this token's output, less what a line over ``log(mean(x**2))`` explains of it:
+unlike the slice's effect on the loss, that can be computed for every token without noise.  The input is
+``x`` scaled to unit mean square.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
+from ..plan import MLP_HIDDEN as HIDDEN
 from . import norm
 from .statistics import UnitStatistics
 
 F32 = NDArray[np.float32]
 
-HIDDEN = 16
 _STEPS = 150
 _BATCH = 512
 _LEARNING_RATE = 3e-3
@@ -38,18 +39,16 @@ class MlpWeights:
 def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F32, MlpWeights]:
     """float32 bias and norm_gain [E - 1], and the MLP.  ``stats.inputs`` must have been kept."""
     assert stats.inputs is not None
-    bias, norm_gain = norm.fit(stats, profile)
+    bias, norm_gain = norm.fit(stats, profile, norm.slope(stats))
     mean_square = torch.from_numpy(stats.mean_square)
     x = torch.from_numpy(stats.inputs) / mean_square.sqrt()[:, None]
-    ratio = torch.from_numpy(stats.change) / mean_square[:, None]
-    # The energies are averaged before the logarithm, so that the rule's average worth stays put.
-    target = torch.log(ratio / ratio.mean(0) + 1e-6)
+    target = _unexplained(torch.from_numpy(stats.change), mean_square)
 
     generator = torch.Generator().manual_seed(seed)
     tokens, k = x.shape
     w1 = (torch.randn(HIDDEN, k, generator=generator) / k**0.5).requires_grad_()
     b1 = torch.zeros(HIDDEN, requires_grad=True)
-    w2 = torch.zeros(ratio.shape[1], HIDDEN, requires_grad=True)
+    w2 = torch.zeros(target.shape[1], HIDDEN, requires_grad=True)
     offset = target.mean(0).clone().requires_grad_()
     optimizer = torch.optim.AdamW([w1, b1, w2, offset], lr=_LEARNING_RATE, weight_decay=1e-2)
     for _ in range(_STEPS):
@@ -61,3 +60,14 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
         optimizer.step()
     weights = MlpWeights(w1.detach().numpy().astype(np.float16), b1.detach().numpy(), w2.detach().numpy())
     return (bias + offset.detach().numpy()).astype(np.float32), norm_gain, weights
+
+
+def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    """float32 [T, E - 1]: log of ``change`` less its regression on the log of ``mean_square``."""
+    target = torch.log(change / change.mean(0) + 1e-6)
+    features = torch.stack([torch.ones_like(mean_square), mean_square.log()], dim=1)
+    line = torch.linalg.lstsq(features, target).solution
+    # The energies are averaged before the logarithm, so that the rule's average worth stays put.
+    rest = target - features @ line
+    centred: torch.Tensor = rest - rest.exp().mean(0).log()
+    return centred

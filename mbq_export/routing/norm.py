@@ -1,8 +1,8 @@
-"""The norm rule: a slice's worth to a token is the unit's average worth times the input's energy.
+"""The norm rule: a slice's worth to a token is the unit's average worth, scaled by a power of the input's energy.
 
-``score = log(gain per bit and parameter) + log(mean(x**2) / its average)``: nothing is read but the
-input itself, and one threshold over all units is at once a static allocation between units and a
-choice between tokens.
+``score = log(gain per bit and parameter) + beta * log(mean(x**2)) - log(average of mean(x**2)**beta)``: nothing
+is read but the router's input, and one threshold over all units is at once a static allocation between
+units and a choice between tokens.  With ``beta = 0`` only the static allocation is left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,33 @@ def average_gain(stats: UnitStatistics, profile: SliceProfile) -> F64:
     return np.concatenate([np.full(int(n), g) for g, _, n in pools]) if pools else np.zeros(0)
 
 
-def fit(stats: UnitStatistics, profile: SliceProfile) -> tuple[F32, F32]:
+_NEWTON_STEPS = 20
+_LARGEST_SLOPE = 3.0
+
+
+def slope(stats: UnitStatistics) -> float:
+    """beta: by which power of its input's energy a token's loss at the shallowest depth grows.
+
+    The loss of a token is taken for exponentially distributed about ``exp(a + beta * log(mean(x**2)))``, which a
+    squared Gaussian's likelihood nearly is; a and beta are the likeliest.
+    """
+    log_energy = np.log(stats.mean_square.astype(np.float64))
+    log_energy -= log_energy.mean()
+    loss = stats.loss[:, 0].astype(np.float64)
+    if log_energy.std() < 1e-3 or loss.max() <= 0:
+        return 0.0
+    features = np.stack([np.ones_like(log_energy), log_energy], axis=1)
+    fitted = np.array([np.log(loss.mean()), 0.0])
+    for _ in range(_NEWTON_STEPS):
+        ratio = loss * np.exp(-features @ fitted)
+        curvature = features.T @ (features * np.maximum(ratio, 0.1)[:, None])
+        step = np.linalg.solve(curvature, features.T @ (ratio - 1))
+        fitted += np.clip(step, -0.5, 0.5)
+    return float(np.clip(fitted[1], -_LARGEST_SLOPE, _LARGEST_SLOPE))
+
+
+def fit(stats: UnitStatistics, profile: SliceProfile, beta: float) -> tuple[F32, F32]:
     """The rule of one unit: float32 bias [E - 1] and norm_gain [E - 1] of RouterParams."""
-    bias = np.log(average_gain(stats, profile)) - np.log(float(stats.mean_square.mean(dtype=np.float64)))
-    return bias.astype(np.float32), np.ones(profile.depths - 1, np.float32)
+    spread = np.log(np.mean(stats.mean_square.astype(np.float64) ** beta))
+    bias = np.log(average_gain(stats, profile)) - spread
+    return bias.astype(np.float32), np.full(profile.depths - 1, beta, np.float32)

@@ -1,6 +1,6 @@
-"""What one more slice would be worth, per unit and per token, measured on the full-precision model.
+"""What one more slice would be worth, per unit and per token, measured on the sliced model at full depth.
 
-For a unit with input ``x`` and weight error ``dW_k = W - W_k`` at depth k, a token's predicted loss
+For a unit with input ``x`` and weight error ``dW_k = W_E - W_k`` at depth k, a token's predicted loss
 at depth k is ``0.5 * (g . dW_k x)**2``: the second-order term of the loss with the expected outer
 product of gradients ``g`` in place of the Hessian.  Gradients are taken on labels sampled from the
 model's own predictions, which makes that product the Fisher information and not an error of fit.
@@ -22,6 +22,7 @@ from mbq_runtime.profile import SliceProfile
 from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..slicing.reference import MEAN_SQUARE_EPS, Sliced, decode_f32
+from .inputs import RouterInputs
 
 F32 = NDArray[np.float32]
 
@@ -30,9 +31,9 @@ F32 = NDArray[np.float32]
 class UnitStatistics:
     """One unit over T calibration tokens, for E depths.
 
-    mean_square: float32 [T], of the input; change: float32 [T, E - 1], squared norm of what slice
-    k + 1 adds to the output; loss: float32 [T, E], predicted loss at each depth (nats, relative);
-    inputs: float32 [T, K], kept only on request.
+    mean_square: float32 [T], of the router's input; change: float32 [T, E - 1], squared norm of what slice
+    k + 1 adds to the output; loss: float32 [T, E], predicted loss at each depth (nats, relative to the last);
+    inputs: float32 [T, width], the router's, kept only on request.
     """
 
     parameters: int
@@ -45,10 +46,10 @@ class UnitStatistics:
 @dataclass
 class _Recorder:
     unit: Unit
-    weight: torch.Tensor
     sliced: Sliced
     profile: SliceProfile
     keep_inputs: bool
+    router_inputs: RouterInputs
     x: torch.Tensor | None = None
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
     parts: dict[str, list[torch.Tensor]] = field(
@@ -69,29 +70,26 @@ class _Recorder:
                 f"{self.unit.name}: the activations are NaN or infinite on the calibration text; the model is broken"
             )
         g = torch.cat([self.grads[name] for name in self.unit.sources], dim=1)
-        exact = self.x @ self.weight.T
         # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
         outputs = [
             self.x @ torch.from_numpy(decode_f32(self.sliced, self.profile, depth + 1)).T
             for depth in range(self.profile.depths)
         ]
-        loss = torch.stack([0.5 * (g * (exact - y)).sum(1) ** 2 for y in outputs], dim=1)
-        change = torch.stack([((b - a) ** 2).sum(1) for a, b in pairwise([*outputs, outputs[-1]])], dim=1)[:, :-1]
-        self.parts["mean_square"].append((self.x**2).mean(1) + MEAN_SQUARE_EPS)
-        self.parts["change"].append(change)
-        self.parts["loss"].append(loss)
+        seen = self.router_inputs.of(self.unit, self.x)
+        self.parts["loss"].append(torch.stack([0.5 * (g * (outputs[-1] - y)).sum(1) ** 2 for y in outputs], dim=1))
+        changes = [((b - a) ** 2).sum(1) for a, b in pairwise(outputs)]
+        self.parts["change"].append(torch.stack(changes, dim=1) if changes else torch.zeros(len(g), 0))
+        self.parts["mean_square"].append((seen**2).mean(1) + MEAN_SQUARE_EPS)
         if self.keep_inputs:
-            self.parts["inputs"].append(self.x)
+            self.parts["inputs"].append(seen)
         self.x = None
         self.grads.clear()
 
     def result(self) -> UnitStatistics:
-        joined = {key: torch.cat(parts).numpy() if parts else None for key, parts in self.parts.items()}
-        mean_square, change, loss = joined["mean_square"], joined["change"], joined["loss"]
-        assert mean_square is not None
-        assert change is not None
-        assert loss is not None
-        return UnitStatistics(self.weight.numel(), mean_square, change, loss, joined["inputs"])
+        joined = {key: torch.cat(parts).numpy() for key, parts in self.parts.items() if parts}
+        return UnitStatistics(
+            self.sliced.codes.size, joined["mean_square"], joined["change"], joined["loss"], joined.get("inputs")
+        )
 
 
 def collect(
@@ -105,29 +103,30 @@ def collect(
 ) -> dict[str, UnitStatistics]:
     """Run int64 [windows, context] tokens forward and backward; statistics by unit name.
 
-    ``slices`` holds the codes of every unit by name.  Raises ModelError for activations that are
-    not finite.
+    ``slices`` holds every unit by name; the checkpoint's layers hold their deepest values.
+    Raises ModelError for activations that are not finite.
     """
     model = checkpoint.model
     generator = torch.Generator().manual_seed(seed)
     recorders, handles = [], []
+    router_inputs = RouterInputs(checkpoint)
     for unit in checkpoint.decoder.units():
-        weight = torch.from_numpy(checkpoint.weight(unit))
-        recorder = _Recorder(unit, weight, slices[unit.name], profile, keep_inputs)
+        recorder = _Recorder(unit, slices[unit.name], profile, keep_inputs, router_inputs)
         recorders.append(recorder)
         handles += [checkpoint.linear(name).register_forward_hook(recorder.hook(name)) for name in unit.sources]
     try:
-        for i, window in enumerate(windows):
-            # Only the embedding's output needs a gradient: no weight does.
-            embedded = model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-            with torch.no_grad():
-                labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            with torch.no_grad():
-                for recorder in recorders:
-                    recorder.close_window()
-            progress(i + 1, len(windows))
+        with router_inputs.recording():
+            for i, window in enumerate(windows):
+                # Only the embedding's output needs a gradient: no weight does.
+                embedded = model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+                with torch.no_grad():
+                    labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
+                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                with torch.no_grad():
+                    for recorder in recorders:
+                        recorder.close_window()
+                progress(i + 1, len(windows))
     finally:
         for handle in handles:
             handle.remove()

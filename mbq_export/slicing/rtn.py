@@ -23,18 +23,25 @@ def _toward(values: F32, limit: float) -> F16:
     return np.where(off, np.nextafter(rounded, np.float16(limit)), rounded)
 
 
+def group_range(weights: F32, name: str) -> tuple[F16, F16]:
+    """float32 [..., group] -> float16 scale and offset [...], whose four base cells hold every weight.
+
+    Raises ModelError when a weight is outside the range of float16 offsets.
+    """
+    low, high = weights.min(axis=-1), weights.max(axis=-1)
+    largest = float(max(-low.min(), high.max()))
+    if not largest <= _LARGEST:  # also when it is not a number
+        raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a group's offset can hold")
+    # Rounding outward keeps both ends of the range inside the cells.
+    offset = _toward(low, -np.inf)
+    return _toward((high - offset.astype(np.float32)) / np.float32(4), np.inf), offset
+
+
 def slice_weight(weight: F32, group_size: int, name: str) -> Sliced:
     """float32 [N, K] -> Sliced.  K must be a multiple of ``group_size``.
 
     Raises ModelError when a weight is outside the range of float16 offsets.
     """
     n, k = weight.shape
-    groups = weight.reshape(n, k // group_size, group_size)
-    low, high = groups.min(axis=2), groups.max(axis=2)
-    largest = float(max(-low.min(), high.max()))
-    if largest > _LARGEST:
-        raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a group's offset can hold")
-    # Rounding outward keeps both ends of the range inside the cells.
-    offset = _toward(low, -np.inf)
-    scale = _toward((high - offset.astype(np.float32)) / np.float32(4), np.inf)
+    scale, offset = group_range(weight.reshape(n, k // group_size, group_size), name)
     return Sliced(encode(weight, scale, offset), scale, offset)

@@ -84,27 +84,29 @@ def smooth(
     rms = _input_rms(checkpoint, windows, progress)
     with torch.no_grad():
         for layer in range(d.layers):
-            block = model.model.layers[layer]
             units = d.layer_units(layer)
-            for role, norm in (("attn_in", block.input_layernorm), ("mlp_in", block.post_attention_layernorm)):
+            for role in ("attn_in", "mlp_in"):
                 scale = _spread(rms[units[role].name])
-                norm.weight /= scale
+                checkpoint.scale_norm(d.input_norm(layer, role), 1 / scale)
                 for name in units[role].sources:
                     checkpoint.linear(name).weight *= scale
             per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
-            _rescale(block.self_attn.v_proj, block.self_attn.o_proj, per_value, per_query)
+            _rescale(checkpoint, layer, "v", per_value, "o", per_query)
             scale = _spread(rms[units["mlp_out"].name])
-            _rescale(block.mlp.up_proj, block.mlp.down_proj, scale, scale)
+            _rescale(checkpoint, layer, "up", scale, "down", scale)
         scale = _spread(rms[d.head.name])
-        model.model.norm.weight /= scale
+        checkpoint.scale_norm(d.final_norm, 1 / scale)
         # The head gets weights of its own here; a tied embedding keeps the old ones for this model,
         # and is read from the head's rows, divided by the scale, in the bundle.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * scale, requires_grad=False)
     return scale.numpy()
 
 
-def _rescale(before: torch.nn.Linear, after: torch.nn.Linear, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    before.weight.div_(rows[:, None])
-    if before.bias is not None:
-        before.bias.div_(rows)
-    after.weight.mul_(columns)
+def _rescale(
+    checkpoint: Checkpoint, layer: int, before: str, rows: torch.Tensor, after: str, columns: torch.Tensor
+) -> None:
+    weight, bias = checkpoint.part(layer, before)
+    weight.div_(rows[:, None])
+    if bias is not None:
+        bias.div_(rows)
+    checkpoint.part(layer, after)[0].mul_(columns)

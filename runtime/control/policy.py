@@ -74,7 +74,7 @@ class Policy:
 
 def quality_floor(manifest: Manifest) -> float:
     """The lowest average bits at which the bundle still writes acceptable text."""
-    return manifest.budget.min_bits
+    return max(manifest.budget.min_bits, min(manifest.quality.floor_bits, manifest.budget.max_bits))
 
 
 _TRADED = {

@@ -1,0 +1,98 @@
+"""Nested slicing: one code per weight, chosen so that the matrix is good at every depth at once.
+
+Columns are rounded one after the other and the error is fed forward into those not yet rounded, as
+GPTQ does (arXiv 2210.17323): with ``H`` the mean of ``x x.T`` over the layer's inputs and ``U`` the upper
+Cholesky factor of its inverse, rounding column j by an error ``e`` adds ``-e / U[j, j] * U[j, j+1:]`` to
+the rest.  A depth that cuts the code shorter makes errors of its own, so each depth has its own stream
+of compensated weights.  The code of a weight is the one of least weighted error over all streams among
+these: the code nearest to the deepest stream, and, for each shallower depth, the code nearest to the
+deepest stream within the cell that this depth would choose by itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mbq_runtime.errors import ModelError
+from mbq_runtime.profile import CODE_BITS, SliceProfile
+
+from .reference import F32, Sliced
+from .rtn import group_range
+
+DAMPING = 0.01
+"""Added to H's diagonal, as a share of its mean."""
+
+
+def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
+    """How much a depth's error counts: the deep end most, whose cells are the smallest."""
+    return tuple(2.0 ** ((bits - 3) / 2.5) for bits in profile.depth_bits)
+
+
+def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
+    """float32 [K, K]: the upper Cholesky factor of the damped inverse."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    # An input that was never active: any positive curvature leaves its column as it is.
+    diagonal[diagonal == 0] = 1.0
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    except RuntimeError:  # torch.linalg's own error is one
+        raise ModelError(
+            f"{name}: its inputs on the calibration text have no usable covariance; use more --calib-tokens"
+        ) from None
+    return factor
+
+
+def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: SliceProfile, name: str) -> Sliced:
+    """float32 [N, K] and float [K, K] -> Sliced.  K must be a multiple of ``group_size``.
+
+    Raises ModelError when ``hessian`` is not finite or a weight is beyond the range of the format.
+    """
+    n, k = weight.shape
+    factor = _inverse_factor(hessian, name)
+    steps = torch.tensor([2.0 ** (2 - bits) for bits in profile.depth_bits])[:, None]
+    cells = torch.tensor([2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits])[:, None]
+    counts = torch.tensor(depth_weights(profile))[:, None]
+    # Columns first: a column of all streams is then one stretch of memory.
+    streams = torch.from_numpy(weight).T.contiguous()[None].repeat(profile.depths, 1, 1)
+    codes = torch.empty(k, n, dtype=torch.uint8)
+    scales, offsets = [], []
+    for start in range(0, k, group_size):
+        group = slice(start, start + group_size)
+        current, u = streams[:, group].clone(), factor[group, group]
+        scale16, offset16 = group_range(current[-1].T.numpy(), name)
+        scales.append(scale16)
+        offsets.append(offset16)
+        offset = torch.from_numpy(offset16.astype(np.float32))
+        scale = torch.from_numpy(scale16.astype(np.float32))
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        errors = torch.empty_like(current)
+        for j in range(group_size):
+            wanted = (current[:, j] - offset) * inverse
+            code = _best_code(wanted, steps, cells, counts)
+            codes[start + j] = code
+            value = scale * (steps * (torch.floor(code / cells) + 0.5)) + offset
+            errors[:, j] = (current[:, j] - value) / u[j, j]
+            if j + 1 < group_size:
+                current[:, j + 1 :] -= u[j, j + 1 :, None] * errors[:, j, None]
+        if group.stop < k:
+            streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
+    return Sliced(codes.T.contiguous().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
+
+
+def _best_code(wanted: torch.Tensor, steps: torch.Tensor, cells: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float32 [E, N], in cells of the base quantiser -> float32 [N] codes.
+
+    steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight.
+    """
+    finest = torch.floor(wanted[-1] * 64).clamp_(0, 255)
+    first = torch.floor(wanted / steps).clamp_(min=0) * cells
+    first = torch.minimum(first, 256 - cells)
+    candidates = torch.minimum(torch.maximum(finest, first), first + (cells - 1))
+    candidates[-1] = finest
+    values = steps * (torch.floor(candidates[:, None] / cells) + 0.5)
+    cost = (counts * (values - wanted) ** 2).sum(1)
+    return candidates.gather(0, cost.argmin(0, keepdim=True))[0]

@@ -1,0 +1,272 @@
+"""Tunes scales and offsets, and the norms' gains, so that the sliced model speaks as the original does.
+
+End to end: the loss is the Kullback-Leibler divergence from the original model's next-token
+distribution, at one depth a step.  Codes stay as they are.  Half of the steps are at the shallowest depth,
+which has most to gain; the others take turns, without which they would drift away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from mbq_runtime.profile import CODE_BITS, SliceProfile
+
+from ..blocks import replaced
+from ..checkpoint import Checkpoint
+from ..store import Store
+from .reference import Sliced
+
+WINDOWS_PER_STEP = 2
+_SCALE_RATE = 1e-3
+_NORM_RATE = 3e-4
+_BETAS = (0.9, 0.95)
+_WARM_UP_STEPS = 8
+_SAVE_EVERY = 20
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients."""
+    capable = "avx512_bf16" in _cpu_flags() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=capable)
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+class Teacher:
+    """The original model's predictions for some windows, kept as its head's inputs.
+
+    Made before the model is sliced.  windows: int64 [windows, context].
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
+    ) -> None:
+        self.windows = torch.from_numpy(windows)
+        inputs = []
+        with torch.no_grad(), autocast():
+            for i, window in enumerate(self.windows):
+                inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
+                progress(i + 1, len(windows))
+        self._inputs = torch.stack(inputs)
+        head = checkpoint.model.lm_head
+        self._weight, self._bias = head.weight.detach().bfloat16(), head.bias
+
+    def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 [len(rows), context, vocab] of the windows in ``rows``."""
+        with torch.no_grad(), autocast():
+            logits = functional.linear(self._inputs[rows], self._weight.to(self._inputs.dtype), self._bias)
+        return logits.float().log_softmax(-1)
+
+
+class _Dequantise(torch.autograd.Function):
+    """Weights of a depth from codes and from relative changes of scale and offset."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor, offset: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+        cells = (codes >> (CODE_BITS - bits)).view(*scale.shape, -1)
+        ctx.save_for_backward(cells)
+        ctx.step = 2.0 ** (2 - bits)
+        weight = cells.float().add_(0.5).mul_((scale * ctx.step)[:, :, None]).add_(offset[:, :, None])
+        return weight.view(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (cells,) = ctx.saved_tensors
+        by_group = gradient.float().view(cells.shape)
+        to_scale = cells.float().add_(0.5).mul_(by_group).sum(-1) * ctx.step
+        return to_scale, by_group.sum(-1), None, None
+
+
+class _Tuned(torch.nn.Module):
+    """A linear layer at the depth that ``bits`` names, with trainable scales and offsets.
+
+    Both are counted in the group's scale, so that one learning rate suits all groups.
+    """
+
+    def __init__(self, sliced: Sliced, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.codes = torch.from_numpy(sliced.codes)
+        self.bias = bias
+        self._scale = torch.from_numpy(sliced.scale.astype(np.float32))
+        self._offset = torch.from_numpy(sliced.offset.astype(np.float32))
+        self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
+        self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
+        self.bits = CODE_BITS
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self._scale * (1 + self.scale_change)
+
+    @property
+    def offset(self) -> torch.Tensor:
+        return self._offset + self._scale * self.offset_change
+
+    def weight_at(self, bits: int) -> torch.Tensor:
+        weight: torch.Tensor = _Dequantise.apply(self.scale, self.offset, self.codes, bits)  # type: ignore[no-untyped-call]
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight_at(self.bits), self.bias)
+
+
+def _depth_order(profile: SliceProfile) -> Iterator[int]:
+    """Bits of the steps, without end."""
+    shallow, *others = profile.depth_bits
+    if not others:
+        return cycle([shallow])
+    # The deepest first: it is the one that must not get worse.
+    return cycle([bits for other in (others[-1], *others[:-1]) for bits in (shallow, other)])
+
+
+@contextmanager
+def _tuned(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> Iterator[dict[str, list[_Tuned]]]:
+    """Trainable layers in the place of the checkpoint's, by unit."""
+    tuned: dict[str, list[_Tuned]] = {}
+    with ExitStack() as stack:
+        for unit in checkpoint.decoder.units():
+            layers, sliced, start = [], slices[unit.name], 0
+            for linear in map(checkpoint.linear, unit.sources):
+                rows = slice(start, start + linear.out_features)
+                part = Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows])
+                layers.append(_Tuned(part, linear.bias))
+                start = rows.stop
+            tuned[unit.name] = layers
+            stack.enter_context(replaced(checkpoint, unit, list(layers)))
+        yield tuned
+
+
+def _norm_weights(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    d = checkpoint.decoder
+    names = [d.input_norm(layer, role) for layer in range(d.layers) for role in ("attn_in", "mlp_in")]
+    return [checkpoint.model.get_submodule(name).weight for name in (*names, d.final_norm)]
+
+
+def tune(
+    checkpoint: Checkpoint,
+    teacher: Teacher,
+    slices: dict[str, Sliced],
+    profile: SliceProfile,
+    head_scale: NDArray[np.float32],
+    steps: int,
+    seed: int,
+    store: Store,
+    progress: Callable[[int, int], None],
+) -> dict[str, Sliced]:
+    """The same codes with better scales and offsets; norms change in the checkpoint.
+
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding.
+    Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
+    """
+    with _tuned(checkpoint, slices) as tuned:
+        layers = [layer for parts in tuned.values() for layer in parts]
+        norms = _norm_weights(checkpoint)
+        for norm in norms:
+            norm.requires_grad_(True)
+        changes = [change for layer in layers for change in (layer.scale_change, layer.offset_change)]
+        optimizer = torch.optim.Adam(
+            [{"params": changes, "lr": _SCALE_RATE}, {"params": norms, "lr": _NORM_RATE}], betas=_BETAS
+        )
+        parameters = [*changes, *norms]
+        done = _restore(store, parameters, optimizer)
+        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile)
+        for step in range(steps):
+            rows, bits = order.next(), next(depths)
+            if step < done:
+                continue
+            for group, rate in zip(optimizer.param_groups, (_SCALE_RATE, _NORM_RATE), strict=True):
+                group["lr"] = rate * _share_of_rate(step, steps)
+            for layer in layers:
+                layer.bits = bits
+            if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
+                _refresh_embedding(checkpoint, tuned, head_scale)
+            with autocast():
+                logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
+            student, target = logits.float().log_softmax(-1), teacher.log_probabilities(rows)
+            divergence = functional.kl_div(student, target, log_target=True, reduction="sum")
+            (divergence / teacher.windows[rows].numel()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
+                _keep(store, parameters, optimizer, step + 1)
+            progress(step + 1, steps)
+        for norm in norms:
+            norm.requires_grad_(False)
+        return {
+            name: Sliced(
+                slices[name].codes,
+                torch.cat([layer.scale for layer in parts]).detach().numpy().astype(np.float16),
+                torch.cat([layer.offset for layer in parts]).detach().numpy().astype(np.float16),
+            )
+            for name, parts in tuned.items()
+        }
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """A short rise, then half a cosine down to nothing."""
+    return min(1.0, (step + 1) / _WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class _Order:
+    """Which windows a step takes: all of them in random order, then again."""
+
+    def __init__(self, windows: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._windows, self._left = windows, torch.empty(0, dtype=torch.long)
+
+    def next(self) -> torch.Tensor:
+        if len(self._left) < WINDOWS_PER_STEP:
+            self._left = torch.randperm(self._windows, generator=self._generator)
+        taken, self._left = self._left[:WINDOWS_PER_STEP], self._left[WINDOWS_PER_STEP:]
+        return taken
+
+
+def _refresh_embedding(checkpoint: Checkpoint, tuned: dict[str, list[_Tuned]], head_scale: NDArray[np.float32]) -> None:
+    """A tied embedding is read from the head's slices at full depth."""
+    (head,) = tuned[checkpoint.decoder.head.name]
+    with torch.no_grad():
+        table = head.weight_at(CODE_BITS) / torch.from_numpy(head_scale)
+        checkpoint.model.get_input_embeddings().weight.copy_(table)
+
+
+_STEP = "tuning"
+
+
+def _keep(store: Store, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
+    arrays: dict[str, NDArray[np.generic]] = {"done": np.array([done])}
+    for i, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        arrays[f"{i}:value"] = parameter.detach().numpy()
+        arrays[f"{i}:first"], arrays[f"{i}:second"] = state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
+    store.put_arrays(_STEP, arrays)
+
+
+def _restore(store: Store, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Put back what ``_keep`` kept; returns how many steps are done."""
+    arrays = store.arrays(_STEP)
+    if arrays is None:
+        return 0
+    done = int(arrays["done"][0])
+    for i, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(arrays[f"{i}:value"]))
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(done)),
+            "exp_avg": torch.from_numpy(arrays[f"{i}:first"]),
+            "exp_avg_sq": torch.from_numpy(arrays[f"{i}:second"]),
+        }
+    return done

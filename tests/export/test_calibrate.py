@@ -1,0 +1,118 @@
+"""The whole calibration on a tiny model: resumed after a kill, deterministic, better than rounding."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import file_digest
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_checkpoint
+
+from mbq_export.calibrate import Calibrated, quality_floor
+from mbq_export.slicing.reference import Sliced
+from mbq_export.store import Store
+from mbq_runtime import manifest
+from mbq_runtime.manifest import QualityPoint
+from mbq_runtime.profile import SliceProfile
+
+
+def export(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "mbq_export.cli", "--target", "portable", "--model", str(model)]
+    return [*command, "--output", str(output), "--calib-data", str(text), "--calib-tokens", "2048", *more]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
+    return found
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
+    # Eight blocks, so that there is something to kill between.
+    model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
+    run(export(model, calibration_text, tmp_path / "a" / "bundle"))
+    work = tmp_path / "b" / ".model.calibration"
+    finished, kills = 0, 0
+    while kills < 5:
+        process = subprocess.Popen(
+            export(model, calibration_text, tmp_path / "b" / "bundle"), stderr=subprocess.PIPE, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        # Each time it gets at least one step further.
+        while len(list(work.glob("*.safetensors"))) <= finished:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        finished = len(list(work.glob("*.safetensors")))
+        assert finished >= kills
+        assert not (tmp_path / "b" / "bundle").exists()
+    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle"))
+    assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
+    assert not work.exists()
+
+
+def test_nested_beats_rounding_and_says_what_it_is_worth(tmp_path: Path, calibration_text: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama")
+    ratios = {}
+    for method in ("rtn", "nested"):
+        run(export(model, calibration_text, tmp_path / method, "--method", method))
+        facts = manifest.read(tmp_path / method)
+        quality = facts.quality
+        assert [point.asked_bits for point in quality.curve] == [3, 3.5, 4, 5, 6, 8]
+        assert all(abs(point.avg_bits_used - point.asked_bits) < 0.1 for point in quality.curve)
+        assert set(facts.calibration["routers"]) == {"static", "norm", "mlp", "random"}
+        assert 3 <= quality.floor_bits <= 8
+        ratios[method] = [point.perplexity / quality.reference_perplexity for point in quality.curve]
+    assert ratios["nested"][0] < ratios["rtn"][0]
+    assert ratios["nested"][-1] < 1.05
+
+
+def point(bits: float, perplexity: float) -> QualityPoint:
+    return QualityPoint(bits, bits, perplexity)
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(1.0, 8.0), (1.1, 6.0), (2.0, 4.0), (4.0, 3.0), (2.0**1.5, 3.5)])
+def test_the_floor_is_where_the_curve_crosses_the_ratio(ratio: float, floor: float) -> None:
+    curve = (point(3, 40), point(4, 20), point(6, 11), point(8, 10.5))
+    calibrated = Calibrated(
+        SliceProfile((3, 1, 2, 2)), 64, "norm", {}, None, np.ones(1, np.float32),
+        reference_perplexity=10.0, curve=curve,
+    )  # fmt: skip
+    assert quality_floor(calibrated, ratio) == pytest.approx(floor, abs=0.051)
+
+
+def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_inputs(tmp_path: Path) -> None:
+    sliced = Sliced(
+        np.arange(64, dtype=np.uint8).reshape(2, 32), np.ones((2, 1), np.float16), np.ones((2, 1), np.float16)
+    )
+    store = Store(tmp_path / "work", "inputs")
+    assert store.get("block") is None
+    store.put("block", {"unit": sliced})
+    again = Store(tmp_path / "work", "inputs").get("block")
+    assert again is not None
+    np.testing.assert_array_equal(again["unit"].codes, sliced.codes)
+    path = tmp_path / "work" / "block.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert Store(tmp_path / "work", "inputs").get("block") is None
+    assert Store(tmp_path / "work", "other inputs").get("block") is None
+    assert not path.exists()

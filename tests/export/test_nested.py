@@ -1,0 +1,72 @@
+"""Error feedback over all depths: better than rounding where bits are few, in the metric of the layer's inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mbq_export.slicing import nested, rtn
+from mbq_export.slicing.reference import Sliced, decode
+from mbq_runtime.errors import ModelError
+from mbq_runtime.profile import SliceProfile
+
+Case = tuple[NDArray[np.float32], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """A weight [96, 256] and the covariance of correlated inputs, a few of them large."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 256)) @ rng.normal(size=(256, 256)) * np.exp(rng.normal(size=256))
+    return rng.normal(size=(96, 256)).astype(np.float32), torch.from_numpy(x.T @ x / len(x))
+
+
+def output_error(
+    weight: NDArray[np.float32], hessian: torch.Tensor, sliced: Sliced, depth: int, profile: SliceProfile
+) -> float:
+    difference = decode(sliced, profile, depth) - weight
+    return float(np.einsum("nk,kl,nl->", difference, hessian.numpy(), difference))
+
+
+@pytest.mark.parametrize("slices", [(3, 1, 2, 2), (2, 2, 2, 2), (8,)])
+def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[int, ...]) -> None:
+    weight, hessian = case
+    profile = SliceProfile(slices)
+    found = nested.slice_weight(weight, hessian, 64, profile, "layer")
+    rounded = rtn.slice_weight(weight, 64, "layer")
+    gains = [
+        output_error(weight, hessian, rounded, depth, profile) / output_error(weight, hessian, found, depth, profile)
+        for depth in range(1, profile.depths + 1)
+    ]
+    if profile.depths == 1:
+        assert gains[0] > 1.5  # plain GPTQ
+        return
+    assert gains[0] > 1.2
+    deepest = output_error(weight, hessian, found, profile.depths, profile)
+    assert deepest < 0.05 * output_error(weight, hessian, found, 1, profile)
+
+
+def test_the_same_twice(case: Case) -> None:
+    profile = SliceProfile((3, 1, 2, 2))
+    first, second = (nested.slice_weight(*case, 64, profile, "layer") for _ in range(2))
+    np.testing.assert_array_equal(first.codes, second.codes)
+    np.testing.assert_array_equal(first.scale, second.scale)
+
+
+def test_inputs_that_are_never_active_do_no_harm(case: Case) -> None:
+    weight, hessian = case
+    hessian = hessian.clone()
+    hessian[:, :64] = hessian[:64] = 0
+    profile = SliceProfile((3, 1, 2, 2))
+    found = nested.slice_weight(weight, hessian, 64, profile, "layer")
+    assert np.isfinite(found.scale.astype(np.float32)).all()
+    rounded = rtn.slice_weight(weight, 64, "layer")
+    dead = np.abs(decode(found, profile, 4)[:, :64] - weight[:, :64]).max()
+    assert dead <= 1.01 * np.abs(decode(rounded, profile, 4)[:, :64] - weight[:, :64]).max()
+
+
+def test_a_covariance_that_is_not_one_is_refused(case: Case) -> None:
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp_in.*--calib-tokens"):
+        nested.slice_weight(case[0], -case[1], 64, SliceProfile((8,)), "layers.3.mlp_in")

@@ -1,0 +1,38 @@
+"""The picture of a quality curve."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from mbq_export.plot import Point, quality_curve
+from mbq_runtime.errors import UsageError
+
+CURVES = {"bundle": [Point(8, 20.2), Point(4, 22), Point(3, 30)], "GPTQ": [Point(4, 25), Point(3, 300)]}
+
+
+def test_what_is_drawn(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg", "c.png"):
+        quality_curve(tmp_path / name, "smollm2-135m", 20.0, CURVES, floor_bits=3.5)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "a.svg").read_text()
+    for label in ("bundle", "GPTQ", "smollm2-135m", "quality floor, 3.5 bits", "float32 (perplexity 20.00)"):
+        assert f"<!-- {label} -->" in drawn
+    markers = re.findall(r"<use [^>]*style=\"fill: #1f77b4", drawn)
+    assert len(markers) == len(CURVES["bundle"]) + 1, "one for each point and one in the legend"
+    assert "Date" not in drawn
+
+
+@pytest.mark.parametrize("name", ["nowhere/curve.png", "curve.doc"])
+def test_a_file_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}: cannot be written"):
+        quality_curve(tmp_path / name, "", 20.0, CURVES)
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"pip install 'mbq-export\[plot\]'"):
+        quality_curve(tmp_path / "curve.png", "", 20.0, CURVES)
