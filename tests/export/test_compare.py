@@ -165,7 +165,33 @@ def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
         == rows["round to nearest, 4 bits"]["block_bytes"] + 264 * 192 * 2
     )
     assert len(rows["fp32"]["scores"]["nll"]) == 3
-    assert (tmp_path / "out" / "table.md").read_text().strip() == done.output[done.output.index("###") :].strip()
+    assert (tmp_path / "out" / "table.md").read_text() == done.stdout
+
+
+def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    export = ["--model", str(folder), "--target", "portable", "--method", "rtn", "--router", "norm", "--json"]
+    export += ["--calib-data", str(text_file), "--calib-tokens", "1024", "--output", str(bundle)]
+    done = CliRunner().invoke(command, export, standalone_mode=False)
+    assert done.exception is None, done.exception
+    args = ("--model", folder, "--data", text_file, "--methods", "rtn,bundle", "--bits", "4", "--windows", "3")
+    args += ("--context", "64", "--calib-data", text_file, "--calib-windows", "4", "--last-words", "0", "--json")
+    done = compare(*args, "--bundle", bundle, "--avg-bits", "8,4")
+    assert done.exception is None, done.exception
+    (result,) = json.loads(done.stdout)["texts"]
+    eight, four = (row for row in result["rows"] if row["method"] == "bundle")
+    sizes = json.loads((bundle / "manifest.json").read_text())["weights"]["bytes_per_token"]
+    assert eight["bits_used"] == 8
+    assert eight["linear_bytes"] == sizes["8"]
+    assert sizes["3"] <= four["linear_bytes"] < sizes["6"]
+    assert eight["divergence"]["value"] < four["divergence"]["value"]
+    assert eight["over_fp"]["value"] == pytest.approx(1, abs=0.05)
+    assert [(d["bundle"], d["rival"]) for d in result["duels"]] == [
+        ("bundle, 4 bits on average", "round to nearest, 4 bits")
+    ]
+    other = write_checkpoint(tmp_path / "other", "llama", num_hidden_layers=1)
+    refused = compare("--model", other, *args[2:], "--bundle", bundle)
+    assert "a bundle of llama, not of other" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
