@@ -41,7 +41,7 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
     assert stats.inputs is not None
     bias, norm_gain = norm.fit(stats, profile, norm.slope(stats))
     mean_square = torch.from_numpy(stats.mean_square)
-    x = torch.from_numpy(stats.inputs) / mean_square.sqrt()[:, None]
+    x = torch.from_numpy(stats.inputs)
     target = _unexplained(torch.from_numpy(stats.change), mean_square)
 
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
     optimizer = torch.optim.AdamW([w1, b1, w2, offset], lr=_LEARNING_RATE, weight_decay=1e-2)
     for _ in range(_STEPS):
         rows = torch.randint(tokens, (_BATCH,), generator=generator)
-        predicted = torch.nn.functional.silu(x[rows] @ w1.T + b1) @ w2.T + offset
+        predicted = torch.nn.functional.silu(x[rows].float() @ w1.T + b1) @ w2.T + offset
         loss = ((predicted - target[rows]) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()

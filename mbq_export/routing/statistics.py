@@ -33,14 +33,14 @@ class UnitStatistics:
 
     mean_square: float32 [T], of the router's input; change: float32 [T, E - 1], squared norm of what slice
     k + 1 adds to the output; loss: float32 [T, E], predicted loss at each depth (nats, relative to the last);
-    inputs: float32 [T, width], the router's, kept only on request.
+    inputs: float16 [T, width], the router's over the root of mean_square, kept only on request.
     """
 
     parameters: int
     mean_square: F32
     change: F32
     loss: F32
-    inputs: F32 | None
+    inputs: NDArray[np.float16] | None
 
 
 @dataclass
@@ -81,7 +81,8 @@ class _Recorder:
         self.parts["change"].append(torch.stack(changes, dim=1) if changes else torch.zeros(len(g), 0))
         self.parts["mean_square"].append((seen**2).mean(1) + MEAN_SQUARE_EPS)
         if self.keep_inputs:
-            self.parts["inputs"].append(seen)
+            # Half the memory; a residual stream has values that float16 cannot hold, at unit mean square it has not.
+            self.parts["inputs"].append((seen / self.parts["mean_square"][-1].sqrt()[:, None]).half())
         self.x = None
         self.grads.clear()
 

@@ -21,15 +21,21 @@ EXPORTS = [
 PROMPT = np.random.default_rng(5).integers(0, 256, 20).tolist()
 NEW_TOKENS = 20
 # Eight-bit slices of random weights leave 0.02 to 0.05 of the logits; a family read wrongly leaves 0.15 and more.
-TOLERANCE = 0.1
+# Tuning on a text that repeats itself moves random weights on other tokens.
+TOLERANCE = {"rtn": 0.1, "nested": 0.3}
 TIE = 1e-3
 
 
-@pytest.mark.parametrize(("name", "target"), EXPORTS)
-def test_a_bundle_says_what_its_model_says(name: str, target: str, calibration_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "target", "method"),
+    [*((*export, "rtn") for export in EXPORTS), *((name, "portable", "nested") for name in ("llama", "phi3"))],
+)
+def test_a_bundle_says_what_its_model_says(
+    name: str, target: str, method: str, calibration_text: Path, tmp_path: Path
+) -> None:
     source, bundle = write_checkpoint(tmp_path / name, name), tmp_path / "bundle"
     arguments = ["--target", target, "--model", source, "--output", bundle]
-    arguments += ["--calib-data", calibration_text, "--calib-tokens", 1024, "--json"]
+    arguments += ["--calib-data", calibration_text, "--calib-tokens", 1024, "--method", method, "--json"]
     command([str(argument) for argument in arguments], standalone_mode=False)
 
     # Step by step, in a cache written in place, past a sliding window: what one pass says.
@@ -46,4 +52,4 @@ def test_a_bundle_says_what_its_model_says(name: str, target: str, calibration_t
 
     with torch.no_grad():
         original = load(locate(str(source))).model(torch.tensor([[*PROMPT, *said]])).logits[0].numpy()
-    assert np.linalg.norm(window.logits - original) < TOLERANCE * np.linalg.norm(original)
+    assert np.linalg.norm(window.logits - original) < TOLERANCE[method] * np.linalg.norm(original)
