@@ -6,11 +6,9 @@ and tokens are the same for every side.  The files hold no tokenizer; quantising
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -62,17 +60,24 @@ def write_float32(checkpoint: Checkpoint, file: Path) -> None:
 
 
 def quantise(source: Path, file_type: str, out: Path) -> None:
-    """Write ``out`` as llama.cpp's ``file_type``.  Raises ModelError with what the library said."""
-    import llama_cpp
+    """Write ``out`` as llama.cpp's ``file_type``.  Raises ModelError with what the library said.
 
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-    said = source.with_suffix(".log")
-    with _stderr_in(said):  # the library writes a line for each tensor
-        status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), parameters)
-    if status != 0:
-        last = said.read_text(errors="replace").strip().splitlines()[-1:] or [f"status {status}"]
-        raise ModelError(f"llama.cpp could not write {file_type}: {last[0]}")
+    In a process of its own: the library prints a line for each tensor, and what it cannot do it ends with an abort.
+    """
+    command = [sys.executable, "-c", _QUANTISE, f"LLAMA_FTYPE_MOSTLY_{file_type}", str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ModelError(f"llama.cpp could not write {file_type}: {last[0]:.200}; leave it out with --methods")
+
+
+_QUANTISE = """
+import sys, llama_cpp
+file_type, source, out = sys.argv[1:]
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = getattr(llama_cpp, file_type)
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), parameters))
+"""
 
 
 def read_weights(file: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -91,16 +96,3 @@ def read_weights(file: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.Te
 def _architecture(checkpoint: Checkpoint) -> str:
     model_type = checkpoint.decoder.family.model_type
     return _ARCHITECTURES.get(model_type, model_type)
-
-
-@contextmanager
-def _stderr_in(file: Path) -> Iterator[None]:
-    """The process's stderr goes to ``file``: what a C library writes is not seen by ``sys.stderr``."""
-    kept: Any = os.dup(2)
-    try:
-        with file.open("wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
