@@ -207,7 +207,7 @@ def main() -> None:
         click.echo(f"mbq-export: error: {error.format_message()}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("mbq-export: interrupted; nothing was left behind", err=True)
+        click.echo("mbq-export: interrupted; the same command goes on from here", err=True)
         sys.exit(130)
 
 

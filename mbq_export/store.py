@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
+
+from mbq_runtime.errors import BundleError
 
 from .slicing.reference import Sliced
 
@@ -60,17 +62,24 @@ class Store:
             return None
 
     def put_arrays(self, step: str, arrays: Arrays) -> None:
-        """Keep the arrays of ``step``, in place of those it had."""
+        """Keep the arrays of ``step``, in place of those it had.  Raises BundleError when they cannot be written."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, draft = self._path(step), self.folder / ".part"
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft)
-        with draft.open("rb") as file:
-            self._hashes[step] = file_digest(file, "sha256").hexdigest()
-        os.replace(draft, path)
-        draft.write_text(json.dumps({"fingerprint": self.fingerprint, "sha256": self._hashes}))
-        os.replace(draft, self.folder / _INDEX)
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        self._hashes[step] = sha256(content).hexdigest()
+        index = json.dumps({"fingerprint": self.fingerprint, "sha256": self._hashes})
+        draft = self.folder / ".part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(content)
+            os.replace(draft, self._path(step))
+            draft.write_text(index)
+            os.replace(draft, self.folder / _INDEX)
+        except OSError as error:
+            raise BundleError(
+                f"{self.folder}: writing failed ({error.strerror or error}); free some space and run the same "
+                "command again: what was finished before is kept"
+            ) from error
 
     def get(self, step: str) -> dict[str, Sliced] | None:
         """The slices of a finished step by unit, or None when it has to be done."""
