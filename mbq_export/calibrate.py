@@ -220,7 +220,7 @@ def _fit(
 def _scores(router: RouterParams, stats: UnitStatistics) -> NDArray[np.float64]:
     if router.w1 is not None:
         assert stats.inputs is not None
-        return router_scores(stats.inputs * np.sqrt(stats.mean_square)[:, None], router)
+        return router_scores(stats.inputs.astype(np.float32) * np.sqrt(stats.mean_square)[:, None], router)
     log_energy = np.log(stats.mean_square.astype(np.float64))[:, None]
     return np.asarray(router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * log_energy)
 
