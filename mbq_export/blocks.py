@@ -5,13 +5,15 @@ Only the block at hand needs its weights in fast memory, and what comes before i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from mbq_runtime.errors import ModelError
 
 from .checkpoint import Checkpoint
 from .families import Unit
@@ -35,13 +37,10 @@ class Blocks:
         def note(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(kwargs)
 
-        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
-        try:
-            with torch.no_grad():
-                self.checkpoint.model.model(torch.zeros(1, context, dtype=torch.long), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in self.layers:
+                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            self.checkpoint.model.model(torch.zeros(1, context, dtype=torch.long), use_cache=False)
         return seen
 
     def embed(self, windows: NDArray[np.int64]) -> list[Hidden]:
@@ -60,6 +59,30 @@ class Blocks:
         with torch.no_grad():
             normed: torch.Tensor = self.checkpoint.model.model.norm(hidden)[0]
         return normed
+
+
+@contextmanager
+def watching_inputs(
+    checkpoint: Checkpoint, modules: Mapping[str, str], see: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While the block runs, ``see`` is given the key and the input, [tokens, width], of each module that runs.
+
+    modules: names in the checkpoint, by key.
+    """
+    with ExitStack() as hooks:
+        for key, name in modules.items():
+
+            def tell(_: torch.nn.Module, args: tuple[torch.Tensor], key: str = key) -> None:
+                see(key, args[0].detach().reshape(-1, args[0].shape[-1]))
+
+            hooks.enter_context(checkpoint.model.get_submodule(name).register_forward_pre_hook(tell))
+        yield
+
+
+def require_finite(name: str, values: torch.Tensor) -> None:
+    """Raises ModelError when what was made of the activations of unit ``name`` is not finite."""
+    if not torch.isfinite(values).all():
+        raise ModelError(f"{name}: the activations are NaN or infinite on the calibration text; the model is broken")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import ModelError
 
-from .families import Decoder, Unit, describe
+from .families import Decoder, Unit, describe, stacked
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,11 @@ class Checkpoint:
         module = self.model.get_submodule(name)
         assert isinstance(module, torch.nn.Linear)
         return module
+
+    def layers(self, unit: Unit) -> list[tuple[torch.nn.Linear, slice]]:
+        """The unit's layers, each with its rows in the stacked matrix."""
+        linears = [self.linear(name) for name in unit.sources]
+        return list(zip(linears, stacked(*(linear.out_features for linear in linears)), strict=True))
 
     def weight(self, unit: Unit) -> NDArray[np.float32]:
         """float32 [N, K]: the unit's weights, stacked."""

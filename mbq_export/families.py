@@ -148,7 +148,7 @@ class Decoder:
             "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
             "mlp_out": {"down": self.hidden_size},
         }
-        return {role: dict(zip(of, _stacked(*of.values()), strict=True)) for role, of in sizes.items()}
+        return {role: dict(zip(of, stacked(*of.values()), strict=True)) for role, of in sizes.items()}
 
     @property
     def role_shapes(self) -> dict[str, tuple[int, int]]:
@@ -227,7 +227,8 @@ class Decoder:
         return self.sliding_window if sliding else None
 
 
-def _stacked(*sizes: int) -> list[slice]:
+def stacked(*sizes: int) -> list[slice]:
+    """Where parts of these sizes lie when they are put one after the other."""
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 

@@ -73,12 +73,9 @@ class _RoutedUnit:
         self.route: Depths | None = None
         self.used_bits, self.tokens = 0.0, 0
         whole = [torch.from_numpy(decode_f32(sliced, profile, depth + 1)) for depth in range(profile.depths)]
-        self.layers: list[torch.nn.Module] = []
-        start = 0
-        for linear in map(checkpoint.linear, unit.sources):
-            stop = start + linear.out_features
-            self.layers.append(_Routed([weight[start:stop] for weight in whole], linear.bias, self))
-            start = stop
+        self.layers: list[torch.nn.Module] = [
+            _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
+        ]
 
     def depths(self, x: torch.Tensor) -> torch.Tensor:
         assert self.route is not None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..blocks import watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Decoder, Unit
 
@@ -36,21 +37,10 @@ class RouterInputs:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Watch the norms inside this block."""
-        handles = []
-        for norm in self._norms.values():
-
-            def note(_: torch.nn.Module, args: tuple[torch.Tensor], norm: str = norm) -> None:
-                self._seen[norm] = args[0].detach().reshape(-1, args[0].shape[-1])
-
-            handles.append(self._checkpoint.model.get_submodule(norm).register_forward_pre_hook(note))
-        try:
+        with watching_inputs(self._checkpoint, self._norms, self._seen.__setitem__):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._seen.clear()
+        self._seen.clear()
 
     def of(self, unit: Unit, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, width]: the router input of a unit whose own input is ``x`` [tokens, K]."""
-        norm = self._norms.get(unit.name)
-        return x if norm is None else self._seen[norm]
+        return self._seen[unit.name] if unit.name in self._norms else x

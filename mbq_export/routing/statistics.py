@@ -9,6 +9,7 @@ model's own predictions, which makes that product the Fisher information and not
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import ModelError
 from mbq_runtime.profile import SliceProfile
 
+from ..blocks import require_finite
 from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..slicing.reference import MEAN_SQUARE_EPS, Sliced, decode_f32
@@ -65,10 +66,7 @@ class _Recorder:
 
     def close_window(self) -> None:
         assert self.x is not None
-        if not torch.isfinite(self.x).all():
-            raise ModelError(
-                f"{self.unit.name}: the activations are NaN or infinite on the calibration text; the model is broken"
-            )
+        require_finite(self.unit.name, self.x)
         g = torch.cat([self.grads[name] for name in self.unit.sources], dim=1)
         # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
         outputs = [
@@ -109,26 +107,23 @@ def collect(
     """
     model = checkpoint.model
     generator = torch.Generator().manual_seed(seed)
-    recorders, handles = [], []
     router_inputs = RouterInputs(checkpoint)
-    for unit in checkpoint.decoder.units():
-        recorder = _Recorder(unit, slices[unit.name], profile, keep_inputs, router_inputs)
-        recorders.append(recorder)
-        handles += [checkpoint.linear(name).register_forward_hook(recorder.hook(name)) for name in unit.sources]
-    try:
-        with router_inputs.recording():
-            for i, window in enumerate(windows):
-                # Only the embedding's output needs a gradient: no weight does.
-                embedded = model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
-                logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-                with torch.no_grad():
-                    labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-                with torch.no_grad():
-                    for recorder in recorders:
-                        recorder.close_window()
-                progress(i + 1, len(windows))
-    finally:
-        for handle in handles:
-            handle.remove()
+    recorders = [
+        _Recorder(unit, slices[unit.name], profile, keep_inputs, router_inputs) for unit in checkpoint.decoder.units()
+    ]
+    with ExitStack() as hooks, router_inputs.recording():
+        for recorder in recorders:
+            for name in recorder.unit.sources:
+                hooks.enter_context(checkpoint.linear(name).register_forward_hook(recorder.hook(name)))
+        for i, window in enumerate(windows):
+            # Only the embedding's output needs a gradient: no weight does.
+            embedded = model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+            with torch.no_grad():
+                labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            with torch.no_grad():
+                for recorder in recorders:
+                    recorder.close_window()
+            progress(i + 1, len(windows))
     return {recorder.unit.name: recorder.result() for recorder in recorders}

@@ -6,17 +6,15 @@ see at every budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import ModelError
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import Blocks, Hidden
+from ..blocks import Blocks, Hidden, require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..store import Store
@@ -24,38 +22,30 @@ from . import nested
 from .reference import Sliced, decode_f32
 
 
-@contextmanager
-def _hessians(checkpoint: Checkpoint, units: list[Unit]) -> Iterator[dict[str, torch.Tensor]]:
+def _hessians(
+    checkpoint: Checkpoint, blocks: Blocks, layer: int, units: list[Unit], hidden: list[Hidden]
+) -> dict[str, torch.Tensor]:
     """Mean of ``x x.T`` over the inputs that each unit sees inside the block, float64 [K, K] by unit name."""
     sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-    handles = []
-    for unit in units:
 
-        def add(_: torch.nn.Module, args: tuple[torch.Tensor], name: str = unit.name) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            sums[name] = sums.get(name, 0) + (x.T @ x).double()
-            counts[name] = counts.get(name, 0) + len(x)
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0) + (x.T @ x).double()
 
-        handles.append(checkpoint.linear(unit.sources[0]).register_forward_pre_hook(add))
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching_inputs(checkpoint, {unit.name: unit.sources[0] for unit in units}, add):
+        for window in hidden:
+            blocks.run(layer, window)
     for name, total in sums.items():
-        if not torch.isfinite(total).all():
-            raise ModelError(f"{name}: activations are NaN or infinite on the calibration text; the model is broken")
-        total /= counts[name]
+        require_finite(name, total)
+    tokens = sum(window.shape[1] for window in hidden)
+    return {name: total / tokens for name, total in sums.items()}
 
 
 def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
     """Put the unit's values at ``depth`` (1-based) into the checkpoint's layers."""
     values = torch.from_numpy(decode_f32(sliced, profile, depth))
-    layers = [checkpoint.linear(name) for name in unit.sources]
     with torch.no_grad():
-        for layer, rows in zip(layers, values.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight.copy_(rows)
+        for layer, rows in checkpoint.layers(unit):
+            layer.weight.copy_(values[rows])
 
 
 def slice_model(
@@ -66,7 +56,7 @@ def slice_model(
     store: Store,
     progress: Callable[[int, int], None],
 ) -> dict[str, Sliced]:
-    """Nested slices of every unit by name; the checkpoint ends up holding their deepest values.
+    """Nested slices of every unit by name; the blocks' layers end up holding values of their slices.
 
     windows: int64 [windows, context].  Blocks that ``store`` already holds are taken from it.
     Raises ModelError for weights or activations that are not finite.
@@ -79,9 +69,7 @@ def slice_model(
         units = list(d.layer_units(layer).values())
         found = store.get(d.block(layer))
         if found is None:
-            with _hessians(checkpoint, units) as hessians:
-                for window in hidden:
-                    blocks.run(layer, window)
+            hessians = _hessians(checkpoint, blocks, layer, units, hidden)
             found = {
                 unit.name: nested.slice_weight(
                     checkpoint.weight(unit), hessians[unit.name], group_size, profile, unit.name
@@ -99,7 +87,6 @@ def slice_model(
         weight = checkpoint.weight(d.head)
         found = {d.head.name: nested.slice_weight(weight, hessian, group_size, profile, d.head.name)}
         store.put("head", found)
-    write_depth(checkpoint, d.head, found[d.head.name], profile, profile.depths)
     progress(d.layers + 1, d.layers + 1)
     return slices | found
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import ModelError
-
+from ..blocks import require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 
 ALPHA = 0.5
@@ -32,27 +31,17 @@ def _input_rms(
 ) -> dict[str, torch.Tensor]:
     """float32 [K] root mean square of every unit's input channels, by unit name."""
     squares: dict[str, torch.Tensor] = {}
-    handles = []
-    for unit in checkpoint.decoder.units():
 
-        def record(_: torch.nn.Module, args: tuple[torch.Tensor], name: str = unit.name) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            squares[name] = squares.get(name, torch.zeros(x.shape[1])) + (x**2).sum(0)
+    def add(name: str, x: torch.Tensor) -> None:
+        squares[name] = squares.get(name, torch.zeros(x.shape[1])) + (x**2).sum(0)
 
-        handles.append(checkpoint.linear(unit.sources[0]).register_forward_pre_hook(record))
-    try:
-        with torch.no_grad():
-            for i, window in enumerate(windows):
-                checkpoint.model(torch.from_numpy(window)[None], use_cache=False)
-                progress(i + 1, len(windows))
-    finally:
-        for handle in handles:
-            handle.remove()
+    first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units()}
+    with watching_inputs(checkpoint, first_layers, add), torch.no_grad():
+        for i, window in enumerate(windows):
+            checkpoint.model(torch.from_numpy(window)[None], use_cache=False)
+            progress(i + 1, len(windows))
     for name, total in squares.items():
-        if not torch.isfinite(total).all():
-            raise ModelError(
-                f"{name}: the activations are NaN or infinite on the calibration text; the model is broken"
-            )
+        require_finite(name, total)
     return {name: (total / windows.size).sqrt() for name, total in squares.items()}
 
 

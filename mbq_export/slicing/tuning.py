@@ -139,12 +139,11 @@ def _tuned(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> Iterator[dict[s
     tuned: dict[str, list[_Tuned]] = {}
     with ExitStack() as stack:
         for unit in checkpoint.decoder.units():
-            layers, sliced, start = [], slices[unit.name], 0
-            for linear in map(checkpoint.linear, unit.sources):
-                rows = slice(start, start + linear.out_features)
-                part = Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows])
-                layers.append(_Tuned(part, linear.bias))
-                start = rows.stop
+            sliced = slices[unit.name]
+            layers = [
+                _Tuned(Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]), linear.bias)
+                for linear, rows in checkpoint.layers(unit)
+            ]
             tuned[unit.name] = layers
             stack.enter_context(replaced(checkpoint, unit, list(layers)))
         yield tuned
