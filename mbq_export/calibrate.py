@@ -139,10 +139,7 @@ def calibrate(
     for i, name in enumerate(names):
         fits[name] = _fit(name, stats, slices, recipe)
         progress("fitting routers", i + 1, len(names))
-    kind, table_bits, measured = _choose(checkpoint, fits, slices, recipe, measured_windows, stage("comparing routers"))
-    routers = fits[kind]
-    if table_bits is not None:
-        routers = {name: replace(router, thresholds=table_bits) for name, router in routers.items()}
+    kind, routers, measured = _choose(checkpoint, fits, slices, recipe, measured_windows, stage("comparing routers"))
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
     results = quality.measure(
         checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality")
@@ -239,8 +236,8 @@ def _choose(
     recipe: Recipe,
     windows: NDArray[np.int64],
     progress: Callable[[int, int], None],
-) -> tuple[str, NDArray[np.float32] | None, dict[str, dict[str, float]]]:
-    """The kind of router with the lowest loss, its thresholds corrected for drift, and what each one reached.
+) -> tuple[str, dict[str, RouterParams], dict[str, dict[str, float]]]:
+    """The kind with the lowest loss, its routers with thresholds corrected for drift, and what each kind reached.
 
     The loss of a kind is the mean over CHOICE_BITS at equal measured bits.  A random choice is measured
     beside them, which nothing ships.
@@ -255,16 +252,17 @@ def _choose(
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
     losses = {name: _at_equal_bits(of_kind, bits) for name, of_kind in by_name.items()}
     kind = min(fits, key=lambda name: float(losses[name].mean()))
-    budgets = next(iter(fits[kind].values())).budgets.astype(np.float64)
+    shared = next(iter(fits[kind].values()))
+    budgets = shared.budgets.astype(np.float64)
     drift = [result.avg_bits_used - b for result, b in zip(by_name[kind], bits, strict=True)]
     ends = [recipe.profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0]
-    found = next(iter(fits[kind].values())).thresholds
-    corrected = np.interp(budgets - np.interp(budgets, *ends), budgets, found).astype(np.float32)
+    corrected = np.interp(budgets - np.interp(budgets, *ends), budgets, shared.thresholds).astype(np.float32)
+    routers = {unit: replace(router, thresholds=corrected) for unit, router in fits[kind].items()}
     table = {
         name: {f"{b:g}": round(float(np.exp(loss)), 4) for b, loss in zip(bits, losses[name], strict=True)}
         for name in names
     }
-    return kind, corrected, table
+    return kind, routers, table
 
 
 def _at_equal_bits(results: list[quality.Measured], bits: list[float]) -> NDArray[np.float64]:

@@ -44,15 +44,15 @@ class Measured:
 
 
 class _Routed(torch.nn.Module):
-    """A linear layer whose tokens each use the weights of their own depth; depths: set by the unit."""
+    """A linear layer whose tokens each use the weights of their own depth, which the unit says."""
 
     def __init__(self, weights: list[torch.Tensor], bias: torch.Tensor | None, unit: _RoutedUnit) -> None:
         super().__init__()
         self.weights, self.bias, self.unit = weights, bias, unit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        depth = self.unit.depths(x)
         flat = x.reshape(-1, x.shape[-1])
-        depth = self.unit.depths(flat)
         output = torch.empty(len(flat), self.weights[0].shape[0])
         for at, weight in enumerate(self.weights, 1):
             rows = depth == at
@@ -62,7 +62,7 @@ class _Routed(torch.nn.Module):
 
 
 class _RoutedUnit:
-    """The layers that share one router; ``case`` is set before a run."""
+    """The layers that share one router: it is asked once for each input, whichever layer comes first."""
 
     def __init__(
         self, checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, inputs: RouterInputs
@@ -70,18 +70,24 @@ class _RoutedUnit:
         self.unit, self.inputs = unit, inputs
         self.parameters = sliced.codes.size
         self.bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
-        self.route: Depths | None = None
-        self.used_bits, self.tokens = 0.0, 0
+        self.used_bits = 0.0
         whole = [torch.from_numpy(decode_f32(sliced, profile, depth + 1)) for depth in range(profile.depths)]
         self.layers: list[torch.nn.Module] = [
             _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
         ]
 
+    def use(self, route: Depths) -> None:
+        """Route what comes from here on."""
+        self._route = route
+        self._input: torch.Tensor | None = None
+
     def depths(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.route is not None
-        depth = self.route(self.inputs.of(self.unit, x))
-        self.used_bits, self.tokens = float(self.bits[depth].sum()), len(depth)
-        return depth
+        """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
+        if x is not self._input:
+            self._input = x
+            self._depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])))
+            self.used_bits = float(self.bits[self._depth].sum())
+        return self._depth
 
 
 def measure(
@@ -118,7 +124,7 @@ def measure(
                     stack.enter_context(replaced(checkpoint, unit.unit, unit.layers))
                 for i, case in enumerate(cases):
                     for unit in units:
-                        unit.route = case[unit.unit.name]
+                        unit.use(case[unit.unit.name])
                     for j, window in enumerate(hidden[i]):
                         hidden[i][j] = blocks.run(layer, window)
                         count(i, units)
@@ -127,7 +133,7 @@ def measure(
         parameters += head.parameters
         measured = []
         for i, case in enumerate(cases):
-            head.route = case[d.head.name]
+            head.use(case[d.head.name])
             nll = []
             for window, tokens in zip(hidden[i], windows, strict=True):
                 logits = head.layers[0](blocks.final(window))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from mbq_runtime.isa import this_machine
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from ..blocks import replaced
@@ -35,16 +37,12 @@ _SAVE_EVERY = 20
 
 def autocast() -> torch.autocast:
     """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients."""
-    capable = "avx512_bf16" in _cpu_flags() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=capable)
+    return torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16())
 
 
-def _cpu_flags() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+@cache
+def _multiplies_bfloat16() -> bool:
+    return not this_machine().features.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 class Teacher:
@@ -178,7 +176,7 @@ def tune(
             norm.requires_grad_(True)
         changes = [change for layer in layers for change in (layer.scale_change, layer.offset_change)]
         optimizer = torch.optim.Adam(
-            [{"params": changes, "lr": _SCALE_RATE}, {"params": norms, "lr": _NORM_RATE}], betas=_BETAS
+            [{"params": changes, "full_lr": _SCALE_RATE}, {"params": norms, "full_lr": _NORM_RATE}], betas=_BETAS
         )
         parameters = [*changes, *norms]
         done = _restore(store, parameters, optimizer)
@@ -187,8 +185,8 @@ def tune(
             rows, bits = order.next(), next(depths)
             if step < done:
                 continue
-            for group, rate in zip(optimizer.param_groups, (_SCALE_RATE, _NORM_RATE), strict=True):
-                group["lr"] = rate * _share_of_rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
             for layer in layers:
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
