@@ -15,6 +15,8 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from . import quality
 from .checkpoint import Checkpoint
 from .families import Unit
+from .progress import Report, no_report
+from .recipe import METHODS, Recipe
 from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
 from .slicing import rtn
@@ -25,9 +27,6 @@ from .slicing.smoothing import smooth
 from .slicing.tuning import Teacher, tune
 from .store import Store
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done and how many there are."""
-
 CONTEXT_TOKENS = 512
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
@@ -37,34 +36,6 @@ HELD_BACK_SHARE = 4
 """One window is held back for this many that are fitted to."""
 
 _HESSIAN_WINDOWS = 32
-
-
-@dataclass(frozen=True)
-class Method:
-    """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
-    family allows that; else rounding to nearest.  tuning_steps: of end-to-end tuning behind it."""
-
-    help: str
-    feedback: bool
-    tuning_steps: int
-
-
-METHODS = {
-    "rtn": Method("round to nearest, a minute", feedback=False, tuning_steps=0),
-    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 80),
-    "learned": Method("as nested, tuned for an hour and more", True, 600),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a calibration is asked for.  router: a name in ``candidates.ROUTERS``, or "auto": the best of them."""
-
-    profile: SliceProfile
-    group_size: int
-    method: str
-    router: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +78,7 @@ def calibrate(
     held_back: NDArray[np.int64],
     recipe: Recipe,
     store: Store | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = no_report,
 ) -> Calibrated:
     """Slice every unit, choose and fit its router, set the thresholds jointly, measure the curve.
 

@@ -13,6 +13,7 @@ from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
 from .progress import Progress
+from .recipe import METHODS
 
 if TYPE_CHECKING:
     from mbq_runtime.manifest import Manifest
@@ -52,7 +53,12 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
 @click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
-@click.option("--method", default="nested", type=click.Choice(["rtn", "nested", "learned"]), help="How to slice.")
+@click.option(
+    "--method",
+    default="nested",
+    type=click.Choice(list(METHODS)),
+    help="How to slice; " + "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
+)
 @click.option(
     "--router",
     default="auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import metadata
@@ -22,27 +22,22 @@ from mbq_targets.table import Target
 from . import calibration_data
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
+from .progress import Report, no_report
+from .recipe import Recipe
 from .store import Store
 
 if TYPE_CHECKING:
-    from .calibrate import Calibrated, Recipe
+    from .calibrate import Calibrated
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done and how many there are."""
-
 TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang", "numpy")
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The default: nobody is told."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
-    method, router: as ``calibrate.Recipe`` takes them; floor_ratio: how many times the original's perplexity
+    method, router: as ``Recipe`` takes them; floor_ratio: how many times the original's perplexity
     is still acceptable; calib_data: as ``calibration_data.open_source`` takes it."""
 
     model: str
@@ -92,9 +87,9 @@ def prepare(options: Options) -> Prepared:
     return Prepared(options, source, calibration_data.open_source(options.calib_data), plans)
 
 
-def run(prepared: Prepared, progress: Progress = no_progress) -> dict[Path, bundle_manifest.Manifest]:
+def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from .calibrate import CONTEXT_TOKENS, HELD_BACK_SHARE, Recipe, calibrate
+    from .calibrate import CONTEXT_TOKENS, HELD_BACK_SHARE, calibrate
 
     options = prepared.options
     progress("loading the model", 0, 1)
@@ -142,7 +137,7 @@ def _write_bundle(
     checkpoint: Checkpoint,
     calibrated: Calibrated,
     calibration: dict[str, Any],
-    progress: Progress,
+    progress: Report,
 ) -> bundle_manifest.Manifest:
     from . import bundle
     from .lower.onnx import lower
@@ -200,9 +195,10 @@ def _engine_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     )
 
 
-def _tool_versions() -> dict[str, str]:
+def tool_versions(names: Iterable[str]) -> dict[str, str]:
+    """Of the packages that are installed."""
     versions = {}
-    for name in TOOLS:
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -248,7 +244,7 @@ def _manifest(
         ),
         calibration=calibration,
         seed=options.seed,
-        tools=_tool_versions(),
+        tools=tool_versions(TOOLS),
         files=bundle_manifest.file_entries(folder),
         quality=bundle_manifest.Quality(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve

@@ -13,12 +13,10 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_targets.table import Target
 
 from .families import Decoder
+from .recipe import MLP_HIDDEN
 
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
-
-MLP_HIDDEN = 16
-"""Width of a learned router."""
 
 AUTO_GROUP_SIZES = (64, 32)
 """What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""

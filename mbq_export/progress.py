@@ -1,15 +1,23 @@
-"""Progress on a terminal."""
+"""Who is told how far long work has come, and how a terminal shows it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done and how many there are."""
+
+
+def no_report(what: str, done: int, total: int) -> None:
+    """The default: nobody is told."""
+
 
 class Progress:
-    """One bar per stage on a terminal, one line per stage elsewhere; always on stderr."""
+    """A Report: one bar per stage on a terminal, one line per stage elsewhere; always on stderr."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

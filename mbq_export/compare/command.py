@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mbq_export.progress import Progress
-from mbq_runtime.errors import UsageError
+from mbq_runtime.commands.common import listed
 
 if TYPE_CHECKING:
     from .run import Settings
 
 TOOLS = ("mbq-export", "torch", "transformers", "gptqmodel", "auto-round", "llama-cpp-python", "gguf", "lm-eval")
-V = TypeVar("V")
 
 
 @click.command("compare", context_settings={"show_default": True})
@@ -58,10 +55,10 @@ def command(
     tasks = options.pop("tasks")
     settings = Settings(
         model=model,
-        methods=_listed("--methods", methods, str) if methods else None,
-        bits=_listed("--bits", bits, int),
-        avg_bits=_listed("--avg-bits", avg_bits, float),
-        tasks=_listed("--lm-eval", tasks, str) if tasks else (),
+        methods=tuple(listed("--methods", methods, str)) if methods else None,
+        bits=tuple(listed("--bits", bits, int)),
+        avg_bits=tuple(listed("--avg-bits", avg_bits, float)),
+        tasks=tuple(listed("--lm-eval", tasks, str)) if tasks else (),
         **options,
     )
     prepared = prepare(settings)
@@ -77,20 +74,9 @@ def command(
     click.echo(json.dumps(results.document(facts)) if as_json else results.markdown())
 
 
-def _listed(option: str, text: str, kind: Callable[[str], V]) -> tuple[V, ...]:
-    try:
-        return tuple(kind(part.strip()) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text!r}: expected numbers such as 2,3,4") from None
-
-
 def _facts(settings: Settings) -> dict[str, Any]:
-    versions = {}
-    for name in TOOLS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    from mbq_export.export import tool_versions
+
     return {
         "model": settings.model,
         "group_size": settings.group_size,
@@ -98,5 +84,5 @@ def _facts(settings: Settings) -> dict[str, Any]:
         "calib_data": settings.calib_data,
         "calib_windows": settings.calib_windows,
         "seed": settings.seed,
-        "tools": versions,
+        "tools": tool_versions(TOOLS),
     }

@@ -69,14 +69,17 @@ class Scores:
 
     @property
     def ppl(self) -> Mean:
-        found = estimate(self.nll)
-        return Mean(found.ppl, found.ppl_stderr)
+        return _perplexity(self.nll)
 
     def ppl_over(self, other: Scores) -> Mean:
         """This perplexity over that of ``other``, measured on the same windows."""
-        difference = mean([a - b for a, b in zip(self.nll, other.nll, strict=True)])
-        ratio = math.exp(difference.value)
-        return Mean(ratio, None if difference.stderr is None else ratio * difference.stderr)
+        return _perplexity([a - b for a, b in zip(self.nll, other.nll, strict=True)])
+
+
+def _perplexity(nll: Sequence[float]) -> Mean:
+    """Of windows, or of one model over another's when ``nll`` are the differences of theirs."""
+    found = estimate(nll)
+    return Mean(found.ppl, found.ppl_stderr)
 
 
 def mean(values: Sequence[float]) -> Mean:

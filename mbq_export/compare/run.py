@@ -11,15 +11,13 @@ from typing import Any
 
 from mbq_export import calibration_data, text
 from mbq_export.checkpoint import Checkpoint, Source, load, locate, read_config
+from mbq_export.progress import Report
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import cut_windows, read_text
 
 from . import last_word, report, weights
 from .harness import Reference, Side
 from .methods import METHODS, Bench, reference
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done and how many there are."""
 
 TEXTS: dict[str, Callable[[], str]] = {
     "wikipedia": lambda: text.wikipedia("evaluation"),
@@ -115,7 +113,7 @@ class _Ground:
     result: report.TextResult
 
 
-def run(prepared: Prepared, folder: Path, progress: Progress) -> Iterator[Results]:
+def run(prepared: Prepared, folder: Path, progress: Report) -> Iterator[Results]:
     """Measure, and yield the same results after every side.  folder: for files that may go afterwards."""
     settings = prepared.settings
     progress("loading the model", 0, 1)
@@ -163,7 +161,7 @@ def _ground(
     content: str,
     original: Side,
     stack: ExitStack,
-    progress: Progress,
+    progress: Report,
 ) -> _Ground:
     settings, opening = prepared.settings, checkpoint.opening_tokens
     tokens = checkpoint.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
@@ -175,9 +173,7 @@ def _ground(
     return _Ground(measured, passages, report.TextResult(name, len(windows), []))
 
 
-def _add(
-    prepared: Prepared, checkpoint: Checkpoint, side: Side, grounds: Sequence[_Ground], progress: Progress
-) -> None:
+def _add(prepared: Prepared, checkpoint: Checkpoint, side: Side, grounds: Sequence[_Ground], progress: Report) -> None:
     zero_shot = _zero_shot(prepared.settings, checkpoint, side)
     for ground in grounds:
         at = f"{side.name} on {ground.result.name}"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..plan import MLP_HIDDEN as HIDDEN
+from ..recipe import MLP_HIDDEN as HIDDEN
 from . import norm
 from .statistics import UnitStatistics
 

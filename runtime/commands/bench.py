@@ -10,7 +10,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, progress_line
+from .common import bundle_argument, listed, progress_line
 
 N = TypeVar("N", int, float)
 
@@ -32,7 +32,7 @@ def command(
     tokens, mean ± standard deviation.  W, J/token, °C and what slows the board come from its own
     sensors, right after each run, and are unknown where it has none.
     """
-    prompts, lengths = _list("-p", n_prompt, int), _list("-n", n_gen, int)
+    prompts, lengths = _counts("-p", n_prompt, int), _counts("-n", n_gen, int)
     if repetitions < 1:
         raise UsageError(f"-r {repetitions}: needed at least 1")
     if not any(prompts) and not any(lengths):
@@ -40,7 +40,7 @@ def command(
     from mbq_runtime import manifest
 
     budget = manifest.read(bundle).budget
-    budgets = [budget.check(b, str(bundle)) for b in _list("--bits", bits, float)] if bits else [budget.default_bits]
+    budgets = [budget.check(b, str(bundle)) for b in _counts("--bits", bits, float)] if bits else [budget.default_bits]
 
     from mbq_runtime import bench
     from mbq_runtime.engine import Engine
@@ -51,7 +51,7 @@ def command(
     rows: list[bench.Row] = []
     sensors = Sensors()
     env = bench.environment(sensors.read)
-    for count in _list("-t", threads, int) if threads else [None]:
+    for count in _counts("-t", threads, int) if threads else [None]:
         engine = Engine.load(bundle, threads=count)
         with progress_line(f"{count or env['cpus']} threads") as progress:
             for i, test in enumerate(tests):
@@ -60,11 +60,8 @@ def command(
     click.echo(bench.FORMATS[output](rows, env))
 
 
-def _list(option: str, text: str, number: Callable[[str], N]) -> list[N]:
-    try:
-        values = [number(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} {text!r}: expected numbers such as 2,4,8") from None
+def _counts(option: str, text: str, number: Callable[[str], N]) -> list[N]:
+    values = listed(option, text, number)
     if min(values) < 0:
         raise UsageError(f"{option} {text!r}: needed numbers from 0")
     return values

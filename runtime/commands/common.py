@@ -1,4 +1,4 @@
-"""What the commands share: the bundle argument and progress on a terminal."""
+"""What the commands share: arguments, lists of numbers, and progress on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
+from mbq_runtime.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
 
 
 def bundle_argument(function: F) -> F:
@@ -19,6 +22,14 @@ def bundle_argument(function: F) -> F:
 
 def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
+
+
+def listed(option: str, text: str, kind: Callable[[str], V]) -> list[V]:
+    """What ``option`` was given, with commas between.  Raises UsageError for a part that ``kind`` refuses."""
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: expected numbers such as 2,4,8") from None
 
 
 def threads_option(function: F) -> F:

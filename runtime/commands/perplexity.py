@@ -12,7 +12,7 @@ import click
 from mbq_runtime.errors import UsageError
 from mbq_runtime.manifest import Budget
 
-from .common import bundle_argument, json_option, progress_line, threads_option
+from .common import bundle_argument, json_option, listed, progress_line, threads_option
 
 
 @click.command("perplexity")
@@ -43,7 +43,11 @@ def command(
     # All that can be refused is, before the long work.
     text = perplexity.read_text(data)
     budget = manifest.read(bundle).budget
-    budgets = [budget.check(value, str(bundle)) for value in _numbers(bits)] if bits else _whole_budgets(budget)
+    budgets = (
+        [budget.check(value, str(bundle)) for value in listed("--bits", bits, float)]
+        if bits
+        else _whole_budgets(budget)
+    )
     reference_nll = perplexity.load_reference() if reference else None
 
     from mbq_runtime.engine import Engine
@@ -80,13 +84,6 @@ def command(
 
 def _figure(ppl: float, stderr: float | None) -> str:
     return f"{ppl:10.3f}" + ("" if stderr is None else f" +- {stderr:.3f}")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--bits {text!r}: expected numbers such as 3,4,6,8") from None
 
 
 def _whole_budgets(budget: Budget) -> list[float]:

@@ -1,0 +1,38 @@
+"""What a calibration can be asked for; nothing here needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mbq_runtime.profile import SliceProfile
+
+MLP_HIDDEN = 16
+"""Width of a learned router."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
+    family allows that; else rounding to nearest.  tuning_steps: of end-to-end tuning behind it."""
+
+    help: str
+    feedback: bool
+    tuning_steps: int
+
+
+METHODS = {
+    "rtn": Method("round to nearest, a minute", feedback=False, tuning_steps=0),
+    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 80),
+    "learned": Method("as nested, tuned for an hour and more", True, 600),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One calibration.  router: a name in ``candidates.ROUTERS``, or "auto": the best of them."""
+
+    profile: SliceProfile
+    group_size: int
+    method: str
+    router: str
+    seed: int
