@@ -14,6 +14,13 @@ from trees import Mailbox
 
 from mbq_runtime.sensing import Kind
 
+ZONES, HWMON, COOLING = (
+    "/sys/class/thermal/thermal_zone",
+    "/sys/class/hwmon/hwmon",
+    "/sys/class/thermal/cooling_device",
+)
+POLICY = "/sys/devices/system/cpu/cpufreq/policy"
+
 LATER_S = 100  # long enough for every sensor to have its turn again
 Files = dict[str, str]
 
@@ -43,7 +50,7 @@ class Board:
 
 
 def zone(number: int, kind: str, temp: int | str, *trips: tuple[str, int], policy: str = "step_wise") -> Files:
-    folder = f"/sys/class/thermal/thermal_zone{number}"
+    folder = f"{ZONES}{number}"
     files = {
         f"{folder}/type": kind,
         f"{folder}/temp": str(temp),
@@ -57,12 +64,12 @@ def zone(number: int, kind: str, temp: int | str, *trips: tuple[str, int], polic
 
 
 def cooling(number: int, kind: str, step: int, steps: int) -> Files:
-    folder = f"/sys/class/thermal/cooling_device{number}"
+    folder = f"{COOLING}{number}"
     return {f"{folder}/type": kind, f"{folder}/cur_state": str(step), f"{folder}/max_state": str(steps)}
 
 
 def clocks(first: int, cpus: str, highest: int, allowed: int, now: int) -> Files:
-    folder = f"/sys/devices/system/cpu/cpufreq/policy{first}"
+    folder = f"{POLICY}{first}"
     return {f"{folder}/{name}": str(value) for name, value in (
         ("related_cpus", cpus), ("affected_cpus", cpus), ("cpuinfo_max_freq", highest), ("scaling_max_freq", allowed),
         ("scaling_cur_freq", now), ("scaling_governor", "ondemand"),
@@ -74,7 +81,7 @@ def folder(path: str, **files: int | str) -> Files:
 
 
 def hwmon(number: int, name: str, **files: int | str) -> Files:
-    return folder(f"/sys/class/hwmon/hwmon{number}", name=name, **files)
+    return folder(f"{HWMON}{number}", name=name, **files)
 
 
 def device_tree(*compatible: str) -> Files:

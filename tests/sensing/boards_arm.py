@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from boards import (
+    COOLING,
+    HWMON,
+    POLICY,
+    ZONES,
     Board,
     Expected,
     Files,
@@ -21,12 +25,6 @@ from trees import UNREADABLE, Mailbox
 
 from mbq_runtime.sensing import Kind
 
-_ZONES, _HWMON, _COOLING = (
-    "/sys/class/thermal/thermal_zone",
-    "/sys/class/hwmon/hwmon",
-    "/sys/class/thermal/cooling_device",
-)
-_POLICY = "/sys/devices/system/cpu/cpufreq/policy"
 _COMPATIBLE = "/sys/firmware/devicetree/base/compatible"
 _DRIVER = "/sys/bus/platform/drivers/raspberrypi-firmware"
 
@@ -85,13 +83,13 @@ PI_4 = Board(
     commands={("/usr/bin/vcgencmd", "get_throttled"): "throttled=0x50005\n"},
     mailbox=Mailbox(0x50005),
     signals=(
-        Expected(Kind.HEAT, "cpu-thermal", 61.342, "C", f"{_ZONES}0/temp", None, 110.0),
-        Expected(Kind.HEAT, "cpu_thermal temp1", 61.342, "C", f"{_HWMON}0/temp1_input", None, 110.0),
+        Expected(Kind.HEAT, "cpu-thermal", 61.342, "C", f"{ZONES}0/temp", None, 110.0),
+        Expected(Kind.HEAT, "cpu_thermal temp1", 61.342, "C", f"{HWMON}0/temp1_input", None, 110.0),
         Expected(Kind.HEAT_LIMIT, "firmware slows from", 80.0, "C", _COMPATIBLE),
         Expected(Kind.THROTTLE_BITS, "firmware", 0x50005, "bits", "/dev/vcio"),
-        Expected(Kind.SUPPLY_ALARM, "supply too weak", 1, "flag", f"{_HWMON}1/in0_lcrit_alarm"),
-        Expected(Kind.CLOCK_LIMIT, "CPUs 0,1,2,3", 1800, "MHz", f"{_POLICY}0/scaling_max_freq", 1800),
-        Expected(Kind.CLOCK, "CPUs 0,1,2,3", 1500.398, "MHz", f"{_POLICY}0/scaling_cur_freq", 1800),
+        Expected(Kind.SUPPLY_ALARM, "supply too weak", 1, "flag", f"{HWMON}1/in0_lcrit_alarm"),
+        Expected(Kind.CLOCK_LIMIT, "CPUs 0,1,2,3", 1800, "MHz", f"{POLICY}0/scaling_max_freq", 1800),
+        Expected(Kind.CLOCK, "CPUs 0,1,2,3", 1500.398, "MHz", f"{POLICY}0/scaling_cur_freq", 1800),
         *load_signals(4, 0.25),
     ),
     readings={
@@ -117,15 +115,15 @@ _PI5_NEW: Files = {
     **clocks(0, "0 1 2 3", 2400000, 2400000, 1800000),
 }  # fmt: skip
 _PI5_SIGNALS = (
-    Expected(Kind.HEAT, "cpu-thermal", 82.3, "C", f"{_ZONES}0/temp", None, 110.0),
-    Expected(Kind.TEMPERATURE, "rp1_adc temp1", 61.842, "C", f"{_HWMON}1/temp1_input"),
+    Expected(Kind.HEAT, "cpu-thermal", 82.3, "C", f"{ZONES}0/temp", None, 110.0),
+    Expected(Kind.TEMPERATURE, "rp1_adc temp1", 61.842, "C", f"{HWMON}1/temp1_input"),
     Expected(Kind.HEAT_LIMIT, "firmware slows from", 80.0, "C", _COMPATIBLE),
-    Expected(Kind.COOLING, "pwm-fan", 4, "steps", f"{_COOLING}0/cur_state", 4),
-    Expected(Kind.FAN, "pwmfan fan1", 8112, "rpm", f"{_HWMON}2/fan1_input"),
+    Expected(Kind.COOLING, "pwm-fan", 4, "steps", f"{COOLING}0/cur_state", 4),
+    Expected(Kind.FAN, "pwmfan fan1", 8112, "rpm", f"{HWMON}2/fan1_input"),
     Expected(Kind.THROTTLE_BITS, "firmware", 0xE0008, "bits", "/dev/vcio"),
-    Expected(Kind.SUPPLY_ALARM, "supply too weak", 0, "flag", f"{_HWMON}3/in0_lcrit_alarm"),
+    Expected(Kind.SUPPLY_ALARM, "supply too weak", 0, "flag", f"{HWMON}3/in0_lcrit_alarm"),
     Expected(Kind.PROCESSOR_POWER, "PMIC rails", WATTS_OF_PI5, "W", "/dev/vcio pmic_read_adc"),
-    Expected(Kind.CLOCK_LIMIT, "CPUs 0,1,2,3", 2400, "MHz", f"{_POLICY}0/scaling_max_freq", 2400),
+    Expected(Kind.CLOCK_LIMIT, "CPUs 0,1,2,3", 2400, "MHz", f"{POLICY}0/scaling_max_freq", 2400),
     *load_signals(4, 0.1),
 )
 _PI5_READINGS = {
@@ -162,7 +160,7 @@ def _rails(number: int, labels: dict[int, tuple[str, int, int]]) -> Files:
     files = hwmon(
         number, "ina3221", in7_label="sum of shunt voltages", in7_input=3200, curr4_input=1600, curr4_crit=2048
     )
-    chip = f"{_HWMON}{number}"
+    chip = f"{HWMON}{number}"
     for channel, (label, millivolts, milliamps) in labels.items():
         files |= folder(chip, **{
             f"in{channel}_label": label, f"in{channel}_input": millivolts, f"curr{channel}_input": milliamps,
@@ -191,24 +189,24 @@ ORIN_NANO = Board(
     },
     later=_NANO_LATER,
     signals=(
-        Expected(Kind.HEAT, "cpu-thermal", 52.312, "C", f"{_ZONES}0/temp", 99.0, 104.5),
-        Expected(Kind.HEAT, "tj-thermal", 52.312, "C", f"{_ZONES}8/temp", 99.0, 104.5),
-        Expected(Kind.SLOWED, "cpufreq-cpu4", 0, "steps", f"{_COOLING}1/cur_state", 27),
-        Expected(Kind.SLOWED, "cpu-throttle-alert", 0, "steps", f"{_COOLING}4/cur_state", 1),
-        Expected(Kind.COOLING, "hot-surface-alert", 1, "steps", f"{_COOLING}6/cur_state", 1),
-        Expected(Kind.POWER, "VDD_IN", 7.547136, "W", f"{_HWMON}1/curr1_input"),
-        Expected(Kind.POWER, "VDD_SOC", 1.498944, "W", f"{_HWMON}1/curr3_input"),
-        Expected(Kind.SUPPLY_ALARM, "current too high", 0, "flag", f"{_HWMON}1/curr2_crit_alarm"),
+        Expected(Kind.HEAT, "cpu-thermal", 52.312, "C", f"{ZONES}0/temp", 99.0, 104.5),
+        Expected(Kind.HEAT, "tj-thermal", 52.312, "C", f"{ZONES}8/temp", 99.0, 104.5),
+        Expected(Kind.SLOWED, "cpufreq-cpu4", 0, "steps", f"{COOLING}1/cur_state", 27),
+        Expected(Kind.SLOWED, "cpu-throttle-alert", 0, "steps", f"{COOLING}4/cur_state", 1),
+        Expected(Kind.COOLING, "hot-surface-alert", 1, "steps", f"{COOLING}6/cur_state", 1),
+        Expected(Kind.POWER, "VDD_IN", 7.547136, "W", f"{HWMON}1/curr1_input"),
+        Expected(Kind.POWER, "VDD_SOC", 1.498944, "W", f"{HWMON}1/curr3_input"),
+        Expected(Kind.SUPPLY_ALARM, "current too high", 0, "flag", f"{HWMON}1/curr2_crit_alarm"),
         Expected(Kind.GPU_LOAD, "17000000.gpu", 0.237, "share", "/sys/class/devfreq/17000000.gpu/device/load"),
         Expected(Kind.GPU_CLOCK, "17000000.gpu", 306, "MHz", "/sys/class/devfreq/17000000.gpu/cur_freq", 624.75),
-        Expected(Kind.CLOCK_LIMIT, "CPUs 4,5", 1510.4, "MHz", f"{_POLICY}4/scaling_max_freq", 1728),
+        Expected(Kind.CLOCK_LIMIT, "CPUs 4,5", 1510.4, "MHz", f"{POLICY}4/scaling_max_freq", 1728),
         *load_signals(6, 0.0),
     ),
     readings={
         "temp_c": 52.312, "throttle_temp_c": 99.0, "critical_temp_c": 104.5, "heat_throttled": False,
         "undervoltage": False, "cpu_freq_fraction": 1510.4 / 1728, "power_w": 7.547136, **load_readings(6, 0.0),
     },
-    unknown=(*(f"{_ZONES}{number}/temp" for number in (2, 3, 4)),),  # blocks that are switched off
+    unknown=(*(f"{ZONES}{number}/temp" for number in (2, 3, 4)),),  # blocks that are switched off
     missing=("Raspberry Pi throttle bits", "RAPL energy counters", "power supplies"),
 )  # fmt: skip
 
@@ -225,10 +223,10 @@ AGX_ORIN = Board(
     },
     later=_AGX_LATER,
     signals=(
-        Expected(Kind.HEAT, "tj-thermal", 52.312, "C", f"{_ZONES}8/temp", 99.0, 104.5),
-        Expected(Kind.SLOWED, "cpufreq-cpu0", 3, "steps", f"{_COOLING}0/cur_state", 20),
-        Expected(Kind.POWER, "VDD_GPU_SOC", 2.63088, "W", f"{_HWMON}3/curr1_input"),
-        Expected(Kind.POWER, "VDDQ_VDD2_1V8AO", 2.007072, "W", f"{_HWMON}4/curr2_input"),
+        Expected(Kind.HEAT, "tj-thermal", 52.312, "C", f"{ZONES}8/temp", 99.0, 104.5),
+        Expected(Kind.SLOWED, "cpufreq-cpu0", 3, "steps", f"{COOLING}0/cur_state", 20),
+        Expected(Kind.POWER, "VDD_GPU_SOC", 2.63088, "W", f"{HWMON}3/curr1_input"),
+        Expected(Kind.POWER, "VDDQ_VDD2_1V8AO", 2.007072, "W", f"{HWMON}4/curr2_input"),
         *load_signals(12, 0.5),
     ),
     readings={
@@ -236,7 +234,7 @@ AGX_ORIN = Board(
         "undervoltage": False, "cpu_freq_fraction": 1881.6 / 2201.6,
         "power_w": 2.63088 + 1.12704 + 4.86864 + 2.007072, **load_readings(12, 0.5),
     },
-    unknown=(*(f"{_ZONES}{number}/temp" for number in (2, 3, 4)),),
+    unknown=(*(f"{ZONES}{number}/temp" for number in (2, 3, 4)),),
     missing=("GPU", "Jetson rails of JetPack 4"),
 )  # fmt: skip
 
@@ -257,9 +255,9 @@ OLD_NANO = Board(
     },
     later=_OLD_LATER,
     signals=(
-        Expected(Kind.HEAT, "CPU-therm", 36.5, "C", f"{_ZONES}1/temp", 97.0, 102.5),
-        Expected(Kind.TEMPERATURE, "PMIC-Die", 100.0, "C", f"{_ZONES}4/temp", 103.0, 105.0),
-        Expected(Kind.SLOWED, "cpu-balanced", 0, "steps", f"{_COOLING}0/cur_state", 10),
+        Expected(Kind.HEAT, "CPU-therm", 36.5, "C", f"{ZONES}1/temp", 97.0, 102.5),
+        Expected(Kind.TEMPERATURE, "PMIC-Die", 100.0, "C", f"{ZONES}4/temp", 103.0, 105.0),
+        Expected(Kind.SLOWED, "cpu-balanced", 0, "steps", f"{COOLING}0/cur_state", 10),
         Expected(Kind.POWER, "POM_5V_IN", 2.31, "W", f"{_IIO}/in_power0_input"),
         Expected(Kind.POWER, "POM_5V_CPU", 0.42, "W", f"{_IIO}/in_power2_input"),
         Expected(Kind.GPU_LOAD, "57000000.gpu", 0.015, "share", "/sys/class/devfreq/57000000.gpu/device/load"),
@@ -294,12 +292,12 @@ RK3588 = Board(
     },
     later=_RK_LATER,
     signals=(
-        Expected(Kind.HEAT, "bigcore0-thermal", 84.125, "C", f"{_ZONES}1/temp", 85.0, 115.0),
-        Expected(Kind.HEAT, "gpu-thermal", 76.692, "C", f"{_ZONES}5/temp", 85.0, 115.0),
-        Expected(Kind.HEAT, "package-thermal", 80.384, "C", f"{_ZONES}0/temp", None, 115.0),
-        Expected(Kind.SLOWED, "cpufreq-cpu4", 2, "steps", f"{_COOLING}1/cur_state", 8),
+        Expected(Kind.HEAT, "bigcore0-thermal", 84.125, "C", f"{ZONES}1/temp", 85.0, 115.0),
+        Expected(Kind.HEAT, "gpu-thermal", 76.692, "C", f"{ZONES}5/temp", 85.0, 115.0),
+        Expected(Kind.HEAT, "package-thermal", 80.384, "C", f"{ZONES}0/temp", None, 115.0),
+        Expected(Kind.SLOWED, "cpufreq-cpu4", 2, "steps", f"{COOLING}1/cur_state", 8),
         Expected(Kind.GPU_LOAD, "fb000000.gpu", 0.12, "share", "/sys/class/devfreq/fb000000.gpu/load"),
-        Expected(Kind.CLOCK_LIMIT, "CPUs 6,7", 2016, "MHz", f"{_POLICY}6/scaling_max_freq", 2400),
+        Expected(Kind.CLOCK_LIMIT, "CPUs 6,7", 2016, "MHz", f"{POLICY}6/scaling_max_freq", 2400),
         Expected(Kind.FOREIGN_LOAD, "other programs", 0.125, "share", "/proc/stat"),
         Expected(Kind.PROCESSORS, "affinity", 4, "CPUs", "/proc/self/status"),
     ),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 from boards import (
+    COOLING,
+    HWMON,
     LATER_S,
     LOAD_SIGNALS,
+    POLICY,
+    ZONES,
     Board,
     Expected,
     Files,
@@ -24,13 +28,7 @@ from trees import UNREADABLE
 
 from mbq_runtime.sensing import Kind
 
-_ZONES, _HWMON, _COOLING = (
-    "/sys/class/thermal/thermal_zone",
-    "/sys/class/hwmon/hwmon",
-    "/sys/class/thermal/cooling_device",
-)
 _SUPPLY, _RAPL = "/sys/class/power_supply", "/sys/class/powercap/intel-rapl"
-_POLICY = "/sys/devices/system/cpu/cpufreq/policy"
 _COUNTERS = "/sys/devices/system/cpu/cpu*/thermal_throttle/package_throttle_count"
 
 
@@ -74,14 +72,14 @@ THINKPAD = Board(
         f"{_RAPL}:1/energy_uj": str(1_000_000 + 1_400_000_000),
     },
     signals=(
-        Expected(Kind.HEAT, "acpitz", 61.0, "C", f"{_ZONES}0/temp", None, 128.0),
-        Expected(Kind.HEAT, "x86_pkg_temp", 63.0, "C", f"{_ZONES}3/temp"),
-        Expected(Kind.TEMPERATURE, "INT3400 Thermal", 20.0, "C", f"{_ZONES}1/temp"),
-        Expected(Kind.HEAT, "Package id 0", 64.0, "C", f"{_HWMON}5/temp1_input", 100.0),
-        Expected(Kind.TEMPERATURE, "Composite", 38.85, "C", f"{_HWMON}2/temp1_input", None, 84.85),
-        Expected(Kind.FAN, "thinkpad fan1", 2934, "rpm", f"{_HWMON}6/fan1_input"),
-        Expected(Kind.SLOWED, "intel_powerclamp", -1, "steps", f"{_COOLING}2/cur_state", 50),
-        Expected(Kind.COOLING, "TCC Offset", 3, "steps", f"{_COOLING}3/cur_state", 63),
+        Expected(Kind.HEAT, "acpitz", 61.0, "C", f"{ZONES}0/temp", None, 128.0),
+        Expected(Kind.HEAT, "x86_pkg_temp", 63.0, "C", f"{ZONES}3/temp"),
+        Expected(Kind.TEMPERATURE, "INT3400 Thermal", 20.0, "C", f"{ZONES}1/temp"),
+        Expected(Kind.HEAT, "Package id 0", 64.0, "C", f"{HWMON}5/temp1_input", 100.0),
+        Expected(Kind.TEMPERATURE, "Composite", 38.85, "C", f"{HWMON}2/temp1_input", None, 84.85),
+        Expected(Kind.FAN, "thinkpad fan1", 2934, "rpm", f"{HWMON}6/fan1_input"),
+        Expected(Kind.SLOWED, "intel_powerclamp", -1, "steps", f"{COOLING}2/cur_state", 50),
+        Expected(Kind.COOLING, "TCC Offset", 3, "steps", f"{COOLING}3/cur_state", 63),
         Expected(Kind.THROTTLE_EVENTS, "throttle counters of x86", 2, "events", _COUNTERS),
         Expected(Kind.DISCHARGING, "BAT0", 1, "flag", f"{_SUPPLY}/BAT0/status"),
         Expected(Kind.BATTERY, "BAT0", 38.22 / 52.16, "share", f"{_SUPPLY}/BAT0/energy_now"),
@@ -93,7 +91,7 @@ THINKPAD = Board(
         Expected(Kind.MAINS, "AC", 0, "flag", f"{_SUPPLY}/AC/online"),
         Expected(Kind.PROCESSOR_POWER, "package-0", 9.0, "W", f"{_RAPL}:0/energy_uj"),
         Expected(Kind.PROCESSOR_POWER, "psys", 14.0, "W", f"{_RAPL}:1/energy_uj"),
-        Expected(Kind.CLOCK_LIMIT, "CPUs 1", 3910, "MHz", f"{_POLICY}1/scaling_max_freq", 4600),
+        Expected(Kind.CLOCK_LIMIT, "CPUs 1", 3910, "MHz", f"{POLICY}1/scaling_max_freq", 4600),
         *load_signals(8, 0.3),
     ),
     readings={
@@ -101,7 +99,7 @@ THINKPAD = Board(
         "cpu_freq_fraction": 0.85, "discharging": True, "battery_fraction": (38.22 + 22.8) / (52.16 + 24.0),
         "battery_energy_wh": 38.22 + 22.8, "power_w": 9.412, **load_readings(8, 0.3),
     },
-    unknown=(f"{_HWMON}6/temp3_input",),  # a place of the embedded controller without a sensor
+    unknown=(f"{HWMON}6/temp3_input",),  # a place of the embedded controller without a sensor
     missing=("Raspberry Pi throttle bits", "GPU", "known limits of the board"),
 )  # fmt: skip
 
