@@ -28,7 +28,7 @@ class Band(NamedTuple):
 class Policy:
     """How a budget follows the board.
 
-    bands: signals that count, see ``step.SOURCES``; the others do not.  floor_bits, ceiling_bits: bounds of the
+    bands: signals that count, see ``sources.SOURCES``; the others do not.  floor_bits, ceiling_bits: bounds of the
     budget; None is the lowest quality the bundle vouches for, and its highest.  min_tps: tokens/s
     to hold if bits can do it.  last_until_s: when the battery must still hold, on the clock of ``now``.
     bytes_at: (bits, bytes of weights a token reads), from the bundle.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What a signal tells; ``readings.fold`` goes by this, never by where a value was found."""
+    """What a signal tells; ``fold.fold`` goes by this, never by where a value was found."""
 
     HEAT = "heat"  # of the processor or a part beside it
     TEMPERATURE = "temperature"  # of anything else: disks, radios, batteries

@@ -15,11 +15,10 @@ _PARTING_S = 3  # for replies in the making when the server is told to stop
 _KEEP_ALIVE_S = 75
 
 
-def configure(app: ASGIApp, host: str = "127.0.0.1", port: int = 8080) -> uvicorn.Config:
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """For a server that is given its sockets."""
     return uvicorn.Config(
         app,
-        host,
-        port,
         loop="asyncio",
         http="h11",
         ws="none",
