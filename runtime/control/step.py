@@ -152,15 +152,20 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
 def _follow(
     track: Track | None, source: Source, value: float, clock_s: float, elapsed_s: float, readings: Readings
 ) -> Track:
-    value = min(max(value, -_ABSURD), _ABSURD)
+    value = _believable(value)
     if track is None:
         return Track(value, 0.0, clock_s, readings)
     weight = 1 - math.exp(-elapsed_s / source.smooth_s) if source.smooth_s else 1.0
     change = weight * (value - track.value)
     slope = track.slope
     if elapsed_s:
-        slope += (1 - math.exp(-elapsed_s / _SLOPE_S)) * (change / elapsed_s - slope)
+        # Two looks may be next to no time apart.
+        slope += (1 - math.exp(-elapsed_s / _SLOPE_S)) * (_believable(change / elapsed_s) - slope)
     return Track(track.value + change, slope, clock_s, readings)
+
+
+def _believable(value: float) -> float:
+    return min(max(value, -_ABSURD), _ABSURD)
 
 
 def _presses(state: State, policy: Policy) -> list[_Press]:

@@ -83,6 +83,16 @@ def test_whatever_is_read_and_whatever_the_clock_does_the_budget_is_within_bound
         assert all(math.isfinite(track.value) and math.isfinite(track.slope) for track in state.tracks.values())
 
 
+def test_two_looks_next_to_no_time_apart() -> None:
+    by = policy("auto")
+    low, high = by.bounds
+    state = start(by)
+    for now, throttled in ((0.0, False), (5e-324, True), (1e-323, False), (1.5, True)):
+        state, budget, _ = step(state, replace(CALM, heat_throttled=throttled), now, by)
+        assert low <= budget <= high
+        assert all(math.isfinite(track.slope) for track in state.tracks.values())
+
+
 @given(any_policy, any_policy, st.lists(any_readings, min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
 def test_a_policy_may_be_exchanged_at_any_time(first: Any, second: Any, history: list[Readings]) -> None:
