@@ -42,8 +42,9 @@ class Conversation:
         self._turns.append({"role": "assistant", "content": text})
 
     def take_back(self) -> None:
-        """Forget the user's last message: it could not be answered."""
-        self._turns.pop()
+        """Forget the user's last message if it was not answered."""
+        if self._turns and self._turns[-1]["role"] == "user":
+            self._turns.pop()
 
     def reset(self) -> None:
         self._turns.clear()

@@ -57,32 +57,38 @@ class Chat:
         self._screen, self._conversation, self._options = screen, conversation, options
 
     def run(self, read: ReadLine) -> None:
-        """Until /exit or the end of input.  An interrupt ends a reply, not the chat."""
-        while (text := self._read(read)) is not None:
-            if not text.strip():
-                continue
-            word, _, argument = text.strip().partition(" ")
-            if not word.startswith("/"):
-                self._answer(text)
-            elif not self._command(word, argument.strip()):
-                return
+        """Until /exit or the end of input.  An interrupt ends a reply or a half-typed message, not the chat."""
+        goes_on = True
+        while goes_on:
+            try:
+                text = self._read(read)
+                goes_on = text is not None and self._respond(text)
+            except KeyboardInterrupt:
+                # Wherever it falls: also while a reply is prepared, or between its last figure and the next prompt.
+                self._conversation.take_back()
+                self._screen.note("\n/exit or Ctrl-D to leave")
 
     def _read(self, read: ReadLine) -> str | None:
         """One message: a line, or all between two triple quotes."""
-        try:
-            line = read(PROMPT)
-            if line is None or not line.lstrip().startswith(_FENCE):
-                return line
-            text = line.lstrip().removeprefix(_FENCE)
-            while _FENCE not in text:
-                more = read(MORE)
-                if more is None:
-                    break
-                text += "\n" + more
-            return text.partition(_FENCE)[0]
-        except KeyboardInterrupt:
-            self._screen.note("\n/exit or Ctrl-D to leave")
-            return ""
+        line = read(PROMPT)
+        if line is None or not line.lstrip().startswith(_FENCE):
+            return line
+        text = line.lstrip().removeprefix(_FENCE)
+        while _FENCE not in text:
+            more = read(MORE)
+            if more is None:
+                break
+            text += "\n" + more
+        return text.partition(_FENCE)[0]
+
+    def _respond(self, text: str) -> bool:
+        """Answer or obey; whether the chat goes on."""
+        word, _, argument = text.strip().partition(" ")
+        if word.startswith("/"):
+            return self._command(word, argument.strip())
+        if word:
+            self._answer(text)
+        return True
 
     def _command(self, word: str, argument: str) -> bool:
         command = COMMANDS.get(_ALIASES.get(word, word))

@@ -145,6 +145,21 @@ def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, tal
     assert talk.say("/reset", "hello")[0] == REPLY + "\n"  # the engine is free
 
 
+def test_an_interrupt_beside_a_reply_does_not_leave(engine: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the reply begins, the message is taken back; behind its last token, the reply stays."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "generate", interrupted)
+    assert talk.say("lost", "hello")[0] == REPLY + "\n"
+    assert [m["content"] for m in talk.conversation.messages] == ["hello", REPLY]
+    monkeypatch.setattr(talk.conversation, "answer", interrupted)
+    assert talk.say("lost", "hello")[0] == f"{REPLY}\n{REPLY}\n"
+    assert [m["content"] for m in talk.conversation.messages] == ["hello", REPLY] * 2
+
+
 def test_a_message_too_long_is_taken_back(talk: Talk) -> None:
     _, notes = talk.say("x" * CONTEXT)
     assert "tokens long" in notes
@@ -201,6 +216,9 @@ def test_on_a_terminal(bundle: Path) -> None:
     seen = ""
     chat.send_signal(signal.SIGINT)
     until("Ctrl-D to leave")
+    # A key typed before the prompt is there would be read by the terminal, not by the chat.
+    seen = seen.partition("Ctrl-D to leave")[2]
+    until(">>> ")
     os.write(master, b"\x04")
     assert chat.wait(PATIENCE_S) == 0
     os.close(master)
