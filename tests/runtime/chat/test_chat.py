@@ -145,7 +145,9 @@ def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, tal
     assert talk.say("/reset", "hello")[0] == REPLY + "\n"  # the engine is free
 
 
-def test_an_interrupt_beside_a_reply_does_not_leave(engine: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_beside_a_reply_does_not_leave(
+    engine: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the reply begins, the message is taken back; behind its last token, the reply stays."""
 
     def interrupted(*_: object, **__: object) -> None:
