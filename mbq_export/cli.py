@@ -73,6 +73,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option("--calib-tokens", default=40960, help="How many of its tokens to use.")
 @click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -81,7 +82,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.version_option(package_name="mbq-export")
 @click.pass_context
-def command(context: click.Context, /, as_json: bool, dry_run: bool, **options: Any) -> None:
+def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Turn a decoder LLM into a bundle whose precision can follow the device.
 
     Without options: SmolLM2-135M for a 64-bit ARM board with dot-product instructions.
@@ -92,6 +93,10 @@ def command(context: click.Context, /, as_json: bool, dry_run: bool, **options: 
     from mbq_runtime.profile import SliceProfile
     from mbq_targets.table import resolve
 
+    from .plot import check, quality_curve
+
+    if plot is not None:
+        check(plot)
     # One line per rejected option, before torch is imported.
     targets = {name: resolve(name) for name in options.pop("targets")}
     options["profile"] = SliceProfile.parse(options.pop("slices"))
@@ -107,6 +112,9 @@ def command(context: click.Context, /, as_json: bool, dry_run: bool, **options: 
         return
     with Progress(quiet=as_json) as progress:
         manifests = run(prepared, progress)
+    if plot is not None:
+        # One calibration, one curve, however many targets.
+        quality_curve(plot, prepared.source.name, next(iter(manifests.values())).quality)
     if as_json:
         results = [_result_document(prepared, output, manifest) for output, manifest in manifests.items()]
         click.echo(json.dumps(results[0] if len(results) == 1 else results))

@@ -8,31 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from mbq_export.plot import Point, quality_curve
+from mbq_export.plot import quality_curve
 from mbq_runtime.errors import UsageError
+from mbq_runtime.manifest import Quality, QualityPoint
 
-CURVES = {"bundle": [Point(8, 20.2), Point(4, 22), Point(3, 30)], "GPTQ": [Point(4, 25), Point(3, 300)]}
+QUALITY = Quality(20.0, 3.5, tuple(QualityPoint(bits, bits, ppl) for bits, ppl in ((3, 30), (4, 22), (8, 20.2))))
 
 
 def test_what_is_drawn(tmp_path: Path) -> None:
-    for name in ("a.svg", "b.svg", "c.png"):
-        quality_curve(tmp_path / name, "smollm2-135m", 20.0, CURVES, floor_bits=3.5)
+    for name in ("a.svg", "b.svg", "c.png", "d.pdf"):
+        quality_curve(tmp_path / name, "smollm2-135m", QUALITY)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "d.pdf").read_bytes().startswith(b"%PDF")
     drawn = (tmp_path / "a.svg").read_text()
-    for label in ("bundle", "GPTQ", "smollm2-135m", "quality floor, 3.5 bits", "float32 (perplexity 20.00)"):
+    for label in ("bundle", "smollm2-135m", "quality floor, 3.5 bits", "original (perplexity 20.00)"):
         assert f"<!-- {label} -->" in drawn
     markers = re.findall(r"<use [^>]*style=\"fill: #1f77b4", drawn)
-    assert len(markers) == len(CURVES["bundle"]) + 1, "one for each point and one in the legend"
+    assert len(markers) == len(QUALITY.curve) + 1, "one for each point and one in the legend"
     assert (tmp_path / "b.svg").read_text() == drawn
 
 
 @pytest.mark.parametrize("name", ["nowhere/curve.png", "curve.doc"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}: cannot be written"):
-        quality_curve(tmp_path / name, "", 20.0, CURVES)
+        quality_curve(tmp_path / name, "", QUALITY)
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'mbq-export\[plot\]'"):
-        quality_curve(tmp_path / "curve.png", "", 20.0, CURVES)
+        quality_curve(tmp_path / "curve.png", "", QUALITY)
