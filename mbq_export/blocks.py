@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,26 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_runtime.errors import ModelError
+from mbq_runtime.isa import this_machine
+from mbq_runtime.profile import SliceProfile
 
 from .checkpoint import Checkpoint
 from .families import Unit
+from .slicing.reference import Sliced, decode_f32
+
+
+@cache
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients, for
+    what inputs are like on average, and for telling routers apart.  Else float32."""
+    hardware = not this_machine().features.isdisjoint({"avx512_bf16", "amx_bf16"})
+    return torch.bfloat16 if hardware else torch.float32
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Products in ``dtype``, bfloat16 or float32, while the block runs."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
 
 Hidden = torch.Tensor
 """float32 [1, context, hidden_size]: one window's residual stream."""
@@ -59,6 +77,15 @@ class Blocks:
         with torch.no_grad():
             normed: torch.Tensor = self.checkpoint.model.model.norm(hidden)[0]
         return normed
+
+
+def values_at(sliced: Sliced, profile: SliceProfile, depth: int) -> torch.Tensor:
+    """float32 [N, K]: the weights that ``depth`` (1-based) stands for.
+
+    In memory of torch's own: a product's last bits may hang on how its operands' addresses are aligned, and
+    numpy's are as malloc has them that day.
+    """
+    return torch.from_numpy(decode_f32(sliced, profile, depth)).clone()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from mbq_runtime.manifest import QualityPoint
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import quality
+from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Unit
 from .progress import Report, no_report
@@ -164,7 +165,9 @@ def _slices(
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input
     teacher = Teacher(checkpoint, windows, stage("listening to the original")) if method.tuning_steps else None
-    slices = slice_model(checkpoint, hessian_windows, profile, recipe.group_size, store, stage("slicing blocks"))
+    slices = slice_model(
+        checkpoint, hessian_windows, profile, recipe.group_size, method.sweeps, store, stage("slicing blocks")
+    )
     if teacher is not None:
         slices = tune(
             checkpoint, teacher, slices, profile, head_scale, method.tuning_steps, recipe.seed, store,
@@ -219,7 +222,7 @@ def _choose(
     cases = [
         _case(fits[name], b) if name in fits else {unit: random(b) for unit in slices} for name in names for b in bits
     ]
-    results = quality.measure(checkpoint, slices, recipe.profile, windows, cases, progress)
+    results = quality.measure(checkpoint, slices, recipe.profile, windows, cases, progress, fast_dtype())
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
     losses = {name: _at_equal_bits(of_kind, bits) for name, of_kind in by_name.items()}
     kind = min(fits, key=lambda name: float(losses[name].mean()))

@@ -23,7 +23,7 @@ from . import calibration_data
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .progress import Report, no_report
-from .recipe import Recipe
+from .recipe import METHODS, Recipe
 from .store import Store
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
 
 def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: NDArray[np.int64]) -> Store:
     """Where this very calibration keeps what it has finished: beside the first bundle, under a hidden name."""
-    digest = sha256(repr(recipe).encode() + fitted.tobytes())
+    digest = sha256(repr((recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
     for name, parameter in checkpoint.model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().numpy())

@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from mbq_runtime.profile import SliceProfile
 
-from .blocks import Blocks, Hidden, replaced
+from .blocks import Blocks, Hidden, autocast, replaced, values_at
 from .checkpoint import Checkpoint
 from .families import Unit
 from .routing.inputs import RouterInputs
-from .slicing.reference import Sliced, decode_f32
+from .slicing.reference import Sliced
 
 Depths = Callable[[torch.Tensor], torch.Tensor]
 """A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1."""
@@ -65,13 +65,19 @@ class _RoutedUnit:
     """The layers that share one router: it is asked once for each input, whichever layer comes first."""
 
     def __init__(
-        self, checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, inputs: RouterInputs
+        self,
+        checkpoint: Checkpoint,
+        unit: Unit,
+        sliced: Sliced,
+        profile: SliceProfile,
+        inputs: RouterInputs,
+        dtype: torch.dtype,
     ) -> None:
         self.unit, self.inputs = unit, inputs
         self.parameters = sliced.codes.size
         self.bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
         self.used_bits = 0.0
-        whole = [torch.from_numpy(decode_f32(sliced, profile, depth + 1)) for depth in range(profile.depths)]
+        whole = [values_at(sliced, profile, depth).to(dtype) for depth in range(1, profile.depths + 1)]
         self.layers: list[torch.nn.Module] = [
             _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
         ]
@@ -85,7 +91,7 @@ class _RoutedUnit:
         """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
         if x is not self._input:
             self._input = x
-            self._depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])))
+            self._depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])).float())
             self.used_bits = float(self.bits[self._depth].sum())
         return self._depth
 
@@ -97,10 +103,12 @@ def measure(
     windows: NDArray[np.int64],
     cases: Sequence[Case],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Measured]:
     """Every case on int64 [windows, context] tokens, all of them going through a block together.
 
-    The checkpoint's embedding and norms count as they are; its linear layers stand aside.
+    The checkpoint's embedding and norms count as they are; its linear layers stand aside, for ones that multiply
+    in ``dtype``.
     """
     d = checkpoint.decoder
     blocks, inputs = Blocks(checkpoint, windows.shape[1]), RouterInputs(checkpoint)
@@ -110,12 +118,12 @@ def measure(
     parameters = 0
 
     def routed(unit: Unit) -> _RoutedUnit:
-        return _RoutedUnit(checkpoint, unit, slices[unit.name], profile, inputs)
+        return _RoutedUnit(checkpoint, unit, slices[unit.name], profile, inputs, dtype)
 
     def count(case: int, units: Sequence[_RoutedUnit]) -> None:
         used[case] += sum(unit.used_bits * unit.parameters for unit in units)
 
-    with inputs.recording():
+    with autocast(dtype), inputs.recording():
         for layer in range(d.layers):
             units = [routed(unit) for unit in d.layer_units(layer).values()]
             parameters += sum(unit.parameters for unit in units)
@@ -138,7 +146,7 @@ def measure(
             for window, tokens in zip(hidden[i], windows, strict=True):
                 logits = head.layers[0](blocks.final(window))
                 count(i, [head])
-                nll.append(float(functional.cross_entropy(logits[:-1], torch.from_numpy(tokens[1:]))))
+                nll.append(float(functional.cross_entropy(logits[:-1].float(), torch.from_numpy(tokens[1:]))))
             measured.append(Measured(np.array(nll), float(used[i] / (parameters * windows.size))))
     progress(d.layers + 1, d.layers + 1)
     return measured
@@ -150,5 +158,5 @@ def reference(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> NDArray[np.
     with torch.no_grad():
         for window in torch.from_numpy(windows):
             logits = checkpoint.model(window[None], use_cache=False).logits[0]
-            nll.append(float(functional.cross_entropy(logits[:-1], window[1:])))
+            nll.append(float(functional.cross_entropy(logits[:-1].float(), window[1:])))
     return np.array(nll)

@@ -13,17 +13,19 @@ MLP_HIDDEN = 16
 @dataclass(frozen=True)
 class Method:
     """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
-    family allows that; else rounding to nearest.  tuning_steps: of end-to-end tuning behind it."""
+    family allows that; else rounding to nearest.  sweeps: of refinement behind the feedback; tuning_steps: of
+    end-to-end tuning behind all."""
 
     help: str
     feedback: bool
+    sweeps: int
     tuning_steps: int
 
 
 METHODS = {
-    "rtn": Method("round to nearest, a minute", feedback=False, tuning_steps=0),
-    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 80),
-    "learned": Method("as nested, tuned for an hour and more", True, 600),
+    "rtn": Method("round to nearest, a minute", feedback=False, sweeps=0, tuning_steps=0),
+    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80),
+    "learned": Method("as nested, tuned for an hour and more", True, 6, 600),
 }
 
 

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import require_finite
+from ..blocks import require_finite, values_at
 from ..checkpoint import Checkpoint
 from ..families import Unit
-from ..slicing.reference import MEAN_SQUARE_EPS, Sliced, decode_f32
+from ..slicing.reference import MEAN_SQUARE_EPS, Sliced
 from .inputs import RouterInputs
 
 F32 = NDArray[np.float32]
@@ -70,8 +70,7 @@ class _Recorder:
         g = torch.cat([self.grads[name] for name in self.unit.sources], dim=1)
         # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
         outputs = [
-            self.x @ torch.from_numpy(decode_f32(self.sliced, self.profile, depth + 1)).T
-            for depth in range(self.profile.depths)
+            self.x @ values_at(self.sliced, self.profile, depth).T for depth in range(1, self.profile.depths + 1)
         ]
         seen = self.router_inputs.of(self.unit, self.x)
         self.parts["loss"].append(torch.stack([0.5 * (g * (outputs[-1] - y)).sum(1) ** 2 for y in outputs], dim=1))

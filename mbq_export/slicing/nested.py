@@ -29,15 +29,26 @@ def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
     return tuple(2.0 ** ((bits - 3) / 2.5) for bits in profile.depth_bits)
 
 
-def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
-    """float32 [K, K]: the upper Cholesky factor of the damped inverse."""
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
+def damped(hessian: torch.Tensor) -> torch.Tensor:
+    """float64 [K, K]: ``hessian`` with every direction given some curvature."""
+    result = hessian.double().clone()
+    diagonal = result.diagonal()
     diagonal += DAMPING * diagonal.mean()
     # An input that was never active: any positive curvature leaves its column as it is.
     diagonal[diagonal == 0] = 1.0
+    return result
+
+
+def per_depth(profile: SliceProfile) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [E, 1] twice: the width of a cell at each depth in base cells, and in codes."""
+    steps = torch.tensor([2.0 ** (2 - bits) for bits in profile.depth_bits])[:, None]
+    return steps, torch.tensor([2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits])[:, None]
+
+
+def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
+    """float32 [K, K]: the upper Cholesky factor of the damped inverse."""
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
         factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
     except RuntimeError:  # torch.linalg's own error is one
         raise ModelError(
@@ -53,8 +64,7 @@ def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: S
     """
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
-    steps = torch.tensor([2.0 ** (2 - bits) for bits in profile.depth_bits])[:, None]
-    cells = torch.tensor([2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits])[:, None]
+    steps, cells = per_depth(profile)
     counts = torch.tensor(depth_weights(profile))[:, None]
     # Columns first: a column of all streams is then one stretch of memory.
     streams = torch.from_numpy(weight).T.contiguous()[None].repeat(profile.depths, 1, 1)
@@ -72,27 +82,41 @@ def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: S
         errors = torch.empty_like(current)
         for j in range(group_size):
             wanted = (current[:, j] - offset) * inverse
-            code = _best_code(wanted, steps, cells, counts)
+            code = best_code(wanted, steps, cells, counts)
             codes[start + j] = code
             value = scale * (steps * (torch.floor(code / cells) + 0.5)) + offset
             errors[:, j] = (current[:, j] - value) / u[j, j]
             if j + 1 < group_size:
-                current[:, j + 1 :] -= u[j, j + 1 :, None] * errors[:, j, None]
+                current[:, j + 1 :].addcmul_(u[j, j + 1 :, None], errors[:, j, None], value=-1)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
     return Sliced(codes.T.contiguous().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
 
 
-def _best_code(wanted: torch.Tensor, steps: torch.Tensor, cells: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def best_code(
+    wanted: torch.Tensor,
+    steps: torch.Tensor,
+    cells: torch.Tensor,
+    counts: torch.Tensor,
+    present: torch.Tensor | None = None,
+) -> torch.Tensor:
     """float32 [E, N], in cells of the base quantiser -> float32 [N] codes.
 
-    steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight.
+    steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight;
+    present: [N], a further candidate.
     """
-    finest = torch.floor(wanted[-1] * 64).clamp_(0, 255)
-    first = torch.floor(wanted / steps).clamp_(min=0) * cells
-    first = torch.minimum(first, 256 - cells)
+    finest = (wanted[-1] * 64).floor_().clamp_(0, 255)
+    first = (wanted * (1 / steps)).floor_().clamp_(min=0).mul_(cells)
+    first = torch.minimum(first, 256 - cells, out=first)
     candidates = torch.minimum(torch.maximum(finest, first), first + (cells - 1))
     candidates[-1] = finest
-    values = steps * (torch.floor(candidates[:, None] / cells) + 0.5)
-    cost = (counts * (values - wanted) ** 2).sum(1)
+    if present is not None:
+        candidates = torch.cat([candidates, present[None]])
+    cost = in_base_cells(candidates[:, None], steps, cells).sub_(wanted).square_().mul_(counts).sum(1)
     return candidates.gather(0, cost.argmin(0, keepdim=True))[0]
+
+
+def in_base_cells(codes: torch.Tensor, steps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """float32 codes -> their values at depths of these steps and cells, which broadcast, in cells of the base."""
+    # All steps and cells are powers of two: their inverses are exact, and a product is quicker than a quotient.
+    return (codes * (1 / cells)).floor_().add_(0.5).mul_(steps)

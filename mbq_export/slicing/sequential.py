@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import Blocks, Hidden, require_finite, watching_inputs
+from ..blocks import Blocks, Hidden, autocast, fast_dtype, require_finite, values_at, watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..store import Store
 from . import nested
-from .reference import Sliced, decode_f32
+from .reference import F32, Sliced
+from .refine import refine
 
 
 def _hessians(
@@ -29,9 +30,10 @@ def _hessians(
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        sums[name] = sums.get(name, 0) + (x.T @ x).double()
+        with torch.autocast("cpu", enabled=False):
+            sums[name] = sums.get(name, 0) + (x.float().T @ x.float()).double()
 
-    with watching_inputs(checkpoint, {unit.name: unit.sources[0] for unit in units}, add):
+    with autocast(fast_dtype()), watching_inputs(checkpoint, {unit.name: unit.sources[0] for unit in units}, add):
         for window in hidden:
             blocks.run(layer, window)
     for name, total in sums.items():
@@ -42,7 +44,7 @@ def _hessians(
 
 def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
     """Put the unit's values at ``depth`` (1-based) into the checkpoint's layers."""
-    values = torch.from_numpy(decode_f32(sliced, profile, depth))
+    values = values_at(sliced, profile, depth)
     with torch.no_grad():
         for layer, rows in checkpoint.layers(unit):
             layer.weight.copy_(values[rows])
@@ -53,14 +55,19 @@ def slice_model(
     windows: NDArray[np.int64],
     profile: SliceProfile,
     group_size: int,
+    sweeps: int,
     store: Store,
     progress: Callable[[int, int], None],
 ) -> dict[str, Sliced]:
     """Nested slices of every unit by name; the blocks' layers end up holding values of their slices.
 
-    windows: int64 [windows, context].  Blocks that ``store`` already holds are taken from it.
+    windows: int64 [windows, context]; sweeps: of refinement.  Blocks that ``store`` already holds are taken from it.
     Raises ModelError for weights or activations that are not finite.
     """
+
+    def sliced(weight: F32, hessian: torch.Tensor, name: str) -> Sliced:
+        return refine(weight, hessian, nested.slice_weight(weight, hessian, group_size, profile, name), profile, sweeps)
+
     d = checkpoint.decoder
     blocks = Blocks(checkpoint, windows.shape[1])
     hidden = blocks.embed(windows)
@@ -70,12 +77,7 @@ def slice_model(
         found = store.get(d.block(layer))
         if found is None:
             hessians = _hessians(checkpoint, blocks, layer, units, hidden)
-            found = {
-                unit.name: nested.slice_weight(
-                    checkpoint.weight(unit), hessians[unit.name], group_size, profile, unit.name
-                )
-                for unit in units
-            }
+            found = {unit.name: sliced(checkpoint.weight(unit), hessians[unit.name], unit.name) for unit in units}
             store.put(d.block(layer), found)
         hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
         slices |= found
@@ -84,8 +86,7 @@ def slice_model(
     if found is None:
         inputs = torch.cat([blocks.final(window) for window in hidden])
         hessian = (inputs.T @ inputs).double() / len(inputs)
-        weight = checkpoint.weight(d.head)
-        found = {d.head.name: nested.slice_weight(weight, hessian, group_size, profile, d.head.name)}
+        found = {d.head.name: sliced(checkpoint.weight(d.head), hessian, d.head.name)}
         store.put("head", found)
     progress(d.layers + 1, d.layers + 1)
     return slices | found
@@ -106,5 +107,6 @@ def _advance(
         for unit in units:
             write_depth(checkpoint, unit, found[unit.name], profile, depth)
         for i in range(depth - 1, len(hidden), profile.depths):
-            after[i] = blocks.run(layer, hidden[i])
+            with autocast(fast_dtype()):
+                after[i] = blocks.run(layer, hidden[i])
     return after

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -19,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from mbq_runtime.isa import this_machine
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
-from ..blocks import replaced
+from ..blocks import autocast, fast_dtype, replaced
 from ..checkpoint import Checkpoint
 from ..store import Store
 from .reference import Sliced
@@ -33,16 +31,8 @@ _NORM_RATE = 3e-4
 _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
 _SAVE_EVERY = 20
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16())
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    return not this_machine().features.isdisjoint({"avx512_bf16", "amx_bf16"})
+_TOKENS_AT_ONCE = 64
+_WEIGHTS_AT_ONCE = 1 << 18
 
 
 class Teacher:
@@ -56,38 +46,81 @@ class Teacher:
     ) -> None:
         self.windows = torch.from_numpy(windows)
         inputs = []
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(fast_dtype()):
             for i, window in enumerate(self.windows):
                 inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
                 progress(i + 1, len(windows))
         self._inputs = torch.stack(inputs)
-        head = checkpoint.model.lm_head
-        self._weight, self._bias = head.weight.detach().bfloat16(), head.bias
+        head, dtype = checkpoint.model.lm_head, fast_dtype()
+        # A copy: slicing writes into the checkpoint's.
+        self._weight = head.weight.detach().to(dtype, copy=True)
+        self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
 
-    def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [len(rows), context, vocab] of the windows in ``rows``."""
-        with torch.no_grad(), autocast():
-            logits = functional.linear(self._inputs[rows], self._weight.to(self._inputs.dtype), self._bias)
-        return logits.float().log_softmax(-1)
+    def inputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """bfloat16 [len(rows) * context, hidden]: what the head is given for the windows in ``rows``."""
+        return self._inputs[rows].flatten(0, 1)
+
+    def log_probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
+        """float32 [len(inputs), vocab] for some of ``inputs``."""
+        return functional.linear(inputs.to(self._weight.dtype), self._weight, self._bias).float().log_softmax(-1)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean Kullback-Leibler divergence of the teacher's distributions from those of ``logits``, [tokens, vocab].
+
+    The gradient is worked out beside the value, a few tokens at a time: a whole batch of distributions would not
+    fit the cache, and moving it about would cost as much as a quarter of the model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, teacher: Teacher, inputs: torch.Tensor) -> torch.Tensor:
+        gradient, total = torch.empty_like(logits), 0.0
+        for start in range(0, len(logits), _TOKENS_AT_ONCE):
+            tokens = slice(start, start + _TOKENS_AT_ONCE)
+            target, student = teacher.log_probabilities(inputs[tokens]), logits[tokens].float().log_softmax(-1)
+            probability = target.exp()
+            total += float(target.sub_(student).mul_(probability).sum())
+            gradient[tokens] = student.exp_().sub_(probability).div_(len(logits))
+        ctx.save_for_backward(gradient)
+        return torch.tensor(total / len(logits))
+
+    @staticmethod
+    def backward(ctx: Any, of_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * of_value.to(gradient.dtype), None, None
 
 
 class _Dequantise(torch.autograd.Function):
-    """Weights of a depth from codes and from relative changes of scale and offset."""
+    """Weights of a depth, as ``dtype``, from codes, scales and offsets; some rows at a time, to stay in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, scale: torch.Tensor, offset: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
-        cells = (codes >> (CODE_BITS - bits)).view(*scale.shape, -1)
-        ctx.save_for_backward(cells)
-        ctx.step = 2.0 ** (2 - bits)
-        weight = cells.float().add_(0.5).mul_((scale * ctx.step)[:, :, None]).add_(offset[:, :, None])
-        return weight.view(codes.shape)
+    def forward(
+        ctx: Any, scale: torch.Tensor, offset: torch.Tensor, codes: torch.Tensor, bits: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(codes)
+        ctx.groups, ctx.shift, ctx.step = scale.shape[1], CODE_BITS - bits, 2.0 ** (2 - bits)
+        weight = torch.empty(codes.shape, dtype=dtype)
+        for rows in _row_ranges(codes):
+            cells = (codes[rows] >> ctx.shift).view(*scale[rows].shape, -1).float()
+            cells.add_(0.5).mul_((scale[rows] * ctx.step)[:, :, None]).add_(offset[rows, :, None])
+            weight[rows] = cells.view(codes[rows].shape)
+        return weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (cells,) = ctx.saved_tensors
-        by_group = gradient.float().view(cells.shape)
-        to_scale = cells.float().add_(0.5).mul_(by_group).sum(-1) * ctx.step
-        return to_scale, by_group.sum(-1), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        (codes,) = ctx.saved_tensors
+        to_scale, to_offset = [], []
+        for rows in _row_ranges(codes):
+            by_group = gradient[rows].float().view(len(codes[rows]), ctx.groups, -1)
+            cells = (codes[rows] >> ctx.shift).view(by_group.shape).float()
+            to_offset.append(by_group.sum(-1))
+            to_scale.append(cells.add_(0.5).mul_(by_group).sum(-1) * ctx.step)
+        return torch.cat(to_scale), torch.cat(to_offset), None, None, None
+
+
+def _row_ranges(codes: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, _WEIGHTS_AT_ONCE // codes.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(codes), rows))
 
 
 class _Tuned(torch.nn.Module):
@@ -115,7 +148,8 @@ class _Tuned(torch.nn.Module):
         return self._offset + self._scale * self.offset_change
 
     def weight_at(self, bits: int) -> torch.Tensor:
-        weight: torch.Tensor = _Dequantise.apply(self.scale, self.offset, self.codes, bits)  # type: ignore[no-untyped-call]
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        weight: torch.Tensor = _Dequantise.apply(self.scale, self.offset, self.codes, bits, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,11 +225,9 @@ def tune(
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
-            with autocast():
+            with autocast(fast_dtype()):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
-            student, target = logits.float().log_softmax(-1), teacher.log_probabilities(rows)
-            divergence = functional.kl_div(student, target, log_target=True, reduction="sum")
-            (divergence / teacher.windows[rows].numel()).backward()
+            _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
@@ -263,7 +295,7 @@ def _restore(store: Store, parameters: list[torch.Tensor], optimizer: torch.opti
             parameter.copy_(torch.from_numpy(arrays[f"{i}:value"]))
         optimizer.state[parameter] = {
             "step": torch.tensor(float(done)),
-            "exp_avg": torch.from_numpy(arrays[f"{i}:first"]),
-            "exp_avg_sq": torch.from_numpy(arrays[f"{i}:second"]),
+            "exp_avg": torch.from_numpy(arrays[f"{i}:first"]).clone(),
+            "exp_avg_sq": torch.from_numpy(arrays[f"{i}:second"]).clone(),
         }
     return done

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mbq_export.slicing import nested, rtn
 from mbq_export.slicing.reference import Sliced, decode
+from mbq_export.slicing.refine import refine
 from mbq_runtime.errors import ModelError
 from mbq_runtime.profile import SliceProfile
 
@@ -46,6 +47,47 @@ def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[
     assert gains[0] > 1.2
     deepest = output_error(weight, hessian, found, profile.depths, profile)
     assert deepest < 0.05 * output_error(weight, hessian, found, 1, profile)
+
+
+@pytest.mark.parametrize("slices", [(3, 1, 2, 2), (2, 2, 2, 2), (8,)])
+def test_refinement_lowers_the_error_of_every_depth(case: Case, slices: tuple[int, ...]) -> None:
+    weight, hessian = case
+    profile = SliceProfile(slices)
+    found = [nested.slice_weight(weight, hessian, 64, profile, "layer")]
+    found += [refine(weight, hessian, found[0], profile, sweeps) for sweeps in (1, 3)]
+    errors = np.array(
+        [
+            [output_error(weight, hessian, sliced, depth, profile) for depth in range(1, profile.depths + 1)]
+            for sliced in found
+        ]
+    )
+    # The metric is damped and float16 rounds, so a single depth may be off by a little, never by this much.
+    assert (errors[1] < 0.9 * errors[0]).all()
+    assert (errors[2] < 0.95 * errors[1]).all()
+
+
+def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
+    """Weights that the deepest depth holds exactly: that depth stays exact, and so does a group that is constant."""
+    rng = np.random.default_rng(1)
+    profile = SliceProfile((8,))
+    sliced = Sliced(
+        rng.integers(0, 256, (32, 256)).astype(np.uint8),
+        np.full((32, 4), 0.5, np.float16),
+        np.full((32, 4), -1, np.float16),
+    )
+    sliced.codes[:, :64] = 7
+    refined = refine(decode(sliced, profile, 1).astype(np.float32), case[1], sliced, profile, 2)
+    for name in ("codes", "scale", "offset"):
+        np.testing.assert_array_equal(getattr(refined, name), getattr(sliced, name))
+
+
+def test_rows_do_not_hang_on_their_neighbours(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = SliceProfile((3, 1, 2, 2))
+    found = nested.slice_weight(*case, 64, profile, "layer")
+    whole = refine(*case, found, profile, 1)
+    monkeypatch.setattr("mbq_export.slicing.refine.ROWS", 40)
+    parts = refine(*case, found, profile, 1)
+    assert (whole.codes != parts.codes).mean() < 0.01  # products of other widths round otherwise
 
 
 def test_the_same_twice(case: Case) -> None:

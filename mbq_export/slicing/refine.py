@@ -1,0 +1,104 @@
+"""Refines nested slices: each group's scale, offset and codes in turn, all else held.
+
+What is lowered is ``sum over depths e of weight_e * tr((W - Q_e) H (W - Q_e).T)``, the error of the layer's
+output at every depth.  Scale and offset have a closed form (two unknowns a row and group), a code is the best
+of few candidates; both only ever lower the sum, up to rounding to float16.  Error feedback cannot do this: it
+settles a weight knowing nothing of how those behind it will be rounded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mbq_runtime.profile import SliceProfile
+
+from .nested import best_code, damped, depth_weights, in_base_cells, per_depth
+from .reference import F32, Sliced
+
+ROWS = 4096
+"""Rows worked on at a time: what a group's columns hold of them then stays in the processor's cache."""
+
+
+def refine(weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int) -> Sliced:
+    """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups."""
+    curvature = damped(hessian).float()
+    parts = [
+        _refine_rows(
+            torch.from_numpy(weight[rows]).T.contiguous(),
+            curvature,
+            Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]),
+            profile,
+            sweeps,
+        )
+        for rows in (slice(start, start + ROWS) for start in range(0, len(weight), ROWS))
+    ]
+    return Sliced(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "scale", "offset")))
+
+
+def _refine_rows(
+    weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int
+) -> Sliced:
+    """weight: float32 [K, N]."""
+    steps, cells = per_depth(profile)
+    counts = torch.tensor(depth_weights(profile))[:, None]
+    codes = torch.from_numpy(sliced.codes).T.float().contiguous()
+    scale = torch.from_numpy(sliced.scale.astype(np.float32)).T.contiguous()
+    offset = torch.from_numpy(sliced.offset.astype(np.float32)).T.contiguous()
+    size = len(codes) // len(scale)
+
+    def in_cells(group: slice) -> torch.Tensor:
+        return in_base_cells(codes[group], steps[:, :, None], cells[:, :, None])
+
+    groups = [(g, slice(g * size, (g + 1) * size)) for g in range(len(scale))]
+    error = torch.cat([weight[group] - (scale[g] * in_cells(group) + offset[g]) for g, group in groups], dim=1)
+    for _ in range(sweeps):
+        for g, group in groups:
+            own = curvature[group, group]
+            # Minus half the gradient of the sum by each value of the group, [E, group, N].
+            pull = curvature[group] @ error
+            values = in_cells(group)
+            scale[g], offset[g] = _fit_group(values, own, pull, counts, scale[g], offset[g])
+            fitted = weight[group] - (scale[g] * values + offset[g])
+            pull += own @ (fitted - error[:, group])
+            inverse = torch.where(scale[g] > 0, 1 / scale[g], 0.0)
+            for j, k in enumerate(range(group.start, group.stop)):
+                wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
+                codes[k] = best_code(wanted, steps, cells, counts, codes[k])
+                value = in_base_cells(codes[k], steps, cells)
+                change = (value - values[:, j]).mul_(scale[g])
+                pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)
+                values[:, j] = value
+            error[:, group] = weight[group] - (scale[g] * values + offset[g])
+    return Sliced(
+        codes.T.to(torch.uint8).contiguous().numpy(),
+        scale.T.numpy().astype(np.float16),
+        offset.T.numpy().astype(np.float16),
+    )
+
+
+def _fit_group(
+    cells: torch.Tensor, own: torch.Tensor, pull: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor,
+    offset: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The best scale and offset [N] of a group for its codes, as float16 holds them.
+
+    cells: [E, group, N], values in base cells; own: [group, group]; pull: [E, group, N].
+    """
+    bent = own @ cells
+    scale_scale = (counts * (cells * bent).sum(1)).sum(0)
+    scale_offset = (counts * bent.sum(1)).sum(0)
+    offset_offset = counts.sum() * own.sum()
+    by_scale = (counts * (cells * pull).sum(1)).sum(0)
+    by_offset = (counts * pull.sum(1)).sum(0)
+    determinant = scale_scale * offset_offset - scale_offset**2
+    # Where all weights of a group share a cell, scale and offset cannot be told apart.
+    sound = determinant > 1e-6 * scale_scale * offset_offset
+    change = torch.where(sound, (by_scale * offset_offset - by_offset * scale_offset) / determinant, 0.0)
+    shift = torch.where(sound, (by_offset * scale_scale - by_scale * scale_offset) / determinant, 0.0)
+    # A scale is never negative, nor so small that its cells vanish.
+    usable = scale + change > 0.1 * scale
+    return (
+        torch.where(usable, scale + change, scale).half().float(),
+        torch.where(usable, offset + shift, offset).half().float(),
+    )
