@@ -53,7 +53,7 @@ class _Routed(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         depth = self.unit.depths(x)
         flat = x.reshape(-1, x.shape[-1])
-        output = torch.empty(len(flat), self.weights[0].shape[0])
+        output = torch.empty(len(flat), self.weights[0].shape[0], dtype=self.weights[0].dtype)
         for at, weight in enumerate(self.weights, 1):
             rows = depth == at
             if rows.any():
