@@ -39,6 +39,10 @@ HELD_BACK_SHARE = 4
 _HESSIAN_WINDOWS = 32
 
 
+Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Figures by kind of router and average bits."""
+
+
 @dataclass(frozen=True)
 class RoutedLinear:
     """A unit ready to be lowered.  bias: float32 [N] or None."""
@@ -59,7 +63,7 @@ class Calibrated:
     head_scale: float32 [hidden], what such a row of the head is divided by; head_input: what the head's
     input goes through, or None; reference_perplexity: of the original, and curve: of this one by rising
     budgets, on the same held-back text; routers: perplexity of every candidate by
-    average bits, where they were compared."""
+    average bits, its ratio to the shipped one's and the standard error of that, where they were compared."""
 
     profile: SliceProfile
     group_size: int
@@ -70,7 +74,7 @@ class Calibrated:
     head_input: HeadInput | None = None
     reference_perplexity: float = 0.0
     curve: tuple[QualityPoint, ...] = ()
-    routers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    routers: Comparison = field(default_factory=dict)
 
 
 def calibrate(
@@ -164,13 +168,13 @@ def _slices(
             slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input
-    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if method.tuning_steps else None
+    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
     slices = slice_model(
         checkpoint, hessian_windows, profile, recipe.group_size, method.sweeps, store, stage("slicing blocks")
     )
     if teacher is not None:
         slices = tune(
-            checkpoint, teacher, slices, profile, head_scale, method.tuning_steps, recipe.seed, store,
+            checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,
             stage("tuning scales"),
         )  # fmt: skip
     return slices, embedding, head_scale, head_input
@@ -210,47 +214,55 @@ def _choose(
     recipe: Recipe,
     windows: NDArray[np.int64],
     progress: Callable[[int, int], None],
-) -> tuple[str, dict[str, RouterParams], dict[str, dict[str, float]]]:
+) -> tuple[str, dict[str, RouterParams], Comparison]:
     """The kind with the lowest loss, its routers with thresholds corrected for drift, and what each kind reached.
 
     The loss of a kind is the mean over CHOICE_BITS at equal measured bits.  A random choice is measured
     beside them, which nothing ships.
     """
-    bits = [b for b in CHOICE_BITS if recipe.profile.min_bits < b]
-    random = candidates.random_depths(recipe.profile, recipe.seed)
+    profile = recipe.profile
+    bits = [b for b in CHOICE_BITS if profile.min_bits < b]
+    random = candidates.random_depths(profile, recipe.seed)
     names = [*fits, "random"]
     cases = [
         _case(fits[name], b) if name in fits else {unit: random(b) for unit in slices} for name in names for b in bits
     ]
-    results = quality.measure(checkpoint, slices, recipe.profile, windows, cases, progress, fast_dtype())
+    # All agree at the ends, where there is nothing to choose.
+    ends = [{unit: random(b) for unit in slices} for b in (profile.min_bits, CODE_BITS)]
+    results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast_dtype())
+    lowest, highest = results[len(cases) :]
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
-    losses = {name: _at_equal_bits(of_kind, bits) for name, of_kind in by_name.items()}
+    losses = {name: _at_equal_bits([lowest, *of_kind, highest], bits) for name, of_kind in by_name.items()}
     kind = min(fits, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fits[kind].values()))
     budgets = shared.budgets.astype(np.float64)
     drift = [result.avg_bits_used - b for result, b in zip(by_name[kind], bits, strict=True)]
-    ends = [recipe.profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0]
-    corrected = np.interp(budgets - np.interp(budgets, *ends), budgets, shared.thresholds).astype(np.float32)
+    drift_at = np.interp(budgets, [profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0])
+    corrected = np.interp(budgets - drift_at, budgets, shared.thresholds).astype(np.float32)
     routers = {unit: replace(router, thresholds=corrected) for unit, router in fits[kind].items()}
-    table = {
-        name: {f"{b:g}": round(float(np.exp(loss)), 4) for b, loss in zip(bits, losses[name], strict=True)}
-        for name in names
-    }
-    return kind, routers, table
+    return kind, routers, _comparison(losses, kind, bits)
 
 
 def _at_equal_bits(results: list[quality.Measured], bits: list[float]) -> NDArray[np.float64]:
-    """Mean nats a token at exactly ``bits``, by interpolation between what was realised."""
+    """float64 [len(bits), windows]: mean nats a token at exactly ``bits``, by interpolation between what was realised.
+
+    Loss over bits is convex, so this is never less than the truth.
+    """
     used = np.array([result.avg_bits_used for result in results])
-    nll = np.array([result.nll.mean() for result in results])
-    if len(used) < 2:
-        return nll
     order = np.argsort(used)
-    used, nll = used[order], nll[order]
-    # Outside the measured range the nearest segment goes on.
-    slope = np.gradient(nll, used)
-    nearest = np.abs(used[:, None] - np.asarray(bits)).argmin(0)
-    inside = np.interp(bits, used, nll)
-    outside = nll[nearest] + slope[nearest] * (np.asarray(bits) - used[nearest])
-    beyond = (np.asarray(bits) < used[0]) | (np.asarray(bits) > used[-1])
-    return np.asarray(np.where(beyond, outside, inside))
+    nll = np.stack([results[i].nll for i in order])
+    return np.stack([np.interp(bits, used[order], of_window) for of_window in nll.T], axis=1)
+
+
+def _comparison(losses: Mapping[str, NDArray[np.float64]], shipped: str, bits: list[float]) -> Comparison:
+    def compared(loss: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
+        difference = loss - best
+        stderr = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        ratio = np.exp(difference.mean())
+        figures = {"perplexity": np.exp(loss.mean()), "over_shipped": ratio, "stderr": ratio * stderr}
+        return {name: round(float(figure), 4) for name, figure in figures.items()}
+
+    return {
+        name: {f"{b:g}": compared(loss[i], losses[shipped][i]) for i, b in enumerate(bits)}
+        for name, loss in losses.items()
+    }

@@ -60,6 +60,11 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     help="How to slice; " + "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
 )
 @click.option(
+    "--tune-steps",
+    type=click.IntRange(min=0),
+    help="Steps of end-to-end tuning: fewer are quicker, more are better.  [default: the method's]",
+)
+@click.option(
     "--router",
     default="auto",
     type=click.Choice(["auto", "static", "norm", "mlp"]),

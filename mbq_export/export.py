@@ -37,14 +37,16 @@ TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang",
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
-    method, router: as ``Recipe`` takes them; floor_ratio: how many times the original's perplexity
-    is still acceptable; calib_data: as ``calibration_data.open_source`` takes it."""
+    method, router: as ``Recipe`` takes them; tune_steps: None for the method's own; floor_ratio: how many
+    times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
+    takes it."""
 
     model: str
     outputs: dict[Path, Target]
     profile: SliceProfile
     group_size: str
     method: str
+    tune_steps: int | None
     router: str
     floor_ratio: float
     calib_data: str | None
@@ -74,6 +76,8 @@ def prepare(options: Options) -> Prepared:
         raise UsageError(f"--calib-tokens {options.calib_tokens}: at least 1 is needed; 40960 is the default")
     if not options.floor_ratio >= 1:
         raise UsageError(f"--floor-ratio {options.floor_ratio:g}: 1 or more is needed; 1.25 is the default")
+    if options.tune_steps and not METHODS[options.method].tuning_steps:
+        raise UsageError(f"--tune-steps {options.tune_steps}: the method {options.method} tunes nothing; leave it out")
     source = locate(options.model)
     decoder = read_config(source)
     group_size = planning.choose_group_size(decoder, options.group_size)
@@ -100,7 +104,9 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     fitted, held_back = calibration_data.calibration_windows(
         checkpoint, prepared.calibration_source, count, max(2, count // HELD_BACK_SHARE), CONTEXT_TOKENS
     )
-    recipe = Recipe(options.profile, prepared.plan.group_size, options.method, options.router, options.seed)
+    recipe = Recipe(
+        options.profile, prepared.plan.group_size, options.method, _tuning_steps(options), options.router, options.seed
+    )
     store = _store(prepared, checkpoint, recipe, fitted)
     if store.finished:
         progress(f"resuming behind {store.finished} finished steps", 1, 1)
@@ -119,6 +125,10 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     }
     store.remove()
     return manifests
+
+
+def _tuning_steps(options: Options) -> int:
+    return METHODS[options.method].tuning_steps if options.tune_steps is None else options.tune_steps
 
 
 def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: NDArray[np.int64]) -> Store:

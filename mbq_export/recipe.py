@@ -31,10 +31,12 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One calibration.  router: a name in ``candidates.ROUTERS``, or "auto": the best of them."""
+    """One calibration.  tuning_steps: instead of the method's; router: a name in ``candidates.ROUTERS``, or
+    "auto": the best of them."""
 
     profile: SliceProfile
     group_size: int
     method: str
+    tuning_steps: int
     router: str
     seed: int

@@ -78,7 +78,9 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
         quality = facts.quality
         assert [point.asked_bits for point in quality.curve] == [3, 3.5, 4, 5, 6, 8]
         assert all(abs(point.avg_bits_used - point.asked_bits) < 0.5 for point in quality.curve)
-        assert set(facts.calibration["routers"]) == {"static", "norm", "mlp", "random"}
+        routers = facts.calibration["routers"]
+        assert set(routers) == {"static", "norm", "mlp", "random"}
+        assert all(of_bits["over_shipped"] == 1 for of_bits in routers[facts.router.kind].values())
         assert 3 <= quality.floor_bits <= 8
         ratios[method] = [point.perplexity / quality.reference_perplexity for point in quality.curve]
     # Random weights predict nothing, so no budget can lose or gain much.

@@ -73,6 +73,8 @@ def test_a_good_export_and_then_output_exists(model: Path, calibration_text: Pat
         (["--slices", "3,3"], ["3,3", "8"]),
         (["--slices", "two"], ["two"]),
         (["--calib-tokens", "0"], ["0", "4096"]),
+        (["--method", "rtn", "--tune-steps", "8"], ["--tune-steps 8", "rtn", "leave it out"]),
+        (["--plot", "nowhere/curve.png"], ["nowhere/curve.png", ".svg"]),
     ],
 )
 def test_bad_arguments(model: Path, tmp_path: Path, args: list[str], parts: list[str]) -> None:
