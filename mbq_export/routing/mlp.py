@@ -39,7 +39,7 @@ class MlpWeights:
 def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F32, MlpWeights]:
     """float32 bias and norm_gain [E - 1], and the MLP.  ``stats.inputs`` must have been kept."""
     assert stats.inputs is not None
-    bias, norm_gain = norm.fit(stats, profile, norm.slope(stats))
+    _, norm_gain = norm.fit(stats, profile, norm.slope(stats))
     mean_square = torch.from_numpy(stats.mean_square)
     x = torch.from_numpy(stats.inputs)
     target = _unexplained(torch.from_numpy(stats.change), mean_square)
@@ -58,8 +58,13 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    weights = MlpWeights(w1.detach().numpy().astype(np.float16), b1.detach().numpy(), w2.detach().numpy())
-    return (bias + offset.detach().numpy()).astype(np.float32), norm_gain, weights
+    with torch.no_grad():
+        stored = w1.half()
+        learned = torch.nn.functional.silu(x.float() @ stored.float().T + b1) @ w2.T
+        score = (learned + torch.from_numpy(norm_gain) * mean_square.log()[:, None]).double()
+        # On average a slice is worth what was measured, whatever was learned about single tokens.
+        average = np.log(norm.average_gain(stats, profile)) - (score.logsumexp(0) - np.log(tokens)).numpy()
+    return average.astype(np.float32), norm_gain, MlpWeights(stored.numpy(), b1.detach().numpy(), w2.detach().numpy())
 
 
 def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
@@ -67,7 +72,5 @@ def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tenso
     target = torch.log(change / change.mean(0) + 1e-6)
     features = torch.stack([torch.ones_like(mean_square), mean_square.log()], dim=1)
     line = torch.linalg.lstsq(features, target).solution
-    # The energies are averaged before the logarithm, so that the rule's average worth stays put.
-    rest = target - features @ line
-    centred: torch.Tensor = rest - rest.exp().mean(0).log()
-    return centred
+    rest: torch.Tensor = target - features @ line
+    return rest

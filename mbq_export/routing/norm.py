@@ -41,13 +41,17 @@ def average_gain(stats: UnitStatistics, profile: SliceProfile) -> F64:
 
 _NEWTON_STEPS = 20
 _LARGEST_SLOPE = 3.0
+_TRUST = 0.5
+"""What is kept of a fitted slope.  Losses are so heavy-tailed that a fit to a few thousand tokens overstates what an
+energy tells: on SmolLM2-135M the whole slope gave 1.046 times the original's perplexity at 5 bits, half of it 1.012,
+a quarter 1.015; at 4 bits 1.117, 1.084 and 1.099."""
 
 
 def slope(stats: UnitStatistics) -> float:
     """beta: by which power of its input's energy a token's loss at the shallowest depth grows.
 
     The loss of a token is taken for exponentially distributed about ``exp(a + beta * log(mean(x**2)))``, which a
-    squared Gaussian's likelihood nearly is; a and beta are the likeliest.
+    squared Gaussian's likelihood nearly is; a and beta are the likeliest, and ``_TRUST`` of beta is returned.
     """
     log_energy = np.log(stats.mean_square.astype(np.float64))
     log_energy -= log_energy.mean()
@@ -61,7 +65,7 @@ def slope(stats: UnitStatistics) -> float:
         curvature = features.T @ (features * np.maximum(ratio, 0.1)[:, None])
         step = np.linalg.solve(curvature, features.T @ (ratio - 1))
         fitted += np.clip(step, -0.5, 0.5)
-    return float(np.clip(fitted[1], -_LARGEST_SLOPE, _LARGEST_SLOPE))
+    return _TRUST * float(np.clip(fitted[1], -_LARGEST_SLOPE, _LARGEST_SLOPE))
 
 
 def fit(stats: UnitStatistics, profile: SliceProfile, beta: float) -> tuple[F32, F32]:
