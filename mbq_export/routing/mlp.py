@@ -70,7 +70,8 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
 def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
     """float32 [T, E - 1]: log of ``change`` less its regression on the log of ``mean_square``."""
     target = torch.log(change / change.mean(0) + 1e-6)
-    features = torch.stack([torch.ones_like(mean_square), mean_square.log()], dim=1)
-    line = torch.linalg.lstsq(features, target).solution
-    rest: torch.Tensor = target - features @ line
-    return rest
+    target -= target.mean(0)
+    energy = mean_square.log()[:, None]
+    energy -= energy.mean()
+    # Written out: torch.linalg.lstsq does not give the same bits twice.
+    return target - energy * ((energy * target).sum(0) / (energy**2).sum().clamp(min=1e-12))
