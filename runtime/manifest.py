@@ -26,14 +26,14 @@ FORMAT_VERSION = 1
 
 GROUP_SIZES = (32, 64, 128)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
-ENGINES = ("onnx",)
 NATIVE_LAYOUT = "mbq16"
+LAYOUTS = (NATIVE_LAYOUT, "nbits")
 OPS_LIBRARY = "lib/libmbq_ops.so"
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    NATIVE_LAYOUT: ("model.onnx", "genai_config.json", "tokenizer.json", OPS_LIBRARY),
-    "nbits": ("model.onnx", "genai_config.json", "tokenizer.json"),
+COMMON_FILES = ("genai_config.json", "tokenizer.json")
+ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), "nbits": ("model.onnx",)},
 }
-"""The files a bundle of each layout cannot do without."""
+"""The layouts each engine reads, and the files it then cannot do without."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -55,7 +55,8 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """The machine the bundle is for.  features: names as ``mbq_runtime.isa`` gives them."""
+    """The machine the bundle is for.  engine: what runs it unless another of ``Manifest.engines`` is asked for;
+    features: names as ``mbq_runtime.isa`` gives them."""
 
     name: str
     engine: str
@@ -160,6 +161,7 @@ class Manifest:
     tools: Mapping[str, str]
     files: tuple[FileEntry, ...]
     quality: Quality = Quality(0.0, 0.0, ())
+    engines: tuple[str, ...] = ("onnx",)
 
     @property
     def profile(self) -> SliceProfile:
@@ -169,6 +171,11 @@ class Manifest:
     def native(self) -> bool:
         """Whether the bundle carries its own compiled kernels."""
         return self.layout == NATIVE_LAYOUT
+
+    @property
+    def ops_library(self) -> str | None:
+        """The library that ONNX Runtime must load for the graph, if there is one."""
+        return OPS_LIBRARY if self.native and "onnx" in self.engines else None
 
     @property
     def total_bytes(self) -> int:
@@ -318,7 +325,11 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     rules: list[tuple[bool, str, object, str]] = [
         (manifest.group_size in GROUP_SIZES, "group_size", manifest.group_size, f"one of {GROUP_SIZES}"),
         (manifest.layout in LAYOUTS, "layout", manifest.layout, " or ".join(LAYOUTS)),
-        (manifest.target.engine in ENGINES, "target.engine", manifest.target.engine, " or ".join(ENGINES)),
+        *(
+            (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, _engines_of(manifest.layout))
+            for engine in manifest.engines
+        ),
+        (manifest.target.engine in manifest.engines, "target.engine", manifest.target.engine, "one of engines"),
         (manifest.target.arch in ARCHITECTURES, "target.arch", manifest.target.arch, " or ".join(ARCHITECTURES)),
         (
             profile.min_bits <= budget.min_bits <= budget.default_bits <= budget.max_bits <= profile.depth_bits[-1],
@@ -362,10 +373,15 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise BundleError(f"{path}: {field} is {seen!r}, needed {needed}; export the bundle again")
     names = [entry.name for entry in manifest.files]
     twice = sorted({name for name in names if names.count(name) > 1})
-    missing = [name for name in LAYOUTS[manifest.layout] if name not in names]
+    needed_files = [*COMMON_FILES, *(name for e in manifest.engines for name in ENGINE_FILES[e][manifest.layout])]
+    missing = [name for name in needed_files if name not in names]
     if twice or missing:
         problem = f"lists {twice[0]} twice" if twice else f"does not list {missing[0]}"
         raise BundleError(f"{path}: files {problem}; export the bundle again")
+
+
+def _engines_of(layout: str) -> str:
+    return " or ".join(engine for engine, layouts in ENGINE_FILES.items() if layout in layouts) + f" for {layout}"
 
 
 def _is_number(text: str) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.engine.session import Window
+from mbq_runtime.engine import Window
 from mbq_runtime.perplexity import Windows, estimate
 
 Forward = Callable[[Sequence[int]], Window]

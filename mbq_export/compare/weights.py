@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mbq_export.checkpoint import Checkpoint
-from mbq_runtime.engine.session import Window
+from mbq_runtime.engine import Window
 
 from .harness import Forward
 

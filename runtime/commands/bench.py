@@ -10,7 +10,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, listed, progress_line
+from .common import bundle_argument, engine_option, listed, progress_line
 
 N = TypeVar("N", int, float)
 
@@ -23,8 +23,16 @@ N = TypeVar("N", int, float)
 @click.option("--bits", help="Budgets, as 2,4,8.  [default: the bundle's]")
 @click.option("-t", "--threads", help="Processor threads, as 2,4.  [default: one per core]")
 @click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", help="Form of the result.")
+@engine_option
 def command(
-    bundle: Path, n_prompt: str, n_gen: str, repetitions: int, bits: str | None, threads: str | None, output: str
+    bundle: Path,
+    n_prompt: str,
+    n_gen: str,
+    repetitions: int,
+    bits: str | None,
+    threads: str | None,
+    output: str,
+    engine: str | None,
 ) -> None:
     """Measure how fast the bundle in folder BUNDLE reads prompts and writes tokens.
 
@@ -52,11 +60,11 @@ def command(
     sensors = Sensors()
     env = bench.environment(sensors.read)
     for count in _counts("-t", threads, int) if threads else [None]:
-        engine = Engine.load(bundle, threads=count)
+        loaded = Engine.load(bundle, threads=count, engine=engine)
         with progress_line(f"{count or env['cpus']} threads") as progress:
             for i, test in enumerate(tests):
                 progress(i, len(tests))
-                rows.append(bench.run(engine, count or env["cpus"], test, repetitions, sensors.read))
+                rows.append(bench.run(loaded, count or env["cpus"], test, repetitions, sensors.read))
     click.echo(bench.FORMATS[output](rows, env))
 
 

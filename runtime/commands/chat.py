@@ -11,7 +11,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, threads_option
+from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 
 
@@ -25,6 +25,7 @@ from .steering import Steering, steered, steering_options
 @click.option("--seed", type=int, help="Repeat a varied reply.")
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
 @steering_options
+@engine_option
 @threads_option
 def command(
     bundle: Path,
@@ -35,6 +36,7 @@ def command(
     top_k: int,
     seed: int | None,
     show_bits: bool,
+    engine: str | None,
     threads: int | None,
     **steering: Any,
 ) -> None:
@@ -48,13 +50,13 @@ def command(
     from mbq_runtime.chat.screen import Screen
     from mbq_runtime.engine import Engine
 
-    engine = Engine.load(bundle, threads=threads)
-    if not engine.has_chat_template:
+    loaded = Engine.load(bundle, threads=threads, engine=engine)
+    if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")
     terminal = sys.stdout.isatty()
     colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    budget = engine.manifest.budget
-    with steered(engine, Steering(**steering)) as (gate, governor):
+    budget = loaded.manifest.budget
+    with steered(loaded, Steering(**steering)) as (gate, governor):
         screen = Screen(
             sys.stdout,
             sys.stderr,
@@ -65,7 +67,7 @@ def command(
         if legend := screen.legend():
             screen.line(legend)
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        Chat(engine, gate, governor, screen, Conversation(engine, system), options).run(_reader())
+        Chat(loaded, gate, governor, screen, Conversation(loaded, system), options).run(_reader())
 
 
 def _reader() -> Any:

@@ -36,6 +36,11 @@ def threads_option(function: F) -> F:
     return click.option("--threads", type=int, help="Processor threads.  [default: one per core]")(function)
 
 
+def engine_option(function: F) -> F:
+    help = "What runs the model, where the bundle has several.  [default: the bundle's choice]"
+    return click.option("--engine", metavar="NAME", help=help)(function)
+
+
 @contextmanager
 def progress_line(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function for (done, total) that redraws one line on stderr; silent when that is no terminal."""

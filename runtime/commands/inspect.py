@@ -40,6 +40,7 @@ def _lines(m: Manifest) -> list[tuple[str, str]]:
         ("model", f"{m.model.name} ({m.model.architecture}), {m.model.parameters / 1e6:.1f} M parameters"),
         ("context", f"{m.model.context_length} tokens"),
         ("target", f"{m.target.name} ({machine})"),
+        ("engines", ", ".join(m.engines)),
         ("slices", f"{m.profile}: {'/'.join(map(str, m.profile.depth_bits))} bits, groups of {m.group_size}"),
         ("layout", f"{m.layout} ({'own kernels' if m.native else 'stock operators'})"),
         ("budget", f"{m.budget.min_bits:g} to {m.budget.max_bits:g} bits, {m.budget.default_bits:g} by default"),

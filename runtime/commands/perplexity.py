@@ -12,7 +12,7 @@ import click
 from mbq_runtime.errors import UsageError
 from mbq_runtime.manifest import Budget
 
-from .common import bundle_argument, json_option, listed, progress_line, threads_option
+from .common import bundle_argument, engine_option, json_option, listed, progress_line, threads_option
 
 
 @click.command("perplexity")
@@ -22,6 +22,7 @@ from .common import bundle_argument, json_option, listed, progress_line, threads
 @click.option("--context", type=int, default=512, help="Tokens in a window.")
 @click.option("--max-windows", type=int, help="Use the text's first windows only.  [default: all]")
 @click.option("--reference", metavar="MODEL", help="Measure this original model too (needs mbq-export[export]).")
+@engine_option
 @threads_option
 @json_option
 def command(
@@ -31,6 +32,7 @@ def command(
     context: int,
     max_windows: int | None,
     reference: str | None,
+    engine: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -52,15 +54,15 @@ def command(
 
     from mbq_runtime.engine import Engine
 
-    engine = Engine.load(bundle, threads=threads)
-    if context > engine.context_length:
-        raise UsageError(f"--context {context}: {bundle} takes at most {engine.context_length} tokens")
-    windows = perplexity.cut_windows(engine.encode(text), context, engine.opening_tokens, max_windows)
+    loaded = Engine.load(bundle, threads=threads, engine=engine)
+    if context > loaded.context_length:
+        raise UsageError(f"--context {context}: {bundle} takes at most {loaded.context_length} tokens")
+    windows = perplexity.cut_windows(loaded.encode(text), context, loaded.opening_tokens, max_windows)
 
     rows = []
     for value in budgets:
         with progress_line(f"{value:g} bits") as progress:
-            rows.append(perplexity.measure(windows, value, lambda w, b=value: engine.score(w, b), progress))  # type: ignore[misc]
+            rows.append(perplexity.measure(windows, value, lambda w, b=value: loaded.score(w, b), progress))  # type: ignore[misc]
     reference_ppl: perplexity.Estimate | None = None
     if reference and reference_nll:
         with progress_line(reference) as progress:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import bundle_argument, json_option, threads_option
+from .common import bundle_argument, engine_option, json_option, threads_option
 from .steering import Steering, steered, steering_options
 
 
@@ -23,6 +23,7 @@ from .steering import Steering, steered, steering_options
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
 @steering_options
+@engine_option
 @threads_option
 @json_option
 def command(
@@ -34,6 +35,7 @@ def command(
     top_p: float,
     top_k: int,
     seed: int | None,
+    engine: str | None,
     threads: int | None,
     as_json: bool,
     **steering: Any,
@@ -47,9 +49,9 @@ def command(
     from mbq_runtime.engine import Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine.load(bundle, threads=threads)
-    with steered(engine, Steering(**steering)) as (_, governor):
-        generation = engine.generate(
+    loaded = Engine.load(bundle, threads=threads, engine=engine)
+    with steered(loaded, Steering(**steering)) as (_, governor):
+        generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
         pieces = []

@@ -12,7 +12,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, threads_option
+from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 
 _CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at once
@@ -28,6 +28,7 @@ _CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at
     "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
 )
 @steering_options
+@engine_option
 @threads_option
 def command(
     bundle: Path,
@@ -36,6 +37,7 @@ def command(
     api_key: str | None,
     queue: int,
     context: int | None,
+    engine: str | None,
     threads: int | None,
     **steering: Any,
 ) -> None:
@@ -61,13 +63,13 @@ def command(
         # Before the model is loaded: a port that is taken should not cost that time.
         listener = stack.enter_context(_listen(host, port))
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
-        engine = Engine.load(bundle, threads=threads, context=most if context is None else context)
-        live = Live(engine.manifest.model.name, lambda: runner.should_exit)
-        gate, governor = stack.enter_context(steered(engine, Steering(**steering), live.add_event))
+        loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
+        live = Live(loaded.manifest.model.name, lambda: runner.should_exit)
+        gate, governor = stack.enter_context(steered(loaded, Steering(**steering), live.add_event))
         low, high = governor.policy.bounds
         server = Server(
-            engine, gate, governor, live,
-            budget=replace(engine.manifest.budget, min_bits=low, max_bits=high),
+            loaded, gate, governor, live,
+            budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
             queue_limit=queue, host=host, api_key=api_key,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))

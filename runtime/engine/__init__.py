@@ -1,9 +1,9 @@
-"""Runs bundles: ``Engine`` on onnxruntime-genai, ``Session`` on plain ONNX Runtime."""
+"""Runs bundles: ``Engine`` on any kind of engine the bundle has, ``Session`` on plain ONNX Runtime."""
 
 from __future__ import annotations
 
-from .genai import Engine
+from .engine import Engine, Window
 from .generation import Generation, GenerationStats
 from .session import Session
 
-__all__ = ["Engine", "Generation", "GenerationStats", "Session"]
+__all__ = ["Engine", "Generation", "GenerationStats", "Session", "Window"]

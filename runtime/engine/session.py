@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mbq_runtime.errors import UsageError
+from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import OPS_LIBRARY
 
+from .engine import Window
 from .opening import engine_errors, import_engine, open_bundle
-
-
-class Window(NamedTuple):
-    """logits: float32 [S, vocab]; avg_bits_used: mean over the window's tokens."""
-
-    logits: NDArray[np.float32]
-    avg_bits_used: float
 
 
 class Session:
@@ -30,6 +22,8 @@ class Session:
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
         self.path, self.manifest = open_bundle(path, threads)
+        if "onnx" not in self.manifest.engines:
+            raise BundleError(f"{self.path}: the bundle has no ONNX graph; export it again with --engine onnx")
         onnxruntime = import_engine("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4

@@ -17,7 +17,7 @@ from mbq_export.checkpoint import Checkpoint, load, locate
 from mbq_export.cli import command
 from mbq_export.compare import last_word, llama_cpp_files, methods, report, weights
 from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
-from mbq_runtime.engine.session import Window
+from mbq_runtime.engine import Window
 from mbq_runtime.errors import ModelError, UsageError
 
 WINDOWS = [[0, 1, 2], [2, 0, 1]]

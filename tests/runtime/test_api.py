@@ -24,7 +24,13 @@ def test_signatures() -> None:
     assert list(generate) == [
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
     ]  # fmt: skip
-    assert list(inspect.signature(mbq_runtime.Engine.load).parameters) == ["path", "threads", "avg_bits", "context"]
+    assert list(inspect.signature(mbq_runtime.Engine.load).parameters) == [
+        "path",
+        "threads",
+        "avg_bits",
+        "context",
+        "engine",
+    ]
 
 
 def test_running_a_bundle_leaves_nothing_in_the_home_folder(bundle: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, succe
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.engine import Session
-from mbq_runtime.engine.genai import Prompt
+from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import mean_nll
 
 
@@ -359,17 +359,35 @@ def test_stop_ends_a_long_prompt_between_its_chunks(engine: Engine, monkeypatch:
     reply = engine.generate("x" * 90, max_tokens=5, chat=False)  # twelve chunks of 8
     passes = []
 
-    def bits_used(generator: object) -> float:
-        passes.append(generator)
+    def bits_used(run: object) -> float:
+        passes.append(run)
         if len(passes) == 3:
             reply.stop()
         return 8.0
 
-    monkeypatch.setattr(genai, "_bits_used", bits_used)
+    monkeypatch.setattr(genai._Run, "bits_used", bits_used)
     assert reply.text() == ""
     assert len(passes) == 3
     assert reply.stats.tokens == ()
     assert reply.stats.finish_reason == "closed"
+
+
+def test_logits_are_those_of_the_plain_session(engine: Engine, bundle: Path) -> None:
+    tokens = ids("The boats leave")  # two chunks of 8
+    window = engine.logits(tokens, 4.0)
+    expected = Session(bundle).run(tokens, 4.0)
+    np.testing.assert_allclose(window.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert window.avg_bits_used == pytest.approx(expected.avg_bits_used, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("abacus", "engine 'abacus' is not known; choose one of: onnx"), ("", "engine '' is not known")],
+)
+def test_an_unknown_engine(bundle: Path, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine.load(bundle, engine=name)
+    assert Engine.load(bundle, engine="onnx").name == "onnx"
 
 
 def test_context_may_be_made_smaller(bundle: Path) -> None:
