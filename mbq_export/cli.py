@@ -51,6 +51,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     type=click.Path(path_type=Path),
     help="Folder to write; with several targets, one in it for each.  [default: bundles/MODEL-TARGET]",
 )
+@click.option("--engine", default="onnx", help="What the bundle runs on: onnx, tvm or both.")
 @click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
 @click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
 @click.option(
@@ -106,8 +107,12 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
     targets = {name: resolve(name) for name in options.pop("targets")}
     options["profile"] = SliceProfile.parse(options.pop("slices"))
     options["outputs"] = _output_folders(options.pop("output"), options["model"], targets)
-    from .export import Options, prepare, run
+    from .export import ENGINE_CHOICES, Options, prepare, run
 
+    engine = options.pop("engine")
+    if engine not in ENGINE_CHOICES:
+        raise UsageError(f"--engine {engine!r} is not known; choose one of: {', '.join(ENGINE_CHOICES)}")
+    options["engines"] = ENGINE_CHOICES[engine]
     prepared = prepare(Options(**options))
     if not as_json:
         _show_plan(prepared)
@@ -155,6 +160,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "routed_parameters": plan.routed_parameters,
         "slices": list(plan.profile.slices),
         "group_size": plan.group_size,
+        "engines": list(prepared.options.engines),
         "router": prepared.options.router,
         "calib_tokens": plan.calib_tokens,
         "peak_memory_bytes": plan.peak_memory_bytes,
@@ -177,6 +183,7 @@ def _show_plan(prepared: Prepared) -> None:
     for output, target in prepared.options.outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")
+    click.echo(f"Engines  {', '.join(prepared.options.engines)}")
 
 
 def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import metadata
@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from mbq_runtime import manifest as bundle_manifest
 from mbq_runtime.errors import UsageError
 from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_runtime.weights_file import WEIGHTS
 from mbq_targets.table import Target
 
 from . import calibration_data
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
+from .lower import tvm as lower_tvm
+from .lower import tvm_weights
 from .progress import Report, no_report
 from .recipe import METHODS, Recipe
 from .store import Store
@@ -37,12 +40,14 @@ TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang",
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
+    engines: names of ``WRITERS``, what each bundle is to run on, the first unless it is told another;
     method, router: as ``Recipe`` takes them; tune_steps: None for the method's own; floor_ratio: how many
     times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
     takes it."""
 
     model: str
     outputs: dict[Path, Target]
+    engines: tuple[str, ...]
     profile: SliceProfile
     group_size: str
     method: str
@@ -80,12 +85,14 @@ def prepare(options: Options) -> Prepared:
         raise UsageError(f"--tune-steps {options.tune_steps}: the method {options.method} tunes nothing; leave it out")
     source = locate(options.model)
     decoder = read_config(source)
+    if "tvm" in options.engines:
+        lower_tvm.check(decoder)
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
         output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, options.calib_tokens)
         for output, target in options.outputs.items()
     }
-    found = planning.problems(plans, options.outputs, options.force)
+    found = planning.problems(plans, options.outputs, options.engines, options.force)
     if found:
         raise UsageError("; ".join(found))
     return Prepared(options, source, calibration_data.open_source(options.calib_data), plans)
@@ -150,25 +157,54 @@ def _write_bundle(
     progress: Report,
 ) -> bundle_manifest.Manifest:
     from . import bundle
-    from .lower.onnx import lower
 
     options, target = prepared.options, prepared.options.outputs[output]
     with bundle.writing(output, options.force) as folder:
-        model, tensors = lower(checkpoint, calibrated, target.layout)
-        bundle.write_model(model, tensors, folder, lambda done, total: progress(f"writing {output.name}", done, total))
-        del tensors
+        for engine in options.engines:
+            WRITERS[engine](target, checkpoint, calibrated, folder, progress)
         _write_tokenizer(checkpoint, folder)
-        bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target))
-        if target.native:
-            from mbq_targets.build import build_ops_library
-
-            progress(f"compiling kernels for {target.name}", 0, 1)
-            (folder / "lib").mkdir()
-            build_ops_library(target, options.profile, calibrated.group_size, folder / bundle_manifest.OPS_LIBRARY)
-            progress(f"compiling kernels for {target.name}", 1, 1)
+        bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, options.engines))
         manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
         bundle_manifest.write(manifest, folder)
     return manifest
+
+
+def _write_onnx(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+    from . import bundle
+    from .lower.onnx import lower
+
+    model, tensors = lower(checkpoint, calibrated, target.layout)
+    bundle.write_model(model, tensors, folder, lambda done, total: progress(f"writing {folder.stem}", done, total))
+    if target.native:
+        from mbq_targets.build import build_ops_library
+
+        progress(f"compiling kernels for {target.name}", 0, 1)
+        (folder / "lib").mkdir()
+        build_ops_library(target, calibrated.profile, calibrated.group_size, folder / bundle_manifest.OPS_LIBRARY)
+        progress(f"compiling kernels for {target.name}", 1, 1)
+
+
+def _write_tvm(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+    from mbq_targets.build import build_decoder
+
+    what = f"compiling the decoder for {target.name}"
+    progress(what, 0, 1)
+    lowered = lower_tvm.lower(checkpoint, calibrated)
+    library = folder / bundle_manifest.DECODER_LIBRARY
+    build_decoder(target, calibrated.profile, calibrated.group_size, lowered.module, library)
+    progress(what, 1, 1)
+    tvm_weights.write(
+        lowered.tensors, lowered.entries, folder / WEIGHTS, lambda done, total: progress("writing weights", done, total)
+    )
+
+
+Writer = Callable[[Target, Checkpoint, "Calibrated", Path, Report], None]
+
+WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "tvm": _write_tvm}
+"""By engine: what it needs in the bundle besides the tokenizer."""
+
+ENGINE_CHOICES = {**{name: (name,) for name in WRITERS}, "both": ("onnx", "tvm")}
+"""What ``--engine`` takes."""
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
@@ -185,7 +221,7 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     return [i for i in dict.fromkeys(seen) if i < checkpoint.decoder.vocab_size]
 
 
-def _engine_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
+def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, ...]) -> dict[str, Any]:
     from mbq_runtime.genai_config import genai_config
 
     d, tokenizer = checkpoint.decoder, checkpoint.tokenizer
@@ -201,7 +237,7 @@ def _engine_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         eos_token_ids=_eos_token_ids(checkpoint),
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        native=target.native,
+        native=target.native and "onnx" in engines,
     )
 
 
@@ -241,7 +277,7 @@ def _manifest(
             layers=d.layers,
             context_length=d.context_length,
         ),
-        target=bundle_manifest.TargetFacts(target.name, "onnx", target.arch, target.cpu, target.features),
+        target=bundle_manifest.TargetFacts(target.name, options.engines[0], target.arch, target.cpu, target.features),
         slices=plan.profile.slices,
         group_size=plan.group_size,
         layout=target.layout,
@@ -259,4 +295,5 @@ def _manifest(
         quality=bundle_manifest.Quality(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
         ),
+        engines=options.engines,
     )

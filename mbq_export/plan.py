@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq_runtime.errors import UsageError
+from mbq_runtime.manifest import ENGINE_FILES
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_targets.table import Target
 
@@ -115,12 +116,18 @@ def depth_budgets(profile: SliceProfile) -> list[float]:
     return [step / 2 for step in steps]
 
 
-def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], force: bool) -> list[str]:
+def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tuple[str, ...], force: bool) -> list[str]:
     """Everything that would stop the export later, one line each.  plans, outputs: by output folder."""
     found = [
         f"{output}: it exists; choose another --output, or --force to replace it"
         for output in outputs
         if output.exists() and not force
+    ]
+    found += [
+        f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
+        for target in outputs.values()
+        for engine in engines
+        if target.layout not in ENGINE_FILES[engine]
     ]
     if any(target.native for target in outputs.values()):
         found += [
@@ -131,7 +138,7 @@ def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], force: bool) 
     needed: dict[Path, int] = {}
     for output, plan in plans.items():
         parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-        needed[parent] = needed.get(parent, 0) + plan.disk_bytes
+        needed[parent] = needed.get(parent, 0) + len(engines) * plan.disk_bytes
     for parent, size in needed.items():
         free = shutil.disk_usage(parent).free
         if free < size:

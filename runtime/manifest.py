@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from ._schema import decode
 from .errors import BundleError, UsageError
 from .profile import SliceProfile
+from .weights_file import WEIGHTS
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "mbq-bundle"
@@ -29,9 +30,11 @@ ARCHITECTURES = ("aarch64", "x86_64", "any")
 NATIVE_LAYOUT = "mbq16"
 LAYOUTS = (NATIVE_LAYOUT, "nbits")
 OPS_LIBRARY = "lib/libmbq_ops.so"
+DECODER_LIBRARY = "decoder.so"
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), "nbits": ("model.onnx",)},
+    "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},
 }
 """The layouts each engine reads, and the files it then cannot do without."""
 

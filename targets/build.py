@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mbq_runtime.errors import BuildError
 from mbq_runtime.profile import SliceProfile
@@ -26,10 +27,11 @@ CACHE_VARIABLE = "MBQ_CACHE_DIR"
 
 _ROOM = Path(__file__).parent
 _SHIM = _ROOM / "ort_ops"
+_DRIVERS = _ROOM / "tvm_ops"
 _EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info")
 _COMPILER_FLAGS = (
     "-shared", "-fPIC", "-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror",
-    "-fvisibility=hidden", "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
+    "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
 )  # fmt: skip
 _TOOL_LINES = 6  # of a failing tool's output that an error repeats
 
@@ -55,7 +57,8 @@ def build_ops_library(target: Target, profile: SliceProfile, group_size: int, ou
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise BuildError(f"group size {group_size}: kernels exist for {sizes}; choose one of these")
     try:
-        cached = cache_dir() / "ops" / f"{_key(target, profile, group_size)}.so"
+        key = _key(target, profile, group_size, ("kernels/*.py", "ort_ops/*.[ch]"))
+        cached = cache_dir() / "ops" / f"{key}.so"
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
@@ -78,11 +81,10 @@ def _place(source: Path, destination: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _key(target: Target, profile: SliceProfile, group_size: int) -> str:
-    """Hash of everything a library is made from."""
+def _key(target: Target, profile: SliceProfile, group_size: int, sources: tuple[str, ...]) -> str:
+    """Hash of everything a file is made from.  sources: patterns below this folder."""
     digest = hashlib.sha256()
-    sources = (*_ROOM.glob("kernels/*.py"), *_SHIM.glob("*.[ch]"), Path(__file__))
-    for path in sorted(sources):
+    for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), Path(__file__)]):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
@@ -97,38 +99,83 @@ def _version(package: str) -> str:
         raise BuildError(f"the Python package {package} is missing; install mbq-export[export]") from None
 
 
+def build_decoder(target: Target, profile: SliceProfile, group_size: int, module: Any, out: Path) -> None:
+    """Write a whole decoder as one library: the Relax ``module``, and the kernels it calls.
+
+    module: of functions and of the operations of ``tvm_ops``, for the same profile and group size.
+    Raises BuildError as ``build_ops_library`` does.
+    """
+    import tvm
+
+    try:
+        kernels = _kernels(target, profile, group_size)
+        with tempfile.TemporaryDirectory(prefix="mbq-build-") as name:
+            folder = Path(name)
+            (folder / "mbq_config.h").write_text(config_header(target, profile, group_size))
+            compiled = _compiled(module, target)
+
+            def link(library: str, objects: list[str], **_: object) -> None:
+                _link(target, folder, [*map(Path, objects), _DRIVERS / "kernels.c", kernels], (), Path(library))
+
+            compiled.export_library(str(folder / "decoder.so"), fcompile=link, workspace_dir=name)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _place(folder / "decoder.so", out)
+    except OSError as error:
+        raise BuildError(f"library for {target.name}: {error}; check space and permissions") from error
+    except tvm.error.TVMError as error:
+        raise BuildError(f"the decoder for {target.name} cannot be exported: {_last_lines(str(error))}") from error
+
+
 def _build(target: Target, profile: SliceProfile, group_size: int, folder: Path) -> Path:
-    kernels = folder / "kernels.o"
-    _compile_kernels(target, profile, group_size, kernels)
     (folder / "mbq_config.h").write_text(config_header(target, profile, group_size))
     exports = folder / "exports.map"
     exports.write_text("{ global: " + " ".join(f"{name};" for name in _EXPORTS) + " local: *; };\n")
     library = folder / "libmbq_ops.so"
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, *_COMPILER_FLAGS]
-    command += [f"-I{folder}", f"-I{_SHIM}", f"-Wl,--version-script={exports}"]
-    command += [*map(str, sorted(_SHIM.glob("*.c"))), str(kernels), "-lm", "-o", str(library)]
+    flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}")
+    kernels = _kernels(target, profile, group_size)
+    _link(target, folder, [*sorted(_SHIM.glob("*.c")), kernels], flags, library)
+    return library
+
+
+def _link(target: Target, folder: Path, inputs: list[Path], flags: tuple[str, ...], library: Path) -> None:
+    """C sources and object files to a library.  folder: where mbq_config.h is."""
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, *_COMPILER_FLAGS, *flags]
+    command += [f"-I{folder}", f"-I{_SHIM}", *map(str, inputs), "-lm", "-o", str(library)]
     zig_cache = str(cache_dir() / "zig")
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not library.is_file():
-        lines = (result.stderr or result.stdout).strip().splitlines()[-_TOOL_LINES:]
-        raise BuildError(f"linking the library for {target.name} failed: " + " | ".join(lines))
-    return library
+        raise BuildError(f"linking the library for {target.name} failed: {_last_lines(result.stderr or result.stdout)}")
 
 
-def _compile_kernels(target: Target, profile: SliceProfile, group_size: int, out: Path) -> None:
-    # The compiler takes seconds to import, which a cached library does not need.
+def _last_lines(text: str) -> str:
+    return " | ".join(text.strip().splitlines()[-_TOOL_LINES:])
+
+
+def _kernels(target: Target, profile: SliceProfile, group_size: int) -> Path:
+    """The kernels' object file, from the cache or compiled into it."""
+    cached = cache_dir() / "kernels" / f"{_key(target, profile, group_size, ('kernels/*.py',))}.o"
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # The compiler takes seconds to import, which a cached file does not need.
+        from .kernels.isa import ISAS
+        from .kernels.module import build_module
+
+        with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+            compiled = _compiled(build_module(ISAS[target.isa], profile, group_size), target)
+            compiled.mod.write_to_file(str(Path(folder, "kernels.o")))
+            _place(Path(folder, "kernels.o"), cached)
+    return cached
+
+
+def _compiled(module: Any, target: Target) -> Any:
+    """An IRModule compiled for ``target``."""
     import tvm
 
-    from .kernels.isa import ISAS
-    from .kernels.module import build_module
-
     try:
-        module = build_module(ISAS[target.isa], profile, group_size)
-        tvm.compile(module, target=tvm.target.Target(target.llvm)).mod.write_to_file(str(out))
+        return tvm.compile(module, target=tvm.target.Target(target.llvm))
     except Exception as error:
-        lines = str(error).strip().splitlines()[-_TOOL_LINES:]
-        raise BuildError(f"compiling the kernels for {target.name} failed: " + " | ".join(lines)) from error
+        raise BuildError(f"compiling for {target.name} failed: {_last_lines(str(error))}") from error
 
 
 def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:

@@ -59,6 +59,7 @@ class Kind(NamedTuple):
 
 ENGINES = {
     "onnx": Kind("genai", ""),
+    "tvm": Kind("tvm", "tvm"),
 }
 
 

@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TERMS, MBQ_TILE_K, ... */
+#include "kernels.h"
 #include "ort_abi.h"
 
 enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 8, NAME_BYTES = 128 };
@@ -69,32 +69,6 @@ static inline int64_t piece_start(int64_t units, size_t pieces, size_t index) {
 
 /* A buffer of the calling thread, good until its next call; NULL if `bytes` is more than it has. */
 void *thread_scratch(size_t bytes);
-
-/* ---- kernels: TVM's packed calling convention ---- */
-
-typedef struct Arg {
-  int32_t type;
-  uint32_t zero;
-  union {
-    int64_t integer;
-    const void *pointer;
-  } value;
-} Arg;
-typedef int (*Kernel)(void *self, const Arg *args, int32_t count, Arg *result);
-
-#define INT(v) ((Arg){1, 0, {.integer = (v)}})
-#define PTR(v) ((Arg){4, 0, {.pointer = (v)}})
-#define CALL(kernel, ...)                                                                 \
-  ((kernel)(NULL, (const Arg[]){__VA_ARGS__}, sizeof((const Arg[]){__VA_ARGS__}) / sizeof(Arg), &(Arg){0}))
-
-int __tvm_ffi_mbq_quantize(void *, const Arg *, int32_t, Arg *);
-int __tvm_ffi_mbq_router_sums(void *, const Arg *, int32_t, Arg *);
-#define DECLARE(d)                                                \
-  int __tvm_ffi_mbq_gemv_d##d(void *, const Arg *, int32_t, Arg *); \
-  int __tvm_ffi_mbq_gemm_d##d(void *, const Arg *, int32_t, Arg *); \
-  int __tvm_ffi_mbq_gather_d##d(void *, const Arg *, int32_t, Arg *);
-MBQ_EACH_DEPTH(DECLARE)
-#undef DECLARE
 
 /* ---- the ops ---- */
 

@@ -1,0 +1,93 @@
+"""What the TVM decoder's weights file holds, and its writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.weights_file import Entry, plan, write_header
+
+from ..calibrate import Calibrated, RoutedLinear
+from ..checkpoint import Checkpoint
+from ..slicing.reference import Sliced, pack_planes, pack_scales
+
+Array = NDArray[np.generic]
+
+_ROW_BLOCK = 16
+_DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+
+
+def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
+    """Every tensor by name: matrices and routers by the unit's, norms by the checkpoint's."""
+    d, tensors = checkpoint.decoder, dict[str, Array]()
+    for linear in calibrated.units.values():
+        tensors |= _matrix(linear.unit.name, linear.sliced, calibrated)
+        tensors |= _beside(linear)
+    scale = np.full(d.hidden_size, d.embedding_scale, np.float32)
+    if calibrated.embedding is None:
+        scale /= calibrated.head_scale
+    else:
+        tensors |= _matrix("embedding", calibrated.embedding, calibrated)
+    tensors["embedding.scale"] = scale
+    for name in _norms(checkpoint):
+        tensors[name] = checkpoint.norm(name)
+    for kind in dict.fromkeys(d.rotary_kind(layer) for layer in range(d.layers)):
+        tensors[f"{kind}.cos"], tensors[f"{kind}.sin"] = checkpoint.rotary(kind)
+    if turn := calibrated.head_input:
+        parts = {"left": turn.left, "left_back": turn.left.T, "right": turn.right, "right_back": turn.right.T}
+        tensors |= {f"head_input.{part}": np.ascontiguousarray(value) for part, value in parts.items()}
+        tensors["head_input.gain"] = turn.gain
+    return tensors
+
+
+def _matrix(name: str, sliced: Sliced, calibrated: Calibrated) -> dict[str, Array]:
+    planes = pack_planes(sliced.codes, calibrated.profile)
+    return {f"{name}.planes": planes, f"{name}.scales": pack_scales(sliced.scale, sliced.offset)}
+
+
+def _beside(linear: RoutedLinear) -> dict[str, Array]:
+    """Router and bias; the bias is padded to whole row blocks."""
+    router, prefix = linear.router, f"{linear.unit.name}.router"
+    found: dict[str, Array | None] = {
+        f"{prefix}.table": np.stack([router.budgets, router.thresholds]),
+        f"{prefix}.bias": router.bias,
+        f"{prefix}.norm_gain": router.norm_gain,
+        f"{prefix}.w1": router.w1,
+        f"{prefix}.b1": router.b1,
+        f"{prefix}.w2": router.w2,
+    }
+    if linear.bias is not None:
+        found[f"{linear.unit.name}.bias"] = np.pad(linear.bias, (0, -len(linear.bias) % _ROW_BLOCK))
+    return {name: np.ascontiguousarray(value) for name, value in found.items() if value is not None}
+
+
+def _norms(checkpoint: Checkpoint) -> list[str]:
+    d = checkpoint.decoder
+    names = [d.final_norm]
+    for layer in range(d.layers):
+        names += [d.input_norm(layer, role) for role in ("attn_in", "mlp_in")]
+        names += [name for role in ("attn_out", "mlp_out") if (name := d.output_norm(layer, role))]
+        names += [d.head_norm(layer, part) for part in "qk"] if d.family.qk_norm else []
+    return names
+
+
+def places(tensors: dict[str, Array]) -> dict[str, Entry]:
+    return plan({name: (_DTYPES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
+
+
+def write(
+    tensors: dict[str, Array],
+    entries: dict[str, Entry],
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    total, done = sum(entry.size for entry in entries.values()), 0
+    with path.open("wb") as file:
+        write_header(entries, file)
+        for name, entry in entries.items():
+            file.write(np.ascontiguousarray(tensors[name]).data.cast("B"))
+            done += entry.size
+            progress(done, total)

@@ -1,0 +1,32 @@
+"""Choosing a token from logits, for engines that do not do it themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .generation import Sampling
+
+
+class Sampler:
+    """Chooses one token after the other by ``sampling``; None takes the likeliest."""
+
+    def __init__(self, sampling: Sampling | None) -> None:
+        self._sampling = sampling or Sampling()
+        self._random = np.random.default_rng(self._sampling.seed)
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """logits: float32 [vocab]."""
+        s = self._sampling
+        if s.temperature == 0:
+            return int(logits.argmax())
+        count = min(s.top_k or len(logits), len(logits))
+        likeliest = np.argpartition(-logits, count - 1)[:count] if count < len(logits) else np.arange(len(logits))
+        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+        scores = logits[likeliest].astype(np.float64) / s.temperature
+        weights = np.exp(scores - scores[0])
+        total = np.cumsum(weights)
+        # The fewest tokens whose probability reaches top_p.
+        kept = int(np.searchsorted(total, s.top_p * total[-1])) + 1 if s.top_p < 1 else len(total)
+        drawn = self._random.random() * total[min(kept, len(total)) - 1]
+        return int(likeliest[min(int(np.searchsorted(total, drawn, side="right")), len(total) - 1)])
