@@ -1,4 +1,4 @@
-"""Does the model file hold what the manifest says it does?  Sizes and shapes, not values."""
+"""Do the model's files hold what the manifest says they do?  Sizes and shapes, not values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import BundleError
 from .manifest import Linear, Manifest
 from .onnx_file import FLOAT16, UINT8, Tensor, initializers
+from .weights_file import WEIGHTS, read_entries
 
 _ROW_BLOCK = 16
 
@@ -16,10 +17,16 @@ _Kind = tuple[int, tuple[int, ...]]
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:
-    """Compare the initialisers of ``model.onnx`` with the files that hold them and with the manifest's matrices.
+    """Compare what each engine's files hold with the manifest's matrices.
 
     Raises BundleError naming the tensor or the matrix at fault.
     """
+    for engine in manifest.engines:
+        _CHECKS[engine](folder, manifest)
+
+
+def _check_onnx(folder: Path, manifest: Manifest) -> None:
+    """The initialisers of ``model.onnx``, and the files that hold them."""
     path = folder / "model.onnx"
     tensors = initializers(path)
     sizes = {entry.name: entry.size for entry in manifest.files}
@@ -29,6 +36,22 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
         _check_packed(path, tensors, manifest)
     else:
         _check_codes(path, tensors, manifest)
+
+
+def _check_tvm(folder: Path, manifest: Manifest) -> None:
+    path = folder / WEIGHTS
+    entries = read_entries(path)
+    for linear in manifest.weights.linears:
+        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            entry = entries.get(f"{linear.name}.{what}")
+            if entry is None or entry.shape != shape:
+                raise BundleError(
+                    f"{path}: {linear.name}.{what} has shape {list(entry.shape) if entry else 'none'}, needed "
+                    f"{list(shape)} ({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+
+
+_CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm}
 
 
 def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:

@@ -1,0 +1,58 @@
+"""The real model on this machine by both engines: the same tokens, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mbq_runtime import Engine
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "The history of the lighthouse begins"
+REPLY_TOKENS = 64
+LOGITS_TOLERANCE = 1e-2  # of the largest logit
+TIE = 1e-3
+
+
+def test_the_compiled_decoder_says_what_the_graph_says(smollm2_two_engines: dict[str, Path]) -> None:
+    engines = [Engine.load(smollm2_two_engines["host"], engine=name) for name in ("onnx", "tvm")]
+    onnx, compiled = engines
+    replies = [e.generate(PROMPT, max_tokens=REPLY_TOKENS, avg_bits=8, chat=False) for e in engines]
+    texts = [reply.text() for reply in replies]
+    theirs, ours = (reply.stats.tokens for reply in replies)
+    prompt = onnx.encode(PROMPT, add_bos=True)
+    if ours != theirs:
+        # Only where the graph itself could hardly tell two tokens apart.
+        agreed = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        best = np.sort(onnx.logits([*prompt, *theirs[:agreed]], 8.0).logits[-1])[-2:]
+        assert best[1] - best[0] <= TIE, (agreed, texts)
+    low = onnx.manifest.budget.min_bits
+    for bits in (low, 4.0, 8.0):
+        a, b = (engine.logits([*prompt, *theirs], bits) for engine in (compiled, onnx))
+        error = np.abs(a.logits - b.logits).max() / np.abs(b.logits).max()
+        print(f"\n{bits:g} bits: logits differ by {error:.1e} of the largest, {a.avg_bits_used:.3f} bits used")
+        assert error <= LOGITS_TOLERANCE
+        assert a.avg_bits_used == pytest.approx(b.avg_bits_used, abs=0.02)
+
+
+def test_switching_allocates_nothing(smollm2_two_engines: dict[str, Path]) -> None:
+    engine = Engine.load(smollm2_two_engines["host"], engine="tvm")
+    budgets = [8.0, 3.0, 6.0, 4.0]
+    reply = engine.generate(PROMPT, max_tokens=len(budgets) * 8, avg_bits=budgets[0], chat=False)
+    resident = []
+    for i, _ in enumerate(reply):
+        if i % 8 == 7 and i // 8 + 1 < len(budgets):
+            engine.avg_bits = budgets[i // 8 + 1]
+            resident.append(_anonymous_bytes())
+    for n, budget in enumerate(budgets):
+        window = reply.stats.bits[8 * n + 1 : 8 * n + 7]
+        assert np.mean(window) == pytest.approx(budget, abs=0.6), reply.stats.bits
+    assert max(resident) - min(resident) < 8 << 20
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))

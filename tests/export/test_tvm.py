@@ -1,0 +1,151 @@
+"""One model, two lowerings: what the compiled decoder says is what the ONNX graph and the original say."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tiny_models import write_checkpoint
+
+from mbq_export.checkpoint import load, locate, read_config
+from mbq_export.cli import command
+from mbq_export.lower import tvm
+from mbq_runtime import BundleError, Engine, UsageError, manifest
+from mbq_runtime.contents import check_contents
+from mbq_runtime.engine import Session
+from mbq_runtime.engine import tvm as tvm_engine
+from mbq_runtime.errors import ModelError
+
+# Grouped heads and tied; biases, K no multiple of 128; norms over heads; windows, two rotations and norms behind.
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3-longrope")
+PROMPT = np.random.default_rng(5).integers(0, 256, 20).tolist()
+NEW_TOKENS = 20
+# Both round activations alike; what their float32 sums leave is a millionth, and now and then a step of rounding.
+BETWEEN_ENGINES = 1e-3
+ORIGINAL = 0.1  # eight-bit slices of random weights
+TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> dict[str, tuple[Path, Path]]:
+    """By family: the checkpoint, and a bundle for both engines; each is made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("tvm")
+
+    class Bundles(dict[str, tuple[Path, Path]]):
+        def __missing__(self, name: str) -> tuple[Path, Path]:
+            source, output = write_checkpoint(folder / name, name), folder / f"{name}-bundle"
+            export(source, output, calibration_text, "--engine", "both")
+            self[name] = source, output
+            return self[name]
+
+    return Bundles()
+
+
+def export(source: Path, output: Path, text: Path, *args: str) -> None:
+    arguments = ["--target", "host", "--model", source, "--output", output, "--calib-data", text, "--router", "mlp"]
+    arguments += ["--calib-tokens", 512, "--method", "rtn", "--json", *args]
+    command([str(argument) for argument in arguments], standalone_mode=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_engines_say_what_the_model_says(name: str, bundles: dict[str, tuple[Path, Path]]) -> None:
+    source, bundle = bundles[name]
+    onnx, compiled = Engine.load(bundle, engine="onnx"), Engine.load(bundle, engine="tvm")
+    assert Engine.load(bundle).name == "onnx"
+
+    # Step by step past a sliding window, in a cache written in place: what one pass says.
+    reply = compiled.generate(PROMPT, max_tokens=NEW_TOKENS, avg_bits=8)
+    reply.text()
+    said = reply.stats.tokens
+    assert len(said) == NEW_TOKENS
+    whole = [*PROMPT, *said]
+    window = compiled.logits(whole, 8.0)
+    steps = window.logits[len(PROMPT) - 1 : -1]
+    assert (steps.max(1) - steps[np.arange(NEW_TOKENS), said] <= TIE * np.abs(steps).max()).all()
+
+    for bits in (3.0, 4.3, 6.0, 8.0):
+        ours, theirs = compiled.logits(whole, bits), onnx.logits(whole, bits)
+        assert np.abs(ours.logits - theirs.logits).max() <= BETWEEN_ENGINES * np.abs(theirs.logits).max(), bits
+        assert ours.avg_bits_used == pytest.approx(theirs.avg_bits_used, abs=1e-3)
+    assert compiled.score(whole, 4.0).nll == pytest.approx(onnx.score(whole, 4.0).nll, rel=1e-3)
+
+    with torch.no_grad():
+        original = load(locate(str(source))).model(torch.tensor([whole])).logits[0].numpy()
+    assert np.linalg.norm(window.logits - original) < ORIGINAL * np.linalg.norm(original)
+
+
+def test_a_budget_changed_in_mid_generation(bundles: dict[str, tuple[Path, Path]]) -> None:
+    engine = Engine.load(bundles["llama"][1], engine="tvm", avg_bits=8)
+    reply = engine.generate(PROMPT, max_tokens=12, chat=False)
+    for i, _ in enumerate(reply):
+        if i == 5:
+            engine.avg_bits = 3
+    bits = reply.stats.bits
+    changed = bits.index(3.0)
+    assert bits[:changed] == pytest.approx([8.0] * changed)
+    assert bits[changed:] == pytest.approx([3.0] * (len(bits) - changed))
+    assert 5 <= changed <= 8  # pieces of text may lag behind tokens
+
+
+def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]) -> None:
+    bundle = bundles["llama"][1]
+    found = manifest.read(bundle)
+    tensors = load_file(bundle / "decoder.safetensors")
+    for linear in found.weights.linears:
+        blocks = -(-linear.N // 16)
+        assert tensors[f"{linear.name}.planes"].shape == (blocks * 16 * linear.K,)
+        assert tensors[f"{linear.name}.scales"].shape == (blocks, linear.K // found.group_size, 2, 16)
+    check_contents(bundle, found)
+
+
+def test_a_bundle_for_tvm_alone(bundles: dict[str, tuple[Path, Path]], calibration_text: Path, tmp_path: Path) -> None:
+    export(bundles["llama"][0], tmp_path / "bundle", calibration_text, "--engine", "tvm")
+    assert not (tmp_path / "bundle" / "model.onnx").exists()
+    assert Engine.load(tmp_path / "bundle").name == "tvm"
+    with pytest.raises(UsageError, match=r"has no engine onnx, only tvm; .*mbq-export --engine onnx"):
+        Engine.load(tmp_path / "bundle", engine="onnx")
+    with pytest.raises(BundleError, match="has no ONNX graph"):
+        Session(tmp_path / "bundle")
+    manifest.verify(tmp_path / "bundle")
+
+
+def test_a_missing_library(bundles: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    copy = shutil.copytree(bundles["llama"][1], tmp_path / "copy")
+    (copy / "decoder.so").unlink()
+    with pytest.raises(BundleError, match=r"decoder\.so: the file is missing"):
+        Engine.load(copy, engine="tvm")
+    (copy / "decoder.so").write_bytes(b"not a library")
+    manifest.write(replace(manifest.read(copy), files=manifest.file_entries(copy)), copy)
+    with pytest.raises(BundleError, match=r"decoder\.so: the engine cannot load it: .*mbq verify"):
+        Engine.load(copy, engine="tvm")
+
+
+def test_a_machine_without_the_runtime(bundles: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    tvm_engine._tvm.cache_clear()
+    monkeypatch.setattr(tvm_engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'mbq-export\[tvm\]'"):
+        Engine.load(bundles["llama"][1], engine="tvm")
+    tvm_engine._tvm.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--engine", "abacus"], "'abacus' is not known; choose one of: onnx, tvm, both"),
+        (["--engine", "tvm", "--target", "portable"], "tvm: it does not run on target portable; use --engine onnx"),
+    ],
+)
+def test_refused_exports(args: list[str], message: str, bundles: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        command(["--model", str(bundles["llama"][0]), "-o", str(tmp_path / "b"), *args], standalone_mode=False)
+
+
+def test_a_family_without_a_lowering(bundles: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm, "FAMILIES", ("llama", "qwen3"))
+    with pytest.raises(ModelError, match=r"family qwen2 has no lowering to TVM; those that have: llama, qwen3"):
+        tvm.check(read_config(locate(str(bundles["qwen2"][0]))))

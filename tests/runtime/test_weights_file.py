@@ -1,0 +1,62 @@
+"""The file a compiled decoder reads its parameters from, by place."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from mbq_runtime.errors import BundleError
+from mbq_runtime.weights_file import PAGE_BYTES, plan, read_entries, write_header
+
+TENSORS = {
+    "norm": ("F32", (9,), 36),
+    "planes": ("U8", (128,), 128),
+    "b1": ("F32", (2,), 8),
+    "scales": ("F16", (2, 16), 64),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    entries = plan(TENSORS)
+    with path.open("wb") as file:
+        write_header(entries, file)
+        for name, entry in entries.items():
+            assert file.tell() == entry.place
+            file.write(name[:1].encode() * entry.size)
+    return path
+
+
+def test_a_file_says_where_its_tensors_are(path: Path) -> None:
+    entries = read_entries(path)
+    assert entries == plan(TENSORS)
+    data = path.read_bytes()
+    for name, entry in entries.items():
+        assert data[entry.place : entry.place + entry.size] == name[:1].encode() * entry.size
+
+
+def test_what_kernels_read_by_lines_starts_on_one(path: Path) -> None:
+    entries = read_entries(path)
+    assert entries["planes"].place == PAGE_BYTES
+    assert entries["scales"].place % 64 == 0
+    assert max(entries[name].place for name in ("planes", "scales")) < min(entries[n].place for n in ("norm", "b1"))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda data: b"",
+        lambda data: data[:100],
+        lambda data: data[:-1],
+        lambda data: struct.pack("<Q", 1 << 62) + data[8:],
+        lambda data: data[:8] + b"[" + data[9:],
+        lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,999', 1),
+    ],
+)
+def test_a_broken_file_is_refused(path: Path, broken: object) -> None:
+    path.write_bytes(broken(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(BundleError, match="not a safetensors file"):
+        read_entries(path)
