@@ -115,8 +115,7 @@ class _Run:
 
     def logits(self) -> NDArray[np.float32]:
         # Rows are padded to whole blocks.
-        logits: NDArray[np.float32] = np.from_dlpack(self._logits)
-        return logits[:, : self._backend.vocab_size]
+        return np.asarray(np.from_dlpack(self._logits), np.float32)[:, : self._backend.vocab_size]
 
     def bits_used(self) -> float:
         return float(self._used[0])
