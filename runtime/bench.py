@@ -23,7 +23,7 @@ from typing import Any
 from .engine import Engine
 from .sensing.readings import Readings
 
-_PACKAGES = ("mbq-export", "onnxruntime", "onnxruntime-genai", "numpy")
+_PACKAGES = ("mbq-export", "onnxruntime", "onnxruntime-genai", "apache-tvm", "apache-tvm-ffi", "numpy")
 
 
 @dataclass(frozen=True)

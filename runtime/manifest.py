@@ -28,7 +28,6 @@ FORMAT_VERSION = 1
 GROUP_SIZES = (32, 64, 128)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
 NATIVE_LAYOUT = "mbq16"
-LAYOUTS = (NATIVE_LAYOUT, "nbits")
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
@@ -58,8 +57,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """The machine the bundle is for.  engine: what runs it unless another of ``Manifest.engines`` is asked for;
-    features: names as ``mbq_runtime.isa`` gives them."""
+    """The machine the bundle is for.  engine: the one taken unasked; features: as ``mbq_runtime.isa`` names them."""
 
     name: str
     engine: str
@@ -327,9 +325,9 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     budget = manifest.budget
     rules: list[tuple[bool, str, object, str]] = [
         (manifest.group_size in GROUP_SIZES, "group_size", manifest.group_size, f"one of {GROUP_SIZES}"),
-        (manifest.layout in LAYOUTS, "layout", manifest.layout, " or ".join(LAYOUTS)),
+        (manifest.layout in ENGINE_FILES["onnx"], "layout", manifest.layout, " or ".join(ENGINE_FILES["onnx"])),
         *(
-            (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, _engines_of(manifest.layout))
+            (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, f"engines that read {manifest.layout}")
             for engine in manifest.engines
         ),
         (manifest.target.engine in manifest.engines, "target.engine", manifest.target.engine, "one of engines"),
@@ -381,10 +379,6 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     if twice or missing:
         problem = f"lists {twice[0]} twice" if twice else f"does not list {missing[0]}"
         raise BundleError(f"{path}: files {problem}; export the bundle again")
-
-
-def _engines_of(layout: str) -> str:
-    return " or ".join(engine for engine, layouts in ENGINE_FILES.items() if layout in layouts) + f" for {layout}"
 
 
 def _is_number(text: str) -> bool:

@@ -43,9 +43,6 @@ def import_engine(name: str) -> ModuleType:
         raise UsageError(f"{package} cannot be imported ({error}): pip install {package}") from None
 
 
-_NATIVE = (RuntimeError,)
-
-
 @contextmanager
 def engine_errors(what: str) -> Iterator[None]:
     """Turn what the native side throws into a BundleError of one line that starts with ``what``."""
@@ -53,7 +50,7 @@ def engine_errors(what: str) -> Iterator[None]:
         yield
     # ONNX Runtime's own exceptions share no base class but Exception; genai and TVM throw Python's.
     except Exception as error:
-        if isinstance(error, _NATIVE) or type(error).__module__.startswith(("onnxruntime", "tvm_ffi")):
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith(("onnxruntime", "tvm_ffi")):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BundleError(f"{what}: {reason}; check the files with mbq verify") from error
         raise
