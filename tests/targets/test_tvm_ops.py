@@ -1,0 +1,150 @@
+"""The decoder's operations, each against its definition, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mbq_export.slicing.reference import RouterParams, Sliced, pack_planes, pack_scales, route, sliced_matmul
+from mbq_runtime.profile import SliceProfile
+from mbq_targets.build import build_decoder
+from mbq_targets.table import resolve
+from mbq_targets.tvm_ops.attention import Attention
+from mbq_targets.tvm_ops.linear import FIELDS
+from mbq_targets.tvm_ops.module import Shape, build_module
+
+PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
+HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
+N, K, HIDDEN = 1000, 320, 8
+RELATIVE = 1e-5
+Array = NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    import tvm
+
+    target = resolve("host")
+    if not target.native:
+        pytest.skip("no kernels for this machine")
+    library = tmp_path_factory.mktemp("ops") / "ops.so"
+    shape = Shape(PROFILE, GROUP, 1e-5, "gelu_tanh", HEADS, (16, 20))
+    build_decoder(target, PROFILE, GROUP, build_module(shape), library)
+    module = tvm.runtime.load_module(str(library))
+    return lambda name: module[f"mbq_{name}"]
+
+
+def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
+    """The parts in one row of bytes, and where each begins."""
+    data, places = b"", {}
+    for name, part in parts.items():
+        data += bytes(-len(data) % 64)
+        places[name] = len(data)
+        data += np.ascontiguousarray(part).tobytes()
+    return np.frombuffer(data, np.uint8).copy(), places
+
+
+@pytest.mark.parametrize("bits", [3.0, 4.6, 8.0])
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (2, 2), (9, 1), (40, 40)])
+def test_linear(ops: Callable[[str], Any], tokens: int, wanted: int, bits: float) -> None:
+    rng = np.random.default_rng(tokens)
+    scale = (rng.random((N, K // GROUP)) * 0.1).astype(np.float16)
+    sliced = Sliced(rng.integers(0, 256, (N, K), np.uint8), scale, -(scale * 2).astype(np.float16))
+    steps = PROFILE.depths - 1
+    router = RouterParams(
+        rng.standard_normal(steps).astype(np.float32), rng.standard_normal(steps).astype(np.float32),
+        np.array([3, 4, 6, 8], np.float32), np.array([3, 0, -1, -3], np.float32),
+        (rng.standard_normal((HIDDEN, K)) / 20).astype(np.float16), rng.standard_normal(HIDDEN).astype(np.float32),
+        rng.standard_normal((steps, HIDDEN)).astype(np.float32),
+    )  # fmt: skip
+    bias = np.pad(rng.standard_normal(N).astype(np.float32), (0, -N % 16))
+    data, places = weights(
+        {
+            "planes": pack_planes(sliced.codes, PROFILE), "scales": pack_scales(scale, sliced.offset), "bias": bias,
+            "table": np.stack([router.budgets, router.thresholds]), "router_bias": router.bias,
+            "norm_gain": router.norm_gain, "w1": router.w1, "b1": router.b1, "w2": router.w2,
+        }
+    )  # fmt: skip
+    numbers = {**places, "entries": 4, "hidden": HIDDEN, "parameters": 3, "all_parameters": 4}
+    x = rng.standard_normal((tokens, K)).astype(np.float32)
+    used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
+    ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *(numbers[f] for f in FIELDS), out)
+    depth = route(x, bits, router)
+    expected = sliced_matmul(x, depth, sliced, PROFILE)[-wanted:] + bias[:N]
+    assert np.abs(out[:, :N] - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert not out[:, N:].any()
+    assert used[0] == pytest.approx(1 + 0.75 * np.mean([PROFILE.depth_bits[d - 1] for d in depth]))
+
+
+@pytest.mark.parametrize("window", [5, 1000])
+@pytest.mark.parametrize("parts", [(1, 1, 1), (20,), (3, 30, 1, 1), (150,)])
+def test_attention_in_parts(ops: Callable[[str], Any], parts: tuple[int, ...], window: int) -> None:
+    """A cache filled by passes of several sizes, in the second of two layers."""
+    h, total, layer = HEADS, sum(parts), 1
+    rng = np.random.default_rng(total)
+    width = (h.heads + 2 * h.kv_heads) * h.head_dim
+    qkv = rng.standard_normal((total, width)).astype(np.float32)
+    angles = rng.random((total, h.rotated // 2))
+    tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+    norms = [rng.random(h.head_dim).astype(np.float32) + 0.5 for _ in "qk"]
+    data, places = weights(dict(zip(("cos", "sin", "q_norm", "k_norm"), [*tables, *norms], strict=True)))
+    blocks = -(-total // 16)
+    keys = np.zeros((2, h.kv_heads, blocks, h.head_dim, 16), np.float32)
+    values = np.zeros((2, h.kv_heads, blocks * 16, h.head_dim), np.float32)
+    found, start = [], 0
+    for size in parts:
+        out = np.zeros((size, h.heads * h.head_dim), np.float32)
+        given = qkv[start : start + size].copy()
+        ops("attention")(given, np.array([start]), keys, values, data, layer, *places.values(), window, out)
+        found.append(out)
+        start += size
+    expected = reference_attention(qkv.astype(np.float64), tables, norms, window)
+    assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert not keys[0].any()
+    assert not values[0].any()
+
+
+def reference_attention(qkv: Array, tables: list[Array], norms: list[Array], window: int) -> Array:
+    h, total = HEADS, len(qkv)
+    q, k, v = np.split(qkv.reshape(total, -1, h.head_dim), [h.heads, h.heads + h.kv_heads], axis=1)
+    half = h.rotated // 2
+    cos, sin = (table[:, None] for table in tables)
+
+    def turned(x: Array, gain: Array) -> Array:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+        a, b = x[..., :half], x[..., half : 2 * half]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
+
+    q, k = turned(q, norms[0]), turned(k, norms[1])
+    k, v = (np.repeat(x, h.heads // h.kv_heads, axis=1) for x in (k, v))
+    scores = np.einsum("mhd,nhd->hmn", q, k) * h.scale
+    ahead = np.arange(total)[None] - np.arange(total)[:, None]
+    scores[:, (ahead > 0) | (ahead <= -window)] = -np.inf
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    return np.einsum("hmn,nhd->mhd", scores, v).reshape(total, -1)
+
+
+def test_gate_and_head_input(ops: Callable[[str], Any]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 128)).astype(np.float32) * 4
+    out = np.zeros((3, 64), np.float32)
+    ops("gate")(x, out)
+    wide, up = x[:, :64].astype(np.float64), x[:, 64:]
+    active = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    assert np.abs(out - active * up).max() <= RELATIVE * np.abs(active * up).max()
+
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32) for n in (16, 20))
+    gain = rng.random(K).astype(np.float32)
+    parts = {"left_back": left.T, "left": left, "right": right, "right_back": right.T, "gain": gain}
+    data, places = weights(parts)
+    x = rng.standard_normal((3, K)).astype(np.float32)
+    out = np.zeros_like(x)
+    ops("head_input")(x, data, *places.values(), out)
+    turn = np.kron(left, right).astype(np.float64)
+    expected = x @ turn.T * gain @ turn
+    assert np.abs(out - expected).max() <= RELATIVE * np.abs(expected).max()
