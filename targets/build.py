@@ -115,7 +115,7 @@ def build_decoder(target: Target, profile: SliceProfile, group_size: int, module
             compiled = _compiled(module, target)
 
             def link(library: str, objects: list[str], **_: object) -> None:
-                _link(target, folder, [*map(Path, objects), _DRIVERS / "kernels.c", kernels], (), Path(library))
+                _link(target, folder, [*map(Path, objects), *sorted(_DRIVERS.glob("*.c")), kernels], (), Path(library))
 
             compiled.export_library(str(folder / "decoder.so"), fcompile=link, workspace_dir=name)
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ _KEY_LANES = 16  # positions in a block of keys
 _RUNTIME = "libtvm_runtime.so"
 _CPU = 1  # DLPack's number of the device
 _POOLED = 2  # a memory pool: the VM keeps what it allocated for the next pass
-_FASTEST_CORES = 1
 
 
 @cache
@@ -44,9 +43,7 @@ def _tvm() -> Any:
         libraries = [path for folder in folders if (path := Path(folder, "lib", _RUNTIME)).is_file()]
         if not libraries:
             raise ImportError(f"no {_RUNTIME} in the package tvm")
-        # On x86 TVM's own default leaves out half the cores.
-        os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-        # Compiled code finds the thread pool among the process's global symbols.
+        # Compiled code finds it among the process's global symbols.
         ctypes.CDLL(str(libraries[0]), mode=ctypes.RTLD_GLOBAL)
     except (ImportError, OSError) as error:
         raise UsageError(f"the engine tvm cannot be loaded ({error}): pip install 'mbq-export[tvm]'") from None
@@ -58,7 +55,7 @@ class Backend:
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
         self.ffi = _tvm()
-        self._path, self._threads = path, threads or 0
+        self._path = path
         decoder = json.loads((path / "genai_config.json").read_bytes())["model"]["decoder"]
         self.layers, self.kv_heads, self.head_dim = (
             int(decoder[key]) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")
@@ -70,7 +67,8 @@ class Backend:
             self.functions = {name: machine[name] for name in ("decode", "prefill", "score")}
         # Copy on write, and nothing writes: the file is mapped, and pages that no depth reads stay on disk.
         self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
-        self._set_threads = self.ffi.get_global_func("runtime.config_threadpool")
+        # The same library once more, for what is no function of TVM's.
+        ctypes.CDLL(str(path / DECODER_LIBRARY)).mbq_set_threads(threads or len(os.sched_getaffinity(0)))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -83,8 +81,6 @@ class Backend:
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
     ) -> _Run:
-        # The pool of threads belongs to the thread that calls.
-        self._set_threads(_FASTEST_CORES, self._threads)
         return _Run(self, length, budget, Sampler(sampling), every)
 
 
