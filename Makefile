@@ -22,6 +22,10 @@ test: $(VENV)/.dev lint
 	@# The monitor page is tested in a real browser, where there is one or it can be had.
 	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
 	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped"
+	@# Kernels for GPUs are tested on drivers that run on the processor.
+	@dpkg -s pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1 > /dev/null 2>&1 || { apt-get update && \
+	    apt-get install --yes --no-install-recommends pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1; } \
+	    > /dev/null 2>&1 || echo "no PoCL or lavapipe: the tests of GPU kernels are skipped"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,6 +94,22 @@ def write_model(
             done += tensor.nbytes
             progress(done, total)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def write_tensors(
+    tensors: Mapping[str, NDArray[np.generic]],
+    offsets: Mapping[str, int],
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """One flat file: each tensor at its offset in bytes."""
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    with path.open("wb") as file:
+        for name, tensor in tensors.items():
+            file.seek(offsets[name])
+            file.write(tensor.data.cast("B"))
+            done += tensor.nbytes
+            progress(done, total)
 
 
 def write_json(path: Path, document: object) -> None:

@@ -51,7 +51,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     type=click.Path(path_type=Path),
     help="Folder to write; with several targets, one in it for each.  [default: bundles/MODEL-TARGET]",
 )
-@click.option("--engine", default="onnx", help="What the bundle runs on: onnx, tvm or both.")
+@click.option("--engine", default="onnx", help="What a processor's bundle runs on: onnx, tvm or both.")
 @click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
 @click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
 @click.option(
@@ -183,7 +183,8 @@ def _show_plan(prepared: Prepared) -> None:
     for output, target in prepared.options.outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")
-    click.echo(f"Engines  {', '.join(prepared.options.engines)}")
+    engines = (e for target in prepared.options.outputs.values() for e in target.engines(prepared.options.engines))
+    click.echo(f"Engines  {', '.join(dict.fromkeys(engines))}")
 
 
 def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> dict[str, Any]:

@@ -159,11 +159,12 @@ def _write_bundle(
     from . import bundle
 
     options, target = prepared.options, prepared.options.outputs[output]
+    engines = target.engines(options.engines)
     with bundle.writing(output, options.force) as folder:
-        for engine in options.engines:
+        for engine in engines:
             WRITERS[engine](target, checkpoint, calibrated, folder, progress)
         _write_tokenizer(checkpoint, folder)
-        bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, options.engines))
+        bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
         manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
         bundle_manifest.write(manifest, folder)
     return manifest
@@ -198,13 +199,29 @@ def _write_tvm(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, f
     )
 
 
+def _write_gpu(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+    """The plan of launches, the kernels as text, and the weights."""
+    from . import bundle
+    from .lower.gpu import lower
+
+    plan, texts, tensors = lower(checkpoint, calibrated, target)
+    (folder / "gpu").mkdir()
+    for name, text in texts.items():
+        (folder / "gpu" / name).write_text(text, encoding="utf-8")
+    plan_file, weights_file = bundle_manifest.GPU_FILES
+    bundle.write_json(folder / plan_file, plan)
+    places = {name: plan["buffers"][name]["offset"] for name in tensors}
+    what = f"writing {folder.stem}"
+    bundle.write_tensors(tensors, places, folder / weights_file, lambda done, total: progress(what, done, total))
+
+
 Writer = Callable[[Target, Checkpoint, "Calibrated", Path, Report], None]
 
-WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "tvm": _write_tvm}
+WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "tvm": _write_tvm, "opencl": _write_gpu, "webgpu": _write_gpu}
 """By engine: what it needs in the bundle besides the tokenizer."""
 
-ENGINE_CHOICES = {**{name: (name,) for name in WRITERS}, "both": ("onnx", "tvm")}
-"""What ``--engine`` takes."""
+ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
+"""What ``--engine`` takes; a GPU target has an engine of its own."""
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
@@ -265,6 +282,7 @@ def _manifest(
     options, d = prepared.options, checkpoint.decoder
     plan = replace(prepared.plans[output], router_kind=calibrated.router_kind)
     target = options.outputs[output]
+    engines = target.engines(options.engines)
     low, high = float(plan.profile.min_bits), float(CODE_BITS)
     return bundle_manifest.Manifest(
         model=bundle_manifest.ModelFacts(
@@ -277,7 +295,7 @@ def _manifest(
             layers=d.layers,
             context_length=d.context_length,
         ),
-        target=bundle_manifest.TargetFacts(target.name, options.engines[0], target.arch, target.cpu, target.features),
+        target=bundle_manifest.TargetFacts(target.name, engines[0], target.arch, target.cpu, target.features),
         slices=plan.profile.slices,
         group_size=plan.group_size,
         layout=target.layout,
@@ -295,5 +313,5 @@ def _manifest(
         quality=bundle_manifest.Quality(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
         ),
-        engines=options.engines,
+        engines=engines,
     )

@@ -126,10 +126,10 @@ def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tupl
     found += [
         f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
         for target in outputs.values()
-        for engine in engines
+        for engine in target.engines(engines)
         if target.layout not in ENGINE_FILES[engine]
     ]
-    if any(target.native for target in outputs.values()):
+    if any(target.native or target.gpu for target in outputs.values()):
         found += [
             f"compiled kernels need the package {package}: pip install 'mbq-export[export]'"
             for module, package in (("tvm", "apache-tvm"), ("ziglang", "ziglang"))
@@ -138,7 +138,7 @@ def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tupl
     needed: dict[Path, int] = {}
     for output, plan in plans.items():
         parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-        needed[parent] = needed.get(parent, 0) + len(engines) * plan.disk_bytes
+        needed[parent] = needed.get(parent, 0) + len(outputs[output].engines(engines)) * plan.disk_bytes
     for parent, size in needed.items():
         free = shutil.disk_usage(parent).free
         if free < size:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
+from .engine import gpu_plan
 from .errors import BundleError
-from .manifest import Linear, Manifest
+from .manifest import GPU_FILES, Linear, Manifest
 from .onnx_file import FLOAT16, UINT8, Tensor, initializers
 from .weights_file import WEIGHTS, read_entries
 
@@ -51,7 +53,30 @@ def _check_tvm(folder: Path, manifest: Manifest) -> None:
                 )
 
 
-_CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm}
+def _check_plan(folder: Path, manifest: Manifest) -> None:
+    path, plan = folder / GPU_FILES[0], gpu_plan.read(folder)
+    sizes = {entry.name: entry.size for entry in manifest.files}
+    for name, buffer in plan.buffers.items():
+        if buffer.offset >= 0 and buffer.offset + buffer.bytes > sizes[GPU_FILES[1]]:
+            raise BundleError(
+                f"{path}: {name} ends at byte {buffer.offset + buffer.bytes} of {GPU_FILES[1]}, which is "
+                f"{sizes[GPU_FILES[1]]} long; export the bundle again"
+            )
+    for kernel in plan.kernels.values():
+        if f"{gpu_plan.FOLDER}/{kernel.file}" not in sizes:
+            raise BundleError(f"{path}: names {kernel.file}, which the manifest does not list; export the bundle again")
+    for linear in manifest.weights.linears:
+        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            found = plan.buffers.get(f"{linear.name}.{what}")
+            needed = math.prod(shape) * (1 if what == "planes" else 2)
+            if found is None or found.bytes != needed:
+                raise BundleError(
+                    f"{path}: {linear.name}.{what} has {0 if found is None else found.bytes} bytes, needed {needed} "
+                    f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+
+
+_CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm, "opencl": _check_plan, "webgpu": _check_plan}
 
 
 def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:

@@ -30,10 +30,13 @@ ARCHITECTURES = ("aarch64", "x86_64", "any")
 NATIVE_LAYOUT = "mbq16"
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
+GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), "nbits": ("model.onnx",)},
     "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},
+    "opencl": {NATIVE_LAYOUT: GPU_FILES},
+    "webgpu": {NATIVE_LAYOUT: GPU_FILES},
 }
 """The layouts each engine reads, and the files it then cannot do without."""
 

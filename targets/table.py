@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from mbq_runtime.errors import UsageError
 from mbq_runtime.isa import Machine, this_machine
 
+from .gpu.tuning import Tuning
+
 _GLIBC = "gnu.2.28"  # the oldest the pip wheels of ONNX Runtime support
 
 _DOTPROD = ("asimd", "asimddp")
@@ -18,12 +20,34 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "a
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.  engine: what runs the bundle there.
+
+    For estimates alone, and 0 where there is no one chip: chip, an example; its memory bandwidth in GB/s,
+    from its maker's product page; its float32 rate in Gflop/s, lanes times clock times two.  Qualcomm and
+    MediaTek publish neither lanes nor clock, so those two rates are what reviewers derived.
+    """
+
+    engine: str
+    tuning: Tuning
+    chip: str = ""
+    bandwidth_gb_s: float = 0.0
+    rate_gflop_s: float = 0.0
+
+    @property
+    def dialect(self) -> str:
+        """The language of its kernels."""
+        return {"opencl": "opencl", "webgpu": "wgsl"}[self.engine]
+
+
+@dataclass(frozen=True)
 class Target:
     """What a machine is to the compiler and to the loader.
 
     arch: "aarch64", "x86_64" or "any"; cpu, llvm_features: LLVM's names;
     features: what the board must have, named as in /proc/cpuinfo; isa: a row of
-    ``kernels.isa.ISAS``, or "" for a target that has no native library.
+    ``kernels.isa.ISAS``, or "" for a target that has no native library; gpu: set where the model runs on
+    a GPU, whatever the processor is.
     """
 
     name: str
@@ -33,6 +57,11 @@ class Target:
     isa: str
     description: str
     llvm_features: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+
+    def engines(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """What a bundle for this target runs on where ``asked`` is: a GPU has an engine of its own."""
+        return (self.gpu.engine,) if self.gpu else asked
 
     @property
     def native(self) -> bool:
@@ -42,7 +71,7 @@ class Target:
     @property
     def layout(self) -> str:
         """How weights are stored: "mbq16" (planes for our kernels) or "nbits" (stock operators)."""
-        return "mbq16" if self.native else "nbits"
+        return "mbq16" if self.native or self.gpu else "nbits"
 
     @property
     def triple(self) -> str:
@@ -58,6 +87,13 @@ class Target:
         return target
 
 
+# Tuned on paper, from what the makers say of their cores: a wave is 64 or 128 items on Adreno, 16 on Mali, 32 on
+# NVIDIA's; Mali has 64 registers an item at full occupancy, hence the small tile.
+_ADRENO = Tuning(rows=4, splits=16, tile=8, token_threads=64, attention_threads=64)
+_MALI = Tuning(rows=4, splits=16, tile=4, token_threads=64, attention_threads=64)
+_NVIDIA = Tuning(rows=4, splits=16, tile=8, token_threads=128, attention_threads=64)
+_ANY_GPU = Tuning(rows=4, splits=8, tile=4, token_threads=64, attention_threads=64)
+
 _ROWS = (
     Target(
         "arm64", "aarch64", "generic", _DOTPROD, "neon-dotprod",
@@ -68,6 +104,27 @@ _ROWS = (
     Target("jetson-orin", "aarch64", "cortex-a78ae", _DOTPROD, "neon-dotprod", "Jetson Orin Nano, NX, AGX (CPU cores)"),
     Target("x86-64-v4", "x86_64", "x86-64-v4", _AVX512, "vnni512", "x86 with AVX-512 VNNI", ("avx512vnni",)),
     Target("x86-64-v3", "x86_64", "x86-64-v3", _AVX2, "avx2", "x86 with AVX2"),
+    Target(
+        "android-adreno", "any", "", (), "", "phones with a Qualcomm Adreno GPU, through OpenCL",
+        gpu=Gpu("opencl", _ADRENO, "Snapdragon 8 Gen 3, Adreno 750", 76.8, 2774),
+    ),
+    Target(
+        "android-mali", "any", "", (), "", "phones with an Arm Mali or Immortalis GPU, through OpenCL",
+        gpu=Gpu("opencl", _MALI, "Dimensity 9300, Immortalis-G720 MC12", 76.8, 3994),
+    ),
+    Target(
+        "mali-rk3588", "any", "", (), "", "RK3588 boards (Orange Pi 5, Rock 5): Mali-G610, through OpenCL",
+        gpu=Gpu("opencl", _MALI, "RK3588, Mali-G610 MP4, LPDDR4X-4224", 33.8, 512),
+    ),
+    Target(
+        # Through Vulkan, which JetPack has; it has no OpenCL, and CUDA would need its compiler on the board.
+        "jetson-orin-gpu", "any", "", (), "", "the GPU of Jetson Orin Nano, NX, AGX, through WebGPU on Vulkan",
+        gpu=Gpu("webgpu", _NVIDIA, "Jetson Orin Nano 8GB", 68, 1280),
+    ),
+    Target(
+        "webgpu", "any", "", (), "", "any GPU with a driver for Vulkan, Metal or Direct3D 12, through WebGPU",
+        gpu=Gpu("webgpu", _ANY_GPU),
+    ),
     Target("portable", "any", "", (), "", "any machine ONNX Runtime runs on: no native library"),
 )  # fmt: skip
 

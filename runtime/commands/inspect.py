@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from mbq_runtime.manifest import Manifest
+from mbq_runtime.engine import gpu_plan
+from mbq_runtime.manifest import GPU_FILES, Manifest
 
 from .common import bundle_argument, json_option
 
@@ -22,15 +23,41 @@ def command(bundle: Path, as_json: bool) -> None:
 
     found = manifest.read(bundle)
     problem = isa.problem(found.target, isa.this_machine())
+    plan = gpu_plan.read(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
         facts = asdict(found)
+        if plan is not None:
+            facts["gpu_needs"] = asdict(plan.needs)
         click.echo(
             json.dumps({**facts, "total_bytes": found.total_bytes, "runs_here": problem is None, "problem": problem})
         )
         return
-    width = max(len(label) for label, _ in _lines(found))
-    for label, value in [*_lines(found), ("runs here", "yes" if problem is None else f"no: {problem}")]:
+    here = "yes" if problem is None else f"no: {problem}"
+    lines = [*_lines(found), *_gpu_lines(found, plan)] if plan else [*_lines(found), ("runs here", here)]
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
         click.echo(f"{label:<{width}}  {value}")
+
+
+_SOFTWARE = {
+    "opencl": "OpenCL 1.2 or newer (the GPU's driver), pip install 'mbq-export[opencl]'",
+    "webgpu": "a driver for Vulkan, Metal or Direct3D 12, pip install 'mbq-export[webgpu]'",
+}
+
+
+def _gpu_lines(m: Manifest, plan: gpu_plan.Plan) -> list[tuple[str, str]]:
+    """What the device must have; whether it has, the engine says when it is loaded."""
+    needs, launches = plan.needs, plan.decode_launches
+    cache = sum(buffer.bytes for buffer in plan.buffers.values() if buffer.is_cache)
+    fixed = sum(buffer.bytes for buffer in plan.buffers.values() if not buffer.is_cache)
+    return [
+        ("needs", _SOFTWARE[m.target.engine]),
+        ("", f"{fixed / 1e6:.1f} MB of memory and {cache / 1e3:.1f} kB a token"),
+        ("", f"a buffer of {needs.buffer_bytes / 1e6:.1f} MB"),
+        ("", f"work-groups of {needs.group_items} items with {needs.local_bytes} bytes of local memory"),
+        ("", f"{needs.bindings} storage buffers in a kernel; no half floats, no subgroups"),
+        ("launches", f"{len(launches)} a token, of {len(plan.kernels)} kernels ({plan.dialect})"),
+    ]
 
 
 def _lines(m: Manifest) -> list[tuple[str, str]]:

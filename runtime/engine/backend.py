@@ -60,6 +60,8 @@ class Kind(NamedTuple):
 ENGINES = {
     "onnx": Kind("genai", ""),
     "tvm": Kind("tvm", "tvm"),
+    "opencl": Kind("opencl", "opencl"),
+    "webgpu": Kind("webgpu", "webgpu"),
 }
 
 

@@ -13,7 +13,10 @@ from mbq_targets.table import TARGETS, best_for, resolve
 
 
 def test_rows_are_complete() -> None:
-    assert list(TARGETS) == ["arm64", "rpi4", "rpi5", "jetson-orin", "x86-64-v4", "x86-64-v3", "portable"]
+    assert list(TARGETS) == [
+        "arm64", "rpi4", "rpi5", "jetson-orin", "x86-64-v4", "x86-64-v3",
+        "android-adreno", "android-mali", "mali-rk3588", "jetson-orin-gpu", "webgpu", "portable",
+    ]  # fmt: skip
     for name, target in TARGETS.items():
         assert target.name == name
         assert target.description
@@ -23,6 +26,14 @@ def test_rows_are_complete() -> None:
             assert re.fullmatch(r"(aarch64|x86_64)-linux-gnu\.2\.28", target.triple)
             assert target.features
             assert target.llvm["mcpu"] == target.cpu
+        elif target.gpu:
+            assert (target.arch, target.layout) == ("any", "mbq16")
+            assert target.engines(("onnx", "tvm")) == (target.gpu.engine,)
+            assert target.gpu.dialect in ("opencl", "wgsl")
+            tuning = target.gpu.tuning
+            assert tuning.rows in (1, 2, 4)
+            assert tuning.chunk % tuning.tile == 0
+            assert tuning.matmul_threads <= 256  # what WebGPU promises everywhere
         else:
             assert (target.name, target.arch, target.layout) == ("portable", "any", "nbits")
 

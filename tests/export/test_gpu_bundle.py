@@ -1,0 +1,198 @@
+"""A whole tiny model on OpenCL and on WebGPU: says what it says on the processor, and fails in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_checkpoint
+
+from mbq_export.cli import command
+from mbq_export.slicing import reference as ref
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime import manifest as bundle_manifest
+from mbq_runtime.contents import check_contents
+from mbq_runtime.engine import gpu_plan, opencl
+from mbq_runtime.engine.gpu import DeviceBackend, Limits, thresholds
+from mbq_targets.gpu.matmul import scale_words
+
+TARGETS = {"opencl": "android-adreno", "webgpu": "webgpu"}
+PROMPT = np.random.default_rng(5).integers(0, 256, 64).tolist()  # two chunks
+CONTEXT = 128
+
+
+@pytest.fixture(autouse=True)
+def binary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Binaries of one test are of no use to another."""
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
+    """One random Llama (grouped queries, a learned router) for the processor and both languages."""
+    folder = tmp_path_factory.mktemp("gpu")
+    arguments = ["--model", write_checkpoint(folder / "llama", "llama"), "--output", folder / "bundles"]
+    arguments += [
+        "--calib-data",
+        calibration_text,
+        "--calib-tokens",
+        1024,
+        "--method",
+        "rtn",
+        "--router",
+        "mlp",
+        "--json",
+    ]
+    for target in ("portable", *TARGETS.values()):
+        arguments += ["--target", target]
+    command([str(argument) for argument in arguments], standalone_mode=False)
+    return folder / "bundles"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(bundles: Path) -> Engine:
+    return Engine.load(bundles / "llama-portable", context=CONTEXT)
+
+
+def loaded(bundles: Path, engine: str) -> Engine:
+    try:
+        return Engine.load(bundles / f"llama-{TARGETS[engine]}", context=CONTEXT)
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("engine", TARGETS)
+def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, engine: str) -> None:
+    on_gpu = loaded(bundles, engine)
+    assert on_gpu.name == engine
+    for bits in (8.0, 4.5):
+        replies = [e.generate(PROMPT, max_tokens=32, avg_bits=bits) for e in (on_cpu, on_gpu)]
+        for reply in replies:
+            reply.text()
+        assert replies[0].stats.tokens == replies[1].stats.tokens
+        assert replies[1].stats.avg_bits_used == pytest.approx(replies[0].stats.avg_bits_used, abs=0.05)
+    want, found = (e.logits(PROMPT[:40], 6.0) for e in (on_cpu, on_gpu))
+    assert np.linalg.norm(found.logits - want.logits) < 1e-2 * np.linalg.norm(want.logits)
+    assert found.avg_bits_used == pytest.approx(want.avg_bits_used, abs=0.05)
+
+    # A new budget counts from the next token on.
+    reply = on_gpu.generate(PROMPT, max_tokens=12, avg_bits=8)
+    for i, _ in enumerate(reply):
+        if i == 3:
+            on_gpu.avg_bits = 3
+    assert set(reply.stats.bits[-4:]) == {3.0}
+    assert reply.stats.bits[0] == pytest.approx(8.0)
+
+    # The same seed gives the same sampled reply.
+    twice = [on_gpu.generate(PROMPT[:9], max_tokens=6, temperature=2.0, seed=4, avg_bits=8) for _ in range(2)]
+    assert twice[0].text() == twice[1].text()
+
+
+def test_the_plan_counts_what_a_depth_reads(bundles: Path) -> None:
+    folder = bundles / "llama-webgpu"
+    manifest, plan = bundle_manifest.read(folder), gpu_plan.read(folder)
+    check_contents(folder, manifest)
+    planes = {
+        depth: sum(size.weight_bytes[depth - 1] for size in plan.decode_launches if size.kernel.startswith("matmul"))
+        for depth in range(1, 5)
+    }
+    scales = sum(4 * scale_words(m.N, m.K, manifest.group_size) for m in manifest.weights.linears)
+    padded = sum(-(-m.N // 16) * 16 * m.K for m in manifest.weights.linears)
+    for depth, bits in enumerate(manifest.profile.depth_bits, 1):
+        assert planes[depth] == padded * bits // 8 + scales
+        assert plan.bytes_per_token(depth) > planes[depth]
+    assert len(plan.programs["token"]) == 1 + 2 * 10
+
+
+def broken(bundles: Path, tmp_path: Path, change: Callable[[Path], object]) -> Path:
+    folder = shutil.copytree(bundles / "llama-android-adreno", tmp_path / "bundle")
+    change(folder)
+    manifest = bundle_manifest.read(folder)
+    bundle_manifest.write(replace(manifest, files=bundle_manifest.file_entries(folder)), folder)
+    return folder
+
+
+def test_a_compile_error_shows_the_drivers_log_and_leaves_the_bundle(bundles: Path, tmp_path: Path) -> None:
+    try:
+        opencl.Device()
+    except UsageError as error:
+        pytest.skip(str(error))
+    folder = broken(bundles, tmp_path, lambda f: (f / "gpu/argmax.cl").write_text("__kernel void argmax_kernel( {}"))
+    before = bundle_manifest.file_entries(folder)
+    with pytest.raises(BundleError, match=r"driver of .* does not compile the kernels: .*error") as caught:
+        Engine.load(folder)
+    assert "\n" not in str(caught.value)
+    assert bundle_manifest.file_entries(folder) == before
+
+
+def test_compiled_binaries_are_kept_for_the_next_start(bundles: Path, binary_cache: Path) -> None:
+    try:
+        device = opencl.Device()
+    except UsageError as error:
+        pytest.skip(str(error))
+    folder = bundles / "llama-android-adreno"
+    plan = gpu_plan.read(folder)
+    texts = {name: (folder / "gpu" / kernel.file).read_text() for name, kernel in plan.kernels.items()}
+    device.compile(plan.kernels, texts, folder)
+    (kept,) = binary_cache.rglob("*.clbin")
+    fast = opencl.Device()
+    fast.compile(plan.kernels, dict.fromkeys(texts, ""), folder)  # other texts, another binary
+    assert len(list(binary_cache.rglob("*.clbin"))) == 2
+    kept.write_bytes(b"what another driver left")
+    device.compile(plan.kernels, texts, folder)
+    assert kept.read_bytes() != b"what another driver left"
+
+
+def test_a_device_with_too_little_is_named_with_what_it_has(bundles: Path) -> None:
+    class SmallGpu:
+        name = "a small GPU"
+        limits = Limits(1000, 1024, 16384, 8)
+
+    class Small(DeviceBackend):
+        device_type = SmallGpu  # type: ignore[assignment]
+        dialect = "wgsl"
+
+    folder = bundles / "llama-webgpu"
+    with pytest.raises(UsageError, match=r"needs \d+ bytes in one buffer, a small GPU has 1000"):
+        Small(folder, bundle_manifest.read(folder), None)
+
+
+def test_a_missing_package_names_its_extra(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine, package in (("opencl", "pyopencl"), ("webgpu", "wgpu")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UsageError, match=rf"pip install 'mbq-export\[{engine}\]'"):
+            Engine.load(bundles / f"llama-{TARGETS[engine]}")
+
+
+def test_an_engine_the_bundle_has_not_got(bundles: Path) -> None:
+    with pytest.raises(UsageError, match="the bundle has no engine onnx, only webgpu"):
+        Engine.load(bundles / "llama-webgpu", engine="onnx")
+
+
+def test_a_plan_that_does_not_fit_its_weights(bundles: Path, tmp_path: Path) -> None:
+    def shorten(folder: Path) -> None:
+        plan = json.loads((folder / gpu_plan.PLAN).read_text())
+        plan["buffers"]["head.planes"]["bytes"] -= 16
+        (folder / gpu_plan.PLAN).write_text(json.dumps(plan))
+
+    folder = broken(bundles, tmp_path, shorten)
+    with pytest.raises(BundleError, match=r"head\.planes has \d+ bytes, needed \d+ \(264 x 192"):
+        check_contents(folder, bundle_manifest.read(folder))
+
+
+def test_thresholds_follow_the_budget_as_the_definition_does() -> None:
+    budgets, levels = (3.0, 4.0, 8.0), (2.0, 0.5, -1.0)
+    plan = type("P", (), {"tables": (gpu_plan.Table(budgets, levels),)})
+    one = np.zeros(1, np.float32)
+    params = ref.RouterParams(one, one, np.array(budgets, np.float32), np.array(levels, np.float32))
+    for bits in (3.2, 4.0, 7.5):
+        assert thresholds(plan, bits)[0] == pytest.approx(ref.threshold_at(bits, params))  # type: ignore[arg-type]
+    assert thresholds(plan, 3.0)[0] > 1e38  # type: ignore[arg-type]
+    assert thresholds(plan, 8.0)[0] < -1e38  # type: ignore[arg-type]

@@ -1,0 +1,308 @@
+"""Every kernel on OpenCL (PoCL) and WebGPU (lavapipe) against the numpy definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from devices import Runner, routing, state
+
+from mbq_export.slicing import reference as ref
+from mbq_export.slicing.rtn import slice_weight
+from mbq_runtime.profile import SliceProfile
+from mbq_targets.gpu import attention, choose, matmul
+from mbq_targets.gpu import routing as rules
+from mbq_targets.gpu.tuning import Tuning
+
+PROFILES = [SliceProfile((3, 1, 2, 2)), SliceProfile((2, 2, 2, 2))]
+TUNINGS = [Tuning(4, 8, 8, 64, 32), Tuning(1, 4, 2, 32, 16), Tuning(2, 8, 4, 64, 64)]
+CHUNK = 16
+# Float32 sums in another order than the definition's, of the sum of |terms|.
+RELATIVE = 2e-6
+
+
+def weight(rng: np.random.Generator, n: int, k: int, group: int) -> ref.Sliced:
+    values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
+    values[n // 2, :group] = 0.25  # a group of scale 0
+    values[0, :group] *= 1e-5  # scales that are subnormal in float16
+    return slice_weight(values, group, "random")
+
+
+def stored(sliced: ref.Sliced, profile: SliceProfile) -> dict[str, Any]:
+    scales = matmul.pair_scales(ref.pack_scales(sliced.scale, sliced.offset))
+    return {"planes": ref.pack_planes(sliced.codes, profile), "scales": scales}
+
+
+def exact_matmul(x: ref.F32, depth: Any, sliced: ref.Sliced, profile: SliceProfile) -> tuple[ref.F64, ref.F64]:
+    """float64 x @ w(depth).T without rounding x, and the sum of |terms|."""
+    y, size = np.zeros((2, len(x), len(sliced.codes)))
+    for row, d in enumerate(depth):
+        w = ref.decode(sliced, profile, int(d))
+        y[row] = x[row].astype(np.float64) @ w.T
+        size[row] = np.abs(x[row]).astype(np.float64) @ np.abs(w).T
+    return y, size
+
+
+@pytest.mark.parametrize(
+    ("profile", "tuning", "n", "k", "group"),
+    [
+        (PROFILES[0], TUNINGS[0], 40, 576, 64),
+        (PROFILES[1], TUNINGS[0], 200, 256, 128),
+        (PROFILES[0], TUNINGS[1], 16, 96, 32),
+        (PROFILES[1], TUNINGS[2], 25, 192, 64),
+    ],
+)
+def test_matmul_of_one_token(runner: Runner, profile: SliceProfile, tuning: Tuning, n: int, k: int, group: int) -> None:
+    rng = np.random.default_rng(n)
+    sliced, bias = weight(rng, n, k, group), rng.standard_normal(n).astype(np.float32)
+    x = rng.standard_normal((1, k)).astype(np.float32)
+    kernel = matmul.matmul("m", n, k, group, profile, tuning, 1, bias=True)
+    for depth in range(1, profile.depths + 1):
+        arrays = {"x": x, "routing": routing([depth]), **stored(sliced, profile), "bias": bias}
+        (y,) = runner(kernel, arrays | {"y": np.full((1, n), np.nan, np.float32)}, "y")
+        want, size = exact_matmul(x, [depth], sliced, profile)
+        assert (np.abs(y - want - bias) <= RELATIVE * (size + np.abs(bias))).all()
+        # What the definition's rounding of activations makes of it is no further away than that rounding.
+        defined = ref.sliced_matmul(x, np.array([depth], np.int32), sliced, profile)
+        assert np.abs(y - defined - bias).max() <= 2.0**-13 * size.max()
+
+
+@pytest.mark.parametrize(("profile", "tuning"), list(zip([*PROFILES, PROFILES[0]], TUNINGS, strict=True)))
+def test_matmul_of_a_chunk_with_a_depth_for_each_token(runner: Runner, profile: SliceProfile, tuning: Tuning) -> None:
+    rng = np.random.default_rng(1)
+    n, k, group, count = 72, 320, 64, 13
+    sliced = weight(rng, n, k, group)
+    x = rng.standard_normal((CHUNK, k)).astype(np.float32)
+    depth = rng.integers(1, profile.depths + 1, CHUNK).astype(np.int32)
+    now = state(count=count, tokens=np.zeros(CHUNK))
+    (order,) = runner(
+        rules.order("o", CHUNK), {"routing": routing(depth), "state": now, "order": np.zeros(CHUNK, np.int32)}, "order"
+    )
+    np.testing.assert_array_equal(order[:count], np.argsort(depth[:count], kind="stable"))
+    kernel = matmul.matmul("m", n, k, group, profile, tuning, CHUNK)
+    arrays = {"x": x, "routing": routing(depth), "order": order, "state": now, **stored(sliced, profile)}
+    (y,) = runner(kernel, arrays | {"y": np.full((CHUNK, n), 7, np.float32)}, "y")
+    want, size = exact_matmul(x, depth, sliced, profile)
+    assert (np.abs(y - want) <= RELATIVE * size)[:count].all()
+    assert (y[count:] == 7).all()  # nothing is written for tokens that are not there
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=str)
+def test_gather(runner: Runner, profile: SliceProfile) -> None:
+    rng = np.random.default_rng(2)
+    n, k, group = 50, 192, 64
+    sliced, factors = weight(rng, n, k, group), rng.uniform(0.5, 2, k).astype(np.float32)
+    tokens = np.array([49, 0, 25, 7], np.int32)
+    used = routing([1] * 4) + np.array([0, 5], np.int32)
+    arrays = {"state": state(count=4, tokens=tokens), "factors": factors, "routing": used, **stored(sliced, profile)}
+    arrays["x"] = np.zeros((4, k), np.float32)
+    x, cleared = runner(matmul.gather("g", n, k, group, profile, 32, 4, scaled=True), arrays, "x", "routing")
+    want = ref.sliced_gather(tokens.astype(np.int64), sliced, profile, profile.depths) * factors
+    np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
+    assert (cleared[:, 1] == 0).all()
+
+
+def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int) -> ref.RouterParams:
+    more = profile.depths - 1
+    learned: dict[str, Any] = {}
+    if hidden:
+        learned = {
+            "w1": (rng.standard_normal((hidden, k)) / np.sqrt(k)).astype(np.float16),
+            "b1": rng.standard_normal(hidden).astype(np.float32),
+            "w2": rng.standard_normal((more, hidden)).astype(np.float32),
+        }
+    return ref.RouterParams(
+        bias=rng.standard_normal(more).astype(np.float32) * 0.3,
+        norm_gain=rng.uniform(0.5, 1.5, more).astype(np.float32),
+        budgets=np.array([2, 8], np.float32),
+        thresholds=np.array([3, -4], np.float32),
+        **learned,
+    )
+
+
+def router_arrays(params: ref.RouterParams, profile: SliceProfile, share: float = 0.25) -> dict[str, Any]:
+    shape = rules.RouterShape(profile, 0 if params.w1 is None else len(params.w1))
+    arrays: dict[str, Any] = {"parameters": shape.pack(share, 0, params.bias, params.norm_gain, params.b1, params.w2)}
+    return arrays if params.w1 is None else {**arrays, "w1": rules.pack_w1(params.w1)}
+
+
+def clear_rows(rng: np.random.Generator, k: int, params: ref.RouterParams, threshold: float, count: int) -> ref.F32:
+    """Rows whose scores are not near the threshold: there float32 may decide otherwise than float64."""
+    x = (rng.standard_normal((8 * count, k)) * np.exp(rng.standard_normal((8 * count, 1)))).astype(np.float32)
+    distance = np.abs(ref.router_scores(x, params) - threshold)
+    return x[(distance > 1e-3).all(axis=1)][:count]
+
+
+def depth_by(params: ref.RouterParams, x: ref.F32, threshold: float) -> Any:
+    return 1 + np.cumprod(ref.router_scores(x, params) > threshold, axis=1).sum(axis=1)
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+@pytest.mark.parametrize("profile", [*PROFILES, SliceProfile((8,))], ids=str)
+def test_router(runner: Runner, profile: SliceProfile, hidden: int) -> None:
+    rng = np.random.default_rng(3)
+    k, threads = 576, 64
+    params = router(rng, profile, k, hidden)
+    kernel = rules.route("r", k, threads, CHUNK, rules.RouterShape(profile, hidden))
+    for threshold in (0.4, -3e38, 3e38):
+        x = clear_rows(rng, k, params, threshold, CHUNK)
+        now = state(count=CHUNK, threshold=threshold, tokens=np.zeros(CHUNK))
+        before = routing(np.zeros(CHUNK))
+        before[:, 1] = np.full(CHUNK, 1.5, np.float32).view(np.int32)
+        arrays = {"x": x, "routing": before, "state": now, **router_arrays(params, profile)}
+        (after,) = runner(kernel, arrays, "routing")
+        want = depth_by(params, x, threshold)
+        np.testing.assert_array_equal(after[:, 0], want)
+        bits = np.asarray(profile.depth_bits)[want - 1]
+        np.testing.assert_allclose(after[:, 1].copy().view(np.float32), 1.5 + 0.25 * bits, rtol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_norm_adds_the_branch_and_routes_by_the_sum(runner: Runner, last: bool) -> None:
+    rng = np.random.default_rng(4)
+    profile, k, tokens, eps = PROFILES[0], 200, 4, 1e-5
+    params = router(rng, profile, k, 16)
+    x = clear_rows(rng, k, params, 0.4, tokens)
+    branch, gain = rng.standard_normal((tokens, k)).astype(np.float32), rng.uniform(0.5, 2, k).astype(np.float32)
+    residual = x - branch
+    total = residual + branch
+    shape = rules.RouterShape(profile, 16)
+    kernel = rules.norm("n", k, eps, 32, tokens, branch=True, router=shape, last=last)
+    arrays = {
+        "residual": residual, "branch": branch, "weight": gain, "y": np.zeros((tokens, k), np.float32),
+        "routing": routing(np.zeros(tokens)), "state": state(row=2, count=tokens, threshold=0.4, tokens=[0] * tokens),
+        **router_arrays(params, profile),
+    }  # fmt: skip
+    stream, y, after = runner(kernel, arrays, "residual", "y", "routing")
+    wide = total.astype(np.float64)
+    want = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * gain
+    depth = depth_by(params, total, 0.4)
+    if last:
+        np.testing.assert_allclose(y[0], want[2], atol=1e-5)
+        np.testing.assert_array_equal(stream, residual)
+        assert after[0, 0] == depth[2]
+        assert after[:, 1].astype(bool).tolist() == [False, False, True, False]
+    else:
+        np.testing.assert_allclose(y, want, atol=1e-5)
+        np.testing.assert_array_equal(stream, total)
+        np.testing.assert_array_equal(after[:, 0], depth)
+
+
+def test_plain_norm(runner: Runner) -> None:
+    rng = np.random.default_rng(5)
+    x, gain = rng.standard_normal((3, 100)).astype(np.float32), rng.uniform(0.5, 2, 100).astype(np.float32)
+    (y,) = runner(rules.plain_norm("n", 100, 1e-6, 32, 3), {"x": x, "weight": gain}, "x")
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(y, wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * gain, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_and_its_router(runner: Runner, activation: str) -> None:
+    rng = np.random.default_rng(6)
+    profile, k, tokens = PROFILES[0], 320, 5
+    params = router(rng, profile, k, 0)
+    stacked = (rng.standard_normal((tokens, 2 * k)) * 3).astype(np.float32)
+    stacked[0, :4] = (-90, 90, -9, 9)
+    gate, up = np.split(stacked.astype(np.float64), 2, axis=1)
+    by = {
+        "silu": lambda x: x / (1 + np.exp(-x)),
+        "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    }
+    want = by[activation](gate) * up
+    arrays = {
+        "stacked": stacked, "y": np.zeros((tokens, k), np.float32), "routing": routing(np.zeros(tokens)),
+        "state": state(count=tokens, threshold=1.3, tokens=[0] * tokens), **router_arrays(params, profile),
+    }  # fmt: skip
+    kernel = rules.gate("g", k, activation, 64, tokens, rules.RouterShape(profile, 0))
+    y, after = runner(kernel, arrays, "y", "routing")
+    np.testing.assert_allclose(y, want, rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(after[:, 0], depth_by(params, want.astype(np.float32), 1.3))
+
+
+def turned(x: ref.F64, cos: Any, sin: Any) -> ref.F64:
+    """x [tokens, heads, width], cos and sin [tokens, half]; numbers behind the first 2 * half stay."""
+    half = cos.shape[1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    c, s = cos[:, None], sin[:, None]
+    return np.concatenate([a * c - b * s, b * c + a * s, x[..., 2 * half :]], axis=-1)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rotated", [32, 24])
+def test_rotation_and_cache(runner: Runner, rotated: int, normed: bool) -> None:
+    rng = np.random.default_rng(7)
+    shape, tokens, count, position, context = attention.Heads(6, 2, 32, rotated), 4, 3, 5, 12
+    qkv = rng.standard_normal((tokens, shape.all, 32)).astype(np.float32)
+    angle = rng.uniform(0, 7, (context, rotated // 2))
+    rotary = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    norms = rng.uniform(0.5, 2, (2, 32)).astype(np.float32)
+    keys, values = np.full((2, context, 2, 32), 9, np.float32)
+    kernel = attention.rotate("r", shape, tokens, 16, 1e-6 if normed else None)
+    arrays = {
+        "qkv": qkv, "rotary": rotary, "norms": norms, "keys": keys, "values": values,
+        "state": state(position, count, tokens=[0] * tokens), "q": np.zeros((tokens, 6, 32), np.float32),
+    }  # fmt: skip
+    q, keys, values = runner(kernel, arrays, "q", "keys", "values")
+    parts = np.split(qkv.astype(np.float64), [6, 8], axis=1)
+    if normed:
+        for i in (0, 1):
+            parts[i] = parts[i] / np.sqrt((parts[i] ** 2).mean(-1, keepdims=True) + 1e-6) * norms[i]
+    where = slice(position, position + tokens)
+    want_q, want_k = (turned(part, rotary[where, 0], rotary[where, 1]) for part in parts[:2])
+    np.testing.assert_allclose(q[:count], want_q[:count], atol=1e-5)
+    here = slice(position, position + count)
+    np.testing.assert_allclose(keys[here], want_k[:count], atol=1e-5)
+    np.testing.assert_array_equal(values[here], qkv[:count, 8:])
+    for cache in (keys, values):
+        assert (np.delete(cache, np.arange(position, position + count), axis=0) == 9).all()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 3, 64)])
+@pytest.mark.parametrize("threads", [16, 64])
+def test_attention(runner: Runner, heads: int, kv_heads: int, width: int, threads: int, window: int | None) -> None:
+    rng = np.random.default_rng(8)
+    shape, tokens, count, context = attention.Heads(heads, kv_heads, width, width), 4, 3, 50
+    kernel = attention.attend("a", shape, width**-0.5, window, tokens, threads)
+    q = rng.standard_normal((tokens, heads, width)).astype(np.float32) * 3
+    keys, values = rng.standard_normal((2, context, kv_heads, width)).astype(np.float32)
+    for position in (0, 37):
+        keys[position + count :], values[position + count :] = np.nan, np.nan  # what no token may see
+        arrays = {"q": q, "keys": keys, "values": values, "state": state(position, count, tokens=[0] * tokens)}
+        (y,) = runner(kernel, arrays | {"y": np.zeros((tokens, heads, width), np.float32)}, "y")
+        for token in range(count):
+            last = position + token
+            seen = slice(0 if window is None else max(0, last - window + 1), last + 1)
+            for head in range(heads):
+                kv = head // (heads // kv_heads)
+                scores = keys[seen, kv].astype(np.float64) @ q[token, head] * width**-0.5
+                shares = np.exp(scores - scores.max())
+                want = shares / shares.sum() @ values[seen, kv]
+                np.testing.assert_allclose(y[token, head], want, atol=1e-5)
+        keys, values = rng.standard_normal((2, context, kv_heads, width)).astype(np.float32)
+
+
+def test_turn_of_the_heads_input(runner: Runner) -> None:
+    rng = np.random.default_rng(9)
+    a, b = 9, 16
+    left, right, gain = (rng.standard_normal(shape).astype(np.float32) for shape in ((a, a), (b, b), (a, b)))
+    x = rng.standard_normal((a, b)).astype(np.float32)
+    y = np.zeros_like(x)
+    (one,) = runner(choose.turn("t", a, b, "left", 32), {"x": x, "factor": left, "y": y}, "y")
+    np.testing.assert_allclose(one, left @ x, atol=1e-4)
+    arrays = {"x": x, "factor": right, "gain": gain, "y": y}
+    (two,) = runner(choose.turn("t", a, b, "right", 32, gain=True), arrays, "y")
+    np.testing.assert_allclose(two, x @ right * gain, atol=1e-4)
+
+
+def test_argmax_takes_the_first_of_equals_and_reports_bits(runner: Runner) -> None:
+    rng = np.random.default_rng(10)
+    logits = rng.standard_normal(1000).astype(np.float32)
+    logits[[333, 900]] = 9
+    used = routing(np.zeros(CHUNK))
+    used[3, 1] = np.array([4.25], np.float32).view(np.int32)[0]
+    arrays = {"logits": logits, "routing": used, "state": state(row=3, tokens=[0] * CHUNK)}
+    (result,) = runner(choose.argmax("a", 1000, 64, CHUNK), arrays | {"result": np.zeros(2, np.int32)}, "result")
+    assert result[0] == 333
+    assert result[1:].view(np.float32)[0] == 4.25
