@@ -143,7 +143,7 @@ class DeviceRun:
         return self._bits
 
     def next_token(self) -> int | None:
-        if self._position + self._count >= self._length:
+        if self._position + self._count + (self._due is not None) >= self._length:
             return None
         if self._due is not None:
             self._pass(np.array([self._due], np.int32))

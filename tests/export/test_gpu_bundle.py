@@ -79,7 +79,7 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
         assert replies[0].stats.tokens == replies[1].stats.tokens
         assert replies[1].stats.avg_bits_used == pytest.approx(replies[0].stats.avg_bits_used, abs=0.05)
     want, found = (e.logits(PROMPT[:40], 6.0) for e in (on_cpu, on_gpu))
-    assert np.linalg.norm(found.logits - want.logits) < 1e-2 * np.linalg.norm(want.logits)
+    assert np.linalg.norm(found.logits - want.logits) < 1e-3 * np.linalg.norm(want.logits)
     assert found.avg_bits_used == pytest.approx(want.avg_bits_used, abs=0.05)
 
     # A new budget counts from the next token on.
@@ -87,7 +87,7 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
     for i, _ in enumerate(reply):
         if i == 3:
             on_gpu.avg_bits = 3
-    assert set(reply.stats.bits[-4:]) == {3.0}
+    assert reply.stats.bits[-4:] == pytest.approx([3.0] * 4)
     assert reply.stats.bits[0] == pytest.approx(8.0)
 
     # The same seed gives the same sampled reply.
