@@ -30,8 +30,8 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     from mbq_targets.table import TARGETS
 
     for target in TARGETS.values():
-        needs = " ".join(target.features) or "-"
-        click.echo(f"{target.name:12} {target.arch:8} {needs:34} {target.description}")
+        needs = " ".join(target.features) or (target.gpu.engine if target.gpu else "-")
+        click.echo(f"{target.name:15} {target.arch:8} {needs:34} {target.description}")
     context.exit()
 
 

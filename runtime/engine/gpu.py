@@ -127,14 +127,15 @@ class DeviceRun:
         for start in range(0, len(tokens), self._plan.chunk):
             part = tokens[start : start + self._plan.chunk]
             self._pass(part)
-            if self._every:
-                for row in range(len(part)):
-                    self._choose(row)
-                    self._logits.append(self._read_logits())
-                    bits += float(self._result()[1])
-            else:
+            for row in range(len(part)) if self._every else ():
+                self._choose(row)
+                self._logits.append(self._read_logits())
+                bits += self._result()[1]
+            if not self._every:
                 bits += self._body_bits() * len(part)
         self._bits = bits / len(tokens)
+        if not self._every:
+            self._choose(self._count - 1)
 
     def logits(self) -> NDArray[np.float32]:
         return np.stack(self._logits)
@@ -147,7 +148,7 @@ class DeviceRun:
             return None
         if self._due is not None:
             self._pass(np.array([self._due], np.int32))
-        self._choose(self._count - 1)
+            self._choose(0)
         token, self._bits = self._result()
         if self._sampler is not None:
             token = self._sampler.choose(self._read_logits())
@@ -179,7 +180,7 @@ class DeviceRun:
         return int(result[0]), float(result[1:].view(np.float32)[0])
 
     def _body_bits(self) -> float:
-        """Mean over the pass's tokens, the head left out: it has not been asked yet."""
+        """Mean over the pass's tokens, the head left out: it is asked for the last token of a prompt alone."""
         routing = np.empty(2 * self._plan.chunk, np.int32)
         self._device.read(self._buffers[ROUTING], routing)
         used = routing.reshape(-1, 2)[: self._count, 1].view(np.float32)
