@@ -57,16 +57,17 @@ def smollm2_portable_bundle(smollm2_bundles: dict[str, Path]) -> Path:
 
 
 TWO_ENGINE_TARGETS = ("host", "arm64", "rpi4")
+GPU_TARGETS = ("android-adreno", "webgpu")
 
 
 @pytest.fixture(scope="session")
 def smollm2_two_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M for both engines, sliced by rounding alone; by target."""
+    """SmolLM2-135M for both engines of processors, and for GPUs, sliced by rounding alone; by target."""
     folder = tmp_path_factory.mktemp("two-engines")
     command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder), "--engine", "both"]
     command += ["--method", "rtn", "--router", "norm", "--calib-tokens", "4096"]
-    for target in TWO_ENGINE_TARGETS:
+    for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS):
         command += ["--target", target]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    return {target: folder / f"smollm2-135m-{target}" for target in TWO_ENGINE_TARGETS}
+    return {target: folder / f"smollm2-135m-{target}" for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS)}
