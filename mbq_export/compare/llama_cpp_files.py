@@ -50,6 +50,7 @@ def write_float32(checkpoint: Checkpoint, file: Path) -> None:
     writer.add_rope_dimension_count(d.head_dim)
     writer.add_layer_norm_rms_eps(d.norm_eps)
     writer.add_vocab_size(d.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
     parameters = dict(checkpoint.model.named_parameters())
     for name, mapped in names(checkpoint).items():
         writer.add_tensor(mapped, parameters[name].detach().numpy())

@@ -1,0 +1,133 @@
+"""The files of every side of ``versus.py``, made once in a work folder and used again by later runs.
+
+Each side gets the same checkpoint: as a bundle, as GGUF files that llama.cpp quantises itself from the
+float32 one, and as onnxruntime-genai's own builder writes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mbq_export.checkpoint import load, locate
+from mbq_export.compare import llama_cpp_files
+
+GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
+GENAI_PRECISIONS = ("int4", "int8")
+
+_LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """One column of the comparison: what a worker loads.  bits: the budgets a bundle is timed at, else empty."""
+
+    name: str
+    engine: str
+    path: Path
+    bits: tuple[float, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        files = [self.path] if self.path.is_file() else [f for f in self.path.rglob("*") if f.is_file()]
+        return sum(file.stat().st_size for file in files)
+
+
+def _random_1b(folder: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_LLAMA_1B)).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<bos>": 256, "<eos>": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+
+
+def _smollm2(folder: Path) -> None:
+    checkpoint = load(locate("smollm2-135m"))
+    # What was read from a GGUF file refuses to be saved as it is.
+    shape = {name: value for name, value in checkpoint.model.config.to_dict().items() if name != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**shape))
+    plain.load_state_dict(checkpoint.model.state_dict())
+    plain.save_pretrained(folder)
+    checkpoint.tokenizer.save_pretrained(folder)
+
+
+CHECKPOINTS: dict[str, Callable[[Path], None]] = {"llama-1b": _random_1b, "smollm2-135m": _smollm2}
+"""By name: writes a Hugging Face folder."""
+
+
+def _once(path: Path, write: Callable[[Path], object]) -> Path:
+    """``path``, written under another name first if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"part-{path.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.unlink(missing_ok=True)
+        print(f"making {path}", file=sys.stderr, flush=True)
+        write(draft)
+        draft.rename(path)
+    return path
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+
+
+def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Iterator[Side]:
+    """All sides of a model that can be had here, their files made when missing."""
+    checkpoint = _once(work / model / "checkpoint", CHECKPOINTS[model])
+
+    def export(out: Path) -> None:
+        options = ("--method", "rtn", "--router", "mlp", "--calib-tokens", 1024, "--target", "host")
+        _run("mbq_export.cli", "--model", checkpoint, "--slices", slices, *options, "--output", out)
+
+    yield Side("mbq", "mbq", _once(work / model / f"mbq-{slices.replace(',', '')}", export), bits)
+    if importlib.util.find_spec("llama_cpp") is not None:
+
+        def float32(out: Path) -> None:
+            llama_cpp_files.write_float32(load(locate(str(checkpoint))), out)
+
+        def quantised(out: Path, name: str) -> None:
+            llama_cpp_files.quantise(_once(work / model / "f32.gguf", float32), name, out)
+
+        for name in GGUF_TYPES:
+            path = _once(work / model / f"{name}.gguf", lambda out, name=name: quantised(out, name))  # type: ignore[misc]
+            yield Side(f"llama.cpp {name}", "llama.cpp", path)
+    # What its builder needs besides.
+    can_build = importlib.util.find_spec("onnx_ir") is not None
+    for precision in GENAI_PRECISIONS if can_build else ():
+
+        def build(out: Path, precision: str = precision) -> None:
+            builder = ("-m", checkpoint, "-o", out, "-p", precision, "-e", "cpu", "-c", out / "cache")
+            _run("onnxruntime_genai.models.builder", *builder, "--extra_options", "accuracy_level=4")
+
+        yield Side(f"genai {precision}", "genai", _once(work / model / f"genai-{precision}", build))
+
+
+def library_versions() -> dict[str, str]:
+    installed = {d.name: d.version for d in metadata.distributions()}
+    names = ("onnxruntime", "onnxruntime-genai", "llama_cpp_python", "apache-tvm", "numpy")
+    return {name: installed[name] for name in names if name in installed}
+
+
+def default_work_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mbq-versus"

@@ -1,0 +1,155 @@
+"""One side of ``versus.py`` in a process of its own: ``versus_worker.py ENGINE PATH THREADS CONTEXT``.
+
+Loads, then answers a line of JSON ``{"sizes": [...], "bits": number}`` with the seconds of each pass: tokens
+added to one fresh context, ``[128]`` for a prompt, ``[1, 1, ...]`` for decoding.  Tokens are random, nothing is
+sampled, the logits of the last token are computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import numpy as np
+
+Answer = dict[str, Any]
+Timer = Callable[[Sequence[int], float], Answer]
+
+PROBE_BYTES = 1 << 30
+
+
+def _tokens(count: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 32000, count, np.int32)
+
+
+def mbq(path: Path, threads: int, context: int) -> Timer:
+    from mbq_runtime import Engine
+
+    engine = Engine.load(path, threads=threads, context=context)
+
+    def passes(sizes: Sequence[int], bits: float) -> Answer:
+        done = engine.time_passes(sizes, bits)
+        return {"seconds": done.seconds, "bits_used": done.avg_bits_used}
+
+    return passes
+
+
+def llama_cpp(path: Path, threads: int, context: int) -> Timer:
+    import llama_cpp as api
+
+    quiet = api.llama_log_callback(lambda level, text, data: None)
+    api.llama_log_set(quiet, None)
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = context, context, min(context, 512)
+    parameters.n_threads = parameters.n_threads_batch = threads
+    state = api.llama_init_from_model(model, parameters)
+    memory = api.llama_get_memory(state)
+
+    def passes(sizes: Sequence[int], bits: float) -> Answer:
+        api.llama_memory_clear(memory, True)
+        ids = (api.llama_token * sum(sizes))(*_tokens(sum(sizes)).tolist())
+        seconds, start = [], 0
+        for size in sizes:
+            begin = ctypes.cast(ctypes.byref(ids, 4 * start), ctypes.POINTER(api.llama_token))
+            begin_s = time.perf_counter()
+            status = api.llama_decode(state, api.llama_batch_get_one(begin, size))
+            api.llama_synchronize(state)
+            seconds.append(time.perf_counter() - begin_s)
+            if status:
+                raise RuntimeError(f"llama_decode gave {status}")
+            start += size
+        return {"seconds": seconds}
+
+    passes.keep = quiet  # type: ignore[attr-defined]
+    return passes
+
+
+def genai(path: Path, threads: int, context: int) -> Timer:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(path))
+    options = {"intra_op_num_threads": threads, "log_severity_level": 4}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = og.Model(config)
+
+    def passes(sizes: Sequence[int], bits: float) -> Answer:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=sum(sizes), do_sample=False)
+        generator = og.Generator(model, parameters)
+        ids, seconds, start = _tokens(sum(sizes)), [], 0
+        for size in sizes:
+            begin_s = time.perf_counter()
+            generator.append_tokens(ids[start : start + size])
+            seconds.append(time.perf_counter() - begin_s)
+            start += size
+        return {"seconds": seconds}
+
+    return passes
+
+
+_READ = """
+#include <stdint.h>
+uint64_t read_all(const uint64_t *p, uint64_t n) {
+  uint64_t s[64] = {0};
+  for (uint64_t i = 0; i < n; i += 64) for (int j = 0; j < 64; ++j) s[j] ^= p[i + j];
+  for (int j = 1; j < 64; ++j) s[0] ^= s[j];
+  return s[0];
+}
+"""
+
+
+def probe(path: Path, threads: int, context: int) -> Timer:
+    """Reads PROBE_BYTES with every thread at once; the ceiling of what a decode step can read."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "read.c").write_text(_READ)
+    command = ["-m", "ziglang", "cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", "read.so", "read.c"]
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True)
+    read = ctypes.CDLL(str(folder / "read.so")).read_all
+    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_uint64), ctypes.c_uint64
+    data = np.ones(PROBE_BYTES // 8, np.uint64)
+    share = len(data) // threads // 64 * 64
+    pool = ThreadPoolExecutor(threads)
+
+    def passes(sizes: Sequence[int], bits: float) -> Answer:
+        seconds = []
+        for _ in sizes:
+            begin_s = time.perf_counter()
+            list(pool.map(lambda i: read(data.ctypes.data + 8 * share * i, share), range(threads)))
+            seconds.append(time.perf_counter() - begin_s)
+        return {"seconds": seconds}
+
+    return passes
+
+
+ENGINES: dict[str, Callable[[Path, int, int], Timer]] = {
+    "mbq": mbq, "llama.cpp": llama_cpp, "genai": genai, "probe": probe,
+}  # fmt: skip
+
+
+def main(engine: str, path: str, threads: str, context: str) -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with answers
+    begin_s = time.perf_counter()
+    passes = ENGINES[engine](Path(path), int(threads), int(context))
+    passes([1], 8.0)
+    ready: Answer = {"first_token_s": time.perf_counter() - begin_s}
+    print(json.dumps(ready), file=answers, flush=True)
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        print(json.dumps(passes(wanted["sizes"], wanted["bits"])), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
