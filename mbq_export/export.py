@@ -127,7 +127,7 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     }
     log.info("calibrated in %.0f s", time.monotonic() - started)
     manifests = {
-        output: _write_bundle(prepared, output, checkpoint, calibrated, calibration, progress)
+        output: write_calibrated(prepared, output, checkpoint, calibrated, calibration, progress)
         for output in options.outputs
     }
     store.remove()
@@ -148,14 +148,15 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     return Store(first.parent / f".{prepared.source.name}.calibration", digest.hexdigest())
 
 
-def _write_bundle(
+def write_calibrated(
     prepared: Prepared,
     output: Path,
     checkpoint: Checkpoint,
     calibrated: Calibrated,
     calibration: dict[str, Any],
-    progress: Report,
+    progress: Report = no_report,
 ) -> bundle_manifest.Manifest:
+    """Lower a calibrated model for one of the plan's outputs and write it there."""
     from . import bundle
 
     options, target = prepared.options, prepared.options.outputs[output]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.tirx.script import builder as T
 
-from .emit import LANES, cast, const, fma, function, load, registers, store
+from .emit import LANES, Expr, bind, cast, const, fma, function, load, registers, store
 
 _WAYS = 2  # independent partial sums: hides the latency of the multiply-add
+_ROWS = 4  # rows of w1 that share the loads of x
 
 
 def router_sums(name: str) -> None:
@@ -16,19 +19,26 @@ def router_sums(name: str) -> None:
     """
     with function(name, {"x": "float32", "w1": "float16", "out": "float32"}, ("k", "h")) as args:
         x, w1, out, k, h = args
-        acc = registers(_WAYS * LANES, "float32")
+        acc = registers(_ROWS * _WAYS * LANES, "float32")
 
-        def row(target: int, weight: object | None, base: object) -> None:
-            for way in range(_WAYS):
-                store(acc, way * LANES, LANES, const(0, "float32", LANES))
+        def rows(target: Expr, bases: Sequence[Expr | None]) -> None:
+            """The sums of the rows of w1 that begin at ``bases``; None stands for x itself."""
+            places = [[(r * _WAYS + way) * LANES for way in range(_WAYS)] for r in range(len(bases))]
+            for place in (at for row in places for at in row):
+                store(acc, place, LANES, const(0, "float32", LANES))
             with T.serial(0, k // (_WAYS * LANES)) as i:
                 for way in range(_WAYS):
-                    at = i * (_WAYS * LANES) + way * LANES
+                    at = bind(i * (_WAYS * LANES) + way * LANES)
                     value = load(x, at, LANES)
-                    other = value if weight is None else cast(load(w1, base + at, LANES), "float32", LANES)
-                    store(acc, way * LANES, LANES, fma(value, other, load(acc, way * LANES, LANES)))
-            store(out, target, LANES, load(acc, 0, LANES) + load(acc, LANES, LANES))
+                    for base, row in zip(bases, places, strict=True):
+                        other = value if base is None else cast(load(w1, base + at, LANES), "float32", LANES)
+                        store(acc, row[way], LANES, fma(value, other, load(acc, row[way], LANES)))
+            for r, row in enumerate(places):
+                store(out, (target + r) * LANES, LANES, load(acc, row[0], LANES) + load(acc, row[1], LANES))
 
-        row(0, None, 0)
-        with T.serial(0, h) as i:
-            row((i + 1) * LANES, w1, i * k)
+        rows(T.int64(0), [None])
+        whole = bind(h // _ROWS)
+        with T.serial(0, whole) as block:
+            rows(1 + block * _ROWS, [bind((block * _ROWS + r) * k) for r in range(_ROWS)])
+        with T.serial(0, h - whole * _ROWS) as rest:
+            rows(1 + whole * _ROWS + rest, [bind((whole * _ROWS + rest) * k)])

@@ -22,12 +22,14 @@ typedef struct Shape {
   int64_t dims[MAX_RANK];
 } Shape;
 
-/* The part of every kernel's state that names the node and remembers the shapes of its constant inputs. */
+/* The part of every kernel's state that names the node and remembers its constant inputs: asking for them in
+ * every call would take longer than some ops' work. */
 typedef struct Node {
   const char *op;
   char name[NAME_BYTES];
   bool known[MAX_INPUTS];
   Shape shapes[MAX_INPUTS];
+  void *data[MAX_INPUTS]; /* stays where it is for the session's life */
 } Node;
 
 typedef struct Tensor {
@@ -39,7 +41,7 @@ typedef struct Tensor {
 /* A status whose message starts with the op and the node's name. */
 OrtStatus *fail(const Node *node, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Name the node and read the shapes of its constant inputs. */
+/* Name the node and read its constant inputs. */
 OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info);
 OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value);
 /* Refuse a node whose slices or group_size are not the ones the kernels were compiled for. */

@@ -24,10 +24,11 @@ typedef struct Job {
   size_t pieces;
 } Job;
 
+/* In four chains: the latency of one alone is a third of a router's time. */
 static double row_sum(const float *row) {
-  double sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += row[i];
-  return sum;
+  double sum[4] = {0};
+  for (int i = 0; i < LANES; ++i) sum[i % 4] += row[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 static int32_t depth_of(const Job *job, const float *x) {
@@ -38,7 +39,7 @@ static int32_t depth_of(const Job *job, const float *x) {
   const double log_ms = log(mean_square), inverse = 1 / sqrt(mean_square);
   for (int64_t h = 0; h < job->hidden; ++h) {
     const double pre = row_sum(sums + (1 + h) * LANES) * inverse + job->b1[h];
-    active[h] = pre / (1 + exp(-pre));
+    active[h] = pre / (1 + (double)expf((float)-pre));
   }
   int32_t depth = 1;
   for (; depth < job->depths; ++depth) {

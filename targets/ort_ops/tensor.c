@@ -45,6 +45,7 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
     }
     if (!constant || value == NULL) continue;
     TRY(shape_of(node, value, &node->shapes[i]));
+    TRY(OrtGetTensorMutableData(value, &node->data[i]));
     node->known[i] = true;
   }
   return NULL;
@@ -77,14 +78,16 @@ OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
 }
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor) {
+  if (node->known[index]) {
+    *tensor = (Tensor){true, node->data[index], node->shapes[index]};
+    return NULL;
+  }
   const OrtValue *value = NULL;
   TRY(OrtGetInput(context, index, &value));
   tensor->present = value != NULL;
   if (value == NULL) return NULL;
   TRY(OrtGetTensorMutableData(value, &tensor->data));
-  if (!node->known[index]) return shape_of(node, value, &tensor->shape);
-  tensor->shape = node->shapes[index];
-  return NULL;
+  return shape_of(node, value, &tensor->shape);
 }
 
 OrtStatus *output(OrtKernelContext *context, const Shape *shape, void **data) {

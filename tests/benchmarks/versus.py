@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def ratios(model: str, lines: Sequence[Line], tests: Sequence[str]) -> Iterator[
 @click.option("--rounds", default=5)
 @click.option("--tokens", default=24, help="Decoded in each turn.")
 @click.option("--tests", default=",".join(TESTS))
-@click.option("--only", default="", help="Sides whose names contain this; all by default.")
+@click.option("--only", default="", help="Regular expression for the names of sides; all by default.")
 @click.option("--work", type=click.Path(path_type=Path), default=default_work_folder())
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
@@ -208,7 +209,7 @@ def main(
 ) -> None:
     """See the module's docstring."""
     budgets, wanted = tuple(map(float, bits.split(","))), tests.split(",")
-    found = [side for side in sides(work, model, slices, budgets) if only in side.name]
+    found = [side for side in sides(work, model, slices, budgets) if re.search(only, side.name)]
     facts = environment(threads)
     with ExitStack() as stack:
         probe = stack.enter_context(worker(Side("probe", "probe", work), threads, 0))

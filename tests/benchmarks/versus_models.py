@@ -16,12 +16,22 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.checkpoint import load, locate
 from mbq_export.compare import llama_cpp_files
+from mbq_export.export import Options, prepare, write_calibrated
+from mbq_export.recipe import MLP_HIDDEN
+from mbq_export.routing import thresholds
+from mbq_export.slicing import rtn
+from mbq_export.slicing.reference import RouterParams
+from mbq_runtime.manifest import QualityPoint
+from mbq_runtime.profile import SliceProfile
+from mbq_targets.table import resolve
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 GENAI_PRECISIONS = ("int4", "int8")
@@ -73,6 +83,46 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {"llama-1b": _random_1b, "smoll
 """By name: writes a Hugging Face folder."""
 
 
+def spread_router(profile: SliceProfile, share: float, hidden: int, k: int) -> RouterParams:
+    """A learned router by size and cost, which gives a unit the depth that its place among the parameters tells:
+    of a budget between two depths, just so many parameters get the deeper one.  share: 0..1, that place."""
+    bits = np.asarray(profile.depth_bits, np.float32)
+    rng = np.random.default_rng(k)
+    return RouterParams(
+        bias=-(bits[:-1] + share * np.diff(bits)).astype(np.float32),
+        norm_gain=np.zeros(len(bits) - 1, np.float32),
+        budgets=thresholds.budgets(profile),
+        thresholds=-thresholds.budgets(profile),
+        w1=rng.standard_normal((hidden, k)).astype(np.float16),
+        b1=np.zeros(hidden, np.float32),
+        w2=np.zeros((len(bits) - 1, hidden), np.float32),
+    )
+
+
+def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
+    """A bundle for this machine, rounded to nearest.  Its speed is that of a calibrated one: bytes, ops and
+    routers of the same size, but no text is run through the model."""
+    options = Options(
+        model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto", method="rtn",
+        router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0, force=False,
+    )  # fmt: skip
+    prepared = prepare(options)
+    checkpoint = load(prepared.source)
+    d, group_size = checkpoint.decoder, prepared.plan.group_size
+    units, seen = {}, 0.0
+    for unit in d.units():
+        sliced = rtn.slice_weight(checkpoint.weight(unit), group_size, unit.name)
+        share = (seen + sliced.codes.size / 2) / prepared.plan.routed_parameters
+        seen += sliced.codes.size
+        router = spread_router(profile, share, MLP_HIDDEN, sliced.codes.shape[1])
+        units[unit.name] = RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
+    scale = np.ones(d.hidden_size, np.float32)
+    table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
+    curve = tuple(QualityPoint(bits, bits, 1.0) for bits in (float(profile.min_bits), 8.0))
+    calibrated = Calibrated(profile, group_size, "mlp", units, table, scale, reference_perplexity=1.0, curve=curve)
+    write_calibrated(prepared, out, checkpoint, calibrated, {"method": "rtn"})
+
+
 def _once(path: Path, write: Callable[[Path], object]) -> Path:
     """``path``, written under another name first if it is not there."""
     if not path.exists():
@@ -96,11 +146,10 @@ def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Itera
     """All sides of a model that can be had here, their files made when missing."""
     checkpoint = _once(work / model / "checkpoint", CHECKPOINTS[model])
 
-    def export(out: Path) -> None:
-        options = ("--method", "rtn", "--router", "mlp", "--calib-tokens", 1024, "--target", "host")
-        _run("mbq_export.cli", "--model", checkpoint, "--slices", slices, *options, "--output", out)
+    def bundle(out: Path) -> None:
+        write_bundle(checkpoint, SliceProfile.parse(slices), out)
 
-    yield Side("mbq", "mbq", _once(work / model / f"mbq-{slices.replace(',', '')}", export), bits)
+    yield Side("mbq", "mbq", _once(work / model / f"mbq-{slices.replace(',', '')}", bundle), bits)
     if importlib.util.find_spec("llama_cpp") is not None:
 
         def float32(out: Path) -> None:

@@ -1,0 +1,106 @@
+"""Static analysis, not a measurement: cycles per weight byte of every ARM decode kernel, by llvm-mca.
+
+    python tests/benchmarks/arm_static.py [--slices 2,2,2,2] [--group-size 64]
+
+Takes the group loop of each ``gemv`` from the compiler's assembly and lets llvm-mca (Debian: ``apt install llvm``)
+issue it over and over on the scheduling model of the target's core, caches and memory left out.  Cores without a
+model of their own in LLVM are analysed on a relative, which is named.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import click
+
+from mbq_runtime.profile import SliceProfile
+from mbq_targets.kernels.isa import ISAS
+from mbq_targets.kernels.layout import ROW_BLOCK
+from mbq_targets.kernels.module import PREFIX, build_module
+from mbq_targets.table import TARGETS, Target
+
+CORES = {
+    "rpi5": (("cortex-a76", "A76, which LLVM models as a 3-wide A57"),),
+    "rpi4": (("cortex-a72", "A72, which LLVM models as an A57"), ("cortex-a53", "A53, in order")),
+    "arm64": (("cortex-a55", "A55, in order"), ("cortex-a78", "A78, which LLVM models as a 3-wide A57")),
+}
+_DOTS = {"neon-dotprod": (r"\bsdot\b", 16), "neon": (r"\bs(mull|mlal)2?\b", 8)}
+"""By instruction set: its dot-product instruction, and how many weights one covers."""
+
+_LABEL = re.compile(r"^(\.LBB\w+):")
+_BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z|b)\s+.*?(\.LBB\w+)$")
+
+
+def assembly(target: Target, profile: SliceProfile, group_size: int) -> str:
+    import tvm
+
+    module = build_module(ISAS[target.isa], profile, group_size)
+    return str(tvm.compile(module, target=tvm.target.Target(target.llvm)).mod.inspect_source("asm"))
+
+
+def function(source: str, name: str) -> list[str]:
+    """The instructions and labels of a function, without directives and comments."""
+    body = source.split(f"\n{name}:", 1)[1].split("\n.Lfunc_end", 1)[0]
+    return [
+        line.split("//")[0].rstrip()
+        for line in body.splitlines()
+        if _LABEL.match(line) or (line.startswith("\t") and not line.startswith("\t."))
+    ]
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """The instructions from a label to each branch back to it."""
+    places, found = {}, []
+    for at, line in enumerate(lines):
+        if label := _LABEL.match(line):
+            places[label[1]] = at
+        elif (branch := _BRANCH.match(line)) and branch[1] in places:
+            found.append([part for part in lines[places[branch[1]] : at + 1] if not _LABEL.match(part)])
+    return found
+
+
+def cycles(instructions: list[str], core: str, features: str) -> float:
+    """Cycles of one pass, the loop repeated."""
+    runs = 100
+    straight = [line for line in instructions if not _BRANCH.match(line)]
+    command = ["llvm-mca", "-mtriple=aarch64", f"-mcpu={core}", f"-mattr={features}", f"-iterations={runs}"]
+    done = subprocess.run(command, input="\n".join(straight), capture_output=True, text=True, check=True)
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    assert found is not None
+    return int(found[1]) / runs
+
+
+@click.command()
+@click.option("--slices", default="2,2,2,2")
+@click.option("--group-size", default=64)
+def main(slices: str, group_size: int) -> None:
+    """See the module's docstring."""
+    if shutil.which("llvm-mca") is None:
+        raise SystemExit("llvm-mca is not here: apt install llvm")
+    profile = SliceProfile.parse(slices)
+    version = subprocess.run(["llvm-mca", "--version"], capture_output=True, text=True, check=True).stdout
+    print(f"static analysis by llvm-mca, {version.splitlines()[0].strip()}; slices {profile}, groups of {group_size}\n")
+    print("| kernels | core | bits | cycles a group of 16 rows | weight bytes/cycle | stack accesses |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, cores in CORES.items():
+        target = TARGETS[name]
+        pattern, covered = _DOTS[target.isa]
+        source = assembly(target, profile, group_size)
+        for depth, bits in enumerate(profile.depth_bits, 1):
+            lines = function(source, f"{PREFIX}gemv_d{depth}_compute_")
+            inner = min((loop for loop in loops(lines) if any(re.search(pattern, i) for i in loop)), key=len)
+            # A loop may hold a whole group of 16 rows or a part of it: its own loads of weights tell.
+            dots = sum(bool(re.search(pattern, line)) for line in inner)
+            segments = max(1, round(dots * covered / (ROW_BLOCK * group_size)))
+            share = dots * covered / (ROW_BLOCK * group_size * segments)
+            stack = sum("[sp" in line for line in inner)
+            for core, said in cores:
+                spent = cycles(inner, core, "+dotprod" if "dotprod" in target.isa else "+neon") / share
+                rate = ROW_BLOCK * group_size * bits / 8 / spent
+                print(f"| {name} ({target.isa}) | {said} | {bits} | {spent:.0f} | {rate:.2f} | {stack} |")
+
+
+if __name__ == "__main__":
+    main()
