@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -29,9 +29,10 @@ from mbq_export.recipe import MLP_HIDDEN
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import RouterParams
-from mbq_runtime.manifest import QualityPoint
+from mbq_runtime.manifest import OPS_LIBRARY, QualityPoint, file_entries, read, write
 from mbq_runtime.profile import SliceProfile
-from mbq_targets.table import resolve
+from mbq_targets.build import build_ops_library
+from mbq_targets.table import TARGETS, resolve
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 GENAI_PRECISIONS = ("int4", "int8")
@@ -123,6 +124,15 @@ def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
     write_calibrated(prepared, out, checkpoint, calibrated, {"method": "rtn"})
 
 
+def renew_library(folder: Path) -> None:
+    """Give a bundle of an earlier run the kernels of this one."""
+    manifest, library = read(folder), folder / OPS_LIBRARY
+    before = library.read_bytes()
+    build_ops_library(TARGETS[manifest.target.name], SliceProfile(manifest.slices), manifest.group_size, library)
+    if library.read_bytes() != before:
+        write(replace(manifest, files=file_entries(folder)), folder)
+
+
 def _once(path: Path, write: Callable[[Path], object]) -> Path:
     """``path``, written under another name first if it is not there."""
     if not path.exists():
@@ -149,7 +159,9 @@ def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Itera
     def bundle(out: Path) -> None:
         write_bundle(checkpoint, SliceProfile.parse(slices), out)
 
-    yield Side("mbq", "mbq", _once(work / model / f"mbq-{slices.replace(',', '')}", bundle), bits)
+    made = _once(work / model / f"mbq-{slices.replace(',', '')}", bundle)
+    renew_library(made)
+    yield Side("mbq", "mbq", made, bits)
     if importlib.util.find_spec("llama_cpp") is not None:
 
         def float32(out: Path) -> None:
