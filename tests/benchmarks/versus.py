@@ -3,11 +3,11 @@
 Every side runs in a process of its own; they take turns within one run, and each turn begins with passes
 that are not counted.  Prints the machine, a table of medians with quartiles, the ratios and raw JSON on request:
 
-    python tests/benchmarks/versus.py [--model llama-1b] [--slices 2,2,2,2] [--threads 2] [--rounds 5] [--json FILE]
+    python tests/benchmarks/versus.py [--model llama-1b] [--slices 2,2,2,2] [--threads 2] [--json FILE]
 
-The first run makes the files (see ``versus_models.py``): 12 GB of disk and memory for the 1B model.
-The export extra must be installed; llama-cpp-python, built for this machine, and onnx-ir (for onnxruntime-genai's
-builder) add their sides when they are.
+On a machine that is busy otherwise, ``--threads 1 --clock cpu`` compares processor time.  The first run makes the
+files (see ``versus_models.py``): 12 GB of disk and memory for the 1B model.  The export extra must be installed;
+llama-cpp-python, built for this machine, and onnx-ir (for onnxruntime-genai's builder) add their sides when they are.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ PREFILL_GOAL = 1.3
 class Worker:
     """A side's process; see ``versus_worker.py``."""
 
-    def __init__(self, side: Side, threads: int, context: int) -> None:
+    def __init__(self, side: Side, threads: int, context: int, clock: str) -> None:
         script = Path(__file__).with_name("versus_worker.py")
-        command = [sys.executable, str(script), side.engine, str(side.path), str(threads), str(context)]
+        command = [sys.executable, str(script), side.engine, str(side.path), str(threads), str(context), clock]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.first_token_s: float = self._answer()["first_token_s"]
 
@@ -73,8 +73,8 @@ class Worker:
 
 
 @contextmanager
-def worker(side: Side, threads: int, context: int) -> Iterator[Worker]:
-    started = Worker(side, threads, context)
+def worker(side: Side, threads: int, context: int, clock: str) -> Iterator[Worker]:
+    started = Worker(side, threads, context, clock)
     try:
         yield started
     finally:
@@ -116,11 +116,11 @@ def environment(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def start(found: Sequence[Side], threads: int, stack: ExitStack) -> list[Line]:
+def start(found: Sequence[Side], threads: int, clock: str, stack: ExitStack) -> list[Line]:
     context = WARM_TOKENS + max(TESTS.values())
     lines = []
     for side in found:
-        running = stack.enter_context(worker(side, threads, context))
+        running = stack.enter_context(worker(side, threads, context, clock))
         if not side.bits:
             lines.append(Line(side.name, running, side.size_bytes))
             continue
@@ -189,6 +189,7 @@ def ratios(model: str, lines: Sequence[Line], tests: Sequence[str]) -> Iterator[
 @click.option("--slices", default="2,2,2,2")
 @click.option("--bits", default="2,2.5,3,4,6,8")
 @click.option("--threads", default=2)
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: on a busy machine, 1 thread.")
 @click.option("--rounds", default=5)
 @click.option("--tokens", default=24, help="Decoded in each turn.")
 @click.option("--tests", default=",".join(TESTS))
@@ -200,6 +201,7 @@ def main(
     slices: str,
     bits: str,
     threads: int,
+    clock: str,
     rounds: int,
     tokens: int,
     tests: str,
@@ -208,12 +210,14 @@ def main(
     json_file: Path | None,
 ) -> None:
     """See the module's docstring."""
+    if clock == "cpu" and threads != 1:
+        raise click.UsageError("--clock cpu counts the time of one thread: use --threads 1")
     budgets, wanted = tuple(map(float, bits.split(","))), tests.split(",")
     found = [side for side in sides(work, model, slices, budgets) if re.search(only, side.name)]
-    facts = environment(threads)
+    facts = environment(threads) | {"clock": clock}
     with ExitStack() as stack:
-        probe = stack.enter_context(worker(Side("probe", "probe", work), threads, 0))
-        lines = start(found, threads, stack)
+        probe = stack.enter_context(worker(Side("probe", "probe", work), threads, 0, clock))
+        lines = start(found, threads, clock, stack)
         bandwidth = run(lines, probe, wanted, rounds, tokens)
     ceiling = statistics.median(bandwidth)
     print(f"{model}: " + " ".join(f"{key}={value}" for key, value in facts.items()))

@@ -1,8 +1,9 @@
-"""One side of ``versus.py`` in a process of its own: ``versus_worker.py ENGINE PATH THREADS CONTEXT``.
+"""One side of ``versus.py`` in a process of its own: ``versus_worker.py ENGINE PATH THREADS CONTEXT CLOCK``.
 
 Loads, then answers a line of JSON ``{"sizes": [...], "bits": number}`` with the seconds of each pass: tokens
 added to one fresh context, ``[128]`` for a prompt, ``[1, 1, ...]`` for decoding.  Tokens are random, nothing is
-sampled, the logits of the last token are computed.
+sampled, the logits of the last token are computed.  CLOCK is "wall", or "cpu" for the processor time of the one
+thread that does the work: what can be compared while other programs run too.
 """
 
 from __future__ import annotations
@@ -121,13 +122,13 @@ def probe(path: Path, threads: int, context: int) -> Timer:
     read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_uint64), ctypes.c_uint64
     data = np.ones(PROBE_BYTES // 8, np.uint64)
     share = len(data) // threads // 64 * 64
-    pool = ThreadPoolExecutor(threads)
+    run = ThreadPoolExecutor(threads).map if threads > 1 else map
 
     def passes(sizes: Sequence[int], bits: float) -> Answer:
         seconds = []
         for _ in sizes:
             begin_s = time.perf_counter()
-            list(pool.map(lambda i: read(data.ctypes.data + 8 * share * i, share), range(threads)))
+            list(run(lambda i: read(data.ctypes.data + 8 * share * i, share), range(threads)))
             seconds.append(time.perf_counter() - begin_s)
         return {"seconds": seconds}
 
@@ -139,7 +140,9 @@ ENGINES: dict[str, Callable[[Path, int, int], Timer]] = {
 }  # fmt: skip
 
 
-def main(engine: str, path: str, threads: str, context: str) -> None:
+def main(engine: str, path: str, threads: str, context: str, clock: str) -> None:
+    if clock == "cpu":
+        time.perf_counter = time.thread_time  # of the engines' own timing too
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with answers
     begin_s = time.perf_counter()
     passes = ENGINES[engine](Path(path), int(threads), int(context))
