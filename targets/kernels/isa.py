@@ -277,6 +277,8 @@ class NeonDotprod(Neon):
     """ARMv8.2 with ``sdot``, signed x signed: a top field is shifted down, lower ones stay in place."""
 
     name = "neon-dotprod"
+    # Left to itself LLVM unrolls over all four and spills.
+    rows_together = 2
     token_blocks = (4, 1)
 
     def split_pairs(self, v: Expr) -> list[tuple[Expr, int]]:

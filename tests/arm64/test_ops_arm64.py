@@ -25,6 +25,7 @@ BOARDS = [
     ("arm64", "cortex-a76"),
     ("arm64", "max"),
     ("rpi4", "cortex-a72"),
+    ("rpi4", "cortex-a57"),
     ("rpi4", "cortex-a53"),
     ("rpi5", "cortex-a76"),
     ("jetson-orin", "max"),
