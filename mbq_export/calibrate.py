@@ -118,8 +118,9 @@ def calibrate(
     kind, routers, measured = _choose(checkpoint, fits, slices, recipe, measured_windows, stage("comparing routers"))
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
     results = quality.measure(
-        checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality")
-    )
+        checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality"),
+        fast_dtype(),
+    )  # fmt: skip
     original = float(np.exp(reference.mean()))
     curve = tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True))
     linears = {
