@@ -53,7 +53,8 @@ def test_every_budget_keeps_its_share_of_the_models_quality(smollm2_host_bundle:
     reference: float = result["reference_ppl"]  # type: ignore[assignment]
     ratios = {row["bits"]: row["ppl"] / reference for row in rows}
     print(f"\nperplexity over float32: {ratios}")
-    limits = {8.0: 1.015, 6.0: 1.025, 5.0: 1.06, 4.0: 1.13, 3.5: 1.25, 3.0: 1.55}
+    # Looser than what a whole calibration reaches: this one had half the text and a third of the tuning.
+    limits = {8.0: 1.02, 6.0: 1.03, 5.0: 1.07, 4.0: 1.15, 3.5: 1.3, 3.0: 1.65}
     assert all(ratios[bits] <= limit for bits, limit in limits.items()), ratios
 
 
