@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Build, runnable
@@ -102,7 +103,8 @@ def test_group_size_without_kernels(tmp_path: Path) -> None:
 
 def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build_room.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(build_room, "_compile_kernels", lambda *args: args[-1].write_bytes(b"not an object"))
+    broken = SimpleNamespace(mod=SimpleNamespace(write_to_file=lambda out: Path(out).write_bytes(b"not an object")))
+    monkeypatch.setattr(build_room, "_compiled", lambda *args: broken)
     with pytest.raises(BuildError, match=r"linking the library for rpi5 failed: .*error"):
         build_ops_library(TARGETS["rpi5"], PROFILE, 64, tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()
