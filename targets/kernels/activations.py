@@ -6,7 +6,7 @@ from tvm.tirx.script import builder as T
 
 from .emit import LANES, bind, cast, const, fma, function, intrin, load, registers, reinterpret, splat, store
 
-TERMS = 1
+TERMS = 2
 """Int8 terms per activation; each further one holds the rounding error of those before it."""
 
 SMALLEST = 1e-30

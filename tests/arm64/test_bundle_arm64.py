@@ -36,14 +36,13 @@ Array = NDArray[Any]
 
 PROMPT = "The history of the lighthouse begins"
 REPLY_TOKENS = 64
-TIE = 0.5  # logits this close may swap places
+TIE = 1e-3  # logits this close may swap places
 
 TEXT = "A river delta forms where a stream meets still water and drops the sand it carried."
 # Given the same inputs, a layer's outputs agree this well, relative to the largest.
 LAYER_TOLERANCE = 1e-5
-# Over the whole model the last bits of attention and norms, which differ between processors, are carried on: now
-# and then they round an activation the other way.
-LOGITS_TOLERANCE = 6e-2  # of the largest logit; 3e-2 is seen
+# Over the whole model the last bits of attention and norms, which differ between processors, are carried on.
+LOGITS_TOLERANCE = 1e-2  # of the largest logit; 1e-4 is seen
 
 WRITE_LOGITS = """
 import json, sys

@@ -18,16 +18,16 @@ from mbq_export.checkpoint import Checkpoint, load, locate
 from mbq_export.families import Unit
 from mbq_export.lower.onnx import lower
 from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import RouterParams, decode_f32, round_activations
+from mbq_export.slicing.reference import RouterParams, decode_f32
 from mbq_runtime.profile import SliceProfile
 
 PROFILE = SliceProfile.parse("3,1,2,2")
 GROUP_SIZE = 64
 # Longer than the windows of models that have them, shorter than the original context of those with longrope.
 TOKENS = np.random.default_rng(7).integers(0, 256, 40).tolist()
-# Activations that are rounded the other way leave up to 0.016 on these random models; a window off by one
-# token leaves 0.2, attention scaled by 1.2 leaves 0.05.
-TOLERANCE = 0.03
+# Two int8 terms of activations leave 2e-4 on these random models; a window off by one token leaves 0.2,
+# attention scaled by 1.2 leaves 0.05.
+TOLERANCE = 1e-3
 
 Logits = NDArray[np.float32]
 
@@ -130,13 +130,6 @@ def _run(
     return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
 
-def _rounded(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """A linear layer's input as a sliced matmul takes it."""
-    x = inputs[0]
-    rounded = round_activations(x.reshape(-1, x.shape[-1]).numpy(), GROUP_SIZE)
-    return (torch.from_numpy(rounded.astype(np.float32)).reshape(x.shape),)
-
-
 def _relative_rms(a: Logits, b: Logits) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -164,7 +157,6 @@ def test_logits_are_those_of_decoded_weights(
         layers = [model.get_submodule(name) for name in linear.unit.sources]
         for layer, weight in zip(layers, weights.split([layer.out_features for layer in layers]), strict=True):
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-            layer.register_forward_pre_hook(_rounded)
     assert _relative_rms(out["logits"][0], _torch_logits(model)) < TOLERANCE
     assert out["avg_bits_used"] == pytest.approx(bits)
 
