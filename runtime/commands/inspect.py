@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mbq_runtime.engine import gpu_plan
 from mbq_runtime.manifest import GPU_FILES, Manifest
 
 from .common import bundle_argument, json_option
+
+if TYPE_CHECKING:
+    from mbq_runtime.engine.gpu_plan import Plan
 
 
 @click.command("inspect")
@@ -20,6 +23,7 @@ from .common import bundle_argument, json_option
 def command(bundle: Path, as_json: bool) -> None:
     """Show what is in the bundle in folder BUNDLE, and whether it runs on this machine."""
     from mbq_runtime import isa, manifest
+    from mbq_runtime.engine import gpu_plan
 
     found = manifest.read(bundle)
     problem = isa.problem(found.target, isa.this_machine())
@@ -45,7 +49,7 @@ _SOFTWARE = {
 }
 
 
-def _gpu_lines(m: Manifest, plan: gpu_plan.Plan) -> list[tuple[str, str]]:
+def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
     """What the device must have; whether it has, the engine says when it is loaded."""
     needs, launches = plan.needs, plan.decode_launches
     cache = sum(buffer.bytes for buffer in plan.buffers.values() if buffer.is_cache)
