@@ -17,13 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BuildError
 from mbq_runtime.profile import SliceProfile
 
 from .table import Target
 
 GROUP_SIZES = (32, 64, 128)
-CACHE_VARIABLE = "MBQ_CACHE_DIR"
 
 _ROOM = Path(__file__).parent
 _SHIM = _ROOM / "ort_ops"
@@ -34,15 +34,6 @@ _COMPILER_FLAGS = (
     "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
 )  # fmt: skip
 _TOOL_LINES = 6  # of a failing tool's output that an error repeats
-
-
-def cache_dir() -> Path:
-    """Where finished libraries are kept: $MBQ_CACHE_DIR, or mbq-export in the user's cache folder."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mbq-export"
 
 
 def build_ops_library(target: Target, profile: SliceProfile, group_size: int, out: Path) -> None:

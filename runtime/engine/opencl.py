@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 
 from .gpu import DeviceBackend, Limits
 from .gpu_plan import Kernel, Launch
-
-CACHE_VARIABLE = "MBQ_CACHE_DIR"
 
 
 class Device:
@@ -56,7 +55,7 @@ class Device:
     def compile(self, kernels: Mapping[str, Kernel], texts: Mapping[str, str], where: Path) -> None:
         """From the cache of binaries of this very driver and these texts, or by the driver, which fills it."""
         source = "\n".join(dict.fromkeys(texts.values()))
-        cached = _cache_dir() / f"{_key(self.name, self._device.platform.version, source)}.clbin"
+        cached = cache_dir() / "opencl" / f"{_key(self.name, self._device.platform.version, source)}.clbin"
         self._program = self._from_binary(cached)
         if self._program is not None:
             return
@@ -105,12 +104,6 @@ class Backend(DeviceBackend):
 
     device_type = Device
     dialect = "opencl"
-
-
-def _cache_dir() -> Path:
-    named = os.environ.get(CACHE_VARIABLE)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "mbq-export") / "opencl"
 
 
 def _key(*parts: str) -> str:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import Build, runnable
 
+from mbq_runtime.cache import CACHE_VARIABLE
 from mbq_runtime.errors import BuildError
 from mbq_runtime.profile import SliceProfile
 from mbq_targets import build as build_room
@@ -67,7 +68,7 @@ def test_only_the_entry_points_are_exported(library: Build) -> None:
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request is compiled once; the key separates target, profile and group size."""
-    monkeypatch.setenv(build_room.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     built = []
 
     def fake(target: object, profile: object, group: object, folder: Path) -> Path:
@@ -102,7 +103,7 @@ def test_group_size_without_kernels(tmp_path: Path) -> None:
 
 
 def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(build_room.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     broken = SimpleNamespace(mod=SimpleNamespace(write_to_file=lambda out: Path(out).write_bytes(b"not an object")))
     monkeypatch.setattr(build_room, "_compiled", lambda *args: broken)
     with pytest.raises(BuildError, match=r"linking the library for rpi5 failed: .*error"):

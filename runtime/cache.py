@@ -1,0 +1,17 @@
+"""Where what is compiled is kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE_VARIABLE = "MBQ_CACHE_DIR"
+
+
+def cache_dir() -> Path:
+    """$MBQ_CACHE_DIR, or mbq-export in the user's cache folder."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mbq-export"
