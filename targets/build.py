@@ -172,7 +172,7 @@ def _compiled(module: Any, target: Target) -> Any:
 def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:
     """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
     from .kernels.activations import TERMS
-    from .kernels.matmul import TILE_K
+    from .kernels.matmul import TILE_BYTES
 
     def braces(values: tuple[int, ...]) -> str:
         return "{" + ", ".join(map(str, values)) + "}"
@@ -181,7 +181,7 @@ def config_header(target: Target, profile: SliceProfile, group_size: int) -> str
     defines = {
         "GROUP": group_size,
         "TERMS": TERMS,
-        "TILE_K": TILE_K,
+        "TILE_BYTES": TILE_BYTES,
         "DEPTHS": profile.depths,
         "SLICES": braces(profile.slices),
         "SLICES_TEXT": f'"{profile}"',

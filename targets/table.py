@@ -99,10 +99,18 @@ _ROWS = (
         "arm64", "aarch64", "generic", _DOTPROD, "neon-dotprod",
         "64-bit Arm with dot product (Armv8.2): Raspberry Pi 5, Jetson Orin, RK3588, phones since 2018", ("dotprod",),
     ),
+    Target(
+        "arm64-i8mm", "aarch64", "generic", (*_DOTPROD, "i8mm"), "neon-i8mm",
+        "64-bit Arm with int8 matrix products (Armv8.6, Armv9): phones since 2022, Graviton 3", ("dotprod", "i8mm"),
+    ),
     Target("rpi4", "aarch64", "cortex-a72", ("asimd",), "neon", "Raspberry Pi 4, 400, CM4 (no dot product)"),
     Target("rpi5", "aarch64", "cortex-a76", _DOTPROD, "neon-dotprod", "Raspberry Pi 5, 500, CM5"),
     Target("jetson-orin", "aarch64", "cortex-a78ae", _DOTPROD, "neon-dotprod", "Jetson Orin Nano, NX, AGX (CPU cores)"),
     Target("x86-64-v4", "x86_64", "x86-64-v4", _AVX512, "vnni512", "x86 with AVX-512 VNNI", ("avx512vnni",)),
+    Target(
+        "x86-64-v3-vnni", "x86_64", "x86-64-v3", (*_AVX2, "avx_vnni"), "avx-vnni",
+        "x86 with AVX2 and AVX-VNNI: Intel since Alder Lake, AMD Zen 5", ("avxvnni",),
+    ),
     Target("x86-64-v3", "x86_64", "x86-64-v3", _AVX2, "avx2", "x86 with AVX2"),
     Target(
         "android-adreno", "any", "", (), "", "phones with a Qualcomm Adreno GPU, through OpenCL",
@@ -131,7 +139,7 @@ _ROWS = (
 TARGETS: dict[str, Target] = {target.name: target for target in _ROWS}
 
 # What "host" may become, the best first.
-_HOST_ORDER = ("x86-64-v4", "x86-64-v3", "arm64", "rpi4")
+_HOST_ORDER = ("x86-64-v4", "x86-64-v3-vnni", "x86-64-v3", "arm64-i8mm", "arm64", "rpi4")
 
 
 def best_for(machine: Machine) -> Target:

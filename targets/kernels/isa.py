@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from .emit import Expr, bind, byte_table, const, intrin, load, reinterpret
+from .products import MatrixProducts, Products
 
 
 class Isa:
@@ -28,6 +29,10 @@ class Isa:
     max_width: ClassVar[int] = 4
     # Tokens that share a loaded weight vector in prefill: the sizes of block, largest first.
     token_blocks: ClassVar[tuple[int, ...]] = (4, 1)
+    # Row blocks that share a loaded activation in prefill.
+    row_blocks: ClassVar[int] = 1
+    # How several tokens are multiplied at once.
+    products: ClassVar[type[Products]] = Products
 
     @property
     def rows(self) -> int:
@@ -103,6 +108,10 @@ class Accumulator:
     def add(self, codes: Expr, q: Expr) -> None:
         raise NotImplementedError
 
+    def shift_up(self, bits: int) -> None:
+        """Multiply what was added so far by ``2**bits``."""
+        self.total = bind(self.result() << const(bits, "int32", self.isa.rows))
+
     def result(self) -> Expr:
         assert self.total is not None
         return self.total
@@ -133,8 +142,9 @@ class Vnni512(Isa):
     name = "vnni512"
     vector_bytes = 64
     signed = False
-    chains = 4
+    chains = 2
     token_blocks = (8, 3, 1)
+    row_blocks = 2
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", byte_table(table, 64), nibbles))
@@ -147,6 +157,26 @@ class Vnni512(Isa):
 
     def accumulator(self, max_code: int) -> Accumulator:
         return _VnniDot(self, max_code)
+
+
+class _AvxVnniDot(_Dot4):
+    instruction = "llvm.x86.avx512.vpdpbusd.256"
+
+
+class AvxVnni(Vnni512):
+    """The same dot product in AVX2's registers: 8 rows in one."""
+
+    name = "avx-vnni"
+    vector_bytes = 32
+    rows_together = 2
+    token_blocks = (4, 1)
+    row_blocks = 1
+
+    def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
+        return bind(intrin("uint8x32", "llvm.x86.avx2.pshuf.b", byte_table(table, 32), nibbles))
+
+    def accumulator(self, max_code: int) -> Accumulator:
+        return _AvxVnniDot(self, max_code)
 
 
 class _Avx2Dot(Accumulator):
@@ -232,6 +262,10 @@ class _NeonLongDot(Accumulator):
         self.wide = [bind(p) for p in pairs]
         self.narrow, self.count = [], 0
 
+    def shift_up(self, bits: int) -> None:
+        self._widen()
+        self.wide = [bind(w << const(bits, "int32", 4)) for w in self.wide]
+
     def result(self) -> Expr:
         if self.count:
             self._widen()
@@ -288,4 +322,11 @@ class NeonDotprod(Neon):
         return _NeonDot(self, max_code)
 
 
-ISAS: dict[str, Isa] = {isa.name: isa for isa in (Vnni512(), Avx2(), NeonDotprod(), Neon())}
+class NeonI8mm(NeonDotprod):
+    """ARMv8.6: prefill by ``smmla``, which does twice the work of ``sdot``."""
+
+    name = "neon-i8mm"
+    products = MatrixProducts
+
+
+ISAS: dict[str, Isa] = {isa.name: isa for isa in (Vnni512(), AvxVnni(), Avx2(), NeonI8mm(), NeonDotprod(), Neon())}

@@ -11,14 +11,12 @@ from mbq_runtime.profile import SliceProfile
 from ..kernels.activations import TERMS
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
 from ..kernels.layout import ROW_BLOCK
-from ..kernels.matmul import TILE_K
+from ..kernels.matmul import TILE_BYTES
 from .emit import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
 
 MAX_HIDDEN = 512
 FEW_TOKENS = 2
 """Up to this many tokens of a depth go through the one-token kernel: unpacking a tile would cost more."""
-
-TILE_BYTES = ROW_BLOCK * TILE_K
 
 NONE = -1
 """Place of parameters that a matrix has not got."""
@@ -143,7 +141,7 @@ def _product(
     groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
     apart = bind(rows * groups)
     q = scratch(rows * k * TERMS, "int8")
-    step, sums = scratch(apart * TERMS, "float32"), scratch(apart * TERMS, "float32")
+    step, sums = scratch(apart, "float32"), scratch(apart, "float32")
     planes, scales = weights.at(at["planes"]), weights.at(at["scales"])
 
     def quantize(m: Expr) -> None:
@@ -160,7 +158,10 @@ def _product(
     # One token needs no tile.
     tiles = scratch(T.min(rows - 1, T.int64(1)) * (PIECES * TILE_BYTES), "uint8")
     with T.parallel(0, T.int64(PIECES)) as i:
-        begin, end = bind(blocks * i // PIECES), bind(blocks * (i + 1) // PIECES)
+        # The kernel of many tokens takes row blocks in pairs.
+        pairs = bind((blocks + 1) // 2)
+        begin = bind(2 * (pairs * i // PIECES))
+        end = bind(T.min(2 * (pairs * (i + 1) // PIECES), blocks))
         for d in range(1, profile.depths + 1):
             first, count = load(starts, d - 1, 1), bind(load(starts, d, 1) - load(starts, d - 1, 1))
             with T.If(count <= FEW_TOKENS):

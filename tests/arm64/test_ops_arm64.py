@@ -24,6 +24,7 @@ OP_CHECK = REPO / "tests" / "targets" / "op_check.py"
 BOARDS = [
     ("arm64", "cortex-a76"),
     ("arm64", "max"),
+    ("arm64-i8mm", "max"),
     ("rpi4", "cortex-a72"),
     ("rpi4", "cortex-a57"),
     ("rpi4", "cortex-a53"),
@@ -36,6 +37,7 @@ RUNS = [(target, cpu, *USUAL) for target, cpu in BOARDS]
 RUNS += [
     ("arm64", "cortex-a76", "2,2,2,2", 32),
     ("arm64", "cortex-a76", "1,2,1,4", 64),
+    ("arm64-i8mm", "max", "2,2,2,2", 32),
     ("rpi4", "cortex-a72", "2,2,2,2", 128),
 ]
 

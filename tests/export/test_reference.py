@@ -101,11 +101,12 @@ def test_constant_and_zero_groups_keep_their_value() -> None:
     np.testing.assert_array_equal(decode(sliced, SliceProfile.parse("2,2,2,2"), 1), weight)
 
 
-def test_activations_round_to_the_nearest_of_255_steps() -> None:
-    x = np.array([[0.0, 1.0, -2.0, 0.5] + [0.0] * 28 + [0.0] * 32], np.float32)
+def test_activations_round_to_two_bytes() -> None:
+    x = np.array([[0.0, 1.0, -2.0, 0.5, 1.001] + [0.0] * 27 + [0.0] * 32], np.float32)
     q, step = quantize_activations(x, 32)
-    assert list(q[0, :4]) == [0, 64, -127, 32]  # 63.5 is even-rounded to 64
-    np.testing.assert_allclose(step, [[2 / 127, 0]])
+    # 63.5 high bytes are 64 and a low one of -128, clipped; 31.75 are 32 less 64 low ones.
+    assert list(q[0, :5]) == [0, 64 * 256 - 127, -32512, 32 * 256 - 64, 16272]
+    np.testing.assert_allclose(step, [[2 / 32512, 0]])
     assert (q[0, 32:] == 0).all()
 
 

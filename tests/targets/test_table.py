@@ -14,7 +14,7 @@ from mbq_targets.table import TARGETS, best_for, resolve
 
 def test_rows_are_complete() -> None:
     assert list(TARGETS) == [
-        "arm64", "rpi4", "rpi5", "jetson-orin", "x86-64-v4", "x86-64-v3",
+        "arm64", "arm64-i8mm", "rpi4", "rpi5", "jetson-orin", "x86-64-v4", "x86-64-v3-vnni", "x86-64-v3",
         "android-adreno", "android-mali", "mali-rk3588", "jetson-orin-gpu", "webgpu", "portable",
     ]  # fmt: skip
     for name, target in TARGETS.items():
@@ -40,16 +40,20 @@ def test_rows_are_complete() -> None:
 
 def test_dot_product_kernels_only_where_the_board_must_have_it() -> None:
     for target in TARGETS.values():
-        assert (target.isa == "neon-dotprod") == ("asimddp" in target.features)
+        assert (target.isa in ("neon-dotprod", "neon-i8mm")) == ("asimddp" in target.features)
+        assert (target.isa == "neon-i8mm") == ("i8mm" in target.features)
         assert (target.isa == "vnni512") == ("avx512_vnni" in target.features)
+        assert (target.isa == "avx-vnni") == ("avx_vnni" in target.features)
 
 
 @pytest.mark.parametrize(
     ("arch", "features", "best"),
     [
         ("aarch64", ("asimd",), "rpi4"),
-        ("aarch64", ("asimd", "asimddp", "i8mm"), "arm64"),
+        ("aarch64", ("asimd", "asimddp"), "arm64"),
+        ("aarch64", ("asimd", "asimddp", "i8mm"), "arm64-i8mm"),
         ("x86_64", TARGETS["x86-64-v4"].features, "x86-64-v4"),
+        ("x86_64", TARGETS["x86-64-v3-vnni"].features, "x86-64-v3-vnni"),
         ("x86_64", TARGETS["x86-64-v3"].features, "x86-64-v3"),
         ("x86_64", ("sse4_2",), "portable"),
         ("riscv64", (), "portable"),
@@ -62,5 +66,7 @@ def test_host_becomes_the_best_row(arch: str, features: tuple[str, ...], best: s
 def test_resolve() -> None:
     assert resolve("rpi5") is TARGETS["rpi5"]
     assert resolve("host") in TARGETS.values()
-    with pytest.raises(UsageError, match=r"target 'rpi3' is not known; choose one of: host, arm64, rpi4, rpi5"):
+    with pytest.raises(
+        UsageError, match=r"target 'rpi3' is not known; choose one of: host, arm64, arm64-i8mm, rpi4, rpi5"
+    ):
         resolve("rpi3")

@@ -1,0 +1,108 @@
+"""Integer products of a tile's rows with several tokens at once: the inner loops of prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tvm.tirx.script import builder as T
+
+from .emit import Expr, bind, const, intrin, load, reinterpret
+
+if TYPE_CHECKING:
+    from .isa import Isa
+
+Codes = Callable[[int, int], Expr]
+"""(quarter, row vector) -> the stored bytes of weights 4 * quarter .. 4 * quarter + 3 of 16."""
+
+# From this many sums on, the latency of each dot product is hidden by the others'.
+_MANY = 8
+
+
+class Products:
+    """[token][row vector] sums, each by dot products with the activations of one token.
+
+    ``stored`` tells how a tile's bytes are laid out for this kind.
+    """
+
+    def __init__(self, isa: Isa, count: int, vectors: int, max_code: int) -> None:
+        self.isa, self.count, self.vectors = isa, count, vectors
+        self.chains = isa.chains if count * vectors < _MANY else 1
+        self.sums = [
+            [[isa.accumulator(max_code) for _ in range(self.chains)] for _ in range(vectors)] for _ in range(count)
+        ]
+
+    @staticmethod
+    def stored(codes: list[Expr]) -> list[Expr]:
+        """Four vectors as ``unpack.code_bytes`` gives them -> as they stand in the tile."""
+        return codes
+
+    def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
+        """16 weights.  starts: where the activations of each token begin."""
+        acts = [self.isa.activations(q, start) for start in starts]
+        for j in range(4):
+            vectors = [codes(j, v) for v in range(self.vectors)]
+            for token, act in zip(self.sums, acts, strict=True):
+                for chains, vector in zip(token, vectors, strict=True):
+                    chains[j % self.chains].add(vector, act[j])
+
+    def shift_up(self, bits: int) -> None:
+        """Multiply what was added so far by ``2**bits``."""
+        for chain in (chain for token in self.sums for chains in token for chain in chains):
+            chain.shift_up(bits)
+
+    def results(self) -> list[list[Expr]]:
+        """int32 [token][row vector]."""
+        return [[tree_sum([chain.result() for chain in chains]) for chains in token] for token in self.sums]
+
+
+class MatrixProducts(Products):
+    """By ``smmla``: [2 rows, 8 weights] times [2 tokens, 8 weights], a lane per row and token.
+
+    Two stored vectors of 4 rows and 4 weights become one of rows 0 and 1 and one of rows 2 and 3, of 8 weights.
+    """
+
+    _PAIRS = ([0, 4, 1, 5], [2, 6, 3, 7])
+
+    def __init__(self, isa: Isa, count: int, vectors: int, max_code: int) -> None:
+        self.isa, self.count, self.vectors = isa, count, vectors
+        zero = const(0, "int32", 4)
+        self.lanes = [[[zero, zero] for _ in range(vectors)] for _ in range(0, count, 2)]
+
+    @staticmethod
+    def stored(codes: list[Expr]) -> list[Expr]:
+        words = [bind(reinterpret(code, "int32", 4)) for code in codes]
+        together = [T.Shuffle([words[j], words[j + 1]], pairs) for j in (0, 2) for pairs in MatrixProducts._PAIRS]
+        return [bind(reinterpret(word, "uint8", 16)) for word in together]
+
+    def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
+        for half in range(2):
+            words = [reinterpret(load(q, start + 8 * half, 8), "int64", 1) for start in starts]
+            # A token without a neighbour is its own.
+            pairs = [[words[m], words[min(m + 1, self.count - 1)]] for m in range(0, self.count, 2)]
+            acts = [bind(reinterpret(T.Shuffle(pair, [0, 1]), "int8", 16)) for pair in pairs]
+            for v in range(self.vectors):
+                for rows in range(2):
+                    vector = reinterpret(codes(2 * half + rows, v), "int8", 16)
+                    for lanes, act in zip(self.lanes, acts, strict=True):
+                        sums = lanes[v]
+                        sums[rows] = bind(
+                            intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", sums[rows], vector, act)
+                        )
+
+    def shift_up(self, bits: int) -> None:
+        by = const(bits, "int32", 4)
+        self.lanes = [[[bind(rows << by) for rows in sums] for sums in lanes] for lanes in self.lanes]
+
+    def results(self) -> list[list[Expr]]:
+        return [
+            [bind(T.Shuffle(sums, [m % 2, 2 + m % 2, 4 + m % 2, 6 + m % 2])) for sums in self.lanes[m // 2]]
+            for m in range(self.count)
+        ]
+
+
+def tree_sum(values: list[Expr]) -> Expr:
+    """The sum, in pairs."""
+    while len(values) > 1:
+        values = [bind(sum(values[i + 1 : i + 2], values[i])) for i in range(0, len(values), 2)]
+    return values[0]
