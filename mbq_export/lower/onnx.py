@@ -1,9 +1,9 @@
 """A calibrated decoder as an ONNX graph.
 
-The graph is the plain decoder of its family with every linear layer replaced by a ``Router`` (one
-per distinct input) and a ``SlicedMatMul`` (stacked layers that share the input), and the embedding
-by a ``SlicedGather``, all in domain ``ai.mbq``.  Its inputs and outputs are those ONNX Runtime
-GenAI expects of a decoder, with one more input, ``avg_bits``, and one more output, ``avg_bits_used``.
+The graph is the plain decoder of its family with the linear layers that share an input replaced by one
+``RoutedMatMul``, and the embedding by a ``SlicedGather``, both in domain ``ai.mbq``.  Its inputs and
+outputs are those ONNX Runtime GenAI expects of a decoder, the logits of the last token alone, with the
+input ``avg_bits`` and the output ``avg_bits_used``, and with ``scored`` and ``all_logits`` for scoring a text.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ LAYOUTS = {
         lambda profile, group_size, mlp: portable_functions(profile, group_size, mlp=mlp),
     ),
 }
+
+SCORED = "scored"
+"""Input that asks for logits of that many of the last tokens."""
 
 # QuickGelu with alpha 1 is SiLU in one op.
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -120,7 +123,7 @@ class _Lowering:
                 )
                 branch = self._branch(layer, name, inner, x, residual)
         x, residual = self._norm(residual, branch, "final_norm", d.final_norm)
-        self._linear(self.calibrated.units["head"], self._head_input(x), residual, weights=head, output="logits")
+        self._head(self._head_input(x), residual, head)
         self._bits_used()
         return g
 
@@ -191,6 +194,17 @@ class _Lowering:
             "SimplifiedLayerNormalization", [x, weight], name, axis=-1, epsilon=self.decoder.norm_eps, stash_type=1
         )
 
+    def _head(self, x: str, routed_by: str, weights: list[str]) -> None:
+        """``logits`` of the last token, all that generation looks at, and ``all_logits`` of the last SCORED ones."""
+        g, head = self.graph, self.calibrated.units["head"]
+        axis, end = g.tensor("one_axis", np.array([1], np.int64)), g.tensor("end", np.array([2**62], np.int64))
+        last = g.node("Slice", [x, g.tensor("last", np.array([-1], np.int64)), end, axis], "last_token")
+        self._linear(head, last, routed_by, weights, "logits")
+        length = g.node("Shape", ["input_ids"], "length", start=1, end=2)
+        first = g.node("Sub", [length, SCORED], "first_scored")
+        wanted = [g.node("Slice", [part, first, end, axis], f"{part}.scored") for part in (x, routed_by)]
+        self._linear(head, *wanted, weights, "all_logits", again=True)
+
     def _linear(
         self,
         linear: RoutedLinear,
@@ -198,32 +212,39 @@ class _Lowering:
         routed_by: str,
         weights: list[str] | None = None,
         output: str | None = None,
+        again: bool = False,
     ) -> str:
-        """routed_by: what the router looks at, see ``routing.inputs``."""
+        """routed_by: what the router looks at, see ``routing.inputs``; output: a name instead of the unit's;
+        again: its bits are counted elsewhere already."""
         g, name = self.graph, linear.unit.name
-        depth = self._route(linear, routed_by)
-        weights = weights or self._weights(name, linear.sliced)
+        output = output or name
+        if weights is None:
+            weights = self._weights(name, linear.sliced)
         n, k = linear.sliced.codes.shape
-        product = name if linear.bias is not None or output is None else output
-        g.node("SlicedMatMul", [x, depth, *weights], product, DOMAIN, **self._matrix(n, k))
-        if linear.bias is None:
-            return product
-        return g.node("Add", [product, g.tensor(f"{name}.bias", linear.bias)], output or f"{name}.biased")
+        product = output if linear.bias is None else f"{output}.unbiased"
+        depth = f"{output if again else name}.depth"
+        inputs = [x, routed_by, "avg_bits", *self._router(linear, weights)]
+        g.node("RoutedMatMul", inputs, product, DOMAIN, outputs=[product, depth], **self._matrix(n, k))
+        if not again:
+            self.depths.append(depth)
+        return product if linear.bias is None else g.node("Add", [product, self._bias(linear)], output)
 
-    def _route(self, linear: RoutedLinear, x: str) -> str:
+    def _bias(self, linear: RoutedLinear) -> str:
+        return self.graph.tensor(f"{linear.unit.name}.bias", linear.bias)
+
+    def _router(self, linear: RoutedLinear, weights: list[str]) -> list[str]:
+        """The constant inputs of RoutedMatMul."""
         g, name, router = self.graph, f"{linear.unit.name}.router", linear.router
         # The thresholds are set jointly, so units that have the same table share one tensor.
         table = np.stack([router.budgets, router.thresholds])
         if self.shared_table is None or not np.array_equal(g.tensors[self.shared_table], table):
             self.shared_table = g.tensor("budget_table" if self.shared_table is None else f"{name}.table", table)
-        inputs = [x, "avg_bits", self.shared_table]
-        inputs += [g.tensor(f"{name}.bias", router.bias), g.tensor(f"{name}.norm_gain", router.norm_gain)]
+        inputs = [self.shared_table, g.tensor(f"{name}.bias", router.bias)]
+        inputs += [g.tensor(f"{name}.norm_gain", router.norm_gain), *weights]
         if router.w1 is not None and router.b1 is not None and router.w2 is not None:
             inputs += [g.tensor(f"{name}.w1", router.w1), g.tensor(f"{name}.b1", router.b1)]
             inputs.append(g.tensor(f"{name}.w2", router.w2))
-        depth = g.node("Router", inputs, name, DOMAIN, outputs=[f"{linear.unit.name}.depth"])
-        self.depths.append(depth)
-        return depth
+        return inputs
 
     def _attention(self, layer: int, qkv: str) -> str:
         g, d = self.graph, self.decoder
@@ -295,7 +316,10 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
     yield True, value("input_ids", TensorProto.INT64, ["batch", "sequence"])
     yield True, value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
     yield True, value("avg_bits", TensorProto.FLOAT, [1])
-    yield False, value("logits", TensorProto.FLOAT, ["batch", "sequence", decoder.vocab_size])
+    yield True, value(SCORED, TensorProto.INT64, [1])
+    # A fixed 1 tells onnxruntime-genai to expect no more.
+    yield False, value("logits", TensorProto.FLOAT, ["batch", 1, decoder.vocab_size])
+    yield False, value("all_logits", TensorProto.FLOAT, ["batch", SCORED, decoder.vocab_size])
     for is_input, name, length in ((True, "past_key_values", "past_sequence"), (False, "present", "total_sequence")):
         for layer in range(decoder.layers):
             for part in ("key", "value"):

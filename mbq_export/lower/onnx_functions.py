@@ -1,12 +1,13 @@
-"""The three ops as model-local functions of stock ONNX Runtime ops: the form that needs no library.
+"""The ops as model-local functions of stock ONNX Runtime ops: the form that needs no library.
 
-A graph lowered this way holds nodes ``ai.mbq::Router``, ``SlicedMatMul`` and ``SlicedGather`` plus
-the functions built here.  ONNX Runtime (1.28 or newer) inlines them, so such a graph runs wherever
+A graph lowered this way holds nodes ``ai.mbq::RoutedMatMul`` (or its parts, ``Router`` and
+``SlicedMatMul``) and ``SlicedGather`` plus the functions built here.  ONNX Runtime (1.28 or newer) inlines them, so such a graph runs wherever
 the stock wheel does.  One set of functions serves every node of one model; shapes come from the
 nodes' attributes, the slices, the group size and the kind of router are fixed when it is built::
 
     Router(x, avg_bits, table, bias, norm_gain[, w1, b1, w2]) -> depth
     SlicedMatMul(x, depth, *weights) -> y             attributes N, K, group_size, slices
+    RoutedMatMul(x, routed_by, avg_bits, table, bias, norm_gain, *weights[, w1, b1, w2]) -> y, depth
     SlicedGather(indices, *weights) -> y              attributes N, K, group_size, slices, depth
 
 ``weights`` are the tensors of ``pack_nbits`` in the order of ``weight_inputs``: the same tensors
@@ -39,7 +40,7 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from mbq_export.slicing.reference import ACTIVATION_TERMS, MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
+from mbq_export.slicing.reference import MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 DOMAIN = "ai.mbq"
@@ -49,6 +50,9 @@ OPSET_IMPORTS = {"": 22, "com.microsoft": 1}
 
 ROUTER_INPUTS = ("x", "avg_bits", "table", "bias", "norm_gain")
 ROUTER_MLP_INPUTS = ("w1", "b1", "w2")
+
+ACTIVATION_TERMS = 2
+"""Int8 terms that stand for an activation, as its two bytes do in the definition."""
 
 # Without int8 activations the 2-bit and 8-bit kernels are a hundred times slower.
 _INT8_ACTIVATIONS = 4
@@ -86,17 +90,23 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
 
 
 def portable_functions(profile: SliceProfile, group_size: int, *, mlp: bool) -> list[onnx.FunctionProto]:
-    """Router, SlicedMatMul and SlicedGather for one model.
+    """Router, SlicedMatMul, both in one, and SlicedGather for one model.
 
     ``mlp`` says which of its two forms the model's routers have: stock ops take no absent inputs,
     so a function cannot serve both.  (With one depth there is nothing to route and ``mlp`` only
     decides the inputs.)  Group sizes 64 and 128 are fast, 32 works but is slower.
     """
-    return [_router(profile, mlp), _sliced_matmul(profile, group_size), _sliced_gather(profile, group_size)]
+    return [
+        _router(profile, mlp),
+        _sliced_matmul(profile, group_size),
+        _routed_matmul(profile, mlp),
+        _sliced_gather(profile, group_size),
+    ]
 
 
 def _function(name: str, attributes: str, inputs: tuple[str, ...], output: str, body: str) -> onnx.FunctionProto:
-    imports = ", ".join(f'"{domain}" : {version}' for domain, version in OPSET_IMPORTS.items())
+    versions = {**OPSET_IMPORTS, DOMAIN: DOMAIN_VERSION}
+    imports = ", ".join(f'"{domain}" : {version}' for domain, version in versions.items())
     return onnx.parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: [{imports}]>\n'
         f"{name} {attributes} ({', '.join(inputs)}) => ({output}) {{\n{body}\n}}"
@@ -122,13 +132,20 @@ def _halves(profile: SliceProfile) -> list[float]:
 def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto:
     lines = [
         "flat_x = Flatten <axis = -1> (x)",  # [M, K]
-        f"grouping = Constant <value = int64[3] {{0, -1, {group_size}}}> ()",
+        # Sizes by name: none can be left to be found out where there are no rows.
+        "k = Constant <value_int : int = @K> ()",
+        "one = Constant <value = int64[1] {1}> ()",
+        "k_row = Reshape (k, one)",
+        "rows = Constant <value = int64[1] {0}> ()",
+        f"group = Constant <value = int64[1] {{{group_size}}}> ()",
+        "groups = Div (k_row, group)",
+        "grouping = Concat <axis = 0> (rows, groups, group)",
         "rest_1 = Reshape (flat_x, grouping)",
         "last = Constant <value = int64[1] {2}> ()",
         f"smallest = {_row([float(SMALLEST_ACTIVATION)])}",
         f"levels = {_row([127.0])}",
         *_activation_terms(),
-        "flattening = Constant <value = int64[2] {0, -1}> ()",
+        "flattening = Concat <axis = 0> (rows, k_row)",
         "flat = Reshape (grouped, flattening)",  # [R, K], R = terms * M
         "sums = ReduceSum <keepdims = 0> (grouped, last)",  # [R, G]
         _nbits(profile, group_size, 1, "flat", "coarse"),
@@ -167,7 +184,6 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
     lines += [
         # The terms' rows are added up again.
         "n = Constant <value_int : int = @N> ()",
-        "one = Constant <value = int64[1] {1}> ()",
         "n_row = Reshape (n, one)",
         f"terms_first = Constant <value = int64[2] {{{ACTIVATION_TERMS}, -1}}> ()",
         "term_shape = Concat <axis = 0> (terms_first, n_row)",
@@ -176,18 +192,35 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
         "flat_y = ReduceSum <keepdims = 0> (term_y, first_axis)",
         "leading = Shape <start = 0, end = -1> (x)",
         "y_shape = Concat <axis = 0> (leading, n_row)",
-        "y = Reshape (flat_y, y_shape)",
+        "y = Reshape <allowzero = 1> (flat_y, y_shape)",
     ]
     inputs = ("x", "depth", *weight_inputs(profile))
     return _function("SlicedMatMul", "<N, K, group_size, slices>", inputs, "y", "\n".join(lines))
 
 
+def _routed_matmul(profile: SliceProfile, mlp: bool) -> onnx.FunctionProto:
+    router = (*ROUTER_INPUTS[1:], *(ROUTER_MLP_INPUTS if mlp else ()))
+    matrix = "N : int = @N, K : int = @K, group_size : int = @group_size, slices : ints = @slices"
+    body = f"""
+        depth = {DOMAIN}.Router (routed_by, {", ".join(router)})
+        wanted = Shape <start = -2, end = -1> (x)
+        routed = Shape <start = -1> (depth)
+        first = Sub (routed, wanted)
+        last_axis = Constant <value = int64[1] {{-1}}> ()
+        depth_x = Slice (depth, first, routed, last_axis)
+        y = {DOMAIN}.SlicedMatMul <{matrix}> (x, depth_x, {", ".join(weight_inputs(profile))})
+    """
+    inputs = ("x", "routed_by", *ROUTER_INPUTS[1:], *weight_inputs(profile), *(ROUTER_MLP_INPUTS if mlp else ()))
+    return _function("RoutedMatMul", "<N, K, group_size, slices>", inputs, "y, depth", body)
+
+
 def _activation_terms() -> list[str]:
     """rest_1 [M, G, group] -> grouped [terms * M, G, group]: the int8 terms of the activations, scaled back.
 
-    MatMulNBits rounds its rows to int8 by itself, by the same rule.  Rows that are already so
-    rounded pass through it unchanged, the group sums see the same values, and a portable bundle says
-    what a native one says.
+    MatMulNBits rounds its rows to int8 by itself, so that the largest of a group becomes 127.  Rows that are
+    already so rounded pass through it unchanged, and the group sums see the same values.  The second term is
+    the rounding error of the first, with a step of its own where the definition's low bytes have a 256th of the
+    high ones': both are within 2**-15 of the group's peak, and a portable bundle says what a native one says.
     """
     lines = []
     for t in range(1, ACTIVATION_TERMS + 1):
@@ -335,7 +368,7 @@ def _depths(scores: str, depths: int) -> str:
     depth_wide = Where (at_bottom, one, capped)
     depth_flat = Cast <to = {onnx.TensorProto.INT32}> (depth_wide)
     shape = Shape <start = 0, end = -1> (x)
-    depth = Reshape (depth_flat, shape)
+    depth = Reshape <allowzero = 1> (depth_flat, shape)
 """
 
 

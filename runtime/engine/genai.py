@@ -40,20 +40,24 @@ class Backend:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length, **options)
         generator = self._og.Generator(self._model, params)
-        # The generator keeps a pointer to this array and reads it in every pass.
+        # The generator keeps pointers to these arrays and reads them in every pass.
         generator.set_model_input("avg_bits", budget)
-        return _Run(generator)
+        scored = np.zeros(1, np.int64)
+        generator.set_model_input("scored", scored)
+        return _Run(generator, scored, every)
 
 
 class _Run:
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
+    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
+        self._generator, self._scored, self._every = generator, scored, every
 
     def append(self, tokens: NDArray[np.int32]) -> None:
+        if self._every:
+            self._scored[0] = len(tokens)
         self._generator.append_tokens(tokens)
 
     def logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._generator.get_output("logits")[0]
+        logits: NDArray[np.float32] = self._generator.get_output("all_logits")[0]
         return logits
 
     def bits_used(self) -> float:

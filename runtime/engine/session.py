@@ -49,8 +49,9 @@ class Session:
             "input_ids": np.asarray(tokens, np.int64)[None],
             "attention_mask": np.ones((1, len(tokens)), np.int64),
             "avg_bits": np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32),
+            "scored": np.array([len(tokens)], np.int64),
             **self._empty_past,
         }
         with engine_errors(f"{self.path}: the model failed"):
-            logits, used = self._session.run(["logits", "avg_bits_used"], feeds)
+            logits, used = self._session.run(["all_logits", "avg_bits_used"], feeds)
         return Window(logits[0], float(used[0]))

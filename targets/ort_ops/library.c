@@ -24,12 +24,12 @@ OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int
   return OrtReadOpAttr(attr, ORT_ATTRIBUTE_INT, value, sizeof *value, &used);
 }
 
-OrtStatus *infer_shape(const OrtInferContext *context, int type, int64_t last, bool append) {
+OrtStatus *infer_shape(const OrtInferContext *context, size_t from, size_t to, int type, int64_t last, bool append) {
   OrtShapeInfo *in, *out;
   int64_t dims[MAX_RANK + 1];
   const char *names[MAX_RANK + 1];
   size_t rank;
-  OrtStatus *unknown = OrtInferGetInputShape(context, 0, &in);
+  OrtStatus *unknown = OrtInferGetInputShape(context, from, &in);
   if (unknown != NULL) return OrtReleaseStatus(unknown), NULL;
   TRY(OrtGetDimensionsCount(in, &rank));
   if (rank > MAX_RANK || (rank == 0 && !append)) return NULL;
@@ -43,7 +43,7 @@ OrtStatus *infer_shape(const OrtInferContext *context, int type, int64_t last, b
   OrtStatus *status = OrtSetElementType(out, type);
   if (status == NULL) status = OrtSetDimensions(out, dims, rank);
   if (status == NULL) status = OrtSetSymbolicDimensions(out, names, rank);
-  if (status == NULL) status = OrtInferSetOutput(context, 0, out);
+  if (status == NULL) status = OrtInferSetOutput(context, to, out);
   OrtReleaseShapeInfo(out);
   return status;
 }
@@ -61,7 +61,7 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   OrtApi *api = base->GetApi(ORT_VERSION);
   if (api == NULL) return NULL; /* a runtime before 1.17: the model's own functions are used */
   ort_api = api;
-  static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_gather_op};
+  static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_routed_matmul_op, &mbq_gather_op};
   OrtCustomOpDomain *domain; /* the runtime keeps it for the session's life */
   TRY(OrtCreateCustomOpDomain("ai.mbq", &domain));
   for (size_t i = 0; i < sizeof ops / sizeof ops[0]; ++i) TRY(OrtCustomOpDomain_Add(domain, ops[i]));

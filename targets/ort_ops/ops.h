@@ -1,4 +1,4 @@
-/* What the three ops share: errors, tensors, work sharing, and the compiled kernels. */
+/* What the ops share: errors, tensors, work sharing, and the compiled kernels. */
 #ifndef MBQ_OPS_H
 #define MBQ_OPS_H
 
@@ -7,7 +7,7 @@
 #include "kernels.h"
 #include "ort_abi.h"
 
-enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 8, NAME_BYTES = 128 };
+enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 11, NAME_BYTES = 128 };
 
 #define TRY(call)                     \
   do {                                \
@@ -27,6 +27,7 @@ typedef struct Shape {
 typedef struct Node {
   const char *op;
   char name[NAME_BYTES];
+  size_t inputs; /* that the node has */
   bool known[MAX_INPUTS];
   Shape shapes[MAX_INPUTS];
   void *data[MAX_INPUTS]; /* stays where it is for the session's life */
@@ -48,7 +49,7 @@ OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *na
 OrtStatus *check_format(const Node *node, const OrtKernelInfo *info);
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor);
-OrtStatus *output(OrtKernelContext *context, const Shape *shape, void **data);
+OrtStatus *output(OrtKernelContext *context, size_t index, const Shape *shape, void **data);
 int64_t elements(const Shape *shape);
 /* The last dimension must be k; *rows is the product of the others. */
 OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, int64_t k, int64_t *rows);
@@ -59,6 +60,37 @@ typedef struct Weight {
 } Weight;
 OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weight);
 OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales);
+
+/* ---- routing (routing.c) ---- */
+
+typedef struct Routing {
+  const float *bias, *gain, *b1, *w2;
+  const void *w1;
+  int64_t k, hidden;
+  int32_t depths; /* E */
+  int32_t fixed;  /* every token's depth when the budget is at an end of the table, else 0 */
+  double threshold;
+} Routing;
+
+/* Reads and checks the inputs from `first` (avg_bits) on and from `hidden` (w1, may be left out) on.
+ * shape, what: of the rows that are routed, and their name in messages. */
+OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden, const char *what,
+                        const Shape *shape, Routing *by);
+OrtStatus *route(const OrtKernelContext *context, const Routing *by, const float *x, int64_t rows, int32_t *depth);
+
+/* ---- the product (product.c) ---- */
+
+typedef struct Stored {
+  const uint8_t *planes;
+  const void *scales;
+} Stored;
+
+/* Planes and scales, the inputs `first` and the next. */
+OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
+                       Stored *stored);
+/* y f32 [rows, N] = x f32 [rows, K] times the weights at each row's depth. */
+OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *weight, const Stored *stored,
+                    const float *x, int64_t rows, const int32_t *depth, float *y);
 
 /* ---- work sharing (work.c) ---- */
 
@@ -74,7 +106,7 @@ void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
 
-extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_gather_op;
+extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_routed_matmul_op, mbq_gather_op;
 
 /* Fields every op fills in the same way. */
 const char *any_provider(const OrtCustomOp *op);
@@ -85,13 +117,13 @@ int zero(const OrtCustomOp *op);
 int one(const OrtCustomOp *op);
 int highest_version(const OrtCustomOp *op);
 void free_kernel(void *kernel);
-/* Output 0 has the shape of input 0, its last dimension replaced (>= 0), appended (append) or dropped (-1). */
-OrtStatus *infer_shape(const OrtInferContext *context, int type, int64_t last, bool append);
+/* An output has the shape of an input, its last dimension replaced (>= 0), appended (append) or dropped (-1). */
+OrtStatus *infer_shape(const OrtInferContext *context, size_t in, size_t out, int type, int64_t last, bool append);
 OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value);
 
-#define OP_COMMON                                                                                       \
-  .version = ORT_VERSION, .GetExecutionProviderType = any_provider, .GetOutputTypeCount = one_output,   \
-  .GetOutputCharacteristic = required, .GetInputMemoryType = default_memory, .KernelDestroy = free_kernel, \
-  .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero, \
+#define OP_COMMON                                                                                        \
+  .version = ORT_VERSION, .GetExecutionProviderType = any_provider, .GetOutputCharacteristic = required, \
+  .GetInputMemoryType = default_memory, .KernelDestroy = free_kernel, .GetVariadicInputMinArity = zero,  \
+  .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero,                                \
   .GetVariadicOutputHomogeneity = zero, .GetStartVersion = one, .GetEndVersion = highest_version
 #endif

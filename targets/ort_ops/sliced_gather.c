@@ -48,7 +48,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
       return fail(node, "index %lld is outside the table's %lld rows", (long long)index[m], (long long)w->n);
   shape.dims[shape.rank++] = w->k;
   void *y;
-  TRY(output(context, &shape, &y));
+  TRY(output(context, 0, &shape, &y));
   Job job = {.op = op, .indices = index, .planes = planes.data, .scales = scales.data, .y = y, .rows = rows};
   job.pieces = pieces_of(rows, rows * w->k * 8);
   return parallel(context, job.pieces, piece, &job);
@@ -77,7 +77,7 @@ static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
   (void)self;
   int64_t k;
   TRY(infer_attribute(context, "K", &k));
-  return infer_shape(context, ORT_FLOAT, k, true);
+  return infer_shape(context, 0, 0, ORT_FLOAT, k, true);
 }
 
 static const char *name(const OrtCustomOp *self) { return (void)self, "SlicedGather"; }
@@ -94,6 +94,7 @@ const OrtCustomOp mbq_gather_op = {
     .GetInputTypeCount = input_count,
     .GetInputType = input_type,
     .GetInputCharacteristic = required,
+    .GetOutputTypeCount = one_output,
     .GetOutputType = output_type,
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,

@@ -33,9 +33,8 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
     OrtReleaseStatus(status);
     strcpy(node->name, "?");
   }
-  size_t count;
-  TRY(OrtGetKernelInputCount(info, &count));
-  for (size_t i = 0; i < count && i < MAX_INPUTS; ++i) {
+  TRY(OrtGetKernelInputCount(info, &node->inputs));
+  for (size_t i = 0; i < node->inputs && i < MAX_INPUTS; ++i) {
     int constant = 0;
     const OrtValue *value = NULL;
     status = OrtGetConstantInput(info, i, &constant, &value);
@@ -78,6 +77,10 @@ OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
 }
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor) {
+  if (index >= node->inputs) { /* an optional input at the end */
+    *tensor = (Tensor){0};
+    return NULL;
+  }
   if (node->known[index]) {
     *tensor = (Tensor){true, node->data[index], node->shapes[index]};
     return NULL;
@@ -90,9 +93,9 @@ OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index
   return shape_of(node, value, &tensor->shape);
 }
 
-OrtStatus *output(OrtKernelContext *context, const Shape *shape, void **data) {
+OrtStatus *output(OrtKernelContext *context, size_t index, const Shape *shape, void **data) {
   OrtValue *value;
-  TRY(OrtGetOutput(context, 0, shape->dims, shape->rank, &value));
+  TRY(OrtGetOutput(context, index, shape->dims, shape->rank, &value));
   return OrtGetTensorMutableData(value, data);
 }
 

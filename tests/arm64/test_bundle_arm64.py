@@ -149,7 +149,7 @@ def test_every_layer_gives_the_hosts_numbers(
     text_tokens: list[int],
     tmp_path: Path,
 ) -> None:
-    """Routers, matrices and embedding of the real model, each on the inputs it has on the host."""
+    """Routed matrices and embedding of the real model, each on the inputs it has on the host."""
     budgets = [f"{read(smollm2_host_bundle).budget.min_bits:g}", "4", "8"]
     whole, ops = write_probes(smollm2_host_bundle, tmp_path)
     library = smollm2_host_bundle / OPS_LIBRARY
@@ -194,7 +194,7 @@ def write_probes(bundle: Path, folder: Path) -> tuple[Path, Path]:
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     ours = [node for node in graph.node if node.domain == "ai.mbq"]
-    made = [(name, TensorProto.INT32 if node.op_type == "Router" else TensorProto.FLOAT)
+    made = [(name, TensorProto.INT32 if name.endswith(".depth") else TensorProto.FLOAT)
             for node in ours for name in node.output]  # fmt: skip
     known = constants | {name for name, _ in made} | {value.name for value in graph.input}
     given = list(dict.fromkeys(name for node in ours for name in node.input if name and name not in known))
@@ -230,6 +230,7 @@ def run_probe(
         "input_ids": np.array([tokens], np.int64),
         "attention_mask": np.ones((1, len(tokens)), np.int64),
         "avg_bits": np.array([bits], np.float32),
+        "scored": np.array([len(tokens)], np.int64),
     }
     for value in whole.get_inputs():
         if value.name not in feeds:

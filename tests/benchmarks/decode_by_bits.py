@@ -84,7 +84,7 @@ def stock_linear(node: onnx.NodeProto, bits: int, tensors: dict[str, Any], rng: 
     tensors[name] = rng.integers(0, 256, (n, groups, GROUP_SIZE * bits // 8), np.uint8)
     tensors[f"{name}.scale"] = rng.random((n, groups), np.float32)
     return helper.make_node(
-        "MatMulNBits", [node.input[0], name, f"{name}.scale"], node.output, domain="com.microsoft",
+        "MatMulNBits", [node.input[0], name, f"{name}.scale"], node.output[:1], domain="com.microsoft",
         N=n, K=k, bits=bits, block_size=GROUP_SIZE, accuracy_level=4,
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def stock_model(model: onnx.ModelProto, tensors: dict[str, Any], bits: int) -> t
     out, used = copy.deepcopy(model), dict(tensors)
     del out.graph.node[:]
     for node in model.graph.node:
-        if node.op_type == "SlicedMatMul":
+        if node.op_type == "RoutedMatMul":
             out.graph.node.append(stock_linear(node, bits, used, rng))
         elif node.op_type == "SlicedGather":
             used["table"] = rng.standard_normal((SHAPE["vocab_size"], SHAPE["hidden_size"]), np.float32)
@@ -110,7 +110,8 @@ def stock_model(model: onnx.ModelProto, tensors: dict[str, Any], bits: int) -> t
             reachable |= set(node.input)
     del out.graph.node[:]
     out.graph.node.extend(reversed(kept))
-    for values, dropped in ((out.graph.output, "avg_bits_used"), (out.graph.input, "avg_bits")):
+    for values, dropped in ((out.graph.output, "avg_bits_used"), (out.graph.output, "all_logits"),
+                            (out.graph.input, "avg_bits"), (out.graph.input, "scored")):  # fmt: skip
         values.remove(next(v for v in values if v.name == dropped))
     return out, {name: value for name, value in used.items() if name in reachable}
 

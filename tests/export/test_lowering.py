@@ -126,6 +126,7 @@ def _run(
     feed["input_ids"] = np.array([tokens], np.int64)
     feed["attention_mask"] = np.ones((1, seen + len(tokens)), np.int64)
     feed["avg_bits"] = np.array([bits], np.float32)
+    feed["scored"] = np.array([len(tokens)], np.int64)
     outputs = [o.name for o in session.get_outputs()]
     return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
@@ -157,12 +158,13 @@ def test_logits_are_those_of_decoded_weights(
         layers = [model.get_submodule(name) for name in linear.unit.sources]
         for layer, weight in zip(layers, weights.split([layer.out_features for layer in layers]), strict=True):
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    assert _relative_rms(out["logits"][0], _torch_logits(model)) < TOLERANCE
+    assert _relative_rms(out["all_logits"][0], _torch_logits(model)) < TOLERANCE
+    np.testing.assert_allclose(out["logits"][0, 0], out["all_logits"][0, -1], rtol=1e-5, atol=1e-5)
     assert out["avg_bits_used"] == pytest.approx(bits)
 
 
 def test_steps_with_a_cache_equal_one_pass(session: ort.InferenceSession) -> None:
-    whole = _run(session, TOKENS, 8.0)["logits"][0]
+    whole = _run(session, TOKENS, 8.0)["all_logits"][0]
     past = _run(session, TOKENS[:30], 8.0)
     for i in range(30, len(TOKENS)):
         past = _run(session, TOKENS[i : i + 1], 8.0, past)

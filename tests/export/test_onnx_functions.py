@@ -1,9 +1,9 @@
 """The portable functions under stock ONNX Runtime, with no library of our own, against the numpy definition.
 
-Tolerances.  Activations are rounded to int8 by the reference's rule, both in the function's own ops
-and inside MatMulNBits (``accuracy_level=4``), so only float32 summation separates the two
+Tolerances.  Activations are rounded to two int8 terms as ``two_terms`` does it, both in the function's own
+ops and inside MatMulNBits (``accuracy_level=4``), so only float32 summation separates the two
 (``FLOAT_ERROR``), but for an activation so near the middle of a step that float32 and float64 round
-it apart.
+it apart.  ``two_terms`` itself is held against the definition's rounding.
 """
 
 from __future__ import annotations
@@ -113,6 +113,32 @@ def assert_close(actual: Array, wanted: Array, error: float = FLOAT_ERROR) -> No
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=error * float(np.abs(wanted).max()))
 
 
+def two_terms(x: F32, group_size: int) -> Array:
+    """float64, the shape of x [M, K]: int8 in steps of a 127th of the group's peak, and once more what that leaves."""
+    groups = x.reshape(len(x), -1, group_size)
+    total, rest = np.zeros(groups.shape), groups
+    for _ in range(portable.ACTIVATION_TERMS):
+        peak = np.abs(rest).max(axis=2, keepdims=True)
+        inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+        term = np.rint(rest * inverse).astype(np.float64) * (peak / np.float32(127))
+        total += term
+        rest = (rest - term).astype(np.float32)
+    return total.reshape(x.shape)
+
+
+def product(x: F32, depth: NDArray[np.int32], sliced: Sliced, profile: SliceProfile) -> Array:
+    """``reference.sliced_matmul`` with the activations of ``two_terms``."""
+    rows = two_terms(x, sliced.group_size)
+    return np.stack([row @ reference.decode(sliced, profile, int(d)).T for row, d in zip(rows, depth, strict=True)])
+
+
+def test_two_terms_are_what_the_definition_says_to_fifteen_bits() -> None:
+    x = (np.random.default_rng(3).standard_normal((20, 256)) * 10.0 ** np.arange(-10, 10)[:, None]).astype(np.float32)
+    x[:, ::50] *= 30
+    peak = np.repeat(np.abs(x.reshape(20, 4, 64)).max(axis=2), 64, axis=1)
+    assert (np.abs(two_terms(x, 64) - reference.round_activations(x, 64)) <= 2.0**-15 * peak).all()
+
+
 @pytest.mark.parametrize("slices", PROFILES)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_sliced_matmul_is_the_reference(slices: str, n: int, k: int, group_size: int) -> None:
@@ -124,8 +150,7 @@ def test_sliced_matmul_is_the_reference(slices: str, n: int, k: int, group_size:
         x = rng.standard_normal((m, k)).astype(np.float32)
         depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
         y = session.run(None, {"x": x, "depth": depth})[0]
-        wanted = reference.sliced_matmul(x, depth, sliced, profile)
-        assert_close(y, wanted)
+        assert_close(y, product(x, depth, sliced, profile))
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -139,7 +164,7 @@ def test_every_depth_alone_and_rows_do_not_touch_each_other(slices: str) -> None
     for k in range(1, profile.depths + 1):
         depth = np.full(9, k, np.int32)
         uniform.append(session.run(None, {"x": x, "depth": depth})[0])
-        assert_close(uniform[-1], reference.sliced_matmul(x, depth, sliced, profile))
+        assert_close(uniform[-1], product(x, depth, sliced, profile))
     depth = (np.arange(9, dtype=np.int32) % profile.depths) + 1
     mixed = session.run(None, {"x": x, "depth": depth})[0]
     assert_close(mixed, np.stack([uniform[k - 1][row] for row, k in enumerate(depth)]), error=1e-6)
@@ -156,7 +181,7 @@ def test_any_rank(lead: tuple[int, ...]) -> None:
     depth = rng.integers(1, 5, rows, dtype=np.int32)
     y = session.run(None, {"x": x.reshape(*lead, 256), "depth": depth.reshape(lead)})[0]
     assert y.shape == (*lead, 18)
-    assert_close(y.reshape(rows, 18), reference.sliced_matmul(x, depth, sliced, profile))
+    assert_close(y.reshape(rows, 18), product(x, depth, sliced, profile))
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -239,6 +264,35 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
     assert seen.keys() >= {1, profile.depths}
 
 
+@pytest.mark.parametrize("mlp", [False, True], ids=["norm", "mlp"])
+@pytest.mark.parametrize("slices", ["3,1,2,2", "8"])
+def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
+    """All rows are routed, the last ones of ``x`` multiplied: all, some or none of them."""
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng([mlp, *profile.slices])
+    sliced, router = random_sliced(20, 128, 64, rng), random_router(profile, 64, 5, mlp, rng)
+    weights, tensors = portable.pack_nbits(sliced, profile), router_tensors(router)
+    node = weighted_node("RoutedMatMul", ["x", "routed_by", "avg_bits", *list(tensors)[:3]], "y", sliced, profile)
+    node.input.extend(list(tensors)[3:])
+    node.output.append("depth")
+    inputs = {"x": (onnx.TensorProto.FLOAT, 3), "routed_by": (onnx.TensorProto.FLOAT, 3)}
+    inputs["avg_bits"] = (onnx.TensorProto.FLOAT, 1)
+    outputs = {"y": (onnx.TensorProto.FLOAT, 3), "depth": (onnx.TensorProto.INT32, 2)}
+    functions = portable.portable_functions(profile, 64, mlp=mlp)
+    session = load(make_model([node], inputs, outputs, weights | tensors, functions))
+    x = rng.standard_normal((1, 12, 128)).astype(np.float32)
+    by = rng.standard_normal((1, 12, 64)).astype(np.float32)
+    budget = router.budgets[1:3].mean(keepdims=True).astype(np.float32)
+    for rows in (12, 1, 0):
+        feed = {"x": x[:, 12 - rows :], "routed_by": by, "avg_bits": budget}
+        y, depth = session.run(None, feed)
+        wanted = reference.route(by[0], float(budget[0]), router)
+        np.testing.assert_array_equal(depth, wanted[None])
+        assert y.shape == (1, rows, 20)
+        if rows:
+            assert_close(y[0], product(x[0, 12 - rows :], wanted[12 - rows :], sliced, profile))
+
+
 def test_pack_nbits_layout() -> None:
     profile = SliceProfile.parse("3,1,4")
     codes = np.zeros((1, 32), np.uint8)
@@ -267,11 +321,11 @@ def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: Router
     nodes = [weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=profile.depths)]
     state = "rows"
     for call in range(calls):
-        depth, product, following = f"depth_{call}", f"product_{call}", f"state_{call}"
+        depth, multiplied, following = f"depth_{call}", f"product_{call}", f"state_{call}"
         nodes += [
             helper.make_node("Router", [state, "avg_bits", *tensors], [depth], domain=portable.DOMAIN),
-            weighted_node("SlicedMatMul", [state, depth], product, sliced, profile),
-            helper.make_node("Tanh", [product], [following]),
+            weighted_node("SlicedMatMul", [state, depth], multiplied, sliced, profile),
+            helper.make_node("Tanh", [multiplied], [following]),
         ]
         state = following
     return make_model(
@@ -303,8 +357,7 @@ def test_whole_graph_at_every_optimisation_level(mlp: bool) -> None:
     wanted = reference.sliced_gather(feed["indices"].reshape(-1), sliced, profile, 4).astype(np.float32)
     np.testing.assert_array_equal(depths[0].reshape(-1), reference.route(wanted, avg_bits, router))
     for depth in (values.reshape(-1) for values in depths):
-        product = reference.sliced_matmul(wanted, depth, sliced, profile)
-        wanted = np.tanh(product).astype(np.float32)
+        wanted = np.tanh(product(wanted, depth, sliced, profile)).astype(np.float32)
     for state, *same_depths in results:
         np.testing.assert_array_equal(same_depths, depths)
         # An activation on the edge of two int8 values may fall to either side in the second product.

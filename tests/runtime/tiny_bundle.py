@@ -112,6 +112,8 @@ def write_model(path: Path) -> None:
         "one": np.array([1], np.int32),
         "axis": np.array([1], np.int64),
         "last": np.array(1, np.int64),
+        "minus_one": np.array([-1], np.int64),
+        "end": np.array([2**62], np.int64),
         "full_bits": np.array([8], np.float32),
         "thousand": np.array([1000], np.float32),
     }
@@ -132,7 +134,11 @@ def write_model(path: Path) -> None:
         node("Add", ["x", "o"], ["h"]),
         node("MatMul", ["h", "head"], ["raw"]),
         node("Div", ["avg_bits", "full_bits"], ["gain"]),
-        node("Mul", ["raw", "gain"], ["logits"]),
+        node("Mul", ["raw", "gain"], ["every"]),
+        node("Slice", ["every", "minus_one", "end", "axis"], ["logits"]),
+        node("Shape", ["input_ids"], ["seq"], start=1),
+        node("Sub", ["seq", "scored"], ["first"]),
+        node("Slice", ["every", "first", "end", "axis"], ["all_logits"]),
         node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
         node("Div", ["ids", "thousand"], ["small"]),
         node("ReduceMean", ["small"], ["mean"], keepdims=0),
@@ -144,10 +150,12 @@ def write_model(path: Path) -> None:
         value("input_ids", TensorProto.INT64, ["batch", "seq"]),
         value("attention_mask", TensorProto.INT64, ["batch", "total"]),
         value("avg_bits", TensorProto.FLOAT, [1]),
+        value("scored", TensorProto.INT64, [1]),
         *(value(f"past_key_values.0.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")),
     ]
     outputs = [
-        value("logits", TensorProto.FLOAT, ["batch", "seq", VOCAB]),
+        value("logits", TensorProto.FLOAT, ["batch", 1, VOCAB]),
+        value("all_logits", TensorProto.FLOAT, ["batch", "scored", VOCAB]),
         *(value(f"present.0.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")),
         value("avg_bits_used", TensorProto.FLOAT, [1]),
     ]

@@ -133,7 +133,7 @@ def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) ->
     )
 
 
-def router_model(router: ref.RouterParams, k: int) -> onnx.ModelProto:
+def router_constants(router: ref.RouterParams) -> dict[str, Any]:
     constants: dict[str, Any] = {
         "table": np.stack([router.budgets, router.thresholds]),
         "bias": router.bias,
@@ -141,22 +141,78 @@ def router_model(router: ref.RouterParams, k: int) -> onnx.ModelProto:
     }
     if router.w1 is not None:
         constants |= {"w1": router.w1, "b1": router.b1, "w2": router.w2}
+    return constants
+
+
+def router_model(router: ref.RouterParams, k: int) -> onnx.ModelProto:
     inputs: Inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "avg_bits": (TensorProto.FLOAT, [1])}
-    return op_model("Router", inputs, constants, (TensorProto.INT32, ["b", "s"]))
+    return op_model("Router", inputs, router_constants(router), (TensorProto.INT32, ["b", "s"]))
+
+
+def clear_tokens(
+    rng: np.random.Generator, router: ref.RouterParams, k: int, bits: float, tokens: int
+) -> tuple[ref.F32, ref.I32]:
+    """Up to ``tokens`` rows [M, k] that are not near the threshold, and their depths [M]."""
+    x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
+    x32 = x.astype(np.float32)
+    distance = np.abs(ref.router_scores(x32, router) - ref.threshold_at(bits, router))
+    x32 = x32[(distance > 1e-4).all(axis=1)][:tokens]
+    return x32, ref.route(x32, bits, router)
 
 
 def router_runs(rng: np.random.Generator, router: ref.RouterParams, k: int) -> Runs:
-    """Budgets below, at, between and above the table's ends; tokens near the threshold are left out."""
+    """Budgets below, at, between and above the table's ends."""
     runs: Runs = []
     for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
         for tokens in (1, 60):
-            x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
-            x32 = x.astype(np.float32)
-            distance = np.abs(ref.router_scores(x32, router) - ref.threshold_at(bits, router))
-            x32 = x32[(distance > 1e-4).all(axis=1)][:tokens]
-            want = ref.route(x32, bits, router)
-            feeds = {"x": x32[None], "avg_bits": np.array([bits], np.float32)}
+            x, want = clear_tokens(rng, router, k, bits, tokens)
+            feeds = {"x": x[None], "avg_bits": np.array([bits], np.float32)}
             runs.append({"in": feeds, "out": {"y": want[None]}, "tol": {"y": 0}})
+    return runs
+
+
+def routed_model(sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterParams, width: int) -> onnx.ModelProto:
+    """Node RoutedMatMul with outputs y and depth.  width: of what the router looks at."""
+    n, k = sliced.codes.shape
+    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices)}
+    inputs: Inputs = {
+        "x": (TensorProto.FLOAT, ["b", "s", k]),
+        "routed_by": (TensorProto.FLOAT, ["b", "t", width]),
+        "avg_bits": (TensorProto.FLOAT, [1]),
+    }
+    routing = router_constants(router)
+    rules = {name: routing[name] for name in ("table", "bias", "norm_gain")}
+    learned = {name: value for name, value in routing.items() if name not in rules}
+    constants = {**rules, **stored(sliced, profile), **learned}
+    model = op_model("RoutedMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", n]), **attrs)
+    model.graph.node[0].output.append("depth")
+    model.graph.output.append(helper.make_tensor_value_info("depth", TensorProto.INT32, ["b", "t"]))
+    return model
+
+
+def routed_runs(
+    rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterParams, width: int
+) -> Runs:
+    """One token and many, all of them multiplied, the last ones, or none."""
+    k, group = sliced.codes.shape[1], sliced.group_size
+    runs: Runs = []
+    for bits in (1.0, 3.3, 9.0):
+        for tokens, rows in ((1, 1), (30, 30), (30, 4), (30, 0)):
+            by, depth = clear_tokens(rng, router, width, bits, tokens)
+            rows = min(rows, len(by))
+            x = activations(rng, rows, k, group)
+            last = depth[len(depth) - rows :]
+            y = ref.sliced_matmul(x, last, sliced, profile)
+            sizes = np.abs(ref.round_activations(x, group))
+            allowed = [s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, last, strict=True)]
+            tolerance = RELATIVE * np.array(allowed).reshape(1, rows, len(sliced.codes))
+            runs.append(
+                {
+                    "in": {"x": x[None], "routed_by": by[None], "avg_bits": np.array([bits], np.float32)},
+                    "out": {"y": y[None], "depth": depth[None]},
+                    "tol": {"y": tolerance, "depth": 0},
+                }
+            )
     return runs
 
 
@@ -190,3 +246,5 @@ def prepare(folder: Path, profile: SliceProfile, group: int, seed: int = 0) -> N
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):
         router = router_params(rng, profile.depths, k, hidden)
         save_case(folder, f"router_h{hidden}", router_model(router, k), router_runs(rng, router, k))
+        runs = routed_runs(rng, sliced, profile, router, k)
+        save_case(folder, f"routed_h{hidden}", routed_model(sliced, profile, router, k), runs)

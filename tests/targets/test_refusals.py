@@ -16,7 +16,7 @@ from onnx import TensorProto
 from mbq_runtime.profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
-OPS = r"(SlicedMatMul|SlicedGather|Router) \""
+OPS = r"(RoutedMatMul|SlicedMatMul|SlicedGather|Router) \""
 N, K, GROUP = 40, 128, 64
 
 
@@ -132,3 +132,29 @@ def test_router_shapes(tmp_path: Path, built: Path) -> None:
     assert "w1 must be [H, 96]" in refused(tmp_path, built, model, feeds)
     feeds["x"] = np.ones((1, 1, 100), np.float32)
     assert "the last dimension of x is 100, it must be a multiple of 32" in refused(tmp_path, built, model, feeds)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 4), (2, 1)])
+def test_rows_that_are_not_routed(tmp_path: Path, built: Path, weight: Any, batch: int, rows: int) -> None:
+    """More rows than are routed, or the last ones of a batch, whose places nobody told."""
+    router = op_cases.router_params(np.random.default_rng(0), 4, 64, 0)
+    model = op_cases.routed_model(weight, PROFILE, router, 64)
+    feeds = {
+        "x": np.ones((batch, rows, K), np.float32),
+        "routed_by": np.ones((batch, 3, 64), np.float32),
+        "avg_bits": np.array([3], np.float32),
+    }
+    message = refused(tmp_path, built, model, feeds)
+    assert f"x has {batch * rows} rows and routed_by {batch * 3}: needed as many, or fewer in a batch of one" in message
+
+
+def test_routers_width(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.routed_model(weight, PROFILE, op_cases.router_params(np.random.default_rng(0), 4, 64, 0), 64)
+    model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "k"
+    feeds = {
+        "x": np.ones((1, 1, K), np.float32),
+        "routed_by": np.ones((1, 1, 50), np.float32),
+        "avg_bits": np.array([3], np.float32),
+    }
+    message = refused(tmp_path, built, model, feeds)
+    assert "the last dimension of routed_by is 50, it must be a multiple of 32" in message

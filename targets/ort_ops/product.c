@@ -1,0 +1,154 @@
+/* The sliced product itself: activations to bytes, then kernels over pieces of the matrix. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "ops.h"
+
+/* Up to this many tokens of a depth go through the one-token kernel: unpacking a tile would cost more. */
+enum { FEW_TOKENS = 2 };
+
+#define GEMV(d) __tvm_ffi_mbq_gemv_d##d,
+#define GEMM(d) __tvm_ffi_mbq_gemm_d##d,
+static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
+static const Kernel gemm[] = {MBQ_EACH_DEPTH(GEMM)};
+static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
+
+/* One call, shared by its pieces; a piece is a range of row blocks. */
+typedef struct Job {
+  const Weight *weight;
+  const uint8_t *planes;
+  const void *scales;
+  float *y;
+  size_t pieces;
+  int64_t apart;       /* rows * groups: how far apart the bytes of an activation lie */
+  int8_t *q;           /* [bytes of an activation, rows, K] */
+  float *step, *total; /* [rows, groups] */
+  /* one token */
+  Kernel kernel;
+  /* many tokens */
+  const float *x;
+  int64_t rows;
+  size_t quantize_pieces;
+  const int32_t *tokens; /* rows, grouped by depth */
+  int64_t count[MBQ_DEPTHS];
+  float *tail; /* [rows, 16]: the last block when N is no multiple of 16 */
+} Job;
+
+static void gemv_blocks(const Job *job, Kernel kernel, int64_t token, int64_t begin, int64_t end, float *y) {
+  const int64_t groups = job->weight->groups;
+  CALL(kernel, PTR(job->q + token * job->weight->k), PTR(job->step + token * groups), PTR(job->total + token * groups),
+       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->apart), INT(begin), INT(end));
+}
+
+static void gemv_piece(void *data, size_t index) {
+  const Job *job = data;
+  const int64_t blocks = job->weight->blocks, n = job->weight->n;
+  const int64_t begin = piece_start(blocks, job->pieces, index);
+  int64_t end = piece_start(blocks, job->pieces, index + 1);
+  if (end == blocks && n % ROW_BLOCK != 0) {
+    float last[ROW_BLOCK];
+    gemv_blocks(job, job->kernel, 0, --end, blocks, last);
+    memcpy(job->y + end * ROW_BLOCK, last, (size_t)(n % ROW_BLOCK) * sizeof(float));
+  }
+  if (begin < end) gemv_blocks(job, job->kernel, 0, begin, end, job->y + begin * ROW_BLOCK);
+}
+
+static void gemm_blocks(const Job *job, uint8_t *tile, int64_t begin, int64_t end, float *y, int64_t stride) {
+  const int32_t *tokens = job->tokens;
+  for (int d = 0; d < MBQ_DEPTHS; tokens += job->count[d++])
+    if (job->count[d] <= FEW_TOKENS)
+      for (int64_t i = 0; i < job->count[d]; ++i)
+        gemv_blocks(job, gemv[d], tokens[i], begin, end, y + tokens[i] * stride);
+    else
+      CALL(gemm[d], PTR(job->q), PTR(job->step), PTR(job->total), PTR(job->planes), PTR(job->scales), PTR(y), PTR(tile),
+           PTR(tokens), INT(job->weight->blocks), INT(job->weight->groups), INT(job->apart), INT(begin), INT(end),
+           INT(job->count[d]), INT(stride));
+}
+
+static void gemm_piece(void *data, size_t index) {
+  const Job *job = data;
+  _Alignas(64) uint8_t tile[MBQ_TILE_BYTES];
+  const int64_t blocks = job->weight->blocks, n = job->weight->n, pairs = (blocks + 1) / 2;
+  const int64_t begin = 2 * piece_start(pairs, job->pieces, index);
+  int64_t end = 2 * piece_start(pairs, job->pieces, index + 1);
+  if (end > blocks) end = blocks;
+  if (end == blocks && n % ROW_BLOCK != 0) {
+    gemm_blocks(job, tile, --end, blocks, job->tail, ROW_BLOCK);
+    for (int64_t m = 0; m < job->rows; ++m)
+      memcpy(job->y + m * n + end * ROW_BLOCK, job->tail + m * ROW_BLOCK, (size_t)(n % ROW_BLOCK) * sizeof(float));
+  }
+  if (begin < end) gemm_blocks(job, tile, begin, end, job->y + begin * ROW_BLOCK, n);
+}
+
+static void quantize_rows(const Job *job, int64_t begin, int64_t end) {
+  const int64_t k = job->weight->k, groups = job->weight->groups;
+  CALL(__tvm_ffi_mbq_quantize, PTR(job->x + begin * k), PTR(job->q + begin * k), PTR(job->step + begin * groups),
+       PTR(job->total + begin * groups), INT((end - begin) * groups), INT(job->apart));
+}
+
+static void quantize_piece(void *data, size_t index) {
+  const Job *job = data;
+  quantize_rows(job, piece_start(job->rows, job->quantize_pieces, index),
+                piece_start(job->rows, job->quantize_pieces, index + 1));
+}
+
+static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) {
+  const Weight *w = job->weight;
+  job->kernel = gemv[depth - 1];
+  quantize_rows(job, 0, 1);
+  /* Per group and row: the planes' bits and four bytes of scales. */
+  const int64_t bytes = w->blocks * w->groups * ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
+  job->pieces = pieces_of(w->blocks, bytes);
+  return parallel(context, job->pieces, gemv_piece, job);
+}
+
+static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t *depth, int32_t *tokens) {
+  const Weight *w = job->weight;
+  for (int64_t m = 0; m < job->rows; ++m) ++job->count[depth[m] - 1];
+  int64_t next[MBQ_DEPTHS] = {0};
+  for (int d = 1; d < MBQ_DEPTHS; ++d) next[d] = next[d - 1] + job->count[d - 1];
+  for (int64_t m = 0; m < job->rows; ++m) tokens[next[depth[m] - 1]++] = (int32_t)m;
+  job->tokens = tokens;
+  job->quantize_pieces = pieces_of(job->rows, job->rows * w->k);
+  TRY(parallel(context, job->quantize_pieces, quantize_piece, job));
+  /* The kernel takes row blocks in pairs. */
+  job->pieces = pieces_of((w->blocks + 1) / 2, w->blocks * ROW_BLOCK * w->k * (job->rows / 2 + 1));
+  return parallel(context, job->pieces, gemm_piece, job);
+}
+
+OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
+                       Stored *stored) {
+  Tensor planes, scales;
+  TRY(input(node, context, first, &planes));
+  TRY(input(node, context, first + 1, &scales));
+  /* Constant weights were checked when the session was made. */
+  if (!node->known[first] || !node->known[first + 1]) TRY(check_weight(node, weight, &planes.shape, &scales.shape));
+  *stored = (Stored){planes.data, scales.data};
+  return NULL;
+}
+
+OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w, const Stored *stored, const float *x,
+                    int64_t rows, const int32_t *depth, float *y) {
+  if (rows == 0) return NULL;
+  if (rows > INT32_MAX) return fail(node, "x has %lld rows, the most is %d", (long long)rows, INT32_MAX);
+  for (int64_t m = 0; m < rows; ++m)
+    if (depth[m] < 1 || depth[m] > MBQ_DEPTHS)
+      return fail(node, "depth[%lld] is %d, slices %s allow 1 to %d", (long long)m, depth[m], MBQ_SLICES_TEXT,
+                  MBQ_DEPTHS);
+  Job job = {.weight = w, .planes = stored->planes, .scales = stored->scales, .x = x, .y = y, .rows = rows};
+  /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
+  job.apart = rows * w->groups;
+  const size_t groups = (size_t)job.apart, extra = rows > 1 ? (size_t)rows : 0;
+  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + (size_t)(rows * w->k) * MBQ_TERMS;
+  char *own = NULL, *memory = thread_scratch(bytes);
+  if (memory == NULL) memory = own = malloc(bytes);
+  if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);
+  job.step = (float *)memory;
+  job.total = job.step + groups;
+  job.tail = job.total + groups;
+  int32_t *tokens = (int32_t *)(job.tail + extra * ROW_BLOCK);
+  job.q = (int8_t *)(tokens + extra);
+  OrtStatus *status = rows == 1 ? one_token(context, &job, depth[0]) : many_tokens(context, &job, depth, tokens);
+  free(own);
+  return status;
+}
