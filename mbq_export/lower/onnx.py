@@ -202,8 +202,8 @@ class _Lowering:
         self._linear(head, last, routed_by, weights, "logits")
         length = g.node("Shape", ["input_ids"], "length", start=1, end=2)
         first = g.node("Sub", [length, SCORED], "first_scored")
-        wanted = [g.node("Slice", [part, first, end, axis], f"{part}.scored") for part in (x, routed_by)]
-        self._linear(head, *wanted, weights, "all_logits", again=True)
+        x, routed_by = (g.node("Slice", [part, first, end, axis], f"{part}.scored") for part in (x, routed_by))
+        self._linear(head, x, routed_by, weights, "all_logits", again=True)
 
     def _linear(
         self,
@@ -227,10 +227,9 @@ class _Lowering:
         g.node("RoutedMatMul", inputs, product, DOMAIN, outputs=[product, depth], **self._matrix(n, k))
         if not again:
             self.depths.append(depth)
-        return product if linear.bias is None else g.node("Add", [product, self._bias(linear)], output)
-
-    def _bias(self, linear: RoutedLinear) -> str:
-        return self.graph.tensor(f"{linear.unit.name}.bias", linear.bias)
+        if linear.bias is None:
+            return product
+        return g.node("Add", [product, g.tensor(f"{name}.bias", linear.bias)], output)
 
     def _router(self, linear: RoutedLinear, weights: list[str]) -> list[str]:
         """The constant inputs of RoutedMatMul."""

@@ -1,9 +1,10 @@
 """The ops as model-local functions of stock ONNX Runtime ops: the form that needs no library.
 
 A graph lowered this way holds nodes ``ai.mbq::RoutedMatMul`` (or its parts, ``Router`` and
-``SlicedMatMul``) and ``SlicedGather`` plus the functions built here.  ONNX Runtime (1.28 or newer) inlines them, so such a graph runs wherever
-the stock wheel does.  One set of functions serves every node of one model; shapes come from the
-nodes' attributes, the slices, the group size and the kind of router are fixed when it is built::
+``SlicedMatMul``) and ``SlicedGather`` plus the functions built here.  ONNX Runtime (1.28 or newer)
+inlines them, so such a graph runs wherever the stock wheel does.  One set of functions serves every node of
+one model; shapes come from the nodes' attributes, the slices, the group size and the kind of router are fixed
+when it is built::
 
     Router(x, avg_bits, table, bias, norm_gain[, w1, b1, w2]) -> depth
     SlicedMatMul(x, depth, *weights) -> y             attributes N, K, group_size, slices

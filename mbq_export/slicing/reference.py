@@ -151,9 +151,9 @@ def unpack_scales(scales: F16, n: int) -> tuple[F16, F16]:
 def quantize_activations(x: F32, group_size: int) -> tuple[NDArray[np.int16], F32]:
     """Symmetric 16-bit integers per token and group: float32 [M, K] -> int16 [M, K], float32 [M, G] step.
 
-    ``step = max|x| / 32512``.  An integer is ``256 * high + low``, two bytes of -127 to 127 each for the dot products of
-    bytes that processors have: with ``t = x * (127 / max|x|)``, ``high = rint(t)`` and ``low = rint(256 * (t - high))``,
-    ties to even, clipped.  Groups below 1e-30 count as zero.
+    ``step = max|x| / 32512``.  An integer is ``256 * high + low``, two bytes of -127 to 127 each for the dot
+    products of bytes that processors have: with ``t = x * (127 / max|x|)``, ``high = rint(t)`` and
+    ``low = rint(256 * (t - high))``, ties to even, clipped.  Groups below 1e-30 count as zero.
 
     One byte would keep perplexity within 0.25 %, but then a difference in the last bit of float32 arithmetic
     (another CPU, another engine, another order of sums) is now and then rounded up to a whole step, and thirty

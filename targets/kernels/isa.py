@@ -143,7 +143,7 @@ class Vnni512(Isa):
     vector_bytes = 64
     signed = False
     chains = 2
-    token_blocks = (8, 3, 1)
+    token_blocks: ClassVar[tuple[int, ...]] = (8, 3, 1)
     row_blocks = 2
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
