@@ -63,10 +63,10 @@ GPU_TARGETS = ("android-adreno", "webgpu")
 
 @pytest.fixture(scope="session")
 def smollm2_two_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M for both engines of processors, and for GPUs, sliced by rounding alone; by target."""
+    """SmolLM2-135M for both engines of processors, and for GPUs, sliced down to 2 bits by rounding alone; by target."""
     folder = tmp_path_factory.mktemp("two-engines")
     command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder), "--engine", "both"]
-    command += ["--method", "rtn", "--router", "norm", "--calib-tokens", "4096"]
+    command += ["--slices", "2,2,2,2", "--method", "rtn", "--router", "norm", "--calib-tokens", "4096"]
     for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS):
         command += ["--target", target]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)

@@ -1,8 +1,8 @@
 """A calibrated decoder as an ONNX graph.
 
 The graph is the plain decoder of its family with the linear layers that share an input replaced by one
-``RoutedMatMul``, and the embedding by a ``SlicedGather``, both in domain ``ai.mbq``.  Its inputs and
-outputs are those ONNX Runtime GenAI expects of a decoder, the logits of the last token alone, with the
+``RoutedMatMul``, the embedding by a ``SlicedGather`` and gates by one op each, all in domain ``ai.mbq``.  Its
+inputs and outputs are those ONNX Runtime GenAI expects of a decoder, the logits of the last token alone, with the
 input ``avg_bits`` and the output ``avg_bits_used``, and with ``scored`` and ``all_logits`` for scoring a text.
 """
 
@@ -23,7 +23,7 @@ from ..calibrate import Calibrated, RoutedLinear
 from ..checkpoint import Checkpoint
 from ..families import Decoder
 from ..slicing.reference import Sliced, pack_planes, pack_scales
-from .onnx_functions import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS, pack_nbits, portable_functions
+from .onnx_functions import DOMAIN, DOMAIN_VERSION, GATES, OPSET_IMPORTS, pack_nbits, portable_functions
 
 MS = "com.microsoft"
 
@@ -53,6 +53,9 @@ LAYOUTS = {
         lambda profile, group_size, mlp: portable_functions(profile, group_size, mlp=mlp),
     ),
 }
+
+SCORED = "scored"
+"""Input that asks for logits of that many of the last tokens."""
 
 SCORED = "scored"
 """Input that asks for logits of that many of the last tokens."""
@@ -283,13 +286,7 @@ class _Lowering:
         return g.node("Reshape", [normed, flat], f"{x}_normed")
 
     def _gate(self, layer: int, stacked: str) -> str:
-        g, name = self.graph, f"layers.{layer}.mlp"
-        sizes = g.tensor("gate_up_sizes", np.array([self.decoder.ffn_size] * 2, np.int64))
-        gate, up = f"{name}.gate", f"{name}.up"
-        g.node("Split", [stacked, sizes], f"{name}.split", outputs=[gate, up], axis=-1)
-        op, domain, attributes = ACTIVATIONS[self.decoder.activation]
-        active = g.node(op, [gate], f"{name}.active", domain, **attributes)
-        return g.node("Mul", [active, up], f"{name}.gated")
+        return self.graph.node(GATES[self.decoder.activation], [stacked], f"layers.{layer}.mlp.gated", DOMAIN)
 
     def _bits_used(self) -> None:
         """avg_bits_used: bits over the step's tokens and all routed linears, weighted by parameters."""

@@ -10,6 +10,7 @@ when it is built::
     SlicedMatMul(x, depth, *weights) -> y             attributes N, K, group_size, slices
     RoutedMatMul(x, routed_by, avg_bits, table, bias, norm_gain, *weights[, w1, b1, w2]) -> y, depth
     SlicedGather(indices, *weights) -> y              attributes N, K, group_size, slices, depth
+    GatedSilu(x) -> y, GatedGelu(x) -> y
 
 ``weights`` are the tensors of ``pack_nbits`` in the order of ``weight_inputs``: the same tensors
 for both ops, so an embedding tied to the head is stored once.  Router has the inputs of the native
@@ -52,6 +53,12 @@ OPSET_IMPORTS = {"": 22, "com.microsoft": 1}
 ROUTER_INPUTS = ("x", "avg_bits", "table", "bias", "norm_gain")
 ROUTER_MLP_INPUTS = ("w1", "b1", "w2")
 
+GATES = {"silu": "GatedSilu", "gelu_tanh": "GatedGelu"}
+"""Op by activation."""
+
+# QuickGelu with alpha 1 is SiLU in one op.
+_ACTIVATIONS = {"silu": "com.microsoft.QuickGelu <alpha = 1.0>", "gelu_tanh": 'Gelu <approximate = "tanh">'}
+
 ACTIVATION_TERMS = 2
 """Int8 terms that stand for an activation, as its two bytes do in the definition."""
 
@@ -91,7 +98,7 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
 
 
 def portable_functions(profile: SliceProfile, group_size: int, *, mlp: bool) -> list[onnx.FunctionProto]:
-    """Router, SlicedMatMul, both in one, and SlicedGather for one model.
+    """Router, SlicedMatMul, both in one, SlicedGather and the gates for one model.
 
     ``mlp`` says which of its two forms the model's routers have: stock ops take no absent inputs,
     so a function cannot serve both.  (With one depth there is nothing to route and ``mlp`` only
@@ -102,6 +109,7 @@ def portable_functions(profile: SliceProfile, group_size: int, *, mlp: bool) -> 
         _sliced_matmul(profile, group_size),
         _routed_matmul(profile, mlp),
         _sliced_gather(profile, group_size),
+        *(_gate(activation) for activation in GATES),
     ]
 
 
@@ -296,6 +304,15 @@ def _sliced_gather(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
     ]
     inputs = ("indices", *weight_inputs(profile))
     return _function("SlicedGather", "<N, K, group_size, slices, depth>", inputs, "y", "\n".join(lines))
+
+
+def _gate(activation: str) -> onnx.FunctionProto:
+    body = f"""
+        gate, up = Split <axis = -1, num_outputs = 2> (x)
+        active = {_ACTIVATIONS[activation]} (gate)
+        y = Mul (active, up)
+    """
+    return _function(GATES[activation], "", ("x",), "y", body)
 
 
 # What hangs on the parameters alone, which constant folding computes once when the model is

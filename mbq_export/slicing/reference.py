@@ -196,6 +196,20 @@ def sliced_gather(indices: NDArray[np.int64], sliced: Sliced, profile: SliceProf
     return decode(rows, profile, depth)
 
 
+def gated_silu(x: F32) -> F64:
+    """Op ``GatedSilu``: float32 x [..., 2 F] -> float64 [..., F], silu of the first half times the second."""
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def gated_gelu(x: F32) -> F64:
+    """Op ``GatedGelu``: float32 x [..., 2 F] -> float64 [..., F], the tanh form of gelu of the first half times the
+    second."""
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return np.asarray(0.5 * gate * (1 + np.tanh(inner)) * up)
+
+
 @dataclass(frozen=True)
 class RouterParams:
     """Parameters of one router, for E depths.

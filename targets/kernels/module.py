@@ -8,6 +8,7 @@ from mbq_runtime.profile import SliceProfile
 
 from .activations import quantize
 from .emit import module
+from .gate import ACTIVATIONS, gate
 from .gather import gather
 from .isa import Isa
 from .layout import DepthPlan, plan_depth
@@ -23,10 +24,13 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
 
 
 def build_module(isa: Isa, profile: SliceProfile, group: int) -> Any:
-    """IRModule with mbq_quantize, mbq_router_sums and, for every depth d, mbq_{gemv,gemm,gather}_d<d>."""
+    """IRModule with mbq_quantize, mbq_router_sums, mbq_gate_<activation> and, for every depth d,
+    mbq_{gemv,gemm,gather}_d<d>."""
     with module() as builder:
         quantize(group, f"{PREFIX}quantize")
         router_sums(f"{PREFIX}router_sums")
+        for activation in ACTIVATIONS:
+            gate(activation, f"{PREFIX}gate_{activation}")
         for depth, plan in enumerate(depth_plans(profile, isa.max_width), 1):
             gemv(isa, plan, group, f"{PREFIX}gemv_d{depth}")
             gemm(isa, plan, group, f"{PREFIX}gemm_d{depth}")

@@ -24,6 +24,8 @@ typedef int (*Kernel)(void *self, const Arg *args, int32_t count, Arg *result);
 
 int __tvm_ffi_mbq_quantize(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_router_sums(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_gate_silu(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_gate_gelu_tanh(void *, const Arg *, int32_t, Arg *);
 #define DECLARE(d)                                                \
   int __tvm_ffi_mbq_gemv_d##d(void *, const Arg *, int32_t, Arg *); \
   int __tvm_ffi_mbq_gemm_d##d(void *, const Arg *, int32_t, Arg *); \

@@ -35,7 +35,11 @@ OrtStatus *infer_shape(const OrtInferContext *context, size_t from, size_t to, i
   if (rank > MAX_RANK || (rank == 0 && !append)) return NULL;
   TRY(OrtGetDimensions(in, dims, rank));
   TRY(OrtGetSymbolicDimensions(in, names, rank));
-  rank = append ? rank + 1 : last < 0 ? rank - 1 : rank;
+  rank = append ? rank + 1 : last == DROPPED ? rank - 1 : rank;
+  if (last == HALF) {
+    if (dims[rank - 1] < 0) return NULL;
+    last = dims[rank - 1] / 2;
+  }
   if (last >= 0) dims[rank - 1] = last, names[rank - 1] = "";
   for (size_t i = 0; i < rank; ++i)
     if (dims[i] < 0 && names[i][0] == '\0') return NULL; /* unknown and unnamed: cannot be said */
@@ -61,7 +65,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   OrtApi *api = base->GetApi(ORT_VERSION);
   if (api == NULL) return NULL; /* a runtime before 1.17: the model's own functions are used */
   ort_api = api;
-  static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_routed_matmul_op, &mbq_gather_op};
+  static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_routed_matmul_op, &mbq_gather_op,
+                                           &mbq_gated_silu_op, &mbq_gated_gelu_op};
   OrtCustomOpDomain *domain; /* the runtime keeps it for the session's life */
   TRY(OrtCreateCustomOpDomain("ai.mbq", &domain));
   for (size_t i = 0; i < sizeof ops / sizeof ops[0]; ++i) TRY(OrtCustomOpDomain_Add(domain, ops[i]));

@@ -106,7 +106,8 @@ void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
 
-extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_routed_matmul_op, mbq_gather_op;
+extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op,
+    mbq_gated_gelu_op;
 
 /* Fields every op fills in the same way. */
 const char *any_provider(const OrtCustomOp *op);
@@ -117,7 +118,8 @@ int zero(const OrtCustomOp *op);
 int one(const OrtCustomOp *op);
 int highest_version(const OrtCustomOp *op);
 void free_kernel(void *kernel);
-/* An output has the shape of an input, its last dimension replaced (>= 0), appended (append) or dropped (-1). */
+enum { DROPPED = -1, HALF = -2 };
+/* An output has the shape of an input, its last dimension replaced (>= 0), appended (append), DROPPED or HALF as long. */
 OrtStatus *infer_shape(const OrtInferContext *context, size_t in, size_t out, int type, int64_t last, bool append);
 OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value);
 

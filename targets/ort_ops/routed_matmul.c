@@ -61,7 +61,7 @@ static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
   int64_t n;
   TRY(infer_attribute(context, "N", &n));
   TRY(infer_shape(context, X, 0, ORT_FLOAT, n, false));
-  return infer_shape(context, ROUTED_BY, 1, ORT_INT32, -1, false);
+  return infer_shape(context, ROUTED_BY, 1, ORT_INT32, DROPPED, false);
 }
 
 static const char *name(const OrtCustomOp *self) { return (void)self, "RoutedMatMul"; }

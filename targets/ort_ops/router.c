@@ -35,7 +35,7 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
-  return (void)self, infer_shape(context, 0, 0, ORT_INT32, -1, false);
+  return (void)self, infer_shape(context, 0, 0, ORT_INT32, DROPPED, false);
 }
 
 static const char *name(const OrtCustomOp *self) { return (void)self, "Router"; }

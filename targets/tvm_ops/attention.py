@@ -13,7 +13,8 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
-from .emit import Tensor, driver, each, exp, reduce, scratch, view
+from ..kernels.exp import exp
+from .emit import Tensor, driver, each, reduce, scratch, view
 
 SERIAL_SCORES = 4096
 """Below this many scores a launch of threads would take longer than they do."""

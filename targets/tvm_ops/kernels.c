@@ -13,6 +13,10 @@ int mbq_call_router_sums(P x, P w1, P out, N k, N h) {
   return CALL(__tvm_ffi_mbq_router_sums, PTR(x), PTR(w1), PTR(out), INT(k), INT(h));
 }
 
+int mbq_call_gate_silu(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_silu, PTR(x), PTR(y), INT(f)); }
+
+int mbq_call_gate_gelu_tanh(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_gelu_tanh, PTR(x), PTR(y), INT(f)); }
+
 #define DEFINE(d)                                                                                                   \
   int mbq_call_gemv_d##d(P q, P step, P total, P planes, P scales, P y, N blocks, N groups, N apart, N begin, N end) { \
     return CALL(__tvm_ffi_mbq_gemv_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(scales), PTR(y),             \

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -12,7 +10,7 @@ from mbq_runtime.profile import SliceProfile
 
 from ..kernels.emit import LANES, Expr, bind, const, fma, load, registers, splat, store
 from ..kernels.layout import ROW_BLOCK
-from .emit import call, driver, each, reduce, scratch, sigmoid, tanh, view
+from .emit import call, driver, each, reduce, scratch, view
 
 
 def embed(profile: SliceProfile, group: int, name: str) -> None:
@@ -79,31 +77,11 @@ def last(name: str) -> None:
             store(out.flat, i * LANES, LANES, load(x.flat, skipped + i * LANES, LANES))
 
 
-def _silu(x: Expr) -> Expr:
-    return bind(x * sigmoid(x, LANES))
-
-
-def _gelu_tanh(x: Expr) -> Expr:
-    cube = bind(x * x * x)
-    inner = fma(cube, const(0.044715, "float32", LANES), x) * const(math.sqrt(2 / math.pi), "float32", LANES)
-    return bind(const(0.5, "float32", LANES) * x * (const(1, "float32", LANES) + tanh(bind(inner), LANES)))
-
-
-ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
-
-
 def gate(activation: str, name: str) -> None:
     """x f32 [M, 2 F] -> out f32 [M, F]: activation of the first half, times the second."""
     with driver(name, {"x": ("float32", 2), "out": ("float32", 2)}) as (x, out):
         rows, f = out.shape
-
-        def row(m: Expr) -> None:
-            with T.serial(0, f // LANES) as i:
-                at = bind(m * (2 * f) + i * LANES)
-                active = ACTIVATIONS[activation](load(x.flat, at, LANES))
-                store(out.flat, m * f + i * LANES, LANES, active * load(x.flat, at + f, LANES))
-
-        each(rows, row)
+        each(rows, lambda m: call(f"gate_{activation}", x.at(m * (2 * f)), out.at(m * f), f))
 
 
 def head_input(left: int, right: int, name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,18 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
         assert y.shape == (1, rows, 20)
         if rows:
             assert_close(y[0], product(x[0, 12 - rows :], wanted[12 - rows :], sliced, profile))
+
+
+@pytest.mark.parametrize(("op", "wanted"), [("GatedSilu", reference.gated_silu), ("GatedGelu", reference.gated_gelu)])
+def test_gates_are_the_reference(op: str, wanted: Callable[[F32], Array]) -> None:
+    assert op in portable.GATES.values()
+    node = helper.make_node(op, ["x"], ["y"], domain=portable.DOMAIN)
+    functions = portable.portable_functions(SliceProfile.parse("8"), 64, mlp=False)
+    session = load(
+        make_model([node], {"x": (onnx.TensorProto.FLOAT, 3)}, {"y": (onnx.TensorProto.FLOAT, 3)}, {}, functions)
+    )
+    x = (np.random.default_rng(0).standard_normal((2, 5, 96)) * 4).astype(np.float32)
+    assert_close(session.run(None, {"x": x})[0], wanted(x))
 
 
 def test_pack_nbits_layout() -> None:

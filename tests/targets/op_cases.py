@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,20 @@ def save_case(folder: Path, name: str, model: onnx.ModelProto, runs: Runs) -> No
     np.savez(case / "runs.npz", **arrays)
 
 
+def gated_cases(rng: np.random.Generator) -> Iterator[tuple[str, onnx.ModelProto, Runs]]:
+    """Small, usual and extreme inputs."""
+    for op, reference in (("GatedSilu", ref.gated_silu), ("GatedGelu", ref.gated_gelu)):
+        model = op_model(op, {"x": (TensorProto.FLOAT, ["b", "s", 96])}, {}, (TensorProto.FLOAT, ["b", "s", 48]))
+        runs: Runs = []
+        for tokens in (1, 40):
+            x = (rng.standard_normal((1, tokens, 96)) * 10.0 ** rng.uniform(-3, 2, (1, tokens, 96))).astype(np.float32)
+            gate, up = np.split(np.abs(x.astype(np.float64)), 2, axis=-1)
+            # exp is good to two units in the last place, 1 + tanh loses what its two parts have in common.
+            tolerance = 3e-7 * (gate + 1e-30) * up
+            runs.append({"in": {"x": x}, "out": {"y": reference(x)}, "tol": {"y": tolerance}})
+        yield op, model, runs
+
+
 SHAPES = {
     32: ((40, 576), (16, 96), (200, 1536)),
     64: ((40, 576), (16, 896), (200, 1536)),
@@ -243,6 +257,8 @@ def prepare(folder: Path, profile: SliceProfile, group: int, seed: int = 0) -> N
     sliced = weight(rng, 50, SHAPES[group][0][1], group)
     for depth in range(1, profile.depths + 1):
         save_case(folder, f"gather_d{depth}", *gather_case(rng, sliced, profile, depth))
+    for name, model, runs in gated_cases(rng):
+        save_case(folder, name, model, runs)
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):
         router = router_params(rng, profile.depths, k, hidden)
         save_case(folder, f"router_h{hidden}", router_model(router, k), router_runs(rng, router, k))

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from mbq_runtime.profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
-OPS = r"(RoutedMatMul|SlicedMatMul|SlicedGather|Router) \""
+OPS = r"(RoutedMatMul|SlicedMatMul|SlicedGather|Router|GatedSilu) \""
 N, K, GROUP = 40, 128, 64
 
 
@@ -158,3 +158,10 @@ def test_routers_width(tmp_path: Path, built: Path, weight: Any) -> None:
     }
     message = refused(tmp_path, built, model, feeds)
     assert "the last dimension of routed_by is 50, it must be a multiple of 32" in message
+
+
+def test_a_width_without_halves(tmp_path: Path, built: Path) -> None:
+    inputs: op_cases.Inputs = {"x": (TensorProto.FLOAT, ["b", "k"])}
+    model = op_cases.op_model("GatedSilu", inputs, {}, (TensorProto.FLOAT, ["b", "f"]))
+    message = refused(tmp_path, built, model, {"x": np.ones((2, 48), np.float32)})
+    assert "the last dimension of x is 48, it must be a multiple of 32" in message

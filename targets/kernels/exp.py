@@ -1,0 +1,40 @@
+"""exp, and what is made of it, of float32 vectors: LLVM has none of its own."""
+
+from __future__ import annotations
+
+from tvm.tirx.script import builder as T
+
+from .emit import Expr, bind, cast, const, fma, reinterpret
+
+# exp(x) = 2**n * exp(r) with r = x - n * ln 2: ln 2 in two parts, and a polynomial after Cephes' expf.
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_RANGE = (-87.0, 88.0)
+
+
+def exp(x: Expr, lanes: int) -> Expr:
+    """exp of a float32 vector to 2 units in the last place; below -87 it is exp(-87)."""
+
+    def c(value: float) -> Expr:
+        return const(value, "float32", lanes)
+
+    low, high = _EXP_RANGE
+    x = bind(T.max(T.min(x, c(high)), c(low)))
+    n = bind(T.nearbyint(x * c(_LOG2E)))
+    r = fma(n, c(-_LN2_LOW), fma(n, c(-_LN2_HIGH), x))
+    y = c(_EXP[0])
+    for coefficient in _EXP[1:]:
+        y = fma(y, r, c(coefficient))
+    y = fma(bind(y * r), r, bind(r + c(1)))
+    exponent = (cast(n, "int32", lanes) + const(127, "int32", lanes)) << const(23, "int32", lanes)
+    return bind(y * reinterpret(exponent, "float32", lanes))
+
+
+def sigmoid(x: Expr, lanes: int) -> Expr:
+    one = const(1, "float32", lanes)
+    return bind(one / (one + exp(const(0, "float32", lanes) - x, lanes)))
+
+
+def tanh(x: Expr, lanes: int) -> Expr:
+    """2 * sigmoid(2 x) - 1."""
+    return fma(sigmoid(bind(x + x), lanes), const(2, "float32", lanes), const(-1, "float32", lanes))
