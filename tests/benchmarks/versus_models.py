@@ -105,7 +105,8 @@ def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
     routers of the same size, but no text is run through the model."""
     options = Options(
         model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto", method="rtn",
-        router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0, force=False,
+        engines=("onnx",), tune_steps=0, router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0,
+        force=False,
     )  # fmt: skip
     prepared = prepare(options)
     checkpoint = load(prepared.source)
