@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ GOALS: tuple[tuple[float, tuple[str, ...], dict[str, float]], ...] = (
     (8, ("llama.cpp Q8_0",), {"llama-1b": 1.2}),
 )
 PREFILL_GOAL = 1.3
+OURS = ("mbq", "mbq tvm")
 
 
 class Worker:
@@ -126,7 +128,7 @@ def start(found: Sequence[Side], threads: int, clock: str, stack: ExitStack) -> 
             continue
         table = read_manifest(side.path).weights.bytes_per_token
         for bits in side.bits:
-            lines.append(Line(f"mbq {bits:g} bits", running, side.size_bytes, bits, table.get(f"{bits:g}")))
+            lines.append(Line(f"{side.name} {bits:g} bits", running, side.size_bytes, bits, table.get(f"{bits:g}")))
     return lines
 
 
@@ -169,17 +171,17 @@ def table(lines: Sequence[Line], tests: Sequence[str], ceiling: float) -> str:
 def ratios(model: str, lines: Sequence[Line], tests: Sequence[str]) -> Iterator[str]:
     by_name = {line.name: line for line in lines}
     for bits, rivals, goals in GOALS if "tg" in tests else ():
-        ours, present = by_name.get(f"mbq {bits:g} bits"), [by_name[r] for r in rivals if r in by_name]
-        if ours and present and model in goals:
-            best = max(present, key=lambda line: line.speed("tg"))
-            ratio = ours.speed("tg") / best.speed("tg")
-            yield f"decode at {bits:g} bits: {ratio:.2f} x {best.name}, goal {goals[model]}"
-    for test in tests:
+        ours = [by_name[name] for engine in OURS if (name := f"{engine} {bits:g} bits") in by_name]
+        present = [by_name[r] for r in rivals if r in by_name]
+        for line in ours if present and model in goals else ():
+            best = max(present, key=lambda rival: rival.speed("tg"))
+            yield f"decode, {line.name}: {line.speed('tg') / best.speed('tg'):.2f} x {best.name}, goal {goals[model]}"
+    for test, engine in product(tests, OURS):
         others = [line for line in lines if line.name.startswith("llama.cpp")]
-        ours_all = [line for line in lines if line.bits]
-        if TESTS[test] > 1 and others and ours_all:
+        ours = [line for line in lines if line.bits and line.name.startswith(f"{engine} {line.bits:g}")]
+        if TESTS[test] > 1 and others and ours:
             best = max(others, key=lambda line: line.speed(test))
-            worst = min(ours_all, key=lambda line: line.speed(test))
+            worst = min(ours, key=lambda line: line.speed(test))
             ratio = worst.speed(test) / best.speed(test)
             yield f"{test}: {worst.name}, the slowest, {ratio:.2f} x {best.name}, goal {PREFILL_GOAL}"
 

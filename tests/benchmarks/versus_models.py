@@ -11,8 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -29,13 +30,14 @@ from mbq_export.recipe import MLP_HIDDEN
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import RouterParams
-from mbq_runtime.manifest import OPS_LIBRARY, QualityPoint, file_entries, read, write
+from mbq_runtime.manifest import OPS_LIBRARY, QualityPoint, read
 from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_ops_library
 from mbq_targets.table import TARGETS, resolve
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 GENAI_PRECISIONS = ("int4", "int8")
+OWN_ENGINES = ("onnx", "tvm")
 
 _LLAMA_1B = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -105,7 +107,7 @@ def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
     routers of the same size, but no text is run through the model."""
     options = Options(
         model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto", method="rtn",
-        engines=("onnx",), tune_steps=0, router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0,
+        engines=OWN_ENGINES, tune_steps=0, router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0,
         force=False,
     )  # fmt: skip
     prepared = prepare(options)
@@ -125,13 +127,13 @@ def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
     write_calibrated(prepared, out, checkpoint, calibrated, {"method": "rtn"})
 
 
-def renew_library(folder: Path) -> None:
-    """Give a bundle of an earlier run the kernels of this one."""
-    manifest, library = read(folder), folder / OPS_LIBRARY
-    before = library.read_bytes()
-    build_ops_library(TARGETS[manifest.target.name], SliceProfile(manifest.slices), manifest.group_size, library)
-    if library.read_bytes() != before:
-        write(replace(manifest, files=file_entries(folder)), folder)
+def has_these_kernels(folder: Path) -> bool:
+    """Whether a bundle of an earlier run has the kernels of this one."""
+    manifest = read(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch, "ops.so")
+        build_ops_library(TARGETS[manifest.target.name], SliceProfile(manifest.slices), manifest.group_size, built)
+        return built.read_bytes() == (folder / OPS_LIBRARY).read_bytes()
 
 
 def _once(path: Path, write: Callable[[Path], object]) -> Path:
@@ -160,9 +162,12 @@ def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Itera
     def bundle(out: Path) -> None:
         write_bundle(checkpoint, SliceProfile.parse(slices), out)
 
-    made = _once(work / model / f"mbq-{slices.replace(',', '')}", bundle)
-    renew_library(made)
-    yield Side("mbq", "mbq", made, bits)
+    place = work / model / f"mbq-{slices.replace(',', '')}"
+    if place.exists() and not has_these_kernels(place):
+        shutil.rmtree(place)
+    made = _once(place, bundle)
+    for name in ("mbq", "mbq tvm"):
+        yield Side(name, name, made, bits)
     if importlib.util.find_spec("llama_cpp") is not None:
 
         def float32(out: Path) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def _tokens(count: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 32000, count, np.int32)
 
 
-def mbq(path: Path, threads: int, context: int) -> Timer:
+def mbq(path: Path, threads: int, context: int, engine_name: str = "onnx") -> Timer:
     from mbq_runtime import Engine
 
-    engine = Engine.load(path, threads=threads, context=context)
+    engine = Engine.load(path, threads=threads, context=context, engine=engine_name)
 
     def passes(sizes: Sequence[int], bits: float) -> Answer:
         done = engine.time_passes(sizes, bits)
@@ -136,7 +137,7 @@ def probe(path: Path, threads: int, context: int) -> Timer:
 
 
 ENGINES: dict[str, Callable[[Path, int, int], Timer]] = {
-    "mbq": mbq, "llama.cpp": llama_cpp, "genai": genai, "probe": probe,
+    "mbq": mbq, "mbq tvm": partial(mbq, engine_name="tvm"), "llama.cpp": llama_cpp, "genai": genai, "probe": probe,
 }  # fmt: skip
 
 
