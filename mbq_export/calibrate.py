@@ -15,7 +15,7 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from . import quality
 from .blocks import fast_dtype
 from .checkpoint import Checkpoint
-from .families import Unit
+from .families import Decoder, Unit
 from .progress import Report, no_report
 from .recipe import METHODS, Recipe
 from .routing import candidates, thresholds
@@ -75,6 +75,11 @@ class Calibrated:
     reference_perplexity: float = 0.0
     curve: tuple[QualityPoint, ...] = ()
     routers: Comparison = field(default_factory=dict)
+
+    def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
+        """float32 [hidden]: what a row of the embedding is multiplied by when it is read."""
+        factors = np.full(decoder.hidden_size, decoder.embedding_scale, np.float32)
+        return factors if self.embedding is not None else factors / self.head_scale
 
 
 def calibrate(

@@ -19,11 +19,10 @@ from typing import Any
 
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BuildError
+from mbq_runtime.manifest import GROUP_SIZES
 from mbq_runtime.profile import SliceProfile
 
 from .table import Target
-
-GROUP_SIZES = (32, 64, 128)
 
 _ROOM = Path(__file__).parent
 _SHIM = _ROOM / "ort_ops"

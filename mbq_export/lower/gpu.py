@@ -84,9 +84,7 @@ class _Lowering:
             self._matrix("embedding", own)
         )  # fmt: skip
         self._room("residual", tokens * d.hidden_size)
-        factors = np.full(d.hidden_size, d.embedding_scale, np.float32)
-        if own is None:
-            factors /= self.calibrated.head_scale
+        factors = self.calibrated.embedding_factors(d)
         scaled = bool((factors != 1).any())
         if scaled:
             table["factors"] = self._tensor("embedding.factors", factors)

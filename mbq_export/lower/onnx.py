@@ -114,10 +114,8 @@ class _Lowering:
             **self._matrix(d.vocab_size, d.hidden_size), depth=self.calibrated.profile.depths,
         )  # fmt: skip
         if own_table is None or d.embedding_scale != 1:
-            scale = np.full(d.hidden_size, d.embedding_scale, np.float32)
-            if own_table is None:
-                scale /= self.calibrated.head_scale
-            residual = g.node("Mul", [residual, g.tensor("embedding.scale", scale)], "embedding.scaled")
+            scale = g.tensor("embedding.scale", self.calibrated.embedding_factors(d))
+            residual = g.node("Mul", [residual, scale], "embedding.scaled")
         branch: str | None = None
         for layer in range(d.layers):
             for name, inner in (("attn", self._attention), ("mlp", self._gate)):

@@ -26,12 +26,9 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
     for linear in calibrated.units.values():
         tensors |= _matrix(linear.unit.name, linear.sliced, calibrated)
         tensors |= _beside(linear)
-    scale = np.full(d.hidden_size, d.embedding_scale, np.float32)
-    if calibrated.embedding is None:
-        scale /= calibrated.head_scale
-    else:
+    if calibrated.embedding is not None:
         tensors |= _matrix("embedding", calibrated.embedding, calibrated)
-    tensors["embedding.scale"] = scale
+    tensors["embedding.scale"] = calibrated.embedding_factors(d)
     for name in _norms(checkpoint):
         tensors[name] = checkpoint.norm(name)
     for kind in dict.fromkeys(d.rotary_kind(layer) for layer in range(d.layers)):

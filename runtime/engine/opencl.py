@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.cache import cache_dir
-from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.errors import UsageError
 
 from .gpu import DeviceBackend, Limits
 from .gpu_plan import Kernel, Launch
+from .opening import does_not_compile
 
 
 class Device:
@@ -62,8 +63,7 @@ class Device:
         try:
             self._program = self._cl.Program(self._context, source).build()
         except self._cl.Error as error:
-            log = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())[:2000]
-            raise BundleError(f"{where}: the driver of {self.name} does not compile the kernels: {log}") from None
+            raise does_not_compile(where, self.name, "the kernels", error) from None
         _store(cached, self._program.get_info(self._cl.program_info.BINARIES)[0])
 
     def _from_binary(self, cached: Path) -> Any:

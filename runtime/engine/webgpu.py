@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.errors import UsageError
 
 from .gpu import DeviceBackend, Limits
 from .gpu_plan import Kernel, Launch
+from .opening import does_not_compile
 
 # What a kernel may ask for beyond the defaults of the standard, as far as the adapter has it.
 _LIMITS = (
@@ -61,8 +62,7 @@ class Device:
                     layout="auto", compute={"module": module, "entry_point": f"{name}_kernel"}
                 )
             except self._wgpu.GPUError as error:
-                log = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())[:2000]
-                raise BundleError(f"{where}: the driver of {self.name} does not compile kernel {name}: {log}") from None
+                raise does_not_compile(where, self.name, f"kernel {name}", error) from None
 
     def buffer(self, size: int, content: NDArray[np.generic] | None = None) -> Any:
         usage = self._wgpu.BufferUsage
