@@ -52,6 +52,7 @@ def command(
 
     from mbq_runtime import bench
     from mbq_runtime.engine import Engine
+    from mbq_runtime.engine.opening import cores
     from mbq_runtime.sensing.sensors import Sensors
 
     tests = [bench.Test(p, 0, b) for b in budgets for p in prompts if p]
@@ -59,12 +60,12 @@ def command(
     rows: list[bench.Row] = []
     sensors = Sensors()
     env = bench.environment(sensors.read)
-    for count in _counts("-t", threads, int) if threads else [None]:
+    for count in _counts("-t", threads, int) if threads else [cores()]:
         loaded = Engine.load(bundle, threads=count, engine=engine)
-        with progress_line(f"{count or env['cpus']} threads") as progress:
+        with progress_line(f"{count} threads") as progress:
             for i, test in enumerate(tests):
                 progress(i, len(tests))
-                rows.append(bench.run(loaded, count or env["cpus"], test, repetitions, sensors.read))
+                rows.append(bench.run(loaded, count, test, repetitions, sensors.read))
     click.echo(bench.FORMATS[output](rows, env))
 
 

@@ -82,7 +82,7 @@ def choose(manifest: Manifest, path: Path, wanted: str | None) -> str:
     return wanted
 
 
-def load(name: str, path: Path, manifest: Manifest, threads: int | None) -> Backend:
+def load(name: str, path: Path, manifest: Manifest, threads: int) -> Backend:
     """Raises UsageError when a package is missing, BundleError when the model cannot be loaded."""
     backend: Backend = import_module(f"{__package__}.{ENGINES[name].module}").Backend(path, manifest, threads)
     return backend

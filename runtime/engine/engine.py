@@ -19,7 +19,7 @@ from mbq_runtime.manifest import Manifest
 
 from . import backend
 from .generation import Generation, Record, Sampling, Step, Tell
-from .opening import engine_errors, open_bundle
+from .opening import cores, engine_errors, open_bundle
 from .score import mean_nll
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -61,7 +61,7 @@ class Engine:
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
         config = _read_config(path, manifest)
-        self._backend = backend.load(name, path, manifest, threads)
+        self._backend = backend.load(name, path, manifest, threads or cores())
         self._context = int(config["model"]["context_length"])
         if context is not None:
             if not 2 <= context <= self._context:

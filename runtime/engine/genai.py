@@ -19,12 +19,10 @@ from .tokenizer import Tokenizer
 class Backend:
     """See ``backend.Backend``."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
         # The engine prints its own copy of every error it also throws; one is enough.
-        session: dict[str, int] = {"log_severity_level": 4}
-        if threads is not None:
-            session["intra_op_num_threads"] = threads
+        session = {"log_severity_level": 4, "intra_op_num_threads": threads}
         with engine_errors(f"{path}: the engine cannot load it"):
             overlaid = og.Config(str(path))
             overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))

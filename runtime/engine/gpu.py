@@ -62,7 +62,7 @@ class DeviceBackend:
     device_type: ClassVar[type[Device]]
     dialect: ClassVar[str]
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         plan = gpu_plan.read(path)
         if plan.dialect != self.dialect:
             raise BundleError(f"{path}: its kernels are {plan.dialect}, this engine compiles {self.dialect}")

@@ -28,6 +28,20 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
     return path.resolve(), found
 
 
+def cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on; threads that share one (SMT) count once.
+
+    Engines are always told: onnxruntime-genai 0.18 by itself takes one of two.
+    """
+    found = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            found.add((root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            found.add(str(cpu))
+    return len(found)
+
+
 def import_engine(name: str) -> ModuleType:
     """Import "onnxruntime" or "onnxruntime_genai".
 
@@ -41,6 +55,12 @@ def import_engine(name: str) -> ModuleType:
     except ImportError as error:
         package = name.replace("_", "-")
         raise UsageError(f"{package} cannot be imported ({error}): pip install {package}") from None
+
+
+def does_not_compile(where: Path, driver: str, what: str, error: Exception) -> BundleError:
+    """The error of a driver that refuses kernels, with its log on one line."""
+    log = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())[:2000]
+    return BundleError(f"{where}: the driver of {driver} does not compile {what}: {log}")
 
 
 @contextmanager

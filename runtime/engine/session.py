@@ -11,7 +11,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import OPS_LIBRARY
 
 from .engine import Window
-from .opening import engine_errors, import_engine, open_bundle
+from .opening import cores, engine_errors, import_engine, open_bundle
 
 
 class Session:
@@ -27,8 +27,7 @@ class Session:
         onnxruntime = import_engine("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or cores()
         with engine_errors(f"{self.path}: the model cannot be loaded"):
             if self.manifest.native:
                 options.register_custom_ops_library(str(self.path / OPS_LIBRARY))

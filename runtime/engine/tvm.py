@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import os
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def _tvm() -> Any:
 class Backend:
     """See ``backend.Backend``."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         self.ffi = _tvm()
         self._path = path
         decoder = json.loads((path / "genai_config.json").read_bytes())["model"]["decoder"]
@@ -68,7 +67,7 @@ class Backend:
         # Copy on write, and nothing writes: the file is mapped, and pages that no depth reads stay on disk.
         self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
         # The same library once more, for what is no function of TVM's.
-        ctypes.CDLL(str(path / DECODER_LIBRARY)).mbq_set_threads(threads or len(os.sched_getaffinity(0)))
+        ctypes.CDLL(str(path / DECODER_LIBRARY)).mbq_set_threads(threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

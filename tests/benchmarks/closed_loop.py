@@ -31,6 +31,7 @@ from mbq_runtime import Engine
 from mbq_runtime.control.events import Event
 from mbq_runtime.control.governor import Governor
 from mbq_runtime.control.policy import POLICIES, Policy
+from mbq_runtime.engine.opening import cores
 from mbq_runtime.sensing import Sensors
 
 PROMPT = "Tell me a long story about the sea."
@@ -177,7 +178,7 @@ def environment(engine: Engine, threads: int | None) -> dict[str, Any]:
     )
     model, target = engine.manifest.model.name, engine.manifest.target.name
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads or os.cpu_count(), "load_average": os.getloadavg()[0],
+        "cpu": cpu, "cores": os.cpu_count(), "threads": threads or cores(), "load_average": os.getloadavg()[0],
         "python": platform.python_version(), "kernel": platform.release(), "model": model, "target": target,
     }  # fmt: skip
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from itertools import pairwise
@@ -11,7 +12,8 @@ import pytest
 from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
-from mbq_runtime.engine import Session
+from mbq_runtime.engine import Session, opening
+from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import mean_nll
 
@@ -269,6 +271,21 @@ def test_load_with_bad_arguments(bundle: Path) -> None:
     with pytest.raises(UsageError, match="takes a number from 3 to 8"):
         Engine.load(bundle, avg_bits=2)
     assert Engine.load(bundle, avg_bits=3.25).avg_bits == 3.25
+
+
+def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself onnxruntime-genai would use fewer."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 9})
+    for cpu, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{siblings}\n")
+    assert opening.cores(tmp_path) == 3
+    before = set(os.listdir("/proc/self/task"))
+    monkeypatch.setattr(engine_module, "cores", lambda: 3)
+    loaded = Engine.load(bundle)
+    assert len(set(os.listdir("/proc/self/task")) - before) >= 2  # the caller is the third
+    assert loaded.generate(CIRCLE, max_tokens=3, chat=False).text()
 
 
 def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
