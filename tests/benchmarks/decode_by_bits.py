@@ -45,7 +45,7 @@ from mbq_targets.table import resolve
 
 GROUP_SIZE = 64
 PAST_TOKENS = 64
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 2048,
     "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
@@ -79,7 +79,7 @@ def stock_linear(node: onnx.NodeProto, bits: int, tensors: dict[str, Any], rng: 
     name = f"{node.name}.stock"
     if bits == 32:
         tensors[name] = rng.standard_normal((k, n), np.float32)
-        return helper.make_node("MatMul", [node.input[0], name], node.output)
+        return helper.make_node("MatMul", [node.input[0], name], node.output[:1])
     groups = k // GROUP_SIZE
     tensors[name] = rng.integers(0, 256, (n, groups, GROUP_SIZE * bits // 8), np.uint8)
     tensors[f"{name}.scale"] = rng.random((n, groups), np.float32)
@@ -87,6 +87,15 @@ def stock_linear(node: onnx.NodeProto, bits: int, tensors: dict[str, Any], rng: 
         "MatMulNBits", [node.input[0], name, f"{name}.scale"], node.output[:1], domain="com.microsoft",
         N=n, K=k, bits=bits, block_size=GROUP_SIZE, accuracy_level=4,
     )  # fmt: skip
+
+
+def stock_gate(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    gate, up, active = (f"{node.name}.{part}" for part in ("gate", "up", "active"))
+    return [
+        helper.make_node("Split", node.input, [gate, up], axis=-1, num_outputs=2),
+        helper.make_node("QuickGelu", [gate], [active], domain="com.microsoft", alpha=1.0),
+        helper.make_node("Mul", [active, up], node.output),
+    ]
 
 
 def stock_model(model: onnx.ModelProto, tensors: dict[str, Any], bits: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -100,6 +109,8 @@ def stock_model(model: onnx.ModelProto, tensors: dict[str, Any], bits: int) -> t
         elif node.op_type == "SlicedGather":
             used["table"] = rng.standard_normal((SHAPE["vocab_size"], SHAPE["hidden_size"]), np.float32)
             out.graph.node.append(helper.make_node("Gather", ["table", node.input[0]], node.output))
+        elif node.op_type == "GatedSilu":
+            out.graph.node.extend(stock_gate(node))
         elif node.domain != DOMAIN:
             out.graph.node.append(node)
     reachable = {"logits"} | {o.name for o in out.graph.output if o.name.startswith("present")}
@@ -130,6 +141,7 @@ def feed(session: ort.InferenceSession, avg_bits: float) -> dict[str, Any]:
         "input_ids": np.array([[7]], np.int64),
         "attention_mask": np.ones((1, PAST_TOKENS + 1), np.int64),
         "avg_bits": np.array([avg_bits], np.float32),
+        "scored": np.zeros(1, np.int64),
     }
     rng = np.random.default_rng(1)
     past = (1, SHAPE["num_key_value_heads"], PAST_TOKENS, SHAPE["head_dim"])
@@ -191,8 +203,8 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     slowest = statistics.median(times["MatMul float32"])
     print(f"{'linears':20} {'ms/token':>9} {'quartiles':>15} {'tokens/s':>9} {'x float32':>9}")
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
+    for name, found in times.items():
+        low, median, high = statistics.quantiles(found, n=4)
         print(f"{name:20} {median:9.2f} {low:7.2f}-{high:<7.2f} {1e3 / median:9.1f} {slowest / median:9.2f}")
     if json_file is not None:
         json_file.write_text(json.dumps({"environment": facts, "slices": slices, "ms_per_token": times}, indent=1))

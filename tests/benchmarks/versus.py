@@ -70,7 +70,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side ended: {self.process.args}")
+            raise SystemExit(f"a side ended: {self.process.args!r}")
         return dict(json.loads(line))
 
 
