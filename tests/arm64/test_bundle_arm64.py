@@ -53,6 +53,9 @@ session = Session(bundle)
 np.savez(out, **{bits: session.run(json.loads(tokens), float(bits)).logits for bits in json.loads(budgets)})
 """
 
+ALONE = ".alone"
+"""Behind the names of what our ops make without what stands before them."""
+
 RUN_OPS = """
 import sys
 import numpy as np
@@ -183,7 +186,7 @@ def write_probes(bundle: Path, folder: Path) -> tuple[Path, Path]:
     """Two models beside a link to the bundle's weights.
 
     The first is the bundle's with every input of our ops as one more output; the second holds our
-    ops alone: inputs are what other ops made, outputs are all that ours make.
+    ops alone, none behind another: inputs are what the first puts out, outputs are all that ours make.
     """
     data = folder / "model.onnx.data"
     try:
@@ -193,10 +196,14 @@ def write_probes(bundle: Path, folder: Path) -> tuple[Path, Path]:
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
-    ours = [node for node in graph.node if node.domain == "ai.mbq"]
-    made = [(name, TensorProto.INT32 if name.endswith(".depth") else TensorProto.FLOAT)
+    ours = []
+    for node in graph.node:
+        if node.domain == "ai.mbq":
+            ours.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            ours[-1].output[:] = [f"{name}{ALONE}" for name in node.output]
+    made = [(name, TensorProto.INT32 if name.endswith(f".depth{ALONE}") else TensorProto.FLOAT)
             for node in ours for name in node.output]  # fmt: skip
-    known = constants | {name for name, _ in made} | {value.name for value in graph.input}
+    known = constants | {value.name for value in graph.input}
     given = list(dict.fromkeys(name for node in ours for name in node.input if name and name not in known))
 
     tensor = helper.make_tensor_value_info
