@@ -90,9 +90,11 @@ class _Run:
         b, blocks = backend, -(-length // _KEY_LANES)
         self._backend, self._length, self._sampler, self._every = backend, length, sampler, every
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        # Every matrix looks at the budget, and other threads may change it while a pass runs.
+        self._budget, self._budget_of_pass = budget, budget.copy()
         state: list[NDArray[Any]] = [
             self._past,
-            budget,
+            self._budget_of_pass,
             self._used,
             np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, _KEY_LANES), np.float32),
             np.zeros((b.layers, b.kv_heads, blocks * _KEY_LANES, b.head_dim), np.float32),
@@ -103,6 +105,7 @@ class _Run:
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         count = len(tokens)
+        self._budget_of_pass[:] = self._budget
         name = "decode" if count == 1 else "score" if self._every else "prefill"
         ids = self._backend.share(tokens.astype(np.int64))
         self._logits = self._backend.functions[name](ids, *self._state)
