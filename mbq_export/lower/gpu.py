@@ -8,7 +8,7 @@ launches with other kernels; the choice of a token (last norm, head, largest log
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from mbq_targets.table import Target
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..checkpoint import Checkpoint
-from ..slicing.reference import Sliced, pack_planes, pack_scales
+from ..slicing.reference import RouterParams, Sliced, pack_planes, pack_scales
 
 Array = NDArray[np.generic]
 
@@ -140,7 +140,7 @@ class _Lowering:
 
     def _router(self, linear: RoutedLinear, k: int) -> tuple[routing.RouterShape, dict[str, str], int]:
         """Its shape, its buffers and their bytes."""
-        router, name = linear.router, f"{linear.unit.name}.router"
+        router, name = _widened(linear.router), f"{linear.unit.name}.router"
         shape = routing.RouterShape(self.profile, 0 if router.w1 is None else len(router.w1))
         table = np.stack([router.budgets, router.thresholds])
         number = next((i for i, seen in enumerate(self.tables) if np.array_equal(seen, table)), len(self.tables))
@@ -230,6 +230,15 @@ class _Lowering:
         kernel = routing.gate(f"gate_{tokens}", d.ffn_size, d.activation, self.tuning.token_threads, tokens, router)
         self._launch(kernel, {"stacked": "stacked", "y": y, **buffers}, size)
         return y
+
+
+def _widened(router: RouterParams) -> RouterParams:
+    """A learned router as wide as the kernels load it: rows of zeros add nothing to a score."""
+    if router.w1 is None or router.b1 is None or router.w2 is None:
+        return router
+    more = -len(router.w1) % routing.LEARNED_STEP
+    w1 = np.pad(router.w1, ((0, more), (0, 0)))
+    return replace(router, w1=w1, b1=np.pad(router.b1, (0, more)), w2=np.pad(router.w2, ((0, 0), (0, more))))
 
 
 def lower(

@@ -47,6 +47,10 @@ class RouterShape:
     profile: SliceProfile
     hidden: int
 
+    def __post_init__(self) -> None:
+        if self.hidden % LEARNED_STEP:
+            raise ValueError(f"a learned router of width {self.hidden}: needed a multiple of {LEARNED_STEP}")
+
     @property
     def steps(self) -> int:
         """Scores: one for each depth but the first."""
