@@ -57,15 +57,6 @@ LAYOUTS = {
 SCORED = "scored"
 """Input that asks for logits of that many of the last tokens."""
 
-SCORED = "scored"
-"""Input that asks for logits of that many of the last tokens."""
-
-# QuickGelu with alpha 1 is SiLU in one op.
-ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "silu": ("QuickGelu", MS, {"alpha": 1.0}),
-    "gelu_tanh": ("Gelu", "", {"approximate": "tanh"}),
-}
-
 
 @dataclass
 class Graph:

@@ -77,6 +77,13 @@ def term_sizes(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> ref.F64
     return np.asarray(np.abs(offset) + np.abs(ref.decode(sliced, profile, depth) - offset))
 
 
+def matmul_tolerance(x: ref.F32, depth: ref.I32, sliced: ref.Sliced, profile: SliceProfile) -> ref.F64:
+    """How far each output of rows [M, K] at depths [M] may stray, float64 [M, N]."""
+    sizes = np.abs(ref.round_activations(x, sliced.group_size))
+    allowed = [s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, depth, strict=True)]
+    return RELATIVE * np.array(allowed).reshape(len(x), len(sliced.codes))
+
+
 def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile) -> Runs:
     """One token at every depth, then batches: mixed depths, and one depth."""
     k, group = sliced.codes.shape[1], sliced.group_size
@@ -87,11 +94,8 @@ def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProf
     for depth in depths:
         x = activations(rng, len(depth), k, group)
         y = ref.sliced_matmul(x, depth, sliced, profile)
-        sizes = np.abs(ref.round_activations(x, group))
-        scale = np.stack([s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, depth, strict=True)])
-        runs.append(
-            {"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": RELATIVE * scale[None]}}
-        )
+        tolerance = matmul_tolerance(x, depth, sliced, profile)
+        runs.append({"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance[None]}})
     return runs
 
 
@@ -203,14 +207,12 @@ def routed_runs(
             x = activations(rng, rows, k, group)
             last = depth[len(depth) - rows :]
             y = ref.sliced_matmul(x, last, sliced, profile)
-            sizes = np.abs(ref.round_activations(x, group))
-            allowed = [s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, last, strict=True)]
-            tolerance = RELATIVE * np.array(allowed).reshape(1, rows, len(sliced.codes))
+            tolerance = matmul_tolerance(x, last, sliced, profile)
             runs.append(
                 {
                     "in": {"x": x[None], "routed_by": by[None], "avg_bits": np.array([bits], np.float32)},
                     "out": {"y": y[None], "depth": depth[None]},
-                    "tol": {"y": tolerance, "depth": 0},
+                    "tol": {"y": tolerance[None], "depth": 0},
                 }
             )
     return runs
