@@ -1,5 +1,4 @@
 /* GatedSilu, GatedGelu (x f32 [..., 2 F]) -> y f32 [..., F]: an activation of the first half, times the second. */
-#include <stdlib.h>
 
 #include "ops.h"
 
@@ -49,11 +48,7 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   (void)api;
   Gated op = {.kernel = self == &mbq_gated_silu_op ? __tvm_ffi_mbq_gate_silu : __tvm_ffi_mbq_gate_gelu_tanh};
   TRY(node_init(&op.node, self->GetName(self), info));
-  Gated *copy = malloc(sizeof op);
-  if (copy == NULL) return fail(&op.node, "no memory");
-  *copy = op;
-  *kernel = copy;
-  return NULL;
+  return keep(&op.node, &op, sizeof op, kernel);
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {

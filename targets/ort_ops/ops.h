@@ -44,6 +44,8 @@ OrtStatus *fail(const Node *node, const char *format, ...) __attribute__((format
 
 /* Name the node and read its constant inputs. */
 OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info);
+/* A kernel's state, `bytes` at `op`, to memory of its own. */
+OrtStatus *keep(const Node *node, const void *op, size_t bytes, void **kernel);
 OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value);
 /* Refuse a node whose slices or group_size are not the ones the kernels were compiled for. */
 OrtStatus *check_format(const Node *node, const OrtKernelInfo *info);
@@ -58,8 +60,14 @@ OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, in
 typedef struct Weight {
   int64_t n, k, blocks, groups;
 } Weight;
-OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weight);
-OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales);
+typedef struct Stored {
+  const uint8_t *planes;
+  const void *scales;
+} Stored;
+/* `first`: the input of the planes; the scales are the next.  What is constant is checked once, by weight_init. */
+OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first, Weight *weight);
+OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
+                       Stored *stored);
 
 /* ---- routing (routing.c) ---- */
 
@@ -80,14 +88,6 @@ OrtStatus *route(const OrtKernelContext *context, const Routing *by, const float
 
 /* ---- the product (product.c) ---- */
 
-typedef struct Stored {
-  const uint8_t *planes;
-  const void *scales;
-} Stored;
-
-/* Planes and scales, the inputs `first` and the next. */
-OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
-                       Stored *stored);
 /* y f32 [rows, N] = x f32 [rows, K] times the weights at each row's depth. */
 OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *weight, const Stored *stored,
                     const float *x, int64_t rows, const int32_t *depth, float *y);

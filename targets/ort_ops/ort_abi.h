@@ -80,7 +80,6 @@ extern OrtApi *ort_api; /* set when the library is registered */
 #define OrtGetSymbolicDimensions ORT_FN(63, OrtStatus *, const OrtShapeInfo *, const char **, size_t)
 #define OrtGetShapeInfo ORT_FN(65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
 #define OrtGetAttribute_int64 ORT_FN(86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
-#define OrtGetInputCount ORT_FN(88, OrtStatus *, const OrtKernelContext *, size_t *)
 #define OrtGetInput ORT_FN(90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
 #define OrtGetOutput ORT_FN(91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)
 #define OrtReleaseStatus ORT_FN(93, void, OrtStatus *)

@@ -116,17 +116,6 @@ static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t
   return parallel(context, job->pieces, gemm_piece, job);
 }
 
-OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
-                       Stored *stored) {
-  Tensor planes, scales;
-  TRY(input(node, context, first, &planes));
-  TRY(input(node, context, first + 1, &scales));
-  /* Constant weights were checked when the session was made. */
-  if (!node->known[first] || !node->known[first + 1]) TRY(check_weight(node, weight, &planes.shape, &scales.shape));
-  *stored = (Stored){planes.data, scales.data};
-  return NULL;
-}
-
 OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w, const Stored *stored, const float *x,
                     int64_t rows, const int32_t *depth, float *y) {
   if (rows == 0) return NULL;

@@ -4,7 +4,6 @@
  *
  * Router and SlicedMatMul in one: a node less for every matrix of a decoded token.  M' is M, or less where only the
  * last rows are wanted; all M are routed. */
-#include <stdlib.h>
 
 #include "ops.h"
 
@@ -46,14 +45,8 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   (void)self, (void)api;
   RoutedMatMul op = {0};
   TRY(node_init(&op.node, "RoutedMatMul", info));
-  TRY(weight_init(&op.node, info, &op.weight));
-  if (op.node.known[PLANES] && op.node.known[SCALES])
-    TRY(check_weight(&op.node, &op.weight, &op.node.shapes[PLANES], &op.node.shapes[SCALES]));
-  RoutedMatMul *copy = malloc(sizeof op);
-  if (copy == NULL) return fail(&op.node, "no memory");
-  *copy = op;
-  *kernel = copy;
-  return NULL;
+  TRY(weight_init(&op.node, info, PLANES, &op.weight));
+  return keep(&op.node, &op, sizeof op, kernel);
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {

@@ -1,6 +1,5 @@
 /* Router(x f32 [..., K], avg_bits f32 [1], table f32 [2, T], bias f32 [E-1], norm_gain f32 [E-1]
  *        [, w1 f16 [H, K], b1 f32 [H], w2 f32 [E-1, H]]) -> depth i32 [...]. */
-#include <stdlib.h>
 
 #include "ops.h"
 
@@ -27,11 +26,7 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   (void)self, (void)api;
   Router op = {0};
   TRY(node_init(&op.node, "Router", info));
-  Router *copy = malloc(sizeof op);
-  if (copy == NULL) return fail(&op.node, "no memory");
-  *copy = op;
-  *kernel = copy;
-  return NULL;
+  return keep(&op.node, &op, sizeof op, kernel);
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {

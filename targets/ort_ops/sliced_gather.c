@@ -1,5 +1,4 @@
 /* SlicedGather(indices i64 [...], planes u8, scales f16) -> y f32 [..., K]: rows of a table at one depth. */
-#include <stdlib.h>
 
 #include "ops.h"
 
@@ -34,11 +33,10 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   const Gather *op = state;
   const Node *node = &op->node;
   const Weight *w = &op->weight;
-  Tensor indices, planes, scales;
+  Tensor indices;
+  Stored stored;
   TRY(input(node, context, 0, &indices));
-  TRY(input(node, context, 1, &planes));
-  TRY(input(node, context, 2, &scales));
-  if (!node->known[1] || !node->known[2]) TRY(check_weight(node, w, &planes.shape, &scales.shape));
+  TRY(weight_open(node, context, 1, w, &stored));
   Shape shape = indices.shape;
   if (shape.rank == MAX_RANK) return fail(node, "indices has rank 8, the most is 7");
   const int64_t rows = elements(&shape);
@@ -49,7 +47,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   shape.dims[shape.rank++] = w->k;
   void *y;
   TRY(output(context, 0, &shape, &y));
-  Job job = {.op = op, .indices = index, .planes = planes.data, .scales = scales.data, .y = y, .rows = rows};
+  Job job = {.op = op, .indices = index, .planes = stored.planes, .scales = stored.scales, .y = y, .rows = rows};
   job.pieces = pieces_of(rows, rows * w->k * 8);
   return parallel(context, job.pieces, piece, &job);
 }
@@ -59,18 +57,12 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   Gather op = {0};
   int64_t depth;
   TRY(node_init(&op.node, "SlicedGather", info));
-  TRY(weight_init(&op.node, info, &op.weight));
+  TRY(weight_init(&op.node, info, 1, &op.weight));
   TRY(attribute(&op.node, info, "depth", &depth));
   if (depth < 1 || depth > MBQ_DEPTHS)
     return fail(&op.node, "depth is %lld, slices %s allow 1 to %d", (long long)depth, MBQ_SLICES_TEXT, MBQ_DEPTHS);
   op.kernel = kernels[depth - 1];
-  if (op.node.known[1] && op.node.known[2])
-    TRY(check_weight(&op.node, &op.weight, &op.node.shapes[1], &op.node.shapes[2]));
-  Gather *copy = malloc(sizeof op);
-  if (copy == NULL) return fail(&op.node, "no memory");
-  *copy = op;
-  *kernel = copy;
-  return NULL;
+  return keep(&op.node, &op, sizeof op, kernel);
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {

@@ -1,5 +1,4 @@
 /* SlicedMatMul(x f32 [..., K], depth i32 [...], planes u8, scales f16) -> y f32 [..., N]. */
-#include <stdlib.h>
 
 #include "ops.h"
 
@@ -30,14 +29,8 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   (void)self, (void)api;
   MatMul op = {0};
   TRY(node_init(&op.node, "SlicedMatMul", info));
-  TRY(weight_init(&op.node, info, &op.weight));
-  if (op.node.known[2] && op.node.known[3])
-    TRY(check_weight(&op.node, &op.weight, &op.node.shapes[2], &op.node.shapes[3]));
-  MatMul *copy = malloc(sizeof op);
-  if (copy == NULL) return fail(&op.node, "no memory");
-  *copy = op;
-  *kernel = copy;
-  return NULL;
+  TRY(weight_init(&op.node, info, 2, &op.weight));
+  return keep(&op.node, &op, sizeof op, kernel);
 }
 
 static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {

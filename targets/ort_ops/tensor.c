@@ -1,6 +1,7 @@
 /* Tensors, attributes and error messages. */
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "ops.h"
@@ -47,6 +48,13 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
     TRY(OrtGetTensorMutableData(value, &node->data[i]));
     node->known[i] = true;
   }
+  return NULL;
+}
+
+OrtStatus *keep(const Node *node, const void *op, size_t bytes, void **kernel) {
+  *kernel = malloc(bytes);
+  if (*kernel == NULL) return fail(node, "no memory");
+  memcpy(*kernel, op, bytes);
   return NULL;
 }
 
@@ -114,7 +122,20 @@ OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, in
   return NULL;
 }
 
-OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weight) {
+static OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales) {
+  const int64_t bytes = weight->blocks * ROW_BLOCK * weight->k;
+  if (elements(planes) != bytes)
+    return fail(node, "planes holds %lld bytes, N=%lld and K=%lld need %lld; export the model again",
+                (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
+  const int64_t want[] = {weight->blocks, weight->groups, 2, ROW_BLOCK};
+  if (scales->rank != 4 || memcmp(scales->dims, want, sizeof want) != 0)
+    return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, 2, 16]; export the "
+                "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
+                (long long)want[0], (long long)want[1]);
+  return NULL;
+}
+
+OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first, Weight *weight) {
   TRY(check_format(node, info));
   TRY(attribute(node, info, "N", &weight->n));
   TRY(attribute(node, info, "K", &weight->k));
@@ -125,18 +146,17 @@ OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, Weight *weig
                 (long long)weight->n, (long long)weight->k, MBQ_GROUP);
   weight->blocks = (weight->n + ROW_BLOCK - 1) / ROW_BLOCK;
   weight->groups = weight->k / MBQ_GROUP;
-  return NULL;
+  if (!node->known[first] || !node->known[first + 1]) return NULL;
+  return check_weight(node, weight, &node->shapes[first], &node->shapes[first + 1]);
 }
 
-OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales) {
-  const int64_t bytes = weight->blocks * ROW_BLOCK * weight->k;
-  if (elements(planes) != bytes)
-    return fail(node, "planes holds %lld bytes, N=%lld and K=%lld need %lld; export the model again",
-                (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
-  const int64_t want[] = {weight->blocks, weight->groups, 2, ROW_BLOCK};
-  if (scales->rank != 4 || memcmp(scales->dims, want, sizeof want) != 0)
-    return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, 2, 16]; export the "
-                "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
-                (long long)want[0], (long long)want[1]);
+OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
+                       Stored *stored) {
+  Tensor planes, scales;
+  TRY(input(node, context, first, &planes));
+  TRY(input(node, context, first + 1, &scales));
+  /* Constant weights were checked when the session was made. */
+  if (!node->known[first] || !node->known[first + 1]) TRY(check_weight(node, weight, &planes.shape, &scales.shape));
+  *stored = (Stored){planes.data, scales.data};
   return NULL;
 }
