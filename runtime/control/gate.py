@@ -41,6 +41,15 @@ class Gate:
             self._apply()
 
     @property
+    def threads(self) -> int:
+        """The engine's."""
+        return self._engine.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._engine.threads = count
+
+    @property
     def on_token(self) -> Callable[[float, float], None] | None:
         """As the engine's: it tells its tokens through here."""
         return self._engine.on_token

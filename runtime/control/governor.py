@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from .energy import Energy
 from .events import Event
 from .policy import Policy
 from .step import start, step
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,13 @@ class Telling(Protocol):
     """An engine that calls ``on_token(seconds, bits used)`` after each decoded token."""
 
     on_token: Callable[[float, float], None] | None
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """An engine whose processor threads may be fewer than it was loaded with, from any thread."""
+
+    threads: int
 
 
 class Reads(Protocol):
@@ -68,7 +77,9 @@ class Status:
 class Governor:
     """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second, in its own thread.
 
-    A context manager: the first budget is set on entering, and the last one stays after leaving.
+    With any policy but "fixed", ``engine.threads`` follow the processors that other programs leave, see ``Threads``.
+    A context manager: the first budget is set on entering, and the last one stays after leaving; the threads
+    are as they were.
     A new budget takes effect at the engine's next token.  ``policy`` may be replaced at any time.
     on_event: called in the governor's thread for every change and every word about the sensors.
     Raises UsageError for a policy the bundle cannot hold.
@@ -84,13 +95,16 @@ class Governor:
     ) -> None:
         self._engine, self._sensors, self._clock = engine, sensors, clock
         self._on_event = on_event
-        self._policy = policy.within(engine.manifest)
+        self._threaded = engine if isinstance(engine, Threaded) else None
+        most = 1 if self._threaded is None else self._threaded.threads
+        self._threads = Threads.of(most, len(os.sched_getaffinity(0)))
+        self.policy = policy
         self._state = start(self._policy)
         self._drift = Drift(self._state.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
         self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by this one
-        self._last_token_s = clock()
+        self._last_token_s = self._looked_s = clock()
         self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mbq-governor", daemon=True)
@@ -102,7 +116,8 @@ class Governor:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        self._policy = policy.within(self._engine.manifest)
+        threads = None if self._threaded is None else self._threads.most
+        self._policy = replace(policy.within(self._engine.manifest), threads=threads)
 
     def status(self) -> Status:
         """From any thread."""
@@ -128,8 +143,24 @@ class Governor:
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before:
             self._tell(Event(time.time(), before, budget, reason, readings))
+        self._follow_load(readings, now_s)
         self._status = Status(budget, reason, readings, speed, used, self._energy.joules_per_token)
         return self._status
+
+    def _follow_load(self, readings: Readings, now_s: float) -> None:
+        """Give the engine as many threads as there is room for."""
+        elapsed_s, self._looked_s = max(now_s - self._looked_s, 0.0), now_s
+        if self._threaded is None:
+            return
+        before = self._threads
+        follows = bool(self._policy.bands)
+        self._threads = before.after(readings, elapsed_s) if follows else Threads.of(before.most, before.cpus)
+        if self._threads.count == before.count:
+            return
+        self._threaded.threads = self._threads.count
+        if self._threaded.threads == self._threads.count:  # else an engine that cannot change it
+            bits = self._state.bits
+            self._tell(Event(time.time(), bits, bits, self._threads.say(before.count), readings))
 
     def _drain(self, now_s: float) -> tuple[float | None, float | None]:
         """Book the tokens since the last look: (tokens/s, bits used)."""
@@ -172,5 +203,7 @@ class Governor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if self._threaded is not None:
+            self._threaded.threads = self._threads.most
         if isinstance(self._engine, Telling):
             self._engine.on_token = None

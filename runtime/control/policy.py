@@ -31,7 +31,7 @@ class Policy:
     bands: signals that count, see ``sources.SOURCES``; the others do not.  floor_bits, ceiling_bits: bounds of the
     budget; None is the lowest quality the bundle vouches for, and its highest.  min_tps: tokens/s
     to hold if bits can do it.  last_until_s: when the battery must still hold, on the clock of ``now``.
-    bytes_at: (bits, bytes of weights a token reads), from the bundle.
+    bytes_at: (bits, bytes of weights a token reads), from the bundle.  threads: that the engine was loaded with.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Policy:
     min_tps: float | None = None
     last_until_s: float | None = None
     bytes_at: tuple[tuple[float, int], ...] = ()
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.min_tps is not None and not 0 < self.min_tps < math.inf:

@@ -92,7 +92,16 @@ def _cpu(at: Situation) -> float | None:
 
 
 def _quota(at: Situation) -> float | None:
-    return at.readings.cgroup_throttled_fraction
+    """The share of periods in which a limit stops us, or of the engine's threads it leaves no time for.
+
+    The second stays when the engine runs on fewer threads and is stopped no more.
+    """
+    available, threads = at.readings.available_cpus, at.policy.threads
+    withheld = 0.0 if available is None or threads is None else 1 - available / threads
+    stopped = at.readings.cgroup_throttled_fraction
+    if stopped is None:
+        return withheld if withheld > 0 else None
+    return max(stopped, withheld)
 
 
 def _memory(at: Situation) -> float | None:
@@ -156,7 +165,8 @@ def _say_cpu(r: Readings) -> str:
 
 
 def _say_quota(r: Readings) -> str:
-    return f"quota: the cgroup's limit stops us in {_say(r.cgroup_throttled_fraction, '.0%')} of its periods"
+    stops = f"it stops us in {_say(r.cgroup_throttled_fraction, '.0%')} of its periods"
+    return f"quota: the cgroup's limit is {_say(r.available_cpus, '.1f')} processors, {stops}"
 
 
 def _say_lifetime(r: Readings) -> str:

@@ -49,6 +49,9 @@ class Backend(Protocol):
         logits of all tokens will be asked for, not only a next token.
         """
 
+    def use_threads(self, count: int) -> bool:
+        """From now on, ``count`` of the threads it was made with; False where that cannot be changed."""
+
 
 class Kind(NamedTuple):
     """module: beside this one, holding ``Backend``; extra: the extra of mbq-export it comes with, or ""."""

@@ -61,7 +61,8 @@ class Engine:
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
         config = _read_config(path, manifest)
-        self._backend = backend.load(name, path, manifest, threads or cores())
+        self._threads = self._most_threads = threads or cores()
+        self._backend = backend.load(name, path, manifest, self._threads)
         self._context = int(config["model"]["context_length"])
         if context is not None:
             if not 2 <= context <= self._context:
@@ -110,6 +111,22 @@ class Engine:
     @avg_bits.setter
     def avg_bits(self, value: float) -> None:
         self._budget[0] = self.manifest.budget.check(value, str(self.path))
+
+    @property
+    def threads(self) -> int:
+        """Processor threads in use.  Setting it takes effect within a token, in all engines of this bundle in the
+        process; portable bundles and GPU engines keep the number they have.
+
+        Raises UsageError for less than 1, or more than the engine was loaded with.
+        """
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if not 1 <= count <= self._most_threads:
+            raise UsageError(f"threads {count}: needed 1 to {self._most_threads}, with which the engine was loaded")
+        if self._backend.use_threads(count):
+            self._threads = count
 
     @property
     def context_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.manifest import Manifest
+from mbq_runtime.manifest import OPS_LIBRARY, Manifest
 
 from .generation import Sampling
 from .opening import engine_errors, import_engine
@@ -28,8 +29,18 @@ class Backend:
             overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(overlaid)
             self.tokenizer = Tokenizer(path, og.Tokenizer(self._model))
+        # The library the engine has just loaded, by which its threads' work is shared out.
+        self._library = ctypes.CDLL(str(path / OPS_LIBRARY)) if manifest.native else None
+        self.use_threads(threads)
         self._og = og
         self._vocab_size = manifest.model.vocab_size
+
+    def use_threads(self, count: int) -> bool:
+        # A portable bundle has no library, and one of an earlier version none that can be told.
+        if not hasattr(self._library, "mbq_set_threads"):
+            return False
+        self._library.mbq_set_threads(count)  # type: ignore[union-attr]
+        return True
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False

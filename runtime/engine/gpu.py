@@ -80,6 +80,9 @@ class DeviceBackend:
         }
         self.tokenizer = Tokenizer(path)
 
+    def use_threads(self, count: int) -> bool:
+        return False  # the processor's part is one thread's
+
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
     ) -> DeviceRun:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -12,6 +15,8 @@ from types import ModuleType
 from mbq_runtime import isa, manifest
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import Manifest
+from mbq_runtime.sensing.cgroup import cpu_limit
+from mbq_runtime.sensing.host import Host, run_command
 
 
 def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Path, Manifest]:
@@ -29,7 +34,7 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Cores this process may run on; threads that share one (SMT) count once.
+    """Cores this process may run on; threads that share one (SMT) count once, and a cgroup's limit is kept.
 
     Engines are always told: onnxruntime-genai 0.18 by itself takes one of two.
     """
@@ -39,7 +44,8 @@ def cores(root: Path = Path("/")) -> int:
             found.add((root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             found.add(str(cpu))
-    return len(found)
+    limit_cpus = cpu_limit(Host(str(root).rstrip("/"), time.monotonic, run_command, fcntl.ioctl))
+    return len(found) if limit_cpus is None else min(len(found), math.ceil(limit_cpus))
 
 
 def import_engine(name: str) -> ModuleType:

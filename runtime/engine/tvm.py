@@ -67,7 +67,8 @@ class Backend:
         # Copy on write, and nothing writes: the file is mapped, and pages that no depth reads stay on disk.
         self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
         # The same library once more, for what is no function of TVM's.
-        ctypes.CDLL(str(path / DECODER_LIBRARY)).mbq_set_threads(threads)
+        self._library = ctypes.CDLL(str(path / DECODER_LIBRARY))
+        self.use_threads(threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -76,6 +77,10 @@ class Backend:
     def share(self, array: NDArray[Any]) -> Any:
         """The same memory as the compiled code takes it."""
         return self.ffi.from_dlpack(np.asarray(array))
+
+    def use_threads(self, count: int) -> bool:
+        self._library.mbq_set_threads(count)
+        return True
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False

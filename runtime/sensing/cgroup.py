@@ -26,6 +26,15 @@ _MEMORY_FILES = {
 }
 
 
+def cpu_limit(host: Host) -> float | None:
+    """CPUs' worth of time that the groups of this process leave it; None when they set no limit, or cannot be read."""
+    try:
+        found = ControlGroup(host, _MEMBERSHIP).look()
+    except Unreadable:
+        return None
+    return min((one.value for one in found if one.kind is Kind.PROCESSORS and one.value is not None), default=None)
+
+
 class ControlGroup(Probe):
     kind = Kind.PROCESSORS
     also = (Kind.MEMORY, Kind.GROUP_THROTTLING)

@@ -4,8 +4,6 @@
 
 #include "ops.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 OrtApi *ort_api;
 
 const char *any_provider(const OrtCustomOp *op) { return (void)op, NULL; }

@@ -7,6 +7,8 @@
 #include "kernels.h"
 #include "ort_abi.h"
 
+#define EXPORT __attribute__((visibility("default")))
+
 enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 11, NAME_BYTES = 128 };
 
 #define TRY(call)                     \

@@ -1,4 +1,5 @@
 /* Sharing work over the session's own threads, and per-thread memory. */
+#include <stdatomic.h>
 #include <unistd.h>
 
 #include "ops.h"
@@ -10,12 +11,30 @@ enum {
   SCRATCH_BYTES = 64 << 10 /* one token's activations up to K = 32768, whatever the group size */
 };
 
-size_t pieces_of(int64_t units, int64_t cost) {
-  static int64_t most; /* racing first calls store the same value */
-  if (most == 0) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    most = PIECES_PER_THREAD * (cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : cores);
+static atomic_int in_use, most_in_use; /* threads; 0: nobody has told */
+
+/* Share work out over this many of the session's threads from now on.  The highest number told so far is taken for
+ * all that the session has. */
+EXPORT void mbq_set_threads(int threads) {
+  threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+  if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
+  atomic_store(&in_use, threads);
+}
+
+static int64_t most_pieces(void) {
+  const int threads = atomic_load_explicit(&in_use, memory_order_relaxed);
+  /* No more pieces than threads keeps the session's others out of it. */
+  if (threads > 0 && threads < atomic_load_explicit(&most_in_use, memory_order_relaxed)) return threads;
+  static int64_t processors; /* racing first calls store the same value */
+  if (threads == 0 && processors == 0) {
+    const long found = sysconf(_SC_NPROCESSORS_ONLN);
+    processors = found < 1 ? 1 : found > MAX_THREADS ? MAX_THREADS : found;
   }
+  return PIECES_PER_THREAD * (threads > 0 ? threads : processors);
+}
+
+size_t pieces_of(int64_t units, int64_t cost) {
+  const int64_t most = most_pieces();
   int64_t pieces = cost / PIECE_BYTES;
   if (pieces > most) pieces = most;
   if (pieces > units) pieces = units;

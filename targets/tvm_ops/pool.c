@@ -105,7 +105,8 @@ static int launch(Body body, void *data, int tasks) {
   return failed ? -1 : 0;
 }
 
-/* Run loops on this many threads, the caller's among them.  To be called once the library is loaded, by one thread. */
+/* Run loops on this many threads, the caller's among them: loops that start from now on.  First called once the
+ * library is loaded, by one thread; later by any, with no higher number. */
 EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
   for (; pool.started < threads - 1; ++pool.started) {

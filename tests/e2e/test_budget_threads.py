@@ -1,4 +1,4 @@
-"""The budget is another thread's to change: a thousand times during a reply, under every engine there is."""
+"""Bits and threads are another thread's to change: a thousand times during a reply, under every engine there is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_thousand_changes_tear_nothing(
 ) -> None:
     """At the ends of the range every token's bits are the budget's: a torn or a lost one would be another number."""
     try:
-        loaded = Engine.load(smollm2_two_engines[target], engine=engine, context=512)
+        loaded = Engine.load(smollm2_two_engines[target], engine=engine, context=512, threads=2)
     except UsageError as error:
         pytest.skip(str(error))
     ends = loaded.manifest.budget.min_bits, 8.0
@@ -34,6 +34,7 @@ def test_a_thousand_changes_tear_nothing(
         nonlocal changed
         while changed < CHANGES or not finished.is_set():
             loaded.avg_bits = ends[changed % 2]
+            loaded.threads = 1 + changed // 2 % 2
             changed += 1
             time.sleep(0.001)
 
@@ -50,3 +51,36 @@ def test_a_thousand_changes_tear_nothing(
     assert seen <= set(ends)
     if len(reply.stats.tokens) > 20:
         assert seen == set(ends)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_threads_change_who_works_and_not_what_is_said(smollm2_two_engines: dict[str, Path], engine: str) -> None:
+    loaded = Engine.load(smollm2_two_engines["host"], engine=engine, context=512, threads=2)
+    texts = []
+    for threads in (2, 1, 2):
+        loaded.threads = threads
+        assert loaded.threads == threads
+        texts.append(loaded.generate("The history of the lighthouse begins", max_tokens=32, chat=False).text())
+    assert len(set(texts)) == 1
+    for refused in (0, 3):
+        with pytest.raises(UsageError, match=f"threads {refused}: needed 1 to 2"):
+            loaded.threads = refused
+    assert loaded.threads == 2
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_one_thread_of_two_leaves_a_core_alone(smollm2_two_engines: dict[str, Path], engine: str) -> None:
+    """Processor time over time of the same passes: about two with two threads, and less with one."""
+    loaded = Engine.load(smollm2_two_engines["host"], engine=engine, context=512, threads=2)
+
+    def processors(threads: int) -> float:
+        loaded.threads = threads
+        loaded.time_passes([1] * 8, 8.0)
+        before_s, begin_s = time.process_time(), time.perf_counter()
+        loaded.time_passes([1] * 200, 8.0)
+        return (time.process_time() - before_s) / (time.perf_counter() - begin_s)
+
+    both, one = processors(2), processors(1)
+    assert one < both
+    if engine == "tvm":
+        assert one < 1.2

@@ -273,6 +273,18 @@ def test_load_with_bad_arguments(bundle: Path) -> None:
     assert Engine.load(bundle, avg_bits=3.25).avg_bits == 3.25
 
 
+def _limit_to(root: Path, quota_us: int) -> None:
+    """A tree with a control group of version 2 around this process."""
+    for path, text in {
+        "proc/self/cgroup": "0::/box\n",
+        "proc/self/mountinfo": "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        "sys/fs/cgroup/box/cpu.max": f"{quota_us} 100000\n",
+        "sys/fs/cgroup/box/cpu.stat": "nr_periods 10\nnr_throttled 0\n",
+    }.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+
+
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to itself onnxruntime-genai would use fewer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 9})
@@ -280,6 +292,10 @@ def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytes
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{siblings}\n")
+    assert opening.cores(tmp_path) == 3
+    _limit_to(tmp_path, quota_us=150_000)
+    assert opening.cores(tmp_path) == 2  # one and a half
+    _limit_to(tmp_path, quota_us=900_000)
     assert opening.cores(tmp_path) == 3
     before = set(os.listdir("/proc/self/task"))
     monkeypatch.setattr(engine_module, "cores", lambda: 3)

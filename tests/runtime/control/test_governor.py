@@ -267,3 +267,52 @@ def test_a_thousand_changes_under_plain_onnxruntime(bundle: Path) -> None:
     assert hammer(set_bits, generate) == 1000
     assert seen <= {round(bits, 3) for bits in BUDGETS}
     assert len(seen) > 1
+
+
+class Threading(StandIn):
+    """With threads; ``able``: whether their number can be changed."""
+
+    def __init__(self, able: bool = True) -> None:
+        super().__init__()
+        self._threads, self._able = 2, able
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if self._able:
+            self._threads = count
+
+
+BUSY = replace(CALM, foreign_cpu_fraction=0.5, available_cpus=2.0)
+IDLE = replace(CALM, foreign_cpu_fraction=0.0, available_cpus=2.0)
+
+
+def test_threads_follow_the_load_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    engine, board, clock, events = Threading(), Board(IDLE), Clock(), list[Event]()
+    governor = Governor(engine, board, AUTO, events.append, clock=clock)
+    looks(governor, clock, 5)
+    assert engine.threads == 2
+    board.readings = BUSY
+    looks(governor, clock, 4)
+    assert engine.threads == 1
+    said = [event.reason for event in events if not event.is_change]
+    assert said == ["threads: 2 to 1, 1.4 of 2 processors are left to this program"]
+    board.readings = IDLE
+    looks(governor, clock, 15)
+    assert engine.threads == 2
+    with Governor(engine, board, AUTO, clock=clock) as governor:
+        engine.threads = 1
+    assert engine.threads == 2
+
+
+def test_a_fixed_policy_and_an_engine_that_cannot_keep_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    for able, by in ((True, POLICIES["fixed"]), (False, AUTO)):
+        engine, clock, events = Threading(able), Clock(), list[Event]()
+        looks(Governor(engine, Board(BUSY), by, events.append, clock=clock), clock, 20)
+        assert engine.threads == 2
+        assert not any("threads" in event.reason for event in events)
