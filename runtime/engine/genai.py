@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mbq_runtime.manifest import OPS_LIBRARY, Manifest
 
 from .generation import Sampling
-from .opening import engine_errors, import_engine
+from .opening import SHORT_SPINNING, engine_errors, import_engine
 from .tokenizer import Tokenizer
 
 
@@ -23,7 +23,7 @@ class Backend:
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
         # The engine prints its own copy of every error it also throws; one is enough.
-        session = {"log_severity_level": 4, "intra_op_num_threads": threads}
+        session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
         with engine_errors(f"{path}: the engine cannot load it"):
             overlaid = og.Config(str(path))
             overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))

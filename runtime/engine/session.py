@@ -11,7 +11,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import OPS_LIBRARY
 
 from .engine import Window
-from .opening import cores, engine_errors, import_engine, open_bundle
+from .opening import SHORT_SPINNING, cores, engine_errors, import_engine, open_bundle
 
 
 class Session:
@@ -28,6 +28,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or cores()
+        options.add_session_config_entry(*SHORT_SPINNING)
         with engine_errors(f"{self.path}: the model cannot be loaded"):
             if self.manifest.native:
                 options.register_custom_ops_library(str(self.path / OPS_LIBRARY))
