@@ -48,7 +48,7 @@ def cores(root: Path = Path("/")) -> int:
     return len(found) if limit_cpus is None else min(len(found), math.ceil(limit_cpus))
 
 
-SHORT_SPINNING = ("session.intra_op.spin_duration_us", "50")
+SHORT_SPINNING = ("session.intra_op.spin_duration_us", "10")
 """Entry of a session's configuration: threads wait for work this long before they sleep.  That is longer than what lies
 between two operators of a token, and not so long that, beside other programs, waiting takes the core that works."""
 

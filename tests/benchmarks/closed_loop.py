@@ -189,19 +189,26 @@ def environment(engine: Engine, threads: int | None) -> dict[str, Any]:
 @click.option("--seconds", type=float, default=300.0, help="Length of each of the four runs.")
 @click.option("--disturbed", type=float, default=120.0, help="How long the load or the limit lasts, in the middle.")
 @click.option("--threads", type=int)
-def main(bundle: Path, out: Path, seconds: float, disturbed: float, threads: int | None) -> None:
+@click.option("--engine", help="What the bundle runs on.  [default: its own choice]")
+@click.option("--only", type=click.Choice(["load", "limit"]), help="One of the two disturbances.")
+def main(
+    bundle: Path, out: Path, seconds: float, disturbed: float, threads: int | None, engine: str | None, only: str | None
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    engine = Engine.load(bundle, threads=threads)
-    engine.generate(PROMPT, max_tokens=32).text()
-    result: dict[str, Any] = {"environment": environment(engine, threads), "limits": LIMITS}
+    loaded = Engine.load(bundle, threads=threads, engine=engine)
+    loaded.generate(PROMPT, max_tokens=32).text()
+    result: dict[str, Any] = {"environment": environment(loaded, threads), "limits": LIMITS}
     click.echo(json.dumps(result["environment"]))
     policies = [replace(POLICIES["fixed"], ceiling_bits=8.0), POLICIES["auto"]]
     good = True
     with Group() as group:
-        for name, disturb in (("load", one_busy_core), (f"cgroup v{group.version} limit", group.half)):
-            fixed, auto = (record(engine, policy, disturb, seconds, disturbed) for policy in policies)
+        disturbances = {"load": one_busy_core, f"cgroup v{group.version} limit": group.half}
+        for name, disturb in disturbances.items():
+            if only is not None and not name.endswith(only):
+                continue
+            fixed, auto = (record(loaded, policy, disturb, seconds, disturbed) for policy in policies)
             figures = judge(fixed, auto)
-            draw(f"{engine.manifest.model.name}: {name}", [fixed, auto], seconds, out / f"{name.replace(' ', '_')}.png")
+            draw(f"{loaded.manifest.model.name}: {name}", [fixed, auto], seconds, out / f"{name.replace(' ', '_')}.png")
             result[name] = {"figures": figures, "runs": [asdict(fixed), asdict(auto)]}
             click.echo(
                 f"{name}: fixed 8 {fixed.speed_disturbed:.1f} tokens/s, auto {auto.speed_disturbed:.1f} tokens/s"
