@@ -27,7 +27,7 @@ from .table import Target
 _ROOM = Path(__file__).parent
 _SHIM = _ROOM / "ort_ops"
 _DRIVERS = _ROOM / "tvm_ops"
-_EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info", "mbq_set_threads")
+_EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info", "mbq_set_threads", "mbq_wake_threads")
 _COMPILER_FLAGS = (
     "-shared", "-fPIC", "-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror",
     "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",

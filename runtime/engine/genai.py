@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.manifest import Manifest
 
 from .generation import Sampling
-from .opening import SHORT_SPINNING, engine_errors, import_engine
+from .opening import SHORT_SPINNING, engine_errors, import_engine, ops_threads
 from .tokenizer import Tokenizer
 
 
@@ -29,17 +28,15 @@ class Backend:
             overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(overlaid)
             self.tokenizer = Tokenizer(path, og.Tokenizer(self._model))
-        # The library the engine has just loaded, by which its threads' work is shared out.
-        self._library = ctypes.CDLL(str(path / OPS_LIBRARY)) if manifest.native else None
+        self._threads = ops_threads(self, path, manifest)
         self.use_threads(threads)
         self._og = og
         self._vocab_size = manifest.model.vocab_size
 
     def use_threads(self, count: int) -> bool:
-        # A portable bundle has no library, and one of an earlier version none that can be told.
-        if not hasattr(self._library, "mbq_set_threads"):
+        if self._threads is None:
             return False
-        self._library.mbq_set_threads(count)  # type: ignore[union-attr]
+        self._threads.mbq_set_threads(count)
         return True
 
     def start(

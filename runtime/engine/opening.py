@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,7 +16,7 @@ from types import ModuleType
 
 from mbq_runtime import isa, manifest
 from mbq_runtime.errors import BundleError, UsageError
-from mbq_runtime.manifest import Manifest
+from mbq_runtime.manifest import OPS_LIBRARY, Manifest
 from mbq_runtime.sensing.cgroup import cpu_limit
 from mbq_runtime.sensing.host import Host, run_command
 
@@ -51,6 +53,21 @@ def cores(root: Path = Path("/")) -> int:
 SHORT_SPINNING = ("session.intra_op.spin_duration_us", "10")
 """Entry of a session's configuration: threads wait for work this long before they sleep.  That is longer than what lies
 between two operators of a token, and not so long that, beside other programs, waiting takes the core that works."""
+
+
+def ops_threads(owner: object, path: Path, manifest: Manifest) -> ctypes.CDLL | None:
+    """The bundle's operators, which can be told how many of a session's threads to use: ``mbq_set_threads``.
+
+    owner: whoever holds the session; when it goes, threads that are asleep are woken, for the session waits for them.
+    None for a portable bundle, which has none, and for one of an earlier version, whose cannot be told.
+    """
+    if not manifest.native:
+        return None
+    library = ctypes.CDLL(str(path / OPS_LIBRARY))
+    if not hasattr(library, "mbq_wake_threads"):
+        return None
+    weakref.finalize(owner, library.mbq_wake_threads)
+    return library
 
 
 def import_engine(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.manifest import OPS_LIBRARY
 
 from .engine import Window
-from .opening import SHORT_SPINNING, cores, engine_errors, import_engine, open_bundle
+from .opening import SHORT_SPINNING, cores, engine_errors, import_engine, open_bundle, ops_threads
 
 
 class Session:
@@ -35,6 +35,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 str(self.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
             )
+        ops_threads(self, self.path, self.manifest)
         self._empty_past = {
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
             for value in self._session.get_inputs()

@@ -80,6 +80,7 @@ class _Gauges(Collector):
         readings = status.readings
         gauges = (
             ("avg_bits", "Budget in force, average bits per weight.", self._gate.avg_bits),
+            ("threads", "Processor threads in use.", self._gate.threads),
             ("avg_bits_used", "Average bits per weight of late tokens.", status.avg_bits_used),
             ("tokens_per_second", "Decoding speed of late.", status.tokens_per_s),
             ("energy_joules_per_token", "Measured by the board's own sensor.", status.energy_j_per_token),

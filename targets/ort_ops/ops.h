@@ -103,6 +103,12 @@ static inline int64_t piece_start(int64_t units, size_t pieces, size_t index) {
   return units * (int64_t)index / (int64_t)pieces;
 }
 
+/* How many threads the session has, if one of several is in use; else 0. */
+size_t threads_if_alone(void);
+/* Put the session's other threads to sleep, and let them go again (idle.c). */
+void hold_others(const OrtKernelContext *context);
+void mbq_wake_threads(void);
+
 /* A buffer of the calling thread, good until its next call; NULL if `bytes` is more than it has. */
 void *thread_scratch(size_t bytes);
 

@@ -19,6 +19,12 @@ EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
   if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
   atomic_store(&in_use, threads);
+  if (threads > 1) mbq_wake_threads();
+}
+
+size_t threads_if_alone(void) {
+  const int most = atomic_load_explicit(&most_in_use, memory_order_relaxed);
+  return most > 1 && atomic_load_explicit(&in_use, memory_order_relaxed) == 1 ? (size_t)most : 0;
 }
 
 static int64_t most_pieces(void) {
@@ -42,6 +48,7 @@ size_t pieces_of(int64_t units, int64_t cost) {
 }
 
 OrtStatus *parallel(const OrtKernelContext *context, size_t pieces, void (*run)(void *, size_t), void *data) {
+  if (threads_if_alone() > 0) hold_others(context);
   if (pieces > 1) return OrtParallelFor(context, run, pieces, 0, data);
   run(data, 0);
   return NULL;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -82,5 +84,29 @@ def test_one_thread_of_two_leaves_a_core_alone(smollm2_two_engines: dict[str, Pa
 
     both, one = processors(2), processors(1)
     assert one < both
-    if engine == "tvm":
-        assert one < 1.2
+    assert one < 1.2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_engine_ends_with_its_other_threads_asleep(smollm2_two_engines: dict[str, Path], threads: int) -> None:
+    """A session waits for its threads when it ends; one that was told nothing ends with the process."""
+    script = """if True:
+        import gc, sys
+        from mbq_runtime import Engine
+        from mbq_runtime.engine import Session
+        for rest in (2, 1):
+            engine = Engine.load(sys.argv[1], engine="onnx", context=64, threads=2)
+            engine.threads = 1
+            engine.time_passes([1] * 4, 8.0)
+            session = Session(sys.argv[1], threads=2)
+            session.run([1, 2, 3], 8.0)
+            engine.threads = int(sys.argv[2])
+            session.run([1, 2, 3], 8.0)
+            if rest > 1:
+                del engine, session
+                gc.collect()
+        print("done")
+    """
+    command = [sys.executable, "-c", script, str(smollm2_two_engines["host"]), str(threads)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

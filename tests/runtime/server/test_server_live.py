@@ -46,6 +46,7 @@ def test_metrics_show_the_governor_s_status(running: Running) -> None:
         "mbq_discharging": 1.0, "mbq_replies_running": 0.0, "mbq_requests_waiting": 0.0, "mbq_queue_limit": 16.0,
     }  # fmt: skip
     assert {name: found[(name,)] for name in expected} == expected
+    assert found[("mbq_threads",)] == running.gate.threads
     assert found[("process_resident_memory_bytes",)] > 1e6
 
 
