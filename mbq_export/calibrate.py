@@ -20,7 +20,7 @@ from .progress import Report, no_report
 from .recipe import METHODS, Recipe
 from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
-from .slicing import own_text, rtn
+from .slicing import rtn
 from .slicing.reference import RouterParams, Sliced, route, router_scores
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import slice_model, write_depth
@@ -174,16 +174,7 @@ def _slices(
             slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input
-    teacher = None
-    if recipe.tuning_steps:
-        if method.own_windows:
-            written = own_text.write(
-                checkpoint, windows, method.own_windows, recipe.seed, store, stage("letting the original write")
-            )
-            tuning_windows = np.concatenate([windows, written])
-        else:
-            tuning_windows = windows
-        teacher = Teacher(checkpoint, tuning_windows, stage("listening to the original"))
+    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
     slices = slice_model(
         checkpoint, hessian_windows, profile, recipe.group_size, method.sweeps, store, stage("slicing blocks")
     )

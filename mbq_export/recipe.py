@@ -14,19 +14,18 @@ MLP_HIDDEN = 4
 class Method:
     """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
     family allows that; else rounding to nearest.  sweeps: of refinement behind the feedback; tuning_steps: of
-    end-to-end tuning behind all; own_windows: of text that the model writes for it."""
+    end-to-end tuning behind all."""
 
     help: str
     feedback: bool
     sweeps: int
     tuning_steps: int
-    own_windows: int = 0
 
 
 METHODS = {
     "rtn": Method("round to nearest, a minute", feedback=False, sweeps=0, tuning_steps=0),
     "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80),
-    "learned": Method("as nested, tuned for an hour, on the model's own text too", True, 6, 600, 256),
+    "learned": Method("as nested, tuned for an hour and more", True, 6, 600),
 }
 
 
