@@ -25,6 +25,7 @@ from .threads import Threads
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
+_OVERDUE_S = 1.5 * PERIOD_S  # without a token for so long the governor's own thread looks
 _SAME_BITS = 1e-3  # engines keep the budget in single precision
 _FORGET_S = 3.0  # a speed older than this, and than a few tokens, is no longer the present one
 
@@ -75,13 +76,16 @@ class Status:
 
 
 class Governor:
-    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second, in its own thread.
+    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second.
+
+    It looks between two tokens, on the engine's thread: a look beside it would take a core from a thread that the
+    others wait for, and half of their speed for as long.  Where no tokens come its own thread looks.
 
     With any policy but "fixed", ``engine.threads`` follow the processors that other programs leave, see ``Threads``.
     A context manager: the first budget is set on entering, and the last one stays after leaving; the threads
     are as they were.
     A new budget takes effect at the engine's next token.  ``policy`` may be replaced at any time.
-    on_event: called in the governor's thread for every change and every word about the sensors.
+    on_event: called for every change and every word about the sensors, in whichever thread looks.
     Raises UsageError for a policy the bundle cannot hold.
     """
 
@@ -106,6 +110,8 @@ class Governor:
         self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by this one
         self._last_token_s = self._looked_s = clock()
         self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
+        self._paced_s = time.monotonic()  # the last look, whatever ``clock`` shows
+        self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mbq-governor", daemon=True)
 
@@ -128,7 +134,7 @@ class Governor:
         self._tokens.append((token_time_s, bits_used))
 
     def tick(self) -> Status:
-        """Look once and set the budget: what the thread does, and nobody else while it runs."""
+        """Look once and set the budget: what is done by itself after entering, and by nobody else then."""
         now_s, before = self._clock(), self._state.bits
         speed, used = self._drain(now_s)
         readings = replace(self._sensors.read(), tokens_per_s=speed)
@@ -181,21 +187,34 @@ class Governor:
         if self._on_event is not None:
             self._on_event(event)
 
-    def _run(self) -> None:
-        while not self._stop.wait(PERIOD_S):
-            self._look()
-        self._look()  # books the last tokens
+    def _between_tokens(self, token_time_s: float, bits_used: float) -> None:
+        """What the engine tells its tokens to, on its own thread."""
+        self.observe(token_time_s, bits_used)
+        if time.monotonic() - self._paced_s >= PERIOD_S:
+            self._look(wait=False)
 
-    def _look(self) -> None:
+    def _run(self) -> None:
+        while not self._stop.wait(PERIOD_S / 2):
+            if time.monotonic() - self._paced_s >= _OVERDUE_S:
+                self._look(wait=False)
+        self._look(wait=True)  # books the last tokens
+
+    def _look(self, wait: bool) -> None:
+        """wait: for a look that is under way; else that one will do."""
+        if not self._looking.acquire(blocking=wait):
+            return
         try:
+            self._paced_s = time.monotonic()
             self.tick()
         except Exception as error:  # a listener's mistake, most likely: the reply goes on at the last budget
             log.exception("the governor could not look at the board")
             self._status = replace(self._status, reason=f"the governor failed: {error}")
+        finally:
+            self._looking.release()
 
     def __enter__(self) -> Governor:
         if isinstance(self._engine, Telling):
-            self._engine.on_token = self.observe
+            self._engine.on_token = self._between_tokens
         self.tick()
         self._thread.start()
         return self
