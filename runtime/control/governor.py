@@ -107,8 +107,8 @@ class Governor:
         self._drift = Drift(self._state.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
-        self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by this one
-        self._last_token_s = self._looked_s = clock()
+        self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by a look
+        self._last_token_s = clock()
         self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
         self._paced_s = time.monotonic()  # the last look, whatever ``clock`` shows
         self._looking = threading.Lock()
@@ -135,7 +135,7 @@ class Governor:
 
     def tick(self) -> Status:
         """Look once and set the budget: what is done by itself after entering, and by nobody else then."""
-        now_s, before = self._clock(), self._state.bits
+        now_s, before = self._clock(), self._state
         speed, used = self._drain(now_s)
         readings = replace(self._sensors.read(), tokens_per_s=speed)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
@@ -147,15 +147,15 @@ class Governor:
             self._engine.avg_bits = self._asked
         for notice in self._state.notices:
             self._tell(Event(time.time(), budget, budget, notice, readings))
-        if budget != before:
-            self._tell(Event(time.time(), before, budget, reason, readings))
-        self._follow_load(readings, now_s)
+        if budget != before.bits:
+            self._tell(Event(time.time(), before.bits, budget, reason, readings))
+        # The controller's clock is the one that no jump upsets.
+        self._follow_load(readings, self._state.clock_s - before.clock_s)
         self._status = Status(budget, reason, readings, speed, used, self._energy.joules_per_token)
         return self._status
 
-    def _follow_load(self, readings: Readings, now_s: float) -> None:
+    def _follow_load(self, readings: Readings, elapsed_s: float) -> None:
         """Give the engine as many threads as there is room for."""
-        elapsed_s, self._looked_s = max(now_s - self._looked_s, 0.0), now_s
         if self._threaded is None:
             return
         before = self._threads
