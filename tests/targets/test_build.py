@@ -20,7 +20,8 @@ from mbq_targets.table import TARGETS
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
-ALLOWED = {"libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+# The C library's own files: its threads are in one of their own before glibc 2.34, which targets are linked for.
+ALLOWED = {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 def needed(data: bytes) -> tuple[int, set[str]]:
