@@ -22,6 +22,9 @@ from mbq_runtime.errors import UsageError
 _WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWS = "lee_background.cor"
 _MIN_ARTICLE_CHARS = 2000
+# Lines of headings, lists, tables, images and instructions to the wiki.  Not \s for the space: an empty line is
+# one, and the paragraph behind it would go with it.
+_NO_PROSE = re.compile(r"(?m)^(?:[ \t*:;#=|]|File:|Image:|__).*$|'{2,}")
 _WIKIPEDIA_DEAL = ("calibration", "evaluation") * 3 + ("validation", "evaluation")
 
 
@@ -49,7 +52,7 @@ def _plain_articles() -> Iterator[str]:
         for _, element in ElementTree.iterparse(dump):
             if element.tag.endswith("}text") and element.text and not element.text.startswith("#REDIRECT"):
                 plain = filter_wiki(element.text)
-                plain = re.sub(r"(?m)^[\s*:;#=|].*$|'{2,}", "", plain)
+                plain = _NO_PROSE.sub("", plain)
                 plain = re.sub(r"\n\s*\n+", "\n\n", unicodedata.normalize("NFC", plain)).strip()
                 if len(plain) >= _MIN_ARTICLE_CHARS:
                     yield plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +146,20 @@ def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
     openings = {name: {article[:60] for article in part.split("\n\n")} for name, part in parts.items()}
     assert not openings["calibration"] & openings["validation"]
     assert not (openings["calibration"] | openings["validation"]) & openings["evaluation"]
-    assert len(parts["validation"]) / len(parts["calibration"]) == pytest.approx(1 / 3, abs=0.1)
+    assert len(parts["validation"]) / len(parts["calibration"]) == pytest.approx(1 / 3, abs=0.15)
     fitted, held_back = calibration_windows(checkpoint, open_source(None), 64, 24, 512)
     assert checkpoint.tokenizer.decode(fitted[0])[:400] == parts["calibration"][:400]
     assert checkpoint.tokenizer.decode(held_back[0])[:400] == parts["validation"][:400]
     with pytest.raises(UsageError, match=r"Wikipedia .* has \d+ windows of 512 tokens, 9999 are needed"):
         calibration_windows(checkpoint, open_source(None), 64, 9999, 512)
+
+
+def test_wikipedia_is_whole_paragraphs_of_prose() -> None:
+    paragraphs = text.wikipedia("calibration").split("\n\n")
+    assert paragraphs[0].startswith("Anarchism is a political philosophy that advocates self-governed societies")
+    assert paragraphs[1].startswith("Anarchism draws on many currents of thought and strategy.")
+    assert not [p for p in paragraphs if re.match(r"[*:;#=|]|File:|Image:|__", p)]
+    assert sum(map(len, paragraphs)) > 800_000
 
 
 def test_three_domains_are_long_enough_to_measure_on() -> None:
