@@ -21,6 +21,7 @@ from .recipe import METHODS, Recipe
 from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
 from .slicing import rtn
+from .slicing.importance import token_importance
 from .slicing.reference import RouterParams, Sliced, route, router_scores
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import slice_model, write_depth
@@ -33,10 +34,17 @@ CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
 """Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
 
-HELD_BACK_SHARE = 4
+_HELD_BACK_SHARE = 4
 """One window is held back for this many that are fitted to."""
+_HELD_BACK_WINDOWS = 24
+"""No more are: they tell routers apart, and each costs a pass at every budget."""
 
 _HESSIAN_WINDOWS = 32
+
+
+def held_back_windows(fitted: int) -> int:
+    """How many windows to hold back beside ``fitted`` to calibrate on."""
+    return max(2, min(fitted // _HELD_BACK_SHARE, _HELD_BACK_WINDOWS))
 
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -175,9 +183,11 @@ def _slices(
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input
     teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
+    importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
     slices = slice_model(
-        checkpoint, hessian_windows, profile, recipe.group_size, method.sweeps, store, stage("slicing blocks")
-    )
+        checkpoint, hessian_windows, importance, profile, recipe.group_size, method.sweeps, store,
+        stage("slicing blocks"),
+    )  # fmt: skip
     if teacher is not None:
         slices = tune(
             checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,

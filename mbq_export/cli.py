@@ -77,7 +77,13 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     metavar="DATA",
     help="A UTF-8 text, a .jsonl of chats, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]].  [default: Wikipedia, packaged]",
 )
-@click.option("--calib-tokens", default=40960, help="How many of its tokens to use.")
+@click.option(
+    "--calib-tokens",
+    type=int,
+    help="How many of its tokens to use.  Default: "
+    + ", ".join(f"{method.calib_tokens} for {name}" for name, method in METHODS.items())
+    + ".",
+)
 @click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")

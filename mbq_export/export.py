@@ -41,7 +41,7 @@ TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang",
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
     engines: names of ``WRITERS``, what each bundle is to run on, the first unless it is told another;
-    method, router: as ``Recipe`` takes them; tune_steps: None for the method's own; floor_ratio: how many
+    method, router: as ``Recipe`` takes them; tune_steps, calib_tokens: None for the method's own; floor_ratio: how many
     times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
     takes it."""
 
@@ -55,7 +55,7 @@ class Options:
     router: str
     floor_ratio: float
     calib_data: str | None
-    calib_tokens: int
+    calib_tokens: int | None
     seed: int
     force: bool
 
@@ -77,8 +77,10 @@ class Prepared:
 
 def prepare(options: Options) -> Prepared:
     """Work out the plan and refuse what would fail later.  Raises UsageError or ModelError."""
-    if options.calib_tokens < 1:
-        raise UsageError(f"--calib-tokens {options.calib_tokens}: at least 1 is needed; 40960 is the default")
+    calib_tokens = _calib_tokens(options)
+    if calib_tokens < 1:
+        default = METHODS[options.method].calib_tokens
+        raise UsageError(f"--calib-tokens {calib_tokens}: at least 1 is needed; {default} is the default")
     if not options.floor_ratio >= 1:
         raise UsageError(f"--floor-ratio {options.floor_ratio:g}: 1 or more is needed; 1.25 is the default")
     if options.tune_steps and not METHODS[options.method].tuning_steps:
@@ -89,7 +91,7 @@ def prepare(options: Options) -> Prepared:
         lower_tvm.check(decoder)
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
-        output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, options.calib_tokens)
+        output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, calib_tokens)
         for output, target in options.outputs.items()
     }
     found = planning.problems(plans, options.outputs, options.engines, options.force)
@@ -100,16 +102,16 @@ def prepare(options: Options) -> Prepared:
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from .calibrate import CONTEXT_TOKENS, HELD_BACK_SHARE, calibrate
+    from .calibrate import CONTEXT_TOKENS, calibrate, held_back_windows
 
     options = prepared.options
     progress("loading the model", 0, 1)
     started = time.monotonic()
     checkpoint = load(prepared.source)
     progress("loading the model", 1, 1)
-    count = max(1, options.calib_tokens // CONTEXT_TOKENS)
+    count = max(1, prepared.plan.calib_tokens // CONTEXT_TOKENS)
     fitted, held_back = calibration_data.calibration_windows(
-        checkpoint, prepared.calibration_source, count, max(2, count // HELD_BACK_SHARE), CONTEXT_TOKENS
+        checkpoint, prepared.calibration_source, count, held_back_windows(count), CONTEXT_TOKENS
     )
     recipe = Recipe(
         options.profile, prepared.plan.group_size, options.method, _tuning_steps(options), options.router, options.seed
@@ -132,6 +134,10 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     }
     store.remove()
     return manifests
+
+
+def _calib_tokens(options: Options) -> int:
+    return METHODS[options.method].calib_tokens if options.calib_tokens is None else options.calib_tokens
 
 
 def _tuning_steps(options: Options) -> int:

@@ -104,8 +104,9 @@ class Plan:
         tokens = 512
         widths = sum(2 * n + 2 * k for n, k in d.unit_shapes().values()) + d.layers * d.heads * tokens
         largest = max(n * k for n, k in d.unit_shapes().values())
-        # Half of what is held back, one part in eight of what is fitted to, is kept as the learned router's inputs.
-        inputs = 2 * self.calib_tokens // 8 * sum(k for _, k in d.unit_shapes().values())
+        # Half of what is held back is kept as the learned router's inputs; of what is fitted to, the head's.
+        held_back = min(self.calib_tokens // 4, 24 * tokens)
+        inputs = held_back * sum(k for _, k in d.unit_shapes().values()) + 2 * self.calib_tokens * d.hidden_size
         passes = 4 * tokens * widths + 12 * tokens * d.vocab_size
         return 9 * self.parameters + 8 * largest + passes + inputs + (3 << 29)
 

@@ -14,18 +14,19 @@ MLP_HIDDEN = 4
 class Method:
     """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
     family allows that; else rounding to nearest.  sweeps: of refinement behind the feedback; tuning_steps: of
-    end-to-end tuning behind all."""
+    end-to-end tuning behind all; calib_tokens: of text it takes."""
 
     help: str
     feedback: bool
     sweeps: int
     tuning_steps: int
+    calib_tokens: int
 
 
 METHODS = {
-    "rtn": Method("round to nearest, a minute", feedback=False, sweeps=0, tuning_steps=0),
-    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80),
-    "learned": Method("as nested, tuned for an hour and more", True, 6, 600),
+    "rtn": Method("round to nearest, a minute", feedback=False, sweeps=0, tuning_steps=0, calib_tokens=40960),
+    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80, 40960),
+    "learned": Method("as nested, tuned for an hour and more", True, 6, 600, 131072),
 }
 
 

@@ -2,8 +2,7 @@
 
 For a unit with input ``x`` and weight error ``dW_k = W_E - W_k`` at depth k, a token's predicted loss
 at depth k is ``0.5 * (g . dW_k x)**2``: the second-order term of the loss with the expected outer
-product of gradients ``g`` in place of the Hessian.  Gradients are taken on labels sampled from the
-model's own predictions, which makes that product the Fisher information and not an error of fit.
+product of gradients ``g`` in place of the Hessian.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from mbq_runtime.profile import SliceProfile
 from ..blocks import require_finite, values_at
 from ..checkpoint import Checkpoint
 from ..families import Unit
+from ..slicing.importance import backpropagate_samples
 from ..slicing.reference import MEAN_SQUARE_EPS, Sliced
 from .inputs import RouterInputs
 
@@ -104,7 +104,6 @@ def collect(
     ``slices`` holds every unit by name; the checkpoint's layers hold their deepest values.
     Raises ModelError for activations that are not finite.
     """
-    model = checkpoint.model
     generator = torch.Generator().manual_seed(seed)
     router_inputs = RouterInputs(checkpoint)
     recorders = [
@@ -115,12 +114,7 @@ def collect(
             for name in recorder.unit.sources:
                 hooks.enter_context(checkpoint.linear(name).register_forward_hook(recorder.hook(name)))
         for i, window in enumerate(windows):
-            # Only the embedding's output needs a gradient: no weight does.
-            embedded = model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-            with torch.no_grad():
-                labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            backpropagate_samples(checkpoint, window, generator)
             with torch.no_grad():
                 for recorder in recorders:
                     recorder.close_window()

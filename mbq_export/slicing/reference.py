@@ -24,6 +24,7 @@ activations).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -59,6 +60,11 @@ class Sliced:
     @property
     def group_size(self) -> int:
         return int(self.codes.shape[1] // self.scale.shape[1])
+
+
+def joined(parts: Sequence[Sliced]) -> Sliced:
+    """Matrices of the same K, one below the other."""
+    return Sliced(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scale", "offset")))
 
 
 def encode(weight: F32, scale: F16, offset: F16) -> U8:

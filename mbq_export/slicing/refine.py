@@ -14,7 +14,7 @@ import torch
 from mbq_runtime.profile import SliceProfile
 
 from .nested import best_code, damped, depth_weights, in_base_cells, per_depth
-from .reference import F32, Sliced
+from .reference import F32, Sliced, joined
 
 ROWS = 4096
 """Rows worked on at a time: what a group's columns hold of them then stays in the processor's cache."""
@@ -33,7 +33,7 @@ def refine(weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SlicePro
         )
         for rows in (slice(start, start + ROWS) for start in range(0, len(weight), ROWS))
     ]
-    return Sliced(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "scale", "offset")))
+    return joined(parts)
 
 
 def _refine_rows(

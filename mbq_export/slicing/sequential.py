@@ -19,27 +19,44 @@ from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..store import Store
 from . import nested
-from .reference import F32, Sliced
+from .importance import Importance
+from .reference import Sliced, joined
 from .refine import refine
 
 
 def _hessians(
-    checkpoint: Checkpoint, blocks: Blocks, layer: int, units: list[Unit], hidden: list[Hidden]
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    layer: int,
+    units: list[Unit],
+    hidden: list[Hidden],
+    importance: Importance,
 ) -> dict[str, torch.Tensor]:
-    """Mean of ``x x.T`` over the inputs that each unit sees inside the block, float64 [K, K] by unit name."""
+    """Mean of ``x x.T``, weighted by importance, over the inputs that each layer sees inside the block.
+
+    float64 [K, K] by the layer's name.
+    """
     sums: dict[str, torch.Tensor] = {}
+    sources = {unit.name: unit.sources for unit in units}
 
     def add(name: str, x: torch.Tensor) -> None:
         with torch.autocast("cpu", enabled=False):
-            sums[name] = sums.get(name, 0) + (x.float().T @ x.float()).double()
+            for source in sources[name]:
+                sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][at])
 
     with autocast(fast_dtype()), watching_inputs(checkpoint, {unit.name: unit.sources[0] for unit in units}, add):
-        for window in hidden:
+        for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
             blocks.run(layer, window)
     for name, total in sums.items():
         require_finite(name, total)
     tokens = sum(window.shape[1] for window in hidden)
     return {name: total / tokens for name, total in sums.items()}
+
+
+def _weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Tensor:
+    """[tokens, K] and float32 [tokens] -> float64 [K, K]."""
+    weighted = x.float() * torch.from_numpy(weights).sqrt()[:, None]
+    return (weighted.T @ weighted).double()
 
 
 def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
@@ -53,6 +70,7 @@ def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: Sli
 def slice_model(
     checkpoint: Checkpoint,
     windows: NDArray[np.int64],
+    importance: Importance,
     profile: SliceProfile,
     group_size: int,
     sweeps: int,
@@ -61,12 +79,18 @@ def slice_model(
 ) -> dict[str, Sliced]:
     """Nested slices of every unit by name; the blocks' layers end up holding values of their slices.
 
-    windows: int64 [windows, context]; sweeps: of refinement.  Blocks that ``store`` already holds are taken from it.
+    windows: int64 [windows, context]; importance: of their tokens, by layer; sweeps: of refinement.  Blocks that
+    ``store`` already holds are taken from it.
     Raises ModelError for weights or activations that are not finite.
     """
 
-    def sliced(weight: F32, hessian: torch.Tensor, name: str) -> Sliced:
-        return refine(weight, hessian, nested.slice_weight(weight, hessian, group_size, profile, name), profile, sweeps)
+    def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
+        parts = []
+        for name, (linear, _) in zip(unit.sources, checkpoint.layers(unit), strict=True):
+            weight, hessian = linear.weight.detach().numpy(), hessians[name]
+            fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
+            parts.append(refine(weight, hessian, fed_back, profile, sweeps))
+        return joined(parts)
 
     d = checkpoint.decoder
     blocks = Blocks(checkpoint, windows.shape[1])
@@ -76,17 +100,18 @@ def slice_model(
         units = list(d.layer_units(layer).values())
         found = store.get(d.block(layer))
         if found is None:
-            hessians = _hessians(checkpoint, blocks, layer, units, hidden)
-            found = {unit.name: sliced(checkpoint.weight(unit), hessians[unit.name], unit.name) for unit in units}
+            hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance)
+            found = {unit.name: sliced(unit, hessians) for unit in units}
             store.put(d.block(layer), found)
         hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
         slices |= found
         progress(layer + 1, d.layers + 1)
     found = store.get("head")
     if found is None:
-        inputs = torch.cat([blocks.final(window) for window in hidden])
-        hessian = (inputs.T @ inputs).double() / len(inputs)
-        found = {d.head.name: sliced(checkpoint.weight(d.head), hessian, d.head.name)}
+        (name,) = d.head.sources
+        seen = zip((blocks.final(window) for window in hidden), importance[name], strict=True)
+        hessian = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(())) / windows.size
+        found = {d.head.name: sliced(d.head, {name: hessian})}
         store.put("head", found)
     progress(d.layers + 1, d.layers + 1)
     return slices | found
