@@ -24,7 +24,7 @@ class Method:
 
 
 METHODS = {
-    "rtn": Method("round to nearest, a minute", feedback=False, sweeps=0, tuning_steps=0, calib_tokens=40960),
+    "rtn": Method("round to nearest, no tuning", feedback=False, sweeps=0, tuning_steps=0, calib_tokens=40960),
     "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80, 40960),
     "learned": Method("as nested, on more text and tuned for longer, three quarters of an hour", True, 6, 600, 131072),
 }
