@@ -29,22 +29,11 @@ from .slicing.smoothing import smooth
 from .slicing.tuning import Teacher, tune
 from .store import Store
 
-CONTEXT_TOKENS = 512
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
 """Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
 
-_HELD_BACK_SHARE = 4
-"""One window is held back for this many that are fitted to."""
-_HELD_BACK_WINDOWS = 24
-"""No more are: they tell routers apart, and each costs a pass at every budget."""
-
 _HESSIAN_WINDOWS = 32
-
-
-def held_back_windows(fitted: int) -> int:
-    """How many windows to hold back beside ``fitted`` to calibrate on."""
-    return max(2, min(fitted // _HELD_BACK_SHARE, _HELD_BACK_WINDOWS))
 
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]

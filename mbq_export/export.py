@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .lower import tvm as lower_tvm
 from .lower import tvm_weights
 from .progress import Report, no_report
-from .recipe import METHODS, Recipe
+from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows
 from .store import Store
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def prepare(options: Options) -> Prepared:
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from .calibrate import CONTEXT_TOKENS, calibrate, held_back_windows
+    from .calibrate import calibrate
 
     options = prepared.options
     progress("loading the model", 0, 1)

@@ -14,7 +14,7 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_targets.table import Target
 
 from .families import Decoder
-from .recipe import MLP_HIDDEN
+from .recipe import CONTEXT_TOKENS, MLP_HIDDEN, held_back_windows
 
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
@@ -101,11 +101,11 @@ class Plan:
         gradients, logits with their gradients, and the libraries themselves.
         """
         d = self.decoder
-        tokens = 512
+        tokens = CONTEXT_TOKENS
         widths = sum(2 * n + 2 * k for n, k in d.unit_shapes().values()) + d.layers * d.heads * tokens
         largest = max(n * k for n, k in d.unit_shapes().values())
         # Half of what is held back is kept as the learned router's inputs; of what is fitted to, the head's.
-        held_back = min(self.calib_tokens // 4, 24 * tokens)
+        held_back = held_back_windows(self.calib_tokens // tokens) * tokens
         inputs = held_back * sum(k for _, k in d.unit_shapes().values()) + 2 * self.calib_tokens * d.hidden_size
         passes = 4 * tokens * widths + 12 * tokens * d.vocab_size
         return 9 * self.parameters + 8 * largest + passes + inputs + (3 << 29)

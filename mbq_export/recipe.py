@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 from mbq_runtime.profile import SliceProfile
 
+CONTEXT_TOKENS = 512
+"""Length of a window of calibration text."""
+
+_HELD_BACK_SHARE = 4
+"""One window is held back for this many that are fitted to."""
+_HELD_BACK_WINDOWS = 24
+"""No more are: they tell routers apart, and each costs a pass at every budget."""
+
 MLP_HIDDEN = 4
 """Width of a learned router.  Of SmolLM2-135M, 16 and 8 gave the same perplexity within its standard error."""
 
@@ -28,6 +36,11 @@ METHODS = {
     "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80, 40960),
     "learned": Method("as nested, on more text and tuned for longer, three quarters of an hour", True, 6, 600, 131072),
 }
+
+
+def held_back_windows(fitted: int) -> int:
+    """How many windows to hold back beside ``fitted`` to calibrate on."""
+    return max(2, min(fitted // _HELD_BACK_SHARE, _HELD_BACK_WINDOWS))
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ def slice_model(
 
     def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
         parts = []
-        for name, (linear, _) in zip(unit.sources, checkpoint.layers(unit), strict=True):
-            weight, hessian = linear.weight.detach().numpy(), hessians[name]
+        for name in unit.sources:
+            weight, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians[name]
             fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
             parts.append(refine(weight, hessian, fed_back, profile, sweeps))
         return joined(parts)
