@@ -33,8 +33,6 @@ CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
 """Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
 
-_HESSIAN_WINDOWS = 32
-
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Figures by kind of router and average bits."""
@@ -157,7 +155,7 @@ def _slices(
     stage: Callable[[str], Callable[[int, int], None]],
 ) -> tuple[dict[str, Sliced], Sliced | None, NDArray[np.float32], HeadInput | None]:
     d, method, profile = checkpoint.decoder, METHODS[recipe.method], recipe.profile
-    hessian_windows = windows[:: -(-len(windows) // _HESSIAN_WINDOWS)]
+    hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
     head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
     if method.feedback and not d.family.post_norms:
         head_input = rotate(checkpoint, recipe.seed)

@@ -21,20 +21,24 @@ MLP_HIDDEN = 4
 @dataclass(frozen=True)
 class Method:
     """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
-    family allows that; else rounding to nearest.  sweeps: of refinement behind the feedback; tuning_steps: of
-    end-to-end tuning behind all; calib_tokens: of text it takes."""
+    family allows that; else rounding to nearest.  hessian_windows: of the text, spread over it, that the feedback's
+    second moments are taken from; sweeps: of refinement behind the feedback; tuning_steps: of end-to-end tuning
+    behind all, on all of the text; calib_tokens: of text it takes."""
 
     help: str
     feedback: bool
+    hessian_windows: int
     sweeps: int
     tuning_steps: int
     calib_tokens: int
 
 
 METHODS = {
-    "rtn": Method("round to nearest, no tuning", feedback=False, sweeps=0, tuning_steps=0, calib_tokens=40960),
-    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 3, 80, 40960),
-    "learned": Method("as nested, on more text and tuned for longer, three quarters of an hour", True, 6, 600, 131072),
+    "rtn": Method(
+        "round to nearest, no tuning", feedback=False, hessian_windows=32, sweeps=0, tuning_steps=0, calib_tokens=40960
+    ),
+    "nested": Method("error feedback over all depths, then tuned scales, a quarter of an hour", True, 32, 3, 80, 40960),
+    "learned": Method("as nested, on more text and tuned for longer, an hour", True, 64, 6, 900, 196608),
 }
 
 
