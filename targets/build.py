@@ -170,8 +170,8 @@ def _compiled(module: Any, target: Target) -> Any:
 
 def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:
     """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
-    from .kernels.activations import TERMS
-    from .kernels.matmul import TILE_BYTES
+    from .kernels.activations import TERMS, TILE_K
+    from .kernels.matmul import SCRATCH_BYTES
 
     def braces(values: tuple[int, ...]) -> str:
         return "{" + ", ".join(map(str, values)) + "}"
@@ -180,7 +180,8 @@ def config_header(target: Target, profile: SliceProfile, group_size: int) -> str
     defines = {
         "GROUP": group_size,
         "TERMS": TERMS,
-        "TILE_BYTES": TILE_BYTES,
+        "TILE_K": TILE_K,
+        "SCRATCH_BYTES": SCRATCH_BYTES,
         "DEPTHS": profile.depths,
         "SLICES": braces(profile.slices),
         "SLICES_TEXT": f'"{profile}"',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.tirx.script import builder as T
 
-from .emit import LANES, bind, cast, const, function, intrin, load, reinterpret, splat, store
+from .emit import LANES, Expr, bind, cast, const, function, intrin, load, reinterpret, splat, store
 
 TERMS = 2
 """Bytes of an activation, the high one first."""
@@ -12,20 +12,40 @@ TERMS = 2
 LOW_BITS = 8
 """The high byte's unit is this power of two of the low one's."""
 
+TILE_K = 512
+"""Weights along K of one tile of prefill, and activations of a token that lie side by side."""
+
 SMALLEST = 1e-30
 """A group below this counts as zero: the inverse of its step would be infinite."""
 
 
-def quantize(group: int, name: str) -> None:
-    """x f32 [groups * group] -> q i8 (same shape), step f32 [groups], total f32 [groups] = step * sum of integers.
+def chunks(groups: Expr, group: int) -> Expr:
+    """How many tiles ``groups`` groups span."""
+    return bind((groups + (TILE_K // group - 1)) // (TILE_K // group))
 
-    An integer is ``(q << LOW_BITS) + low``; low is ``apart`` groups further on in q.
+
+def byte_at(g: Expr, term: int, rows: Expr, group: int) -> Expr:
+    """Where a byte of group ``g`` lies behind its token's first: q is [chunks][TERMS][rows][TILE_K].
+
+    The activations of a tile are one run of memory for all tokens: rows of K apart, which is often a power of two,
+    would meet in a few sets of the cache.
+    """
+    per_tile = TILE_K // group
+    return bind(((g // per_tile) * TERMS + term) * rows * TILE_K + (g % per_tile) * group)
+
+
+def quantize(group: int, name: str) -> None:
+    """One token: x f32 [groups * group] -> q i8, laid out as ``byte_at`` says for ``rows`` tokens, step f32 [groups],
+    total f32 [groups] = step * sum of integers.
+
+    An integer is ``(high << LOW_BITS) + low``.
     """
     pointers = {"x": "float32", "q": "int8", "step": "float32", "total": "float32"}
     low_unit = float(1 << LOW_BITS)
-    with function(name, pointers, ("groups", "apart")) as args:
-        x, q, step, total, groups, apart = args
+    with function(name, pointers, ("groups", "rows")) as args:
+        x, q, step, total, groups, rows = args
         with T.serial(0, groups) as g:
+            high_at, low_at = (byte_at(g, term, rows, group) for term in range(TERMS))
             values = [load(x, g * group + i, LANES) for i in range(0, group, LANES)]
             # The bits of non-negative floats order as integers do: an integer maximum needs no NaN rules.
             sizes = [bind(reinterpret(v, "int32", LANES) & const(0x7FFFFFFF, "int32", LANES)) for v in values]
@@ -45,8 +65,8 @@ def quantize(group: int, name: str) -> None:
                 high, low = bind(cast(rounded, "int32", LANES)), bind(cast(rest, "int32", LANES))
                 # Half a step either way would make 128, which does not fit.
                 low = bind(T.max(T.min(low, const(127, "int32", LANES)), const(-127, "int32", LANES)))
-                store(q, g * group + i * LANES, LANES, cast(high, "int8", LANES))
-                store(q, (apart + g) * group + i * LANES, LANES, cast(low, "int8", LANES))
+                store(q, high_at + i * LANES, LANES, cast(high, "int8", LANES))
+                store(q, low_at + i * LANES, LANES, cast(low, "int8", LANES))
                 counts = bind(counts + (high << const(LOW_BITS, "int32", LANES)) + low)
             store(step, g, 1, one_step)
             store(total, g, 1, one_step * cast(intrin("int32", "llvm.vector.reduce.add", counts), "float32", 1))

@@ -28,7 +28,7 @@ class Isa:
     # 2-bit fields joined into one operand at most: 4 makes whole bytes, 2 nibbles.
     max_width: ClassVar[int] = 4
     # Tokens that share a loaded weight vector in prefill: the sizes of block, largest first.
-    token_blocks: ClassVar[tuple[int, ...]] = (4, 1)
+    token_blocks: ClassVar[tuple[int, ...]] = (1,)
     # Row blocks that share a loaded activation in prefill.
     row_blocks: ClassVar[int] = 1
     # How several tokens are multiplied at once.
@@ -108,10 +108,6 @@ class Accumulator:
     def add(self, codes: Expr, q: Expr) -> None:
         raise NotImplementedError
 
-    def shift_up(self, bits: int) -> None:
-        """Multiply what was added so far by ``2**bits``."""
-        self.total = bind(self.result() << const(bits, "int32", self.isa.rows))
-
     def result(self) -> Expr:
         assert self.total is not None
         return self.total
@@ -143,7 +139,7 @@ class Vnni512(Isa):
     vector_bytes = 64
     signed = False
     chains = 2
-    token_blocks: ClassVar[tuple[int, ...]] = (8, 3, 1)
+    token_blocks: ClassVar[tuple[int, ...]] = (4, 2, 1)
     row_blocks = 2
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -169,7 +165,7 @@ class AvxVnni(Vnni512):
     name = "avx-vnni"
     vector_bytes = 32
     rows_together = 2
-    token_blocks = (4, 1)
+    token_blocks = (2, 1)
     row_blocks = 1
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -224,7 +220,6 @@ class Avx2(Isa):
     # Nibbles add up in int16 for eight steps, bytes for one: two dot products of nibbles are the cheaper.
     max_width = 2
     rows_together = 2
-    token_blocks = (2, 1)
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x32", "llvm.x86.avx2.pshuf.b", byte_table(table, 32), nibbles))
@@ -262,10 +257,6 @@ class _NeonLongDot(Accumulator):
         self.wide = [bind(p) for p in pairs]
         self.narrow, self.count = [], 0
 
-    def shift_up(self, bits: int) -> None:
-        self._widen()
-        self.wide = [bind(w << const(bits, "int32", 4)) for w in self.wide]
-
     def result(self) -> Expr:
         if self.count:
             self._widen()
@@ -277,7 +268,6 @@ class Neon(Isa):
 
     name = "neon"
     vector_bytes = 16
-    token_blocks: ClassVar[tuple[int, ...]] = (1,)
 
     def _shift(self, v: Expr, n: int, op: Any) -> Expr:
         return bind(op(v, self.mask(n)))
@@ -314,7 +304,7 @@ class NeonDotprod(Neon):
     name = "neon-dotprod"
     # Left to itself LLVM unrolls over all four and spills.
     rows_together = 2
-    token_blocks = (4, 1)
+    token_blocks = (2, 1)
 
     def accumulator(self, max_code: int) -> Accumulator:
         return _NeonDot(self, max_code)

@@ -17,17 +17,20 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .activations import LOW_BITS, TERMS
+from .activations import LOW_BITS, TERMS, TILE_K, byte_at, chunks
 from .emit import Expr, bind, cast, const, fma, function, load, registers, splat, store
 from .isa import Accumulator, Isa
 from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
 from .products import tree_sum
 from .unpack import Operands, code_bytes, operands, tile_max_code
 
-# Weights along K of one prefill tile: a row block of this many codes is 8 KB; one or two stay in the first cache.
-TILE_K = 512
-# Bytes of scratch that holds the row blocks of a tile.
+# Row blocks of a tile: one is 8 KB, one or two stay in the first cache.
 TILE_BYTES = 2 * ROW_BLOCK * TILE_K
+# Tokens and row blocks that are worked on together: activations of a tile are 128 KB then and sums 64 KB, which stay in
+# the second cache.
+TOKENS_AT_ONCE = 128
+SUM_BLOCKS = 8
+SCRATCH_BYTES = TILE_BYTES + 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
 OFFSET = 128
 
 
@@ -88,7 +91,7 @@ class _RowDots:
 def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     """One token: q i8 [K], step f32 [G], total f32 [G] (step * sum of q) -> y f32 [(end - begin) * 16].
 
-    The low bytes of the activations lie ``apart`` groups further on in q.
+    q: its first byte, of ``rows`` tokens' as ``activations.byte_at`` says.
     planes, scales: the whole weight's; blocks: its row blocks; [begin, end): those to compute.
     """
     offset_at = 2.0**-plan.unit_log2 / 2
@@ -97,8 +100,8 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     factor = 2.0 ** (2 - plan.bits + plan.unit_log2)
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8"}
     pointers |= {"scales": "float16", "y": "float32"}
-    with function(name, pointers, ("blocks", "groups", "apart", "begin", "end")) as args:
-        q, step, total, planes, scales, y, blocks, groups, apart, begin, end = args
+    with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
+        q, step, total, planes, scales, y, blocks, groups, tokens, begin, end = args
         starts = plane_starts(plan, blocks, groups, group)
         acc = registers(ROW_BLOCK, "float32")
         with T.serial(0, end - begin) as b:
@@ -106,7 +109,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
             with T.serial(0, groups) as g:
-                bytes_at = [bind((t * apart + g) * group) for t in range(TERMS)]
+                bytes_at = [byte_at(g, term, tokens, group) for term in range(TERMS)]
                 sums = load(total, g, 1)
                 unit = bind(load(step, g, 1) * const(factor, "float32"))
                 middle_sums = bind(sums * const(middle * factor, "float32"))
@@ -143,47 +146,127 @@ def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
     )
 
 
-def _tokens(isa: Isa, plan: DepthPlan, group: int, count: int, wide: int, args: dict[str, Any], position: Expr) -> None:
-    """y of ``count`` tokens += one tile: ``wide`` row blocks x ``args["tile_groups"]`` groups."""
-    max_code = tile_max_code(plan)
-    unit = plan.tile_unit_log2
-    middle = 2.0**-unit / 2 + (OFFSET if isa.signed and max_code > 127 else 0)
-    factor = 2.0 ** (2 - plan.bits + unit)
-    rows, vectors = isa.rows, wide * isa.vectors
-    q, step, total, scales, y, tile = (args[n] for n in ("q", "step", "total", "scales", "y", "tile"))
-    groups, first_group, apart = args["groups"], args["first_group"], args["apart"]
-    token = [bind(cast(load(args["tokens"], position + m, 1), "int64", 1)) for m in range(count)]
-    y_at = [bind(t * args["y_stride"] + args["y_column"]) for t in token]
-    starts = [bind(t * groups + first_group) for t in token]
-    acc = [registers(rows * vectors, "float32") for _ in token]
-    for m in range(count):
-        for v in range(vectors):
-            store(acc[m], v * rows, rows, load(y, y_at[m] + v * rows, rows))
-    with T.serial(0, args["tile_groups"]) as g:
-        products = isa.products(isa, count, vectors, max_code)
-        for term in range(TERMS):
-            if term:
-                products.shift_up(LOW_BITS)
-            for k in range(0, group, 16):
-                at = bind((g * group + k) * ROW_BLOCK)
+class _Prefill:
+    """What the loops of ``gemm`` share.
 
-                def codes(j: int, v: int, at: Expr = at) -> Expr:
-                    return load(tile, at + 4 * j * ROW_BLOCK + _in_tile(isa, v), isa.vector_bytes)
+    Per turn of TOKENS_AT_ONCE tokens and SUM_BLOCKS row blocks, sums stay in scratch, f32 [SUM_BLOCKS][TOKENS_AT_ONCE]
+    [16]: in y, the rows of a block lie so far apart that they would meet in a few sets of the cache.
+    """
 
-                products.add(codes, q, [bind((term * apart + start + g) * group + k) for start in starts])
-        dots = products.results()
-        for v in range(vectors):
-            block, r = divmod(v, isa.vectors)
-            scale, offset = _affine(isa, scales, args["scale_base"][block] + g * (2 * ROW_BLOCK) + r * rows)
-            scale = bind(scale * const(factor, "float32", rows))
-            offset = fma(scale, const(middle, "float32", rows), offset)
-            for m in range(count):
-                value = bind(cast(dots[m][v], "float32", rows) * splat(load(step, starts[m] + g, 1), rows))
-                y_row = fma(scale, value, load(acc[m], v * rows, rows))
-                store(acc[m], v * rows, rows, fma(offset, splat(load(total, starts[m] + g, 1), rows), y_row))
-    for m in range(count):
-        for v in range(vectors):
-            store(y, y_at[m] + v * rows, rows, load(acc[m], v * rows, rows))
+    def __init__(self, isa: Isa, plan: DepthPlan, group: int, args: list[Any]) -> None:
+        self.isa, self.plan, self.group = isa, plan, group
+        (self.q, self.step, self.total, self.planes, self.scales, self.y, self.tile, self.tokens,
+         blocks, self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
+        self.sums = T.decl_buffer((1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES))
+        self.starts = plane_starts(plan, blocks, self.groups, group)
+
+    def turn(self, done: Expr, first: Expr) -> None:
+        """Tokens from ``done`` on, times row blocks from ``begin + first`` on."""
+        isa, per_tile = self.isa, TILE_K // self.group
+        tokens = bind(T.min(self.count - done, T.int64(TOKENS_AT_ONCE)))
+        blocks = bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS)))
+        with T.serial(0, blocks) as b, T.serial(0, tokens) as i:
+            store(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK, const(0, "float32", ROW_BLOCK))
+        with T.serial(0, chunks(self.groups, self.group)) as chunk:
+            first_group = bind(chunk * per_tile)
+            tile_groups = bind(T.min(self.groups - first_group, T.int64(per_tile)))
+            whole = bind(blocks // isa.row_blocks)
+            with T.serial(0, whole) as b:
+                self._tile(first, bind(b * isa.row_blocks), isa.row_blocks, first_group, tile_groups, done, tokens)
+            if isa.row_blocks > 1:
+                with T.serial(0, blocks - whole * isa.row_blocks) as b:
+                    self._tile(first, bind(whole * isa.row_blocks + b), 1, first_group, tile_groups, done, tokens)
+        with T.serial(0, tokens) as i:
+            row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
+            with T.serial(0, blocks) as b:
+                value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
+                store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value)
+
+    def _tile(
+        self, first: Expr, block: Expr, wide: int, first_group: Expr, tile_groups: Expr, done: Expr, tokens: Expr
+    ) -> None:
+        """``wide`` row blocks from ``block`` of the turn on, times all tokens of the turn."""
+        isa, group = self.isa, self.group
+        bases = [bind((self.begin + first + block + w) * self.groups + first_group) for w in range(wide)]
+        for w, base in enumerate(bases):
+            with T.serial(0, tile_groups * (group // STEP)) as s:
+                step = bind(base * (group // STEP) + s)
+                at = plane_loader(isa, self.plan, self.planes, self.starts, step)
+                for r in range(isa.vectors):
+                    for half, codes in enumerate(code_bytes(isa, self.plan, at(r))):
+                        for j, code in enumerate(isa.products.stored(codes)):
+                            index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
+                            store(self.tile, index, isa.vector_bytes, code)
+        scale_base = [bind(base * (2 * ROW_BLOCK)) for base in bases]
+        # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
+        at_token: Expr = T.int64(0)
+        for size in isa.token_blocks if wide == isa.row_blocks else (1,):
+            whole = bind((tokens - at_token) // size)
+            with T.serial(0, whole) as i:
+                self._tokens(size, wide, block, scale_base, first_group, tile_groups, done, bind(at_token + i * size))
+            at_token = bind(at_token + whole * size)
+
+    def _tokens(
+        self, count: int, wide: int, block: Expr, scale_base: list[Expr], first_group: Expr, tile_groups: Expr,
+        done: Expr, at_token: Expr,
+    ) -> None:  # fmt: skip
+        """Sums of ``count`` tokens += the tile."""
+        isa, plan, group = self.isa, self.plan, self.group
+        max_code = tile_max_code(plan)
+        unit = plan.tile_unit_log2
+        middle = 2.0**-unit / 2 + (OFFSET if isa.signed and max_code > 127 else 0)
+        factor = 2.0 ** (2 - plan.bits + unit)
+        rows, vectors = isa.rows, wide * isa.vectors
+        places = [bind(done + at_token + m) for m in range(count)]
+        steps_at = [bind(place * self.groups + first_group) for place in places]
+        bytes_at = [
+            bind(byte_at(first_group, term, self.rows, group) + place * TILE_K)
+            for place in places
+            for term in range(TERMS)
+        ]
+
+        def sum_at(m: int, v: int) -> Expr:
+            above, r = divmod(v, isa.vectors)
+            return ((block + above) * TOKENS_AT_ONCE + at_token + m) * ROW_BLOCK + r * rows
+
+        acc = [registers(rows * vectors, "float32") for _ in places]
+        for m in range(count):
+            for v in range(vectors):
+                store(acc[m], v * rows, rows, load(self.sums, sum_at(m, v), rows))
+        with T.serial(0, tile_groups) as g:
+            sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in bytes_at], g)
+            shift = const(LOW_BITS, "int32", rows)
+            for v in range(vectors):
+                above, r = divmod(v, isa.vectors)
+                scale, offset = _affine(isa, self.scales, scale_base[above] + g * (2 * ROW_BLOCK) + r * rows)
+                scale = bind(scale * const(factor, "float32", rows))
+                offset = fma(scale, const(middle, "float32", rows), offset)
+                for m in range(count):
+                    high, low = sums[m * TERMS : (m + 1) * TERMS]
+                    dot = bind((high[v] << shift) + low[v])
+                    value = bind(cast(dot, "float32", rows) * splat(load(self.step, steps_at[m] + g, 1), rows))
+                    with_dot = fma(scale, value, load(acc[m], v * rows, rows))
+                    total = splat(load(self.total, steps_at[m] + g, 1), rows)
+                    store(acc[m], v * rows, rows, fma(offset, total, with_dot))
+        for m in range(count):
+            for v in range(vectors):
+                store(self.sums, sum_at(m, v), rows, load(acc[m], v * rows, rows))
+
+    def _dots(self, count: int, vectors: int, max_code: int, bytes_at: list[Expr], g: Expr) -> list[list[Expr]]:
+        """int32 [token and byte][row vector]: products with group ``g`` of the tile.
+
+        Both bytes at once, so that a weight is loaded once for them.
+        """
+        isa = self.isa
+        products = isa.products(isa, count * TERMS, vectors, max_code)
+        for k in range(0, self.group, 16):
+            at = bind((g * self.group + k) * ROW_BLOCK)
+
+            def codes(j: int, v: int, at: Expr = at) -> Expr:
+                return load(self.tile, at + 4 * j * ROW_BLOCK + _in_tile(isa, v), isa.vector_bytes)
+
+            products.add(codes, self.q, [bind(start + k) for start in bytes_at])
+        return products.results()
 
 
 def _in_tile(isa: Isa, vector: int) -> int:
@@ -193,66 +276,17 @@ def _in_tile(isa: Isa, vector: int) -> int:
 
 
 def gemm(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
-    """Many tokens of one depth; each row block is unpacked once per TILE_K weights and used for all of them.
+    """Many tokens of one depth; each row block is unpacked once per TILE_K weights and TOKENS_AT_ONCE tokens.
 
-    q i8 [M, K], low bytes as in ``gemv``; step, total f32 [M, G]; tokens i32 [count]: the rows m of this depth;
-    y f32: row m's values for block ``begin + i`` are written at ``m * y_stride + 16 * i``;
-    tile: scratch of TILE_BYTES.
+    q: the first byte of the first token, of ``rows`` tokens' as ``activations.byte_at`` says; step, total f32
+    [count, G]; tokens i32 [count]: the row m of each in y f32, where the values of block ``begin + i`` are
+    written at ``m * y_stride + 16 * i``; scratch: SCRATCH_BYTES.
     """
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8", "scales": "float16"}
-    pointers |= {"y": "float32", "tile": "uint8", "tokens": "int32"}
-    with function(name, pointers, ("blocks", "groups", "apart", "begin", "end", "count", "y_stride")) as args:
-        q, step, total, planes, scales, y, tile, tokens, blocks, groups, apart, begin, end, count, y_stride = args
-        starts = plane_starts(plan, blocks, groups, group)
-        per_tile = TILE_K // group
-        zero = const(0, "float32", ROW_BLOCK)
-        with T.serial(0, end - begin) as b, T.serial(0, count) as i:
-            row = bind(cast(load(tokens, i, 1), "int64", 1))
-            store(y, row * y_stride + b * ROW_BLOCK, ROW_BLOCK, zero)
-
-        def blocks_from(first: Expr, wide: int, first_group: Expr, tile_groups: Expr) -> None:
-            """``wide`` row blocks from ``begin + first`` on."""
-            bases = [bind((begin + first + w) * groups + first_group) for w in range(wide)]
-            for w, base in enumerate(bases):
-                with T.serial(0, tile_groups * (group // STEP)) as s:
-                    at = plane_loader(isa, plan, planes, starts, base * (group // STEP) + s)
-                    for r in range(isa.vectors):
-                        for half, codes in enumerate(code_bytes(isa, plan, at(r))):
-                            for j, code in enumerate(isa.products.stored(codes)):
-                                index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
-                                store(tile, index, isa.vector_bytes, code)
-            shared = {
-                "q": q,
-                "step": step,
-                "total": total,
-                "scales": scales,
-                "y": y,
-                "tile": tile,
-                "tokens": tokens,
-                "groups": groups,
-                "apart": apart,
-                "first_group": first_group,
-                "tile_groups": tile_groups,
-                "scale_base": [bind(base * (2 * ROW_BLOCK)) for base in bases],
-                "y_stride": y_stride,
-                "y_column": bind(first * ROW_BLOCK),
-            }
-            done: Expr = T.int64(0)
-            # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
-            for size in isa.token_blocks if wide == isa.row_blocks else (2, 1):
-                whole = bind((count - done) // size)
-                with T.serial(0, whole) as i:
-                    _tokens(isa, plan, group, size, wide, shared, done + i * size)
-                done = bind(done + whole * size)
-
-        # Tiles outermost: the activations of a tile stay cached while the row blocks pass.
-        with T.serial(0, (groups + per_tile - 1) // per_tile) as chunk:
-            first_group = bind(chunk * per_tile)
-            tile_groups = bind(T.min(groups - first_group, T.int64(per_tile)))
-            together = isa.row_blocks
-            whole = bind((end - begin) // together)
-            with T.serial(0, whole) as b:
-                blocks_from(bind(b * together), together, first_group, tile_groups)
-            if together > 1:
-                with T.serial(0, end - begin - whole * together) as b:
-                    blocks_from(bind(whole * together + b), 1, first_group, tile_groups)
+    pointers |= {"y": "float32", "scratch": "uint8", "tokens": "int32"}
+    with function(name, pointers, ("blocks", "groups", "rows", "begin", "end", "count", "y_stride")) as args:
+        prefill = _Prefill(isa, plan, group, args)
+        turns = bind((prefill.count + (TOKENS_AT_ONCE - 1)) // TOKENS_AT_ONCE)
+        blocks = bind((prefill.end - prefill.begin + (SUM_BLOCKS - 1)) // SUM_BLOCKS)
+        with T.serial(0, turns) as turn, T.serial(0, blocks) as b:
+            prefill.turn(bind(turn * TOKENS_AT_ONCE), bind(b * SUM_BLOCKS))

@@ -1,4 +1,7 @@
-"""Integer products of a tile's rows with several tokens at once: the inner loops of prefill."""
+"""Integer products of a tile's rows with several runs of bytes at once: the inner loops of prefill.
+
+A run is one byte of every activation of a token; a token has as many as its activations have bytes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _MANY = 8
 
 
 class Products:
-    """[token][row vector] sums, each by dot products with the activations of one token.
+    """[run][row vector] sums, each by dot products with the bytes of one run.
 
     ``stored`` tells how a tile's bytes are laid out for this kind.
     """
@@ -38,26 +41,21 @@ class Products:
         return codes
 
     def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
-        """16 weights.  starts: where the activations of each token begin."""
+        """16 weights.  starts: where the bytes of each run begin."""
         acts = [self.isa.activations(q, start) for start in starts]
         for j in range(4):
             vectors = [codes(j, v) for v in range(self.vectors)]
-            for token, act in zip(self.sums, acts, strict=True):
-                for chains, vector in zip(token, vectors, strict=True):
+            for run, act in zip(self.sums, acts, strict=True):
+                for chains, vector in zip(run, vectors, strict=True):
                     chains[j % self.chains].add(vector, act[j])
 
-    def shift_up(self, bits: int) -> None:
-        """Multiply what was added so far by ``2**bits``."""
-        for chain in (chain for token in self.sums for chains in token for chain in chains):
-            chain.shift_up(bits)
-
     def results(self) -> list[list[Expr]]:
-        """int32 [token][row vector]."""
-        return [[tree_sum([chain.result() for chain in chains]) for chains in token] for token in self.sums]
+        """int32 [run][row vector]."""
+        return [[tree_sum([chain.result() for chain in chains]) for chains in run] for run in self.sums]
 
 
 class MatrixProducts(Products):
-    """By ``smmla``: [2 rows, 8 weights] times [2 tokens, 8 weights], a lane per row and token.
+    """By ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights], a lane per row and run; the two of a token do.
 
     Two stored vectors of 4 rows and 4 weights become one of rows 0 and 1 and one of rows 2 and 3, of 8 weights.
     """
@@ -78,8 +76,7 @@ class MatrixProducts(Products):
     def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
         for half in range(2):
             words = [reinterpret(load(q, start + 8 * half, 8), "int64", 1) for start in starts]
-            # A token without a neighbour is its own.
-            pairs = [[words[m], words[min(m + 1, self.count - 1)]] for m in range(0, self.count, 2)]
+            pairs = [words[m : m + 2] for m in range(0, self.count, 2)]
             acts = [bind(reinterpret(T.Shuffle(pair, [0, 1]), "int8", 16)) for pair in pairs]
             for v in range(self.vectors):
                 for rows in range(2):
@@ -89,10 +86,6 @@ class MatrixProducts(Products):
                         sums[rows] = bind(
                             intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", sums[rows], vector, act)
                         )
-
-    def shift_up(self, bits: int) -> None:
-        by = const(bits, "int32", 4)
-        self.lanes = [[[bind(rows << by) for rows in sums] for sums in lanes] for lanes in self.lanes]
 
     def results(self) -> list[list[Expr]]:
         return [

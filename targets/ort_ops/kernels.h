@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TERMS, MBQ_TILE_BYTES, ... */
+#include "mbq_config.h" /* generated: MBQ_GROUP, MBQ_DEPTHS, MBQ_SLICES, MBQ_DEPTH_BITS, MBQ_TERMS, MBQ_TILE_K, MBQ_SCRATCH_BYTES, ... */
 
 typedef struct Arg {
   int32_t type;

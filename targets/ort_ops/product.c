@@ -13,31 +13,32 @@ static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
 static const Kernel gemm[] = {MBQ_EACH_DEPTH(GEMM)};
 static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
 
-/* One call, shared by its pieces; a piece is a range of row blocks. */
+/* One call, shared by its pieces; a piece is a range of row blocks.  Tokens of one depth stand side by side in q, step and
+ * total: a token's place there is not its row. */
 typedef struct Job {
   const Weight *weight;
   const uint8_t *planes;
   const void *scales;
   float *y;
   size_t pieces;
-  int64_t apart;       /* rows * groups: how far apart the bytes of an activation lie */
-  int8_t *q;           /* [bytes of an activation, rows, K] */
+  int64_t rows;
+  int8_t *q;           /* [K / MBQ_TILE_K, bytes of an activation, rows, MBQ_TILE_K] */
   float *step, *total; /* [rows, groups] */
   /* one token */
   Kernel kernel;
   /* many tokens */
   const float *x;
-  int64_t rows;
   size_t quantize_pieces;
-  const int32_t *tokens; /* rows, grouped by depth */
+  const int32_t *tokens; /* the row of each place */
   int64_t count[MBQ_DEPTHS];
   float *tail; /* [rows, 16]: the last block when N is no multiple of 16 */
 } Job;
 
-static void gemv_blocks(const Job *job, Kernel kernel, int64_t token, int64_t begin, int64_t end, float *y) {
+static void gemv_blocks(const Job *job, Kernel kernel, int64_t place, int64_t begin, int64_t end, float *y) {
   const int64_t groups = job->weight->groups;
-  CALL(kernel, PTR(job->q + token * job->weight->k), PTR(job->step + token * groups), PTR(job->total + token * groups),
-       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->apart), INT(begin), INT(end));
+  CALL(kernel, PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
+       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->rows), INT(begin),
+       INT(end));
 }
 
 static void gemv_piece(void *data, size_t index) {
@@ -53,49 +54,50 @@ static void gemv_piece(void *data, size_t index) {
   if (begin < end) gemv_blocks(job, job->kernel, 0, begin, end, job->y + begin * ROW_BLOCK);
 }
 
-static void gemm_blocks(const Job *job, uint8_t *tile, int64_t begin, int64_t end, float *y, int64_t stride) {
-  const int32_t *tokens = job->tokens;
-  for (int d = 0; d < MBQ_DEPTHS; tokens += job->count[d++])
+static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t end, float *y, int64_t stride) {
+  const int64_t groups = job->weight->groups;
+  for (int64_t d = 0, place = 0; d < MBQ_DEPTHS; place += job->count[d++])
     if (job->count[d] <= FEW_TOKENS)
-      for (int64_t i = 0; i < job->count[d]; ++i)
-        gemv_blocks(job, gemv[d], tokens[i], begin, end, y + tokens[i] * stride);
+      for (int64_t i = place; i < place + job->count[d]; ++i)
+        gemv_blocks(job, gemv[d], i, begin, end, y + job->tokens[i] * stride);
     else
-      CALL(gemm[d], PTR(job->q), PTR(job->step), PTR(job->total), PTR(job->planes), PTR(job->scales), PTR(y), PTR(tile),
-           PTR(tokens), INT(job->weight->blocks), INT(job->weight->groups), INT(job->apart), INT(begin), INT(end),
-           INT(job->count[d]), INT(stride));
+      CALL(gemm[d], PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
+           PTR(job->planes), PTR(job->scales), PTR(y), PTR(scratch), PTR(job->tokens + place), INT(job->weight->blocks),
+           INT(groups), INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));
 }
 
 static void gemm_piece(void *data, size_t index) {
   const Job *job = data;
-  _Alignas(64) uint8_t tile[MBQ_TILE_BYTES];
+  _Alignas(64) uint8_t scratch[MBQ_SCRATCH_BYTES];
   const int64_t blocks = job->weight->blocks, n = job->weight->n, pairs = (blocks + 1) / 2;
   const int64_t begin = 2 * piece_start(pairs, job->pieces, index);
   int64_t end = 2 * piece_start(pairs, job->pieces, index + 1);
   if (end > blocks) end = blocks;
   if (end == blocks && n % ROW_BLOCK != 0) {
-    gemm_blocks(job, tile, --end, blocks, job->tail, ROW_BLOCK);
+    gemm_blocks(job, scratch, --end, blocks, job->tail, ROW_BLOCK);
     for (int64_t m = 0; m < job->rows; ++m)
       memcpy(job->y + m * n + end * ROW_BLOCK, job->tail + m * ROW_BLOCK, (size_t)(n % ROW_BLOCK) * sizeof(float));
   }
-  if (begin < end) gemm_blocks(job, tile, begin, end, job->y + begin * ROW_BLOCK, n);
+  if (begin < end) gemm_blocks(job, scratch, begin, end, job->y + begin * ROW_BLOCK, n);
 }
 
-static void quantize_rows(const Job *job, int64_t begin, int64_t end) {
-  const int64_t k = job->weight->k, groups = job->weight->groups;
-  CALL(__tvm_ffi_mbq_quantize, PTR(job->x + begin * k), PTR(job->q + begin * k), PTR(job->step + begin * groups),
-       PTR(job->total + begin * groups), INT((end - begin) * groups), INT(job->apart));
+static void quantize_row(const Job *job, int64_t row, int64_t place) {
+  const int64_t groups = job->weight->groups;
+  CALL(__tvm_ffi_mbq_quantize, PTR(job->x + row * job->weight->k), PTR(job->q + place * MBQ_TILE_K),
+       PTR(job->step + place * groups), PTR(job->total + place * groups), INT(groups), INT(job->rows));
 }
 
 static void quantize_piece(void *data, size_t index) {
   const Job *job = data;
-  quantize_rows(job, piece_start(job->rows, job->quantize_pieces, index),
-                piece_start(job->rows, job->quantize_pieces, index + 1));
+  const int64_t end = piece_start(job->rows, job->quantize_pieces, index + 1);
+  for (int64_t i = piece_start(job->rows, job->quantize_pieces, index); i < end; ++i)
+    quantize_row(job, job->tokens[i], i);
 }
 
 static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) {
   const Weight *w = job->weight;
   job->kernel = gemv[depth - 1];
-  quantize_rows(job, 0, 1);
+  quantize_row(job, 0, 0);
   /* Per group and row: the planes' bits and four bytes of scales. */
   const int64_t bytes = w->blocks * w->groups * ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
   job->pieces = pieces_of(w->blocks, bytes);
@@ -126,9 +128,9 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
                   MBQ_DEPTHS);
   Job job = {.weight = w, .planes = stored->planes, .scales = stored->scales, .x = x, .y = y, .rows = rows};
   /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
-  job.apart = rows * w->groups;
-  const size_t groups = (size_t)job.apart, extra = rows > 1 ? (size_t)rows : 0;
-  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + (size_t)(rows * w->k) * MBQ_TERMS;
+  const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
+  const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);
+  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + tiles * MBQ_TERMS * (size_t)rows * MBQ_TILE_K;
   char *own = NULL, *memory = thread_scratch(bytes);
   if (memory == NULL) memory = own = malloc(bytes);
   if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);

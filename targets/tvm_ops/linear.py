@@ -8,10 +8,10 @@ from tvm.tirx.script import builder as T
 
 from mbq_runtime.profile import SliceProfile
 
-from ..kernels.activations import TERMS
+from ..kernels.activations import TERMS, TILE_K, chunks
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
 from ..kernels.layout import ROW_BLOCK
-from ..kernels.matmul import TILE_BYTES
+from ..kernels.matmul import SCRATCH_BYTES
 from .emit import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
 
 MAX_HIDDEN = 512
@@ -139,24 +139,25 @@ def _product(
     rows, k = x.shape
     n = out.shape[1]
     groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
-    apart = bind(rows * groups)
-    q = scratch(rows * k * TERMS, "int8")
-    step, sums = scratch(apart, "float32"), scratch(apart, "float32")
+    q = scratch(chunks(groups, group) * (TERMS * TILE_K) * rows, "int8")
+    step, sums = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
     planes, scales = weights.at(at["planes"]), weights.at(at["scales"])
+    tokens, starts = _by_depth(profile, rows, skipped, depth)
 
-    def quantize(m: Expr) -> None:
-        places = [pointer(q, m * k), pointer(step, m * groups), pointer(sums, m * groups)]
-        call("quantize", x.at(m * k), *places, groups, apart)
+    def activations(place: Expr) -> list[Expr]:
+        """Of one token: those of a depth stand side by side."""
+        return [pointer(q, place * TILE_K), pointer(step, place * groups), pointer(sums, place * groups)]
 
-    def gemv(d: int, m: Expr, begin: Expr, end: Expr) -> None:
-        places = [pointer(q, m * k), pointer(step, m * groups), pointer(sums, m * groups)]
-        y = out.at(m * n + begin * ROW_BLOCK)
-        call(f"gemv_d{d}", *places, planes, scales, y, blocks, groups, apart, begin, end)
+    def quantize(place: Expr) -> None:
+        call("quantize", x.at(i64(load(tokens, place, 1)) * k), *activations(place), groups, rows)
+
+    def gemv(d: int, place: Expr, begin: Expr, end: Expr) -> None:
+        y = out.at(i64(load(tokens, place, 1)) * n + begin * ROW_BLOCK)
+        call(f"gemv_d{d}", *activations(place), planes, scales, y, blocks, groups, rows, begin, end)
 
     each(rows, quantize)
-    tokens, starts = _by_depth(profile, rows, skipped, depth)
     # One token needs no tile.
-    tiles = scratch(T.min(rows - 1, T.int64(1)) * (PIECES * TILE_BYTES), "uint8")
+    scratches = scratch(T.min(rows - 1, T.int64(1)) * (PIECES * SCRATCH_BYTES), "uint8")
     with T.parallel(0, T.int64(PIECES)) as i:
         # The kernel of many tokens takes row blocks in pairs.
         pairs = bind((blocks + 1) // 2)
@@ -166,18 +167,18 @@ def _product(
             first, count = load(starts, d - 1, 1), bind(load(starts, d, 1) - load(starts, d - 1, 1))
             with T.If(count <= FEW_TOKENS):
                 with T.Then(), T.serial(0, count) as j:
-                    gemv(d, i64(load(tokens, first + j, 1)), begin, end)
+                    gemv(d, first + j, begin, end)
                 with T.Else():
                     call(
-                        f"gemm_d{d}", pointer(q, 0), pointer(step, 0), pointer(sums, 0), planes, scales,
-                        out.at(begin * ROW_BLOCK), pointer(tiles, i * TILE_BYTES), pointer(tokens, first),
-                        blocks, groups, apart, begin, end, count, n,
+                        f"gemm_d{d}", *activations(first), planes, scales, out.at(begin * ROW_BLOCK),
+                        pointer(scratches, i * SCRATCH_BYTES), pointer(tokens, first),
+                        blocks, groups, rows, begin, end, count, n,
                     )  # fmt: skip
         _add_bias(weights, at["bias"], out, begin, end)
 
 
 def _by_depth(profile: SliceProfile, rows: Expr, skipped: Expr, depth: Any) -> tuple[Any, Any]:
-    """tokens i32 [rows], grouped by depth; starts i64 [depths + 1]: where each depth's begin."""
+    """tokens i32 [rows]: rows grouped by depth; starts i64 [depths + 1]: where each depth's begin."""
     tokens = scratch(rows, "int32")
     starts = T.alloc_buffer((profile.depths + 1,), "int64", scope="global")
     count = T.alloc_buffer((1,), "int64", scope="global")
