@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import call_intrin
 from tvm.tirx.script import builder as T
 
 Expr = Any  # a TIR expression; tvm ships no type information
@@ -61,6 +62,11 @@ def load(buffer: Any, index: Expr, lanes: int) -> Expr:
 
 def store(buffer: Any, index: Expr, lanes: int, value: Expr) -> None:
     T.buffer_store(buffer, value, [index if lanes == 1 else T.ramp(index, 1, lanes)])
+
+
+def prefetch(buffer: Any, index: Expr) -> None:
+    """Ask for the cache line of an element that will be read soon."""
+    T.evaluate(call_intrin("void", "tirx.prefetch", T.address_of(buffer[index]), 0, 3, 1))
 
 
 def registers(lanes: int, base: str) -> Any:

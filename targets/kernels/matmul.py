@@ -18,7 +18,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from .activations import LOW_BITS, TERMS, TILE_K, byte_at, chunks
-from .emit import Expr, bind, cast, const, fma, function, load, registers, splat, store
+from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, splat, store
 from .isa import Accumulator, Isa
 from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
 from .products import tree_sum
@@ -52,6 +52,13 @@ def plane_starts(plan: DepthPlan, blocks: Expr, groups: Expr, group: int) -> lis
     """Byte at which each plane begins."""
     area = blocks * groups * (ROW_BLOCK * group // 8)
     return [bind(area * offset) for offset in plane_offsets(plan.plane_bits)]
+
+
+def prefetch_step(plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> None:
+    """Ask for all of a step's weights, of all 16 rows of a block."""
+    for start, bits in zip(starts, plan.plane_bits, strict=True):
+        for line in range(bits):
+            prefetch(planes, start + (step * bits + line) * 64)
 
 
 class _RowDots:
@@ -98,6 +105,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     shifts = [s.unit_log2 - plan.unit_log2 for s in plan.segments if s.max_code > 127]
     middle = offset_at + (sum(OFFSET << shift for shift in shifts) if isa.signed else 0)
     factor = 2.0 ** (2 - plan.bits + plan.unit_log2)
+    ahead = isa.prefetch_bytes // (ROW_BLOCK * group * plan.bits // 8)  # groups
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8"}
     pointers |= {"scales": "float16", "y": "float32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
@@ -114,6 +122,10 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 unit = bind(load(step, g, 1) * const(factor, "float32"))
                 middle_sums = bind(sums * const(middle * factor, "float32"))
                 base = bind((first + g) * (2 * ROW_BLOCK))
+                if isa.prefetch_bytes:
+                    for s in range(group // STEP):
+                        prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
+                    prefetch(scales, base + ahead * (2 * ROW_BLOCK))
                 with T.serial(0, isa.vectors // isa.rows_together) as bundle:
                     rows = [[_RowDots(isa, plan) for _ in range(TERMS)] for _ in range(isa.rows_together)]
                     vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
@@ -191,6 +203,8 @@ class _Prefill:
         for w, base in enumerate(bases):
             with T.serial(0, tile_groups * (group // STEP)) as s:
                 step = bind(base * (group // STEP) + s)
+                if isa.prefetch_bytes:  # the next tile's
+                    prefetch_step(self.plan, self.planes, self.starts, step + wide * self.groups * (group // STEP))
                 at = plane_loader(isa, self.plan, self.planes, self.starts, step)
                 for r in range(isa.vectors):
                     for half, codes in enumerate(code_bytes(isa, self.plan, at(r))):
