@@ -16,9 +16,10 @@ import subprocess
 import click
 
 from mbq_runtime.profile import SliceProfile
+from mbq_targets.kernels.activations import TERMS
 from mbq_targets.kernels.isa import ISAS
 from mbq_targets.kernels.layout import ROW_BLOCK
-from mbq_targets.kernels.module import PREFIX, build_module
+from mbq_targets.kernels.module import PREFIX, build_module, depth_plans
 from mbq_targets.table import TARGETS, Target
 
 CORES = {
@@ -27,7 +28,7 @@ CORES = {
     "arm64": (("cortex-a55", "A55, in order"), ("cortex-a78", "A78, which LLVM models as a 3-wide A57")),
 }
 _DOTS = {"neon-dotprod": (r"\bsdot\b", 16), "neon": (r"\bs(mull|mlal)2?\b", 8)}
-"""By instruction set: its dot-product instruction, and how many weights one covers."""
+"""By instruction set: its dot-product instruction, and how many products of a weight and a byte one covers."""
 
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z|b)\s+.*?(\.LBB\w+)$")
@@ -88,13 +89,13 @@ def main(slices: str, group_size: int) -> None:
         target = TARGETS[name]
         pattern, covered = _DOTS[target.isa]
         source = assembly(target, profile, group_size)
-        for depth, bits in enumerate(profile.depth_bits, 1):
+        plans = depth_plans(profile, ISAS[target.isa].max_width)
+        for depth, (bits, plan) in enumerate(zip(profile.depth_bits, plans, strict=True), 1):
             lines = function(source, f"{PREFIX}gemv_d{depth}_compute_")
             inner = min((loop for loop in loops(lines) if any(re.search(pattern, i) for i in loop)), key=len)
-            # A loop may hold a whole group of 16 rows or a part of it: its own loads of weights tell.
+            # A loop may hold a whole group of 16 rows or some of its rows: its products tell.
             dots = sum(bool(re.search(pattern, line)) for line in inner)
-            segments = max(1, round(dots * covered / (ROW_BLOCK * group_size)))
-            share = dots * covered / (ROW_BLOCK * group_size * segments)
+            share = dots * covered / (ROW_BLOCK * group_size * TERMS * len(plan.segments))
             stack = sum("[sp" in line for line in inner)
             for core, said in cores:
                 spent = cycles(inner, core, "+dotprod" if "dotprod" in target.isa else "+neon") / share
