@@ -1,7 +1,8 @@
 """Perplexity over the windows of a text: how well a budget predicts what comes next.
 
 The text's tokens are cut into windows of ``context`` tokens that do not overlap; what is left over
-at the end is dropped, so every window weighs the same.  A model whose tokenizer puts an opening
+at the end is dropped, so every window weighs the same.  Where not all are wanted, those taken are spread
+evenly over the text: neighbours are of one article, and tell less than their number.  A model whose tokenizer puts an opening
 token before every text gets it before every window, within its ``context`` tokens.  Of each window
 tokens 1 to context - 1 are predicted from those before them in the window.  With m_w the mean
 negative log-likelihood of window w, in nats, over W windows::
@@ -67,7 +68,7 @@ def read_text(path: Path) -> str:
 def cut_windows(
     tokens: Sequence[int], context: int, opening: Sequence[int] = (), limit: int | None = None
 ) -> list[list[int]]:
-    """At most ``limit`` windows of ``context`` tokens, each beginning with ``opening``.
+    """Windows of ``context`` tokens, each beginning with ``opening``; no more than ``limit``, spread evenly.
 
     Raises UsageError when the tokens do not fill one.
     """
@@ -81,7 +82,8 @@ def cut_windows(
         raise UsageError(
             f"the text has {len(tokens)} tokens, one window needs {span}; give a longer text or a smaller context"
         )
-    starts = range(0, min(count, limit or count) * span, span)
+    taken = min(count, limit or count)
+    starts = [i * count // taken * span for i in range(taken)]
     return [[*opening, *tokens[start : start + span]] for start in starts]
 
 

@@ -20,7 +20,7 @@ from .common import bundle_argument, engine_option, json_option, listed, progres
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="UTF-8 text to predict.")
 @click.option("--bits", help="Budgets, such as 3,4,6,8.  [default: every whole number the bundle takes]")
 @click.option("--context", type=int, default=512, help="Tokens in a window.")
-@click.option("--max-windows", type=int, help="Use the text's first windows only.  [default: all]")
+@click.option("--max-windows", type=int, help="Use so many windows, spread over the text.  [default: all]")
 @click.option("--reference", metavar="MODEL", help="Measure this original model too (needs mbq-export[export]).")
 @engine_option
 @threads_option

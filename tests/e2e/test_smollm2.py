@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from mbq_export import text
-from mbq_runtime import Engine
+from mbq_export.calibration_data import calibration_windows, open_source
+from mbq_export.checkpoint import load, locate
+from mbq_export.recipe import CONTEXT_TOKENS
+from mbq_runtime import Engine, manifest
 from mbq_runtime.engine import Session
 from mbq_runtime.errors import UsageError
+from mbq_runtime.perplexity import measure
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +59,20 @@ def test_every_budget_keeps_its_share_of_the_models_quality(smollm2_host_bundle:
     # Looser than what a whole calibration reaches: this one had half the text and a third of the tuning.
     limits = {8.0: 1.02, 6.0: 1.03, 5.0: 1.07, 4.0: 1.15, 3.5: 1.3, 3.0: 1.65}
     assert all(ratios[bits] <= limit for bits, limit in limits.items()), ratios
+
+
+def test_bundle_is_worth_what_its_manifest_says(smollm2_host_bundle: Path, engine: Engine) -> None:
+    """The manifest's curve is torch's, measured while the bundle was made; here are the same windows on the bundle."""
+    found = manifest.read(smollm2_host_bundle)
+    count, held_back = (int(found.calibration[name]) // CONTEXT_TOKENS for name in ("tokens", "held_back_tokens"))
+    checkpoint = load(locate("smollm2-135m"))
+    _, rest = calibration_windows(checkpoint, open_source(None), count, held_back, CONTEXT_TOKENS)
+    _, measured = np.array_split(rest, 2)
+    for point in found.quality.curve:
+        if point.asked_bits in (3.5, 5.0, 8.0):
+            row = measure(measured.tolist(), point.asked_bits, lambda w, bits=point.asked_bits: engine.score(w, bits))  # type: ignore[misc]
+            assert row.ppl == pytest.approx(point.perplexity, rel=0.005)
+            assert row.avg_bits_used == pytest.approx(point.avg_bits_used, abs=0.02)
 
 
 def test_bits_used_are_the_bits_asked(smollm2_host_bundle: Path, wikipedia: Path) -> None:

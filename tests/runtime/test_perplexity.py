@@ -19,6 +19,10 @@ def test_windows_do_not_overlap_and_drop_the_rest() -> None:
     assert cut_windows(list(range(10)), 4, limit=99) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def test_some_of_the_windows_are_spread_over_the_text() -> None:
+    assert cut_windows(list(range(20)), 2, limit=4) == [[0, 1], [4, 5], [10, 11], [14, 15]]
+
+
 def test_opening_token_takes_a_place_in_every_window() -> None:
     assert cut_windows(list(range(10, 20)), 4, [1]) == [[1, 10, 11, 12], [1, 13, 14, 15], [1, 16, 17, 18]]
 
