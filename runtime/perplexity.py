@@ -2,10 +2,10 @@
 
 The text's tokens are cut into windows of ``context`` tokens that do not overlap; what is left over
 at the end is dropped, so every window weighs the same.  Where not all are wanted, those taken are spread
-evenly over the text: neighbours are of one article, and tell less than their number.  A model whose tokenizer puts an opening
-token before every text gets it before every window, within its ``context`` tokens.  Of each window
-tokens 1 to context - 1 are predicted from those before them in the window.  With m_w the mean
-negative log-likelihood of window w, in nats, over W windows::
+evenly over the text: neighbours are of one article, and tell less than their number.  A model whose
+tokenizer puts an opening token before every text gets it before every window, within its ``context``
+tokens.  Of each window tokens 1 to context - 1 are predicted from those before them in the window.
+With m_w the mean negative log-likelihood of window w, in nats, over W windows::
 
     mean   = sum(m_w) / W
     ppl    = exp(mean)
