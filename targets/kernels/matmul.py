@@ -13,7 +13,7 @@ numbers are run-time values; only the group size is compiled in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
@@ -158,6 +158,28 @@ def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
     )
 
 
+class _Turn(NamedTuple):
+    """Tokens from ``done`` on, times row blocks from ``begin + first`` on."""
+
+    done: Expr
+    tokens: Expr
+    first: Expr
+    blocks: Expr
+
+
+class _Tile(NamedTuple):
+    """``wide`` row blocks from ``block`` of a turn on, times ``groups`` groups from ``first_group`` on.
+
+    scales_at: of each row block, where the scales of its first group lie.
+    """
+
+    block: Expr
+    wide: int
+    scales_at: list[Expr]
+    first_group: Expr
+    groups: Expr
+
+
 class _Prefill:
     """What the loops of ``gemm`` share.
 
@@ -173,86 +195,86 @@ class _Prefill:
         self.starts = plane_starts(plan, blocks, self.groups, group)
 
     def turn(self, done: Expr, first: Expr) -> None:
-        """Tokens from ``done`` on, times row blocks from ``begin + first`` on."""
+        """All groups of a turn, from sums of zero to y."""
         isa, per_tile = self.isa, TILE_K // self.group
         tokens = bind(T.min(self.count - done, T.int64(TOKENS_AT_ONCE)))
-        blocks = bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS)))
-        with T.serial(0, blocks) as b, T.serial(0, tokens) as i:
+        turn = _Turn(done, tokens, first, bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS))))
+        with T.serial(0, turn.blocks) as b, T.serial(0, tokens) as i:
             store(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK, const(0, "float32", ROW_BLOCK))
         with T.serial(0, chunks(self.groups, self.group)) as chunk:
             first_group = bind(chunk * per_tile)
-            tile_groups = bind(T.min(self.groups - first_group, T.int64(per_tile)))
-            whole = bind(blocks // isa.row_blocks)
+            groups = bind(T.min(self.groups - first_group, T.int64(per_tile)))
+            whole = bind(turn.blocks // isa.row_blocks)
             with T.serial(0, whole) as b:
-                self._tile(first, bind(b * isa.row_blocks), isa.row_blocks, first_group, tile_groups, done, tokens)
+                self._tile(turn, bind(b * isa.row_blocks), isa.row_blocks, first_group, groups)
             if isa.row_blocks > 1:
-                with T.serial(0, blocks - whole * isa.row_blocks) as b:
-                    self._tile(first, bind(whole * isa.row_blocks + b), 1, first_group, tile_groups, done, tokens)
+                with T.serial(0, turn.blocks - whole * isa.row_blocks) as b:
+                    self._tile(turn, bind(whole * isa.row_blocks + b), 1, first_group, groups)
         with T.serial(0, tokens) as i:
             row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
-            with T.serial(0, blocks) as b:
+            with T.serial(0, turn.blocks) as b:
                 value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
                 store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value)
 
-    def _tile(
-        self, first: Expr, block: Expr, wide: int, first_group: Expr, tile_groups: Expr, done: Expr, tokens: Expr
-    ) -> None:
-        """``wide`` row blocks from ``block`` of the turn on, times all tokens of the turn."""
-        isa, group = self.isa, self.group
-        bases = [bind((self.begin + first + block + w) * self.groups + first_group) for w in range(wide)]
+    def _tile(self, turn: _Turn, block: Expr, wide: int, first_group: Expr, groups: Expr) -> None:
+        """Unpack a tile and multiply all tokens of the turn with it."""
+        isa = self.isa
+        bases = [bind((self.begin + turn.first + block + w) * self.groups + first_group) for w in range(wide)]
+        self._unpack(bases, groups)
+        tile = _Tile(block, wide, [bind(base * (2 * ROW_BLOCK)) for base in bases], first_group, groups)
+        # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
+        taken: Expr = T.int64(0)
+        for size in isa.token_blocks if wide == isa.row_blocks else (1,):
+            whole = bind((turn.tokens - taken) // size)
+            with T.serial(0, whole) as i:
+                self._tokens(turn, tile, size, bind(taken + i * size))
+            taken = bind(taken + whole * size)
+
+    def _unpack(self, bases: list[Expr], groups: Expr) -> None:
+        """bases: the first group of each row block, counted through the whole weight."""
+        isa, steps = self.isa, self.group // STEP
         for w, base in enumerate(bases):
-            with T.serial(0, tile_groups * (group // STEP)) as s:
-                step = bind(base * (group // STEP) + s)
+            with T.serial(0, groups * steps) as s:
+                step = bind(base * steps + s)
                 if isa.prefetch_bytes:  # the next tile's
-                    prefetch_step(self.plan, self.planes, self.starts, step + wide * self.groups * (group // STEP))
+                    prefetch_step(self.plan, self.planes, self.starts, step + len(bases) * self.groups * steps)
                 at = plane_loader(isa, self.plan, self.planes, self.starts, step)
                 for r in range(isa.vectors):
                     for half, codes in enumerate(code_bytes(isa, self.plan, at(r))):
                         for j, code in enumerate(isa.products.stored(codes)):
                             index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
                             store(self.tile, index, isa.vector_bytes, code)
-        scale_base = [bind(base * (2 * ROW_BLOCK)) for base in bases]
-        # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
-        at_token: Expr = T.int64(0)
-        for size in isa.token_blocks if wide == isa.row_blocks else (1,):
-            whole = bind((tokens - at_token) // size)
-            with T.serial(0, whole) as i:
-                self._tokens(size, wide, block, scale_base, first_group, tile_groups, done, bind(at_token + i * size))
-            at_token = bind(at_token + whole * size)
 
-    def _tokens(
-        self, count: int, wide: int, block: Expr, scale_base: list[Expr], first_group: Expr, tile_groups: Expr,
-        done: Expr, at_token: Expr,
-    ) -> None:  # fmt: skip
-        """Sums of ``count`` tokens += the tile."""
+    def _tokens(self, turn: _Turn, tile: _Tile, count: int, at_token: Expr) -> None:
+        """Sums of ``count`` tokens from ``at_token`` of the turn on += the tile."""
         isa, plan, group = self.isa, self.plan, self.group
         max_code = tile_max_code(plan)
         unit = plan.tile_unit_log2
         middle = 2.0**-unit / 2 + (OFFSET if isa.signed and max_code > 127 else 0)
         factor = 2.0 ** (2 - plan.bits + unit)
-        rows, vectors = isa.rows, wide * isa.vectors
-        places = [bind(done + at_token + m) for m in range(count)]
-        steps_at = [bind(place * self.groups + first_group) for place in places]
+        rows, vectors = isa.rows, tile.wide * isa.vectors
+        places = [bind(turn.done + at_token + m) for m in range(count)]
+        steps_at = [bind(place * self.groups + tile.first_group) for place in places]
         bytes_at = [
-            bind(byte_at(first_group, term, self.rows, group) + place * TILE_K)
+            bind(byte_at(tile.first_group, term, self.rows, group) + place * TILE_K)
             for place in places
             for term in range(TERMS)
         ]
 
         def sum_at(m: int, v: int) -> Expr:
             above, r = divmod(v, isa.vectors)
-            return ((block + above) * TOKENS_AT_ONCE + at_token + m) * ROW_BLOCK + r * rows
+            return ((tile.block + above) * TOKENS_AT_ONCE + at_token + m) * ROW_BLOCK + r * rows
 
         acc = [registers(rows * vectors, "float32") for _ in places]
         for m in range(count):
             for v in range(vectors):
                 store(acc[m], v * rows, rows, load(self.sums, sum_at(m, v), rows))
-        with T.serial(0, tile_groups) as g:
+        with T.serial(0, tile.groups) as g:
             sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in bytes_at], g)
             shift = const(LOW_BITS, "int32", rows)
             for v in range(vectors):
                 above, r = divmod(v, isa.vectors)
-                scale, offset = _affine(isa, self.scales, scale_base[above] + g * (2 * ROW_BLOCK) + r * rows)
+                scale, offset = _affine(isa, self.scales, tile.scales_at[above] + g * (2 * ROW_BLOCK) + r * rows)
                 scale = bind(scale * const(factor, "float32", rows))
                 offset = fma(scale, const(middle, "float32", rows), offset)
                 for m in range(count):
