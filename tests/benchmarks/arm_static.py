@@ -1,10 +1,12 @@
 """Static analysis, not a measurement: cycles per weight byte of every ARM decode kernel, by llvm-mca.
 
-    python tests/benchmarks/arm_static.py [--slices 2,2,2,2] [--group-size 64]
+    python tests/benchmarks/arm_static.py [--slices 2,2,2,2] [--group-size 64] [--llama-cpp FOLDER]
 
 Takes the group loop of each ``gemv`` from the compiler's assembly and lets llvm-mca (Debian: ``apt install llvm``)
 issue it over and over on the scheduling model of the target's core, caches and memory left out.  Cores without a
-model of their own in LLVM are analysed on a relative, which is named.
+model of their own in LLVM are analysed on a relative, which is named.  FOLDER is llama.cpp's source, such as
+``vendor/llama.cpp`` of llama-cpp-python's source archive: its product of Q4_0 and Q8_0 is compiled by the same
+compiler as our C and analysed beside ours.  Scales are not counted as weight bytes on either side.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import click
 
@@ -62,6 +67,19 @@ def loops(lines: list[str]) -> list[list[str]]:
     return found
 
 
+def ggml_q4_0(source: Path) -> list[str]:
+    """The inner loop of llama.cpp's Q4_0 x Q8_0 product for the Cortex-A76."""
+    ggml = source / "ggml"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "quants.s")
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu", "-mcpu=cortex_a76", "-O3"]
+        command += ["-DNDEBUG", "-D_GNU_SOURCE", "-fno-sanitize=all", "-S", "-o", str(out)]
+        command += [f"-I{ggml / include}" for include in ("include", "src", "src/ggml-cpu")]
+        subprocess.run([*command, str(ggml / "src/ggml-cpu/arch/arm/quants.c")], check=True)
+        lines = function(out.read_text(), "ggml_vec_dot_q4_0_q8_0")
+    return min((loop for loop in loops(lines) if any(re.search(r"\bsdot\b", i) for i in loop)), key=len)
+
+
 def cycles(instructions: list[str], core: str, features: str) -> float:
     """Cycles of one pass, the loop repeated."""
     runs = 100
@@ -76,7 +94,8 @@ def cycles(instructions: list[str], core: str, features: str) -> float:
 @click.command()
 @click.option("--slices", default="2,2,2,2")
 @click.option("--group-size", default=64)
-def main(slices: str, group_size: int) -> None:
+@click.option("--llama-cpp", type=click.Path(path_type=Path, exists=True))
+def main(slices: str, group_size: int, llama_cpp: Path | None) -> None:
     """See the module's docstring."""
     if shutil.which("llvm-mca") is None:
         raise SystemExit("llvm-mca is not here: apt install llvm")
@@ -101,6 +120,13 @@ def main(slices: str, group_size: int) -> None:
                 spent = cycles(inner, core, "+dotprod" if "dotprod" in target.isa else "+neon") / share
                 rate = ROW_BLOCK * group_size * bits / 8 / spent
                 print(f"| {name} ({target.isa}) | {said} | {bits} | {spent:.0f} | {rate:.2f} | {stack} |")
+    if llama_cpp is not None:
+        inner = ggml_q4_0(llama_cpp)
+        weights = 16 * sum(bool(re.search(r"\bsdot\b", line)) for line in inner)
+        core, said = CORES["rpi5"][0]
+        spent = cycles(inner, core, "+dotprod") * ROW_BLOCK * group_size / weights
+        stack = sum("[sp" in line for line in inner)
+        print(f"| llama.cpp Q4_0 | {said} | 4 | {spent:.0f} | {ROW_BLOCK * group_size / 2 / spent:.2f} | {stack} |")
 
 
 if __name__ == "__main__":
