@@ -24,7 +24,7 @@ from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
 from .products import tree_sum
 from .unpack import Operands, code_bytes, operands, tile_max_code
 
-# Row blocks of a tile: one is 8 KB, one or two stay in the first cache.
+# Bytes of the row blocks of a tile: one is 8 KB, one or two stay in the first cache.
 TILE_BYTES = 2 * ROW_BLOCK * TILE_K
 # Tokens and row blocks that are worked on together: activations of a tile are 128 KB then and sums 64 KB, which stay in
 # the second cache.
@@ -109,7 +109,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8"}
     pointers |= {"scales": "float16", "y": "float32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
-        q, step, total, planes, scales, y, blocks, groups, tokens, begin, end = args
+        q, step, total, planes, scales, y, blocks, groups, rows, begin, end = args
         starts = plane_starts(plan, blocks, groups, group)
         acc = registers(ROW_BLOCK, "float32")
         with T.serial(0, end - begin) as b:
@@ -117,7 +117,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
             with T.serial(0, groups) as g:
-                bytes_at = [byte_at(g, term, tokens, group) for term in range(TERMS)]
+                bytes_at = [byte_at(g, term, rows, group) for term in range(TERMS)]
                 sums = load(total, g, 1)
                 unit = bind(load(step, g, 1) * const(factor, "float32"))
                 middle_sums = bind(sums * const(middle * factor, "float32"))
@@ -127,7 +127,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                         prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
                     prefetch(scales, base + ahead * (2 * ROW_BLOCK))
                 with T.serial(0, isa.vectors // isa.rows_together) as bundle:
-                    rows = [[_RowDots(isa, plan) for _ in range(TERMS)] for _ in range(isa.rows_together)]
+                    row_dots = [[_RowDots(isa, plan) for _ in range(TERMS)] for _ in range(isa.rows_together)]
                     vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
                     for s in range(group // STEP):
                         acts = [
@@ -135,11 +135,11 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                             for at in bytes_at
                         ]
                         at = plane_loader(isa, plan, planes, starts, (first + g) * (group // STEP) + s)
-                        for r, row in zip(vectors, rows, strict=True):
+                        for r, row in zip(vectors, row_dots, strict=True):
                             codes = operands(isa, plan, at(r), isa.signed)
                             for dots, act in zip(row, acts, strict=True):
                                 dots.add_step(codes, act)
-                    for r, (high, low) in zip(vectors, rows, strict=True):
+                    for r, (high, low) in zip(vectors, row_dots, strict=True):
                         dot = bind((high.result() << const(LOW_BITS, "int32", isa.rows)) + low.result())
                         scale, offset = _affine(isa, scales, base + r * isa.rows)
                         value = fma(cast(dot, "float32", isa.rows), splat(unit, isa.rows), splat(middle_sums, isa.rows))
@@ -159,12 +159,11 @@ def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
 
 
 class _Turn(NamedTuple):
-    """Tokens from ``done`` on, times row blocks from ``begin + first`` on."""
+    """``tokens`` tokens from ``done`` on, times row blocks from ``begin + first`` on."""
 
     done: Expr
     tokens: Expr
     first: Expr
-    blocks: Expr
 
 
 class _Tile(NamedTuple):
@@ -198,21 +197,22 @@ class _Prefill:
         """All groups of a turn, from sums of zero to y."""
         isa, per_tile = self.isa, TILE_K // self.group
         tokens = bind(T.min(self.count - done, T.int64(TOKENS_AT_ONCE)))
-        turn = _Turn(done, tokens, first, bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS))))
-        with T.serial(0, turn.blocks) as b, T.serial(0, tokens) as i:
+        blocks = bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS)))
+        turn = _Turn(done, tokens, first)
+        with T.serial(0, blocks) as b, T.serial(0, tokens) as i:
             store(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK, const(0, "float32", ROW_BLOCK))
         with T.serial(0, chunks(self.groups, self.group)) as chunk:
             first_group = bind(chunk * per_tile)
             groups = bind(T.min(self.groups - first_group, T.int64(per_tile)))
-            whole = bind(turn.blocks // isa.row_blocks)
+            whole = bind(blocks // isa.row_blocks)
             with T.serial(0, whole) as b:
                 self._tile(turn, bind(b * isa.row_blocks), isa.row_blocks, first_group, groups)
             if isa.row_blocks > 1:
-                with T.serial(0, turn.blocks - whole * isa.row_blocks) as b:
+                with T.serial(0, blocks - whole * isa.row_blocks) as b:
                     self._tile(turn, bind(whole * isa.row_blocks + b), 1, first_group, groups)
         with T.serial(0, tokens) as i:
             row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
-            with T.serial(0, turn.blocks) as b:
+            with T.serial(0, blocks) as b:
                 value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
                 store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value)
 
