@@ -67,8 +67,21 @@ def loops(lines: list[str]) -> list[list[str]]:
     return found
 
 
+def inner_loop(lines: list[str], pattern: str) -> tuple[list[str], int]:
+    """The smallest loop with instructions like ``pattern``, and how many of them it has."""
+    with_dots = [loop for loop in loops(lines) if any(re.search(pattern, line) for line in loop)]
+    inner = min(with_dots, key=len)
+    return inner, sum(bool(re.search(pattern, line)) for line in inner)
+
+
+def table_row(name: str, said: str, bits: int, weights: int, spent: float, inner: list[str]) -> str:
+    """spent: cycles for ``weights`` weights."""
+    stack = sum("[sp" in line for line in inner)
+    return f"| {name} | {said} | {bits} | {spent:.0f} | {weights * bits / 8 / spent:.2f} | {stack} |"
+
+
 def ggml_q4_0(source: Path) -> list[str]:
-    """The inner loop of llama.cpp's Q4_0 x Q8_0 product for the Cortex-A76."""
+    """llama.cpp's Q4_0 x Q8_0 product for the Cortex-A76, as ``function`` gives it."""
     ggml = source / "ggml"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "quants.s")
@@ -76,8 +89,7 @@ def ggml_q4_0(source: Path) -> list[str]:
         command += ["-DNDEBUG", "-D_GNU_SOURCE", "-fno-sanitize=all", "-S", "-o", str(out)]
         command += [f"-I{ggml / include}" for include in ("include", "src", "src/ggml-cpu")]
         subprocess.run([*command, str(ggml / "src/ggml-cpu/arch/arm/quants.c")], check=True)
-        lines = function(out.read_text(), "ggml_vec_dot_q4_0_q8_0")
-    return min((loop for loop in loops(lines) if any(re.search(r"\bsdot\b", i) for i in loop)), key=len)
+        return function(out.read_text(), "ggml_vec_dot_q4_0_q8_0")
 
 
 def cycles(instructions: list[str], core: str, features: str) -> float:
@@ -104,6 +116,7 @@ def main(slices: str, group_size: int, llama_cpp: Path | None) -> None:
     print(f"static analysis by llvm-mca, {version.splitlines()[0].strip()}; slices {profile}, groups of {group_size}\n")
     print("| kernels | core | bits | cycles a group of 16 rows | weight bytes/cycle | stack accesses |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
+    weights = ROW_BLOCK * group_size
     for name, cores in CORES.items():
         target = TARGETS[name]
         pattern, covered = _DOTS[target.isa]
@@ -111,22 +124,18 @@ def main(slices: str, group_size: int, llama_cpp: Path | None) -> None:
         plans = depth_plans(profile, ISAS[target.isa].max_width)
         for depth, (bits, plan) in enumerate(zip(profile.depth_bits, plans, strict=True), 1):
             lines = function(source, f"{PREFIX}gemv_d{depth}_compute_")
-            inner = min((loop for loop in loops(lines) if any(re.search(pattern, i) for i in loop)), key=len)
+            inner, dots = inner_loop(lines, pattern)
             # A loop may hold a whole group of 16 rows or some of its rows: its products tell.
-            dots = sum(bool(re.search(pattern, line)) for line in inner)
-            share = dots * covered / (ROW_BLOCK * group_size * TERMS * len(plan.segments))
-            stack = sum("[sp" in line for line in inner)
+            share = dots * covered / (weights * TERMS * len(plan.segments))
             for core, said in cores:
                 spent = cycles(inner, core, "+dotprod" if "dotprod" in target.isa else "+neon") / share
-                rate = ROW_BLOCK * group_size * bits / 8 / spent
-                print(f"| {name} ({target.isa}) | {said} | {bits} | {spent:.0f} | {rate:.2f} | {stack} |")
+                print(table_row(f"{name} ({target.isa})", said, bits, weights, spent, inner))
     if llama_cpp is not None:
-        inner = ggml_q4_0(llama_cpp)
-        weights = 16 * sum(bool(re.search(r"\bsdot\b", line)) for line in inner)
+        pattern, covered = _DOTS["neon-dotprod"]
+        inner, dots = inner_loop(ggml_q4_0(llama_cpp), pattern)
         core, said = CORES["rpi5"][0]
-        spent = cycles(inner, core, "+dotprod") * ROW_BLOCK * group_size / weights
-        stack = sum("[sp" in line for line in inner)
-        print(f"| llama.cpp Q4_0 | {said} | 4 | {spent:.0f} | {ROW_BLOCK * group_size / 2 / spent:.2f} | {stack} |")
+        spent = cycles(inner, core, "+dotprod") * weights / (dots * covered)
+        print(table_row("llama.cpp Q4_0", said, 4, weights, spent, inner))
 
 
 if __name__ == "__main__":
