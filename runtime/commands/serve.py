@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,11 @@ from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 
 _CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at once
+
+# A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes the engine's thread gives
+# it up only to who has waited this long: with Python's 5 ms, longer than many a pass, the event loop
+# starves and a reply streams in a few lumps.
+_SWITCH_S = 1e-4
 
 
 @click.command("serve")
@@ -77,6 +83,7 @@ def command(
         click.echo(f"{server.model}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
+        sys.setswitchinterval(_SWITCH_S)
         runner.run([listener])
 
 

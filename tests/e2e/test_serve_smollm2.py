@@ -41,7 +41,7 @@ def test_a_streamed_chat_is_the_whole_one(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model=model, messages=SEA, temperature=0, max_tokens=40, stream=True)
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(pieces) == text
-    assert len(pieces) > 5  # it came as it was made
+    assert len(pieces) > 10  # it came as it was made
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 40
     assert whole.usage.model_dump()["avg_bits"] == pytest.approx(8.0, abs=1e-3)
