@@ -43,13 +43,14 @@ class Options:
     engines: names of ``WRITERS``, what each bundle is to run on, the first unless it is told another;
     method, router: as ``Recipe`` takes them; tune_steps, calib_tokens: None for the method's own; floor_ratio: how many
     times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
-    takes it."""
+    takes it; activation_bits: of the integers that processors round activations to."""
 
     model: str
     outputs: dict[Path, Target]
     engines: tuple[str, ...]
     profile: SliceProfile
     group_size: str
+    activation_bits: int
     method: str
     tune_steps: int | None
     router: str
@@ -89,6 +90,12 @@ def prepare(options: Options) -> Prepared:
     decoder = read_config(source)
     if "tvm" in options.engines:
         lower_tvm.check(decoder)
+    for target in options.outputs.values():
+        if target.gpu and options.activation_bits != 16:
+            raise UsageError(
+                f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
+                "leave it out"
+            )
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
         output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, calib_tokens)
@@ -169,7 +176,7 @@ def write_calibrated(
     engines = target.engines(options.engines)
     with bundle.writing(output, options.force) as folder:
         for engine in engines:
-            WRITERS[engine](target, checkpoint, calibrated, folder, progress)
+            WRITERS[engine](target, checkpoint, calibrated, options.activation_bits, folder, progress)
         _write_tokenizer(checkpoint, folder)
         bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
         manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
@@ -177,36 +184,56 @@ def write_calibrated(
     return manifest
 
 
-def _write_onnx(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+def _write_onnx(
+    target: Target,
+    checkpoint: Checkpoint,
+    calibrated: Calibrated,
+    activation_bits: int,
+    folder: Path,
+    progress: Report,
+) -> None:
     from . import bundle
     from .lower.onnx import lower
 
-    model, tensors = lower(checkpoint, calibrated, target.layout)
+    model, tensors = lower(checkpoint, calibrated, target.layout, activation_bits)
     bundle.write_model(model, tensors, folder, lambda done, total: progress(f"writing {folder.stem}", done, total))
     if target.native:
         from mbq_targets.build import build_ops_library
+        from mbq_targets.spec import KernelSpec
 
+        spec = KernelSpec(calibrated.profile, calibrated.group_size, activation_bits)
         progress(f"compiling kernels for {target.name}", 0, 1)
         (folder / "lib").mkdir()
-        build_ops_library(target, calibrated.profile, calibrated.group_size, folder / bundle_manifest.OPS_LIBRARY)
+        build_ops_library(target, spec, folder / bundle_manifest.OPS_LIBRARY)
         progress(f"compiling kernels for {target.name}", 1, 1)
 
 
-def _write_tvm(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+def _write_tvm(
+    target: Target,
+    checkpoint: Checkpoint,
+    calibrated: Calibrated,
+    activation_bits: int,
+    folder: Path,
+    progress: Report,
+) -> None:
     from mbq_targets.build import build_decoder
+    from mbq_targets.spec import KernelSpec
 
+    spec = KernelSpec(calibrated.profile, calibrated.group_size, activation_bits)
     what = f"compiling the decoder for {target.name}"
     progress(what, 0, 1)
-    lowered = lower_tvm.lower(checkpoint, calibrated)
+    lowered = lower_tvm.lower(checkpoint, calibrated, spec)
     library = folder / bundle_manifest.DECODER_LIBRARY
-    build_decoder(target, calibrated.profile, calibrated.group_size, lowered.module, library)
+    build_decoder(target, spec, lowered.module, library)
     progress(what, 1, 1)
     tvm_weights.write(
         lowered.tensors, lowered.entries, folder / WEIGHTS, lambda done, total: progress("writing weights", done, total)
     )
 
 
-def _write_gpu(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, folder: Path, progress: Report) -> None:
+def _write_gpu(
+    target: Target, checkpoint: Checkpoint, calibrated: Calibrated, _: int, folder: Path, progress: Report
+) -> None:
     """The plan of launches, the kernels as text, and the weights."""
     from . import bundle
     from .lower.gpu import lower
@@ -222,7 +249,7 @@ def _write_gpu(target: Target, checkpoint: Checkpoint, calibrated: Calibrated, f
     bundle.write_tensors(tensors, places, folder / weights_file, lambda done, total: progress(what, done, total))
 
 
-Writer = Callable[[Target, Checkpoint, "Calibrated", Path, Report], None]
+Writer = Callable[[Target, Checkpoint, "Calibrated", int, Path, Report], None]
 
 WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "tvm": _write_tvm, "opencl": _write_gpu, "webgpu": _write_gpu}
 """By engine: what it needs in the bundle besides the tokenizer."""
@@ -321,4 +348,5 @@ def _manifest(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
         ),
         engines=engines,
+        activation_bits=options.activation_bits,
     )

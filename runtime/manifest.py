@@ -26,6 +26,7 @@ FORMAT = "mbq-bundle"
 FORMAT_VERSION = 1
 
 GROUP_SIZES = (32, 64, 128)
+ACTIVATION_BITS = (8, 16)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
 NATIVE_LAYOUT = "mbq16"
 OPS_LIBRARY = "lib/libmbq_ops.so"
@@ -150,7 +151,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of ``manifest.json`` but the two format fields."""
+    """All of ``manifest.json`` but the two format fields.
+
+    activation_bits: of the integers a processor rounds activations to; a GPU leaves them as they are.
+    """
 
     model: ModelFacts
     target: TargetFacts
@@ -166,6 +170,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     quality: Quality = Quality(0.0, 0.0, ())
     engines: tuple[str, ...] = ("onnx",)
+    activation_bits: int = 16
 
     @property
     def profile(self) -> SliceProfile:
@@ -328,6 +333,12 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     budget = manifest.budget
     rules: list[tuple[bool, str, object, str]] = [
         (manifest.group_size in GROUP_SIZES, "group_size", manifest.group_size, f"one of {GROUP_SIZES}"),
+        (
+            manifest.activation_bits in ACTIVATION_BITS,
+            "activation_bits",
+            manifest.activation_bits,
+            f"one of {ACTIVATION_BITS}",
+        ),
         (manifest.layout in ENGINE_FILES["onnx"], "layout", manifest.layout, " or ".join(ENGINE_FILES["onnx"])),
         *(
             (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, f"engines that read {manifest.layout}")

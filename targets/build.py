@@ -1,8 +1,8 @@
 """Builds the custom-op library of a target: kernels to an object, the shim beside it, one link.
 
 The compiler and linker come from pip (the ``ziglang`` package), so no system toolchain is needed
-and every target builds on every host.  A library depends on the slices, the group size and the
-target, not on the model: finished ones are kept in a cache.
+and every target builds on every host.  A library depends on a ``KernelSpec`` and the target, not on
+the model: finished ones are kept in a cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BuildError
-from mbq_runtime.manifest import GROUP_SIZES
-from mbq_runtime.profile import SliceProfile
 
+from .spec import KernelSpec
 from .table import Target
 
 _ROOM = Path(__file__).parent
@@ -35,24 +34,21 @@ _COMPILER_FLAGS = (
 _TOOL_LINES = 6  # of a failing tool's output that an error repeats
 
 
-def build_ops_library(target: Target, profile: SliceProfile, group_size: int, out: Path) -> None:
-    """Write the library of ``target`` for a profile and group size to ``out`` (atomically).
+def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
+    """Write the library of ``target`` to ``out`` (atomically).
 
-    Raises BuildError for a target without native library, a group size without kernels, or when
-    a tool fails; the message ends with the tool's last lines.
+    Raises BuildError for a target without native library, or when a tool fails; the message ends with the tool's
+    last lines.
     """
     if not target.native:
         raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
-    if group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        raise BuildError(f"group size {group_size}: kernels exist for {sizes}; choose one of these")
     try:
-        key = _key(target, profile, group_size, ("kernels/*.py", "ort_ops/*.[ch]"))
+        key = _key(target, spec, ("kernels/*.py", "ort_ops/*.[ch]"))
         cached = cache_dir() / "ops" / f"{key}.so"
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-                _place(_build(target, profile, group_size, Path(folder)), cached)
+                _place(_build(target, spec, Path(folder)), cached)
         out.parent.mkdir(parents=True, exist_ok=True)
         _place(cached, out)
     except OSError as error:
@@ -71,14 +67,14 @@ def _place(source: Path, destination: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _key(target: Target, profile: SliceProfile, group_size: int, sources: tuple[str, ...]) -> str:
+def _key(target: Target, spec: KernelSpec, sources: tuple[str, ...]) -> str:
     """Hash of everything a file is made from.  sources: patterns below this folder."""
     digest = hashlib.sha256()
     for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), Path(__file__)]):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
-    digest.update("\n".join([repr(target), str(profile), str(group_size), *tools]).encode())
+    digest.update("\n".join([repr(target), str(spec), *tools]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -89,19 +85,19 @@ def _version(package: str) -> str:
         raise BuildError(f"the Python package {package} is missing; install mbq-export[export]") from None
 
 
-def build_decoder(target: Target, profile: SliceProfile, group_size: int, module: Any, out: Path) -> None:
+def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> None:
     """Write a whole decoder as one library: the Relax ``module``, and the kernels it calls.
 
-    module: of functions and of the operations of ``tvm_ops``, for the same profile and group size.
+    module: of functions and of the operations of ``tvm_ops``, for the same ``spec``.
     Raises BuildError as ``build_ops_library`` does.
     """
     import tvm
 
     try:
-        kernels = _kernels(target, profile, group_size)
+        kernels = _kernels(target, spec)
         with tempfile.TemporaryDirectory(prefix="mbq-build-") as name:
             folder = Path(name)
-            (folder / "mbq_config.h").write_text(config_header(target, profile, group_size))
+            (folder / "mbq_config.h").write_text(config_header(target, spec))
             compiled = _compiled(module, target)
 
             def link(library: str, objects: list[str], **_: object) -> None:
@@ -116,13 +112,13 @@ def build_decoder(target: Target, profile: SliceProfile, group_size: int, module
         raise BuildError(f"the decoder for {target.name} cannot be exported: {_last_lines(str(error))}") from error
 
 
-def _build(target: Target, profile: SliceProfile, group_size: int, folder: Path) -> Path:
-    (folder / "mbq_config.h").write_text(config_header(target, profile, group_size))
+def _build(target: Target, spec: KernelSpec, folder: Path) -> Path:
+    (folder / "mbq_config.h").write_text(config_header(target, spec))
     exports = folder / "exports.map"
     exports.write_text("{ global: " + " ".join(f"{name};" for name in _EXPORTS) + " local: *; };\n")
     library = folder / "libmbq_ops.so"
     flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}")
-    kernels = _kernels(target, profile, group_size)
+    kernels = _kernels(target, spec)
     _link(target, folder, [*sorted(_SHIM.glob("*.c")), kernels], flags, library)
     return library
 
@@ -142,9 +138,9 @@ def _last_lines(text: str) -> str:
     return " | ".join(text.strip().splitlines()[-_TOOL_LINES:])
 
 
-def _kernels(target: Target, profile: SliceProfile, group_size: int) -> Path:
+def _kernels(target: Target, spec: KernelSpec) -> Path:
     """The kernels' object file, from the cache or compiled into it."""
-    cached = cache_dir() / "kernels" / f"{_key(target, profile, group_size, ('kernels/*.py',))}.o"
+    cached = cache_dir() / "kernels" / f"{_key(target, spec, ('kernels/*.py',))}.o"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         # The compiler takes seconds to import, which a cached file does not need.
@@ -152,7 +148,7 @@ def _kernels(target: Target, profile: SliceProfile, group_size: int) -> Path:
         from .kernels.module import build_module
 
         with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-            compiled = _compiled(build_module(ISAS[target.isa], profile, group_size), target)
+            compiled = _compiled(build_module(ISAS[target.isa], spec), target)
             compiled.mod.write_to_file(str(Path(folder, "kernels.o")))
             _place(Path(folder, "kernels.o"), cached)
     return cached
@@ -168,18 +164,18 @@ def _compiled(module: Any, target: Target) -> Any:
         raise BuildError(f"compiling for {target.name} failed: {_last_lines(str(error))}") from error
 
 
-def config_header(target: Target, profile: SliceProfile, group_size: int) -> str:
+def config_header(target: Target, spec: KernelSpec) -> str:
     """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
-    from .kernels.activations import TERMS, TILE_K
+    from .kernels.activations import TILE_K
     from .kernels.matmul import SCRATCH_BYTES
 
     def braces(values: tuple[int, ...]) -> str:
         return "{" + ", ".join(map(str, values)) + "}"
 
-    info = f"target={target.name} isa={target.isa} slices={profile} group_size={group_size}"
+    profile = spec.profile
     defines = {
-        "GROUP": group_size,
-        "TERMS": TERMS,
+        "GROUP": spec.group_size,
+        "ACTIVATION_BYTES": spec.activation_bytes,
         "TILE_K": TILE_K,
         "SCRATCH_BYTES": SCRATCH_BYTES,
         "DEPTHS": profile.depths,
@@ -187,6 +183,6 @@ def config_header(target: Target, profile: SliceProfile, group_size: int) -> str
         "SLICES_TEXT": f'"{profile}"',
         "DEPTH_BITS": braces(profile.depth_bits),
         "EACH_DEPTH(X)": " ".join(f"X({depth})" for depth in range(1, profile.depths + 1)),
-        "BUILD_INFO": f'"{info}"',
+        "BUILD_INFO": f'"target={target.name} isa={target.isa} {spec}"',
     }
     return "".join(f"#define MBQ_{name} {value}\n" for name, value in defines.items())

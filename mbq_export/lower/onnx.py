@@ -39,7 +39,7 @@ class Layout:
     """
 
     pack: Callable[[Sliced, SliceProfile], dict[str, Array]]
-    functions: Callable[[SliceProfile, int, bool], list[onnx.FunctionProto]]
+    functions: Callable[[SliceProfile, int, int, bool], list[onnx.FunctionProto]]
 
 
 def _pack_native(sliced: Sliced, profile: SliceProfile) -> dict[str, Array]:
@@ -47,10 +47,12 @@ def _pack_native(sliced: Sliced, profile: SliceProfile) -> dict[str, Array]:
 
 
 LAYOUTS = {
-    "mbq16": Layout(_pack_native, lambda profile, group_size, mlp: []),
+    "mbq16": Layout(_pack_native, lambda profile, group_size, activation_bits, mlp: []),
     "nbits": Layout(
         lambda sliced, profile: dict(pack_nbits(sliced, profile)),
-        lambda profile, group_size, mlp: portable_functions(profile, group_size, mlp=mlp),
+        lambda profile, group_size, activation_bits, mlp: portable_functions(
+            profile, group_size, activation_bits, mlp=mlp
+        ),
     ),
 }
 
@@ -313,7 +315,9 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
     yield False, value("avg_bits_used", TensorProto.FLOAT, [1])
 
 
-def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
+def lower(
+    checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, activation_bits: int = 16
+) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """The model without its tensors, and the tensors by name, in the order the graph reads them."""
     layout = LAYOUTS[layout_name]
     graph = _Lowering(checkpoint, calibrated, layout).build()
@@ -323,7 +327,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str) -> t
     )
     opsets = [helper.make_opsetid(*item) for item in {**OPSET_IMPORTS, DOMAIN: DOMAIN_VERSION}.items()]
     has_mlp = any(linear.router.w1 is not None for linear in calibrated.units.values())
-    functions = layout.functions(calibrated.profile, calibrated.group_size, has_mlp)
+    functions = layout.functions(calibrated.profile, calibrated.group_size, activation_bits, has_mlp)
     model = helper.make_model(
         proto, opset_imports=opsets, functions=functions, ir_version=10, producer_name="mbq-export"
     )

@@ -59,9 +59,6 @@ GATES = {"silu": "GatedSilu", "gelu_tanh": "GatedGelu"}
 # QuickGelu with alpha 1 is SiLU in one op.
 _ACTIVATIONS = {"silu": "com.microsoft.QuickGelu <alpha = 1.0>", "gelu_tanh": 'Gelu <approximate = "tanh">'}
 
-ACTIVATION_TERMS = 2
-"""Int8 terms that stand for an activation, as its two bytes do in the definition."""
-
 # Without int8 activations the 2-bit and 8-bit kernels are a hundred times slower.
 _INT8_ACTIVATIONS = 4
 
@@ -97,7 +94,9 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
     return tensors
 
 
-def portable_functions(profile: SliceProfile, group_size: int, *, mlp: bool) -> list[onnx.FunctionProto]:
+def portable_functions(
+    profile: SliceProfile, group_size: int, activation_bits: int = 16, *, mlp: bool
+) -> list[onnx.FunctionProto]:
     """Router, SlicedMatMul, both in one, SlicedGather and the gates for one model.
 
     ``mlp`` says which of its two forms the model's routers have: stock ops take no absent inputs,
@@ -106,7 +105,7 @@ def portable_functions(profile: SliceProfile, group_size: int, *, mlp: bool) -> 
     """
     return [
         _router(profile, mlp),
-        _sliced_matmul(profile, group_size),
+        _sliced_matmul(profile, group_size, activation_bits // 8),
         _routed_matmul(profile, mlp),
         _sliced_gather(profile, group_size),
         *(_gate(activation) for activation in GATES),
@@ -138,7 +137,8 @@ def _halves(profile: SliceProfile) -> list[float]:
     return [sum(ratios[1:k]) / 2 for k in range(1, profile.depths + 1)]
 
 
-def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto:
+def _sliced_matmul(profile: SliceProfile, group_size: int, terms: int) -> onnx.FunctionProto:
+    """terms: int8 terms that stand for an activation, as its bytes do in the definition."""
     lines = [
         "flat_x = Flatten <axis = -1> (x)",  # [M, K]
         # Sizes by name: none can be left to be found out where there are no rows.
@@ -153,7 +153,7 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
         "last = Constant <value = int64[1] {2}> ()",
         f"smallest = {_row([float(SMALLEST_ACTIVATION)])}",
         f"levels = {_row([127.0])}",
-        *_activation_terms(),
+        *_activation_terms(terms),
         "flattening = Concat <axis = 0> (rows, k_row)",
         "flat = Reshape (grouped, flattening)",  # [R, K], R = terms * M
         "sums = ReduceSum <keepdims = 0> (grouped, last)",  # [R, G]
@@ -164,7 +164,7 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
         lines += [
             "all_rows = Constant <value = int64[1] {-1}> ()",
             "depths_m = Reshape (depth, all_rows)",
-            f"depths = Concat <axis = 0> ({', '.join(['depths_m'] * ACTIVATION_TERMS)})",
+            f"depths = Concat <axis = 0> ({', '.join(['depths_m'] * terms)})",
             f"halves = {_row([0.0, *_halves(profile)])}",
         ]
     for e, ratio in enumerate(_ratios(profile)[1:], 2):
@@ -194,7 +194,7 @@ def _sliced_matmul(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
         # The terms' rows are added up again.
         "n = Constant <value_int : int = @N> ()",
         "n_row = Reshape (n, one)",
-        f"terms_first = Constant <value = int64[2] {{{ACTIVATION_TERMS}, -1}}> ()",
+        f"terms_first = Constant <value = int64[2] {{{terms}, -1}}> ()",
         "term_shape = Concat <axis = 0> (terms_first, n_row)",
         f"term_y = Reshape (y_{profile.depths}, term_shape)",
         "first_axis = Constant <value = int64[1] {0}> ()",
@@ -223,7 +223,7 @@ def _routed_matmul(profile: SliceProfile, mlp: bool) -> onnx.FunctionProto:
     return _function("RoutedMatMul", "<N, K, group_size, slices>", inputs, "y, depth", body)
 
 
-def _activation_terms() -> list[str]:
+def _activation_terms(count: int) -> list[str]:
     """rest_1 [M, G, group] -> grouped [terms * M, G, group]: the int8 terms of the activations, scaled back.
 
     MatMulNBits rounds its rows to int8 by itself, so that the largest of a group becomes 127.  Rows that are
@@ -232,7 +232,7 @@ def _activation_terms() -> list[str]:
     high ones': both are within 2**-15 of the group's peak, and a portable bundle says what a native one says.
     """
     lines = []
-    for t in range(1, ACTIVATION_TERMS + 1):
+    for t in range(1, count + 1):
         lines += [
             f"magnitudes_{t} = Abs (rest_{t})",
             f"seen_{t} = ReduceMax <keepdims = 1> (magnitudes_{t}, last)",
@@ -247,7 +247,7 @@ def _activation_terms() -> list[str]:
             f"term_{t} = Mul (nearest_{t}, steps_{t})",
             f"rest_{t + 1} = Sub (rest_{t}, term_{t})",
         ]
-    terms = ", ".join(f"term_{t}" for t in range(1, ACTIVATION_TERMS + 1))
+    terms = ", ".join(f"term_{t}" for t in range(1, count + 1))
     return [*lines[:-1], f"grouped = Concat <axis = 0> ({terms})"]
 
 

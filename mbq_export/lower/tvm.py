@@ -21,6 +21,7 @@ from typing import Any
 
 from mbq_runtime.errors import ModelError
 from mbq_runtime.weights_file import Entry
+from mbq_targets.spec import KernelSpec
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..checkpoint import Checkpoint
@@ -52,22 +53,27 @@ class Lowered:
     entries: dict[str, Entry]
 
 
-def lower(checkpoint: Checkpoint, calibrated: Calibrated) -> Lowered:
+def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> Lowered:
     """Raises ModelError, see ``check``."""
     check(checkpoint.decoder)
     tensors = collect(checkpoint, calibrated)
     entries = places(tensors)
-    return Lowered(_Lowering(checkpoint, calibrated, tensors, entries).build(), tensors, entries)
+    return Lowered(_Lowering(checkpoint, calibrated, spec, tensors, entries).build(), tensors, entries)
 
 
 class _Lowering:
     def __init__(
-        self, checkpoint: Checkpoint, calibrated: Calibrated, tensors: dict[str, Array], entries: dict[str, Entry]
+        self,
+        checkpoint: Checkpoint,
+        calibrated: Calibrated,
+        spec: KernelSpec,
+        tensors: dict[str, Array],
+        entries: dict[str, Entry],
     ) -> None:
         from tvm import relax
 
         self.relax = relax
-        self.decoder = checkpoint.decoder
+        self.decoder, self.spec = checkpoint.decoder, spec
         self.calibrated = calibrated
         self.tensors = tensors
         self.entries = entries
@@ -86,7 +92,7 @@ class _Lowering:
             d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, d.norm_eps if d.family.qk_norm else None
         )
         factors = None if turn is None else (len(turn.left), len(turn.right))
-        shape = Shape(self.calibrated.profile, self.calibrated.group_size, d.norm_eps, d.activation, attention, factors)
+        shape = Shape(self.spec, d.norm_eps, d.activation, attention, factors)
         return build_module(shape)
 
     def build(self) -> Any:

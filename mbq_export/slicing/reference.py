@@ -18,7 +18,7 @@ Packed form (row blocks of 16, so N is padded to ``n16``, a multiple of 16):
 * ``scales``: float16 ``[n16 / 16, K / group_size, 2, 16]``: the scales of 16 rows, then their
   offsets.
 
-Arithmetic here is float64 except where the format itself rounds (float16 scales, 16-bit
+Arithmetic here is float64 except where the format itself rounds (float16 scales, integer
 activations).
 """
 
@@ -154,41 +154,44 @@ def unpack_scales(scales: F16, n: int) -> tuple[F16, F16]:
     return both[0, :n], both[1, :n]
 
 
-def quantize_activations(x: F32, group_size: int) -> tuple[NDArray[np.int16], F32]:
-    """Symmetric 16-bit integers per token and group: float32 [M, K] -> int16 [M, K], float32 [M, G] step.
+def quantize_activations(x: F32, group_size: int, bits: int = 16) -> tuple[NDArray[np.int16], F32]:
+    """Symmetric integers per token and group: float32 [M, K] -> int16 [M, K], float32 [M, G] step.
 
-    ``step = max|x| / 32512``.  An integer is ``256 * high + low``, two bytes of -127 to 127 each for the dot
-    products of bytes that processors have: with ``t = x * (127 / max|x|)``, ``high = rint(t)`` and
-    ``low = rint(256 * (t - high))``, ties to even, clipped.  Groups below 1e-30 count as zero.
+    bits: 8 or 16.  With ``t = x * (127 / max|x|)``, an integer of 8 bits is ``rint(t)`` in steps of ``max|x| / 127``.
+    One of 16 bits is ``256 * high + low`` in steps of ``max|x| / 32512``: two bytes of -127 to 127 each for the dot
+    products of bytes that processors have, ``high = rint(t)`` and ``low = rint(256 * (t - high))``, clipped.  Ties go
+    to even, and groups below 1e-30 count as zero.
 
-    One byte would keep perplexity within 0.25 %, but then a difference in the last bit of float32 arithmetic
-    (another CPU, another engine, another order of sums) is now and then rounded up to a whole step, and thirty
-    layers make up to three percent of the logits of it.
+    One byte keeps perplexity within 0.25 %, but then a difference in the last bit of float32 arithmetic (another CPU,
+    another engine, another order of sums) is now and then rounded up to a whole step, and thirty layers make up to
+    three percent of the logits of it.
     """
     m, k = x.shape
     groups = x.reshape(m, k // group_size, group_size).astype(np.float32)
     peak = np.abs(groups).max(axis=2)
     peak = np.where(peak >= SMALLEST_ACTIVATION, peak, np.float32(0))
-    step = (peak / np.float32(LOW_BYTES * 127)).astype(np.float32)
+    step = (peak / np.float32(127 if bits == 8 else LOW_BYTES * 127)).astype(np.float32)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
     scaled = groups * inverse[:, :, None]
     high = np.rint(scaled)
+    if bits == 8:
+        return high.astype(np.int16).reshape(m, k), step
     low = np.clip(np.rint((scaled - high) * np.float32(LOW_BYTES)), -127, 127)
     return (high * LOW_BYTES + low).astype(np.int16).reshape(m, k), step
 
 
-def round_activations(x: F32, group_size: int) -> F64:
+def round_activations(x: F32, group_size: int, bits: int = 16) -> F64:
     """float32 x [M, K] -> float64 [M, K]: the values a sliced matmul multiplies."""
-    q, step = quantize_activations(x, group_size)
+    q, step = quantize_activations(x, group_size, bits)
     return q.astype(np.float64) * np.repeat(step.astype(np.float64), group_size, axis=1)
 
 
-def sliced_matmul(x: F32, depth: I32, sliced: Sliced, profile: SliceProfile) -> F64:
+def sliced_matmul(x: F32, depth: I32, sliced: Sliced, profile: SliceProfile, activation_bits: int = 16) -> F64:
     """Op ``SlicedMatMul``: float32 x [M, K], int32 depth [M] -> float64 [M, N].
 
     Row m is ``x'[m] @ w(depth[m]).T`` with x' of ``round_activations``.
     """
-    restored = round_activations(x, sliced.group_size)
+    restored = round_activations(x, sliced.group_size, activation_bits)
     y = np.zeros((x.shape[0], sliced.codes.shape[0]))
     for d in np.unique(depth):
         rows = depth == d

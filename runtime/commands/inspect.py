@@ -66,6 +66,7 @@ def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
 
 def _lines(m: Manifest) -> list[tuple[str, str]]:
     machine = " ".join(filter(None, (m.target.arch, m.target.cpu, *m.target.features)))
+    activations = "float activations" if m.target.engine in _SOFTWARE else f"{m.activation_bits}-bit activations"
     per_token = sorted(((float(bits), size) for bits, size in m.weights.bytes_per_token.items()))
     return [
         ("model", f"{m.model.name} ({m.model.architecture}), {m.model.parameters / 1e6:.1f} M parameters"),
@@ -73,7 +74,7 @@ def _lines(m: Manifest) -> list[tuple[str, str]]:
         ("target", f"{m.target.name} ({machine})"),
         ("engines", ", ".join(m.engines)),
         ("slices", f"{m.profile}: {'/'.join(map(str, m.profile.depth_bits))} bits, groups of {m.group_size}"),
-        ("layout", f"{m.layout} ({'own kernels' if m.native else 'stock operators'})"),
+        ("layout", f"{m.layout} ({'own kernels' if m.native else 'stock operators'}), {activations}"),
         ("budget", f"{m.budget.min_bits:g} to {m.budget.max_bits:g} bits, {m.budget.default_bits:g} by default"),
         ("routers", f"{m.router.kind}, {m.router.bytes / 1e3:.1f} kB"),
         ("routed", f"{m.weights.routed_parameters / 1e6:.1f} M weights in {len(m.weights.linears)} matrices"),

@@ -27,8 +27,8 @@ class Isa:
     rows_together: ClassVar[int] = 1
     # 2-bit fields joined into one operand at most: 4 makes whole bytes, 2 nibbles.
     max_width: ClassVar[int] = 4
-    # Tokens that share a loaded weight vector in prefill: the sizes of block, largest first.
-    token_blocks: ClassVar[tuple[int, ...]] = (1,)
+    # Bytes of tokens' activations that share a loaded weight vector in prefill, at most.
+    runs_together: ClassVar[int] = 2
     # Row blocks that share a loaded activation in prefill.
     row_blocks: ClassVar[int] = 1
     # How far ahead of their use weights are asked for, in bytes; 0 leaves that to the core.
@@ -45,6 +45,10 @@ class Isa:
     def vectors(self) -> int:
         """Vectors per block of 16 rows."""
         return 64 // self.vector_bytes
+
+    def token_blocks(self, width: int) -> tuple[int, ...]:
+        """How many tokens of ``width`` bytes an activation are taken at a time in prefill, the most first."""
+        return tuple(tokens for tokens in (8, 4, 2, 1) if tokens * width <= self.runs_together)
 
     def mask(self, value: int) -> Expr:
         return const(value, "uint8", self.vector_bytes)
@@ -141,7 +145,7 @@ class Vnni512(Isa):
     vector_bytes = 64
     signed = False
     chains = 2
-    token_blocks: ClassVar[tuple[int, ...]] = (4, 2, 1)
+    runs_together = 8
     row_blocks = 2
     # Measured on Zen 5: alone, its prefetchers lose a quarter of the memory's speed with one plane, nothing with four.
     prefetch_bytes = 8192
@@ -169,7 +173,7 @@ class AvxVnni(Vnni512):
     name = "avx-vnni"
     vector_bytes = 32
     rows_together = 2
-    token_blocks = (2, 1)
+    runs_together = 4
     row_blocks = 1
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -309,7 +313,7 @@ class NeonDotprod(Neon):
     name = "neon-dotprod"
     # Left to itself LLVM unrolls over all four and spills.
     rows_together = 2
-    token_blocks = (2, 1)
+    runs_together = 4
 
     def accumulator(self, max_code: int) -> Accumulator:
         return _NeonDot(self, max_code)

@@ -1,13 +1,13 @@
 """Sliced matrix product: ``y = x' @ w(depth).T`` for one depth, from its planes only.
 
-With C the joined code (a code in units of ``2**unit``, minus 128 where the ISA is signed), q the 16-bit activations
+With C the joined code (a code in units of ``2**unit``, minus 128 where the ISA is signed), q the activations' integers
 in units of a and s = scale * 2**(2 - bits), a group adds to a row
 
     a * s * 2**unit * dot(C, q)  +  (s * 2**unit * middle + offset) * a * sum(q)
 
-where ``middle`` is half a code plus whatever was subtracted.  Bytes of q are multiplied, the high ones' sum is
-shifted and the low ones' added: exact in 32 bits.  Both kernels work on row blocks of 16 and on groups, whose
-numbers are run-time values; only the group size is compiled in.
+where ``middle`` is half a code plus whatever was subtracted.  Bytes of q, ``width`` of each, are multiplied; of two,
+the high ones' sum is shifted and the low ones' added: exact in 32 bits.  Both kernels work on row blocks of 16 and on
+groups, whose numbers are run-time values; only the group size is compiled in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
-from .activations import LOW_BITS, TERMS, TILE_K, byte_at, chunks
+from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, splat, store
 from .isa import Accumulator, Isa
 from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
@@ -95,10 +95,10 @@ class _RowDots:
         return total
 
 
-def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
+def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """One token: q i8 [K], step f32 [G], total f32 [G] (step * sum of q) -> y f32 [(end - begin) * 16].
 
-    q: its first byte, of ``rows`` tokens' as ``activations.byte_at`` says.
+    q: its first byte, of ``rows`` tokens' as ``activations.bytes_at`` says.
     planes, scales: the whole weight's; blocks: its row blocks; [begin, end): those to compute.
     """
     offset_at = 2.0**-plan.unit_log2 / 2
@@ -117,7 +117,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
             with T.serial(0, groups) as g:
-                bytes_at = [byte_at(g, term, rows, group) for term in range(TERMS)]
+                places = bytes_at(g, width, rows, group)
                 sums = load(total, g, 1)
                 unit = bind(load(step, g, 1) * const(factor, "float32"))
                 middle_sums = bind(sums * const(middle * factor, "float32"))
@@ -127,20 +127,20 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
                         prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
                     prefetch(scales, base + ahead * (2 * ROW_BLOCK))
                 with T.serial(0, isa.vectors // isa.rows_together) as bundle:
-                    row_dots = [[_RowDots(isa, plan) for _ in range(TERMS)] for _ in range(isa.rows_together)]
+                    row_dots = [[_RowDots(isa, plan) for _ in range(width)] for _ in range(isa.rows_together)]
                     vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
                     for s in range(group // STEP):
                         acts = [
                             [*isa.activations(q, at + s * STEP), *isa.activations(q, at + s * STEP + 16)]
-                            for at in bytes_at
+                            for at in places
                         ]
                         at = plane_loader(isa, plan, planes, starts, (first + g) * (group // STEP) + s)
                         for r, row in zip(vectors, row_dots, strict=True):
                             codes = operands(isa, plan, at(r), isa.signed)
                             for dots, act in zip(row, acts, strict=True):
                                 dots.add_step(codes, act)
-                    for r, (high, low) in zip(vectors, row_dots, strict=True):
-                        dot = bind((high.result() << const(LOW_BITS, "int32", isa.rows)) + low.result())
+                    for r, of_bytes in zip(vectors, row_dots, strict=True):
+                        dot = joined([dots.result() for dots in of_bytes], isa.rows)
                         scale, offset = _affine(isa, scales, base + r * isa.rows)
                         value = fma(cast(dot, "float32", isa.rows), splat(unit, isa.rows), splat(middle_sums, isa.rows))
                         y_row = fma(scale, value, load(acc, r * isa.rows, isa.rows))
@@ -186,8 +186,8 @@ class _Prefill:
     [16]: in y, the rows of a block lie so far apart that they would meet in a few sets of the cache.
     """
 
-    def __init__(self, isa: Isa, plan: DepthPlan, group: int, args: list[Any]) -> None:
-        self.isa, self.plan, self.group = isa, plan, group
+    def __init__(self, isa: Isa, plan: DepthPlan, group: int, width: int, args: list[Any]) -> None:
+        self.isa, self.plan, self.group, self.width = isa, plan, group, width
         (self.q, self.step, self.total, self.planes, self.scales, self.y, self.tile, self.tokens,
          blocks, self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
         self.sums = T.decl_buffer((1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES))
@@ -224,7 +224,7 @@ class _Prefill:
         tile = _Tile(block, wide, [bind(base * (2 * ROW_BLOCK)) for base in bases], first_group, groups)
         # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
         taken: Expr = T.int64(0)
-        for size in isa.token_blocks if wide == isa.row_blocks else (1,):
+        for size in isa.token_blocks(self.width) if wide == isa.row_blocks else (1,):
             whole = bind((turn.tokens - taken) // size)
             with T.serial(0, whole) as i:
                 self._tokens(turn, tile, size, bind(taken + i * size))
@@ -255,10 +255,10 @@ class _Prefill:
         rows, vectors = isa.rows, tile.wide * isa.vectors
         places = [bind(turn.done + at_token + m) for m in range(count)]
         steps_at = [bind(place * self.groups + tile.first_group) for place in places]
-        bytes_at = [
-            bind(byte_at(tile.first_group, term, self.rows, group) + place * TILE_K)
+        starts = [
+            bind(at + place * TILE_K)
             for place in places
-            for term in range(TERMS)
+            for at in bytes_at(tile.first_group, self.width, self.rows, group)
         ]
 
         def sum_at(m: int, v: int) -> Expr:
@@ -270,16 +270,14 @@ class _Prefill:
             for v in range(vectors):
                 store(acc[m], v * rows, rows, load(self.sums, sum_at(m, v), rows))
         with T.serial(0, tile.groups) as g:
-            sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in bytes_at], g)
-            shift = const(LOW_BITS, "int32", rows)
+            sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in starts], g)
             for v in range(vectors):
                 above, r = divmod(v, isa.vectors)
                 scale, offset = _affine(isa, self.scales, tile.scales_at[above] + g * (2 * ROW_BLOCK) + r * rows)
                 scale = bind(scale * const(factor, "float32", rows))
                 offset = fma(scale, const(middle, "float32", rows), offset)
                 for m in range(count):
-                    high, low = sums[m * TERMS : (m + 1) * TERMS]
-                    dot = bind((high[v] << shift) + low[v])
+                    dot = joined([run[v] for run in sums[m * self.width : (m + 1) * self.width]], rows)
                     value = bind(cast(dot, "float32", rows) * splat(load(self.step, steps_at[m] + g, 1), rows))
                     with_dot = fma(scale, value, load(acc[m], v * rows, rows))
                     total = splat(load(self.total, steps_at[m] + g, 1), rows)
@@ -288,20 +286,20 @@ class _Prefill:
             for v in range(vectors):
                 store(self.sums, sum_at(m, v), rows, load(acc[m], v * rows, rows))
 
-    def _dots(self, count: int, vectors: int, max_code: int, bytes_at: list[Expr], g: Expr) -> list[list[Expr]]:
+    def _dots(self, count: int, vectors: int, max_code: int, starts: list[Expr], g: Expr) -> list[list[Expr]]:
         """int32 [token and byte][row vector]: products with group ``g`` of the tile.
 
-        Both bytes at once, so that a weight is loaded once for them.
+        All bytes at once, so that a weight is loaded once for them.
         """
         isa = self.isa
-        products = isa.products(isa, count * TERMS, vectors, max_code)
+        products = isa.products(isa, count * self.width, vectors, max_code)
         for k in range(0, self.group, 16):
             at = bind((g * self.group + k) * ROW_BLOCK)
 
             def codes(j: int, v: int, at: Expr = at) -> Expr:
                 return load(self.tile, at + 4 * j * ROW_BLOCK + _in_tile(isa, v), isa.vector_bytes)
 
-            products.add(codes, self.q, [bind(start + k) for start in bytes_at])
+            products.add(codes, self.q, [bind(start + k) for start in starts])
         return products.results()
 
 
@@ -311,17 +309,17 @@ def _in_tile(isa: Isa, vector: int) -> int:
     return block * ROW_BLOCK * TILE_K + r * isa.vector_bytes
 
 
-def gemm(isa: Isa, plan: DepthPlan, group: int, name: str) -> None:
+def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """Many tokens of one depth; each row block is unpacked once per TILE_K weights and TOKENS_AT_ONCE tokens.
 
-    q: the first byte of the first token, of ``rows`` tokens' as ``activations.byte_at`` says; step, total f32
+    q: the first byte of the first token, of ``rows`` tokens' as ``activations.bytes_at`` says; step, total f32
     [count, G]; tokens i32 [count]: the row m of each in y f32, where the values of block ``begin + i`` are
     written at ``m * y_stride + 16 * i``; scratch: SCRATCH_BYTES.
     """
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8", "scales": "float16"}
     pointers |= {"y": "float32", "scratch": "uint8", "tokens": "int32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end", "count", "y_stride")) as args:
-        prefill = _Prefill(isa, plan, group, args)
+        prefill = _Prefill(isa, plan, group, width, args)
         turns = bind((prefill.count + (TOKENS_AT_ONCE - 1)) // TOKENS_AT_ONCE)
         blocks = bind((prefill.end - prefill.begin + (SUM_BLOCKS - 1)) // SUM_BLOCKS)
         with T.serial(0, turns) as turn, T.serial(0, blocks) as b:

@@ -55,7 +55,7 @@ class Products:
 
 
 class MatrixProducts(Products):
-    """By ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights], a lane per row and run; the two of a token do.
+    """By ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights], a lane per row and run; an odd run is its own pair.
 
     Two stored vectors of 4 rows and 4 weights become one of rows 0 and 1 and one of rows 2 and 3, of 8 weights.
     """
@@ -76,7 +76,7 @@ class MatrixProducts(Products):
     def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
         for half in range(2):
             words = [reinterpret(load(q, start + 8 * half, 8), "int64", 1) for start in starts]
-            pairs = [words[m : m + 2] for m in range(0, self.count, 2)]
+            pairs = [[words[m], words[min(m + 1, self.count - 1)]] for m in range(0, self.count, 2)]
             acts = [bind(reinterpret(T.Shuffle(pair, [0, 1]), "int8", 16)) for pair in pairs]
             for v in range(self.vectors):
                 for rows in range(2):

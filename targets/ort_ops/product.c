@@ -130,7 +130,7 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
   /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
   const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
   const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);
-  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + tiles * MBQ_TERMS * (size_t)rows * MBQ_TILE_K;
+  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;
   char *own = NULL, *memory = thread_scratch(bytes);
   if (memory == NULL) memory = own = malloc(bytes);
   if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);

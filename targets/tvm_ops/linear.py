@@ -8,10 +8,11 @@ from tvm.tirx.script import builder as T
 
 from mbq_runtime.profile import SliceProfile
 
-from ..kernels.activations import TERMS, TILE_K, chunks
+from ..kernels.activations import TILE_K, chunks
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
 from ..kernels.layout import ROW_BLOCK
 from ..kernels.matmul import SCRATCH_BYTES
+from ..spec import KernelSpec
 from .emit import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
 
 MAX_HIDDEN = 512
@@ -29,7 +30,7 @@ FIELDS = (
 budget table, hidden width of the router (0 for none), weights of this matrix and of all routed ones."""
 
 
-def linear(profile: SliceProfile, group: int, name: str) -> None:
+def linear(spec: KernelSpec, name: str) -> None:
     """x f32 [M', K], routed_by f32 [M, K], avg_bits f32 [1], weights u8 [bytes], used f32 [1] -> out f32 [M', N16].
 
     M' is M, or less where only the last tokens are wanted; all M are routed.  N16: N rounded up to
@@ -43,9 +44,10 @@ def linear(profile: SliceProfile, group: int, name: str) -> None:
         x, routed_by, avg_bits, weights, used, out, *rest = args
         at = dict(zip(FIELDS, rest, strict=True))
         depth = scratch(routed_by.shape[0], "int32")
+        profile = spec.profile
         _route(profile, routed_by, avg_bits, weights, at, depth)
         _count_bits(profile, routed_by.shape[0], depth, used, at)
-        _product(profile, group, x, bind(routed_by.shape[0] - x.shape[0]), depth, weights, at, out)
+        _product(spec, x, bind(routed_by.shape[0] - x.shape[0]), depth, weights, at, out)
 
 
 def _float64(buffer: Any, index: Expr) -> Expr:
@@ -132,14 +134,14 @@ def _count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at:
 
 
 def _product(
-    profile: SliceProfile, group: int, x: Tensor, skipped: Expr, depth: Any, weights: Tensor, at: dict[str, Expr],
-    out: Tensor,
-) -> None:  # fmt: skip
+    spec: KernelSpec, x: Tensor, skipped: Expr, depth: Any, weights: Tensor, at: dict[str, Expr], out: Tensor
+) -> None:
     """skipped: tokens at the front of ``depth`` that ``x`` does not have."""
+    profile, group = spec.profile, spec.group_size
     rows, k = x.shape
     n = out.shape[1]
     groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
-    q = scratch(chunks(groups, group) * (TERMS * TILE_K) * rows, "int8")
+    q = scratch(chunks(groups, group) * (spec.activation_bytes * TILE_K) * rows, "int8")
     step, sums = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
     planes, scales = weights.at(at["planes"]), weights.at(at["scales"])
     tokens, starts = _by_depth(profile, rows, skipped, depth)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mbq_runtime.profile import SliceProfile
-
 from ..kernels.emit import module
+from ..spec import KernelSpec
 from .attention import Attention, attention
 from .linear import linear
 from .pointwise import embed, gate, head_input, last, norm
@@ -21,8 +20,7 @@ class Shape:
     the rotation of the head's input, or None.
     """
 
-    profile: SliceProfile
-    group_size: int
+    spec: KernelSpec
     norm_eps: float
     activation: str
     attention: Attention
@@ -32,11 +30,11 @@ class Shape:
 def build_module(shape: Shape) -> Any:
     """IRModule with mbq_embed, norm, add_norm, last, linear, attention, gate, and head_input where it is needed."""
     with module() as builder:
-        embed(shape.profile, shape.group_size, "mbq_embed")
+        embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
         norm(shape.norm_eps, "mbq_norm", adds=False)
         norm(shape.norm_eps, "mbq_add_norm", adds=True)
         last("mbq_last")
-        linear(shape.profile, shape.group_size, "mbq_linear")
+        linear(shape.spec, "mbq_linear")
         attention(shape.attention, "mbq_attention")
         gate(shape.activation, "mbq_gate")
         if shape.head_input is not None:

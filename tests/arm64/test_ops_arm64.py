@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from userland import Userland
 
 from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import TARGETS
 
 pytestmark = pytest.mark.slow
@@ -32,30 +34,31 @@ BOARDS = [
     ("jetson-orin", "max"),
 ]
 # The project's own slices and group size go to every board, others to a board of each kind of kernel.
-USUAL = ("3,1,2,2", 64)
-RUNS = [(target, cpu, *USUAL) for target, cpu in BOARDS]
+USUAL = KernelSpec(SliceProfile((3, 1, 2, 2)), 64)
+RUNS = [(target, cpu, USUAL) for target, cpu in BOARDS]
 RUNS += [
-    ("arm64", "cortex-a76", "2,2,2,2", 32),
-    ("arm64", "cortex-a76", "1,2,1,4", 64),
-    ("arm64-i8mm", "max", "2,2,2,2", 32),
-    ("rpi4", "cortex-a72", "2,2,2,2", 128),
+    ("arm64", "cortex-a76", KernelSpec(SliceProfile((2, 2, 2, 2)), 32)),
+    ("arm64", "cortex-a76", KernelSpec(SliceProfile((1, 2, 1, 4)), 64)),
+    ("arm64", "cortex-a76", KernelSpec(SliceProfile((3, 1, 2, 2)), 64, activation_bits=8)),
+    ("arm64-i8mm", "max", KernelSpec(SliceProfile((2, 2, 2, 2)), 32)),
+    ("arm64-i8mm", "max", KernelSpec(SliceProfile((3, 1, 2, 2)), 64, activation_bits=8)),
+    ("rpi4", "cortex-a72", KernelSpec(SliceProfile((2, 2, 2, 2)), 128)),
+    ("rpi4", "cortex-a72", KernelSpec(SliceProfile((3, 1, 2, 2)), 64, activation_bits=8)),
 ]
 
-Cases = Callable[[str, int], Path]
-Library = Callable[[str, str, int], Path]
+Cases = Callable[[KernelSpec], Path]
+Library = Callable[[str, KernelSpec], Path]
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
-    """A folder of prepared cases for slices and a group size, each made once."""
-    folders: dict[tuple[str, int], Path] = {}
+    """A folder of prepared cases for a spec, each made once."""
 
-    def prepared(slices: str, group_size: int) -> Path:
-        if (slices, group_size) not in folders:
-            folder = tmp_path_factory.mktemp("cases")
-            helper("targets", "op_cases").prepare(folder, SliceProfile.parse(slices), group_size)
-            folders[slices, group_size] = folder
-        return folders[slices, group_size]
+    @cache
+    def prepared(spec: KernelSpec) -> Path:
+        folder = tmp_path_factory.mktemp("cases")
+        helper("targets", "op_cases").prepare(folder, spec)
+        return folder
 
     return prepared
 
@@ -64,9 +67,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """A target's op library, cross-built here."""
 
-    def built(target: str, slices: str, group_size: int) -> Path:
+    def built(target: str, spec: KernelSpec) -> Path:
         out = tmp_path_factory.mktemp("ops") / "libmbq_ops.so"
-        build_ops_library(TARGETS[target], SliceProfile.parse(slices), group_size, out)
+        build_ops_library(TARGETS[target], spec, out)
         return out
 
     return built
@@ -76,12 +79,12 @@ def test_every_arm64_target_is_run_here() -> None:
     assert {target.name for target in TARGETS.values() if target.arch == "aarch64"} == {name for name, _ in BOARDS}
 
 
-@pytest.mark.parametrize(("target", "cpu", "slices", "group_size"), RUNS)
+@pytest.mark.parametrize(("target", "cpu", "spec"), RUNS, ids=str)
 def test_ops_give_the_references_numbers(
-    userland: Userland, cases: Cases, library: Library, target: str, cpu: str, slices: str, group_size: int
+    userland: Userland, cases: Cases, library: Library, target: str, cpu: str, spec: KernelSpec
 ) -> None:
-    folder = cases(slices, group_size)
-    done = userland.run([OP_CHECK, folder, library(target, slices, group_size)], cpu=cpu, timeout=300)
+    folder = cases(spec)
+    done = userland.run([OP_CHECK, folder, library(target, spec)], cpu=cpu, timeout=300)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     closing = re.fullmatch(r"(\d+) cases, 0 problems", done.stdout.splitlines()[-1])
     assert closing is not None, done.stdout
@@ -90,5 +93,5 @@ def test_ops_give_the_references_numbers(
 
 def test_emulated_cores_refuse_what_they_lack(userland: Userland, cases: Cases, library: Library) -> None:
     """The proof of the proof: dot product code on a core without it must die, or passing above means nothing."""
-    done = userland.run([OP_CHECK, cases(*USUAL), library("arm64", *USUAL)], cpu="cortex-a72")
+    done = userland.run([OP_CHECK, cases(USUAL), library("arm64", USUAL)], cpu="cortex-a72")
     assert done.returncode == -signal.SIGILL

@@ -1,6 +1,6 @@
 """Static analysis, not a measurement: cycles per weight byte of every ARM decode kernel, by llvm-mca.
 
-    python tests/benchmarks/arm_static.py [--slices 2,2,2,2] [--group-size 64] [--llama-cpp FOLDER]
+    python tests/benchmarks/arm_static.py [--slices 2,2,2,2] [--group-size 64] [--activations 8] [--llama-cpp FOLDER]
 
 Takes the group loop of each ``gemv`` from the compiler's assembly and lets llvm-mca (Debian: ``apt install llvm``)
 issue it over and over on the scheduling model of the target's core, caches and memory left out.  Cores without a
@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 
 from mbq_runtime.profile import SliceProfile
-from mbq_targets.kernels.activations import TERMS
 from mbq_targets.kernels.isa import ISAS
 from mbq_targets.kernels.layout import ROW_BLOCK
 from mbq_targets.kernels.module import PREFIX, build_module, depth_plans
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import TARGETS, Target
 
 CORES = {
@@ -39,10 +39,10 @@ _LABEL = re.compile(r"^(\.LBB\w+):")
 _BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z|b)\s+.*?(\.LBB\w+)$")
 
 
-def assembly(target: Target, profile: SliceProfile, group_size: int) -> str:
+def assembly(target: Target, spec: KernelSpec) -> str:
     import tvm
 
-    module = build_module(ISAS[target.isa], profile, group_size)
+    module = build_module(ISAS[target.isa], spec)
     return str(tvm.compile(module, target=tvm.target.Target(target.llvm)).mod.inspect_source("asm"))
 
 
@@ -106,27 +106,29 @@ def cycles(instructions: list[str], core: str, features: str) -> float:
 @click.command()
 @click.option("--slices", default="2,2,2,2")
 @click.option("--group-size", default=64)
+@click.option("--activations", "activation_bits", type=click.IntRange(8, 16), default=16)
 @click.option("--llama-cpp", type=click.Path(path_type=Path, exists=True))
-def main(slices: str, group_size: int, llama_cpp: Path | None) -> None:
+def main(slices: str, group_size: int, activation_bits: int, llama_cpp: Path | None) -> None:
     """See the module's docstring."""
     if shutil.which("llvm-mca") is None:
         raise SystemExit("llvm-mca is not here: apt install llvm")
     profile = SliceProfile.parse(slices)
+    spec = KernelSpec(profile, group_size, activation_bits)
     version = subprocess.run(["llvm-mca", "--version"], capture_output=True, text=True, check=True).stdout
-    print(f"static analysis by llvm-mca, {version.splitlines()[0].strip()}; slices {profile}, groups of {group_size}\n")
+    print(f"static analysis by llvm-mca, {version.splitlines()[0].strip()}; {spec}\n")
     print("| kernels | core | bits | cycles a group of 16 rows | weight bytes/cycle | stack accesses |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     weights = ROW_BLOCK * group_size
     for name, cores in CORES.items():
         target = TARGETS[name]
         pattern, covered = _DOTS[target.isa]
-        source = assembly(target, profile, group_size)
+        source = assembly(target, spec)
         plans = depth_plans(profile, ISAS[target.isa].max_width)
         for depth, (bits, plan) in enumerate(zip(profile.depth_bits, plans, strict=True), 1):
             lines = function(source, f"{PREFIX}gemv_d{depth}_compute_")
             inner, dots = inner_loop(lines, pattern)
             # A loop may hold a whole group of 16 rows or some of its rows: its products tell.
-            share = dots * covered / (weights * TERMS * len(plan.segments))
+            share = dots * covered / (weights * spec.activation_bytes * len(plan.segments))
             for core, said in cores:
                 spent = cycles(inner, core, "+dotprod" if "dotprod" in target.isa else "+neon") / share
                 print(table_row(f"{name} ({target.isa})", said, bits, weights, spent, inner))

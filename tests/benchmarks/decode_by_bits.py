@@ -41,6 +41,7 @@ from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import RouterParams
 from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import resolve
 
 GROUP_SIZE = 64
@@ -182,7 +183,7 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
             session = open_session(folder, threads, None)
             sides[name] = (session, feed(session, 0))
         library = Path(scratch) / "libmbq_ops.so"
-        build_ops_library(resolve("host"), profile, GROUP_SIZE, library)
+        build_ops_library(resolve("host"), KernelSpec(profile, GROUP_SIZE), library)
         bundle.write_model(model, tensors, Path(scratch))
         session = open_session(Path(scratch), threads, library)
         for bits in profile.depth_bits:

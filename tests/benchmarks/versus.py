@@ -1,7 +1,8 @@
 """A bundle beside llama.cpp's files and onnxruntime-genai's models of the same weights: decode, prefill, bandwidth.
 
-Every side runs in a process of its own; they take turns within one run, and each turn begins with passes
-that are not counted.  Prints the machine, a table of medians with quartiles, the ratios and raw JSON on request:
+Sides called a8 are bundles with activations of 8 bits.  Every side runs in a process of its own; they take turns within
+one run, and each turn begins with passes that are not counted.  Prints the machine, a table of medians with quartiles,
+the ratios and raw JSON on request:
 
     python tests/benchmarks/versus.py [--model llama-1b] [--slices 2,2,2,2] [--threads 2] [--json FILE]
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from versus_models import CHECKPOINTS, Side, default_work_folder, library_versions, sides
+from versus_models import CHECKPOINTS, OURS, Side, default_work_folder, library_versions, sides
 from versus_worker import PROBE_BYTES
 
 from mbq_runtime.manifest import read as read_manifest
@@ -48,7 +49,6 @@ GOALS: tuple[tuple[float, tuple[str, ...], dict[str, float]], ...] = (
     (8, ("llama.cpp Q8_0",), {"llama-1b": 1.2}),
 )
 PREFILL_GOAL = 1.3
-OURS = ("mbq", "mbq tvm")
 
 
 class Worker:

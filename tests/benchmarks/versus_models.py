@@ -34,11 +34,14 @@ from mbq_export.slicing.reference import RouterParams
 from mbq_runtime.manifest import OPS_LIBRARY, QualityPoint, read
 from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import TARGETS, resolve
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 GENAI_PRECISIONS = ("int4", "int8")
 OWN_ENGINES = ("onnx", "tvm")
+OURS = {"mbq": ("mbq", 16), "mbq tvm": ("mbq tvm", 16), "mbq a8": ("mbq", 8), "mbq tvm a8": ("mbq tvm", 8)}
+"""This project's sides: what the worker runs, and the bits of activations."""
 
 _LLAMA_1B: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -103,13 +106,13 @@ def spread_router(profile: SliceProfile, share: float, hidden: int, k: int) -> R
     )
 
 
-def write_bundle(model: Path, profile: SliceProfile, out: Path) -> None:
+def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: Path) -> None:
     """A bundle for this machine, rounded to nearest.  Its speed is that of a calibrated one: bytes, ops and
     routers of the same size, but no text is run through the model."""
     options = Options(
-        model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto", method="rtn",
-        engines=OWN_ENGINES, tune_steps=0, router="mlp", floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0,
-        force=False,
+        model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto",
+        activation_bits=activation_bits, method="rtn", engines=OWN_ENGINES, tune_steps=0, router="mlp",
+        floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0, force=False,
     )  # fmt: skip
     prepared = prepare(options)
     checkpoint = load(prepared.source)
@@ -133,7 +136,8 @@ def has_these_kernels(folder: Path) -> bool:
     manifest = read(folder)
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch, "ops.so")
-        build_ops_library(TARGETS[manifest.target.name], SliceProfile(manifest.slices), manifest.group_size, built)
+        spec = KernelSpec(manifest.profile, manifest.group_size, manifest.activation_bits)
+        build_ops_library(TARGETS[manifest.target.name], spec, built)
         return built.read_bytes() == (folder / OPS_LIBRARY).read_bytes()
 
 
@@ -160,15 +164,15 @@ def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Itera
     """All sides of a model that can be had here, their files made when missing."""
     checkpoint = _once(work / model / "checkpoint", CHECKPOINTS[model])
 
-    def bundle(out: Path) -> None:
-        write_bundle(checkpoint, SliceProfile.parse(slices), out)
+    for name, (engine, activation_bits) in OURS.items():
 
-    place = work / model / f"mbq-{slices.replace(',', '')}"
-    if place.exists() and not has_these_kernels(place):
-        shutil.rmtree(place)
-    made = _once(place, bundle)
-    for name in ("mbq", "mbq tvm"):
-        yield Side(name, name, made, bits)
+        def bundle(out: Path, activation_bits: int = activation_bits) -> None:
+            write_bundle(checkpoint, SliceProfile.parse(slices), activation_bits, out)
+
+        place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}"
+        if place.exists() and not has_these_kernels(place):
+            shutil.rmtree(place)
+        yield Side(name, engine, _once(place, bundle), bits)
     if importlib.util.find_spec("llama_cpp") is not None:
 
         def float32(out: Path) -> None:

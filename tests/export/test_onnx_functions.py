@@ -101,11 +101,13 @@ def weighted_node(
     return node
 
 
-def matmul_model(sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 22) -> bytes:
+def matmul_model(
+    sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 22, activation_bits: int = 16
+) -> bytes:
     weights = portable.pack_nbits(sliced, profile)
     node = weighted_node("SlicedMatMul", ["x", "depth"], "y", sliced, profile)
     inputs = {"x": (onnx.TensorProto.FLOAT, x_rank), "depth": (onnx.TensorProto.INT32, x_rank - 1)}
-    functions = portable.portable_functions(profile, sliced.group_size, mlp=False)
+    functions = portable.portable_functions(profile, sliced.group_size, activation_bits, mlp=False)
     return make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, x_rank)}, weights, functions, opset)
 
 
@@ -117,7 +119,7 @@ def two_terms(x: F32, group_size: int) -> Array:
     """float64, the shape of x [M, K]: int8 in steps of a 127th of the group's peak, and once more what that leaves."""
     groups = x.reshape(len(x), -1, group_size)
     total, rest = np.zeros(groups.shape), groups
-    for _ in range(portable.ACTIVATION_TERMS):
+    for _ in range(2):
         peak = np.abs(rest).max(axis=2, keepdims=True)
         inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
         term = np.rint(rest * inverse).astype(np.float64) * (peak / np.float32(127))
@@ -151,6 +153,19 @@ def test_sliced_matmul_is_the_reference(slices: str, n: int, k: int, group_size:
         depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
         y = session.run(None, {"x": x, "depth": depth})[0]
         assert_close(y, product(x, depth, sliced, profile))
+
+
+@pytest.mark.parametrize("slices", PROFILES)
+def test_one_term_is_the_reference_of_one_byte(slices: str) -> None:
+    profile = SliceProfile.parse(slices)
+    rng = np.random.default_rng(8)
+    sliced = random_sliced(20, 256, 64, rng)
+    session = load(matmul_model(sliced, profile, activation_bits=8))
+    for m in (1, 33):
+        x = rng.standard_normal((m, 256)).astype(np.float32)
+        depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
+        y = session.run(None, {"x": x, "depth": depth})[0]
+        assert_close(y, reference.sliced_matmul(x, depth, sliced, profile, activation_bits=8))
 
 
 @pytest.mark.parametrize("slices", PROFILES)

@@ -110,6 +110,13 @@ def test_activations_round_to_two_bytes() -> None:
     assert (q[0, 32:] == 0).all()
 
 
+def test_activations_round_to_one_byte() -> None:
+    x = np.array([[0.0, 1.0, -2.0, 0.5, 1.001] + [0.0] * 27], np.float32)
+    q, step = quantize_activations(x, 32, bits=8)
+    assert list(q[0, :5]) == [0, 64, -127, 32, 64]  # 63.5 to even, 31.75, 63.6
+    np.testing.assert_allclose(step, [[2 / 127]])
+
+
 def test_matmul_and_gather_follow_decode() -> None:
     profile = SliceProfile.parse("2,2,2,2")
     rng = np.random.default_rng(4)

@@ -27,6 +27,7 @@ PROMPT = np.random.default_rng(5).integers(0, 256, 20).tolist()
 NEW_TOKENS = 20
 # Both round activations alike; what their float32 sums leave is a millionth, and now and then a step of rounding.
 BETWEEN_ENGINES = 1e-3
+BETWEEN_ENGINES_8 = 3e-2  # there a step is 256 times as large
 ORIGINAL = 0.1  # eight-bit slices of random weights
 TIE = 1e-3
 
@@ -114,6 +115,22 @@ def test_a_bundle_for_tvm_alone(bundles: dict[str, tuple[Path, Path]], calibrati
     manifest.verify(tmp_path / "bundle")
 
 
+def test_activations_of_8_bits(bundles: dict[str, tuple[Path, Path]], calibration_text: Path, tmp_path: Path) -> None:
+    """In every form of the model, and near to those of 16 bits but not the same."""
+    source, wide = bundles["llama"]
+    export(source, tmp_path / "native", calibration_text, "--activations", "8", "--engine", "both")
+    export(source, tmp_path / "portable", calibration_text, "--activations", "8", "--target", "portable")
+    narrow = [Engine.load(tmp_path / "native", engine=name) for name in ("onnx", "tvm")]
+    narrow.append(Engine.load(tmp_path / "portable" / f"{source.name}-portable"))
+    assert all(engine.manifest.activation_bits == 8 for engine in narrow)
+    for bits in (3.0, 8.0):
+        expected = Engine.load(wide, engine="onnx").logits(PROMPT, bits).logits
+        found = [engine.logits(PROMPT, bits).logits for engine in narrow]
+        for logits in found:
+            assert BETWEEN_ENGINES < np.abs(logits - expected).max() / np.abs(expected).max() < 0.05
+            assert np.abs(logits - found[0]).max() <= BETWEEN_ENGINES_8 * np.abs(expected).max()
+
+
 def test_a_missing_library(bundles: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     copy = shutil.copytree(bundles["llama"][1], tmp_path / "copy")
     (copy / "decoder.so").unlink()
@@ -137,6 +154,7 @@ def test_a_machine_without_the_runtime(bundles: dict[str, tuple[Path, Path]], mo
     ("args", "message"),
     [
         (["--engine", "abacus"], "'abacus' is not known; choose one of: onnx, tvm, both"),
+        (["--activations", "8", "--target", "webgpu"], "--activations 8: webgpu computes with floating-point"),
         (["--engine", "tvm", "--target", "portable"], "tvm: it does not run on target portable; use --engine onnx"),
     ],
 )

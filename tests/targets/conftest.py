@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mbq_runtime.isa import problem, this_machine
-from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import TARGETS, Target
 
-Build = Callable[[str, str, int], Path]
+Build = Callable[[str, KernelSpec], Path]
 
 
 def runnable() -> list[Target]:
@@ -24,13 +24,13 @@ def runnable() -> list[Target]:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """(target name, slices, group size) -> path of the built library; each is built once."""
+    """(target name, spec) -> path of the built library; each is built once."""
     folder = tmp_path_factory.mktemp("libraries")
 
-    def build(target: str, slices: str, group: int) -> Path:
-        path = folder / f"{target}_{slices.replace(',', '')}_{group}.so"
+    def build(target: str, spec: KernelSpec) -> Path:
+        path = folder / f"{target} {spec}.so"
         if not path.exists():
-            build_ops_library(TARGETS[target], SliceProfile.parse(slices), group, path)
+            build_ops_library(TARGETS[target], spec, path)
         return path
 
     return build

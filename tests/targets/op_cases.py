@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mbq_export.slicing import reference as ref
 from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.profile import SliceProfile
+from mbq_targets.spec import KernelSpec
 
 # Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
 RELATIVE = 1e-6
@@ -77,24 +78,24 @@ def term_sizes(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> ref.F64
     return np.asarray(np.abs(offset) + np.abs(ref.decode(sliced, profile, depth) - offset))
 
 
-def matmul_tolerance(x: ref.F32, depth: ref.I32, sliced: ref.Sliced, profile: SliceProfile) -> ref.F64:
+def matmul_tolerance(x: ref.F32, depth: ref.I32, sliced: ref.Sliced, spec: KernelSpec) -> ref.F64:
     """How far each output of rows [M, K] at depths [M] may stray, float64 [M, N]."""
-    sizes = np.abs(ref.round_activations(x, sliced.group_size))
-    allowed = [s @ term_sizes(sliced, profile, int(d)).T for s, d in zip(sizes, depth, strict=True)]
+    sizes = np.abs(ref.round_activations(x, sliced.group_size, spec.activation_bits))
+    allowed = [s @ term_sizes(sliced, spec.profile, int(d)).T for s, d in zip(sizes, depth, strict=True)]
     return RELATIVE * np.array(allowed).reshape(len(x), len(sliced.codes))
 
 
-def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile) -> Runs:
+def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, spec: KernelSpec) -> Runs:
     """One token at every depth, then batches: mixed depths, and one depth."""
-    k, group = sliced.codes.shape[1], sliced.group_size
-    depths = [np.array([d], np.int32) for d in range(1, profile.depths + 1)]
-    depths += [rng.integers(1, profile.depths + 1, m).astype(np.int32) for m in (2, 5, 33)]
-    depths += [np.full(11, profile.depths, np.int32)]
+    k, group, depth_count = sliced.codes.shape[1], sliced.group_size, spec.profile.depths
+    depths = [np.array([d], np.int32) for d in range(1, depth_count + 1)]
+    depths += [rng.integers(1, depth_count + 1, m).astype(np.int32) for m in (2, 5, 33)]
+    depths += [np.full(11, depth_count, np.int32)]
     runs: Runs = []
     for depth in depths:
         x = activations(rng, len(depth), k, group)
-        y = ref.sliced_matmul(x, depth, sliced, profile)
-        tolerance = matmul_tolerance(x, depth, sliced, profile)
+        y = ref.sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
+        tolerance = matmul_tolerance(x, depth, sliced, spec)
         runs.append({"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance[None]}})
     return runs
 
@@ -195,7 +196,7 @@ def routed_model(sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterPa
 
 
 def routed_runs(
-    rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterParams, width: int
+    rng: np.random.Generator, sliced: ref.Sliced, spec: KernelSpec, router: ref.RouterParams, width: int
 ) -> Runs:
     """One token and many, all of them multiplied, the last ones, or none."""
     k, group = sliced.codes.shape[1], sliced.group_size
@@ -206,8 +207,8 @@ def routed_runs(
             rows = min(rows, len(by))
             x = activations(rng, rows, k, group)
             last = depth[len(depth) - rows :]
-            y = ref.sliced_matmul(x, last, sliced, profile)
-            tolerance = matmul_tolerance(x, last, sliced, profile)
+            y = ref.sliced_matmul(x, last, sliced, spec.profile, spec.activation_bits)
+            tolerance = matmul_tolerance(x, last, sliced, spec)
             runs.append(
                 {
                     "in": {"x": x[None], "routed_by": by[None], "avg_bits": np.array([bits], np.float32)},
@@ -249,13 +250,14 @@ SHAPES = {
 }
 
 
-def prepare(folder: Path, profile: SliceProfile, group: int, seed: int = 0) -> None:
-    """Write the cases of every op for one profile and group size, for ``op_check.main``."""
+def prepare(folder: Path, spec: KernelSpec, seed: int = 0) -> None:
+    """Write the cases of every op for ``op_check.main``."""
+    profile, group = spec.profile, spec.group_size
     rng = np.random.default_rng(seed)
     for n, k in SHAPES[group]:
         sliced = weight(rng, n, k, group)
         model = matmul_model(sliced, profile, stored(sliced, profile))
-        save_case(folder, f"matmul_{n}x{k}", model, matmul_runs(rng, sliced, profile))
+        save_case(folder, f"matmul_{n}x{k}", model, matmul_runs(rng, sliced, spec))
     sliced = weight(rng, 50, SHAPES[group][0][1], group)
     for depth in range(1, profile.depths + 1):
         save_case(folder, f"gather_d{depth}", *gather_case(rng, sliced, profile, depth))
@@ -264,5 +266,5 @@ def prepare(folder: Path, profile: SliceProfile, group: int, seed: int = 0) -> N
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):
         router = router_params(rng, profile.depths, k, hidden)
         save_case(folder, f"router_h{hidden}", router_model(router, k), router_runs(rng, router, k))
-        runs = routed_runs(rng, sliced, profile, router, k)
+        runs = routed_runs(rng, sliced, spec, router, k)
         save_case(folder, f"routed_h{hidden}", routed_model(sliced, profile, router, k), runs)

@@ -16,6 +16,7 @@ from mbq_runtime.errors import BuildError
 from mbq_runtime.profile import SliceProfile
 from mbq_targets import build as build_room
 from mbq_targets.build import build_ops_library
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import TARGETS
 
 PROFILE = SliceProfile((3, 1, 2, 2))
@@ -44,7 +45,7 @@ def needed(data: bytes) -> tuple[int, set[str]]:
 
 @pytest.mark.parametrize("target", [t.name for t in TARGETS.values() if t.native])
 def test_every_target_builds_here(target: str, library: Build) -> None:
-    data = library(target, str(PROFILE), 64).read_bytes()
+    data = library(target, KernelSpec(PROFILE, 64)).read_bytes()
     machine, libraries = needed(data)
     assert machine == MACHINES[TARGETS[target].arch]
     assert "libc.so.6" in libraries
@@ -54,13 +55,14 @@ def test_every_target_builds_here(target: str, library: Build) -> None:
 
 def test_the_library_says_what_it_is_for(library: Build) -> None:
     target = runnable()[0]
-    info = ctypes.CDLL(str(library(target.name, str(PROFILE), 64))).mbq_ops_build_info
+    info = ctypes.CDLL(str(library(target.name, KernelSpec(PROFILE, 64)))).mbq_ops_build_info
     info.restype = ctypes.c_char_p
-    assert info().decode() == f"target={target.name} isa={target.isa} slices=3,1,2,2 group_size=64"
+    wanted = f"target={target.name} isa={target.isa} slices=3,1,2,2 group_size=64 activation_bits=16"
+    assert info().decode() == wanted
 
 
 def test_only_the_entry_points_are_exported(library: Build) -> None:
-    loaded = ctypes.CDLL(str(library(runnable()[0].name, str(PROFILE), 64)))
+    loaded = ctypes.CDLL(str(library(runnable()[0].name, KernelSpec(PROFILE, 64))))
     assert loaded.RegisterCustomOps
     for hidden in ("__tvm_ffi_mbq_quantize", "TVMFFIErrorSetRaisedFromCStrParts", "ort_api"):
         with pytest.raises(AttributeError):
@@ -68,25 +70,26 @@ def test_only_the_entry_points_are_exported(library: Build) -> None:
 
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same request is compiled once; the key separates target, profile and group size."""
+    """The same request is compiled once; the key separates targets and specs."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     built = []
 
-    def fake(target: object, profile: object, group: object, folder: Path) -> Path:
-        built.append((target, profile, group))
+    def fake(target: object, spec: object, folder: Path) -> Path:
+        built.append((target, spec))
         (folder / "x.so").write_bytes(b"library")
         return folder / "x.so"
 
     monkeypatch.setattr(build_room, "_build", fake)
     requests = [
-        ("rpi5", PROFILE, 64),
-        ("rpi4", PROFILE, 64),
-        ("rpi5", SliceProfile((2, 2, 2, 2)), 64),
-        ("rpi5", PROFILE, 32),
+        ("rpi5", KernelSpec(PROFILE, 64)),
+        ("rpi4", KernelSpec(PROFILE, 64)),
+        ("rpi5", KernelSpec(SliceProfile((2, 2, 2, 2)), 64)),
+        ("rpi5", KernelSpec(PROFILE, 32)),
+        ("rpi5", KernelSpec(PROFILE, 64, activation_bits=8)),
     ]
-    for target, profile, group in (*requests, *requests):
+    for target, spec in (*requests, *requests):
         out = tmp_path / "out" / "lib.so"
-        build_ops_library(TARGETS[target], profile, group, out)
+        build_ops_library(TARGETS[target], spec, out)
         assert out.read_bytes() == b"library"
     assert len(built) == len(requests)
     assert len(list((tmp_path / "cache/ops").iterdir())) == len(requests)
@@ -95,12 +98,14 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_portable_has_no_library(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="target portable: it has no native library to build"):
-        build_ops_library(TARGETS["portable"], PROFILE, 64, tmp_path / "x.so")
+        build_ops_library(TARGETS["portable"], KernelSpec(PROFILE, 64), tmp_path / "x.so")
 
 
-def test_group_size_without_kernels(tmp_path: Path) -> None:
+def test_numbers_without_kernels() -> None:
     with pytest.raises(BuildError, match="group size 48: kernels exist for 32, 64, 128"):
-        build_ops_library(TARGETS["rpi5"], PROFILE, 48, tmp_path / "x.so")
+        KernelSpec(PROFILE, 48)
+    with pytest.raises(BuildError, match="activation bits 4: kernels exist for 8, 16"):
+        KernelSpec(PROFILE, 64, activation_bits=4)
 
 
 def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,5 +113,5 @@ def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypa
     broken = SimpleNamespace(mod=SimpleNamespace(write_to_file=lambda out: Path(out).write_bytes(b"not an object")))
     monkeypatch.setattr(build_room, "_compiled", lambda *args: broken)
     with pytest.raises(BuildError, match=r"linking the library for rpi5 failed: .*error"):
-        build_ops_library(TARGETS["rpi5"], PROFILE, 64, tmp_path / "x.so")
+        build_ops_library(TARGETS["rpi5"], KernelSpec(PROFILE, 64), tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()

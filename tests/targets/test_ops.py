@@ -14,38 +14,37 @@ from conftest import Build, runnable
 
 from mbq_export.slicing import reference as ref
 from mbq_runtime.profile import SliceProfile
-
-FORMATS = [
-    ("2,2,2,2", 32),
-    ("2,2,2,2", 64),
-    ("2,2,2,2", 128),
-    ("3,1,2,2", 32),
-    ("3,1,2,2", 64),
-    ("3,1,2,2", 128),
-    ("1,1,2,2,2", 64),  # lone and paired 1-bit planes
-    ("3,3,2", 32),  # segments that do not join
-    ("8", 128),  # a single depth: no router decision
-]
-
+from mbq_targets.spec import KernelSpec
 
 # What the kernels are compiled for matters to each instruction set; all group sizes to the machine's best.
-FEW = [("2,2,2,2", 64), ("3,1,2,2", 64), ("1,1,2,2,2", 64), ("3,3,2", 32), ("8", 128)]
-CASES = [(t.name, *f) for i, t in enumerate(runnable()) for f in (FEW if i else FORMATS)]
+FEW = [
+    ("2,2,2,2", 64, 16),
+    ("2,2,2,2", 64, 8),
+    ("3,1,2,2", 64, 16),
+    ("3,1,2,2", 64, 8),
+    ("1,1,2,2,2", 64, 16),  # lone and paired 1-bit planes
+    ("3,3,2", 32, 16),  # segments that do not join
+    ("8", 128, 16),  # a single depth: no router decision
+]
+MORE = [("2,2,2,2", 32, 16), ("2,2,2,2", 128, 16), ("3,1,2,2", 32, 8), ("3,1,2,2", 128, 16)]
+CASES = [(t.name, *f) for i, t in enumerate(runnable()) for f in (FEW if i else FEW + MORE)]
 
 
-@pytest.mark.parametrize(("target", "slices", "group"), CASES)
-def test_ops_agree_with_the_reference(target: str, slices: str, group: int, library: Build, tmp_path: Path) -> None:
-    profile = SliceProfile.parse(slices)
-    built = library(target, slices, group)
-    op_cases.prepare(tmp_path, profile, group)
+@pytest.mark.parametrize(("target", "slices", "group", "activation_bits"), CASES)
+def test_ops_agree_with_the_reference(
+    target: str, slices: str, group: int, activation_bits: int, library: Build, tmp_path: Path
+) -> None:
+    spec = KernelSpec(SliceProfile.parse(slices), group, activation_bits)
+    built = library(target, spec)
+    op_cases.prepare(tmp_path, spec)
     cases = sorted(tmp_path.iterdir())
-    assert len(cases) == len(op_cases.SHAPES[group]) + profile.depths + 8
+    assert len(cases) == len(op_cases.SHAPES[group]) + spec.profile.depths + 8
     assert [line for case in cases for line in op_check.check_case(case, built)] == []
 
 
 @pytest.fixture(params=[t.name for t in runnable()])
 def built(request: pytest.FixtureRequest, library: Build) -> Path:
-    return library(request.param, "2,2,2,2", 64)
+    return library(request.param, KernelSpec(PROFILE, 64))
 
 
 PROFILE = SliceProfile((2, 2, 2, 2))

@@ -14,6 +14,7 @@ from conftest import Build, runnable
 from onnx import TensorProto
 
 from mbq_runtime.profile import SliceProfile
+from mbq_targets.spec import KernelSpec
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 OPS = r"(RoutedMatMul|SlicedMatMul|SlicedGather|Router|GatedSilu) \""
@@ -22,7 +23,7 @@ N, K, GROUP = 40, 128, 64
 
 @pytest.fixture(scope="module")
 def built(library: Build) -> Path:
-    return library(runnable()[0].name, "2,2,2,2", GROUP)
+    return library(runnable()[0].name, KernelSpec(PROFILE, GROUP))
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,30 +14,41 @@ from numpy.typing import NDArray
 from mbq_export.slicing.reference import RouterParams, Sliced, pack_planes, pack_scales, route, sliced_matmul
 from mbq_runtime.profile import SliceProfile
 from mbq_targets.build import build_decoder
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import resolve
 from mbq_targets.tvm_ops.attention import Attention
 from mbq_targets.tvm_ops.linear import FIELDS
 from mbq_targets.tvm_ops.module import Shape, build_module
 
 PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
+SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
 Array = NDArray[Any]
 
 
-@pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def compiled(spec: KernelSpec, folder: Path) -> Callable[[str], Any]:
     import tvm
 
     target = resolve("host")
     if not target.native:
         pytest.skip("no kernels for this machine")
-    library = tmp_path_factory.mktemp("ops") / "ops.so"
-    shape = Shape(PROFILE, GROUP, 1e-5, "gelu_tanh", HEADS, (16, 20))
-    build_decoder(target, PROFILE, GROUP, build_module(shape), library)
-    module = tvm.runtime.load_module(str(library))
+    shape = Shape(spec, 1e-5, "gelu_tanh", HEADS, (16, 20))
+    build_decoder(target, spec, build_module(shape), folder / "ops.so")
+    module = tvm.runtime.load_module(str(folder / "ops.so"))
     return lambda name: module[f"mbq_{name}"]
+
+
+@pytest.fixture(scope="module")
+def of_spec(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelSpec], Callable[[str], Any]]:
+    """The operations for a spec, by name, compiled once."""
+    return cache(lambda spec: compiled(spec, tmp_path_factory.mktemp("ops")))
+
+
+@pytest.fixture
+def ops(of_spec: Callable[[KernelSpec], Callable[[str], Any]]) -> Callable[[str], Any]:
+    return of_spec(SPECS[0])
 
 
 def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
@@ -48,9 +61,13 @@ def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
     return np.frombuffer(data, np.uint8).copy(), places
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("bits", [3.0, 4.6, 8.0])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (2, 2), (9, 1), (40, 40)])
-def test_linear(ops: Callable[[str], Any], tokens: int, wanted: int, bits: float) -> None:
+def test_linear(
+    of_spec: Callable[[KernelSpec], Callable[[str], Any]], tokens: int, wanted: int, bits: float, spec: KernelSpec
+) -> None:
+    ops = of_spec(spec)
     rng = np.random.default_rng(tokens)
     scale = (rng.random((N, K // GROUP)) * 0.1).astype(np.float16)
     sliced = Sliced(rng.integers(0, 256, (N, K), np.uint8), scale, -(scale * 2).astype(np.float16))
@@ -74,7 +91,7 @@ def test_linear(ops: Callable[[str], Any], tokens: int, wanted: int, bits: float
     used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
     ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *(numbers[f] for f in FIELDS), out)
     depth = route(x, bits, router)
-    expected = sliced_matmul(x, depth, sliced, PROFILE)[-wanted:] + bias[:N]
+    expected = sliced_matmul(x, depth, sliced, PROFILE, spec.activation_bits)[-wanted:] + bias[:N]
     assert np.abs(out[:, :N] - expected).max() <= RELATIVE * np.abs(expected).max()
     assert not out[:, N:].any()
     assert used[0] == pytest.approx(1 + 0.75 * np.mean([PROFILE.depth_bits[d - 1] for d in depth]))
