@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from mbq_runtime.errors import ModelError
 from mbq_runtime.isa import this_machine
@@ -20,6 +21,7 @@ from mbq_runtime.profile import SliceProfile
 
 from .checkpoint import Checkpoint
 from .families import Unit
+from .plan import KEPT_ACTIVATION_BYTES, activation_bytes
 from .slicing.reference import Sliced, decode_f32
 
 
@@ -52,12 +54,13 @@ class Blocks:
         """What the model hands to each block besides the residual stream: masks, positions, rotations."""
         seen: list[dict[str, Any]] = []
 
-        def note(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(hidden: Hidden, **kwargs: Any) -> Hidden:
             seen.append(kwargs)
+            return hidden
 
-        with ExitStack() as hooks, torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
             for layer in self.layers:
-                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+                stack.enter_context(_forward_is(layer, note))
             self.checkpoint.model.model(torch.zeros(1, context, dtype=torch.long), use_cache=False)
         return seen
 
@@ -77,6 +80,27 @@ class Blocks:
         with torch.no_grad():
             normed: torch.Tensor = self.checkpoint.model.model.norm(hidden)[0]
         return normed
+
+
+@contextmanager
+def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While the block runs, a call of ``module`` is one of ``forward``."""
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
+@contextmanager
+def lean_backward(checkpoint: Checkpoint) -> Iterator[None]:
+    """For backward passes through all blocks: where a window's activations would take more than
+    ``KEPT_ACTIVATION_BYTES``, a block keeps its input alone and is run again when its turn comes."""
+    with ExitStack() as stack:
+        if activation_bytes(checkpoint.decoder) > KEPT_ACTIVATION_BYTES:
+            for layer in checkpoint.model.model.layers:
+                stack.enter_context(_forward_is(layer, partial(recomputed, layer.forward, use_reentrant=False)))
+        yield
 
 
 def values_at(sliced: Sliced, profile: SliceProfile, depth: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from mbq_runtime.manifest import QualityPoint
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import quality
-from .blocks import fast_dtype
+from .blocks import fast_dtype, values_at
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
@@ -24,7 +24,7 @@ from .slicing import rtn
 from .slicing.importance import token_importance
 from .slicing.reference import RouterParams, Sliced, route, router_scores
 from .slicing.rotation import HeadInput, rotate
-from .slicing.sequential import slice_model, write_depth
+from .slicing.sequential import slice_model
 from .slicing.smoothing import smooth
 from .slicing.tuning import Teacher, tune
 from .store import Store
@@ -89,7 +89,7 @@ def calibrate(
 
     fitted, held_back: int64 [windows, context] tokens; slices are fitted to the first, routers and
     thresholds to one half of the second, and measured on the other half.  The checkpoint's weights
-    are changed in place.  ``recipe.group_size`` must divide every unit's K.
+    are changed in place, and those of its linear layers released.  ``recipe.group_size`` must divide every unit's K.
     Raises ModelError for weights or activations that are not finite.
     """
 
@@ -101,11 +101,9 @@ def calibrate(
     routing_windows, measured_windows = np.array_split(held_back, 2)
     reference = quality.reference(checkpoint, measured_windows)
     slices, embedding, head_scale, head_input = _slices(checkpoint, fitted, recipe, store, stage)
-    for unit in checkpoint.decoder.units():
-        write_depth(checkpoint, unit, slices[unit.name], profile, profile.depths)
     if checkpoint.decoder.tied:
-        table = checkpoint.weight(checkpoint.decoder.head) / head_scale
-        checkpoint.model.get_input_embeddings().weight.copy_(torch.from_numpy(table))
+        table = values_at(slices[checkpoint.decoder.head.name], profile, profile.depths) / torch.from_numpy(head_scale)
+        checkpoint.model.get_input_embeddings().weight.copy_(table)
     names = list(candidates.ROUTERS) if recipe.router == "auto" else [recipe.router]
     stats = collect(
         checkpoint, slices, profile, routing_windows, recipe.seed,
@@ -167,6 +165,7 @@ def _slices(
         slices = {}
         for i, unit in enumerate(units):
             slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
+            checkpoint.release(unit)
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input
     teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None

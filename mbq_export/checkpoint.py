@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,17 @@ def _check_folder(folder: Path) -> None:
 
 @dataclass
 class Checkpoint:
-    """A loaded float32 model on the CPU with its tokenizer and its description."""
+    """A loaded float32 model on the CPU with its tokenizer and its description.  parameters: how many weights it had
+    when it was loaded."""
 
     source: Source
     decoder: Decoder
     model: Any
     tokenizer: Any
+    parameters: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.model.num_parameters()
 
     @property
     def opening_tokens(self) -> list[int]:
@@ -122,6 +127,11 @@ class Checkpoint:
     def weight(self, unit: Unit) -> NDArray[np.float32]:
         """float32 [N, K]: the unit's weights, stacked."""
         return torch.cat([self.linear(name).weight.detach() for name in unit.sources]).numpy()
+
+    def release(self, unit: Unit) -> None:
+        """Give back the memory of the unit's weights, which are not needed any more; biases stay."""
+        for name in unit.sources:
+            self.linear(name).weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def bias(self, unit: Unit) -> NDArray[np.float32] | None:
         """float32 [N], or None when none of the unit's layers has one."""

@@ -323,7 +323,7 @@ def _manifest(
             name=prepared.source.name,
             architecture=d.family.architecture,
             family=d.family.model_type,
-            parameters=checkpoint.model.num_parameters(),
+            parameters=checkpoint.parameters,
             vocab_size=d.vocab_size,
             hidden_size=d.hidden_size,
             layers=d.layers,

@@ -23,6 +23,28 @@ AUTO_GROUP_SIZES = (64, 32)
 """What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""
 
 
+KEPT_ACTIVATION_BYTES = 2 << 30
+"""More than that of a window is not kept for a backward pass, but made again block by block."""
+
+ROUTER_INPUT_BYTES = 3 << 29
+"""As much is kept of what learned routers are fitted to."""
+
+
+def activation_bytes(decoder: Decoder) -> int:
+    """What a backward pass of one window keeps of a forward pass in float32: inputs and outputs, attention weights."""
+    widths = sum(2 * n + 2 * k for n, k in decoder.role_shapes.values()) + decoder.heads * CONTEXT_TOKENS
+    return 4 * CONTEXT_TOKENS * widths * decoder.layers
+
+
+def router_input_bytes(decoder: Decoder, tokens: int) -> int:
+    """float16 inputs of every unit for so many tokens."""
+    return 2 * tokens * sum(k for _, k in decoder.unit_shapes().values())
+
+
+_LIBRARIES_BYTES = 5 << 28
+"""torch, transformers, TVM, and what their allocators do not give back."""
+
+
 def choose_group_size(decoder: Decoder, wanted: str) -> int:
     """The group size for ``--group-size``.  Raises UsageError naming the layers whose K it does not divide."""
     widths = {name: k for name, (_, k) in decoder.unit_shapes().items()}
@@ -94,21 +116,36 @@ class Plan:
         return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
 
     @property
-    def peak_memory_bytes(self) -> int:
-        """Most memory the export holds at once, to about a fifth.
+    def stage_memory_bytes(self) -> dict[str, int]:
+        """What each hungry stage of a calibration holds, the libraries included.
 
-        The float32 model, a stacked copy of its linears, the 8-bit codes, one window's activations and
-        gradients, logits with their gradients, and the libraries themselves.
+        Until a block is sliced its weights are there in float32, from then on as codes of a byte.
         """
-        d = self.decoder
-        tokens = CONTEXT_TOKENS
-        widths = sum(2 * n + 2 * k for n, k in d.unit_shapes().values()) + d.layers * d.heads * tokens
-        largest = max(n * k for n, k in d.unit_shapes().values())
-        # Half of what is held back is kept as the learned router's inputs; of what is fitted to, the head's.
+        d, tokens = self.decoder, CONTEXT_TOKENS
+        shapes = list(d.role_shapes.values())
+        block, head = sum(n * k for n, k in shapes), d.vocab_size * d.hidden_size
+        largest, widest = max(head, *(n * k for n, k in shapes)), max(k for _, k in shapes)
+        before = _LIBRARIES_BYTES + 4 * (self.parameters + (head if d.tied else 0))
         held_back = held_back_windows(self.calib_tokens // tokens) * tokens
-        inputs = held_back * sum(k for _, k in d.unit_shapes().values()) + 2 * self.calib_tokens * d.hidden_size
-        passes = 4 * tokens * widths + 12 * tokens * d.vocab_size
-        return 9 * self.parameters + 8 * largest + passes + inputs + (3 << 29)
+        inputs = min(router_input_bytes(d, held_back // 2), ROUTER_INPUT_BYTES)
+        after = _LIBRARIES_BYTES + self.routed_parameters + 4 * head + inputs
+        # A backward pass over the model as it was: bfloat16 copies of the weights in use, logits and their gradients.
+        kept, in_use = activation_bytes(d), self.routed_parameters
+        if kept > KEPT_ACTIVATION_BYTES:
+            kept, in_use = kept // d.layers + 4 * tokens * d.layers * d.hidden_size, block + head
+        return {
+            "turning": before + 4 * 8 * largest,  # in float64
+            "weighing tokens": before + kept + 2 * in_use + 20 * tokens * d.vocab_size,
+            # The inputs' second moments; those of one layer in float64, and three times over to invert them.
+            "slicing": before + 8 * sum(k * k for _, k in shapes) + 3 * 8 * widest**2,
+            # Weights at every depth in bfloat16, and of one depth in float32 while they are made.
+            "comparing routers": after + 2 * self.profile.depths * (block + head) + 16 * largest,
+        }
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory the export holds at once, to about a fifth."""
+        return max(self.stage_memory_bytes.values())
 
 
 def depth_budgets(profile: SliceProfile) -> list[float]:

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import require_finite, values_at
+from ..blocks import lean_backward, require_finite, values_at
 from ..checkpoint import Checkpoint
 from ..families import Unit
+from ..plan import ROUTER_INPUT_BYTES, router_input_bytes
 from ..slicing.importance import backpropagate_samples
+from ..slicing.layers import SlicedLinear, sliced_layers
 from ..slicing.reference import MEAN_SQUARE_EPS, Sliced
 from .inputs import RouterInputs
 
@@ -30,7 +32,8 @@ F32 = NDArray[np.float32]
 
 @dataclass
 class UnitStatistics:
-    """One unit over T calibration tokens, for E depths.
+    """One unit over T calibration tokens, for E depths: all of them, or evenly spread ones where their inputs are kept
+    and would take more than ``ROUTER_INPUT_BYTES``.
 
     mean_square: float32 [T], of the router's input; change: float32 [T, E - 1], squared norm of what slice
     k + 1 adds to the output; loss: float32 [T, E], predicted loss at each depth (nats, relative to the last);
@@ -50,6 +53,7 @@ class _Recorder:
     sliced: Sliced
     profile: SliceProfile
     keep_inputs: bool
+    every: int
     router_inputs: RouterInputs
     x: torch.Tensor | None = None
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -67,12 +71,11 @@ class _Recorder:
     def close_window(self) -> None:
         assert self.x is not None
         require_finite(self.unit.name, self.x)
-        g = torch.cat([self.grads[name] for name in self.unit.sources], dim=1)
+        x = self.x[:: self.every]
+        g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
         # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
-        outputs = [
-            self.x @ values_at(self.sliced, self.profile, depth).T for depth in range(1, self.profile.depths + 1)
-        ]
-        seen = self.router_inputs.of(self.unit, self.x)
+        outputs = [x @ values_at(self.sliced, self.profile, depth).T for depth in range(1, self.profile.depths + 1)]
+        seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
         self.parts["loss"].append(torch.stack([0.5 * (g * (outputs[-1] - y)).sum(1) ** 2 for y in outputs], dim=1))
         changes = [((b - a) ** 2).sum(1) for a, b in pairwise(outputs)]
         self.parts["change"].append(torch.stack(changes, dim=1) if changes else torch.zeros(len(g), 0))
@@ -101,18 +104,23 @@ def collect(
 ) -> dict[str, UnitStatistics]:
     """Run int64 [windows, context] tokens forward and backward; statistics by unit name.
 
-    ``slices`` holds every unit by name; the checkpoint's layers hold their deepest values.
+    ``slices`` holds every unit by name, at its full depth in these passes; the checkpoint's embedding and norms count
+    as they are.
     Raises ModelError for activations that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     router_inputs = RouterInputs(checkpoint)
+    every = -(-router_input_bytes(checkpoint.decoder, windows.size) // ROUTER_INPUT_BYTES) if keep_inputs else 1
     recorders = [
-        _Recorder(unit, slices[unit.name], profile, keep_inputs, router_inputs) for unit in checkpoint.decoder.units()
+        _Recorder(unit, slices[unit.name], profile, keep_inputs, every, router_inputs)
+        for unit in checkpoint.decoder.units()
     ]
     with ExitStack() as hooks, router_inputs.recording():
+        hooks.enter_context(lean_backward(checkpoint))
+        layers = hooks.enter_context(sliced_layers(checkpoint, slices, SlicedLinear))
         for recorder in recorders:
-            for name in recorder.unit.sources:
-                hooks.enter_context(checkpoint.linear(name).register_forward_hook(recorder.hook(name)))
+            for name, layer in zip(recorder.unit.sources, layers[recorder.unit.name], strict=True):
+                hooks.enter_context(layer.register_forward_hook(recorder.hook(name)))
         for i, window in enumerate(windows):
             backpropagate_samples(checkpoint, window, generator)
             with torch.no_grad():

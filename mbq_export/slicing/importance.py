@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..blocks import autocast, fast_dtype, require_finite
+from ..blocks import autocast, fast_dtype, lean_backward, require_finite
 from ..checkpoint import Checkpoint
 from ..store import Store
 
@@ -70,6 +70,7 @@ def token_importance(
 
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as hooks:
+        hooks.enter_context(lean_backward(checkpoint))
         for name in squares:
             hooks.enter_context(checkpoint.linear(name).register_forward_hook(hook(name)))
         for i, window in enumerate(windows):

@@ -50,7 +50,7 @@ def _hessians(
     for name, total in sums.items():
         require_finite(name, total)
     tokens = sum(window.shape[1] for window in hidden)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: total.div_(tokens) for name, total in sums.items()}
 
 
 def _weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Tensor:
@@ -77,7 +77,7 @@ def slice_model(
     store: Store,
     progress: Callable[[int, int], None],
 ) -> dict[str, Sliced]:
-    """Nested slices of every unit by name; the blocks' layers end up holding values of their slices.
+    """Nested slices of every unit by name; the checkpoint's weights are released as their slices are made.
 
     windows: int64 [windows, context]; importance: of their tokens, by layer; sweeps: of refinement.  Blocks that
     ``store`` already holds are taken from it.
@@ -87,7 +87,7 @@ def slice_model(
     def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
         parts = []
         for name in unit.sources:
-            weight, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians[name]
+            weight, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians.pop(name)
             fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
             parts.append(refine(weight, hessian, fed_back, profile, sweeps))
         return joined(parts)
@@ -105,6 +105,8 @@ def slice_model(
             store.put(d.block(layer), found)
         hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
         slices |= found
+        for unit in units:
+            checkpoint.release(unit)
         progress(layer + 1, d.layers + 1)
     found = store.get("head")
     if found is None:
@@ -113,6 +115,7 @@ def slice_model(
         hessian = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(())) / windows.size
         found = {d.head.name: sliced(d.head, {name: hessian})}
         store.put("head", found)
+    checkpoint.release(d.head)
     progress(d.layers + 1, d.layers + 1)
     return slices | found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch.nn import functional
 
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
-from ..blocks import autocast, fast_dtype, replaced
+from ..blocks import autocast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
 from ..store import Store
+from .layers import SlicedLinear, sliced_layers
 from .reference import Sliced
 
 WINDOWS_PER_STEP = 2
@@ -32,7 +32,6 @@ _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
 _SAVE_EVERY = 20
 _TOKENS_AT_ONCE = 64
-_WEIGHTS_AT_ONCE = 1 << 18
 
 
 class Teacher:
@@ -90,54 +89,13 @@ class _Divergence(torch.autograd.Function):
         return gradient * of_value.to(gradient.dtype), None, None
 
 
-class _Dequantise(torch.autograd.Function):
-    """Weights of a depth, as ``dtype``, from codes, scales and offsets; some rows at a time, to stay in the cache."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scale: torch.Tensor, offset: torch.Tensor, codes: torch.Tensor, bits: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.save_for_backward(codes)
-        ctx.groups, ctx.shift, ctx.step = scale.shape[1], CODE_BITS - bits, 2.0 ** (2 - bits)
-        weight = torch.empty(codes.shape, dtype=dtype)
-        for rows in _row_ranges(codes):
-            cells = (codes[rows] >> ctx.shift).view(*scale[rows].shape, -1).float()
-            cells.add_(0.5).mul_((scale[rows] * ctx.step)[:, :, None]).add_(offset[rows, :, None])
-            weight[rows] = cells.view(codes[rows].shape)
-        return weight
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        (codes,) = ctx.saved_tensors
-        to_scale, to_offset = [], []
-        for rows in _row_ranges(codes):
-            by_group = gradient[rows].float().view(len(codes[rows]), ctx.groups, -1)
-            cells = (codes[rows] >> ctx.shift).view(by_group.shape).float()
-            to_offset.append(by_group.sum(-1))
-            to_scale.append(cells.add_(0.5).mul_(by_group).sum(-1) * ctx.step)
-        return torch.cat(to_scale), torch.cat(to_offset), None, None, None
-
-
-def _row_ranges(codes: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, _WEIGHTS_AT_ONCE // codes.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(codes), rows))
-
-
-class _Tuned(torch.nn.Module):
-    """A linear layer at the depth that ``bits`` names, with trainable scales and offsets.
-
-    Both are counted in the group's scale, so that one learning rate suits all groups.
-    """
+class _Tuned(SlicedLinear):
+    """With trainable scales and offsets, both counted in the group's scale, so that one learning rate suits all."""
 
     def __init__(self, sliced: Sliced, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.codes = torch.from_numpy(sliced.codes)
-        self.bias = bias
-        self._scale = torch.from_numpy(sliced.scale.astype(np.float32))
-        self._offset = torch.from_numpy(sliced.offset.astype(np.float32))
+        super().__init__(sliced, bias)
         self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
-        self.bits = CODE_BITS
 
     @property
     def scale(self) -> torch.Tensor:
@@ -147,14 +105,6 @@ class _Tuned(torch.nn.Module):
     def offset(self) -> torch.Tensor:
         return self._offset + self._scale * self.offset_change
 
-    def weight_at(self, bits: int) -> torch.Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        weight: torch.Tensor = _Dequantise.apply(self.scale, self.offset, self.codes, bits, dtype)  # type: ignore[no-untyped-call]
-        return weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight_at(self.bits), self.bias)
-
 
 def _depth_order(profile: SliceProfile) -> Iterator[int]:
     """Bits of the steps, without end."""
@@ -163,22 +113,6 @@ def _depth_order(profile: SliceProfile) -> Iterator[int]:
         return cycle([shallow])
     # The deepest first: it is the one that must not get worse.
     return cycle([bits for other in (others[-1], *others[:-1]) for bits in (shallow, other)])
-
-
-@contextmanager
-def _tuned(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> Iterator[dict[str, list[_Tuned]]]:
-    """Trainable layers in the place of the checkpoint's, by unit."""
-    tuned: dict[str, list[_Tuned]] = {}
-    with ExitStack() as stack:
-        for unit in checkpoint.decoder.units():
-            sliced = slices[unit.name]
-            layers = [
-                _Tuned(Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]), linear.bias)
-                for linear, rows in checkpoint.layers(unit)
-            ]
-            tuned[unit.name] = layers
-            stack.enter_context(replaced(checkpoint, unit, list(layers)))
-        yield tuned
 
 
 def _norm_weights(checkpoint: Checkpoint) -> list[torch.Tensor]:
@@ -203,7 +137,7 @@ def tune(
     head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding.
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
-    with _tuned(checkpoint, slices) as tuned:
+    with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
         layers = [layer for parts in tuned.values() for layer in parts]
         norms = _norm_weights(checkpoint)
         for norm in norms:

@@ -1,0 +1,95 @@
+"""Layers that make their weights of codes: what they say and hand back, against torch on plain weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_models import write_checkpoint
+from torch.nn import functional
+
+from mbq_export import blocks
+from mbq_export.blocks import lean_backward
+from mbq_export.checkpoint import load, locate
+from mbq_export.slicing import layers, rtn
+from mbq_export.slicing.layers import SlicedLinear, sliced_layers
+from mbq_export.slicing.reference import Sliced, decode_f32
+from mbq_export.slicing.tuning import _Tuned
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((3, 1, 2, 2))
+BIAS = torch.linspace(-1, 1, 12)
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
+    monkeypatch.setattr(layers, "_WEIGHTS_AT_ONCE", 5 * 128)  # several pieces, the last one short
+    rng = np.random.default_rng(0)
+    return Sliced(
+        rng.integers(0, 256, (12, 128)).astype(np.uint8),
+        rng.uniform(0.5, 1, (12, 2)).astype(np.float16),
+        rng.normal(size=(12, 2)).astype(np.float16),
+    )
+
+
+@pytest.mark.parametrize("kind", [SlicedLinear, _Tuned])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLinear], depth: int) -> None:
+    weight = kind(sliced, None).weight_at(PROFILE.depth_bits[depth - 1])
+    np.testing.assert_array_equal(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth))
+
+
+@pytest.mark.parametrize("bits", PROFILE.depth_bits)
+def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: int) -> None:
+    layer = _Tuned(sliced, BIAS)
+    layer.bits = bits
+    x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    wanted = (x, layer.scale_change, layer.offset_change)
+    output = layer(x)
+    by_hand = torch.autograd.grad(output.square().sum(), wanted)
+    cells = (layer.codes >> (8 - bits)).view(12, 2, 64).float()
+    weight = layer.scale[:, :, None] * 2.0 ** (2 - bits) * (cells + 0.5) + layer.offset[:, :, None]
+    expected = functional.linear(x, weight.view(12, 128), BIAS)
+    torch.testing.assert_close(output, expected)
+    for found, own in zip(by_hand, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-3)
+
+
+def test_under_autocast_products_are_bfloat16(sliced: Sliced) -> None:
+    layer, x = SlicedLinear(sliced, BIAS), torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), rtol=0.02, atol=0.5)
+
+
+def test_a_backward_pass_that_runs_blocks_again_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
+    slices = {
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
+    }
+    window = torch.arange(1, 33)[None]
+
+    def gradients() -> tuple[list[NDArray[np.float32]], int]:
+        runs = 0
+
+        def count(*_: object) -> None:
+            nonlocal runs
+            runs += 1
+
+        with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
+            counting = tuned["layers.0.mlp_in"][0].register_forward_hook(count)
+            checkpoint.model(window, use_cache=False).logits.square().mean().backward()
+            counting.remove()
+            return [layer.scale_change.grad.numpy() for parts in tuned.values() for layer in parts], runs
+
+    kept, runs = gradients()
+    assert runs == 1
+    monkeypatch.setattr(blocks, "KEPT_ACTIVATION_BYTES", 0)
+    again, runs = gradients()
+    assert runs == 2
+    assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(np.abs(gradient).max() > 0 for gradient in kept)
