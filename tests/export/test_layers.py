@@ -66,8 +66,11 @@ def test_under_autocast_products_are_bfloat16(sliced: Sliced) -> None:
     torch.testing.assert_close(output.float(), layer(x), rtol=0.02, atol=0.5)
 
 
-def test_a_backward_pass_that_runs_blocks_again_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", family))))
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
