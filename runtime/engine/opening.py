@@ -35,19 +35,36 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
     return path.resolve(), found
 
 
-def cores(root: Path = Path("/")) -> int:
-    """Cores this process may run on; threads that share one (SMT) count once, and a cgroup's limit is kept.
+_BIG = 0.6
+"""Cores of less than this share of the strongest's capacity get no thread: a token's work is shared out, and all would
+wait for them.  An A55 beside A76 has half (RK3588), an A510 beside an X3 three tenths, an A715 three quarters."""
 
+
+def cores(root: Path = Path("/")) -> int:
+    """Big cores this process may run on; threads that share one (SMT) count once, and a cgroup's limit is kept.
+
+    The kernel puts threads that never rest on the cores with the most capacity, so their number is all that is said.
     Engines are always told: onnxruntime-genai 0.18 by itself takes one of two.
     """
-    found = set()
-    for cpu in os.sched_getaffinity(0):
-        try:
-            found.add((root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            found.add(str(cpu))
+    folders = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    capacity = {cpu: _capacity(folder) for cpu, folder in folders.items()}
+    big = [cpu for cpu in folders if capacity[cpu] >= _BIG * max(capacity.values())]
+    count = len({_line(folders[cpu] / "topology/thread_siblings_list", str(cpu)) for cpu in big})
     limit_cpus = cpu_limit(Host(str(root).rstrip("/"), time.monotonic, run_command, fcntl.ioctl))
-    return len(found) if limit_cpus is None else min(len(found), math.ceil(limit_cpus))
+    return count if limit_cpus is None else min(count, math.ceil(limit_cpus))
+
+
+def _capacity(cpu: Path) -> int:
+    """Of 1024, the strongest core's; kernels say it where cores differ."""
+    text = _line(cpu / "cpu_capacity", "")
+    return int(text) if text.isdecimal() else 1024
+
+
+def _line(path: Path, otherwise: str) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return otherwise
 
 
 SHORT_SPINNING = ("session.intra_op.spin_duration_us", "10")

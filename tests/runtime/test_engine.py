@@ -285,6 +285,29 @@ def _limit_to(root: Path, quota_us: int) -> None:
         (root / path).write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("capacities", "count"),
+    [
+        ([530, 530, 530, 530, 1024, 1024, 1024, 1024], 4),  # RK3588: A55 and A76
+        ([290, 290, 290, 290, 760, 760, 760, 760, 1024], 5),  # a phone's small, big and largest
+        ([1024, 1024, 1024, 1024], 4),
+    ],
+)
+def test_a_thread_for_each_big_core(
+    capacities: list[int], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(capacities))))
+    for cpu, capacity in enumerate(capacities):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}"
+        folder.mkdir(parents=True)
+        (folder / "cpu_capacity").write_text(f"{capacity}\n")
+    assert opening.cores(tmp_path) == count
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})  # bound to the small ones, or to two of them
+    assert opening.cores(tmp_path) == 2
+    (tmp_path / "sys/devices/system/cpu/cpu0/cpu_capacity").write_text("")
+    assert opening.cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
+
+
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to itself onnxruntime-genai would use fewer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 9})
