@@ -18,6 +18,7 @@ from mbq_runtime import manifest as bundle_manifest
 from mbq_runtime.errors import UsageError
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_runtime.weights_file import WEIGHTS
+from mbq_targets.spec import KernelSpec
 from mbq_targets.table import Target
 
 from . import calibration_data
@@ -174,9 +175,10 @@ def write_calibrated(
 
     options, target = prepared.options, prepared.options.outputs[output]
     engines = target.engines(options.engines)
+    spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits)
     with bundle.writing(output, options.force) as folder:
         for engine in engines:
-            WRITERS[engine](target, checkpoint, calibrated, options.activation_bits, folder, progress)
+            WRITERS[engine](Work(target, checkpoint, calibrated, spec, folder, progress))
         _write_tokenizer(checkpoint, folder)
         bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
         manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
@@ -184,61 +186,55 @@ def write_calibrated(
     return manifest
 
 
-def _write_onnx(
-    target: Target,
-    checkpoint: Checkpoint,
-    calibrated: Calibrated,
-    activation_bits: int,
-    folder: Path,
-    progress: Report,
-) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What a writer is given: a calibrated model, the machine it is for, and the folder of its bundle."""
+
+    target: Target
+    checkpoint: Checkpoint
+    calibrated: Calibrated
+    spec: KernelSpec
+    folder: Path
+    progress: Report
+
+
+def _write_onnx(work: Work) -> None:
     from . import bundle
     from .lower.onnx import lower
 
-    model, tensors = lower(checkpoint, calibrated, target.layout, activation_bits)
+    target, folder, progress = work.target, work.folder, work.progress
+    model, tensors = lower(work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits)
     bundle.write_model(model, tensors, folder, lambda done, total: progress(f"writing {folder.stem}", done, total))
     if target.native:
         from mbq_targets.build import build_ops_library
-        from mbq_targets.spec import KernelSpec
 
-        spec = KernelSpec(calibrated.profile, calibrated.group_size, activation_bits)
         progress(f"compiling kernels for {target.name}", 0, 1)
         (folder / "lib").mkdir()
-        build_ops_library(target, spec, folder / bundle_manifest.OPS_LIBRARY)
+        build_ops_library(target, work.spec, folder / bundle_manifest.OPS_LIBRARY)
         progress(f"compiling kernels for {target.name}", 1, 1)
 
 
-def _write_tvm(
-    target: Target,
-    checkpoint: Checkpoint,
-    calibrated: Calibrated,
-    activation_bits: int,
-    folder: Path,
-    progress: Report,
-) -> None:
+def _write_tvm(work: Work) -> None:
     from mbq_targets.build import build_decoder
-    from mbq_targets.spec import KernelSpec
 
-    spec = KernelSpec(calibrated.profile, calibrated.group_size, activation_bits)
-    what = f"compiling the decoder for {target.name}"
+    folder, progress = work.folder, work.progress
+    what = f"compiling the decoder for {work.target.name}"
     progress(what, 0, 1)
-    lowered = lower_tvm.lower(checkpoint, calibrated, spec)
-    library = folder / bundle_manifest.DECODER_LIBRARY
-    build_decoder(target, spec, lowered.module, library)
+    lowered = lower_tvm.lower(work.checkpoint, work.calibrated, work.spec)
+    build_decoder(work.target, work.spec, lowered.module, folder / bundle_manifest.DECODER_LIBRARY)
     progress(what, 1, 1)
     tvm_weights.write(
         lowered.tensors, lowered.entries, folder / WEIGHTS, lambda done, total: progress("writing weights", done, total)
     )
 
 
-def _write_gpu(
-    target: Target, checkpoint: Checkpoint, calibrated: Calibrated, _: int, folder: Path, progress: Report
-) -> None:
+def _write_gpu(work: Work) -> None:
     """The plan of launches, the kernels as text, and the weights."""
     from . import bundle
     from .lower.gpu import lower
 
-    plan, texts, tensors = lower(checkpoint, calibrated, target)
+    folder = work.folder
+    plan, texts, tensors = lower(work.checkpoint, work.calibrated, work.target)
     (folder / "gpu").mkdir()
     for name, text in texts.items():
         (folder / "gpu" / name).write_text(text, encoding="utf-8")
@@ -246,12 +242,15 @@ def _write_gpu(
     bundle.write_json(folder / plan_file, plan)
     places = {name: plan["buffers"][name]["offset"] for name in tensors}
     what = f"writing {folder.stem}"
-    bundle.write_tensors(tensors, places, folder / weights_file, lambda done, total: progress(what, done, total))
+    bundle.write_tensors(tensors, places, folder / weights_file, lambda done, total: work.progress(what, done, total))
 
 
-Writer = Callable[[Target, Checkpoint, "Calibrated", int, Path, Report], None]
-
-WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "tvm": _write_tvm, "opencl": _write_gpu, "webgpu": _write_gpu}
+WRITERS: dict[str, Callable[[Work], None]] = {
+    "onnx": _write_onnx,
+    "tvm": _write_tvm,
+    "opencl": _write_gpu,
+    "webgpu": _write_gpu,
+}
 """By engine: what it needs in the bundle besides the tokenizer."""
 
 ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
