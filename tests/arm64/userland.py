@@ -122,14 +122,16 @@ class Userland:
         env: Mapping[str, str] | None = None,
         timeout: float = 300.0,
         input: str | None = None,
+        emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
         """Run the userland's ``python3.11 ARGS`` on an emulated ``cpu`` (a name QEMU knows).
 
         Paths in ``args`` are the host's; the host's environment is not passed on, ``env`` is.
+        emulator: a command of QEMU's to use instead of the userland's own.
         A negative return code is a signal, as for any child process.  Raises
         subprocess.TimeoutExpired after ``timeout`` seconds.
         """
-        return self._emulate(self.cpu_root(cpu), cpu, args, env, timeout, input)
+        return self._emulate(self.cpu_root(cpu), cpu, args, env, timeout, input, emulator)
 
     def cpu_root(self, cpu: str) -> Path:
         """The file tree as a machine with this core shows it: links into the root and a /proc/cpuinfo of its own.
@@ -161,8 +163,9 @@ class Userland:
         env: Mapping[str, str] | None,
         timeout: float,
         input: str | None,
+        emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        command = [self.folder / QEMU, "-cpu", cpu, "-L", root, root / "usr/bin/python3.11", *args]
+        command = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, root / "usr/bin/python3.11", *args]
         environment = {
             "HOME": "/nonexistent",
             "LANG": "C.UTF-8",

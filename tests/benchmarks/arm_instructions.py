@@ -44,12 +44,11 @@ def build_plugin(out: Path) -> None:
 
 def count(userland: Userland, plugin: Path, cpu: str, bundle: Path, bits: float, tokens: int) -> tuple[int, int]:
     """Instructions and dot products of a program that loads the bundle and makes a reply."""
-    root, log = userland.cpu_root(cpu), plugin.with_suffix(".log")
-    command = ["qemu-aarch64", "-plugin", plugin, "-d", "plugin", "-D", log, "-cpu", cpu, "-L", root]
-    command += [root / "usr/bin/python3.11", "-c", REPLY, bundle.resolve(), bits, tokens]
-    environment = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "ORT_DISABLE_TELEMETRY": "1"}
-    environment |= {"PYTHONPATH": str(userland.overlay), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    log = plugin.with_suffix(".log")
+    done = userland.run(
+        ["-c", REPLY, bundle.resolve(), str(bits), str(tokens)], cpu, {"PYTHONHASHSEED": "0"},
+        emulator=["qemu-aarch64", "-plugin", plugin, "-d", "plugin", "-D", log],
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"the emulated reply failed:\n{done.stderr[-2000:]}")
     instructions, dots = map(int, log.read_text().split())
