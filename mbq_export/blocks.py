@@ -16,21 +16,17 @@ from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from mbq_runtime.errors import ModelError
-from mbq_runtime.isa import this_machine
-from mbq_runtime.profile import SliceProfile
 
 from .checkpoint import Checkpoint
 from .families import Unit
-from .plan import KEPT_ACTIVATION_BYTES, activation_bytes
-from .slicing.reference import Sliced, decode_f32
+from .memory import KEPT_ACTIVATION_BYTES, activation_bytes, fast_bytes
 
 
 @cache
 def fast_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients, for
     what inputs are like on average, and for telling routers apart.  Else float32."""
-    hardware = not this_machine().features.isdisjoint({"avx512_bf16", "amx_bf16"})
-    return torch.bfloat16 if hardware else torch.float32
+    return torch.bfloat16 if fast_bytes() == 2 else torch.float32
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
@@ -101,15 +97,6 @@ def lean_backward(checkpoint: Checkpoint) -> Iterator[None]:
             for layer in checkpoint.model.model.layers:
                 stack.enter_context(_forward_is(layer, partial(recomputed, layer.forward, use_reentrant=False)))
         yield
-
-
-def values_at(sliced: Sliced, profile: SliceProfile, depth: int) -> torch.Tensor:
-    """float32 [N, K]: the weights that ``depth`` (1-based) stands for.
-
-    In memory of torch's own: a product's last bits may hang on how its operands' addresses are aligned, and
-    numpy's are as malloc has them that day.
-    """
-    return torch.from_numpy(decode_f32(sliced, profile, depth)).clone()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mbq_runtime.manifest import QualityPoint
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import quality
-from .blocks import fast_dtype, values_at
+from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
@@ -22,6 +22,7 @@ from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
 from .slicing import rtn
 from .slicing.importance import token_importance
+from .slicing.layers import values_at
 from .slicing.reference import RouterParams, Sliced, route, router_scores
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import slice_model
@@ -162,9 +163,13 @@ def _slices(
     embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), recipe.group_size, "embedding")
     if not method.feedback:
         units = list(d.units())
-        slices = {}
+        slices: dict[str, Sliced] = {}
         for i, unit in enumerate(units):
-            slices[unit.name] = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
+            found = store.get(unit.name)
+            if found is None:
+                rounded = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
+                found = store.put(unit.name, {unit.name: rounded})
+            slices |= found
             checkpoint.release(unit)
             stage("slicing")(i + 1, len(units))
         return slices, embedding, head_scale, head_input

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mbq_runtime.errors import ModelError
 
 from .families import Decoder, Unit, describe, stacked
+from .weights_file import in_file
 
 log = logging.getLogger(__name__)
 
@@ -188,14 +189,19 @@ def read_config(source: Source) -> Decoder:
     return describe(_loaded(source, AutoConfig.from_pretrained), source.name)
 
 
-def load(source: Source) -> Checkpoint:
-    """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite."""
+def load(source: Source, weights_folder: Path | None = None) -> Checkpoint:
+    """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite.
+
+    weights_folder: where a file is to hold the weights, or None for memory.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     decoder = read_config(source)
     transformers_logging.disable_progress_bar()
-    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, dtype=torch.float32, output_loading_info=True)
+    # In the dtype they are stored in, weights of safetensors files are the files themselves, mapped into memory.
+    dtype = torch.float32 if weights_folder is None else "auto"
+    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
     absent = sorted(report["missing_keys"])
     if absent:
         raise ModelError(
@@ -207,6 +213,8 @@ def load(source: Source) -> Checkpoint:
             raise ModelError(
                 f"{source.name}: weight {name} holds {bad} values that are NaN or infinite; the checkpoint is broken"
             )
+    if weights_folder is not None:
+        model = in_file(model, weights_folder)
     tokenizer = _loaded(source, AutoTokenizer.from_pretrained)
     model.eval().requires_grad_(False)
     return Checkpoint(source, decoder, model, tokenizer)

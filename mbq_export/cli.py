@@ -180,6 +180,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "router": prepared.options.router,
         "calib_tokens": plan.calib_tokens,
         "peak_memory_bytes": plan.peak_memory_bytes,
+        "work_bytes": plan.work_bytes,
         "outputs": [
             {"output": str(output), "target": target.name, "disk_bytes": prepared.plans[output].disk_bytes}
             for output, target in prepared.options.outputs.items()
@@ -195,7 +196,8 @@ def _show_plan(prepared: Prepared) -> None:
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
         click.echo(f"           {role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}")
     click.echo(f"Slices   {plan.profile} in groups of {plan.group_size}, router {prepared.options.router}")
-    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory")
+    work = f"{plan.work_bytes >> 20} MB of disk while it calibrates"
+    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory, and {work}")
     for output, target in prepared.options.outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")

@@ -99,7 +99,9 @@ def prepare(options: Options) -> Prepared:
             )
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
-        output: planning.Plan(decoder, options.profile, group_size, target.layout, options.router, calib_tokens)
+        output: planning.Plan(
+            decoder, options.profile, group_size, target.layout, options.router, calib_tokens, source.gguf is not None
+        )
         for output, target in options.outputs.items()
     }
     found = planning.problems(plans, options.outputs, options.engines, options.force)
@@ -115,7 +117,8 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     options = prepared.options
     progress("loading the model", 0, 1)
     started = time.monotonic()
-    checkpoint = load(prepared.source)
+    beside = next(iter(options.outputs)).parent
+    checkpoint = load(prepared.source, beside if prepared.plan.weights_file_bytes else None)
     progress("loading the model", 1, 1)
     count = max(1, prepared.plan.calib_tokens // CONTEXT_TOKENS)
     fitted, held_back = calibration_data.calibration_windows(

@@ -13,36 +13,15 @@ from mbq_runtime.manifest import ENGINE_FILES
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 from mbq_targets.table import Target
 
+from . import memory
 from .families import Decoder
-from .recipe import CONTEXT_TOKENS, MLP_HIDDEN, held_back_windows
+from .recipe import MLP_HIDDEN
 
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
 
 AUTO_GROUP_SIZES = (64, 32)
 """What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""
-
-
-KEPT_ACTIVATION_BYTES = 2 << 30
-"""More than that of a window is not kept for a backward pass, but made again block by block."""
-
-ROUTER_INPUT_BYTES = 3 << 29
-"""As much is kept of what learned routers are fitted to."""
-
-
-def activation_bytes(decoder: Decoder) -> int:
-    """What a backward pass of one window keeps of a forward pass in float32: inputs and outputs, attention weights."""
-    widths = sum(2 * n + 2 * k for n, k in decoder.role_shapes.values()) + decoder.heads * CONTEXT_TOKENS
-    return 4 * CONTEXT_TOKENS * widths * decoder.layers
-
-
-def router_input_bytes(decoder: Decoder, tokens: int) -> int:
-    """float16 inputs of every unit for so many tokens."""
-    return 2 * tokens * sum(k for _, k in decoder.unit_shapes().values())
-
-
-_LIBRARIES_BYTES = 5 << 28
-"""torch, transformers, TVM, and what their allocators do not give back."""
 
 
 def choose_group_size(decoder: Decoder, wanted: str) -> int:
@@ -69,6 +48,8 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
+    gguf: bool = False
+    """Whether the checkpoint is a GGUF file, whose weights are in memory when they are decoded."""
 
     @property
     def router_bytes(self) -> int:
@@ -116,36 +97,19 @@ class Plan:
         return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
 
     @property
-    def stage_memory_bytes(self) -> dict[str, int]:
-        """What each hungry stage of a calibration holds, the libraries included.
+    def weights_file_bytes(self) -> int:
+        """Size of the file that holds the float32 weights while calibration lasts; 0 when memory does."""
+        return 0 if self.gguf or 4 * self.parameters <= memory.KEPT_WEIGHT_BYTES else 4 * self.parameters
 
-        Until a block is sliced its weights are there in float32, from then on as codes of a byte.
-        """
-        d, tokens = self.decoder, CONTEXT_TOKENS
-        shapes = list(d.role_shapes.values())
-        block, head = sum(n * k for n, k in shapes), d.vocab_size * d.hidden_size
-        largest, widest = max(head, *(n * k for n, k in shapes)), max(k for _, k in shapes)
-        before = _LIBRARIES_BYTES + 4 * (self.parameters + (head if d.tied else 0))
-        held_back = held_back_windows(self.calib_tokens // tokens) * tokens
-        inputs = min(router_input_bytes(d, held_back // 2), ROUTER_INPUT_BYTES)
-        after = _LIBRARIES_BYTES + self.routed_parameters + 4 * head + inputs
-        # A backward pass over the model as it was: bfloat16 copies of the weights in use, logits and their gradients.
-        kept, in_use = activation_bytes(d), self.routed_parameters
-        if kept > KEPT_ACTIVATION_BYTES:
-            kept, in_use = kept // d.layers + 4 * tokens * d.layers * d.hidden_size, block + head
-        return {
-            "turning": before + 4 * 8 * largest,  # in float64
-            "weighing tokens": before + kept + 2 * in_use + 20 * tokens * d.vocab_size,
-            # The inputs' second moments; those of one layer in float64, and three times over to invert them.
-            "slicing": before + 8 * sum(k * k for _, k in shapes) + 3 * 8 * widest**2,
-            # Weights at every depth in bfloat16, and of one depth in float32 while they are made.
-            "comparing routers": after + 2 * self.profile.depths * (block + head) + 16 * largest,
-        }
+    @property
+    def work_bytes(self) -> int:
+        """What calibration keeps beside the first output until it is done: weights as they were, and as they become."""
+        return self.weights_file_bytes + round(self.routed_parameters * (1 + SCALE_BYTES / self.group_size))
 
     @property
     def peak_memory_bytes(self) -> int:
         """Most memory the export holds at once, to about a fifth."""
-        return max(self.stage_memory_bytes.values())
+        return max(memory.by_stage(self).values())
 
 
 def depth_budgets(profile: SliceProfile) -> list[float]:
@@ -176,7 +140,8 @@ def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tupl
     needed: dict[Path, int] = {}
     for output, plan in plans.items():
         parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-        needed[parent] = needed.get(parent, 0) + len(outputs[output].engines(engines)) * plan.disk_bytes
+        size = len(outputs[output].engines(engines)) * plan.disk_bytes + (0 if needed else plan.work_bytes)
+        needed[parent] = needed.get(parent, 0) + size
     for parent, size in needed.items():
         free = shutil.disk_usage(parent).free
         if free < size:

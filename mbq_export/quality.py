@@ -18,10 +18,11 @@ from torch.nn import functional
 
 from mbq_runtime.profile import SliceProfile
 
-from .blocks import Blocks, Hidden, autocast, replaced, values_at
+from .blocks import Blocks, Hidden, autocast, replaced
 from .checkpoint import Checkpoint
 from .families import Unit
 from .routing.inputs import RouterInputs
+from .slicing.layers import values_at
 from .slicing.reference import Sliced
 
 Depths = Callable[[torch.Tensor], torch.Tensor]
@@ -77,7 +78,7 @@ class _RoutedUnit:
         self.parameters = sliced.codes.size
         self.bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
         self.used_bits = 0.0
-        whole = [values_at(sliced, profile, depth).to(dtype) for depth in range(1, profile.depths + 1)]
+        whole = [values_at(sliced, profile, depth, dtype) for depth in range(1, profile.depths + 1)]
         self.layers: list[torch.nn.Module] = [
             _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
         ]
@@ -136,6 +137,9 @@ def measure(
                     for j, window in enumerate(hidden[i]):
                         hidden[i][j] = blocks.run(layer, window)
                         count(i, units)
+            for unit in units:
+                # A unit and its layers refer to each other: without this their weights would wait for a collection.
+                unit.layers.clear()
             progress(layer + 1, d.layers + 1)
         head = routed(d.head)
         parameters += head.parameters

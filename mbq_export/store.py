@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from hashlib import file_digest, sha256
+from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from mbq_runtime.errors import BundleError
 
@@ -24,6 +26,11 @@ from .slicing.reference import Sliced
 Arrays = Mapping[str, NDArray[np.generic]]
 
 _INDEX = "steps.json"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 class Store:
@@ -49,15 +56,15 @@ class Store:
         return len(self._hashes)
 
     def arrays(self, step: str) -> dict[str, NDArray[np.generic]] | None:
-        """The arrays of a finished step, or None when it has to be done (again)."""
+        """The arrays of a finished step, mapped from its file, or None when it has to be done (again)."""
         if self.folder is None or step not in self._hashes:
             return None
         path = self._path(step)
         try:
-            with path.open("rb") as file:
-                if file_digest(file, "sha256").hexdigest() != self._hashes[step]:
-                    return None
-            return dict(load_file(path))
+            if _digest(path) != self._hashes[step]:
+                return None
+            # By way of torch, whose tensors are the file itself, mapped into memory.
+            return {name: tensor.numpy() for name, tensor in load_file(path).items()}
         except OSError:
             return None
 
@@ -65,20 +72,18 @@ class Store:
         """Keep the arrays of ``step``, in place of those it had.  Raises BundleError when they cannot be written."""
         if self.folder is None:
             return
-        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        self._hashes[step] = sha256(content).hexdigest()
-        index = json.dumps({"fingerprint": self.fingerprint, "sha256": self._hashes})
         draft = self.folder / ".part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(content)
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft)
+            self._hashes[step] = _digest(draft)
             os.replace(draft, self._path(step))
-            draft.write_text(index)
+            draft.write_text(json.dumps({"fingerprint": self.fingerprint, "sha256": self._hashes}))
             os.replace(draft, self.folder / _INDEX)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise BundleError(
-                f"{self.folder}: writing failed ({error.strerror or error}); free some space and run the same "
-                "command again: what was finished before is kept"
+                f"{self.folder}: writing failed ({getattr(error, 'strerror', None) or error}); free some space and run "
+                "the same command again: what was finished before is kept"
             ) from error
 
     def get(self, step: str) -> dict[str, Sliced] | None:
@@ -92,12 +97,13 @@ class Store:
             for name in sorted(names)
         }
 
-    def put(self, step: str, slices: Mapping[str, Sliced]) -> None:
-        """Keep the slices of ``step``."""
+    def put(self, step: str, slices: dict[str, Sliced]) -> dict[str, Sliced]:
+        """Keep the slices of ``step``, and return them as they are kept: of a model's codes none need be in memory."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, sliced in slices.items():
             arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
         self.put_arrays(step, arrays)
+        return self.get(step) or slices
 
     def remove(self) -> None:
         """The work is done: forget it."""

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import lean_backward, require_finite, values_at
+from ..blocks import lean_backward, require_finite
 from ..checkpoint import Checkpoint
 from ..families import Unit
-from ..plan import ROUTER_INPUT_BYTES, router_input_bytes
+from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
 from ..slicing.importance import backpropagate_samples
-from ..slicing.layers import SlicedLinear, sliced_layers
+from ..slicing.layers import SlicedLinear, sliced_layers, values_at
 from ..slicing.reference import MEAN_SQUARE_EPS, Sliced
 from .inputs import RouterInputs
 

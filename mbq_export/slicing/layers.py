@@ -5,7 +5,7 @@ The backward pass makes them anew too: autograd would otherwise keep every layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mbq_runtime.profile import CODE_BITS
+from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from ..blocks import replaced
 from ..checkpoint import Checkpoint
 from .reference import Sliced
 
-_WEIGHTS_AT_ONCE = 1 << 18  # they stay in the cache
+_IN_CACHE = 1 << 18
 
 Layer = TypeVar("Layer", bound="SlicedLinear")
 
 
-def _row_ranges(codes: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, _WEIGHTS_AT_ONCE // codes.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(codes), rows))
+def row_ranges(shape: Sequence[int], elements: int) -> Iterator[slice]:
+    """All rows of a matrix [N, K], in ranges of about so many elements."""
+    rows = max(1, elements // shape[1])
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def _step(bits: int) -> float:
@@ -39,11 +40,21 @@ def weights(
 ) -> torch.Tensor:
     """``reference.decode_f32`` as ``dtype`` [N, K]: codes uint8 [N, K], scale and offset float32 [N, groups]."""
     weight = torch.empty(codes.shape, dtype=dtype)
-    for rows in _row_ranges(codes):
+    for rows in row_ranges(codes.shape, _IN_CACHE):
         cells = (codes[rows] >> (CODE_BITS - bits)).view(*scale[rows].shape, -1).float()
         cells.add_(0.5).mul_((scale[rows] * _step(bits))[:, :, None]).add_(offset[rows, :, None])
         weight[rows] = cells.view(codes[rows].shape)
     return weight
+
+
+def values_at(sliced: Sliced, profile: SliceProfile, depth: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``dtype`` [N, K]: the weights that ``depth`` (1-based) stands for.
+
+    In memory of torch's own: a product's last bits may hang on how its operands' addresses are aligned, and
+    numpy's are as malloc has them that day.
+    """
+    codes, scale, offset = (torch.from_numpy(array) for array in (sliced.codes, sliced.scale, sliced.offset))
+    return weights(codes, scale.float(), offset.float(), profile.depth_bits[depth - 1], dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -71,7 +82,7 @@ class _Product(torch.autograd.Function):
             return to_x, None, None, None, None, None
         to_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         to_scale, to_offset = [], []
-        for rows in _row_ranges(codes):
+        for rows in row_ranges(codes.shape, _IN_CACHE):
             by_group = to_weight[rows].float().view(len(codes[rows]), scale.shape[1], -1)
             cells = (codes[rows] >> (CODE_BITS - ctx.bits)).view(by_group.shape).float()
             to_offset.append(by_group.sum(-1))

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
+from ..memory import WEIGHTS_AT_ONCE
+from .layers import row_ranges
 
 _LARGEST_FACTOR = 128
 
@@ -134,14 +136,12 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
             for bias in (o_bias, down_bias):
                 if bias is not None:
                     bias.copy_(stream.rows(bias.double()))
-        embedding = model.get_input_embeddings()
-        table = stream.columns(embedding.weight.double()).float()
+        table = model.get_input_embeddings().weight
+        _rotate_columns(table, torch.ones(d.hidden_size), stream)
         if not d.tied:
-            embedding.weight.copy_(table)
             _absorb(checkpoint, d.final_norm, d.head.sources, stream)
             return None
         # Two parameters from here on: the head will be sliced, the embedding is read from its slices.
-        embedding.weight = torch.nn.Parameter(table, requires_grad=False)
         model.lm_head.weight = torch.nn.Parameter(table.clone(), requires_grad=False)
         gain = torch.from_numpy(checkpoint.norm(d.final_norm).copy())
         checkpoint.reset_norm(d.final_norm)
@@ -153,9 +153,14 @@ def _absorb(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...], stream:
     """Move a norm's gain into the matrices that read it, and rotate their columns."""
     gain = torch.from_numpy(checkpoint.norm(norm).copy())
     for name in linears:
-        weight = checkpoint.linear(name).weight
-        weight.copy_(stream.columns(weight.double() * gain))
+        _rotate_columns(checkpoint.linear(name).weight, gain, stream)
     checkpoint.reset_norm(norm)
+
+
+def _rotate_columns(weight: torch.Tensor, gain: torch.Tensor, stream: Rotation) -> None:
+    """float32 [N, K] times diag(gain), then the rotation, in place and in pieces: float64 takes twice the memory."""
+    for rows in row_ranges(weight.shape, WEIGHTS_AT_ONCE):
+        weight[rows] = stream.columns(weight[rows].double() * gain).float()
 
 
 def _per_head(weight: torch.Tensor, heads: Rotation) -> torch.Tensor:

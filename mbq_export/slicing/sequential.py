@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
-from ..blocks import Blocks, Hidden, autocast, fast_dtype, require_finite, values_at, watching_inputs
+from ..blocks import Blocks, Hidden, autocast, fast_dtype, require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Unit
+from ..memory import WEIGHTS_AT_ONCE
 from ..store import Store
 from . import nested
 from .importance import Importance
+from .layers import row_ranges, values_at
 from .reference import Sliced, joined
 from .refine import refine
 
@@ -87,9 +89,10 @@ def slice_model(
     def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
         parts = []
         for name in unit.sources:
-            weight, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians.pop(name)
-            fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
-            parts.append(refine(weight, hessian, fed_back, profile, sweeps))
+            whole, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians.pop(name)
+            for rows in row_ranges(whole.shape, WEIGHTS_AT_ONCE):
+                fed_back = nested.slice_weight(whole[rows], hessian, group_size, profile, name)
+                parts.append(refine(whole[rows], hessian, fed_back, profile, sweeps))
         return joined(parts)
 
     d = checkpoint.decoder
@@ -101,8 +104,7 @@ def slice_model(
         found = store.get(d.block(layer))
         if found is None:
             hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance)
-            found = {unit.name: sliced(unit, hessians) for unit in units}
-            store.put(d.block(layer), found)
+            found = store.put(d.block(layer), {unit.name: sliced(unit, hessians) for unit in units})
         hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
         slices |= found
         for unit in units:
@@ -113,8 +115,7 @@ def slice_model(
         (name,) = d.head.sources
         seen = zip((blocks.final(window) for window in hidden), importance[name], strict=True)
         hessian = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(())) / windows.size
-        found = {d.head.name: sliced(d.head, {name: hessian})}
-        store.put("head", found)
+        found = store.put("head", {d.head.name: sliced(d.head, {name: hessian})})
     checkpoint.release(d.head)
     progress(d.layers + 1, d.layers + 1)
     return slices | found

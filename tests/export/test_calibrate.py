@@ -13,12 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import write_checkpoint
-from transformers import LlamaConfig
 
 from mbq_export.calibrate import Calibrated, quality_floor
-from mbq_export.families import describe
-from mbq_export.plan import Plan
-from mbq_export.recipe import METHODS
 from mbq_export.slicing.reference import Sliced
 from mbq_export.store import Store
 from mbq_runtime import manifest
@@ -122,48 +118,3 @@ def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_input
     assert Store(tmp_path / "work", "inputs").get("block") is None
     assert Store(tmp_path / "work", "other inputs").get("block") is None
     assert not path.exists()
-
-
-WIDE = """
-import resource, sys
-from dataclasses import replace
-import numpy as np
-from mbq_export import calibrate, plan, recipe
-from mbq_export.checkpoint import load, locate
-from mbq_runtime.profile import SliceProfile
-
-profile = SliceProfile((3, 1, 2, 2))
-calibrate.METHODS = {"nested": replace(recipe.METHODS["nested"], sweeps=1)}
-checkpoint = load(locate(sys.argv[1]))
-rng = np.random.default_rng(0)
-fitted, held_back = (rng.integers(0, 8000, (windows, recipe.CONTEXT_TOKENS)) for windows in (8, 2))
-planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size)
-calibrate.calibrate(checkpoint, fitted, held_back, recipe.Recipe(profile, 64, "nested", 2, "auto", 0))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, planned.peak_memory_bytes, checkpoint.parameters)
-"""
-
-
-@pytest.mark.slow
-def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path) -> None:
-    """Two blocks nearly as wide as those of a model of a billion weights, which only has more of them."""
-    folder = write_checkpoint(
-        tmp_path / "wide", "llama", hidden_size=1536, intermediate_size=6144, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
-    )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", WIDE, str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    peak, stated, parameters = map(int, done.stdout.split())
-    print(f"\n{peak / 1e9:.2f} GB at most, {stated / 1e9:.2f} stated, {parameters / 1e6:.0f} M weights")
-    assert 0.8 * stated <= peak <= 1.2 * stated
-
-
-def test_a_model_of_a_billion_weights_takes_less_than_8_gib() -> None:
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=32000, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    plan = Plan(
-        describe(config, "1b"), SliceProfile((3, 1, 2, 2)), 64, "mbq16", "auto", METHODS["learned"].calib_tokens
-    )
-    assert plan.parameters > 1e9
-    assert plan.peak_memory_bytes < 8 << 30

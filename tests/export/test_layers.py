@@ -26,7 +26,7 @@ BIAS = torch.linspace(-1, 1, 12)
 
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
-    monkeypatch.setattr(layers, "_WEIGHTS_AT_ONCE", 5 * 128)  # several pieces, the last one short
+    monkeypatch.setattr(layers, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
     rng = np.random.default_rng(0)
     return Sliced(
         rng.integers(0, 256, (12, 128)).astype(np.uint8),

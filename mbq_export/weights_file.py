@@ -1,0 +1,62 @@
+"""The float32 weights of a large model, in a file that the system maps into memory and can take out again.
+
+What is read or written of it takes memory only while there is some to spare, so a model may be larger than that.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbq_runtime.errors import ModelError
+
+_ALIGNMENT = 64
+"""Elements: a weight begins at a multiple of a cache line and of every vector."""
+
+
+def in_file(loaded: Any, folder: Path) -> Any:
+    """The same model as ``loaded``, a transformers one of any dtype, in float32 and with its weights in a file.
+
+    The file has no name: it is gone when its last weight is, also after a kill.  folder: made when there is none.
+    Raises ModelError when 4 bytes a weight are not free there.
+    """
+    from accelerate import init_empty_weights
+
+    # Buffers such as Gemma's embedding scale were rounded to the dtype that ``loaded`` has; made anew they are exact.
+    with init_empty_weights(include_buffers=False):
+        model = type(loaded)._from_config(loaded.config, dtype=torch.float32)
+    model.generation_config = loaded.generation_config
+    weights = dict(loaded.named_parameters())
+    room = _room(sum(_aligned(weight.numel()) for weight in weights.values()), folder)
+    start = 0
+    for name, weight in weights.items():
+        place = room[start : start + weight.numel()].view(weight.shape).copy_(weight.detach())
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(place, requires_grad=False))
+        start += _aligned(weight.numel())
+    model.tie_weights()
+    return model
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT
+
+
+def _room(elements: int, folder: Path) -> torch.Tensor:
+    """float32 [elements], in a new file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # Claimed at once: a page that finds the disk full later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, 4 * elements)
+        except OSError as error:
+            raise ModelError(
+                f"{folder}: {4 * elements >> 20} MB for the model's weights cannot be had ({error.strerror}); "
+                "free some space or choose another --output"
+            ) from None
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(elements,)))

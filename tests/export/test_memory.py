@@ -1,0 +1,143 @@
+"""An export's memory: what it says and what it takes, and large models that are never in memory whole."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import write_checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mbq_export import memory
+from mbq_export.checkpoint import load, locate
+from mbq_export.cli import command
+from mbq_export.families import describe
+from mbq_export.plan import Plan
+from mbq_export.recipe import METHODS
+from mbq_runtime.errors import ModelError
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((3, 1, 2, 2))
+
+WIDE = """
+import sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from mbq_export import calibrate, memory, plan, recipe
+from mbq_export.checkpoint import load, locate
+from mbq_export.store import Store
+from mbq_runtime.profile import SliceProfile
+
+peak = 0
+
+def watch():
+    global peak
+    while True:
+        with open("/proc/self/status") as status:
+            peak = max(peak, next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon")))
+        time.sleep(0.01)
+
+model, work, memory.KEPT_WEIGHT_BYTES = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+threading.Thread(target=watch, daemon=True).start()
+profile = SliceProfile((3, 1, 2, 2))
+calibrate.METHODS = {"nested": replace(recipe.METHODS["nested"], sweeps=1)}
+checkpoint = load(locate(model), None if memory.KEPT_WEIGHT_BYTES else work)
+rng = np.random.default_rng(0)
+fitted, held_back = (rng.integers(0, 8000, (windows, recipe.CONTEXT_TOKENS)) for windows in (8, 2))
+planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size)
+steps = Store(work / "steps", "wide")
+calibrate.calibrate(checkpoint, fitted, held_back, recipe.Recipe(profile, 64, "nested", 2, "auto", 0), steps)
+print(peak, planned.peak_memory_bytes, checkpoint.parameters)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [memory.KEPT_WEIGHT_BYTES, 0])
+def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int) -> None:
+    """Two blocks nearly as wide as those of a model of a billion weights, which only has more of them."""
+    folder = write_checkpoint(
+        tmp_path / "wide", "llama", hidden_size=1536, intermediate_size=6144, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
+    )  # fmt: skip
+    command = [sys.executable, "-c", WIDE, str(folder), str(tmp_path / "work"), str(kept)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak, stated, parameters = map(int, done.stdout.split())
+    print(
+        f"\n{peak / 1e9:.2f} GB at most, {stated / 1e9:.2f} stated, {peak / parameters:.1f} bytes for each of "
+        f"{parameters / 1e6:.0f} M weights, which are in {'memory' if kept else 'a file'}"
+    )
+    assert 0.8 * stated <= peak <= 1.2 * stated
+
+
+def large(hidden: int, ffn: int, layers: int, tied: bool) -> Plan:
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    return Plan(describe(config, "large"), PROFILE, 64, "mbq16", "auto", METHODS["learned"].calib_tokens)
+
+
+@pytest.mark.parametrize(
+    ("plan", "weights", "gib"),
+    [(large(2048, 8192, 16, tied=True), 1.2e9, 8), (large(4096, 14336, 32, tied=False), 8e9, 20)],
+)
+def test_large_models_take_less_memory_than_their_weights(plan: Plan, weights: float, gib: int) -> None:
+    assert plan.parameters > weights
+    assert plan.peak_memory_bytes < gib << 30
+    assert plan.weights_file_bytes == 4 * plan.parameters
+    assert plan.work_bytes > plan.weights_file_bytes + plan.routed_parameters
+
+
+def stored_as_bfloat16(folder: Path, family: str) -> str:
+    write_checkpoint(folder, family)
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3-longrope"])
+def test_a_model_in_a_file_is_the_same_model(tmp_path: Path, family: str) -> None:
+    source = locate(stored_as_bfloat16(tmp_path / "model", family))
+    inside, outside = load(source), load(source, tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []  # the file has no name
+    for kind in ("named_parameters", "named_buffers"):
+        expected, found = dict(getattr(inside.model, kind)()), dict(getattr(outside.model, kind)())
+        assert list(expected) == list(found)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+    tokens = torch.arange(24)[None]
+    torch.testing.assert_close(outside.model(tokens).logits, inside.model(tokens).logits, rtol=0, atol=1e-5)
+    assert outside.parameters == inside.parameters
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_in_a_file_becomes_the_same_bundle(
+    tmp_path: Path, calibration_text: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stored_as_bfloat16(tmp_path / "model", family)
+    weights = []
+    for kept in (memory.KEPT_WEIGHT_BYTES, 0):
+        monkeypatch.setattr(memory, "KEPT_WEIGHT_BYTES", kept)
+        output = tmp_path / str(kept)
+        arguments = ["--target", "portable", "--model", model, "--output", str(output), "--tune-steps", "4"]
+        command([*arguments, "--calib-data", str(calibration_text), "--calib-tokens", "2048"], standalone_mode=False)
+        weights.append(np.fromfile(output / "model.onnx.data", np.uint8))
+    np.testing.assert_array_equal(*weights)
+
+
+def test_no_room_for_the_weights_is_said_before_they_are_written(tmp_path: Path) -> None:
+    source = locate(stored_as_bfloat16(tmp_path / "model", "llama"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(ModelError, match=r"work: \d+ MB for the model's weights cannot be had \(.*\); free some"):
+            load(source, tmp_path / "work")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "work").iterdir()) == []
