@@ -146,6 +146,17 @@ def quality_floor(calibrated: Calibrated, ratio: float) -> float:
     return round(float(grid[min(first, len(grid) - 1)]), 2)
 
 
+def worth(calibrated: Calibrated, floor_ratio: float) -> tuple[float, float]:
+    """What slices are chosen by, the less the better: the quality floor, and the mean perplexity at 4 to 8 bits.
+
+    The first says how light a model may get; the second decides between equal ones.
+    """
+    bits = [point.avg_bits_used for point in calibrated.curve]
+    loss = np.log([point.perplexity for point in calibrated.curve])
+    mean = np.interp([b for b in CURVE_BITS if b >= 4], bits, loss).mean()
+    return quality_floor(calibrated, floor_ratio), round(float(np.exp(mean)), 4)
+
+
 def _slices(
     checkpoint: Checkpoint,
     windows: NDArray[np.int64],

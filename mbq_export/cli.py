@@ -13,7 +13,7 @@ from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
 from .progress import Progress
-from .recipe import METHODS
+from .recipe import AUTO_SLICES, METHODS
 
 if TYPE_CHECKING:
     from mbq_runtime.manifest import Manifest
@@ -52,7 +52,13 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     help="Folder to write; with several targets, one in it for each.  [default: bundles/MODEL-TARGET]",
 )
 @click.option("--engine", default="onnx", help="What a processor's bundle runs on: onnx, tvm or both.")
-@click.option("--slices", default="3,1,2,2", help="Slice widths in bits, most significant first; they add up to 8.")
+@click.option(
+    "--slices",
+    default="3,1,2,2",
+    help="Slice widths in bits, most significant first; they add up to 8.  auto calibrates with "
+    + " and with ".join(AUTO_SLICES)
+    + ", and writes what measures better.",
+)
 @click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
 @click.option(
     "--activations",
@@ -120,7 +126,8 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
         check(plot)
     # One line per rejected option, before torch is imported.
     targets = {name: resolve(name) for name in options.pop("targets")}
-    options["profile"] = SliceProfile.parse(options.pop("slices"))
+    slices = options.pop("slices")
+    options["profiles"] = tuple(SliceProfile.parse(text) for text in (AUTO_SLICES if slices == "auto" else [slices]))
     options["outputs"] = _output_folders(options.pop("output"), options["model"], targets)
     from .export import ENGINE_CHOICES, Options, prepare, run
 
@@ -174,6 +181,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "layers": plan.decoder.layers,
         "routed_parameters": plan.routed_parameters,
         "slices": list(plan.profile.slices),
+        "profiles": [str(profile) for profile in prepared.options.profiles],
         "group_size": plan.group_size,
         "activation_bits": prepared.options.activation_bits,
         "engines": list(prepared.options.engines),
@@ -195,7 +203,8 @@ def _show_plan(prepared: Prepared) -> None:
     click.echo(f"Model    {prepared.source.name}: {d.family.architecture}, {shape}")
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
         click.echo(f"           {role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}")
-    click.echo(f"Slices   {plan.profile} in groups of {plan.group_size}, router {prepared.options.router}")
+    profiles = " or ".join(map(str, prepared.options.profiles))
+    click.echo(f"Slices   {profiles} in groups of {plan.group_size}, router {prepared.options.router}")
     work = f"{plan.work_bytes >> 20} MB of disk while it calibrates"
     click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory, and {work}")
     for output, target in prepared.options.outputs.items():
@@ -210,6 +219,7 @@ def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> di
     del document["outputs"]
     return {
         **document,
+        "slices": list(manifest.slices),
         "output": str(output),
         "target": manifest.target.name,
         "calibration": dict(manifest.calibration),
@@ -232,6 +242,10 @@ def _show_result(output: Path, manifest: Manifest) -> None:
     for bits in SHOWN_BITS:
         if bits in manifest.weights.bytes_per_token:
             click.echo(f"  {bits} bits on average        {manifest.weights.bytes_per_token[bits] / 1e6:9.2f} MB")
+    for slices, figures in manifest.calibration.get("slices", {}).items():
+        floor, perplexity = figures["floor_bits"], figures["perplexity"]
+        click.echo(f"Slices {slices}: floor {floor:g} bits, perplexity {perplexity:.2f} on average over 4 to 8 bits")
+    click.echo(f"Slices {','.join(map(str, manifest.slices))} are written")
     quality = manifest.quality
     click.echo(f"Perplexity on held-back text (the original model: {quality.reference_perplexity:.2f})")
     for point in quality.curve:

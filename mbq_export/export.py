@@ -42,6 +42,7 @@ TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang",
 class Options:
     """What the command line asks for.  outputs: a folder for each target, all written from one calibration;
     engines: names of ``WRITERS``, what each bundle is to run on, the first unless it is told another;
+    profiles: what weights are sliced by; of several, each is calibrated and what measures better is written;
     method, router: as ``Recipe`` takes them; tune_steps, calib_tokens: None for the method's own; floor_ratio: how many
     times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
     takes it; activation_bits: of the integers that processors round activations to."""
@@ -49,7 +50,7 @@ class Options:
     model: str
     outputs: dict[Path, Target]
     engines: tuple[str, ...]
-    profile: SliceProfile
+    profiles: tuple[SliceProfile, ...]
     group_size: str
     activation_bits: int
     method: str
@@ -64,7 +65,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked export: what will be done, and nothing done yet.  plans: one for each output."""
+    """A checked export: what will be done, and nothing done yet.  plans: one for each output, with the first of the
+    profiles while several are to be tried."""
 
     options: Options
     source: Source
@@ -100,7 +102,13 @@ def prepare(options: Options) -> Prepared:
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
         output: planning.Plan(
-            decoder, options.profile, group_size, target.layout, options.router, calib_tokens, source.gguf is not None
+            decoder,
+            options.profiles[0],
+            group_size,
+            target.layout,
+            options.router,
+            calib_tokens,
+            source.gguf is not None,
         )
         for output, target in options.outputs.items()
     }
@@ -112,39 +120,67 @@ def prepare(options: Options) -> Prepared:
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
     """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
-    from .calibrate import calibrate
-
-    options = prepared.options
-    progress("loading the model", 0, 1)
-    started = time.monotonic()
-    beside = next(iter(options.outputs)).parent
-    checkpoint = load(prepared.source, beside if prepared.plan.weights_file_bytes else None)
-    progress("loading the model", 1, 1)
-    count = max(1, prepared.plan.calib_tokens // CONTEXT_TOKENS)
-    fitted, held_back = calibration_data.calibration_windows(
-        checkpoint, prepared.calibration_source, count, held_back_windows(count), CONTEXT_TOKENS
-    )
-    recipe = Recipe(
-        options.profile, prepared.plan.group_size, options.method, _tuning_steps(options), options.router, options.seed
-    )
-    store = _store(prepared, checkpoint, recipe, fitted)
-    if store.finished:
-        progress(f"resuming behind {store.finished} finished steps", 1, 1)
-    calibrated = calibrate(checkpoint, fitted, held_back, recipe, store, progress)
+    options, started = prepared.options, time.monotonic()
+    tried = [_calibrated(prepared, profile, progress) for profile in options.profiles]
+    best = min(tried, key=lambda trial: trial.worth)
+    calibrated = best.calibrated
     calibration = {
         "method": options.method,
         "text": prepared.calibration_source.name,
-        "tokens": int(fitted.size),
-        "held_back_tokens": int(held_back.size),
+        "tokens": best.tokens,
+        "held_back_tokens": best.held_back_tokens,
         "routers": calibrated.routers,
     }
+    if len(tried) > 1:
+        calibration["slices"] = {
+            str(trial.calibrated.profile): dict(zip(("floor_bits", "perplexity"), trial.worth, strict=True))
+            for trial in tried
+        }
     log.info("calibrated in %.0f s", time.monotonic() - started)
+    chosen = {output: replace(plan, profile=calibrated.profile) for output, plan in prepared.plans.items()}
+    prepared = replace(prepared, plans=chosen)
     manifests = {
-        output: write_calibrated(prepared, output, checkpoint, calibrated, calibration, progress)
+        output: write_calibrated(prepared, output, best.checkpoint, calibrated, calibration, progress)
         for output in options.outputs
     }
-    store.remove()
+    for trial in tried:
+        trial.store.remove()
     return manifests
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A model calibrated with one profile.  worth: see ``calibrate.worth``; store: what it keeps on disk."""
+
+    checkpoint: Checkpoint
+    calibrated: Calibrated
+    worth: tuple[float, float]
+    store: Store
+    tokens: int
+    held_back_tokens: int
+
+
+def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> _Trial:
+    from .calibrate import calibrate, worth
+
+    options, plan = prepared.options, prepared.plan
+    progress("loading the model", 0, 1)
+    beside = next(iter(options.outputs)).parent
+    checkpoint = load(prepared.source, beside if plan.weights_file_bytes else None)
+    progress("loading the model", 1, 1)
+    count = max(1, plan.calib_tokens // CONTEXT_TOKENS)
+    fitted, held_back = calibration_data.calibration_windows(
+        checkpoint, prepared.calibration_source, count, held_back_windows(count), CONTEXT_TOKENS
+    )
+    recipe = Recipe(profile, plan.group_size, options.method, _tuning_steps(options), options.router, options.seed)
+    store = _store(prepared, checkpoint, recipe, fitted)
+    if store.finished:
+        progress(f"resuming behind {store.finished} finished steps", 1, 1)
+    if len(options.profiles) > 1:
+        progress(f"slices {profile}", 1, 1)
+    calibrated = calibrate(checkpoint, fitted, held_back, recipe, store, progress)
+    of_this = worth(calibrated, options.floor_ratio)
+    return _Trial(checkpoint, calibrated, of_this, store, int(fitted.size), int(held_back.size))
 
 
 def _calib_tokens(options: Options) -> int:
@@ -162,7 +198,8 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
         digest.update(name.encode())
         digest.update(parameter.detach().numpy())
     first = next(iter(prepared.options.outputs))
-    return Store(first.parent / f".{prepared.source.name}.calibration", digest.hexdigest())
+    name = f".{prepared.source.name}.{str(recipe.profile).replace(',', '')}.calibration"
+    return Store(first.parent / name, digest.hexdigest())
 
 
 def write_calibrated(

@@ -42,6 +42,10 @@ METHODS = {
 }
 
 
+AUTO_SLICES = ("3,1,2,2", "2,2,2,2")
+"""What ``--slices auto`` chooses from."""
+
+
 def held_back_windows(fitted: int) -> int:
     """How many windows to hold back beside ``fitted`` to calibrate on."""
     return max(2, min(fitted // _HELD_BACK_SHARE, _HELD_BACK_WINDOWS))

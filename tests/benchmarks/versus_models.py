@@ -110,7 +110,7 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: 
     """A bundle for this machine, rounded to nearest.  Its speed is that of a calibrated one: bytes, ops and
     routers of the same size, but no text is run through the model."""
     options = Options(
-        model=str(model), outputs={out: resolve("host")}, profile=profile, group_size="auto",
+        model=str(model), outputs={out: resolve("host")}, profiles=(profile,), group_size="auto",
         activation_bits=activation_bits, method="rtn", engines=OWN_ENGINES, tune_steps=0, router="mlp",
         floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0, force=False,
     )  # fmt: skip

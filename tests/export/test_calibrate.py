@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export.calibrate import Calibrated, quality_floor
+from mbq_export.calibrate import Calibrated, quality_floor, worth
+from mbq_export.recipe import AUTO_SLICES
 from mbq_export.slicing.reference import Sliced
 from mbq_export.store import Store
 from mbq_runtime import manifest
@@ -46,7 +47,7 @@ def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibrat
     # Eight blocks, so that there is something to kill between.
     model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
     run(export(model, calibration_text, tmp_path / "a" / "bundle"))
-    work = tmp_path / "b" / ".model.calibration"
+    work = tmp_path / "b" / ".model.3122.calibration"
     finished, kills = 0, 0
     while kills < 5:
         process = subprocess.Popen(
@@ -87,6 +88,25 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
     assert all(0.9 < ratio < 1.1 for of_method in ratios.values() for ratio in of_method)
 
 
+def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path, calibration_text: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama")
+    command = export(model, calibration_text, tmp_path / "out" / "auto", "--slices", "auto", "--tune-steps", "4")
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    facts = manifest.read(tmp_path / "out" / "auto")
+    tried = facts.calibration["slices"]
+    assert list(tried) == list(AUTO_SLICES)
+    chosen = min(tried, key=lambda slices: (tried[slices]["floor_bits"], tried[slices]["perplexity"]))
+    assert facts.slices == SliceProfile.parse(chosen).slices
+    assert f"Slices {chosen} are written" in done.stdout
+    assert all(f"Slices {slices}: floor {tried[slices]['floor_bits']:g} bits" in done.stdout for slices in tried)
+    # The bundle is the one that these slices give by themselves, and nothing of the other is left.
+    run(export(model, calibration_text, tmp_path / "out" / "alone", "--slices", chosen, "--tune-steps", "4"))
+    alone, auto = digests(tmp_path / "out" / "alone"), digests(tmp_path / "out" / "auto")
+    assert {name: alone[name] for name in alone if name != "manifest.json"}.items() <= auto.items()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alone", "auto"]
+
+
 def point(bits: float, perplexity: float) -> QualityPoint:
     return QualityPoint(bits, bits, perplexity)
 
@@ -99,6 +119,9 @@ def test_the_floor_is_where_the_curve_crosses_the_ratio(ratio: float, floor: flo
         reference_perplexity=10.0, curve=curve,
     )  # fmt: skip
     assert quality_floor(calibrated, ratio) == pytest.approx(floor, abs=0.051)
+    of_slices, of_rest = worth(calibrated, ratio)
+    assert of_slices == quality_floor(calibrated, ratio)
+    assert of_rest == pytest.approx(np.exp(np.log([20, (20 * 11) ** 0.5, 11, 10.5]).mean()), rel=1e-4)
 
 
 def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_inputs(tmp_path: Path) -> None:
