@@ -93,12 +93,6 @@ def prepare(options: Options) -> Prepared:
     decoder = read_config(source)
     if "tvm" in options.engines:
         lower_tvm.check(decoder)
-    for target in options.outputs.values():
-        if target.gpu and options.activation_bits != 16:
-            raise UsageError(
-                f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
-                "leave it out"
-            )
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
         output: planning.Plan(
@@ -112,7 +106,7 @@ def prepare(options: Options) -> Prepared:
         )
         for output, target in options.outputs.items()
     }
-    found = planning.problems(plans, options.outputs, options.engines, options.force)
+    found = planning.problems(plans, options.outputs, options.engines, options.activation_bits, options.force)
     if found:
         raise UsageError("; ".join(found))
     return Prepared(options, source, calibration_data.open_source(options.calib_data), plans)

@@ -118,7 +118,9 @@ def depth_budgets(profile: SliceProfile) -> list[float]:
     return [step / 2 for step in steps]
 
 
-def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tuple[str, ...], force: bool) -> list[str]:
+def problems(
+    plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tuple[str, ...], activation_bits: int, force: bool
+) -> list[str]:
     """Everything that would stop the export later, one line each.  plans, outputs: by output folder."""
     found = [
         f"{output}: it exists; choose another --output, or --force to replace it"
@@ -130,6 +132,11 @@ def problems(plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tupl
         for target in outputs.values()
         for engine in target.engines(engines)
         if target.layout not in ENGINE_FILES[engine]
+    ]
+    found += [
+        f"--activations {activation_bits}: {target.name} computes with floating-point activations; leave it out"
+        for target in outputs.values()
+        if target.gpu and activation_bits != 16
     ]
     if any(target.native or target.gpu for target in outputs.values()):
         found += [
