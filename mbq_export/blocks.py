@@ -23,15 +23,19 @@ from .memory import KEPT_ACTIVATION_BYTES, activation_bytes, fast_bytes
 
 
 @cache
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware: twice as fast, and exact enough for gradients, for
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware: twice as fast, and exact enough for gradients, for
     what inputs are like on average, and for telling routers apart.  Else float32."""
-    return torch.bfloat16 if fast_bytes() == 2 else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and fast_bytes() == 2
+    return torch.bfloat16 if fast else torch.float32
 
 
-def autocast(dtype: torch.dtype) -> torch.autocast:
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Products in ``dtype``, bfloat16 or float32, while the block runs."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 Hidden = torch.Tensor
@@ -57,13 +61,15 @@ class Blocks:
         with ExitStack() as stack, torch.no_grad():
             for layer in self.layers:
                 stack.enter_context(_forward_is(layer, note))
-            self.checkpoint.model.model(torch.zeros(1, context, dtype=torch.long), use_cache=False)
+            tokens = torch.zeros(1, context, dtype=torch.long, device=self.checkpoint.device)
+            self.checkpoint.model.model(tokens, use_cache=False)
         return seen
 
     def embed(self, windows: NDArray[np.int64]) -> list[Hidden]:
         """int64 [windows, context] tokens -> the residual stream in front of the first block."""
         with torch.no_grad():
-            return [self.checkpoint.model.get_input_embeddings()(torch.from_numpy(w)[None]) for w in windows]
+            embedding, tokens = self.checkpoint.model.get_input_embeddings(), self.checkpoint.on_device(windows)
+            return [embedding(window[None]) for window in tokens]
 
     def run(self, layer: int, hidden: Hidden) -> Hidden:
         """One window through block ``layer``."""
@@ -95,7 +101,9 @@ def lean_backward(checkpoint: Checkpoint) -> Iterator[None]:
     with ExitStack() as stack:
         if activation_bytes(checkpoint.decoder) > KEPT_ACTIVATION_BYTES:
             for layer in checkpoint.model.model.layers:
-                stack.enter_context(_forward_is(layer, partial(recomputed, layer.forward, use_reentrant=False)))
+                # Nothing in a block is random.
+                again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+                stack.enter_context(_forward_is(layer, again))
         yield
 
 

@@ -103,7 +103,8 @@ def calibrate(
     reference = quality.reference(checkpoint, measured_windows)
     slices, embedding, head_scale, head_input = _slices(checkpoint, fitted, recipe, store, stage)
     if checkpoint.decoder.tied:
-        table = values_at(slices[checkpoint.decoder.head.name], profile, profile.depths) / torch.from_numpy(head_scale)
+        head = slices[checkpoint.decoder.head.name]
+        table = values_at(head, profile, profile.depths, device=checkpoint.device) / checkpoint.on_device(head_scale)
         checkpoint.model.get_input_embeddings().weight.copy_(table)
     names = list(candidates.ROUTERS) if recipe.router == "auto" else [recipe.router]
     stats = collect(
@@ -118,7 +119,7 @@ def calibrate(
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
     results = quality.measure(
         checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality"),
-        fast_dtype(),
+        fast_dtype(checkpoint.device),
     )  # fmt: skip
     original = float(np.exp(reference.mean()))
     curve = tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True))
@@ -247,7 +248,8 @@ def _choose(
     ]
     # All agree at the ends, where there is nothing to choose.
     ends = [{unit: random(b) for unit in slices} for b in (profile.min_bits, CODE_BITS)]
-    results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast_dtype())
+    fast = fast_dtype(checkpoint.device)
+    results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast)
     lowest, highest = results[len(cases) :]
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
     losses = {name: _at_equal_bits([lowest, *of_kind, highest], bits) for name, of_kind in by_name.items()}

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,8 +97,8 @@ def _check_folder(folder: Path) -> None:
 
 @dataclass
 class Checkpoint:
-    """A loaded float32 model on the CPU with its tokenizer and its description.  parameters: how many weights it had
-    when it was loaded."""
+    """A loaded float32 model with its tokenizer and its description.  parameters: how many weights it had when it was
+    loaded."""
 
     source: Source
     decoder: Decoder
@@ -108,6 +108,15 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         self.parameters = self.model.num_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and is worked on."""
+        return cast(torch.device, self.model.device)
+
+    def on_device(self, array: NDArray[Any]) -> torch.Tensor:
+        """The array as a tensor where the model is."""
+        return torch.from_numpy(array).to(self.device)
 
     @property
     def opening_tokens(self) -> list[int]:
@@ -127,7 +136,7 @@ class Checkpoint:
 
     def weight(self, unit: Unit) -> NDArray[np.float32]:
         """float32 [N, K]: the unit's weights, stacked."""
-        return torch.cat([self.linear(name).weight.detach() for name in unit.sources]).numpy()
+        return torch.cat([self.linear(name).weight.detach().cpu() for name in unit.sources]).numpy()
 
     def release(self, unit: Unit) -> None:
         """Give back the memory of the unit's weights, which are not needed any more; biases stay."""
@@ -139,12 +148,13 @@ class Checkpoint:
         layers = [self.linear(name) for name in unit.sources]
         if all(layer.bias is None for layer in layers):
             return None
-        parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+        biases = [None if layer.bias is None else layer.bias.detach().cpu() for layer in layers]
+        parts = [torch.zeros(n.out_features) if b is None else b for n, b in zip(layers, biases, strict=True)]
         return torch.cat(parts).numpy()
 
     def embedding(self) -> NDArray[np.float32]:
         """float32 [vocab, hidden]: the table, before ``Decoder.embedding_scale``."""
-        return np.asarray(self.model.get_input_embeddings().weight.detach().numpy())
+        return np.asarray(self.model.get_input_embeddings().weight.detach().cpu().numpy())
 
     def part(self, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """float32 weight [rows, K] and bias [rows] of q, k, v, o, gate, up or down: views to write through."""
@@ -156,14 +166,14 @@ class Checkpoint:
     def norm(self, name: str) -> NDArray[np.float32]:
         """float32 [width]: what the RMS norm ``name`` multiplies by."""
         weight = self.model.get_submodule(name).weight.detach()
-        return np.asarray((weight + self.decoder.family.norm_offset).numpy())
+        return np.asarray((weight + self.decoder.family.norm_offset).cpu().numpy())
 
     def scale_norm(self, name: str, factor: torch.Tensor) -> None:
         """Multiply what the RMS norm ``name`` multiplies by, in place."""
         offset = self.decoder.family.norm_offset
         with torch.no_grad():
             weight = self.model.get_submodule(name).weight
-            weight.copy_((weight + offset) * factor - offset)
+            weight.copy_((weight + offset) * factor.to(weight.device) - offset)
 
     def reset_norm(self, name: str) -> None:
         """Make the RMS norm ``name`` multiply by 1."""
@@ -175,11 +185,11 @@ class Checkpoint:
 
         rotated: how many of a head's first numbers are rotated, all of them but for Phi-3's relatives.
         """
-        ids = torch.arange(self.decoder.context_length)[None]
+        ids = torch.arange(self.decoder.context_length, device=self.device)[None]
         of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
-        cos, sin = self.model.model.rotary_emb(torch.zeros(1), ids, **of_kind)
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1, device=self.device), ids, **of_kind)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
+        return cos[0, :, :half].cpu().numpy().copy(), sin[0, :, :half].cpu().numpy().copy()
 
 
 def read_config(source: Source) -> Decoder:
@@ -189,10 +199,11 @@ def read_config(source: Source) -> Decoder:
     return describe(_loaded(source, AutoConfig.from_pretrained), source.name)
 
 
-def load(source: Source, weights_folder: Path | None = None) -> Checkpoint:
+def load(source: Source, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
     """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite.
 
-    weights_folder: where a file is to hold the weights, or None for memory.
+    weights_folder: where a file is to hold the weights, or None for memory; device: as torch names it, the processor
+    where there is a file.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -216,7 +227,10 @@ def load(source: Source, weights_folder: Path | None = None) -> Checkpoint:
     if weights_folder is not None:
         model = in_file(model, weights_folder)
     tokenizer = _loaded(source, AutoTokenizer.from_pretrained)
-    model.eval().requires_grad_(False)
+    try:
+        model.eval().requires_grad_(False).to(device)
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{source.name}: its weights do not fit the memory of {device}; use --device cpu") from None
     return Checkpoint(source, decoder, model, tokenizer)
 
 

@@ -99,6 +99,12 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     + ", ".join(f"{method.calib_tokens} for {name}" for name, method in METHODS.items())
     + ".",
 )
+@click.option(
+    "--device",
+    default="auto",
+    help="Where to calibrate, as torch names it: cpu, cuda, cuda:1.  auto is a GPU with enough free memory, else the "
+    "processor.",
+)
 @click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -187,6 +193,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "engines": list(prepared.options.engines),
         "router": prepared.options.router,
         "calib_tokens": plan.calib_tokens,
+        "device": prepared.device,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "work_bytes": plan.work_bytes,
         "outputs": [
@@ -206,7 +213,8 @@ def _show_plan(prepared: Prepared) -> None:
     profiles = " or ".join(map(str, prepared.options.profiles))
     click.echo(f"Slices   {profiles} in groups of {plan.group_size}, router {prepared.options.router}")
     work = f"{plan.work_bytes >> 20} MB of disk while it calibrates"
-    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory, and {work}")
+    where = "" if prepared.device == "cpu" else f" of {prepared.device}"
+    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory{where}, and {work}")
     for output, target in prepared.options.outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")

@@ -21,7 +21,7 @@ from mbq_runtime.weights_file import WEIGHTS
 from mbq_targets.spec import KernelSpec
 from mbq_targets.table import Target
 
-from . import calibration_data
+from . import calibration_data, devices
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .lower import tvm as lower_tvm
@@ -45,7 +45,8 @@ class Options:
     profiles: what weights are sliced by; of several, each is calibrated and what measures better is written;
     method, router: as ``Recipe`` takes them; tune_steps, calib_tokens: None for the method's own; floor_ratio: how many
     times the original's perplexity is still acceptable; calib_data: as ``calibration_data.open_source``
-    takes it; activation_bits: of the integers that processors round activations to."""
+    takes it; activation_bits: of the integers that processors round activations to; device: to calibrate on, as
+    ``devices.choose`` takes it."""
 
     model: str
     outputs: dict[Path, Target]
@@ -59,6 +60,7 @@ class Options:
     floor_ratio: float
     calib_data: str | None
     calib_tokens: int | None
+    device: str
     seed: int
     force: bool
 
@@ -72,6 +74,7 @@ class Prepared:
     source: Source
     calibration_source: calibration_data.Source
     plans: dict[Path, planning.Plan]
+    device: str
 
     @property
     def plan(self) -> planning.Plan:
@@ -96,20 +99,17 @@ def prepare(options: Options) -> Prepared:
     group_size = planning.choose_group_size(decoder, options.group_size)
     plans = {
         output: planning.Plan(
-            decoder,
-            options.profiles[0],
-            group_size,
-            target.layout,
-            options.router,
-            calib_tokens,
-            source.gguf is not None,
+            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens, in_memory=True
         )
         for output, target in options.outputs.items()
     }
-    found = planning.problems(plans, options.outputs, options.engines, options.activation_bits, options.force)
+    device = devices.choose(options.device, next(iter(plans.values())).peak_memory_bytes)
+    if device == devices.CPU and source.gguf is None:
+        plans = {output: replace(plan, in_memory=False) for output, plan in plans.items()}
+    found = planning.problems(plans, options, device)
     if found:
         raise UsageError("; ".join(found))
-    return Prepared(options, source, calibration_data.open_source(options.calib_data), plans)
+    return Prepared(options, source, calibration_data.open_source(options.calib_data), plans, device)
 
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
@@ -120,6 +120,7 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     calibrated = best.calibrated
     calibration = {
         "method": options.method,
+        "device": prepared.device,
         "text": prepared.calibration_source.name,
         "tokens": best.tokens,
         "held_back_tokens": best.held_back_tokens,
@@ -160,7 +161,7 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     options, plan = prepared.options, prepared.plan
     progress("loading the model", 0, 1)
     beside = next(iter(options.outputs)).parent
-    checkpoint = load(prepared.source, beside if plan.weights_file_bytes else None)
+    checkpoint = load(prepared.source, beside if plan.weights_file_bytes else None, prepared.device)
     progress("loading the model", 1, 1)
     count = max(1, plan.calib_tokens // CONTEXT_TOKENS)
     fitted, held_back = calibration_data.calibration_windows(
@@ -190,7 +191,7 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     digest = sha256(repr((recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
     for name, parameter in checkpoint.model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().numpy())
+        digest.update(parameter.detach().cpu().numpy())
     first = next(iter(prepared.options.outputs))
     name = f".{prepared.source.name}.{str(recipe.profile).replace(',', '')}.calibration"
     return Store(first.parent / name, digest.hexdigest())

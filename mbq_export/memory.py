@@ -60,7 +60,8 @@ def by_stage(plan: Plan) -> dict[str, int]:
     largest, widest = max(n * k for n, k in shapes), max(k for _, k in shapes)
     in_memory = 0 if plan.weights_file_bytes else 4
     before = _LIBRARIES_BYTES + in_memory * plan.parameters + (4 * head if d.tied else 0)
-    after = _LIBRARIES_BYTES + in_memory * head
+    # A GPU has no mapped files: codes are in its memory.
+    after = _LIBRARIES_BYTES + in_memory * head + (plan.routed_parameters if plan.in_memory else 0)
     # Every weight that is changed or sliced is there once more for each depth, and as it was.
     streams = 4 * (depths + 1)
 

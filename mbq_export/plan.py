@@ -7,15 +7,18 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mbq_runtime.errors import UsageError
 from mbq_runtime.manifest import ENGINE_FILES
 from mbq_runtime.profile import CODE_BITS, SliceProfile
-from mbq_targets.table import Target
 
-from . import memory
+from . import devices, memory
 from .families import Decoder
 from .recipe import MLP_HIDDEN
+
+if TYPE_CHECKING:
+    from .export import Options
 
 SCALE_BYTES = 4
 """Per group: a float16 scale and a float16 offset."""
@@ -48,8 +51,9 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
-    gguf: bool = False
-    """Whether the checkpoint is a GGUF file, whose weights are in memory when they are decoded."""
+    in_memory: bool = False
+    """Whether the weights stay in memory however large they are: those on a GPU do, and those of a GGUF file, which are
+    decoded into it."""
 
     @property
     def router_bytes(self) -> int:
@@ -99,7 +103,7 @@ class Plan:
     @property
     def weights_file_bytes(self) -> int:
         """Size of the file that holds the float32 weights while calibration lasts; 0 when memory does."""
-        return 0 if self.gguf or 4 * self.parameters <= memory.KEPT_WEIGHT_BYTES else 4 * self.parameters
+        return 0 if self.in_memory or 4 * self.parameters <= memory.KEPT_WEIGHT_BYTES else 4 * self.parameters
 
     @property
     def work_bytes(self) -> int:
@@ -118,14 +122,13 @@ def depth_budgets(profile: SliceProfile) -> list[float]:
     return [step / 2 for step in steps]
 
 
-def problems(
-    plans: dict[Path, Plan], outputs: dict[Path, Target], engines: tuple[str, ...], activation_bits: int, force: bool
-) -> list[str]:
-    """Everything that would stop the export later, one line each.  plans, outputs: by output folder."""
+def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str]:
+    """Everything that would stop the export later, one line each.  plans: by output folder; device: to calibrate on."""
+    outputs, engines, activation_bits = options.outputs, options.engines, options.activation_bits
     found = [
         f"{output}: it exists; choose another --output, or --force to replace it"
         for output in outputs
-        if output.exists() and not force
+        if output.exists() and not options.force
     ]
     found += [
         f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
@@ -157,8 +160,9 @@ def problems(
             )
         if not os.access(parent, os.W_OK):
             found.append(f"{parent}: not writable; choose another --output")
-    memory = max(plan.peak_memory_bytes for plan in plans.values())
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if available < memory:
-        found.append(f"about {memory >> 20} MB of memory are needed, this machine has {available >> 20} MB")
+    needed_memory = max(plan.peak_memory_bytes for plan in plans.values())
+    available = devices.free_bytes(device)
+    if available < needed_memory:
+        where = "this machine" if device == devices.CPU else device
+        found.append(f"about {needed_memory >> 20} MB of memory are needed, {where} has {available >> 20} MB")
     return found

@@ -26,7 +26,7 @@ from .slicing.layers import values_at
 from .slicing.reference import Sliced
 
 Depths = Callable[[torch.Tensor], torch.Tensor]
-"""A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1."""
+"""A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1; both on the processor."""
 
 Case = Mapping[str, Depths]
 """One way to route a model: by unit name."""
@@ -54,7 +54,7 @@ class _Routed(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         depth = self.unit.depths(x)
         flat = x.reshape(-1, x.shape[-1])
-        output = torch.empty(len(flat), self.weights[0].shape[0], dtype=self.weights[0].dtype)
+        output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
         for at, weight in enumerate(self.weights, 1):
             rows = depth == at
             if rows.any():
@@ -78,7 +78,8 @@ class _RoutedUnit:
         self.parameters = sliced.codes.size
         self.bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
         self.used_bits = 0.0
-        whole = [values_at(sliced, profile, depth, dtype) for depth in range(1, profile.depths + 1)]
+        depths = range(1, profile.depths + 1)
+        whole = [values_at(sliced, profile, depth, dtype, checkpoint.device) for depth in depths]
         self.layers: list[torch.nn.Module] = [
             _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
         ]
@@ -92,8 +93,9 @@ class _RoutedUnit:
         """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
         if x is not self._input:
             self._input = x
-            self._depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])).float())
-            self.used_bits = float(self.bits[self._depth].sum())
+            depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])).float().cpu())
+            self.used_bits = float(self.bits[depth].sum())
+            self._depth = depth.to(x.device)
         return self._depth
 
 
@@ -124,7 +126,7 @@ def measure(
     def count(case: int, units: Sequence[_RoutedUnit]) -> None:
         used[case] += sum(unit.used_bits * unit.parameters for unit in units)
 
-    with autocast(dtype), inputs.recording():
+    with autocast(dtype, checkpoint.device), inputs.recording():
         for layer in range(d.layers):
             units = [routed(unit) for unit in d.layer_units(layer).values()]
             parameters += sum(unit.parameters for unit in units)
@@ -150,7 +152,7 @@ def measure(
             for window, tokens in zip(hidden[i], windows, strict=True):
                 logits = head.layers[0](blocks.final(window))
                 count(i, [head])
-                nll.append(float(functional.cross_entropy(logits[:-1].float(), torch.from_numpy(tokens[1:]))))
+                nll.append(float(functional.cross_entropy(logits[:-1].float(), checkpoint.on_device(tokens[1:]))))
             measured.append(Measured(np.array(nll), float(used[i] / (parameters * windows.size))))
     progress(d.layers + 1, d.layers + 1)
     return measured
@@ -160,7 +162,7 @@ def reference(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> NDArray[np.
     """float64 [windows]: mean nats a token of the checkpoint's model as it is."""
     nll = []
     with torch.no_grad():
-        for window in torch.from_numpy(windows):
+        for window in checkpoint.on_device(windows):
             logits = checkpoint.model(window[None], use_cache=False).logits[0]
             nll.append(float(functional.cross_entropy(logits[:-1].float(), window[1:])))
     return np.array(nll)

@@ -74,7 +74,8 @@ class _Recorder:
         x = self.x[:: self.every]
         g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
         # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
-        outputs = [x @ values_at(self.sliced, self.profile, depth).T for depth in range(1, self.profile.depths + 1)]
+        depths = range(1, self.profile.depths + 1)
+        outputs = [x @ values_at(self.sliced, self.profile, depth, device=x.device).T for depth in depths]
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
         self.parts["loss"].append(torch.stack([0.5 * (g * (outputs[-1] - y)).sum(1) ** 2 for y in outputs], dim=1))
         changes = [((b - a) ** 2).sum(1) for a, b in pairwise(outputs)]
@@ -82,12 +83,12 @@ class _Recorder:
         self.parts["mean_square"].append((seen**2).mean(1) + MEAN_SQUARE_EPS)
         if self.keep_inputs:
             # Half the memory; a residual stream has values that float16 cannot hold, at unit mean square it has not.
-            self.parts["inputs"].append((seen / self.parts["mean_square"][-1].sqrt()[:, None]).half())
+            self.parts["inputs"].append((seen / self.parts["mean_square"][-1].sqrt()[:, None]).half().cpu())
         self.x = None
         self.grads.clear()
 
     def result(self) -> UnitStatistics:
-        joined = {key: torch.cat(parts).numpy() for key, parts in self.parts.items() if parts}
+        joined = {key: torch.cat(parts).cpu().numpy() for key, parts in self.parts.items() if parts}
         return UnitStatistics(
             self.sliced.codes.size, joined["mean_square"], joined["change"], joined["loss"], joined.get("inputs")
         )

@@ -36,11 +36,13 @@ def backpropagate_samples(checkpoint: Checkpoint, window: NDArray[np.int64], gen
     information and not an error of fit.
     """
     # Only the embedding's output needs a gradient: no weight does.
-    embedded = checkpoint.model.get_input_embeddings()(torch.from_numpy(window)[None]).detach().requires_grad_()
+    embedding = checkpoint.model.get_input_embeddings()
+    embedded = embedding(checkpoint.on_device(window)[None]).detach().requires_grad_()
     logits = checkpoint.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
     with torch.no_grad():
-        labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        # Drawn on the processor: the same seed gives the same labels on every device.
+        labels = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator)[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
 
 
 def token_importance(
@@ -74,7 +76,7 @@ def token_importance(
         for name in squares:
             hooks.enter_context(checkpoint.linear(name).register_forward_hook(hook(name)))
         for i, window in enumerate(windows):
-            with autocast(fast_dtype()):
+            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 backpropagate_samples(checkpoint, window, generator)
             progress(i + 1, len(windows))
     importance = {name: _weights(name, torch.stack(of_layer)) for name, of_layer in squares.items()}
@@ -88,4 +90,4 @@ def _weights(name: str, squares: torch.Tensor) -> NDArray[np.float32]:
     if mean == 0:  # a layer without influence: all tokens are alike
         return np.ones(squares.shape, np.float32)
     weights = (squares / mean).clamp(max=MAX_WEIGHT)
-    return np.asarray((weights / weights.mean()).numpy())
+    return np.asarray((weights / weights.mean()).cpu().numpy())

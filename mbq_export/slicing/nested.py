@@ -39,10 +39,12 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def per_depth(profile: SliceProfile) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [E, 1] twice: the width of a cell at each depth in base cells, and in codes."""
-    steps = torch.tensor([2.0 ** (2 - bits) for bits in profile.depth_bits])[:, None]
-    return steps, torch.tensor([2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits])[:, None]
+def per_depth(profile: SliceProfile, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float32 [E, 1] three times: the width of a cell at each depth in base cells, and in codes; the depth's weight."""
+    steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
+    cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
+    of_each = torch.tensor([steps, cells, depth_weights(profile)]).to(device)[:, :, None]
+    return of_each[0], of_each[1], of_each[2]
 
 
 def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
@@ -60,24 +62,24 @@ def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
 def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: SliceProfile, name: str) -> Sliced:
     """float32 [N, K] and float [K, K] -> Sliced.  K must be a multiple of ``group_size``.
 
-    Raises ModelError when ``hessian`` is not finite or a weight is beyond the range of the format.
+    Worked on where ``hessian`` is.  Raises ModelError when it is not finite or a weight is beyond the format's range.
     """
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
-    steps, cells = per_depth(profile)
-    counts = torch.tensor(depth_weights(profile))[:, None]
+    device = hessian.device
+    steps, cells, counts = per_depth(profile, device)
     # Columns first: a column of all streams is then one stretch of memory.
-    streams = torch.from_numpy(weight).T.contiguous()[None].repeat(profile.depths, 1, 1)
-    codes = torch.empty(k, n, dtype=torch.uint8)
+    streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(profile.depths, 1, 1)
+    codes = torch.empty(k, n, dtype=torch.uint8, device=device)
     scales, offsets = [], []
     for start in range(0, k, group_size):
         group = slice(start, start + group_size)
         current, u = streams[:, group].clone(), factor[group, group]
-        scale16, offset16 = group_range(current[-1].T.numpy(), name)
+        scale16, offset16 = group_range(current[-1].T.cpu().numpy(), name)
         scales.append(scale16)
         offsets.append(offset16)
-        offset = torch.from_numpy(offset16.astype(np.float32))
-        scale = torch.from_numpy(scale16.astype(np.float32))
+        offset = torch.from_numpy(offset16.astype(np.float32)).to(device)
+        scale = torch.from_numpy(scale16.astype(np.float32)).to(device)
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
         errors = torch.empty_like(current)
         for j in range(group_size):
@@ -90,7 +92,7 @@ def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: S
                 current[:, j + 1 :].addcmul_(u[j, j + 1 :, None], errors[:, j, None], value=-1)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
-    return Sliced(codes.T.contiguous().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
+    return Sliced(codes.T.contiguous().cpu().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
 
 
 def best_code(

@@ -13,7 +13,7 @@ import torch
 
 from mbq_runtime.profile import SliceProfile
 
-from .nested import best_code, damped, depth_weights, in_base_cells, per_depth
+from .nested import best_code, damped, in_base_cells, per_depth
 from .reference import F32, Sliced, joined
 
 ROWS = 4096
@@ -21,11 +21,14 @@ ROWS = 4096
 
 
 def refine(weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int) -> Sliced:
-    """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups."""
+    """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups.
+
+    Worked on where ``hessian`` is.
+    """
     curvature = damped(hessian).float()
     parts = [
         _refine_rows(
-            torch.from_numpy(weight[rows]).T.contiguous(),
+            torch.from_numpy(weight[rows]).to(hessian.device).T.contiguous(),
             curvature,
             Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]),
             profile,
@@ -40,11 +43,11 @@ def _refine_rows(
     weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int
 ) -> Sliced:
     """weight: float32 [K, N]."""
-    steps, cells = per_depth(profile)
-    counts = torch.tensor(depth_weights(profile))[:, None]
-    codes = torch.from_numpy(sliced.codes).T.float().contiguous()
-    scale = torch.from_numpy(sliced.scale.astype(np.float32)).T.contiguous()
-    offset = torch.from_numpy(sliced.offset.astype(np.float32)).T.contiguous()
+    device = weight.device
+    steps, cells, counts = per_depth(profile, device)
+    codes = torch.from_numpy(sliced.codes).to(device).T.float().contiguous()
+    scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
+    offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
     size = len(codes) // len(scale)
 
     def in_cells(group: slice) -> torch.Tensor:
@@ -71,9 +74,9 @@ def _refine_rows(
                 values[:, j] = value
             error[:, group] = weight[group] - (scale[g] * values + offset[g])
     return Sliced(
-        codes.T.to(torch.uint8).contiguous().numpy(),
-        scale.T.numpy().astype(np.float16),
-        offset.T.numpy().astype(np.float16),
+        codes.T.to(torch.uint8).contiguous().cpu().numpy(),
+        scale.T.cpu().numpy().astype(np.float16),
+        offset.T.cpu().numpy().astype(np.float16),
     )
 
 

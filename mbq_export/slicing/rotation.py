@@ -86,8 +86,8 @@ class RotatedNorm(torch.nn.Module):
 
     def __init__(self, norm: torch.nn.Module, gain: torch.Tensor, rotation: Rotation) -> None:
         super().__init__()
-        self.norm, self.gain = norm, gain
-        self.left, self.right = rotation.left.float(), rotation.right.float()
+        self.norm, self.gain = norm, torch.nn.Buffer(gain)
+        self.left, self.right = torch.nn.Buffer(rotation.left.float()), torch.nn.Buffer(rotation.right.float())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -127,15 +127,15 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
                 _absorb(checkpoint, d.input_norm(layer, role), d.layer_units(layer)[role].sources, stream)
             v, v_bias = checkpoint.part(layer, "v")
             o, o_bias = checkpoint.part(layer, "o")
-            v.copy_(_per_head(v.double().T, heads).T)
+            v.copy_(_per_head(_exact(v).T, heads).T)
             if v_bias is not None:
-                v_bias.copy_(_per_head(v_bias.double()[None], heads)[0])
-            o.copy_(stream.rows(_per_head(o.double(), heads)))
+                v_bias.copy_(_per_head(_exact(v_bias)[None], heads)[0])
+            o.copy_(stream.rows(_per_head(_exact(o), heads)))
             down, down_bias = checkpoint.part(layer, "down")
-            down.copy_(stream.rows(down.double()))
+            down.copy_(stream.rows(_exact(down)))
             for bias in (o_bias, down_bias):
                 if bias is not None:
-                    bias.copy_(stream.rows(bias.double()))
+                    bias.copy_(stream.rows(_exact(bias)))
         table = model.get_input_embeddings().weight
         _rotate_columns(table, torch.ones(d.hidden_size), stream)
         if not d.tied:
@@ -145,7 +145,7 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         model.lm_head.weight = torch.nn.Parameter(table.clone(), requires_grad=False)
         gain = torch.from_numpy(checkpoint.norm(d.final_norm).copy())
         checkpoint.reset_norm(d.final_norm)
-        model.model.norm = RotatedNorm(model.model.norm, gain, stream)
+        model.model.norm = RotatedNorm(model.model.norm, gain, stream).to(checkpoint.device)
         return HeadInput(stream.left.float().numpy(), stream.right.float().numpy(), gain.numpy())
 
 
@@ -160,7 +160,12 @@ def _absorb(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...], stream:
 def _rotate_columns(weight: torch.Tensor, gain: torch.Tensor, stream: Rotation) -> None:
     """float32 [N, K] times diag(gain), then the rotation, in place and in pieces: float64 takes twice the memory."""
     for rows in row_ranges(weight.shape, WEIGHTS_AT_ONCE):
-        weight[rows] = stream.columns(weight[rows].double() * gain).float()
+        weight[rows].copy_(stream.columns(_exact(weight[rows]) * gain))
+
+
+def _exact(weight: torch.Tensor) -> torch.Tensor:
+    """float64, on the processor: GPUs are slow at it, or cannot."""
+    return weight.cpu().double()
 
 
 def _per_head(weight: torch.Tensor, heads: Rotation) -> torch.Tensor:

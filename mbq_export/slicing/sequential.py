@@ -42,11 +42,13 @@ def _hessians(
     sources = {unit.name: unit.sources for unit in units}
 
     def add(name: str, x: torch.Tensor) -> None:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             for source in sources[name]:
                 sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][at])
 
-    with autocast(fast_dtype()), watching_inputs(checkpoint, {unit.name: unit.sources[0] for unit in units}, add):
+    first = {unit.name: unit.sources[0] for unit in units}
+    fast = autocast(fast_dtype(checkpoint.device), checkpoint.device)
+    with fast, watching_inputs(checkpoint, first, add):
         for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
             blocks.run(layer, window)
     for name, total in sums.items():
@@ -57,13 +59,13 @@ def _hessians(
 
 def _weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Tensor:
     """[tokens, K] and float32 [tokens] -> float64 [K, K]."""
-    weighted = x.float() * torch.from_numpy(weights).sqrt()[:, None]
+    weighted = x.float() * torch.from_numpy(weights).to(x.device).sqrt()[:, None]
     return (weighted.T @ weighted).double()
 
 
 def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
     """Put the unit's values at ``depth`` (1-based) into the checkpoint's layers."""
-    values = values_at(sliced, profile, depth)
+    values = values_at(sliced, profile, depth, device=checkpoint.device)
     with torch.no_grad():
         for layer, rows in checkpoint.layers(unit):
             layer.weight.copy_(values[rows])
@@ -89,7 +91,7 @@ def slice_model(
     def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
         parts = []
         for name in unit.sources:
-            whole, hessian = checkpoint.linear(name).weight.detach().numpy(), hessians.pop(name)
+            whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
             for rows in row_ranges(whole.shape, WEIGHTS_AT_ONCE):
                 fed_back = nested.slice_weight(whole[rows], hessian, group_size, profile, name)
                 parts.append(refine(whole[rows], hessian, fed_back, profile, sweeps))
@@ -136,6 +138,6 @@ def _advance(
         for unit in units:
             write_depth(checkpoint, unit, found[unit.name], profile, depth)
         for i in range(depth - 1, len(hidden), profile.depths):
-            with autocast(fast_dtype()):
+            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 after[i] = blocks.run(layer, hidden[i])
     return after

@@ -33,12 +33,12 @@ def _input_rms(
     squares: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        squares[name] = squares.get(name, torch.zeros(x.shape[1])) + (x**2).sum(0)
+        squares[name] = squares.get(name, 0) + (x**2).sum(0)
 
     first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units()}
     with watching_inputs(checkpoint, first_layers, add), torch.no_grad():
         for i, window in enumerate(windows):
-            checkpoint.model(torch.from_numpy(window)[None], use_cache=False)
+            checkpoint.model(checkpoint.on_device(window)[None], use_cache=False)
             progress(i + 1, len(windows))
     for name, total in squares.items():
         require_finite(name, total)
@@ -88,7 +88,7 @@ def smooth(
         # The head gets weights of its own here; a tied embedding keeps the old ones for this model,
         # and is read from the head's rows, divided by the scale, in the bundle.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * scale, requires_grad=False)
-    return scale.numpy()
+    return np.asarray(scale.cpu().numpy())
 
 
 def _rescale(

@@ -22,7 +22,7 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from ..blocks import autocast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
 from ..store import Store
-from .layers import SlicedLinear, sliced_layers
+from .layers import CPU, SlicedLinear, sliced_layers
 from .reference import Sliced
 
 WINDOWS_PER_STEP = 2
@@ -43,14 +43,15 @@ class Teacher:
     def __init__(
         self, checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
     ) -> None:
-        self.windows = torch.from_numpy(windows)
+        self.windows = checkpoint.on_device(windows)
+        dtype = fast_dtype(checkpoint.device)
         inputs = []
-        with torch.no_grad(), autocast(fast_dtype()):
+        with torch.no_grad(), autocast(dtype, checkpoint.device):
             for i, window in enumerate(self.windows):
                 inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
                 progress(i + 1, len(windows))
         self._inputs = torch.stack(inputs)
-        head, dtype = checkpoint.model.lm_head, fast_dtype()
+        head = checkpoint.model.lm_head
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)
         self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
@@ -81,7 +82,7 @@ class _Divergence(torch.autograd.Function):
             total += float(target.sub_(student).mul_(probability).sum())
             gradient[tokens] = student.exp_().sub_(probability).div_(len(logits))
         ctx.save_for_backward(gradient)
-        return torch.tensor(total / len(logits))
+        return torch.tensor(total / len(logits)).to(logits.device)
 
     @staticmethod
     def backward(ctx: Any, of_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -92,8 +93,8 @@ class _Divergence(torch.autograd.Function):
 class _Tuned(SlicedLinear):
     """With trainable scales and offsets, both counted in the group's scale, so that one learning rate suits all."""
 
-    def __init__(self, sliced: Sliced, bias: torch.Tensor | None) -> None:
-        super().__init__(sliced, bias)
+    def __init__(self, sliced: Sliced, bias: torch.Tensor | None, device: torch.device = CPU) -> None:
+        super().__init__(sliced, bias, device)
         self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
 
@@ -159,7 +160,7 @@ def tune(
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
-            with autocast(fast_dtype()):
+            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
             _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -172,8 +173,8 @@ def tune(
         return {
             name: Sliced(
                 slices[name].codes,
-                torch.cat([layer.scale for layer in parts]).detach().numpy().astype(np.float16),
-                torch.cat([layer.offset for layer in parts]).detach().numpy().astype(np.float16),
+                torch.cat([layer.scale for layer in parts]).detach().cpu().numpy().astype(np.float16),
+                torch.cat([layer.offset for layer in parts]).detach().cpu().numpy().astype(np.float16),
             )
             for name, parts in tuned.items()
         }
@@ -202,7 +203,7 @@ def _refresh_embedding(checkpoint: Checkpoint, tuned: dict[str, list[_Tuned]], h
     """A tied embedding is read from the head's slices at full depth."""
     (head,) = tuned[checkpoint.decoder.head.name]
     with torch.no_grad():
-        table = head.weight_at(CODE_BITS) / torch.from_numpy(head_scale)
+        table = head.weight_at(CODE_BITS) / checkpoint.on_device(head_scale)
         checkpoint.model.get_input_embeddings().weight.copy_(table)
 
 
@@ -213,8 +214,8 @@ def _keep(store: Store, parameters: list[torch.Tensor], optimizer: torch.optim.O
     arrays: dict[str, NDArray[np.generic]] = {"done": np.array([done])}
     for i, parameter in enumerate(parameters):
         state = optimizer.state[parameter]
-        arrays[f"{i}:value"] = parameter.detach().numpy()
-        arrays[f"{i}:first"], arrays[f"{i}:second"] = state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
+        kept = {"value": parameter.detach(), "first": state["exp_avg"], "second": state["exp_avg_sq"]}
+        arrays |= {f"{i}:{name}": tensor.cpu().numpy() for name, tensor in kept.items()}
     store.put_arrays(_STEP, arrays)
 
 
@@ -229,7 +230,7 @@ def _restore(store: Store, parameters: list[torch.Tensor], optimizer: torch.opti
             parameter.copy_(torch.from_numpy(arrays[f"{i}:value"]))
         optimizer.state[parameter] = {
             "step": torch.tensor(float(done)),
-            "exp_avg": torch.from_numpy(arrays[f"{i}:first"]).clone(),
-            "exp_avg_sq": torch.from_numpy(arrays[f"{i}:second"]).clone(),
+            "exp_avg": torch.from_numpy(arrays[f"{i}:first"]).clone().to(parameter.device),
+            "exp_avg_sq": torch.from_numpy(arrays[f"{i}:second"]).clone().to(parameter.device),
         }
     return done

@@ -112,7 +112,7 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: 
     options = Options(
         model=str(model), outputs={out: resolve("host")}, profiles=(profile,), group_size="auto",
         activation_bits=activation_bits, method="rtn", engines=OWN_ENGINES, tune_steps=0, router="mlp",
-        floor_ratio=1.25, calib_data=None, calib_tokens=1, seed=0, force=False,
+        floor_ratio=1.25, calib_data=None, calib_tokens=1, device="cpu", seed=0, force=False,
     )  # fmt: skip
     prepared = prepare(options)
     checkpoint = load(prepared.source)

@@ -25,7 +25,7 @@ def weigh(checkpoint: Checkpoint, store: Store | None = None, seed: int = 0) -> 
 
 @pytest.fixture(params=["llama", "phi3"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    monkeypatch.setattr(importance, "fast_dtype", lambda: torch.float32)
+    monkeypatch.setattr(importance, "fast_dtype", lambda device: torch.float32)
     return load(locate(str(write_checkpoint(tmp_path / request.param, request.param))))
 
 

@@ -1,0 +1,70 @@
+"""Calibrating on another device than the processor: every tensor has to be where the model is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_checkpoint
+
+from mbq_export import devices
+
+HERE = Path(__file__).parent
+
+MISUSES = """
+import torch
+from other_device import other_device
+
+with other_device() as device:
+    there, here = torch.ones(3, device=device), torch.ones(3)
+    assert there.device.type == "other"
+    assert (there + there[:1].cpu().sum()).cpu().tolist() == [2, 2, 2]
+    for misuse in (lambda: there + here, lambda: here.add_(there), lambda: torch.cat([here, there]), there.numpy):
+        try:
+            misuse()
+        except (RuntimeError, TypeError):
+            continue
+        raise SystemExit("a misuse passed")
+"""
+
+
+def script(*arguments: str) -> str:
+    """In a process of its own: torch cannot be told to forget a device."""
+    done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_other_device_refuses_what_a_gpu_would() -> None:
+    script("-c", MISUSES)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param("llama", "nested", marks=pytest.mark.slow),
+        ("gemma3_text", "rtn"),
+        ("phi3", "rtn"),
+    ],
+)
+def test_a_calibration_there_is_one_here(tmp_path: Path, family: str, method: str) -> None:
+    model = write_checkpoint(tmp_path / "model", family)
+    found = json.loads(script("other_device.py", str(model), method))
+    # Sums in another order: a code on the edge of its cell may fall to the other side, which feedback spreads.
+    assert max(found["apart"].values()) < (1e-4 if method == "rtn" else 0.15)
+    assert all(apart < 0.01 for unit, apart in found["apart"].items() if unit.startswith("layers.0."))
+    assert found["there"] == pytest.approx(found["here"], rel=1e-4 if method == "rtn" else 0.03)
+
+
+def test_auto_takes_a_gpu_that_has_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.choose("cpu", 1 << 60) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.choose("auto", 0) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 24 << 30))
+    assert devices.choose("auto", 7 << 30) == "cuda"
+    assert devices.choose("auto", 9 << 30) == "cpu"
