@@ -58,10 +58,10 @@ def by_stage(plan: Plan) -> dict[str, int]:
     shapes, depths = list(d.role_shapes.values()), plan.profile.depths
     block, head = sum(n * k for n, k in shapes), d.vocab_size * d.hidden_size
     largest, widest = max(n * k for n, k in shapes), max(k for _, k in shapes)
-    in_memory = 0 if plan.weights_file_bytes else 4
-    before = _LIBRARIES_BYTES + in_memory * plan.parameters + (4 * head if d.tied else 0)
+    a_weight = 0 if plan.weights_file_bytes else 4
+    before = _LIBRARIES_BYTES + a_weight * plan.parameters + (4 * head if d.tied else 0)
     # A GPU has no mapped files: codes are in its memory.
-    after = _LIBRARIES_BYTES + in_memory * head + (plan.routed_parameters if plan.in_memory else 0)
+    after = _LIBRARIES_BYTES + a_weight * head + (plan.routed_parameters if plan.in_memory else 0)
     # Every weight that is changed or sliced is there once more for each depth, and as it was.
     streams = 4 * (depths + 1)
 
@@ -80,12 +80,12 @@ def by_stage(plan: Plan) -> dict[str, int]:
     inputs = min(router_input_bytes(d, measured), ROUTER_INPUT_BYTES)
     return {
         "rotating": before + 4 * 8 * min(max(largest, head), WEIGHTS_AT_ONCE),  # in float64
-        "weighing tokens": before + kept + fast * in_use + 20 * logits,
+        "weighing tokens": before + kept * fast // 4 + fast * in_use + 20 * logits,
         # The inputs' second moments; those of one layer in float64, and three times over to invert them.
         "slicing": before + 8 * sum(k * k for _, k in shapes) + 3 * 8 * widest**2
         + streams * min(largest, WEIGHTS_AT_ONCE),
         "slicing the head": before + streams * min(head, WEIGHTS_AT_ONCE),
-        "tuning": after + tuned + teacher + 2 * kept + 2 * fast * head + 6 * fast * logits,
+        "tuning": after + tuned + teacher + 2 * kept * fast // 4 + 2 * fast * head + 6 * fast * logits,
         "measuring slices": after + inputs + kept + seen + 4 * head + 4 * (depths + 4) * logits,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)
