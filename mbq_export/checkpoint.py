@@ -148,9 +148,11 @@ class Checkpoint:
         layers = [self.linear(name) for name in unit.sources]
         if all(layer.bias is None for layer in layers):
             return None
-        biases = [None if layer.bias is None else layer.bias.detach().cpu() for layer in layers]
-        parts = [torch.zeros(n.out_features) if b is None else b for n, b in zip(layers, biases, strict=True)]
-        return torch.cat(parts).numpy()
+        parts = [
+            torch.zeros(layer.out_features, device=self.device) if layer.bias is None else layer.bias.detach()
+            for layer in layers
+        ]
+        return torch.cat(parts).cpu().numpy()
 
     def embedding(self) -> NDArray[np.float32]:
         """float32 [vocab, hidden]: the table, before ``Decoder.embedding_scale``."""

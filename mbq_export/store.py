@@ -33,6 +33,19 @@ def _digest(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
+def _mapped(path: Path) -> dict[str, NDArray[np.generic]]:
+    """By way of torch, whose tensors are the file itself, mapped into memory."""
+    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+
+
+def _slices(arrays: Arrays) -> dict[str, Sliced]:
+    names = {name.rpartition(":")[0] for name in arrays}
+    return {
+        name: Sliced(arrays[f"{name}:codes"], arrays[f"{name}:scale"], arrays[f"{name}:offset"])  # type: ignore[arg-type]
+        for name in sorted(names)
+    }
+
+
 class Store:
     """Finished steps in ``folder``, or, without one, a store that forgets."""
 
@@ -61,10 +74,7 @@ class Store:
             return None
         path = self._path(step)
         try:
-            if _digest(path) != self._hashes[step]:
-                return None
-            # By way of torch, whose tensors are the file itself, mapped into memory.
-            return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+            return _mapped(path) if _digest(path) == self._hashes[step] else None
         except OSError:
             return None
 
@@ -89,13 +99,7 @@ class Store:
     def get(self, step: str) -> dict[str, Sliced] | None:
         """The slices of a finished step by unit, or None when it has to be done."""
         arrays = self.arrays(step)
-        if arrays is None:
-            return None
-        names = {name.rpartition(":")[0] for name in arrays}
-        return {
-            name: Sliced(arrays[f"{name}:codes"], arrays[f"{name}:scale"], arrays[f"{name}:offset"])  # type: ignore[arg-type]
-            for name in sorted(names)
-        }
+        return None if arrays is None else _slices(arrays)
 
     def put(self, step: str, slices: dict[str, Sliced]) -> dict[str, Sliced]:
         """Keep the slices of ``step``, and return them as they are kept: of a model's codes none need be in memory."""
@@ -103,7 +107,8 @@ class Store:
         for name, sliced in slices.items():
             arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
         self.put_arrays(step, arrays)
-        return self.get(step) or slices
+        # What was hashed a moment ago is not read to be hashed once more.
+        return slices if self.folder is None else _slices(_mapped(self._path(step)))
 
     def remove(self) -> None:
         """The work is done: forget it."""
