@@ -17,7 +17,7 @@ from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
-from .recipe import METHODS, Recipe
+from .recipe import METHODS, Recipe, steps_again
 from .routing import candidates, thresholds
 from .routing.statistics import UnitStatistics, collect
 from .slicing import rtn
@@ -25,7 +25,7 @@ from .slicing.importance import token_importance
 from .slicing.layers import values_at
 from .slicing.reference import RouterParams, Sliced, route, router_scores
 from .slicing.rotation import HeadInput, rotate
-from .slicing.sequential import slice_model
+from .slicing.sequential import choose_residuals, slice_model
 from .slicing.smoothing import smooth
 from .slicing.tuning import Teacher, tune
 from .store import Store
@@ -187,14 +187,23 @@ def _slices(
         return slices, embedding, head_scale, head_input
     teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
     importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
+    again = steps_again(recipe.method, profile, recipe.tuning_steps)
     slices = slice_model(
-        checkpoint, hessian_windows, importance, profile, recipe.group_size, method.sweeps, store,
+        checkpoint, hessian_windows, importance, profile, recipe.group_size, method.sweeps, again > 0, store,
         stage("slicing blocks"),
     )  # fmt: skip
     if teacher is not None:
         slices = tune(
             checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,
             stage("tuning scales"),
+        )  # fmt: skip
+    if teacher is not None and again > 0:
+        slices = choose_residuals(
+            checkpoint, hessian_windows, importance, slices, profile, method.sweeps, store, stage("choosing residuals")
+        )
+        slices = tune(
+            checkpoint, teacher, slices, profile, head_scale, again, recipe.seed, store, stage("tuning again"),
+            again=True,
         )  # fmt: skip
     return slices, embedding, head_scale, head_input
 

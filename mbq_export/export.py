@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .lower import tvm as lower_tvm
 from .lower import tvm_weights
 from .progress import Report, no_report
-from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows
+from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows, steps_again
 from .store import Store
 
 if TYPE_CHECKING:
@@ -97,9 +97,10 @@ def prepare(options: Options) -> Prepared:
     if "tvm" in options.engines:
         lower_tvm.check(decoder)
     group_size = planning.choose_group_size(decoder, options.group_size)
+    twice = any(steps_again(options.method, profile, _tuning_steps(options)) for profile in options.profiles)
     plans = {
         output: planning.Plan(
-            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens, in_memory=True
+            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens, twice, in_memory=True
         )
         for output, target in options.outputs.items()
     }

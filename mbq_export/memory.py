@@ -75,6 +75,8 @@ def by_stage(plan: Plan) -> dict[str, int]:
 
     # Scales and offsets as they were and as they become, gradients, and Adam's moments.
     tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
+    if plan.tuned_twice:
+        tuned += a_weight * plan.routed_parameters
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
     measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
     inputs = min(router_input_bytes(d, measured), ROUTER_INPUT_BYTES)

@@ -51,6 +51,8 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
+    tuned_twice: bool = False
+    """Whether the weights are needed until the slices are tuned."""
     in_memory: bool = False
     """Whether the weights stay in memory however large they are: those on a GPU do, and those of a GGUF file, which are
     decoded into it."""

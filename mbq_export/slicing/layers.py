@@ -147,10 +147,7 @@ def sliced_layers(
         for unit in checkpoint.decoder.units():
             sliced = slices[unit.name]
             layers = [
-                kind(
-                    Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]), linear.bias, checkpoint.device
-                )
-                for linear, rows in checkpoint.layers(unit)
+                kind(sliced.rows(rows), linear.bias, checkpoint.device) for linear, rows in checkpoint.layers(unit)
             ]
             by_unit[unit.name] = layers
             stack.enter_context(replaced(checkpoint, unit, list(layers)))

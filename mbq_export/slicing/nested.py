@@ -101,15 +101,20 @@ def best_code(
     cells: torch.Tensor,
     counts: torch.Tensor,
     present: torch.Tensor | None = None,
+    lowest: torch.Tensor | None = None,
+    span: int = 256,
 ) -> torch.Tensor:
     """float32 [E, N], in cells of the base quantiser -> float32 [N] codes.
 
     steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight;
-    present: [N], a further candidate.
+    present: [N], a further candidate; lowest: [N], the first of the ``span`` codes to choose from.
     """
-    finest = (wanted[-1] * 64).floor_().clamp_(0, 255)
-    first = (wanted * (1 / steps)).floor_().clamp_(min=0).mul_(cells)
-    first = torch.minimum(first, 256 - cells, out=first)
+    lowest = torch.zeros_like(cells[0]) if lowest is None else lowest
+    end = lowest + span
+    finest = (wanted[-1] * 64).floor_().clamp_(lowest, end - 1)
+    first = (wanted * (1 / steps)).floor_().mul_(cells)
+    # In this order: a cell may be wider than the span, and then begins no later.
+    first = torch.maximum(torch.minimum(first, end - cells, out=first), lowest, out=first)
     candidates = torch.minimum(torch.maximum(finest, first), first + (cells - 1))
     candidates[-1] = finest
     if present is not None:

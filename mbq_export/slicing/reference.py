@@ -61,6 +61,10 @@ class Sliced:
     def group_size(self) -> int:
         return int(self.codes.shape[1] // self.scale.shape[1])
 
+    def rows(self, rows: slice | NDArray[np.integer]) -> Sliced:
+        """Some rows of the matrix."""
+        return Sliced(self.codes[rows], self.scale[rows], self.offset[rows])
+
 
 def joined(parts: Sequence[Sliced]) -> Sliced:
     """Matrices of the same K, one below the other."""
@@ -201,8 +205,7 @@ def sliced_matmul(x: F32, depth: I32, sliced: Sliced, profile: SliceProfile, act
 
 def sliced_gather(indices: NDArray[np.int64], sliced: Sliced, profile: SliceProfile, depth: int) -> F64:
     """Op ``SlicedGather``: int64 indices [M] -> float64 rows [M, K] of the table at ``depth``."""
-    rows = Sliced(sliced.codes[indices], sliced.scale[indices], sliced.offset[indices])
-    return decode(rows, profile, depth)
+    return decode(sliced.rows(indices), profile, depth)
 
 
 def gated_silu(x: F32) -> F64:

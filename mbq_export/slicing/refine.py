@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from .nested import best_code, damped, in_base_cells, per_depth
 from .reference import F32, Sliced, joined
@@ -20,19 +20,23 @@ ROWS = 4096
 """Rows worked on at a time: what a group's columns hold of them then stays in the processor's cache."""
 
 
-def refine(weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int) -> Sliced:
+def refine(
+    weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int, kept_bits: int = 0
+) -> Sliced:
     """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups.
 
-    Worked on where ``hessian`` is.
+    kept_bits: of each code, from its highest; where any are kept, scales and offsets are too, and a depth counts by
+    the inverse square of its cells: by how much worse it is than it could be.  Worked on where ``hessian`` is.
     """
     curvature = damped(hessian).float()
     parts = [
         _refine_rows(
             torch.from_numpy(weight[rows]).to(hessian.device).T.contiguous(),
             curvature,
-            Sliced(sliced.codes[rows], sliced.scale[rows], sliced.offset[rows]),
+            sliced.rows(rows),
             profile,
             sweeps,
+            kept_bits,
         )
         for rows in (slice(start, start + ROWS) for start in range(0, len(weight), ROWS))
     ]
@@ -40,14 +44,19 @@ def refine(weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SlicePro
 
 
 def _refine_rows(
-    weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int
-) -> Sliced:
+    weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int,
+    kept_bits: int,
+) -> Sliced:  # fmt: skip
     """weight: float32 [K, N]."""
     device = weight.device
     steps, cells, counts = per_depth(profile, device)
     codes = torch.from_numpy(sliced.codes).to(device).T.float().contiguous()
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
+    span = 1 << (CODE_BITS - kept_bits)
+    lowest = (codes / span).floor_().mul_(span)
+    if kept_bits:
+        counts = steps**-2
     size = len(codes) // len(scale)
 
     def in_cells(group: slice) -> torch.Tensor:
@@ -61,13 +70,14 @@ def _refine_rows(
             # Minus half the gradient of the sum by each value of the group, [E, group, N].
             pull = curvature[group] @ error
             values = in_cells(group)
-            scale[g], offset[g] = _fit_group(values, own, pull, counts, scale[g], offset[g])
-            fitted = weight[group] - (scale[g] * values + offset[g])
-            pull += own @ (fitted - error[:, group])
+            if not kept_bits:
+                scale[g], offset[g] = _fit_group(values, own, pull, counts, scale[g], offset[g])
+                fitted = weight[group] - (scale[g] * values + offset[g])
+                pull += own @ (fitted - error[:, group])
             inverse = torch.where(scale[g] > 0, 1 / scale[g], 0.0)
             for j, k in enumerate(range(group.start, group.stop)):
                 wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
-                codes[k] = best_code(wanted, steps, cells, counts, codes[k])
+                codes[k] = best_code(wanted, steps, cells, counts, codes[k], lowest[k], span)
                 value = in_base_cells(codes[k], steps, cells)
                 change = (value - values[:, j]).mul_(scale[g])
                 pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)

@@ -22,7 +22,7 @@ from ..store import Store
 from . import nested
 from .importance import Importance
 from .layers import row_ranges, values_at
-from .reference import Sliced, joined
+from .reference import F32, Sliced, joined
 from .refine import refine
 
 
@@ -71,6 +71,10 @@ def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: Sli
             layer.weight.copy_(values[rows])
 
 
+Slicing = Callable[[str, slice, F32, torch.Tensor], Sliced]
+"""Slices of a layer's weight: its name, rows, their weights float32 [rows, K], and its second moments [K, K]."""
+
+
 def slice_model(
     checkpoint: Checkpoint,
     windows: NDArray[np.int64],
@@ -78,23 +82,70 @@ def slice_model(
     profile: SliceProfile,
     group_size: int,
     sweeps: int,
+    keep_weights: bool,
     store: Store,
     progress: Callable[[int, int], None],
 ) -> dict[str, Sliced]:
-    """Nested slices of every unit by name; the checkpoint's weights are released as their slices are made.
+    """Nested slices of every unit by name.
 
-    windows: int64 [windows, context]; importance: of their tokens, by layer; sweeps: of refinement.  Blocks that
-    ``store`` already holds are taken from it.
+    windows: int64 [windows, context]; importance: of their tokens, by layer; sweeps: of refinement; keep_weights: or
+    else the checkpoint's weights are released as their slices are made.  Blocks that ``store`` already holds are
+    taken from it.
     Raises ModelError for weights or activations that are not finite.
     """
+
+    def sliced(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
+        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
+        return refine(weight, hessian, fed_back, profile, sweeps)
+
+    return _by_blocks(checkpoint, windows, importance, profile, sliced, keep_weights, "{}", store, progress)
+
+
+def choose_residuals(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    importance: Importance,
+    slices: dict[str, Sliced],
+    profile: SliceProfile,
+    sweeps: int,
+    store: Store,
+    progress: Callable[[int, int], None],
+) -> dict[str, Sliced]:
+    """The same scales, offsets and codes down to the second depth, with what is below chosen anew for them.
+
+    The checkpoint's weights, which ``slice_model`` has kept, are released as this is done.  Arguments and errors are
+    those of ``slice_model``.
+    """
+    by_layer = {
+        name: slices[unit.name].rows(rows)
+        for unit in checkpoint.decoder.units()
+        for name, (_, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True)
+    }
+
+    def sliced(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
+        return refine(weight, hessian, by_layer[name].rows(rows), profile, sweeps, kept_bits=profile.depth_bits[1])
+
+    return _by_blocks(checkpoint, windows, importance, profile, sliced, False, "{}.residuals", store, progress)
+
+
+def _by_blocks(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    importance: Importance,
+    profile: SliceProfile,
+    slicing: Slicing,
+    keep_weights: bool,
+    step: str,
+    store: Store,
+    progress: Callable[[int, int], None],
+) -> dict[str, Sliced]:
+    """step: the name of a block's step in the store, with ``{}`` for the block's."""
 
     def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
         parts = []
         for name in unit.sources:
             whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
-            for rows in row_ranges(whole.shape, WEIGHTS_AT_ONCE):
-                fed_back = nested.slice_weight(whole[rows], hessian, group_size, profile, name)
-                parts.append(refine(whole[rows], hessian, fed_back, profile, sweeps))
+            parts += [slicing(name, rows, whole[rows], hessian) for rows in row_ranges(whole.shape, WEIGHTS_AT_ONCE)]
         return joined(parts)
 
     d = checkpoint.decoder
@@ -103,22 +154,32 @@ def slice_model(
     slices: dict[str, Sliced] = {}
     for layer in range(d.layers):
         units = list(d.layer_units(layer).values())
-        found = store.get(d.block(layer))
+        this_step = step.format(d.block(layer))
+        found = store.get(this_step)
         if found is None:
             hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance)
-            found = store.put(d.block(layer), {unit.name: sliced(unit, hessians) for unit in units})
+            found = store.put(this_step, {unit.name: sliced(unit, hessians) for unit in units})
+        linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
+        weights = [linear.weight.detach().clone() for linear in linears] if keep_weights else []
         hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
         slices |= found
-        for unit in units:
-            checkpoint.release(unit)
+        if keep_weights:
+            with torch.no_grad():
+                for linear, weight in zip(linears, weights, strict=True):
+                    linear.weight.copy_(weight)
+        else:
+            for unit in units:
+                checkpoint.release(unit)
         progress(layer + 1, d.layers + 1)
-    found = store.get("head")
+    this_step = step.format("head")
+    found = store.get(this_step)
     if found is None:
         (name,) = d.head.sources
         seen = zip((blocks.final(window) for window in hidden), importance[name], strict=True)
         hessian = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(())) / windows.size
-        found = store.put("head", {d.head.name: sliced(d.head, {name: hessian})})
-    checkpoint.release(d.head)
+        found = store.put(this_step, {d.head.name: sliced(d.head, {name: hessian})})
+    if not keep_weights:
+        checkpoint.release(d.head)
     progress(d.layers + 1, d.layers + 1)
     return slices | found
 

@@ -1,8 +1,12 @@
 """Tunes scales and offsets, and the norms' gains, so that the sliced model speaks as the original does.
 
 End to end: the loss is the Kullback-Leibler divergence from the original model's next-token
-distribution, at one depth a step.  Codes stay as they are.  Half of the steps are at the shallowest depth,
+distribution, at one depth a step.  Codes stay as they are.  At first half of the steps are at the shallowest depth,
 which has most to gain; the others take turns, without which they would drift away.
+
+A base slice of two bits wants other scales than the residuals above it: its divergence is a hundred times that of all 8
+bits, and pulls harder.  So there the residuals are then chosen anew for the scales that the base wants
+(``sequential.choose_residuals``), and tuned once more, all depths alike.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ _SCALE_RATE = 1e-3
 _NORM_RATE = 3e-4
 _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
+_SHARE_AGAIN = 0.5
+_SMALLEST_LOSS = 1e-8
 _SAVE_EVERY = 20
 _TOKENS_AT_ONCE = 64
 
@@ -107,11 +113,11 @@ class _Tuned(SlicedLinear):
         return self._offset + self._scale * self.offset_change
 
 
-def _depth_order(profile: SliceProfile) -> Iterator[int]:
+def _depth_order(profile: SliceProfile, again: bool) -> Iterator[int]:
     """Bits of the steps, without end."""
     shallow, *others = profile.depth_bits
-    if not others:
-        return cycle([shallow])
+    if again or not others:
+        return cycle(profile.depth_bits)
     # The deepest first: it is the one that must not get worse.
     return cycle([bits for other in (others[-1], *others[:-1]) for bits in (shallow, other)])
 
@@ -132,12 +138,16 @@ def tune(
     seed: int,
     store: Store,
     progress: Callable[[int, int], None],
+    again: bool = False,
 ) -> dict[str, Sliced]:
     """The same codes with better scales and offsets; norms change in the checkpoint.
 
-    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding.
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding; again: whether all
+    was tuned before, and residuals were chosen anew since.
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
+    kept_as = "tuning again" if again else "tuning"
+    share_of_rate = _SHARE_AGAIN if again else 1.0
     with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
         layers = [layer for parts in tuned.values() for layer in parts]
         norms = _norm_weights(checkpoint)
@@ -148,25 +158,27 @@ def tune(
             [{"params": changes, "full_lr": _SCALE_RATE}, {"params": norms, "full_lr": _NORM_RATE}], betas=_BETAS
         )
         parameters = [*changes, *norms]
-        done = _restore(store, parameters, optimizer)
-        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile)
+        done = _restore(store, kept_as, parameters, optimizer)
+        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile, again)
         for step in range(steps):
             rows, bits = order.next(), next(depths)
             if step < done:
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
+                group["lr"] = group["full_lr"] * share_of_rate * _share_of_rate(step, steps)
             for layer in layers:
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
-            _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows)).backward()  # type: ignore[no-untyped-call]
+            loss = _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows))  # type: ignore[no-untyped-call]
+            # By its logarithm a depth counts for the share of its divergence that goes, however small that is.
+            (loss.clamp_min(_SMALLEST_LOSS).log() if again else loss).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
-                _keep(store, parameters, optimizer, step + 1)
+                _keep(store, kept_as, parameters, optimizer, step + 1)
             progress(step + 1, steps)
         for norm in norms:
             norm.requires_grad_(False)
@@ -207,21 +219,18 @@ def _refresh_embedding(checkpoint: Checkpoint, tuned: dict[str, list[_Tuned]], h
         checkpoint.model.get_input_embeddings().weight.copy_(table)
 
 
-_STEP = "tuning"
-
-
-def _keep(store: Store, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
+def _keep(store: Store, step: str, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
     arrays: dict[str, NDArray[np.generic]] = {"done": np.array([done])}
     for i, parameter in enumerate(parameters):
         state = optimizer.state[parameter]
         kept = {"value": parameter.detach(), "first": state["exp_avg"], "second": state["exp_avg_sq"]}
         arrays |= {f"{i}:{name}": tensor.cpu().numpy() for name, tensor in kept.items()}
-    store.put_arrays(_STEP, arrays)
+    store.put_arrays(step, arrays)
 
 
-def _restore(store: Store, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _restore(store: Store, step: str, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put back what ``_keep`` kept; returns how many steps are done."""
-    arrays = store.arrays(_STEP)
+    arrays = store.arrays(step)
     if arrays is None:
         return 0
     done = int(arrays["done"][0])

@@ -70,6 +70,29 @@ def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibrat
     assert not work.exists()
 
 
+def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama")
+    options = ["--method", "learned", "--slices", "2,2,2,2", "--tune-steps", "42"]
+    said = run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
+    assert "choosing residuals" in said
+    assert "tuning again" in said
+    work = tmp_path / "b" / ".model.2222.calibration"
+    for step in ("model.layers.1.residuals", "tuning again"):
+        process = subprocess.Popen(
+            export(model, calibration_text, tmp_path / "b" / "bundle", *options),
+            stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (work / f"{step}.safetensors").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
+    assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
+
+
 def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_text: Path) -> None:
     model = write_checkpoint(tmp_path / "model", "llama")
     ratios = {}

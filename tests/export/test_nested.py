@@ -81,6 +81,22 @@ def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
         np.testing.assert_array_equal(getattr(refined, name), getattr(sliced, name))
 
 
+def test_residuals_are_chosen_for_scales_that_only_the_base_slice_wanted(case: Case) -> None:
+    weight, hessian = case
+    profile = SliceProfile((2, 2, 2, 2))
+    found = refine(weight, hessian, nested.slice_weight(weight, hessian, 64, profile, "layer"), profile, 1)
+    moved = Sliced(found.codes, (found.scale * np.float16(0.96)).astype(np.float16), found.offset)
+    chosen = refine(weight, hessian, moved, profile, 2, kept_bits=4)
+    for name in ("scale", "offset"):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(moved, name))
+    np.testing.assert_array_equal(chosen.codes >> 4, moved.codes >> 4)
+    before, after = (
+        [output_error(weight, hessian, sliced, depth, profile) for depth in (3, 4)] for sliced in (moved, chosen)
+    )
+    assert after[0] < 0.7 * before[0]
+    assert after[1] < 0.5 * before[1]
+
+
 def test_rows_do_not_hang_on_their_neighbours(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = SliceProfile((3, 1, 2, 2))
     found = nested.slice_weight(*case, 64, profile, "layer")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from torch.nn import functional
 
 from mbq_export.slicing import tuning
+from mbq_runtime.profile import SliceProfile
 
 
 class StandIn:
@@ -14,6 +17,13 @@ class StandIn:
 
     def log_probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.log_softmax(-1)
+
+
+def test_all_depths_take_turns_in_the_second_tuning() -> None:
+    profile = SliceProfile((2, 2, 2, 2))
+    first, again = (list(islice(tuning._depth_order(profile, tuned), 12)) for tuned in (False, True))
+    assert first == [2, 8, 2, 4, 2, 6] * 2
+    assert again == [2, 4, 6, 8] * 3
 
 
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
