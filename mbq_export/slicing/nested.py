@@ -24,9 +24,12 @@ DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
 
 
-def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
-    """How much a depth's error counts: the deep end most, whose cells are the smallest."""
-    return tuple(2.0 ** ((bits - 3) / 2.5) for bits in profile.depth_bits)
+def depth_weights(profile: SliceProfile, kept_bits: int = 0) -> tuple[float, ...]:
+    """How much a depth's error counts: the deep end most, whose cells are the smallest.
+
+    The more so where the first bits of codes are kept, and with them the shallow end.
+    """
+    return tuple(2.0 ** ((bits - 3) / (1.25 if kept_bits else 2.5)) for bits in profile.depth_bits)
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -39,12 +42,20 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def per_depth(profile: SliceProfile, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def per_depth(
+    profile: SliceProfile, kept_bits: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """float32 [E, 1] three times: the width of a cell at each depth in base cells, and in codes; the depth's weight."""
     steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
     cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
-    of_each = torch.tensor([steps, cells, depth_weights(profile)]).to(device)[:, :, None]
+    of_each = torch.tensor([steps, cells, depth_weights(profile, kept_bits)]).to(device)[:, :, None]
     return of_each[0], of_each[1], of_each[2]
+
+
+def choices(codes: torch.Tensor, kept_bits: int) -> tuple[torch.Tensor, int]:
+    """The first of the codes that share ``kept_bits`` with each of ``codes``, and how many they are."""
+    span = 1 << (CODE_BITS - kept_bits)
+    return (codes / span).floor_().mul_(span), span
 
 
 def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
@@ -59,23 +70,34 @@ def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
     return factor
 
 
-def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: SliceProfile, name: str) -> Sliced:
+def slice_weight(
+    weight: F32, hessian: torch.Tensor, group_size: int, profile: SliceProfile, name: str,
+    earlier: Sliced | None = None, kept_bits: int = 0,
+) -> Sliced:  # fmt: skip
     """float32 [N, K] and float [K, K] -> Sliced.  K must be a multiple of ``group_size``.
 
-    Worked on where ``hessian`` is.  Raises ModelError when it is not finite or a weight is beyond the format's range.
+    earlier: slices of which scales, offsets and the first ``kept_bits`` of codes are kept.  Worked on where
+    ``hessian`` is.
+    Raises ModelError when it is not finite or a weight is beyond the format's range.
     """
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
     device = hessian.device
-    steps, cells, counts = per_depth(profile, device)
+    steps, cells, counts = per_depth(profile, kept_bits, device)
     # Columns first: a column of all streams is then one stretch of memory.
     streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(profile.depths, 1, 1)
-    codes = torch.empty(k, n, dtype=torch.uint8, device=device)
+    codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
+    if earlier is not None:
+        codes.copy_(torch.from_numpy(earlier.codes).T)
     scales, offsets = [], []
     for start in range(0, k, group_size):
         group = slice(start, start + group_size)
         current, u = streams[:, group].clone(), factor[group, group]
-        scale16, offset16 = group_range(current[-1].T.cpu().numpy(), name)
+        if earlier is None:
+            scale16, offset16 = group_range(current[-1].T.cpu().numpy(), name)
+        else:
+            at = start // group_size
+            scale16, offset16 = earlier.scale[:, at], earlier.offset[:, at]
         scales.append(scale16)
         offsets.append(offset16)
         offset = torch.from_numpy(offset16.astype(np.float32)).to(device)
@@ -84,7 +106,7 @@ def slice_weight(weight: F32, hessian: torch.Tensor, group_size: int, profile: S
         errors = torch.empty_like(current)
         for j in range(group_size):
             wanted = (current[:, j] - offset) * inverse
-            code = best_code(wanted, steps, cells, counts)
+            code = best_code(wanted, steps, cells, counts, *choices(codes[start + j].float(), kept_bits))
             codes[start + j] = code
             value = scale * (steps * (torch.floor(code / cells) + 0.5)) + offset
             errors[:, j] = (current[:, j] - value) / u[j, j]
@@ -100,16 +122,15 @@ def best_code(
     steps: torch.Tensor,
     cells: torch.Tensor,
     counts: torch.Tensor,
+    lowest: torch.Tensor,
+    span: int,
     present: torch.Tensor | None = None,
-    lowest: torch.Tensor | None = None,
-    span: int = 256,
 ) -> torch.Tensor:
     """float32 [E, N], in cells of the base quantiser -> float32 [N] codes.
 
     steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight;
-    present: [N], a further candidate; lowest: [N], the first of the ``span`` codes to choose from.
+    lowest: [N], the first of the ``span`` codes to choose from; present: [N], a further candidate.
     """
-    lowest = torch.zeros_like(cells[0]) if lowest is None else lowest
     end = lowest + span
     finest = (wanted[-1] * 64).floor_().clamp_(lowest, end - 1)
     first = (wanted * (1 / steps)).floor_().mul_(cells)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_runtime.profile import SliceProfile
 
-from .nested import best_code, damped, in_base_cells, per_depth
+from .nested import best_code, choices, damped, in_base_cells, per_depth
 from .reference import F32, Sliced, joined
 
 ROWS = 4096
@@ -25,8 +25,8 @@ def refine(
 ) -> Sliced:
     """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups.
 
-    kept_bits: of each code, from its highest; where any are kept, scales and offsets are too, and a depth counts by
-    the inverse square of its cells: by how much worse it is than it could be.  Worked on where ``hessian`` is.
+    kept_bits: of each code, from its highest; where any are kept, scales and offsets are too.
+    Worked on where ``hessian`` is.
     """
     curvature = damped(hessian).float()
     parts = [
@@ -49,14 +49,10 @@ def _refine_rows(
 ) -> Sliced:  # fmt: skip
     """weight: float32 [K, N]."""
     device = weight.device
-    steps, cells, counts = per_depth(profile, device)
+    steps, cells, counts = per_depth(profile, kept_bits, device)
     codes = torch.from_numpy(sliced.codes).to(device).T.float().contiguous()
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
-    span = 1 << (CODE_BITS - kept_bits)
-    lowest = (codes / span).floor_().mul_(span)
-    if kept_bits:
-        counts = steps**-2
     size = len(codes) // len(scale)
 
     def in_cells(group: slice) -> torch.Tensor:
@@ -77,7 +73,7 @@ def _refine_rows(
             inverse = torch.where(scale[g] > 0, 1 / scale[g], 0.0)
             for j, k in enumerate(range(group.start, group.stop)):
                 wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
-                codes[k] = best_code(wanted, steps, cells, counts, codes[k], lowest[k], span)
+                codes[k] = best_code(wanted, steps, cells, counts, *choices(codes[k], kept_bits), codes[k])
                 value = in_base_cells(codes[k], steps, cells)
                 change = (value - values[:, j]).mul_(scale[g])
                 pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)

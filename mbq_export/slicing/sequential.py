@@ -111,7 +111,7 @@ def choose_residuals(
     store: Store,
     progress: Callable[[int, int], None],
 ) -> dict[str, Sliced]:
-    """The same scales, offsets and codes down to the second depth, with what is below chosen anew for them.
+    """The same scales, offsets and base slices, with the residual slices chosen anew for them.
 
     The checkpoint's weights, which ``slice_model`` has kept, are released as this is done.  Arguments and errors are
     those of ``slice_model``.
@@ -123,7 +123,9 @@ def choose_residuals(
     }
 
     def sliced(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
-        return refine(weight, hessian, by_layer[name].rows(rows), profile, sweeps, kept_bits=profile.depth_bits[1])
+        earlier, kept_bits = by_layer[name].rows(rows), profile.min_bits
+        fed_back = nested.slice_weight(weight, hessian, earlier.group_size, profile, name, earlier, kept_bits)
+        return refine(weight, hessian, fed_back, profile, sweeps, kept_bits)
 
     return _by_blocks(checkpoint, windows, importance, profile, sliced, False, "{}.residuals", store, progress)
 

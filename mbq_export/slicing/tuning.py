@@ -1,12 +1,13 @@
 """Tunes scales and offsets, and the norms' gains, so that the sliced model speaks as the original does.
 
 End to end: the loss is the Kullback-Leibler divergence from the original model's next-token
-distribution, at one depth a step.  Codes stay as they are.  At first half of the steps are at the shallowest depth,
+distribution, at one depth a step.  Codes stay as they are.  Half of the steps are at the shallowest depth,
 which has most to gain; the others take turns, without which they would drift away.
 
-A base slice of two bits wants other scales than the residuals above it: its divergence is a hundred times that of all 8
-bits, and pulls harder.  So there the residuals are then chosen anew for the scales that the base wants
-(``sequential.choose_residuals``), and tuned once more, all depths alike.
+A base slice of two bits wants other scales than all 8 bits do, and its divergence is many times theirs.  There it has
+its way at first; then the residual slices are chosen anew for what it made of the scales
+(``sequential.choose_residuals``), and all is tuned again, with half of the steps at the second depth and a loss that
+weighs depths alike.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ _SCALE_RATE = 1e-3
 _NORM_RATE = 3e-4
 _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
-_SHARE_AGAIN = 0.5
 _SMALLEST_LOSS = 1e-8
 _SAVE_EVERY = 20
 _TOKENS_AT_ONCE = 64
@@ -113,13 +113,14 @@ class _Tuned(SlicedLinear):
         return self._offset + self._scale * self.offset_change
 
 
-def _depth_order(profile: SliceProfile, again: bool) -> Iterator[int]:
-    """Bits of the steps, without end."""
-    shallow, *others = profile.depth_bits
-    if again or not others:
-        return cycle(profile.depth_bits)
+def _depth_order(profile: SliceProfile, focus: int) -> Iterator[int]:
+    """Bits of the steps, without end: half of them are at the depth ``focus`` (1-based)."""
+    others = list(profile.depth_bits)
+    focal = others.pop(focus - 1)
+    if not others:
+        return cycle([focal])
     # The deepest first: it is the one that must not get worse.
-    return cycle([bits for other in (others[-1], *others[:-1]) for bits in (shallow, other)])
+    return cycle([bits for other in (others[-1], *others[:-1]) for bits in (focal, other)])
 
 
 def _norm_weights(checkpoint: Checkpoint) -> list[torch.Tensor]:
@@ -147,7 +148,6 @@ def tune(
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
     kept_as = "tuning again" if again else "tuning"
-    share_of_rate = _SHARE_AGAIN if again else 1.0
     with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
         layers = [layer for parts in tuned.values() for layer in parts]
         norms = _norm_weights(checkpoint)
@@ -159,13 +159,13 @@ def tune(
         )
         parameters = [*changes, *norms]
         done = _restore(store, kept_as, parameters, optimizer)
-        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile, again)
+        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile, focus=2 if again else 1)
         for step in range(steps):
             rows, bits = order.next(), next(depths)
             if step < done:
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * share_of_rate * _share_of_rate(step, steps)
+                group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
             for layer in layers:
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
@@ -182,6 +182,8 @@ def tune(
             progress(step + 1, steps)
         for norm in norms:
             norm.requires_grad_(False)
+        if checkpoint.decoder.tied:
+            _refresh_embedding(checkpoint, tuned, head_scale)
         return {
             name: Sliced(
                 slices[name].codes,

@@ -19,11 +19,12 @@ class StandIn:
         return inputs.log_softmax(-1)
 
 
-def test_all_depths_take_turns_in_the_second_tuning() -> None:
+def test_half_of_the_steps_are_at_one_depth_and_the_others_take_turns() -> None:
     profile = SliceProfile((2, 2, 2, 2))
-    first, again = (list(islice(tuning._depth_order(profile, tuned), 12)) for tuned in (False, True))
+    first, second = (list(islice(tuning._depth_order(profile, focus), 12)) for focus in (1, 2))
     assert first == [2, 8, 2, 4, 2, 6] * 2
-    assert again == [2, 4, 6, 8] * 3
+    assert second == [4, 8, 4, 2, 4, 6] * 2
+    assert list(islice(tuning._depth_order(SliceProfile((8,)), 1), 3)) == [8, 8, 8]
 
 
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
