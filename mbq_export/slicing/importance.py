@@ -59,11 +59,16 @@ def token_importance(
     kept = store.arrays(_STEP)
     if kept is not None:
         return {name: weights.astype(np.float32) for name, weights in kept.items()}
-    squares: dict[str, list[torch.Tensor]] = {name: [] for unit in checkpoint.decoder.units() for name in unit.sources}
+    # Made before any pass: what stays would otherwise lie between what goes, and hold its memory from the system.
+    squares = {
+        name: torch.zeros(windows.shape, device=checkpoint.device)
+        for unit in checkpoint.decoder.units()
+        for name in unit.sources
+    }
 
     def hook(name: str) -> Callable[..., None]:
         def see_gradient(gradient: torch.Tensor) -> None:
-            squares[name].append(gradient.detach().float().square().reshape(-1, gradient.shape[-1]).mean(1))
+            squares[name][at] = gradient.detach().float().square().reshape(-1, gradient.shape[-1]).mean(1)
 
         def forward(_: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
             output.register_hook(see_gradient)
@@ -75,11 +80,11 @@ def token_importance(
         hooks.enter_context(lean_backward(checkpoint))
         for name in squares:
             hooks.enter_context(checkpoint.linear(name).register_forward_hook(hook(name)))
-        for i, window in enumerate(windows):
+        for at, window in enumerate(windows):
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 backpropagate_samples(checkpoint, window, generator)
-            progress(i + 1, len(windows))
-    importance = {name: _weights(name, torch.stack(of_layer)) for name, of_layer in squares.items()}
+            progress(at + 1, len(windows))
+    importance = {name: _weights(name, of_layer) for name, of_layer in squares.items()}
     store.put_arrays(_STEP, importance)
     return importance
 
