@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from mbq_export import blocks
-from mbq_export.calibrate import Calibrated, calibrate
+from mbq_export import blocks, calibrate
 from mbq_export.checkpoint import load, locate
-from mbq_export.recipe import Recipe
+from mbq_export.recipe import METHODS, Recipe
 from mbq_export.slicing.reference import decode
 from mbq_runtime.profile import SliceProfile
 
@@ -99,18 +99,21 @@ def other_device() -> Iterator[str]:
         yield "other:0"
 
 
-def _calibrated(model: str, method: str, device: str) -> Calibrated:
+def _calibrated(model: str, method: str, device: str) -> calibrate.Calibrated:
     checkpoint = load(locate(model), None, device)
     assert checkpoint.device.type == torch.device(device).type
     rng = np.random.default_rng(0)
     fitted, held_back = (rng.integers(0, checkpoint.decoder.vocab_size, (4, 32)) for _ in range(2))
-    recipe = Recipe(SliceProfile((3, 1, 2, 2)), 32, method, 3 if method == "nested" else 0, "auto", 0)
-    return calibrate(checkpoint, fitted, held_back, recipe)
+    # A base slice of two bits is what ``learned`` tunes twice.
+    profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
+    recipe = Recipe(profile, 32, method, {"rtn": 0, "nested": 3, "learned": 4}[method], "auto", 0)
+    return calibrate.calibrate(checkpoint, fitted, held_back, recipe)
 
 
 def main(model: str, method: str) -> None:
     """Print how far the weights at full depth are from each other, over their own size, and both quality curves."""
     blocks.fast_bytes = lambda: 4  # both in float32
+    calibrate.METHODS = {method: replace(METHODS[method], sweeps=1)}  # every op takes Python's time there
     with sdpa_kernel(SDPBackend.MATH):
         here = _calibrated(model, method, "cpu")
     with other_device() as device:

@@ -43,29 +43,33 @@ def watch():
             peak = max(peak, next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon")))
         time.sleep(0.01)
 
-model, work, memory.KEPT_WEIGHT_BYTES = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model, work, memory.KEPT_WEIGHT_BYTES, method = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 threading.Thread(target=watch, daemon=True).start()
-profile = SliceProfile((3, 1, 2, 2))
-calibrate.METHODS = {"nested": replace(recipe.METHODS["nested"], sweeps=1)}
+twice = method == "learned"
+profile = SliceProfile((2, 2, 2, 2) if twice else (3, 1, 2, 2))
+calibrate.METHODS = {method: replace(recipe.METHODS[method], sweeps=1)}
 checkpoint = load(locate(model), None if memory.KEPT_WEIGHT_BYTES else work)
 rng = np.random.default_rng(0)
 fitted, held_back = (rng.integers(0, 8000, (windows, recipe.CONTEXT_TOKENS)) for windows in (8, 2))
-planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size)
+planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size, twice)
 steps = Store(work / "steps", "wide")
-calibrate.calibrate(checkpoint, fitted, held_back, recipe.Recipe(profile, 64, "nested", 2, "auto", 0), steps)
+calibrate.calibrate(checkpoint, fitted, held_back, recipe.Recipe(profile, 64, method, 2, "auto", 0), steps)
 print(peak, planned.peak_memory_bytes, checkpoint.parameters)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [memory.KEPT_WEIGHT_BYTES, 0])
-def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "method"),
+    [(memory.KEPT_WEIGHT_BYTES, "nested"), (0, "nested"), (memory.KEPT_WEIGHT_BYTES, "learned"), (0, "learned")],
+)
+def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int, method: str) -> None:
     """Two blocks nearly as wide as those of a model of a billion weights, which only has more of them."""
     folder = write_checkpoint(
         tmp_path / "wide", "llama", hidden_size=1536, intermediate_size=6144, num_attention_heads=24,
         num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
     )  # fmt: skip
-    command = [sys.executable, "-c", WIDE, str(folder), str(tmp_path / "work"), str(kept)]
+    command = [sys.executable, "-c", WIDE, str(folder), str(tmp_path / "work"), str(kept), method]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, stated, parameters = map(int, done.stdout.split())
