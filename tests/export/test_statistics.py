@@ -1,0 +1,63 @@
+"""What routers are fitted to, against torch's own gradients, and against losses that a few tokens spoil."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny_models import write_checkpoint
+
+from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.routing.statistics import collect, without_outliers
+from mbq_export.slicing import rtn
+from mbq_export.slicing.layers import SlicedLinear, sliced_layers, values_at
+from mbq_export.slicing.reference import Sliced
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((2, 2, 2, 2))
+WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 600))
+UNIT = "layers.0.mlp_out"
+
+
+def predicted_losses(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> NDArray[np.float64]:
+    """float64 [tokens, depths] of ``UNIT``, on the labels that ``collect`` draws with seed 0."""
+    generator, found = torch.Generator().manual_seed(0), []
+    weights = [values_at(slices[UNIT], PROFILE, depth) for depth in range(1, PROFILE.depths + 1)]
+    with sliced_layers(checkpoint, slices, SlicedLinear) as layers:
+        seen: list[torch.Tensor] = []
+        (layer,) = layers[UNIT]
+        layer.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+        for window in torch.from_numpy(WINDOWS):
+            seen.clear()
+            embedded = checkpoint.model.get_input_embeddings()(window[None]).requires_grad_()
+            log_probabilities = checkpoint.model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
+            labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+            x, output = seen
+            (gradient,) = torch.autograd.grad(-log_probabilities.gather(1, labels).sum(), output)
+            changes = [(gradient[0] * (x[0] @ (weights[-1] - weight).T)).sum(1) for weight in weights]
+            found.append(0.5 * torch.stack(changes, dim=1).detach().double().numpy() ** 2)
+    return np.concatenate(found)
+
+
+def test_losses_are_those_of_second_order_but_for_one_token_in_a_thousand(tmp_path: Path) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
+    slices = {
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
+    }
+    found = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0)[UNIT].loss
+    expected = predicted_losses(checkpoint, slices)
+    highest = np.quantile(expected, 0.999, axis=0)
+    cut = (expected > highest).any(1)
+    assert 1 <= cut.sum() <= 2 * PROFILE.depths
+    assert (np.abs(found - expected)[~cut] <= 1e-3 * expected[~cut] + 1e-5 * highest).all()
+    np.testing.assert_allclose(found.max(0), highest, rtol=1e-3)
+
+
+def test_a_few_spoilt_tokens_do_not_move_a_units_worth() -> None:
+    clean = np.random.default_rng(0).exponential((1.0, 0.1, 0.0), (6144, 3)).astype(np.float32)
+    spoilt = clean.copy()
+    spoilt[[7, 3584, 3585]] = (6000.0, 4000.0, 0.0)
+    assert spoilt.mean(0)[0] > 3
+    np.testing.assert_allclose(without_outliers(spoilt).mean(0), clean.mean(0), rtol=0.02)
