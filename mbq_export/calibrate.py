@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mbq_runtime.manifest import QualityPoint
@@ -18,12 +17,12 @@ from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
 from .recipe import METHODS, Recipe, steps_again
-from .routing import candidates, thresholds
-from .routing.statistics import UnitStatistics, collect
+from .routing import candidates, choice
+from .routing.statistics import collect
 from .slicing import rtn
 from .slicing.importance import token_importance
 from .slicing.layers import values_at
-from .slicing.reference import RouterParams, Sliced, route, router_scores
+from .slicing.reference import RouterParams, Sliced
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import choose_residuals, slice_model
 from .slicing.smoothing import smooth
@@ -31,12 +30,6 @@ from .slicing.tuning import Teacher, tune
 from .store import Store
 
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-CHOICE_BITS = (2.5, 3.5, 4.0, 5.0)
-"""Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
-
-
-Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Figures by kind of router and average bits."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Calibrated:
     head_input: HeadInput | None = None
     reference_perplexity: float = 0.0
     curve: tuple[QualityPoint, ...] = ()
-    routers: Comparison = field(default_factory=dict)
+    routers: choice.Comparison = field(default_factory=dict)
 
     def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
         """float32 [hidden]: what a row of the embedding is multiplied by when it is read."""
@@ -113,14 +106,16 @@ def calibrate(
     )  # fmt: skip
     fits = {}
     for i, name in enumerate(names):
-        fits[name] = _fit(name, stats, slices, recipe)
+        fits[name] = choice.fit(name, stats, slices, profile, recipe.seed)
         progress("fitting routers", i + 1, len(names))
-    kind, routers, measured = _choose(checkpoint, fits, slices, recipe, measured_windows, stage("comparing routers"))
+    kind, routers, compared = choice.choose(
+        checkpoint, fits, slices, profile, recipe.seed, measured_windows, stage("comparing routers")
+    )
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
+    cases = [choice.case(routers, b) for b in bits]
     results = quality.measure(
-        checkpoint, slices, profile, measured_windows, [_case(routers, b) for b in bits], stage("measuring quality"),
-        fast_dtype(checkpoint.device),
-    )  # fmt: skip
+        checkpoint, slices, profile, measured_windows, cases, stage("measuring quality"), fast_dtype(checkpoint.device)
+    )
     original = float(np.exp(reference.mean()))
     curve = tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True))
     linears = {
@@ -128,7 +123,7 @@ def calibrate(
         for unit in checkpoint.decoder.units()
     }
     return Calibrated(
-        profile, recipe.group_size, kind, linears, embedding, head_scale, head_input, original, curve, measured
+        profile, recipe.group_size, kind, linears, embedding, head_scale, head_input, original, curve, compared
     )
 
 
@@ -206,92 +201,3 @@ def _slices(
             again=True,
         )  # fmt: skip
     return slices, embedding, head_scale, head_input
-
-
-def _fit(
-    name: str, stats: dict[str, UnitStatistics], slices: Mapping[str, Sliced], recipe: Recipe
-) -> dict[str, RouterParams]:
-    """One kind of router for every unit, with its joint table of thresholds."""
-    fit = candidates.ROUTERS[name].fit
-    routers = {unit: fit(of_unit, recipe.profile, recipe.seed) for unit, of_unit in stats.items()}
-    scores = [_scores(routers[unit], of_unit) for unit, of_unit in stats.items()]
-    found = thresholds.table(scores, [slices[unit].codes.size for unit in stats], recipe.profile)
-    budgets = thresholds.budgets(recipe.profile)
-    return {unit: replace(router, budgets=budgets, thresholds=found) for unit, router in routers.items()}
-
-
-def _scores(router: RouterParams, stats: UnitStatistics) -> NDArray[np.float64]:
-    if router.w1 is not None:
-        assert stats.inputs is not None
-        return router_scores(stats.inputs.astype(np.float32) * np.sqrt(stats.mean_square)[:, None], router)
-    log_energy = np.log(stats.mean_square.astype(np.float64))[:, None]
-    return np.asarray(router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * log_energy)
-
-
-def _case(routers: Mapping[str, RouterParams], avg_bits: float) -> quality.Case:
-    def of(router: RouterParams) -> quality.Depths:
-        return lambda x: torch.from_numpy(route(x.numpy(), avg_bits, router)).long()
-
-    return {name: of(router) for name, router in routers.items()}
-
-
-def _choose(
-    checkpoint: Checkpoint,
-    fits: Mapping[str, dict[str, RouterParams]],
-    slices: Mapping[str, Sliced],
-    recipe: Recipe,
-    windows: NDArray[np.int64],
-    progress: Callable[[int, int], None],
-) -> tuple[str, dict[str, RouterParams], Comparison]:
-    """The kind with the lowest loss, its routers with thresholds corrected for drift, and what each kind reached.
-
-    The loss of a kind is the mean over CHOICE_BITS at equal measured bits.  A random choice is measured
-    beside them, which nothing ships.
-    """
-    profile = recipe.profile
-    bits = [b for b in CHOICE_BITS if profile.min_bits < b]
-    random = candidates.random_depths(profile, recipe.seed)
-    names = [*fits, "random"]
-    cases = [
-        _case(fits[name], b) if name in fits else {unit: random(b) for unit in slices} for name in names for b in bits
-    ]
-    # All agree at the ends, where there is nothing to choose.
-    ends = [{unit: random(b) for unit in slices} for b in (profile.min_bits, CODE_BITS)]
-    fast = fast_dtype(checkpoint.device)
-    results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast)
-    lowest, highest = results[len(cases) :]
-    by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
-    losses = {name: _at_equal_bits([lowest, *of_kind, highest], bits) for name, of_kind in by_name.items()}
-    kind = min(fits, key=lambda name: float(losses[name].mean()))
-    shared = next(iter(fits[kind].values()))
-    budgets = shared.budgets.astype(np.float64)
-    drift = [result.avg_bits_used - b for result, b in zip(by_name[kind], bits, strict=True)]
-    drift_at = np.interp(budgets, [profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0])
-    corrected = np.interp(budgets - drift_at, budgets, shared.thresholds).astype(np.float32)
-    routers = {unit: replace(router, thresholds=corrected) for unit, router in fits[kind].items()}
-    return kind, routers, _comparison(losses, kind, bits)
-
-
-def _at_equal_bits(results: list[quality.Measured], bits: list[float]) -> NDArray[np.float64]:
-    """float64 [len(bits), windows]: mean nats a token at exactly ``bits``, by interpolation between what was realised.
-
-    Loss over bits is convex, so this is never less than the truth.
-    """
-    used = np.array([result.avg_bits_used for result in results])
-    order = np.argsort(used)
-    nll = np.stack([results[i].nll for i in order])
-    return np.stack([np.interp(bits, used[order], of_window) for of_window in nll.T], axis=1)
-
-
-def _comparison(losses: Mapping[str, NDArray[np.float64]], shipped: str, bits: list[float]) -> Comparison:
-    def compared(loss: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
-        difference = loss - best
-        stderr = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        ratio = np.exp(difference.mean())
-        figures = {"perplexity": np.exp(loss.mean()), "over_shipped": ratio, "stderr": ratio * stderr}
-        return {name: round(float(figure), 4) for name, figure in figures.items()}
-
-    return {
-        name: {f"{b:g}": compared(loss[i], losses[shipped][i]) for i, b in enumerate(bits)}
-        for name, loss in losses.items()
-    }
