@@ -1,4 +1,7 @@
-"""Fits every kind of router, measures them at equal bits on held-back text, and takes the one that loses least."""
+"""Fits every kind of router, measures them at equal bits on held-back text, and takes the one that loses least.
+
+A router's own parameters count among its bits.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,8 @@ def measure(
     bits: Sequence[float],
     progress: Callable[[int, int], None],
 ) -> tuple[Losses, dict[str, list[float]]]:
-    """What every kind in ``fits``, and a random choice, lose at exactly ``bits``; and the bits they took by kind.
+    """What every kind in ``fits``, and a random choice, lose at exactly ``bits``, those of routers among them; and the
+    bits of weights they took by kind, asked for ``bits`` without the routers'.
 
     windows: int64 [windows, context].
     """
@@ -116,11 +120,17 @@ def measure(
     results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast)
     lowest, highest = results[len(cases) :]
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
-    losses = {name: _at_equal_bits([lowest, *of_kind, highest], bits) for name, of_kind in by_name.items()}
+    left = {name: np.array(bits) - (router_bits(fits[name], slices) if name in fits else 0) for name in names}
+    losses = {name: _at_equal_bits([lowest, *of_kind, highest], left[name]) for name, of_kind in by_name.items()}
     return losses, {name: [result.avg_bits_used for result in of_kind] for name, of_kind in by_name.items()}
 
 
-def _at_equal_bits(results: list[quality.Measured], bits: Sequence[float]) -> NDArray[np.float64]:
+def router_bits(routers: Routers, slices: Mapping[str, Sliced]) -> float:
+    """Bits of all routers' parameters for each weight: a token reads all of them."""
+    return 8 * sum(router.bytes for router in routers.values()) / sum(sliced.codes.size for sliced in slices.values())
+
+
+def _at_equal_bits(results: list[quality.Measured], bits: NDArray[np.float64]) -> NDArray[np.float64]:
     """float64 [len(bits), windows]: mean nats a token at exactly ``bits``, by interpolation between what was realised.
 
     Loss over bits is convex, so this is never less than the truth.

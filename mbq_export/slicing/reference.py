@@ -238,6 +238,12 @@ class RouterParams:
     b1: F32 | None = None
     w2: F32 | None = None
 
+    @property
+    def bytes(self) -> int:
+        """Of what a token reads: all but the table, which the units share."""
+        parts = (self.bias, self.norm_gain, self.w1, self.b1, self.w2)
+        return sum(part.nbytes for part in parts if part is not None)
+
 
 MEAN_SQUARE_EPS = 1e-12
 
