@@ -1,0 +1,140 @@
+"""A bundle's routers beside the other kinds and a random choice, at equal bits, on text that none was fitted to.
+
+    python tests/benchmarks/router_ablation.py BUNDLE [--model smollm2-135m] [--data wikipedia] [--windows 24]
+        [--bits 2.5,3,3.5,4,5] [--json FILE]
+
+Slices, norms and routers are the bundle's, which an ONNX graph of a rotated model must hold; the other kinds are fitted
+to the text that it was calibrated on.  Ratios are over the shipped kind's perplexity, +- the standard error of the
+paired difference over windows; bits are interpolated to the very budget, and routers' own count among them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from mbq_export import calibration_data, quality
+from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.compare.run import TEXTS
+from mbq_export.progress import Progress
+from mbq_export.recipe import CONTEXT_TOKENS, METHODS
+from mbq_export.routing import candidates, choice
+from mbq_export.routing.statistics import collect
+from mbq_export.slicing.layers import values_at
+from mbq_export.slicing.reference import RouterParams, Sliced, unpack_planes, unpack_scales
+from mbq_export.slicing.rotation import rotate
+from mbq_runtime.commands.common import listed
+from mbq_runtime.manifest import Manifest
+from mbq_runtime.manifest import read as read_manifest
+from mbq_runtime.perplexity import cut_windows, read_text
+
+Tensors = dict[str, Any]
+
+
+def stored_slices(manifest: Manifest, tensors: Tensors) -> dict[str, Sliced]:
+    return {
+        layer.name: Sliced(
+            unpack_planes(tensors[f"{layer.name}.planes"].reshape(-1), layer.N, layer.K, manifest.profile),
+            *unpack_scales(tensors[f"{layer.name}.scales"], layer.N),
+        )
+        for layer in manifest.weights.linears
+    }
+
+
+def stored_routers(manifest: Manifest, tensors: Tensors) -> dict[str, RouterParams]:
+    budgets, thresholds = tensors["budget_table"]
+    found = {}
+    for layer in manifest.weights.linears:
+        name = f"{layer.name}.router"
+        learned = [tensors.get(f"{name}.{part}") for part in ("w1", "b1", "w2")]
+        found[layer.name] = RouterParams(
+            tensors[f"{name}.bias"], tensors[f"{name}.norm_gain"], budgets, thresholds, *learned
+        )
+    return found
+
+
+def restore(checkpoint: Checkpoint, manifest: Manifest, tensors: Tensors) -> dict[str, Sliced]:
+    """Make all but the linear layers what the bundle's are; returns its slices."""
+    d = checkpoint.decoder
+    if d.family.post_norms or not d.tied or not METHODS[manifest.calibration["method"]].feedback:
+        raise click.UsageError(
+            f"{d.family.model_type} by {manifest.calibration['method']}: needed a rotated, tied model"
+        )
+    rotate(checkpoint, manifest.seed)
+    names = {
+        f"layers.{i}.{part}_norm.weight": d.input_norm(i, f"{part}_in")
+        for i in range(d.layers)
+        for part in ("attn", "mlp")
+    }
+    names["final_norm.weight"] = d.final_norm
+    slices = stored_slices(manifest, tensors)
+    with torch.no_grad():
+        for stored, module in names.items():
+            checkpoint.model.get_submodule(module).weight.copy_(torch.from_numpy(tensors[stored].copy()))
+        head = values_at(slices[d.head.name], manifest.profile, manifest.profile.depths)
+        checkpoint.model.get_input_embeddings().weight.copy_(head)
+    return slices
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", default="smollm2-135m")
+@click.option("--data", default="wikipedia", help="A file, or one of: " + ", ".join(TEXTS))
+@click.option("--windows", default=24)
+@click.option("--bits", default="2.5,3,3.5,4,5")
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file: Path | None) -> None:
+    manifest = read_manifest(bundle)
+    profile, facts = manifest.profile, manifest.calibration
+    budgets = [b for b in listed("--bits", bits, float) if profile.min_bits < b < profile.depth_bits[-1]]
+    initializers = onnx.load(str(bundle / "model.onnx")).graph.initializer
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
+    checkpoint = load(locate(model))
+    fitted, held_back = (facts[name] // CONTEXT_TOKENS for name in ("tokens", "held_back_tokens"))
+    source = calibration_data.open_source(None)
+    if source.name != facts["text"]:
+        raise click.UsageError(f"{bundle} was calibrated on {facts['text']}: needed {source.name}")
+    _, held = calibration_data.calibration_windows(checkpoint, source, fitted, held_back, CONTEXT_TOKENS)
+    text = TEXTS[data]() if data in TEXTS else read_text(Path(data))
+    tokens = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    measured = np.array(cut_windows(tokens, CONTEXT_TOKENS, checkpoint.opening_tokens, windows))
+    original = float(np.exp(quality.reference(checkpoint, measured).mean()))
+    slices = restore(checkpoint, manifest, tensors)
+    with Progress(quiet=False) as progress:
+        stats = collect(
+            checkpoint, slices, profile, np.array_split(held, 2)[0], manifest.seed, keep_inputs=True,
+            progress=lambda done, total: progress("measuring slices", done, total),
+        )  # fmt: skip
+        fits = {kind: choice.fit(kind, stats, slices, profile, manifest.seed) for kind in candidates.ROUTERS}
+        fits[manifest.router.kind] = stored_routers(manifest, tensors)
+        losses, used = choice.measure(
+            checkpoint, fits, slices, profile, manifest.seed, measured, budgets,
+            lambda done, total: progress("measuring routers", done, total),
+        )  # fmt: skip
+    found = choice.comparison(losses, manifest.router.kind, budgets)
+    print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; the original: {original:.2f}")
+    print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |\n|---" * (1 + len(budgets)) + "|")
+    for kind, by_bits in found.items():
+        cells = [
+            f"{of['perplexity']:.2f}"
+            + (
+                " (shipped)"
+                if kind == manifest.router.kind
+                else f" ({of['over_shipped'] - 1:+.1%} +- {of['stderr']:.1%})"
+            )
+            for of in by_bits.values()
+        ]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+    if json_file is not None:
+        json_file.write_text(json.dumps({"original": original, "bits_used": used, "routers": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
