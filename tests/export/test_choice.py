@@ -1,0 +1,69 @@
+"""Which router ships: at equal bits, its own among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mbq_export import quality
+from mbq_export.routing import choice
+from mbq_export.slicing.reference import RouterParams, Sliced
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((2, 2, 2, 2))
+N, K = 1024, 64
+SLICES = {"unit": Sliced(np.zeros((N, K), np.uint8), np.ones((N, 1), np.float16), np.zeros((N, 1), np.float16))}
+BITS = (2.5, 3.0, 3.5, 4.0, 5.0)
+TABLE = np.linspace(2, 8, 25, dtype=np.float32)
+RULE = RouterParams(np.zeros(3, np.float32), np.zeros(3, np.float32), TABLE, -TABLE)
+LEARNED = RouterParams(
+    RULE.bias, RULE.norm_gain, TABLE, -TABLE,
+    np.zeros((2, K), np.float16), np.zeros(2, np.float32), np.zeros((3, 2), np.float32),
+)  # fmt: skip
+
+
+def straight(better_by: Sequence[float]) -> Any:
+    """A model that loses a nat less for each bit, and kinds of routers, in turn, ``better_by`` less at any budget."""
+
+    def measure(*args: Any) -> list[quality.Measured]:
+        cases = args[4]
+        of_kinds = [(b, gain) for gain in (*better_by, 0.0) for b in BITS]
+        ends = [(2.0, 0.0), (8.0, 0.0)]
+        assert len(cases) == len(of_kinds) + len(ends)
+        windows = np.array([0.0, 0.5])
+        return [quality.Measured(10 - b - gain + windows, b) for b, gain in of_kinds + ends]
+
+    return measure
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, choice.Comparison]:
+    monkeypatch.setattr(quality, "measure", straight((0.0, learned_better_by)))
+    monkeypatch.setattr(choice, "fast_dtype", lambda device: None)
+
+    class Anywhere:
+        device = "cpu"
+
+    fits = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
+    windows: NDArray[np.int64] = np.zeros((2, 8), np.int64)
+    kind, _, compared = choice.choose(Anywhere(), fits, SLICES, PROFILE, 0, windows, lambda done, total: None)  # type: ignore[arg-type]
+    return kind, compared
+
+
+def test_the_bits_of_a_router_are_those_of_all_its_parameters_per_weight() -> None:
+    assert choice.router_bits({"unit": RULE}, SLICES) == pytest.approx(8 * 2 * 3 * 4 / (N * K))
+    more = 2 * K * 2 + 2 * 4 + 3 * 2 * 4
+    assert choice.router_bits({"unit": LEARNED}, SLICES) == pytest.approx(8 * (2 * 3 * 4 + more) / (N * K))
+
+
+def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = choice.router_bits({"unit": LEARNED}, SLICES) - choice.router_bits({"unit": RULE}, SLICES)
+    assert chosen(monkeypatch, 0.5 * cost)[0] == "norm"
+    kind, compared = chosen(monkeypatch, 2 * cost)
+    assert kind == "mlp"
+    middle = compared["norm"]["3.5"]
+    assert middle["over_shipped"] == pytest.approx(np.exp(2 * cost - cost), rel=0.01)
+    assert middle["stderr"] == 0
