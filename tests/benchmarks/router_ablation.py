@@ -120,7 +120,8 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         )  # fmt: skip
     found = choice.comparison(losses, manifest.router.kind, budgets)
     print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; the original: {original:.2f}")
-    print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |\n|---" * (1 + len(budgets)) + "|")
+    print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |")
+    print("|---" * (1 + len(budgets)) + "|")
     for kind, by_bits in found.items():
         cells = [
             f"{of['perplexity']:.2f}"
