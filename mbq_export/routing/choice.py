@@ -77,7 +77,7 @@ def choose(
 ) -> tuple[str, dict[str, RouterParams], Comparison]:
     """The kind with the lowest mean loss over CHOICE_BITS, its routers with thresholds corrected for drift, and what
     each kind reached on int64 [windows, context]."""
-    bits = choice_bits(profile)
+    bits = [b for b in CHOICE_BITS if profile.min_bits < b]
     losses, used = measure(checkpoint, fits, slices, profile, seed, windows, bits, progress)
     kind = min(fits, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fits[kind].values()))
@@ -87,11 +87,6 @@ def choose(
     corrected = np.interp(budgets - drift_at, budgets, shared.thresholds).astype(np.float32)
     routers = {unit: replace(router, thresholds=corrected) for unit, router in fits[kind].items()}
     return kind, routers, comparison(losses, kind, bits)
-
-
-def choice_bits(profile: SliceProfile) -> list[float]:
-    """Those of CHOICE_BITS at which the profile leaves a choice."""
-    return [bits for bits in CHOICE_BITS if profile.min_bits < bits]
 
 
 def measure(
