@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.errors import UsageError
 from mbq_runtime.manifest import QualityPoint
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
-from . import quality
+from . import processes, quality
 from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
@@ -84,7 +85,8 @@ def calibrate(
     fitted, held_back: int64 [windows, context] tokens; slices are fitted to the first, routers and
     thresholds to one half of the second, and measured on the other half.  The checkpoint's weights
     are changed in place, and those of its linear layers released.  ``recipe.group_size`` must divide every unit's K.
-    Raises ModelError for weights or activations that are not finite.
+    Several processes give the same arguments, and each is given all results.
+    Raises ModelError for weights or activations that are not finite, UsageError for fewer windows than processes.
     """
 
     def stage(what: str) -> Callable[[int, int], None]:
@@ -162,6 +164,11 @@ def _slices(
 ) -> tuple[dict[str, Sliced], Sliced | None, NDArray[np.float32], HeadInput | None]:
     d, method, profile = checkpoint.decoder, METHODS[recipe.method], recipe.profile
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
+    if len(hessian_windows) < processes.count():
+        raise UsageError(
+            f"{processes.count()} processes, but {len(hessian_windows)} windows of text to measure inputs on: each needs "
+            f"one; start fewer, or give more --calib-tokens (of which {method.hessian_windows} windows are measured)"
+        )
     head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
     if method.feedback and not d.family.post_norms:
         head_input = rotate(checkpoint, recipe.seed)

@@ -135,21 +135,26 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
     slices = options.pop("slices")
     options["profiles"] = tuple(SliceProfile.parse(text) for text in (AUTO_SLICES if slices == "auto" else [slices]))
     options["outputs"] = _output_folders(options.pop("output"), options["model"], targets)
+    from . import processes
     from .export import ENGINE_CHOICES, Options, prepare, run
 
     engine = options.pop("engine")
     if engine not in ENGINE_CHOICES:
         raise UsageError(f"--engine {engine!r} is not known; choose one of: {', '.join(ENGINE_CHOICES)}")
     options["engines"] = ENGINE_CHOICES[engine]
-    prepared = prepare(Options(**options))
-    if not as_json:
-        _show_plan(prepared)
-    if dry_run:
-        if as_json:
-            click.echo(json.dumps(_plan_document(prepared)))
+    with processes.connected():
+        prepared = prepare(Options(**options))
+        first = processes.index() == 0
+        if first and not as_json:
+            _show_plan(prepared)
+        if dry_run:
+            if first and as_json:
+                click.echo(json.dumps(_plan_document(prepared)))
+            return
+        with Progress(quiet=as_json or not first) as progress:
+            manifests = run(prepared, progress)
+    if not first:
         return
-    with Progress(quiet=as_json) as progress:
-        manifests = run(prepared, progress)
     if plot is not None:
         # One calibration, one curve, however many targets.
         quality_curve(plot, prepared.source.name, next(iter(manifests.values())).quality)
@@ -204,6 +209,8 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
 
 
 def _show_plan(prepared: Prepared) -> None:
+    from . import processes
+
     plan = prepared.plan
     d = plan.decoder
     shape = f"{d.layers} layers, {d.context_length} tokens of context"
@@ -214,7 +221,8 @@ def _show_plan(prepared: Prepared) -> None:
     click.echo(f"Slices   {profiles} in groups of {plan.group_size}, router {prepared.options.router}")
     work = f"{plan.work_bytes >> 20} MB of disk while it calibrates"
     where = "" if prepared.device == "cpu" else f" of {prepared.device}"
-    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory{where}, and {work}")
+    each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
+    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory{where}{each}, and {work}")
     for output, target in prepared.options.outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")

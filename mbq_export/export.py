@@ -21,7 +21,7 @@ from mbq_runtime.weights_file import WEIGHTS
 from mbq_targets.spec import KernelSpec
 from mbq_targets.table import Target
 
-from . import calibration_data, devices
+from . import calibration_data, devices, processes
 from . import plan as planning
 from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .lower import tvm as lower_tvm
@@ -114,14 +114,22 @@ def prepare(options: Options) -> Prepared:
 
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
-    """Do it, and return the manifest of each output.  Raises an MbqError; an unfinished bundle leaves nothing."""
+    """Do it, and return the manifest of each output, of several processes in the first only.
+
+    Raises an MbqError; an unfinished bundle leaves nothing.
+    """
     options, started = prepared.options, time.monotonic()
     tried = [_calibrated(prepared, profile, progress) for profile in options.profiles]
+    if processes.index():
+        for trial in tried:
+            trial.store.remove()
+        return {}
     best = min(tried, key=lambda trial: trial.worth)
     calibrated = best.calibrated
     calibration = {
         "method": options.method,
         "device": prepared.device,
+        "processes": processes.count(),
         "text": prepared.calibration_source.name,
         "tokens": best.tokens,
         "held_back_tokens": best.held_back_tokens,

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from mbq_runtime.profile import SliceProfile
 
+from . import processes
 from .blocks import Blocks, Hidden, autocast, replaced
 from .checkpoint import Checkpoint
 from .families import Unit
@@ -115,7 +116,8 @@ def measure(
     """
     d = checkpoint.decoder
     blocks, inputs = Blocks(checkpoint, windows.shape[1]), RouterInputs(checkpoint)
-    start = blocks.embed(windows)
+    own = windows[processes.share(len(windows))]
+    start = blocks.embed(own)
     hidden: list[list[Hidden]] = [list(start) for _ in cases]
     used = np.zeros(len(cases))
     parameters = 0
@@ -145,24 +147,24 @@ def measure(
             progress(layer + 1, d.layers + 1)
         head = routed(d.head)
         parameters += head.parameters
-        measured = []
+        nll = np.zeros((len(own), len(cases)))
         for i, case in enumerate(cases):
             head.use(case[d.head.name])
-            nll = []
-            for window, tokens in zip(hidden[i], windows, strict=True):
+            for j, (window, tokens) in enumerate(zip(hidden[i], own, strict=True)):
                 logits = head.layers[0](blocks.final(window))
                 count(i, [head])
-                nll.append(float(functional.cross_entropy(logits[:-1].float(), checkpoint.on_device(tokens[1:]))))
-            measured.append(Measured(np.array(nll), float(used[i] / (parameters * windows.size))))
+                nll[j, i] = float(functional.cross_entropy(logits[:-1].float(), checkpoint.on_device(tokens[1:])))
     progress(d.layers + 1, d.layers + 1)
-    return measured
+    used = processes.summed(torch.from_numpy(used)).numpy() / (parameters * windows.size)
+    of_cases = np.array(processes.gathered(nll)).T
+    return [Measured(of_case, float(bits)) for of_case, bits in zip(of_cases, used, strict=True)]
 
 
 def reference(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> NDArray[np.float64]:
     """float64 [windows]: mean nats a token of the checkpoint's model as it is."""
     nll = []
     with torch.no_grad():
-        for window in checkpoint.on_device(windows):
+        for window in checkpoint.on_device(windows[processes.share(len(windows))]):
             logits = checkpoint.model(window[None], use_cache=False).logits[0]
             nll.append(float(functional.cross_entropy(logits[:-1].float(), window[1:])))
-    return np.array(nll)
+    return np.array(processes.gathered(nll))

@@ -2,6 +2,9 @@
 
 One safetensors file a step, listed with its SHA-256 in ``steps.json`` once it is whole.  The folder
 belongs to one set of inputs, named by a fingerprint: with other inputs it is emptied.
+
+Of several processes the first keeps all of this.  The others have a folder each for the slices that need not be in
+memory, and find nothing in it that an earlier run has left.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from safetensors.torch import load_file
 
 from mbq_runtime.errors import BundleError
 
+from . import processes
 from .slicing.reference import Sliced
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -54,6 +58,10 @@ class Store:
         self._hashes: dict[str, str] = {}
         if folder is None:
             return
+        if processes.index():
+            self.folder = folder = folder.with_name(f"{folder.name}.{processes.index()}")
+            self.fingerprint = fingerprint = f"process {processes.index()}"
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             index = json.loads((folder / _INDEX).read_bytes())
             if index["fingerprint"] == fingerprint:
@@ -69,7 +77,13 @@ class Store:
         return len(self._hashes)
 
     def arrays(self, step: str) -> dict[str, NDArray[np.generic]] | None:
-        """The arrays of a finished step, mapped from its file, or None when it has to be done (again)."""
+        """The arrays of a finished step, mapped from its file, or None when it has to be done (again).
+
+        Every process is given the first one's.
+        """
+        return processes.from_first(self._kept(step))
+
+    def _kept(self, step: str) -> dict[str, NDArray[np.generic]] | None:
         if self.folder is None or step not in self._hashes:
             return None
         path = self._path(step)
@@ -80,35 +94,41 @@ class Store:
 
     def put_arrays(self, step: str, arrays: Arrays) -> None:
         """Keep the arrays of ``step``, in place of those it had.  Raises BundleError when they cannot be written."""
-        if self.folder is None:
-            return
-        draft = self.folder / ".part"
+        if self.folder is not None and processes.index() == 0:
+            self._write(self.folder, step, arrays)
+
+    def _write(self, folder: Path, step: str, arrays: Arrays) -> None:
+        draft = folder / ".part"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft)
             self._hashes[step] = _digest(draft)
             os.replace(draft, self._path(step))
             draft.write_text(json.dumps({"fingerprint": self.fingerprint, "sha256": self._hashes}))
-            os.replace(draft, self.folder / _INDEX)
+            os.replace(draft, folder / _INDEX)
         except (OSError, SafetensorError) as error:
             raise BundleError(
-                f"{self.folder}: writing failed ({getattr(error, 'strerror', None) or error}); free some space and run "
+                f"{folder}: writing failed ({getattr(error, 'strerror', None) or error}); free some space and run "
                 "the same command again: what was finished before is kept"
             ) from error
 
     def get(self, step: str) -> dict[str, Sliced] | None:
         """The slices of a finished step by unit, or None when it has to be done."""
         arrays = self.arrays(step)
-        return None if arrays is None else _slices(arrays)
+        if arrays is None:
+            return None
+        return self.put(step, _slices(arrays)) if processes.index() else _slices(arrays)
 
     def put(self, step: str, slices: dict[str, Sliced]) -> dict[str, Sliced]:
         """Keep the slices of ``step``, and return them as they are kept: of a model's codes none need be in memory."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, sliced in slices.items():
             arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
-        self.put_arrays(step, arrays)
+        if self.folder is None:
+            return slices
+        self._write(self.folder, step, arrays)
         # What was hashed a moment ago is not read to be hashed once more.
-        return slices if self.folder is None else _slices(_mapped(self._path(step)))
+        return _slices(_mapped(self._path(step)))
 
     def remove(self) -> None:
         """The work is done: forget it."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
-from .. import quality
+from .. import processes, quality
 from ..blocks import fast_dtype
 from ..checkpoint import Checkpoint
 from ..slicing.reference import RouterParams, Sliced, route, router_scores
@@ -42,7 +42,9 @@ def fit(
 ) -> dict[str, RouterParams]:
     """One kind of router for every unit, with its joint table of thresholds."""
     of_kind = candidates.ROUTERS[kind].fit
-    routers = {unit: of_kind(of_unit, profile, seed) for unit, of_unit in stats.items()}
+    own = list(stats)[processes.share(len(stats))]
+    fitted = processes.gathered(of_kind(stats[unit], profile, seed) for unit in own)
+    routers = dict(zip(stats, fitted, strict=True))
     scores = [_scores(routers[unit], of_unit) for unit, of_unit in stats.items()]
     found = thresholds.table(scores, [slices[unit].codes.size for unit in stats], profile)
     budgets = thresholds.budgets(profile)

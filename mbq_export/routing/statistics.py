@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
+from .. import processes
 from ..blocks import lean_backward, require_finite
 from ..checkpoint import Checkpoint
 from ..families import Unit
@@ -94,7 +95,9 @@ class _Recorder:
         self.grads.clear()
 
     def result(self) -> UnitStatistics:
-        joined = {key: torch.cat(parts).cpu().numpy() for key, parts in self.parts.items() if parts}
+        everyones = processes.gathered([{key: [part.cpu() for part in parts] for key, parts in self.parts.items()}])
+        parts = {key: [part for each in everyones for part in each[key]] for key in self.parts}
+        joined = {key: torch.cat(of_key).numpy() for key, of_key in parts.items() if of_key}
         loss = without_outliers(joined["loss"])
         return UnitStatistics(
             self.sliced.codes.size, joined["mean_square"], joined["change"], loss, joined.get("inputs")
@@ -121,7 +124,8 @@ def collect(
     as they are.
     Raises ModelError for activations that are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + processes.index())
+    own = windows[processes.share(len(windows))]
     router_inputs = RouterInputs(checkpoint)
     every = -(-router_input_bytes(checkpoint.decoder, windows.size) // ROUTER_INPUT_BYTES) if keep_inputs else 1
     recorders = [
@@ -134,10 +138,10 @@ def collect(
         for recorder in recorders:
             for name, layer in zip(recorder.unit.sources, layers[recorder.unit.name], strict=True):
                 hooks.enter_context(layer.register_forward_hook(recorder.hook(name)))
-        for i, window in enumerate(windows):
+        for i, window in enumerate(own):
             backpropagate_samples(checkpoint, window, generator)
             with torch.no_grad():
                 for recorder in recorders:
                     recorder.close_window()
-            progress(i + 1, len(windows))
+            progress(i + 1, len(own))
     return {recorder.unit.name: recorder.result() for recorder in recorders}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import processes
 from ..blocks import autocast, fast_dtype, lean_backward, require_finite
 from ..checkpoint import Checkpoint
 from ..store import Store
@@ -75,16 +76,17 @@ def token_importance(
 
         return forward
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + processes.index())
+    own = range(len(windows))[processes.share(len(windows))]
     with ExitStack() as hooks:
         hooks.enter_context(lean_backward(checkpoint))
         for name in squares:
             hooks.enter_context(checkpoint.linear(name).register_forward_hook(hook(name)))
-        for at, window in enumerate(windows):
+        for done, at in enumerate(own, 1):
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
-                backpropagate_samples(checkpoint, window, generator)
-            progress(at + 1, len(windows))
-    importance = {name: _weights(name, of_layer) for name, of_layer in squares.items()}
+                backpropagate_samples(checkpoint, windows[at], generator)
+            progress(done, len(own))
+    importance = {name: _weights(name, processes.summed(of_layer)) for name, of_layer in squares.items()}
     store.put_arrays(_STEP, importance)
     return importance
 

@@ -26,10 +26,11 @@ _IN_CACHE = 1 << 18
 Layer = TypeVar("Layer", bound="SlicedLinear")
 
 
-def row_ranges(shape: Sequence[int], elements: int) -> Iterator[slice]:
-    """All rows of a matrix [N, K], in ranges of about so many elements."""
+def row_ranges(shape: Sequence[int], elements: int, among: slice = slice(None)) -> Iterator[slice]:
+    """All rows of a matrix [N, K], or those ``among`` them, in ranges of about so many elements."""
     rows = max(1, elements // shape[1])
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))
+    first, end, _ = among.indices(shape[0])
+    return (slice(start, min(start + rows, end)) for start in range(first, end, rows))
 
 
 def _at_once(codes: torch.Tensor) -> int:

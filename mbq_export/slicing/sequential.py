@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.profile import SliceProfile
 
+from .. import processes
 from ..blocks import Blocks, Hidden, autocast, fast_dtype, require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Unit
@@ -33,10 +34,11 @@ def _hessians(
     units: list[Unit],
     hidden: list[Hidden],
     importance: Importance,
+    windows: slice,
 ) -> dict[str, torch.Tensor]:
     """Mean of ``x x.T``, weighted by importance, over the inputs that each layer sees inside the block.
 
-    float64 [K, K] by the layer's name.
+    windows: which those in ``hidden`` are.  float64 [K, K] by the layer's name.
     """
     sums: dict[str, torch.Tensor] = {}
     sources = {unit.name: unit.sources for unit in units}
@@ -44,7 +46,7 @@ def _hessians(
     def add(name: str, x: torch.Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             for source in sources[name]:
-                sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][at])
+                sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][windows][at])
 
     first = {unit.name: unit.sources[0] for unit in units}
     fast = autocast(fast_dtype(checkpoint.device), checkpoint.device)
@@ -52,8 +54,8 @@ def _hessians(
         for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
             blocks.run(layer, window)
     for name, total in sums.items():
-        require_finite(name, total)
-    tokens = sum(window.shape[1] for window in hidden)
+        require_finite(name, processes.summed(total))
+    tokens = next(iter(importance.values())).size
     return {name: total.div_(tokens) for name, total in sums.items()}
 
 
@@ -147,23 +149,25 @@ def _by_blocks(
         parts = []
         for name in unit.sources:
             whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
-            parts += [slicing(name, rows, whole[rows], hessian) for rows in row_ranges(whole.shape, WEIGHTS_AT_ONCE)]
+            ranges = row_ranges(whole.shape, WEIGHTS_AT_ONCE, processes.share(len(whole)))
+            parts += processes.gathered(slicing(name, rows, whole[rows], hessian) for rows in ranges)
         return joined(parts)
 
     d = checkpoint.decoder
     blocks = Blocks(checkpoint, windows.shape[1])
-    hidden = blocks.embed(windows)
+    own = processes.share(len(windows))
+    hidden = blocks.embed(windows[own])
     slices: dict[str, Sliced] = {}
     for layer in range(d.layers):
         units = list(d.layer_units(layer).values())
         this_step = step.format(d.block(layer))
         found = store.get(this_step)
         if found is None:
-            hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance)
+            hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance, own)
             found = store.put(this_step, {unit.name: sliced(unit, hessians) for unit in units})
         linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
         weights = [linear.weight.detach().clone() for linear in linears] if keep_weights else []
-        hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile)
+        hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile, own.start)
         slices |= found
         if keep_weights:
             with torch.no_grad():
@@ -177,8 +181,9 @@ def _by_blocks(
     found = store.get(this_step)
     if found is None:
         (name,) = d.head.sources
-        seen = zip((blocks.final(window) for window in hidden), importance[name], strict=True)
-        hessian = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(())) / windows.size
+        seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
+        total = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
+        hessian = processes.summed(total) / windows.size
         found = store.put(this_step, {d.head.name: sliced(d.head, {name: hessian})})
     if not keep_weights:
         checkpoint.release(d.head)
@@ -194,13 +199,15 @@ def _advance(
     found: dict[str, Sliced],
     hidden: list[Hidden],
     profile: SliceProfile,
+    first: int,
 ) -> list[Hidden]:
-    """The windows behind the sliced block, window i at depth ``i % depths + 1``."""
+    """The windows behind the sliced block, window i at depth ``i % depths + 1``.  first: which one ``hidden`` begins
+    with."""
     after = list(hidden)
     for depth in range(1, profile.depths + 1):
         for unit in units:
             write_depth(checkpoint, unit, found[unit.name], profile, depth)
-        for i in range(depth - 1, len(hidden), profile.depths):
+        for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 after[i] = blocks.run(layer, hidden[i])
     return after

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import processes
 from ..blocks import require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 
@@ -37,11 +38,12 @@ def _input_rms(
 
     first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units()}
     with watching_inputs(checkpoint, first_layers, add), torch.no_grad():
-        for i, window in enumerate(windows):
+        own = windows[processes.share(len(windows))]
+        for i, window in enumerate(own):
             checkpoint.model(checkpoint.on_device(window)[None], use_cache=False)
-            progress(i + 1, len(windows))
+            progress(i + 1, len(own))
     for name, total in squares.items():
-        require_finite(name, total)
+        require_finite(name, processes.summed(total))
     return {name: (total / windows.size).sqrt() for name, total in squares.items()}
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
+from .. import processes
 from ..blocks import autocast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
 from ..store import Store
@@ -41,7 +42,7 @@ _TOKENS_AT_ONCE = 64
 
 
 class Teacher:
-    """The original model's predictions for some windows, kept as its head's inputs.
+    """The original model's predictions for this process's share of some windows, kept as its head's inputs.
 
     Made before the model is sliced.  windows: int64 [windows, context].
     """
@@ -49,13 +50,13 @@ class Teacher:
     def __init__(
         self, checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
     ) -> None:
-        self.windows = checkpoint.on_device(windows)
+        self.windows = checkpoint.on_device(windows[processes.share(len(windows))])
         dtype = fast_dtype(checkpoint.device)
         inputs = []
         with torch.no_grad(), autocast(dtype, checkpoint.device):
             for i, window in enumerate(self.windows):
                 inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
-                progress(i + 1, len(windows))
+                progress(i + 1, len(self.windows))
         self._inputs = torch.stack(inputs)
         head = checkpoint.model.lm_head
         # A copy: slicing writes into the checkpoint's.
@@ -173,8 +174,11 @@ def tune(
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
             loss = _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows))  # type: ignore[no-untyped-call]
-            # By its logarithm a depth counts for the share of its divergence that goes, however small that is.
-            (loss.clamp_min(_SMALLEST_LOSS).log() if again else loss).backward()
+            of_all = processes.summed(loss.detach().clone()) if again else loss.new_tensor(processes.count())
+            # As the gradient of its logarithm would have it, a depth counts for the share of its divergence that goes,
+            # however small that is.
+            (loss / of_all.clamp_min(_SMALLEST_LOSS)).backward()
+            processes.sum_gradients(parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
@@ -200,16 +204,17 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 
 class _Order:
-    """Which windows a step takes: all of them in random order, then again."""
+    """Which of its windows a process takes for a step: all of them in random order, then again."""
 
     def __init__(self, windows: int, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._windows, self._left = windows, torch.empty(0, dtype=torch.long)
+        self._at_once = -(-WINDOWS_PER_STEP // processes.count())
 
     def next(self) -> torch.Tensor:
-        if len(self._left) < WINDOWS_PER_STEP:
+        if len(self._left) < self._at_once:
             self._left = torch.randperm(self._windows, generator=self._generator)
-        taken, self._left = self._left[:WINDOWS_PER_STEP], self._left[WINDOWS_PER_STEP:]
+        taken, self._left = self._left[: self._at_once], self._left[self._at_once :]
         return taken
 
 

@@ -1,0 +1,90 @@
+"""What processes share of a calibration, done by this one or, started by ``torchrun``, by several: arrays to compare.
+
+A script: MODEL OUTPUT.npz, which the first process writes.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mbq_export import processes, quality
+from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.routing import choice
+from mbq_export.routing.statistics import collect
+from mbq_export.slicing import rtn
+from mbq_export.slicing.reference import Sliced, decode
+from mbq_export.slicing.sequential import slice_model
+from mbq_export.slicing.smoothing import smooth
+from mbq_export.slicing.tuning import Teacher, tune
+from mbq_export.store import Store
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((3, 1, 2, 2))
+GROUP_SIZE = 32
+
+
+def quiet(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
+    rng = np.random.default_rng(0)
+    # Seven are not divided evenly, and some depths fall to one process alone.
+    windows = rng.integers(0, checkpoint.decoder.vocab_size, (7, 32))
+    store = Store(None)
+    found = {"reference": quality.reference(checkpoint, windows), "head_scale": smooth(checkpoint, windows)}
+    # A step of tuning takes two windows: here the same two, however many processes there are.
+    teacher = Teacher(checkpoint, windows[:2], quiet)
+    importance = {
+        name: rng.uniform(0.5, 1.5, windows.shape).astype(np.float32)
+        for unit in checkpoint.decoder.units()
+        for name in unit.sources
+    }
+    # From here on with slices that no sum is in, and that are therefore the same everywhere.
+    slices = {
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
+        for unit in checkpoint.decoder.units()
+    }
+    fed_back = slice_model(checkpoint, windows, importance, PROFILE, GROUP_SIZE, 1, False, store, quiet)
+    found |= weights("sliced", fed_back)
+    for again in (False, True):
+        slices = tune(
+            checkpoint, teacher, slices, PROFILE, np.ones(checkpoint.decoder.hidden_size, np.float32), 4, 0, store,
+            quiet, again,
+        )  # fmt: skip
+        found |= weights(f"tuned {again}", slices)
+    stats = collect(checkpoint, slices, PROFILE, windows, 0, keep_inputs=True)
+    for name, of_unit in stats.items():
+        assert of_unit.inputs is not None
+        found |= {f"energy {name}": of_unit.mean_square, f"change {name}": of_unit.change, f"in {name}": of_unit.inputs}
+        # Losses hang on labels that each process draws for itself: take something that does not.
+        of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
+    routers = choice.fit("norm", stats, slices, PROFILE, 0)
+    found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
+    by_energy = dict.fromkeys(routers, halves)
+    (measured,) = quality.measure(checkpoint, slices, PROFILE, windows, [by_energy])
+    return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}
+
+
+def halves(x: torch.Tensor) -> torch.Tensor:
+    """Depth 1 or 4, by the sign of the first channel."""
+    return 1 + 3 * (x[:, 0] > 0).long()
+
+
+def weights(stage: str, slices: dict[str, Sliced]) -> dict[str, NDArray[np.generic]]:
+    return {f"{stage} {name}": decode(sliced, PROFILE, PROFILE.depths) for name, sliced in slices.items()}
+
+
+def main(model: str, output: str) -> None:
+    with processes.connected():
+        found = work(load(locate(model)))
+        if processes.index() == 0:
+            np.savez(output, processes=np.array([processes.count()]), **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Several processes calibrate what one does, the same every time, and go on after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_calibrate import digests, export
+from tiny_models import write_checkpoint
+
+from mbq_runtime import manifest
+
+HERE = Path(__file__).parent
+
+
+def together(command: list[str], processes: int = 2) -> list[str]:
+    """``command``, a Python one, by several processes on this machine."""
+    python, *rest = command
+    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *rest]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, cwd=HERE, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama")
+    alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
+    run([sys.executable, "shared_work.py", str(model), str(alone)])
+    run(together([sys.executable, "shared_work.py", str(model), str(shared)]))
+    with np.load(alone) as one, np.load(shared) as two:
+        assert (one["processes"], two["processes"]) == (1, 2)
+        assert one.files == two.files
+        for name in set(one.files) - {"processes"}:
+            assert one[name].shape == two[name].shape, name
+            of_one, of_two = one[name].astype(np.float64), two[name].astype(np.float64)
+            apart = np.linalg.norm(of_one - of_two) / np.linalg.norm(of_one)
+            # Sums in another order: a code on the edge of its cell may fall to the other side, which feedback spreads.
+            limit = 5e-4 if not name.startswith("sliced") else 0.01 if "layers.0." in name else 0.15
+            assert apart < limit, f"{name}: {apart}"
+
+
+@pytest.mark.slow
+def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibration_text: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama")
+    options = ["--tune-steps", "24"]
+    said = run(together(export(model, calibration_text, tmp_path / "a" / "bundle", *options)))
+    assert "memory in each of 2 processes" in said
+    assert said.count("slicing blocks ...") == said.count("Wrote ") == 1  # one of them speaks
+    facts = manifest.read(tmp_path / "a" / "bundle")
+    assert facts.calibration["processes"] == 2
+    assert all(0.9 < point.perplexity / facts.quality.reference_perplexity < 1.1 for point in facts.quality.curve)
+
+    work = tmp_path / "b" / ".model.3122.calibration"
+    again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
+    for step in ("model.layers.0", "tuning"):
+        process = subprocess.Popen(again, cwd=HERE, stderr=subprocess.PIPE, start_new_session=True)
+        deadline = time.monotonic() + 240
+        while not (work / f"{step}.safetensors").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        kill_all(process)
+    assert "resuming behind" in run(again)
+    assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
+    # None of them leaves anything behind.
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["bundle"]
+
+
+def test_a_process_whose_neighbour_has_ended_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mbq_export import processes\n"
+        "from mbq_runtime.errors import MbqError\n"
+        "with processes.connected():\n"
+        "    assert processes.gathered([processes.index()]) == [0, 1]\n"
+        "    if processes.index():\n"
+        "        os._exit(0)\n"
+        "    try:\n"
+        "        processes.gathered([0])\n"
+        "    except MbqError as error:\n"
+        f"        open({str(tmp_path / 'said')!r}, 'w').write(str(error))\n"
+    )
+    run(together([sys.executable, str(script)]))
+    assert "process 0 of 2: another one has ended" in (tmp_path / "said").read_text()
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """``torchrun`` puts those that it starts into sessions of their own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (*map(int, children), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
