@@ -166,8 +166,8 @@ def _slices(
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
     if len(hessian_windows) < processes.count():
         raise UsageError(
-            f"{processes.count()} processes, but {len(hessian_windows)} windows of text to measure inputs on: each needs "
-            f"one; start fewer, or give more --calib-tokens (of which {method.hessian_windows} windows are measured)"
+            f"{processes.count()} processes, but {len(hessian_windows)} windows of text to measure inputs on: each "
+            f"needs one; start fewer, or give more --calib-tokens ({method.hessian_windows} windows are the most)"
         )
     head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
     if method.feedback and not d.family.post_norms:
