@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from .control.drift import Drift
 from .errors import UsageError
+from .manifest import Budget
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
 """Where the ReferenceScorer ``window_nll`` is found, if the workstation side is installed."""
@@ -109,6 +111,22 @@ def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | N
             progress(done, len(windows))
     found = estimate(nll)
     return Row(bits, math.fsum(used) / len(used), found.ppl, found.ppl_stderr)
+
+
+def held(score: Callable[[Sequence[int], float], tuple[float, float]], bits: float, budget: Budget) -> Scorer:
+    """A scorer that holds the average of bits over the windows, as a running engine does over its tokens.
+
+    score: a window's tokens and the bits to ask for -> as a Scorer; budget: what may be asked for.
+    """
+    drift = Drift(bits)
+
+    def scored(window: Sequence[int]) -> tuple[float, float]:
+        nonlocal drift
+        nll, used = score(window, drift.request(budget.min_bits, budget.max_bits))
+        drift = drift.after(used, len(window))
+        return nll, used
+
+    return scored
 
 
 def load_reference() -> ReferenceScorer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,6 +22,12 @@ from .common import bundle_argument, engine_option, json_option, listed, progres
 @click.option("--bits", help="Budgets, such as 3,4,6,8.  [default: every whole number the bundle takes]")
 @click.option("--context", type=int, default=512, help="Tokens in a window.")
 @click.option("--max-windows", type=int, help="Use so many windows, spread over the text.  [default: all]")
+@click.option(
+    "--hold-bits",
+    is_flag=True,
+    help="Correct from window to window what is asked for, so that the bits used are the budget; a running engine does "
+    "from token to token.",
+)
 @click.option("--reference", metavar="MODEL", help="Measure this original model too (needs mbq-export[export]).")
 @engine_option
 @threads_option
@@ -31,6 +38,7 @@ def command(
     bits: str | None,
     context: int,
     max_windows: int | None,
+    hold_bits: bool,
     reference: str | None,
     engine: str | None,
     threads: int | None,
@@ -61,8 +69,9 @@ def command(
 
     rows = []
     for value in budgets:
+        score = perplexity.held(loaded.score, value, budget) if hold_bits else partial(loaded.score, avg_bits=value)
         with progress_line(f"{value:g} bits") as progress:
-            rows.append(perplexity.measure(windows, value, lambda w, b=value: loaded.score(w, b), progress))  # type: ignore[misc]
+            rows.append(perplexity.measure(windows, value, score, progress))
     reference_ppl: perplexity.Estimate | None = None
     if reference and reference_nll:
         with progress_line(reference) as progress:

@@ -23,9 +23,9 @@ class Drift:
         """A new budget starts without trim: how far routers are off differs from budget to budget."""
         return self if budget == self.budget else Drift(budget)
 
-    def after(self, used_bits: float) -> Drift:
-        """One more token that used ``used_bits``."""
-        trim = self.trim + (self.budget - used_bits) / _TOKENS
+    def after(self, used_bits: float, tokens: int = 1) -> Drift:
+        """So many more tokens that used ``used_bits`` on average."""
+        trim = self.trim + (self.budget - used_bits) * min(1.0, tokens / _TOKENS)
         return Drift(self.budget, min(max(trim, -_MOST_BITS), _MOST_BITS))
 
     def request(self, low: float, high: float) -> float:

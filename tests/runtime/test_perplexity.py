@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 from mbq_runtime import UsageError, perplexity
-from mbq_runtime.perplexity import cut_windows, estimate, measure
+from mbq_runtime.manifest import Budget
+from mbq_runtime.perplexity import cut_windows, estimate, held, measure
 
 
 def test_windows_do_not_overlap_and_drop_the_rest() -> None:
@@ -58,6 +59,27 @@ def test_measure_averages_windows() -> None:
     row = measure([[1, 2], [3, 4]], 4.0, score, lambda done, total: calls.append((done, total)))
     assert astuple(row) == pytest.approx((4.0, 4.0, math.e**2, math.e**2))
     assert calls == [(1, 2), (2, 2)]
+
+
+def test_held_bits_are_the_budget_on_average() -> None:
+    asked = []
+
+    def score(window: Sequence[int], bits: float) -> tuple[float, float]:
+        asked.append(bits)
+        return 1.0, bits - 0.2  # routers that use less on this text than they were asked for
+
+    budget = Budget(3.0, 8.0, 8.0)
+    row = measure([[0] * 512] * 8, 4.0, held(score, 4.0, budget))
+    assert asked == pytest.approx([4.0, *[4.2] * 7])
+    assert row.bits == 4.0
+    assert row.avg_bits_used == pytest.approx(4.0 - 0.2 / 8)
+    # A short window tells less, and what the bundle does not take is never asked for.
+    asked.clear()
+    measure([[0] * 20] * 2, 4.0, held(score, 4.0, budget))
+    assert asked == pytest.approx([4.0, 4.02])
+    asked.clear()
+    measure([[0] * 512] * 2, 8.0, held(score, 8.0, budget))
+    assert asked == [8.0, 8.0]
 
 
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
