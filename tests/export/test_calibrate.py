@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
 import pytest
+from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
 from mbq_export.calibrate import Calibrated, quality_floor, worth
@@ -23,47 +18,21 @@ from mbq_runtime.manifest import QualityPoint
 from mbq_runtime.profile import SliceProfile
 
 
-def export(model: Path, text: Path, output: Path, *more: str) -> list[str]:
-    command = [sys.executable, "-m", "mbq_export.cli", "--target", "portable", "--model", str(model)]
-    return [*command, "--output", str(output), "--calib-data", str(text), "--calib-tokens", "2048", *more]
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
-    return found
-
-
 @pytest.mark.slow
 def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
     # Eight blocks, so that there is something to kill between.
     model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
     run(export(model, calibration_text, tmp_path / "a" / "bundle"))
     work = tmp_path / "b" / ".model.3122.calibration"
-    finished, kills = 0, 0
-    while kills < 5:
-        process = subprocess.Popen(
-            export(model, calibration_text, tmp_path / "b" / "bundle"), stderr=subprocess.PIPE, start_new_session=True
-        )
-        deadline = time.monotonic() + 120
+
+    def finished() -> int:
+        return len(list(work.glob("*.safetensors")))
+
+    for kills in range(1, 6):
+        before = finished()
         # Each time it gets at least one step further.
-        while len(list(work.glob("*.safetensors"))) <= finished:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        finished = len(list(work.glob("*.safetensors")))
-        assert finished >= kills
+        kill_once(export(model, calibration_text, tmp_path / "b" / "bundle"), lambda before=before: finished() > before)  # type: ignore[misc]
+        assert finished() >= kills
         assert not (tmp_path / "b" / "bundle").exists()
     assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle"))
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
@@ -78,17 +47,9 @@ def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path
     assert "tuning again" in said
     work = tmp_path / "b" / ".model.2222.calibration"
     for step in ("model.layers.1.residuals", "tuning again"):
-        process = subprocess.Popen(
-            export(model, calibration_text, tmp_path / "b" / "bundle", *options),
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not (work / f"{step}.safetensors").exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_once(
+            export(model, calibration_text, tmp_path / "b" / "bundle", *options), (work / f"{step}.safetensors").exists
+        )
     assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
 
@@ -113,16 +74,14 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
 
 def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path, calibration_text: Path) -> None:
     model = write_checkpoint(tmp_path / "model", "llama")
-    command = export(model, calibration_text, tmp_path / "out" / "auto", "--slices", "auto", "--tune-steps", "4")
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+    said = run(export(model, calibration_text, tmp_path / "out" / "auto", "--slices", "auto", "--tune-steps", "4"))
     facts = manifest.read(tmp_path / "out" / "auto")
     tried = facts.calibration["slices"]
     assert list(tried) == list(AUTO_SLICES)
     chosen = min(tried, key=lambda slices: (tried[slices]["floor_bits"], tried[slices]["perplexity"]))
     assert facts.slices == SliceProfile.parse(chosen).slices
-    assert f"Slices {chosen} are written" in done.stdout
-    assert all(f"Slices {slices}: floor {tried[slices]['floor_bits']:g} bits" in done.stdout for slices in tried)
+    assert f"Slices {chosen} are written" in said
+    assert all(f"Slices {slices}: floor {tried[slices]['floor_bits']:g} bits" in said for slices in tried)
     # The bundle is the one that these slices give by themselves, and nothing of the other is left.
     run(export(model, calibration_text, tmp_path / "out" / "alone", "--slices", chosen, "--tune-steps", "4"))
     alone, auto = digests(tmp_path / "out" / "alone"), digests(tmp_path / "out" / "auto")

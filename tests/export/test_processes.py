@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_calibrate import digests, export
+from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
 from mbq_runtime import manifest
 
-HERE = Path(__file__).parent
+WORK = Path(__file__).with_name("shared_work.py")
 
 
 def together(command: list[str], processes: int = 2) -> list[str]:
@@ -25,17 +21,11 @@ def together(command: list[str], processes: int = 2) -> list[str]:
     return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *rest]
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=HERE, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", "llama")
     alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
-    run([sys.executable, "shared_work.py", str(model), str(alone)])
-    run(together([sys.executable, "shared_work.py", str(model), str(shared)]))
+    run([sys.executable, str(WORK), str(model), str(alone)])
+    run(together([sys.executable, str(WORK), str(model), str(shared)]))
     with np.load(alone) as one, np.load(shared) as two:
         assert (one["processes"], two["processes"]) == (1, 2)
         assert one.files == two.files
@@ -62,13 +52,7 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
     work = tmp_path / "b" / ".model.3122.calibration"
     again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     for step in ("model.layers.0", "tuning"):
-        process = subprocess.Popen(again, cwd=HERE, stderr=subprocess.PIPE, start_new_session=True)
-        deadline = time.monotonic() + 240
-        while not (work / f"{step}.safetensors").exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        kill_all(process)
+        kill_once(again, (work / f"{step}.safetensors").exists)
     assert "resuming behind" in run(again)
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
     # None of them leaves anything behind.
@@ -92,11 +76,3 @@ def test_a_process_whose_neighbour_has_ended_says_so(tmp_path: Path) -> None:
     )
     run(together([sys.executable, str(script)]))
     assert "process 0 of 2: another one has ended" in (tmp_path / "said").read_text()
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """``torchrun`` puts those that it starts into sessions of their own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (*map(int, children), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
