@@ -42,20 +42,53 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def per_depth(
-    profile: SliceProfile, kept_bits: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 [E, 1] three times: the width of a cell at each depth in base cells, and in codes; the depth's weight."""
-    steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
-    cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
-    of_each = torch.tensor([steps, cells, depth_weights(profile, kept_bits)]).to(device)[:, :, None]
-    return of_each[0], of_each[1], of_each[2]
+class Grid:
+    """The cells of every depth, and how a code is chosen among them.  Its tensors are float32 [E, 1] on ``device``.
 
+    steps: the width of a cell in cells of the base quantiser; counts: how much a depth's error counts; kept_bits: so
+    many of a code's first bits are never changed.
+    All steps and cells are powers of two: their inverses are exact, and a product is quicker than a quotient.
+    """
 
-def choices(codes: torch.Tensor, kept_bits: int) -> tuple[torch.Tensor, int]:
-    """The first of the codes that share ``kept_bits`` with each of ``codes``, and how many they are."""
-    span = 1 << (CODE_BITS - kept_bits)
-    return (codes / span).floor_().mul_(span), span
+    def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
+        steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
+        cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
+        of_each = torch.tensor([steps, cells, depth_weights(profile, kept_bits)]).to(device)[:, :, None]
+        self.steps, self._cells, self.counts = of_each
+        self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells
+        # Of the codes to choose from: how many, where the first and the last cell begin, and how far their ends are.
+        self._span = float(1 << (CODE_BITS - kept_bits))
+        self._first, self._last = torch.zeros_like(self._cells), self._span - self._cells
+        self._within = self._cells - 1
+        self._kept = kept_bits > 0
+
+    def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 codes [..., 1, N] or [N] -> their values at every depth, [..., E, N], in cells of the base."""
+        return (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
+
+    def columns_in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 codes [columns, N] -> as ``in_base_cells``, but [E, columns, N]."""
+        return (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
+
+    def best_code(self, wanted: torch.Tensor, code: torch.Tensor, candidate: bool) -> torch.Tensor:
+        """float32 [N] codes for float32 [E, N] wanted values, in cells of the base.
+
+        code: float32 [N], what each has had so far; candidate: whether it may stay.
+        """
+        first = (wanted * self._per_step).floor_().mul_(self._cells)
+        if self._kept:
+            lowest = (code / self._span).floor_().mul_(self._span)
+            # In this order: a cell may be wider than the span, and then begins no later.
+            first = torch.maximum(torch.minimum(first, lowest + self._last, out=first), lowest, out=first)
+        else:
+            first.clamp_(self._first, self._last)
+        # A cell of the deepest depth is one code.
+        finest = first[-1]
+        candidates = torch.minimum(torch.maximum(finest, first), first + self._within)
+        if candidate:
+            candidates = torch.cat([candidates, code[None]])
+        cost = self.in_base_cells(candidates[:, None]).sub_(wanted).square_().mul_(self.counts).sum(1)
+        return candidates.gather(0, cost.argmin(0, keepdim=True))[0]
 
 
 def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
@@ -83,7 +116,7 @@ def slice_weight(
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
     device = hessian.device
-    steps, cells, counts = per_depth(profile, kept_bits, device)
+    grid = Grid(profile, kept_bits, device)
     # Columns first: a column of all streams is then one stretch of memory.
     streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(profile.depths, 1, 1)
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
@@ -106,45 +139,12 @@ def slice_weight(
         errors = torch.empty_like(current)
         for j in range(group_size):
             wanted = (current[:, j] - offset) * inverse
-            code = best_code(wanted, steps, cells, counts, *choices(codes[start + j].float(), kept_bits))
+            code = grid.best_code(wanted, codes[start + j].float(), candidate=False)
             codes[start + j] = code
-            value = scale * (steps * (torch.floor(code / cells) + 0.5)) + offset
+            value = scale * grid.in_base_cells(code) + offset
             errors[:, j] = (current[:, j] - value) / u[j, j]
             if j + 1 < group_size:
                 current[:, j + 1 :].addcmul_(u[j, j + 1 :, None], errors[:, j, None], value=-1)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
     return Sliced(codes.T.contiguous().cpu().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
-
-
-def best_code(
-    wanted: torch.Tensor,
-    steps: torch.Tensor,
-    cells: torch.Tensor,
-    counts: torch.Tensor,
-    lowest: torch.Tensor,
-    span: int,
-    present: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """float32 [E, N], in cells of the base quantiser -> float32 [N] codes.
-
-    steps, cells, counts: [E, 1]: width of a cell at each depth in base cells and in codes, and its weight;
-    lowest: [N], the first of the ``span`` codes to choose from; present: [N], a further candidate.
-    """
-    end = lowest + span
-    finest = (wanted[-1] * 64).floor_().clamp_(lowest, end - 1)
-    first = (wanted * (1 / steps)).floor_().mul_(cells)
-    # In this order: a cell may be wider than the span, and then begins no later.
-    first = torch.maximum(torch.minimum(first, end - cells, out=first), lowest, out=first)
-    candidates = torch.minimum(torch.maximum(finest, first), first + (cells - 1))
-    candidates[-1] = finest
-    if present is not None:
-        candidates = torch.cat([candidates, present[None]])
-    cost = in_base_cells(candidates[:, None], steps, cells).sub_(wanted).square_().mul_(counts).sum(1)
-    return candidates.gather(0, cost.argmin(0, keepdim=True))[0]
-
-
-def in_base_cells(codes: torch.Tensor, steps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """float32 codes -> their values at depths of these steps and cells, which broadcast, in cells of the base."""
-    # All steps and cells are powers of two: their inverses are exact, and a product is quicker than a quotient.
-    return (codes * (1 / cells)).floor_().add_(0.5).mul_(steps)

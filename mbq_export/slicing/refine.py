@@ -13,7 +13,7 @@ import torch
 
 from mbq_runtime.profile import SliceProfile
 
-from .nested import best_code, choices, damped, in_base_cells, per_depth
+from .nested import Grid, damped
 from .reference import F32, Sliced, joined
 
 ROWS = 4096
@@ -49,14 +49,14 @@ def _refine_rows(
 ) -> Sliced:  # fmt: skip
     """weight: float32 [K, N]."""
     device = weight.device
-    steps, cells, counts = per_depth(profile, kept_bits, device)
+    grid = Grid(profile, kept_bits, device)
     codes = torch.from_numpy(sliced.codes).to(device).T.float().contiguous()
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
     size = len(codes) // len(scale)
 
     def in_cells(group: slice) -> torch.Tensor:
-        return in_base_cells(codes[group], steps[:, :, None], cells[:, :, None])
+        return grid.columns_in_base_cells(codes[group])
 
     groups = [(g, slice(g * size, (g + 1) * size)) for g in range(len(scale))]
     error = torch.cat([weight[group] - (scale[g] * in_cells(group) + offset[g]) for g, group in groups], dim=1)
@@ -67,14 +67,14 @@ def _refine_rows(
             pull = curvature[group] @ error
             values = in_cells(group)
             if not kept_bits:
-                scale[g], offset[g] = _fit_group(values, own, pull, counts, scale[g], offset[g])
+                scale[g], offset[g] = _fit_group(values, own, pull, grid.counts, scale[g], offset[g])
                 fitted = weight[group] - (scale[g] * values + offset[g])
                 pull += own @ (fitted - error[:, group])
             inverse = torch.where(scale[g] > 0, 1 / scale[g], 0.0)
             for j, k in enumerate(range(group.start, group.stop)):
                 wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
-                codes[k] = best_code(wanted, steps, cells, counts, *choices(codes[k], kept_bits), codes[k])
-                value = in_base_cells(codes[k], steps, cells)
+                codes[k] = grid.best_code(wanted, codes[k], candidate=True)
+                value = grid.in_base_cells(codes[k])
                 change = (value - values[:, j]).mul_(scale[g])
                 pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)
                 values[:, j] = value
