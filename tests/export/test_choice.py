@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny_models import COMMON, MODELS
+from transformers import AutoConfig
 
 from mbq_export import quality
-from mbq_export.routing import choice
+from mbq_export.families import describe
+from mbq_export.plan import Plan
+from mbq_export.routing import candidates, choice
+from mbq_export.routing.statistics import UnitStatistics
 from mbq_export.slicing.reference import RouterParams, Sliced
 from mbq_runtime.profile import SliceProfile
 
@@ -67,3 +72,19 @@ def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monke
     middle = compared["norm"]["3.5"]
     assert middle["over_shipped"] == pytest.approx(np.exp(2 * cost - cost), rel=0.01)
     assert middle["stderr"] == 0
+
+
+@pytest.mark.parametrize("kind", list(candidates.ROUTERS))
+def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
+    config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **MODELS["llama"]})
+    decoder = describe(config, "tiny")
+    rng = np.random.default_rng(0)
+    slices, stats = {}, {}
+    for name, (n, k) in decoder.unit_shapes().items():
+        slices[name] = Sliced(np.zeros((n, k), np.uint8), np.ones((n, 1), np.float16), np.zeros((n, 1), np.float16))
+        loss = -np.sort(-rng.uniform(size=(32, 4)).astype(np.float32), axis=1)
+        x = rng.normal(size=(32, k)).astype(np.float16)
+        stats[name] = UnitStatistics(n * k, loss[:, 0], loss[:, 1:], loss, x)
+    routers = choice.fit(kind, stats, slices, PROFILE, 0)
+    plan = Plan(decoder, PROFILE, 64, "mbq16", kind, 2048)
+    assert sum(router.bytes for router in routers.values()) == plan.router_bytes
