@@ -174,7 +174,7 @@ def tune(
             with autocast(fast_dtype(checkpoint.device), checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
             loss = _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows))  # type: ignore[no-untyped-call]
-            of_all = processes.summed(loss.detach().clone()) if again else loss.new_tensor(processes.count())
+            of_all = processes.summed(loss.detach().clone()) if again else torch.full_like(loss, processes.count())
             # As the gradient of its logarithm would have it, a depth counts for the share of its divergence that goes,
             # however small that is.
             (loss / of_all.clamp_min(_SMALLEST_LOSS)).backward()
