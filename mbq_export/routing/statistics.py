@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -62,11 +62,21 @@ class _Recorder:
     keep_inputs: bool
     every: int
     router_inputs: RouterInputs
+    tokens: InitVar[int]
     x: torch.Tensor | None = None
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
-    parts: dict[str, list[torch.Tensor]] = field(
-        default_factory=lambda: {"mean_square": [], "change": [], "loss": [], "inputs": []}
-    )
+    done: int = 0
+
+    def __post_init__(self, tokens: int) -> None:
+        # Made before any pass: what stays would otherwise lie between what goes, and hold its memory from the system.
+        self.kept = {
+            "mean_square": torch.empty(tokens),
+            "change": torch.empty(tokens, self.profile.depths - 1),
+            "loss": torch.empty(tokens, self.profile.depths),
+        }
+        if self.keep_inputs:
+            # Half the memory; a residual stream has values that float16 cannot hold, at unit mean square it has not.
+            self.kept["inputs"] = torch.empty(tokens, self.sliced.codes.shape[1], dtype=torch.float16)
 
     def hook(self, name: str) -> Callable[..., None]:
         def forward(_: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -84,20 +94,25 @@ class _Recorder:
         depths = range(1, self.profile.depths + 1)
         outputs = [x @ values_at(self.sliced, self.profile, depth, device=x.device).T for depth in depths]
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
-        self.parts["loss"].append(torch.stack([0.5 * (g * (outputs[-1] - y)).sum(1) ** 2 for y in outputs], dim=1))
-        changes = [((b - a) ** 2).sum(1) for a, b in pairwise(outputs)]
-        self.parts["change"].append(torch.stack(changes, dim=1) if changes else torch.zeros(len(g), 0))
-        self.parts["mean_square"].append((seen**2).mean(1) + MEAN_SQUARE_EPS)
+        mean_square = (seen**2).mean(1) + MEAN_SQUARE_EPS
+        rows = slice(self.done, self.done + len(g))
+        self.kept["mean_square"][rows] = mean_square
+        for depth, output in enumerate(outputs):
+            self.kept["loss"][rows, depth] = 0.5 * (g * (outputs[-1] - output)).sum(1) ** 2
+        for depth, (before, after) in enumerate(pairwise(outputs)):
+            self.kept["change"][rows, depth] = ((after - before) ** 2).sum(1)
         if self.keep_inputs:
-            # Half the memory; a residual stream has values that float16 cannot hold, at unit mean square it has not.
-            self.parts["inputs"].append((seen / self.parts["mean_square"][-1].sqrt()[:, None]).half().cpu())
+            self.kept["inputs"][rows] = (seen / mean_square.sqrt()[:, None]).half()
+        self.done = rows.stop
         self.x = None
         self.grads.clear()
 
     def result(self) -> UnitStatistics:
-        everyones = processes.gathered([{key: [part.cpu() for part in parts] for key, parts in self.parts.items()}])
-        parts = {key: [part for each in everyones for part in each[key]] for key in self.parts}
-        joined = {key: torch.cat(of_key).numpy() for key, of_key in parts.items() if of_key}
+        of_all = processes.gathered([self.kept])
+        joined = {
+            key: (torch.cat([of_each[key] for of_each in of_all]) if len(of_all) > 1 else of_own).numpy()
+            for key, of_own in self.kept.items()
+        }
         loss = without_outliers(joined["loss"])
         return UnitStatistics(
             self.sliced.codes.size, joined["mean_square"], joined["change"], loss, joined.get("inputs")
@@ -128,8 +143,9 @@ def collect(
     own = windows[processes.share(len(windows))]
     router_inputs = RouterInputs(checkpoint)
     every = -(-router_input_bytes(checkpoint.decoder, windows.size) // ROUTER_INPUT_BYTES) if keep_inputs else 1
+    tokens = len(own) * -(-windows.shape[1] // every)
     recorders = [
-        _Recorder(unit, slices[unit.name], profile, keep_inputs, every, router_inputs)
+        _Recorder(unit, slices[unit.name], profile, keep_inputs, every, router_inputs, tokens)
         for unit in checkpoint.decoder.units()
     ]
     with ExitStack() as hooks, router_inputs.recording():
