@@ -54,7 +54,7 @@ class Grid:
         steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
         cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
         of_each = torch.tensor([steps, cells, depth_weights(profile, kept_bits)]).to(device)[:, :, None]
-        self.steps, self._cells, self.counts = of_each
+        self.steps, self._cells, self.counts = of_each[0], of_each[1], of_each[2]
         self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells
         # Of the codes to choose from: how many, where the first and the last cell begin, and how far their ends are.
         self._span = float(1 << (CODE_BITS - kept_bits))
@@ -64,11 +64,13 @@ class Grid:
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 codes [..., 1, N] or [N] -> their values at every depth, [..., E, N], in cells of the base."""
-        return (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
+        values: torch.Tensor = (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
+        return values
 
     def columns_in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 codes [columns, N] -> as ``in_base_cells``, but [E, columns, N]."""
-        return (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
+        values: torch.Tensor = (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
+        return values
 
     def best_code(self, wanted: torch.Tensor, code: torch.Tensor, candidate: bool) -> torch.Tensor:
         """float32 [N] codes for float32 [E, N] wanted values, in cells of the base.
