@@ -120,10 +120,6 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     """
     options, started = prepared.options, time.monotonic()
     tried = [_calibrated(prepared, profile, progress) for profile in options.profiles]
-    if processes.index():
-        for trial in tried:
-            trial.store.remove()
-        return {}
     best = min(tried, key=lambda trial: trial.worth)
     calibrated = best.calibrated
     calibration = {
@@ -146,6 +142,7 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_m
     manifests = {
         output: write_calibrated(prepared, output, best.checkpoint, calibrated, calibration, progress)
         for output in options.outputs
+        if processes.index() == 0
     }
     for trial in tried:
         trial.store.remove()

@@ -121,11 +121,11 @@ class Store:
 
     def put(self, step: str, slices: dict[str, Sliced]) -> dict[str, Sliced]:
         """Keep the slices of ``step``, and return them as they are kept: of a model's codes none need be in memory."""
+        if self.folder is None:
+            return slices
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, sliced in slices.items():
             arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
-        if self.folder is None:
-            return slices
         self._write(self.folder, step, arrays)
         # What was hashed a moment ago is not read to be hashed once more.
         return _slices(_mapped(self._path(step)))

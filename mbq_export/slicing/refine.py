@@ -55,17 +55,17 @@ def _refine_rows(
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
     size = len(codes) // len(scale)
 
-    def in_cells(group: slice) -> torch.Tensor:
-        return grid.columns_in_base_cells(codes[group])
-
     groups = [(g, slice(g * size, (g + 1) * size)) for g in range(len(scale))]
-    error = torch.cat([weight[group] - (scale[g] * in_cells(group) + offset[g]) for g, group in groups], dim=1)
+    error = torch.cat(
+        [weight[group] - (scale[g] * grid.columns_in_base_cells(codes[group]) + offset[g]) for g, group in groups],
+        dim=1,
+    )
     for _ in range(sweeps):
         for g, group in groups:
             own = curvature[group, group]
             # Minus half the gradient of the sum by each value of the group, [E, group, N].
             pull = curvature[group] @ error
-            values = in_cells(group)
+            values = grid.columns_in_base_cells(codes[group])
             if not kept_bits:
                 scale[g], offset[g] = _fit_group(values, own, pull, grid.counts, scale[g], offset[g])
                 fitted = weight[group] - (scale[g] * values + offset[g])
