@@ -19,9 +19,10 @@ from typing import Any
 
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BuildError
+from mbq_runtime.isa import this_machine
 
 from .spec import KernelSpec
-from .table import Target
+from .table import Target, best_for
 
 _ROOM = Path(__file__).parent
 _SHIM = _ROOM / "ort_ops"
@@ -43,7 +44,7 @@ def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
     if not target.native:
         raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
     try:
-        key = _key(target, spec, ("kernels/*.py", "ort_ops/*.[ch]"))
+        key = _key(target, str(spec), ("kernels/*.py", "ort_ops/*.[ch]"))
         cached = cache_dir() / "ops" / f"{key}.so"
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +68,37 @@ def _place(source: Path, destination: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _key(target: Target, spec: KernelSpec, sources: tuple[str, ...]) -> str:
+def build_for_this_machine(source: Path) -> Path | None:
+    """The library that one C file makes, for this machine alone; None for a machine that is no target.
+
+    Raises BuildError as ``build_ops_library`` does.
+    """
+    target = best_for(this_machine())
+    if not target.native:
+        return None
+    try:
+        cached = cache_dir() / "here" / f"{_key(target, source.read_text(), ())}.so"
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+                library = Path(folder, "library.so")
+                # The same figures on every machine: no multiplication is one with the addition behind it.
+                flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off")
+                _link(target, Path(folder), [source], flags, library)
+                _place(library, cached)
+    except OSError as error:
+        raise BuildError(f"{source.name} for this machine: {error}; check space and permissions") from error
+    return cached
+
+
+def _key(target: Target, content: str, sources: tuple[str, ...]) -> str:
     """Hash of everything a file is made from.  sources: patterns below this folder."""
     digest = hashlib.sha256()
     for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), Path(__file__)]):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+        source = path.read_bytes()
+        digest.update(f"{path.name} {len(source)}\n".encode() + source)
     tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
-    digest.update("\n".join([repr(target), str(spec), *tools]).encode())
+    digest.update("\n".join([repr(target), content, *tools]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -140,7 +164,7 @@ def _last_lines(text: str) -> str:
 
 def _kernels(target: Target, spec: KernelSpec) -> Path:
     """The kernels' object file, from the cache or compiled into it."""
-    cached = cache_dir() / "kernels" / f"{_key(target, spec, ('kernels/*.py',))}.o"
+    cached = cache_dir() / "kernels" / f"{_key(target, str(spec), ('kernels/*.py',))}.o"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         # The compiler takes seconds to import, which a cached file does not need.

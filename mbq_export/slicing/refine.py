@@ -13,7 +13,8 @@ import torch
 
 from mbq_runtime.profile import SliceProfile
 
-from .nested import Grid, damped
+from .columns import Grid, settle
+from .nested import damped
 from .reference import F32, Sliced, joined
 
 ROWS = 4096
@@ -50,7 +51,7 @@ def _refine_rows(
     """weight: float32 [K, N]."""
     device = weight.device
     grid = Grid(profile, kept_bits, device)
-    codes = torch.from_numpy(sliced.codes).to(device).T.float().contiguous()
+    codes = torch.from_numpy(sliced.codes).to(device).T.contiguous()
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
     size = len(codes) // len(scale)
@@ -70,17 +71,10 @@ def _refine_rows(
                 scale[g], offset[g] = _fit_group(values, own, pull, grid.counts, scale[g], offset[g])
                 fitted = weight[group] - (scale[g] * values + offset[g])
                 pull += own @ (fitted - error[:, group])
-            inverse = torch.where(scale[g] > 0, 1 / scale[g], 0.0)
-            for j, k in enumerate(range(group.start, group.stop)):
-                wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
-                codes[k] = grid.best_code(wanted, codes[k], candidate=True)
-                value = grid.in_base_cells(codes[k])
-                change = (value - values[:, j]).mul_(scale[g])
-                pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)
-                values[:, j] = value
+            settle(grid, own, scale[g], pull, codes[group], values)
             error[:, group] = weight[group] - (scale[g] * values + offset[g])
     return Sliced(
-        codes.T.to(torch.uint8).contiguous().cpu().numpy(),
+        codes.T.contiguous().cpu().numpy(),
         scale.T.cpu().numpy().astype(np.float16),
         offset.T.cpu().numpy().astype(np.float16),
     )

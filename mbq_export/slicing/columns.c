@@ -1,0 +1,153 @@
+/* The column loops of columns.py, compiled: what they compute is said there.
+ *
+ * Rows are independent of each other, so a block of them goes through all columns of a group at once, one in each lane
+ * of the vector unit, with all it needs in the first-level cache. */
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { LANES = 16, MOST_DEPTHS = 8, MOST_COLUMNS = 128 };
+
+typedef float Lanes[LANES];
+
+/* As columns.Grid. */
+typedef struct Grid {
+  int32_t depths;
+  float span; /* of the codes to choose from: how many */
+  float steps[MOST_DEPTHS], cells[MOST_DEPTHS], counts[MOST_DEPTHS];
+} Grid;
+
+/* Which rows of a group to work on.  Arrays hold all: [depths, columns, rows], codes [columns, rows], scales [rows]. */
+typedef struct Part {
+  int64_t rows, columns, begin, end;
+} Part;
+
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
+
+static inline void in_base_cells(const Grid *grid, int depth, const Lanes codes, Lanes values) {
+  const float per_cell = 1 / grid->cells[depth], step = grid->steps[depth];
+  for (int l = 0; l < LANES; ++l) values[l] = (floorf(codes[l] * per_cell) + 0.5f) * step;
+}
+
+/* Where the cells that a depth would choose by itself begin. */
+static inline void own_cells(const Grid *grid, int depth, const Lanes *wanted, const Lanes lowest, Lanes first) {
+  const float per_step = 1 / grid->steps[depth], cell = grid->cells[depth], last = grid->span - cell;
+  for (int l = 0; l < LANES; ++l) {
+    const float at = floorf(wanted[depth][l] * per_step) * cell;
+    first[l] = larger(smaller(at, lowest[l] + last), lowest[l]);
+  }
+}
+
+/* code: what each row has had so far, which may stay if `candidate`; then the best one. */
+static inline void best_code(const Grid *grid, const Lanes *wanted, bool candidate, Lanes code) {
+  const int depths = grid->depths;
+  const float per_span = 1 / grid->span;
+  Lanes lowest, finest, tried, value, cost, least, best;
+  for (int l = 0; l < LANES; ++l) lowest[l] = floorf(code[l] * per_span) * grid->span;
+  own_cells(grid, depths - 1, wanted, lowest, finest);
+  for (int i = 0; i < depths + candidate; ++i) {
+    if (i < depths) {
+      own_cells(grid, i, wanted, lowest, tried);
+      for (int l = 0; l < LANES; ++l)
+        tried[l] = smaller(larger(finest[l], tried[l]), tried[l] + (grid->cells[i] - 1));
+    } else {
+      for (int l = 0; l < LANES; ++l) tried[l] = code[l];
+    }
+    for (int l = 0; l < LANES; ++l) cost[l] = 0;
+    for (int e = 0; e < depths; ++e) {
+      in_base_cells(grid, e, tried, value);
+      for (int l = 0; l < LANES; ++l) {
+        const float away = value[l] - wanted[e][l];
+        cost[l] += away * away * grid->counts[e];
+      }
+    }
+    for (int l = 0; l < LANES; ++l) {
+      const bool better = i == 0 || cost[l] < least[l];
+      least[l] = better ? cost[l] : least[l];
+      best[l] = better ? tried[l] : best[l];
+    }
+  }
+  for (int l = 0; l < LANES; ++l) code[l] = best[l];
+}
+
+/* The columns behind `from` less what each has in common with it, times `change`. */
+static inline void pass_on(const Grid *grid, Lanes (*rest)[MOST_COLUMNS], const float *common, int64_t from,
+                           int64_t columns, const Lanes *change) {
+  for (int e = 0; e < grid->depths; ++e)
+    for (int64_t k = from + 1; k < columns; ++k)
+      for (int l = 0; l < LANES; ++l) rest[e][k][l] -= common[k] * change[e][l];
+}
+
+/* depth_stride: of `source`, in numbers. */
+static inline void load(const Grid *grid, const Part *part, const float *source, int64_t depth_stride, int64_t row,
+                        int used, Lanes (*block)[MOST_COLUMNS]) {
+  for (int e = 0; e < grid->depths; ++e)
+    for (int64_t k = 0; k < part->columns; ++k)
+      for (int l = 0; l < LANES; ++l)
+        block[e][k][l] = l < used ? source[e * depth_stride + k * part->rows + row + l] : 0;
+}
+
+static inline int lanes_used(int64_t row, int64_t end) { return end - row < LANES ? (int)(end - row) : LANES; }
+
+/* columns.feed_back.  depth_stride: of `streams`. */
+void mbq_feed_back(const Grid *grid, const Part *part, uint8_t *codes, const float *streams, int64_t depth_stride,
+                   const float *factor, const float *scale, const float *offset, float *errors) {
+  const int64_t columns = part->columns, rows = part->rows;
+  Lanes current[MOST_DEPTHS][MOST_COLUMNS], wanted[MOST_DEPTHS], error[MOST_DEPTHS], code, inverse, width, middle;
+  for (int64_t row = part->begin; row < part->end; row += LANES) {
+    const int used = lanes_used(row, part->end);
+    load(grid, part, streams, depth_stride, row, used, current);
+    for (int l = 0; l < LANES; ++l) {
+      width[l] = l < used ? scale[row + l] : 0;
+      middle[l] = l < used ? offset[row + l] : 0;
+      inverse[l] = width[l] > 0 ? 1 / width[l] : 0;
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int e = 0; e < grid->depths; ++e)
+        for (int l = 0; l < LANES; ++l) wanted[e][l] = (current[e][j][l] - middle[l]) * inverse[l];
+      for (int l = 0; l < LANES; ++l) code[l] = l < used ? codes[j * rows + row + l] : 0;
+      best_code(grid, wanted, false, code);
+      for (int e = 0; e < grid->depths; ++e) {
+        in_base_cells(grid, e, code, error[e]);
+        for (int l = 0; l < LANES; ++l)
+          error[e][l] = (current[e][j][l] - (width[l] * error[e][l] + middle[l])) / factor[j * columns + j];
+        for (int l = 0; l < used; ++l) errors[(e * columns + j) * rows + row + l] = error[e][l];
+      }
+      for (int l = 0; l < used; ++l) codes[j * rows + row + l] = (uint8_t)code[l];
+      pass_on(grid, current, factor + j * columns, j, columns, error);
+    }
+  }
+}
+
+/* columns.settle. */
+void mbq_settle(const Grid *grid, const Part *part, uint8_t *codes, const float *own, const float *scale,
+                const float *pulls, float *values) {
+  const int64_t columns = part->columns, rows = part->rows;
+  Lanes pull[MOST_DEPTHS][MOST_COLUMNS], wanted[MOST_DEPTHS], before[MOST_DEPTHS], change[MOST_DEPTHS];
+  Lanes code, after, width, inverse;
+  for (int64_t row = part->begin; row < part->end; row += LANES) {
+    const int used = lanes_used(row, part->end);
+    load(grid, part, pulls, columns * rows, row, used, pull);
+    for (int l = 0; l < LANES; ++l) {
+      width[l] = l < used ? scale[row + l] : 0;
+      inverse[l] = width[l] > 0 ? 1 / width[l] : 0;
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int e = 0; e < grid->depths; ++e)
+        for (int l = 0; l < LANES; ++l) {
+          before[e][l] = l < used ? values[(e * columns + j) * rows + row + l] : 0;
+          wanted[e][l] = before[e][l] + pull[e][j][l] * (inverse[l] / own[j * columns + j]);
+        }
+      for (int l = 0; l < LANES; ++l) code[l] = l < used ? codes[j * rows + row + l] : 0;
+      best_code(grid, wanted, true, code);
+      for (int e = 0; e < grid->depths; ++e) {
+        in_base_cells(grid, e, code, after);
+        for (int l = 0; l < LANES; ++l) change[e][l] = (after[l] - before[e][l]) * width[l];
+        for (int l = 0; l < used; ++l) values[(e * columns + j) * rows + row + l] = after[l];
+      }
+      for (int l = 0; l < used; ++l) codes[j * rows + row + l] = (uint8_t)code[l];
+      pass_on(grid, pull, own + j * columns, j, columns, change);
+    }
+  }
+}

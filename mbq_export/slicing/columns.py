@@ -1,0 +1,197 @@
+"""The columns of a group, one after the other: a code for each weight, and what its error leaves to the next.
+
+Small steps, and most of the time that slicing takes.  In torch's operations they work on any device; on the processor
+``columns.c`` does the same ten times as fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_targets.build import build_for_this_machine
+
+from ..devices import CPU
+
+_SOURCE = Path(__file__).with_suffix(".c")
+
+
+def depth_weights(profile: SliceProfile, kept_bits: int = 0) -> tuple[float, ...]:
+    """How much a depth's error counts: the deep end most, whose cells are the smallest.
+
+    The more so where the first bits of codes are kept, and with them the shallow end.
+    """
+    return tuple(2.0 ** ((bits - 3) / (1.25 if kept_bits else 2.5)) for bits in profile.depth_bits)
+
+
+class _GridOfC(ctypes.Structure):
+    _fields_ = (
+        ("depths", ctypes.c_int32),
+        ("span", ctypes.c_float),
+        ("steps", ctypes.c_float * CODE_BITS),
+        ("cells", ctypes.c_float * CODE_BITS),
+        ("counts", ctypes.c_float * CODE_BITS),
+    )
+
+
+class Grid:
+    """The cells of every depth, and how a code is chosen among them.  Its tensors are float32 [E, 1] on ``device``.
+
+    steps: the width of a cell in cells of the base quantiser; counts: how much a depth's error counts; kept_bits: so
+    many of a code's first bits are never changed.
+    All steps and cells are powers of two: their inverses are exact, and a product is quicker than a quotient.
+    """
+
+    def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
+        steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
+        cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
+        counts = depth_weights(profile, kept_bits)
+        of_each = torch.tensor([steps, cells, counts]).to(device)[:, :, None]
+        self.steps, self._cells, self.counts = of_each[0], of_each[1], of_each[2]
+        self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells
+        # Of the codes to choose from: how many, where the first and the last cell begin, and how far their ends are.
+        self._span = float(1 << (CODE_BITS - kept_bits))
+        self._first, self._last = torch.zeros_like(self._cells), self._span - self._cells
+        self._within = self._cells - 1
+        self._kept = kept_bits > 0
+        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, cells, counts)]
+        self.of_c = _GridOfC(profile.depths, self._span, *of_c)
+
+    def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 codes [..., 1, N] or [N] -> their values at every depth, [..., E, N], in cells of the base."""
+        values: torch.Tensor = (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
+        return values
+
+    def columns_in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
+        """uint8 codes [columns, N] -> as ``in_base_cells``, but [E, columns, N]."""
+        values: torch.Tensor = (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
+        return values
+
+    def best_code(self, wanted: torch.Tensor, code: torch.Tensor, candidate: bool) -> torch.Tensor:
+        """float32 [N] codes for float32 [E, N] wanted values, in cells of the base.
+
+        code: float32 [N], what each has had so far; candidate: whether it may stay.
+        """
+        first = (wanted * self._per_step).floor_().mul_(self._cells)
+        if self._kept:
+            lowest = (code / self._span).floor_().mul_(self._span)
+            # In this order: a cell may be wider than the span, and then begins no later.
+            first = torch.maximum(torch.minimum(first, lowest + self._last, out=first), lowest, out=first)
+        else:
+            first.clamp_(self._first, self._last)
+        # A cell of the deepest depth is one code.
+        finest = first[-1]
+        candidates = torch.minimum(torch.maximum(finest, first), first + self._within)
+        if candidate:
+            candidates = torch.cat([candidates, code[None]])
+        cost = self.in_base_cells(candidates[:, None]).sub_(wanted).square_().mul_(self.counts).sum(1)
+        return candidates.gather(0, cost.argmin(0, keepdim=True))[0]
+
+
+def feed_back(
+    grid: Grid,
+    streams: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    codes: torch.Tensor,
+) -> torch.Tensor:
+    """Round every column and take its error, times its part in them, from those behind it in the group.
+
+    streams: float32 [E, columns, N], what each depth wants, which stays as it is; factor: float32 [columns, columns],
+    upper triangular; scale, offset: float32 [N]; codes: uint8 [columns, N], written to.
+    Returns the errors, float32 as ``streams``, over the diagonal of ``factor``.
+    """
+    errors = torch.empty(streams.shape, device=streams.device)
+    compiled = _compiled(streams.device)
+    if compiled is not None:
+        assert streams[0].is_contiguous()
+        compiled("feed_back", grid, codes, streams, streams.stride(0), factor.contiguous(), scale, offset, errors)
+        return errors
+    current, inverse = streams.clone(), _inverse(scale)
+    for j in range(len(codes)):
+        wanted = (current[:, j] - offset) * inverse
+        code = grid.best_code(wanted, codes[j].float(), candidate=False)
+        codes[j] = code
+        errors[:, j] = (current[:, j] - (scale * grid.in_base_cells(code) + offset)) / factor[j, j]
+        current[:, j + 1 :].addcmul_(factor[j, j + 1 :, None], errors[:, j, None], value=-1)
+    return errors
+
+
+def settle(
+    grid: Grid, own: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Give every column the best code while all others are held.
+
+    own: float32 [columns, columns], the curvature; scale: float32 [N]; pull: float32 [E, columns, N], minus half the
+    gradient of the error by each value, used up; codes: uint8 [columns, N], and values: float32 [E, columns, N], what
+    they stand for in cells of the base; both written to.
+    """
+    compiled = _compiled(pull.device)
+    if compiled is not None:
+        compiled("settle", grid, codes, own.contiguous(), scale, pull, values)
+        return
+    inverse = _inverse(scale)
+    for j in range(len(codes)):
+        wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
+        code = grid.best_code(wanted, codes[j].float(), candidate=True)
+        codes[j] = code
+        value = grid.in_base_cells(code)
+        change = (value - values[:, j]).mul_(scale)
+        pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)
+        values[:, j] = value
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+class _PartOfC(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("begin", ctypes.c_int64),
+        ("end", ctypes.c_int64),
+    )
+
+
+class _Compiled:
+    """``columns.c``.  Threads share the rows, and no figure hangs on how many there are."""
+
+    def __init__(self, library: Path) -> None:
+        self._functions = ctypes.CDLL(str(library))
+
+    def __call__(self, name: str, grid: Grid, codes: torch.Tensor, *others: torch.Tensor | int) -> None:
+        """Call a function for codes [columns, N] and what it takes besides: contiguous tensors, and integers."""
+        function = getattr(self._functions, f"mbq_{name}")
+        arguments = [
+            ctypes.c_int64(other) if isinstance(other, int) else ctypes.c_void_p(other.data_ptr()) for other in others
+        ]
+        columns, rows = codes.shape
+        threads = torch.get_num_threads()
+
+        def run(begin: int, end: int) -> None:
+            part = _PartOfC(rows, columns, begin, end)
+            function(ctypes.byref(grid.of_c), ctypes.byref(part), ctypes.c_void_p(codes.data_ptr()), *arguments)
+
+        ends = [rows * i // threads for i in range(threads + 1)]
+        list(_pool(threads).map(run, ends[:-1], ends[1:]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@cache
+def _compiled(device: torch.device) -> _Compiled | None:
+    """None where torch's operations do the work."""
+    if device.type != CPU:
+        return None
+    library = build_for_this_machine(_SOURCE)
+    return None if library is None else _Compiled(library)
