@@ -83,9 +83,9 @@ def by_stage(plan: Plan) -> dict[str, int]:
     return {
         "rotating": before + 4 * 8 * min(max(largest, head), WEIGHTS_AT_ONCE),  # in float64
         "weighing tokens": before + kept * fast // 4 + fast * in_use + 20 * logits,
-        # The inputs' second moments; those of one layer in float64, and three times over to invert them.
-        "slicing": before + 8 * sum(k * k for _, k in shapes) + 3 * 8 * widest**2
-        + streams * min(largest, WEIGHTS_AT_ONCE),
+        # The inputs' second moments; those of one layer three times over to invert them, and then their factor.
+        "slicing": before + 8 * sum(k * k for _, k in shapes)
+        + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, WEIGHTS_AT_ONCE),
         "tuning": after + tuned + teacher + 2 * kept * fast // 4 + 2 * fast * head + 6 * fast * logits,
         "measuring slices": after + inputs + kept + seen + 4 * head + 4 * (depths + 4) * logits,

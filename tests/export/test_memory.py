@@ -64,9 +64,9 @@ print(peak, planned.peak_memory_bytes, checkpoint.parameters)
     [(memory.KEPT_WEIGHT_BYTES, "nested"), (0, "nested"), (memory.KEPT_WEIGHT_BYTES, "learned")],
 )
 def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int, method: str) -> None:
-    """Two blocks nearly as wide as those of a model of a billion weights, which only has more of them."""
+    """Two blocks half as wide as those of a model of a billion weights, which only has more of them."""
     folder = write_checkpoint(
-        tmp_path / "wide", "llama", hidden_size=1536, intermediate_size=6144, num_attention_heads=24,
+        tmp_path / "wide", "llama", hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
         num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
     )  # fmt: skip
     command = [sys.executable, "-c", WIDE, str(folder), str(tmp_path / "work"), str(kept), method]
