@@ -22,7 +22,8 @@ from mbq_runtime.profile import SliceProfile
 def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
     # Eight blocks, so that there is something to kill between.
     model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
-    run(export(model, calibration_text, tmp_path / "a" / "bundle"))
+    options = ["--tune-steps", "42", "--router", "norm"]
+    run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
     work = tmp_path / "b" / ".model.3122.calibration"
 
     def finished() -> int:
@@ -31,10 +32,13 @@ def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibrat
     for kills in range(1, 6):
         before = finished()
         # Each time it gets at least one step further.
-        kill_once(export(model, calibration_text, tmp_path / "b" / "bundle"), lambda before=before: finished() > before)  # type: ignore[misc]
+        kill_once(
+            export(model, calibration_text, tmp_path / "b" / "bundle", *options),
+            lambda before=before: finished() > before,
+        )  # type: ignore[misc]
         assert finished() >= kills
         assert not (tmp_path / "b" / "bundle").exists()
-    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle"))
+    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
     assert not work.exists()
 
