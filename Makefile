@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 # Links instead of an import hook: type checkers see the two renamed folders.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-real test-rest system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 	$(BIN)/mbq run $(BUNDLES)/smollm2-135m-host "$(PROMPT)" --max-tokens 48
@@ -18,7 +18,18 @@ demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 	$(BIN)/mbq-export --target arm64 --target host --output $(BUNDLES) --force
 
-test: $(VENV)/.dev lint
+# Two at a time, of which each multiplies on one core: most of what tests do is on one anyway.
+test: $(VENV)/.dev system-packages
+	$(MAKE) --jobs=2 --output-sync=line test-real test-rest lint
+
+# The real model, here and on emulated boards; its exports take longest.
+test-real: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/arm64 tests/e2e
+
+test-rest: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/arm64 --ignore=tests/e2e
+
+system-packages:
 	@# The monitor page is tested in a real browser, where there is one or it can be had.
 	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
 	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped"
@@ -26,7 +37,6 @@ test: $(VENV)/.dev lint
 	@dpkg -s pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1 > /dev/null 2>&1 || { apt-get update && \
 	    apt-get install --yes --no-install-recommends pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1; } \
 	    > /dev/null 2>&1 || echo "no PoCL or lavapipe: the tests of GPU kernels are skipped"
-	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
