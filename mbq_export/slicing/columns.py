@@ -1,7 +1,8 @@
 """The columns of a group, one after the other: a code for each weight, and what its error leaves to the next.
 
 Small steps, and most of the time that slicing takes.  In torch's operations they work on any device; on the processor
-``columns.c`` does the same ten times as fast.
+``columns.c`` does the same, and a layer is sliced in less than half of the time
+(``tests/benchmarks/slicing_columns.py``).
 """
 
 from __future__ import annotations
