@@ -51,7 +51,8 @@ def _refine_rows(
     """weight: float32 [K, N]."""
     device = weight.device
     grid = Grid(profile, kept_bits, device)
-    codes = torch.from_numpy(sliced.codes).to(device).T.contiguous()
+    # A copy even of a single row, which is contiguous either way round.
+    codes = torch.from_numpy(sliced.codes).to(device).T.clone(memory_format=torch.contiguous_format)
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
     size = len(codes) // len(scale)

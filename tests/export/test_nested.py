@@ -107,6 +107,16 @@ def test_rows_do_not_hang_on_their_neighbours(case: Case, monkeypatch: pytest.Mo
     assert (whole.codes != parts.codes).mean() < 0.01  # products of other widths round otherwise
 
 
+def test_slices_that_are_given_stay_as_they_are(case: Case) -> None:
+    """Of a single row, whose transpose is the same stretch of memory."""
+    weight, hessian = case[0][:1], case[1]
+    profile = SliceProfile((3, 1, 2, 2))
+    given = nested.slice_weight(weight, hessian, 64, profile, "layer")
+    before = given.codes.copy()
+    assert (refine(weight, hessian, given, profile, 1).codes != before).any()
+    np.testing.assert_array_equal(given.codes, before)
+
+
 def test_the_same_twice(case: Case) -> None:
     profile = SliceProfile((3, 1, 2, 2))
     first, second = (nested.slice_weight(*case, 64, profile, "layer") for _ in range(2))
