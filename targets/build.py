@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,21 @@ def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
         raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
     try:
         key = _key(target, str(spec), ("kernels/*.py", "ort_ops/*.[ch]"))
-        cached = cache_dir() / "ops" / f"{key}.so"
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-                _place(_build(target, spec, Path(folder)), cached)
+        cached = _cached(f"ops/{key}.so", lambda folder: _build(target, spec, folder))
         out.parent.mkdir(parents=True, exist_ok=True)
         _place(cached, out)
     except OSError as error:
         raise BuildError(f"library for {target.name}: {error}; check space and permissions") from error
+
+
+def _cached(name: str, make: Callable[[Path], Path]) -> Path:
+    """The file of the cache with that name; where there is none yet, what ``make`` writes to the folder it is given."""
+    cached = cache_dir() / name
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+            _place(make(Path(folder)), cached)
+    return cached
 
 
 def _place(source: Path, destination: Path) -> None:
@@ -76,19 +83,18 @@ def build_for_this_machine(source: Path) -> Path | None:
     target = best_for(this_machine())
     if not target.native:
         return None
+
+    def make(folder: Path) -> Path:
+        library = folder / "library.so"
+        # The same figures on every machine: no multiplication is one with the addition behind it.
+        flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off")
+        _link(target, folder, [source], flags, library)
+        return library
+
     try:
-        cached = cache_dir() / "here" / f"{_key(target, source.read_text(), ())}.so"
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-                library = Path(folder, "library.so")
-                # The same figures on every machine: no multiplication is one with the addition behind it.
-                flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off")
-                _link(target, Path(folder), [source], flags, library)
-                _place(library, cached)
+        return _cached(f"here/{_key(target, source.read_text(), ())}.so", make)
     except OSError as error:
         raise BuildError(f"{source.name} for this machine: {error}; check space and permissions") from error
-    return cached
 
 
 def _key(target: Target, content: str, sources: tuple[str, ...]) -> str:
@@ -164,18 +170,17 @@ def _last_lines(text: str) -> str:
 
 def _kernels(target: Target, spec: KernelSpec) -> Path:
     """The kernels' object file, from the cache or compiled into it."""
-    cached = cache_dir() / "kernels" / f"{_key(target, str(spec), ('kernels/*.py',))}.o"
-    if not cached.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(folder: Path) -> Path:
         # The compiler takes seconds to import, which a cached file does not need.
         from .kernels.isa import ISAS
         from .kernels.module import build_module
 
-        with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-            compiled = _compiled(build_module(ISAS[target.isa], spec), target)
-            compiled.mod.write_to_file(str(Path(folder, "kernels.o")))
-            _place(Path(folder, "kernels.o"), cached)
-    return cached
+        compiled = _compiled(build_module(ISAS[target.isa], spec), target)
+        compiled.mod.write_to_file(str(folder / "kernels.o"))
+        return folder / "kernels.o"
+
+    return _cached(f"kernels/{_key(target, str(spec), ('kernels/*.py',))}.o", make)
 
 
 def _compiled(module: Any, target: Target) -> Any:
