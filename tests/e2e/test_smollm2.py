@@ -57,7 +57,7 @@ def test_every_budget_keeps_its_share_of_the_models_quality(smollm2_host_bundle:
     ratios = {row["bits"]: row["ppl"] / reference for row in rows}
     print(f"\nperplexity over float32: {ratios}")
     # Looser than what a whole calibration reaches: this one had a seventh of the text and a thirteenth of the tuning.
-    limits = {8.0: 1.03, 6.0: 1.04, 5.0: 1.07, 4.0: 1.15, 3.5: 1.3, 3.0: 1.65}
+    limits = {8.0: 1.02, 6.0: 1.03, 5.0: 1.07, 4.0: 1.15, 3.5: 1.3, 3.0: 1.65}
     assert all(ratios[bits] <= limit for bits, limit in limits.items()), ratios
 
 
