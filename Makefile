@@ -22,12 +22,14 @@ $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 test: $(VENV)/.dev system-packages
 	$(MAKE) --jobs=2 --output-sync=line test-real test-rest lint
 
+test-real test-rest: export OMP_NUM_THREADS := 1
+
 # The real model, here and on emulated boards; its exports take longest.
 test-real: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/arm64 tests/e2e
+	$(BIN)/python -m pytest tests/arm64 tests/e2e
 
 test-rest: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/arm64 --ignore=tests/e2e
+	$(BIN)/python -m pytest --ignore=tests/arm64 --ignore=tests/e2e
 
 system-packages:
 	@# The monitor page is tested in a real browser, where there is one or it can be had.
