@@ -196,9 +196,13 @@ class Checkpoint:
 
 def read_config(source: Source) -> Decoder:
     """Only the description, without weights.  Raises ModelError."""
+    return describe(_config(source), source.name)
+
+
+def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
-    return describe(_loaded(source, AutoConfig.from_pretrained), source.name)
+    return _loaded(source, AutoConfig.from_pretrained)
 
 
 def load(source: Source, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
@@ -210,11 +214,15 @@ def load(source: Source, weights_folder: Path | None = None, device: str = "cpu"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    decoder = read_config(source)
+    config = _config(source)
+    decoder = describe(config, source.name)
     transformers_logging.disable_progress_bar()
     # In the dtype they are stored in, weights of safetensors files are the files themselves, mapped into memory.
     dtype = torch.float32 if weights_folder is None else "auto"
-    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
+    # With the config, which it would read again: of a GGUF file that takes ten seconds.
+    model, report = _loaded(
+        source, AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype, output_loading_info=True
+    )
     absent = sorted(report["missing_keys"])
     if absent:
         raise ModelError(
