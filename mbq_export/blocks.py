@@ -38,6 +38,11 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def fast(device: torch.device) -> torch.autocast:
+    """Products in the device's ``fast_dtype`` while the block runs."""
+    return autocast(fast_dtype(device), device)
+
+
 Hidden = torch.Tensor
 """float32 [1, context, hidden_size]: one window's residual stream."""
 

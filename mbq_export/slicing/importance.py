@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import processes
-from ..blocks import autocast, fast_dtype, lean_backward, require_finite
+from ..blocks import fast, lean_backward, require_finite
 from ..checkpoint import Checkpoint
 from ..store import Store
 
@@ -83,7 +83,7 @@ def token_importance(
         for name in squares:
             hooks.enter_context(checkpoint.linear(name).register_forward_hook(hook(name)))
         for done, at in enumerate(own, 1):
-            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
+            with fast(checkpoint.device):
                 backpropagate_samples(checkpoint, windows[at], generator)
             progress(done, len(own))
     importance = {name: _weights(name, processes.summed(of_layer)) for name, of_layer in squares.items()}

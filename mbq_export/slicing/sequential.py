@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mbq_runtime.profile import SliceProfile
 
 from .. import processes
-from ..blocks import Blocks, Hidden, autocast, fast_dtype, require_finite, watching_inputs
+from ..blocks import Blocks, Hidden, fast, require_finite, watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Unit
 from ..memory import WEIGHTS_AT_ONCE
@@ -49,8 +49,7 @@ def _hessians(
                 sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][windows][at])
 
     first = {unit.name: unit.sources[0] for unit in units}
-    fast = autocast(fast_dtype(checkpoint.device), checkpoint.device)
-    with fast, watching_inputs(checkpoint, first, add):
+    with fast(checkpoint.device), watching_inputs(checkpoint, first, add):
         for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
             blocks.run(layer, window)
     for name, total in sums.items():
@@ -208,6 +207,6 @@ def _advance(
         for unit in units:
             write_depth(checkpoint, unit, found[unit.name], profile, depth)
         for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
-            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
+            with fast(checkpoint.device):
                 after[i] = blocks.run(layer, hidden[i])
     return after

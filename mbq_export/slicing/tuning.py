@@ -25,7 +25,7 @@ from torch.nn import functional
 from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from .. import processes
-from ..blocks import autocast, fast_dtype, lean_backward
+from ..blocks import fast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
 from ..store import Store
 from .layers import CPU, SlicedLinear, sliced_layers
@@ -51,14 +51,13 @@ class Teacher:
         self, checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
     ) -> None:
         self.windows = checkpoint.on_device(windows[processes.share(len(windows))])
-        dtype = fast_dtype(checkpoint.device)
         inputs = []
-        with torch.no_grad(), autocast(dtype, checkpoint.device):
+        with torch.no_grad(), fast(checkpoint.device):
             for i, window in enumerate(self.windows):
                 inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
                 progress(i + 1, len(self.windows))
         self._inputs = torch.stack(inputs)
-        head = checkpoint.model.lm_head
+        head, dtype = checkpoint.model.lm_head, fast_dtype(checkpoint.device)
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)
         self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
@@ -171,7 +170,7 @@ def tune(
                 layer.bits = bits
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
-            with autocast(fast_dtype(checkpoint.device), checkpoint.device):
+            with fast(checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
             loss = _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows))  # type: ignore[no-untyped-call]
             of_all = processes.summed(loss.detach().clone()) if again else torch.full_like(loss, processes.count())

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
+from mbq_export import blocks
 from mbq_export.checkpoint import Checkpoint, load, locate
 from mbq_export.slicing import importance
 from mbq_export.slicing.importance import MAX_WEIGHT, token_importance
@@ -25,7 +26,7 @@ def weigh(checkpoint: Checkpoint, store: Store | None = None, seed: int = 0) -> 
 
 @pytest.fixture(params=["llama", "phi3"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    monkeypatch.setattr(importance, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(blocks, "fast_dtype", lambda device: torch.float32)
     return load(locate(str(write_checkpoint(tmp_path / request.param, request.param))))
 
 
