@@ -162,7 +162,7 @@ def _slices(
     store: Store,
     stage: Callable[[str], Callable[[int, int], None]],
 ) -> tuple[dict[str, Sliced], Sliced | None, NDArray[np.float32], HeadInput | None]:
-    d, method, profile = checkpoint.decoder, METHODS[recipe.method], recipe.profile
+    d, method = checkpoint.decoder, METHODS[recipe.method]
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
     if len(hessian_windows) < processes.count():
         raise UsageError(
@@ -175,36 +175,58 @@ def _slices(
     else:
         head_scale = smooth(checkpoint, hessian_windows, stage("measuring activations"))
     embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), recipe.group_size, "embedding")
-    if not method.feedback:
-        units = list(d.units())
-        slices: dict[str, Sliced] = {}
-        for i, unit in enumerate(units):
-            found = store.get(unit.name)
-            if found is None:
-                rounded = rtn.slice_weight(checkpoint.weight(unit), recipe.group_size, unit.name)
-                found = store.put(unit.name, {unit.name: rounded})
-            slices |= found
-            checkpoint.release(unit)
-            stage("slicing")(i + 1, len(units))
-        return slices, embedding, head_scale, head_input
+    if method.feedback:
+        slices = _fed_back(checkpoint, windows, hessian_windows, head_scale, recipe, store, stage)
+    else:
+        slices = _rounded(checkpoint, recipe.group_size, store, stage("slicing"))
+    return slices, embedding, head_scale, head_input
+
+
+def _rounded(
+    checkpoint: Checkpoint, group_size: int, store: Store, progress: Callable[[int, int], None]
+) -> dict[str, Sliced]:
+    slices: dict[str, Sliced] = {}
+    units = list(checkpoint.decoder.units())
+    for i, unit in enumerate(units):
+        found = store.get(unit.name)
+        if found is None:
+            rounded = rtn.slice_weight(checkpoint.weight(unit), group_size, unit.name)
+            found = store.put(unit.name, {unit.name: rounded})
+        slices |= found
+        checkpoint.release(unit)
+        progress(i + 1, len(units))
+    return slices
+
+
+def _fed_back(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    hessian_windows: NDArray[np.int64],
+    head_scale: NDArray[np.float32],
+    recipe: Recipe,
+    store: Store,
+    stage: Callable[[str], Callable[[int, int], None]],
+) -> dict[str, Sliced]:
+    """By error feedback, and tuned if that is asked for."""
+    profile, sweeps = recipe.profile, METHODS[recipe.method].sweeps
     teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
     importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
     again = steps_again(recipe.method, profile, recipe.tuning_steps)
     slices = slice_model(
-        checkpoint, hessian_windows, importance, profile, recipe.group_size, method.sweeps, again > 0, store,
+        checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, again > 0, store,
         stage("slicing blocks"),
     )  # fmt: skip
-    if teacher is not None:
-        slices = tune(
-            checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,
-            stage("tuning scales"),
-        )  # fmt: skip
-    if teacher is not None and again > 0:
-        slices = choose_residuals(
-            checkpoint, hessian_windows, importance, slices, profile, method.sweeps, store, stage("choosing residuals")
-        )
-        slices = tune(
-            checkpoint, teacher, slices, profile, head_scale, again, recipe.seed, store, stage("tuning again"),
-            again=True,
-        )  # fmt: skip
-    return slices, embedding, head_scale, head_input
+    if teacher is None:
+        return slices
+    slices = tune(
+        checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,
+        stage("tuning scales"),
+    )  # fmt: skip
+    if again == 0:
+        return slices
+    slices = choose_residuals(
+        checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
+    )
+    return tune(
+        checkpoint, teacher, slices, profile, head_scale, again, recipe.seed, store, stage("tuning again"), again=True
+    )
