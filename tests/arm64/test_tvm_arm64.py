@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CORES = {"arm64": "cortex-a76", "rpi4": "cortex-a72"}
 PROMPT = "The history of the lighthouse begins"
-REPLY_TOKENS = 64
+REPLY_TOKENS = 32
 TIE = 1e-3
 LOGITS_TOLERANCE = 1e-2  # of the largest logit
 
