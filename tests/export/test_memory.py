@@ -64,7 +64,7 @@ print(peak, planned.peak_memory_bytes, checkpoint.parameters)
     [(0, "nested", 4096), (memory.KEPT_WEIGHT_BYTES, "learned", 3072)],
 )
 def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int, method: str, ffn: int) -> None:
-    """Two blocks half as wide as those of a model of a billion weights, which only has more of them."""
+    """Two blocks about half as wide as those of a model of a billion weights, which only has more of them."""
     folder = write_checkpoint(
         tmp_path / "wide", "llama", hidden_size=1024, intermediate_size=ffn, num_attention_heads=16,
         num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
