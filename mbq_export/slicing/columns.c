@@ -79,16 +79,36 @@ static inline void pass_on(const Grid *grid, Lanes (*rest)[MOST_COLUMNS], const 
       for (int l = 0; l < LANES; ++l) rest[e][k][l] -= common[k] * change[e][l];
 }
 
+static inline int lanes_used(int64_t row, int64_t end) { return end - row < LANES ? (int)(end - row) : LANES; }
+
+/* Lanes without a row hold 0. */
+static inline void load_lanes(const float *source, int used, Lanes lanes) {
+  for (int l = 0; l < LANES; ++l) lanes[l] = l < used ? source[l] : 0;
+}
+
+static inline void store_lanes(const Lanes lanes, int used, float *to) {
+  for (int l = 0; l < used; ++l) to[l] = lanes[l];
+}
+
+static inline void load_codes(const uint8_t *source, int used, Lanes codes) {
+  for (int l = 0; l < LANES; ++l) codes[l] = l < used ? source[l] : 0;
+}
+
+static inline void store_codes(const Lanes codes, int used, uint8_t *to) {
+  for (int l = 0; l < used; ++l) to[l] = (uint8_t)codes[l];
+}
+
+static inline void invert(const Lanes scales, Lanes inverse) {
+  for (int l = 0; l < LANES; ++l) inverse[l] = scales[l] > 0 ? 1 / scales[l] : 0;
+}
+
 /* depth_stride: of `source`, in numbers. */
 static inline void load(const Grid *grid, const Part *part, const float *source, int64_t depth_stride, int64_t row,
                         int used, Lanes (*block)[MOST_COLUMNS]) {
   for (int e = 0; e < grid->depths; ++e)
     for (int64_t k = 0; k < part->columns; ++k)
-      for (int l = 0; l < LANES; ++l)
-        block[e][k][l] = l < used ? source[e * depth_stride + k * part->rows + row + l] : 0;
+      load_lanes(source + e * depth_stride + k * part->rows + row, used, block[e][k]);
 }
-
-static inline int lanes_used(int64_t row, int64_t end) { return end - row < LANES ? (int)(end - row) : LANES; }
 
 /* columns.feed_back.  depth_stride: of `streams`. */
 void mbq_feed_back(const Grid *grid, const Part *part, uint8_t *codes, const float *streams, int64_t depth_stride,
@@ -98,23 +118,21 @@ void mbq_feed_back(const Grid *grid, const Part *part, uint8_t *codes, const flo
   for (int64_t row = part->begin; row < part->end; row += LANES) {
     const int used = lanes_used(row, part->end);
     load(grid, part, streams, depth_stride, row, used, current);
-    for (int l = 0; l < LANES; ++l) {
-      width[l] = l < used ? scale[row + l] : 0;
-      middle[l] = l < used ? offset[row + l] : 0;
-      inverse[l] = width[l] > 0 ? 1 / width[l] : 0;
-    }
+    load_lanes(scale + row, used, width);
+    load_lanes(offset + row, used, middle);
+    invert(width, inverse);
     for (int64_t j = 0; j < columns; ++j) {
       for (int e = 0; e < grid->depths; ++e)
         for (int l = 0; l < LANES; ++l) wanted[e][l] = (current[e][j][l] - middle[l]) * inverse[l];
-      for (int l = 0; l < LANES; ++l) code[l] = l < used ? codes[j * rows + row + l] : 0;
+      load_codes(codes + j * rows + row, used, code);
       best_code(grid, wanted, false, code);
       for (int e = 0; e < grid->depths; ++e) {
         in_base_cells(grid, e, code, error[e]);
         for (int l = 0; l < LANES; ++l)
           error[e][l] = (current[e][j][l] - (width[l] * error[e][l] + middle[l])) / factor[j * columns + j];
-        for (int l = 0; l < used; ++l) errors[(e * columns + j) * rows + row + l] = error[e][l];
+        store_lanes(error[e], used, errors + (e * columns + j) * rows + row);
       }
-      for (int l = 0; l < used; ++l) codes[j * rows + row + l] = (uint8_t)code[l];
+      store_codes(code, used, codes + j * rows + row);
       pass_on(grid, current, factor + j * columns, j, columns, error);
     }
   }
@@ -129,24 +147,22 @@ void mbq_settle(const Grid *grid, const Part *part, uint8_t *codes, const float 
   for (int64_t row = part->begin; row < part->end; row += LANES) {
     const int used = lanes_used(row, part->end);
     load(grid, part, pulls, columns * rows, row, used, pull);
-    for (int l = 0; l < LANES; ++l) {
-      width[l] = l < used ? scale[row + l] : 0;
-      inverse[l] = width[l] > 0 ? 1 / width[l] : 0;
-    }
+    load_lanes(scale + row, used, width);
+    invert(width, inverse);
     for (int64_t j = 0; j < columns; ++j) {
-      for (int e = 0; e < grid->depths; ++e)
-        for (int l = 0; l < LANES; ++l) {
-          before[e][l] = l < used ? values[(e * columns + j) * rows + row + l] : 0;
+      for (int e = 0; e < grid->depths; ++e) {
+        load_lanes(values + (e * columns + j) * rows + row, used, before[e]);
+        for (int l = 0; l < LANES; ++l)
           wanted[e][l] = before[e][l] + pull[e][j][l] * (inverse[l] / own[j * columns + j]);
-        }
-      for (int l = 0; l < LANES; ++l) code[l] = l < used ? codes[j * rows + row + l] : 0;
+      }
+      load_codes(codes + j * rows + row, used, code);
       best_code(grid, wanted, true, code);
       for (int e = 0; e < grid->depths; ++e) {
         in_base_cells(grid, e, code, after);
         for (int l = 0; l < LANES; ++l) change[e][l] = (after[l] - before[e][l]) * width[l];
-        for (int l = 0; l < used; ++l) values[(e * columns + j) * rows + row + l] = after[l];
+        store_lanes(after, used, values + (e * columns + j) * rows + row);
       }
-      for (int l = 0; l < used; ++l) codes[j * rows + row + l] = (uint8_t)code[l];
+      store_codes(code, used, codes + j * rows + row);
       pass_on(grid, pull, own + j * columns, j, columns, change);
     }
   }
