@@ -17,7 +17,7 @@ from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
-from .recipe import METHODS, Recipe, steps_again
+from .recipe import METHODS, SECOND, Recipe, tunings
 from .routing import candidates, choice
 from .routing.statistics import collect
 from .slicing import rtn
@@ -209,24 +209,20 @@ def _fed_back(
 ) -> dict[str, Sliced]:
     """By error feedback, and tuned if that is asked for."""
     profile, sweeps = recipe.profile, METHODS[recipe.method].sweeps
-    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if recipe.tuning_steps else None
+    phases = tunings(recipe.method, profile, recipe.tuning_steps)
+    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if phases else None
     importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
-    again = steps_again(recipe.method, profile, recipe.tuning_steps)
     slices = slice_model(
-        checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, again > 0, store,
+        checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, SECOND in phases, store,
         stage("slicing blocks"),
     )  # fmt: skip
-    if teacher is None:
-        return slices
-    slices = tune(
-        checkpoint, teacher, slices, profile, head_scale, recipe.tuning_steps, recipe.seed, store,
-        stage("tuning scales"),
-    )  # fmt: skip
-    if again == 0:
-        return slices
-    slices = choose_residuals(
-        checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
-    )
-    return tune(
-        checkpoint, teacher, slices, profile, head_scale, again, recipe.seed, store, stage("tuning again"), again=True
-    )
+    for i, (phase, steps) in enumerate(phases.items()):
+        assert teacher is not None
+        if phase is SECOND:
+            slices = choose_residuals(
+                checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
+            )
+        slices = tune(
+            checkpoint, teacher, slices, profile, head_scale, phase, steps, recipe.seed + i, store, stage(phase.name)
+        )
+    return slices

@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, Source, load, locate, read_config
 from .lower import tvm as lower_tvm
 from .lower import tvm_weights
 from .progress import Report, no_report
-from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows, steps_again
+from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows, tunings
 from .store import Store
 
 if TYPE_CHECKING:
@@ -97,13 +97,14 @@ def prepare(options: Options) -> Prepared:
     if "tvm" in options.engines:
         lower_tvm.check(decoder)
     group_size = planning.choose_group_size(decoder, options.group_size)
-    twice = any(steps_again(options.method, profile, _tuning_steps(options)) for profile in options.profiles)
+    phases = {phase for slices in options.profiles for phase in tunings(options.method, slices, options.tune_steps)}
     plans = {
         output: planning.Plan(
-            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens, twice, in_memory=True
+            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens, phases,
+            in_memory=True,
         )
         for output, target in options.outputs.items()
-    }
+    }  # fmt: skip
     device = devices.choose(options.device, next(iter(plans.values())).peak_memory_bytes)
     if device == devices.CPU and source.gguf is None:
         plans = {output: replace(plan, in_memory=False) for output, plan in plans.items()}
@@ -173,7 +174,7 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     fitted, held_back = calibration_data.calibration_windows(
         checkpoint, prepared.calibration_source, count, held_back_windows(count), CONTEXT_TOKENS
     )
-    recipe = Recipe(profile, plan.group_size, options.method, _tuning_steps(options), options.router, options.seed)
+    recipe = Recipe(profile, plan.group_size, options.method, options.tune_steps, options.router, options.seed)
     store = _store(prepared, checkpoint, recipe, fitted)
     if store.finished:
         progress(f"resuming behind {store.finished} finished steps", 1, 1)
@@ -186,10 +187,6 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
 
 def _calib_tokens(options: Options) -> int:
     return METHODS[options.method].calib_tokens if options.calib_tokens is None else options.calib_tokens
-
-
-def _tuning_steps(options: Options) -> int:
-    return METHODS[options.method].tuning_steps if options.tune_steps is None else options.tune_steps
 
 
 def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: NDArray[np.int64]) -> Store:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mbq_runtime.isa import this_machine
 
 from .families import Decoder
-from .recipe import CONTEXT_TOKENS, held_back_windows
+from .recipe import CONTEXT_TOKENS, SECOND, held_back_windows
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -75,8 +75,9 @@ def by_stage(plan: Plan) -> dict[str, int]:
 
     # Scales and offsets as they were and as they become, gradients, and Adam's moments.
     tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
-    if plan.tuned_twice:
+    if SECOND in plan.tunings:  # behind residuals that are chosen from the weights
         tuned += a_weight * plan.routed_parameters
+    windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
     measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
     inputs = min(router_input_bytes(d, measured), ROUTER_INPUT_BYTES)
@@ -87,7 +88,7 @@ def by_stage(plan: Plan) -> dict[str, int]:
         "slicing": before + 8 * sum(k * k for _, k in shapes)
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, WEIGHTS_AT_ONCE),
-        "tuning": after + tuned + teacher + 2 * kept * fast // 4 + 2 * fast * head + 6 * fast * logits,
+        "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
         "measuring slices": after + inputs + kept + seen + 4 * head + 4 * (depths + 4) * logits,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)

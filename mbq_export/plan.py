@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import devices, memory
 from .families import Decoder
-from .recipe import MLP_HIDDEN
+from .recipe import MLP_HIDDEN, ONLY, Phase
 
 if TYPE_CHECKING:
     from .export import Options
@@ -51,8 +52,8 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
-    tuned_twice: bool = False
-    """Whether the weights are needed until the slices are tuned."""
+    tunings: Collection[Phase] = (ONLY,)
+    """All that slices may go through."""
     in_memory: bool = False
     """Whether the weights stay in memory however large they are: those on a GPU do, and those of a GGUF file, which are
     decoded into it."""

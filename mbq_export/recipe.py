@@ -20,31 +20,53 @@ token reads all of it."""
 
 
 @dataclass(frozen=True)
+class Phase:
+    """How one tuning goes about it (``slicing.tuning``).
+
+    name: of what the store keeps of it; focus: the depth, 1-based, that half of its steps are at, or all if ``alone``;
+    windows_per_step: of text, at least one for each process; scale_rate: Adam's, for scales and offsets, in scales;
+    alike: whether the loss weighs depths alike, however small their divergence.
+    """
+
+    name: str
+    focus: int
+    alone: bool
+    windows_per_step: int
+    scale_rate: float
+    alike: bool
+
+
+ONLY = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
+FIRST = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
+SECOND = Phase("tuning again", focus=2, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
+
+
+@dataclass(frozen=True)
 class Method:
     """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
     family allows that; else rounding to nearest.  hessian_windows: of the text, spread over it, that the feedback's
     second moments are taken from; sweeps: of refinement behind the feedback; tuning_steps: of end-to-end tuning
-    behind all, on all of the text; twice: whether a base slice of two bits is tuned once more, for half as long,
-    behind residuals chosen for what the first tuning made of it; calib_tokens: of text it takes."""
+    behind all, on all of the text; calib_tokens: of text it takes; steps_of_two: where slices begin with two bits, of a
+    first and a second tuning in place of one."""
 
     help: str
     feedback: bool
     hessian_windows: int
     sweeps: int
     tuning_steps: int
-    twice: bool
     calib_tokens: int
+    steps_of_two: int = 0
 
 
 METHODS = {
-    "rtn": Method("round to nearest, no tuning", False, 32, sweeps=0, tuning_steps=0, twice=False, calib_tokens=40960),
+    "rtn": Method("round to nearest, no tuning", False, 32, sweeps=0, tuning_steps=0, calib_tokens=40960),
     "nested": Method(
         "error feedback over all depths, then tuned scales, a quarter of an hour",
-        True, 32, sweeps=3, tuning_steps=80, twice=False, calib_tokens=40960,
+        True, 32, sweeps=3, tuning_steps=80, calib_tokens=40960,
     ),
     "learned": Method(
-        "as nested, on more text and tuned for longer, an hour",
-        True, 64, sweeps=6, tuning_steps=900, twice=True, calib_tokens=196608,
+        "as nested, on more text and tuned for longer, an hour or two",
+        True, 64, sweeps=6, tuning_steps=900, calib_tokens=196608, steps_of_two=560,
     ),
 }  # fmt: skip
 
@@ -53,10 +75,18 @@ AUTO_SLICES = ("3,1,2,2", "2,2,2,2")
 """What ``--slices auto`` chooses from."""
 
 
-def steps_again(method: str, profile: SliceProfile, tuning_steps: int) -> int:
-    """How many steps of tuning follow a choice of new residuals (``sequential.choose_residuals``); 0 for neither."""
-    wanted = METHODS[method].twice and profile.min_bits < 3 and profile.depths > 2
-    return tuning_steps // 2 if wanted else 0
+def tunings(method: str, profile: SliceProfile, steps: int | None) -> dict[Phase, int]:
+    """The tunings to come, in order, and how many steps each takes; steps: of all, None for the method's own.
+
+    Between a first and a second one residuals are chosen anew (``sequential.choose_residuals``).
+    """
+    of = METHODS[method]
+    twice = of.steps_of_two > 0 and profile.min_bits < 3 and profile.depths > 2
+    if steps is None:
+        steps = of.steps_of_two if twice else of.tuning_steps
+    if twice and steps > 1:
+        return {FIRST: steps - steps // 2, SECOND: steps // 2}
+    return {ONLY: steps} if steps else {}
 
 
 def held_back_windows(fitted: int) -> int:
@@ -66,12 +96,12 @@ def held_back_windows(fitted: int) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One calibration.  tuning_steps: instead of the method's; router: a name in ``candidates.ROUTERS``, or
+    """One calibration.  tuning_steps: of all, None for the method's own; router: a name in ``candidates.ROUTERS``, or
     "auto": the best of them."""
 
     profile: SliceProfile
     group_size: int
     method: str
-    tuning_steps: int
+    tuning_steps: int | None
     router: str
     seed: int

@@ -5,9 +5,9 @@ distribution, at one depth a step.  Codes stay as they are.  Half of the steps a
 which has most to gain; the others take turns, without which they would drift away.
 
 A base slice of two bits wants other scales than all 8 bits do, and its divergence is many times theirs.  There it has
-its way at first; then the residual slices are chosen anew for what it made of the scales
-(``sequential.choose_residuals``), and all is tuned again, with half of the steps at the second depth and a loss that
-weighs depths alike.
+its way at first, in large steps, whatever that does to the others; then the residual slices are chosen anew for what it
+made of the scales (``sequential.choose_residuals``), and all is tuned again, with half of the steps at the second depth
+and a loss that weighs depths alike.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from mbq_runtime.profile import CODE_BITS, SliceProfile
 from .. import processes
 from ..blocks import fast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
+from ..recipe import Phase
 from ..store import Store
 from .layers import CPU, SlicedLinear, sliced_layers
 from .reference import Sliced
 
-WINDOWS_PER_STEP = 2
-_SCALE_RATE = 1e-3
 _NORM_RATE = 3e-4
 _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
@@ -113,11 +112,11 @@ class _Tuned(SlicedLinear):
         return self._offset + self._scale * self.offset_change
 
 
-def _depth_order(profile: SliceProfile, focus: int) -> Iterator[int]:
-    """Bits of the steps, without end: half of them are at the depth ``focus`` (1-based)."""
+def depth_order(profile: SliceProfile, phase: Phase) -> Iterator[int]:
+    """Bits of the steps, without end."""
     others = list(profile.depth_bits)
-    focal = others.pop(focus - 1)
-    if not others:
+    focal = others.pop(phase.focus - 1)
+    if phase.alone or not others:
         return cycle([focal])
     # The deepest first: it is the one that must not get worse.
     return cycle([bits for other in (others[-1], *others[:-1]) for bits in (focal, other)])
@@ -135,19 +134,17 @@ def tune(
     slices: dict[str, Sliced],
     profile: SliceProfile,
     head_scale: NDArray[np.float32],
+    phase: Phase,
     steps: int,
     seed: int,
     store: Store,
     progress: Callable[[int, int], None],
-    again: bool = False,
 ) -> dict[str, Sliced]:
     """The same codes with better scales and offsets; norms change in the checkpoint.
 
-    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding; again: whether all
-    was tuned before, and residuals were chosen anew since.
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding.
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
-    kept_as = "tuning again" if again else "tuning"
     with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
         layers = [layer for parts in tuned.values() for layer in parts]
         norms = _norm_weights(checkpoint)
@@ -155,11 +152,11 @@ def tune(
             norm.requires_grad_(True)
         changes = [change for layer in layers for change in (layer.scale_change, layer.offset_change)]
         optimizer = torch.optim.Adam(
-            [{"params": changes, "full_lr": _SCALE_RATE}, {"params": norms, "full_lr": _NORM_RATE}], betas=_BETAS
+            [{"params": changes, "full_lr": phase.scale_rate}, {"params": norms, "full_lr": _NORM_RATE}], betas=_BETAS
         )
         parameters = [*changes, *norms]
-        done = _restore(store, kept_as, parameters, optimizer)
-        order, depths = _Order(len(teacher.windows), seed), _depth_order(profile, focus=2 if again else 1)
+        done = _restore(store, phase.name, parameters, optimizer)
+        order, depths = _Order(len(teacher.windows), phase.windows_per_step, seed), depth_order(profile, phase)
         for step in range(steps):
             rows, bits = order.next(), next(depths)
             if step < done:
@@ -173,7 +170,8 @@ def tune(
             with fast(checkpoint.device):
                 logits = checkpoint.model(teacher.windows[rows], use_cache=False).logits
             loss = _Divergence.apply(logits.flatten(0, 1), teacher, teacher.inputs(rows))  # type: ignore[no-untyped-call]
-            of_all = processes.summed(loss.detach().clone()) if again else torch.full_like(loss, processes.count())
+            divergence = loss.detach()
+            of_all = processes.summed(divergence.clone()) if phase.alike else torch.full_like(loss, processes.count())
             # As the gradient of its logarithm would have it, a depth counts for the share of its divergence that goes,
             # however small that is.
             (loss / of_all.clamp_min(_SMALLEST_LOSS)).backward()
@@ -181,7 +179,7 @@ def tune(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
-                _keep(store, kept_as, parameters, optimizer, step + 1)
+                _keep(store, phase.name, parameters, optimizer, step + 1)
             progress(step + 1, steps)
         for norm in norms:
             norm.requires_grad_(False)
@@ -205,10 +203,10 @@ def _share_of_rate(step: int, steps: int) -> float:
 class _Order:
     """Which of its windows a process takes for a step: all of them in random order, then again."""
 
-    def __init__(self, windows: int, seed: int) -> None:
+    def __init__(self, windows: int, windows_per_step: int, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._windows, self._left = windows, torch.empty(0, dtype=torch.long)
-        self._at_once = -(-WINDOWS_PER_STEP // processes.count())
+        self._at_once = -(-windows_per_step // processes.count())
 
     def next(self) -> torch.Tensor:
         if len(self._left) < self._at_once:

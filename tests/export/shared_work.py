@@ -6,6 +6,7 @@ A script: MODEL OUTPUT.npz, which the first process writes.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from mbq_export import processes, quality
 from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.recipe import FIRST, ONLY, SECOND
 from mbq_export.routing import choice
 from mbq_export.routing.statistics import collect
 from mbq_export.slicing import rtn
@@ -37,7 +39,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     windows = rng.integers(0, checkpoint.decoder.vocab_size, (7, 32))
     store = Store(None)
     found = {"reference": quality.reference(checkpoint, windows), "head_scale": smooth(checkpoint, windows)}
-    # A step of tuning takes two windows: here the same two, however many processes there are.
+    # Here a step of tuning takes the same two windows, however many processes there are.
     teacher = Teacher(checkpoint, windows[:2], quiet)
     importance = {
         name: rng.uniform(0.5, 1.5, windows.shape).astype(np.float32)
@@ -51,12 +53,12 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     }
     fed_back = slice_model(checkpoint, windows, importance, PROFILE, GROUP_SIZE, 1, False, store, quiet)
     found |= weights("sliced", fed_back)
-    for again in (False, True):
+    for phase in (ONLY, FIRST, SECOND):
         slices = tune(
-            checkpoint, teacher, slices, PROFILE, np.ones(checkpoint.decoder.hidden_size, np.float32), 4, 0, store,
-            quiet, again,
+            checkpoint, teacher, slices, PROFILE, np.ones(checkpoint.decoder.hidden_size, np.float32),
+            replace(phase, windows_per_step=2), 4, 0, store, quiet,
         )  # fmt: skip
-        found |= weights(f"tuned {again}", slices)
+        found |= weights(phase.name, slices)
     stats = collect(checkpoint, slices, PROFILE, windows, 0, keep_inputs=True)
     for name, of_unit in stats.items():
         assert of_unit.inputs is not None

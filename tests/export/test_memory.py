@@ -45,13 +45,12 @@ def watch():
 
 model, work, memory.KEPT_WEIGHT_BYTES, method = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 threading.Thread(target=watch, daemon=True).start()
-twice = method == "learned"
-profile = SliceProfile((2, 2, 2, 2) if twice else (3, 1, 2, 2))
+profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
 calibrate.METHODS = {method: replace(recipe.METHODS[method], sweeps=1)}
 checkpoint = load(locate(model), None if memory.KEPT_WEIGHT_BYTES else work)
 rng = np.random.default_rng(0)
 fitted, held_back = (rng.integers(0, 8000, (windows, recipe.CONTEXT_TOKENS)) for windows in (4, 2))
-planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size, twice)
+planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size, recipe.tunings(method, profile, 2))
 steps = Store(work / "steps", "wide")
 calibrate.calibrate(checkpoint, fitted, held_back, recipe.Recipe(profile, 64, method, 2, "auto", 0), steps)
 print(peak, planned.peak_memory_bytes, checkpoint.parameters)

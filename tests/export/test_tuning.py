@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mbq_export.recipe import FIRST, ONLY, SECOND, tunings
 from mbq_export.slicing import tuning
 from mbq_runtime.profile import SliceProfile
 
@@ -19,12 +20,23 @@ class StandIn:
         return inputs.log_softmax(-1)
 
 
-def test_half_of_the_steps_are_at_one_depth_and_the_others_take_turns() -> None:
+def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
     profile = SliceProfile((2, 2, 2, 2))
-    first, second = (list(islice(tuning._depth_order(profile, focus), 12)) for focus in (1, 2))
-    assert first == [2, 8, 2, 4, 2, 6] * 2
+    once, first, second = (list(islice(tuning.depth_order(profile, phase), 12)) for phase in (ONLY, FIRST, SECOND))
+    assert once == [2, 8, 2, 4, 2, 6] * 2
+    assert first == [2] * 12
     assert second == [4, 8, 4, 2, 4, 6] * 2
-    assert list(islice(tuning._depth_order(SliceProfile((8,)), 1), 3)) == [8, 8, 8]
+    assert list(islice(tuning.depth_order(SliceProfile((8,)), ONLY), 3)) == [8, 8, 8]
+
+
+def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
+    two, three = SliceProfile((2, 2, 2, 2)), SliceProfile((3, 1, 2, 2))
+    assert tunings("learned", two, None) == {FIRST: 280, SECOND: 280}
+    assert tunings("learned", two, 7) == {FIRST: 4, SECOND: 3}
+    assert tunings("learned", two, 1) == {ONLY: 1}
+    assert tunings("learned", three, None) == {ONLY: 900}
+    assert tunings("nested", two, None) == {ONLY: 80}
+    assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
 
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
