@@ -216,9 +216,10 @@ def _fed_back(
         checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, SECOND in phases, store,
         stage("slicing blocks"),
     )  # fmt: skip
+    if teacher is None:
+        return slices
     for i, (phase, steps) in enumerate(phases.items()):
-        assert teacher is not None
-        if phase is SECOND:
+        if phase == SECOND:
             slices = choose_residuals(
                 checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
             )
