@@ -10,6 +10,7 @@ import pytest
 from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
+from mbq_export import recipe
 from mbq_runtime import manifest
 
 WORK = Path(__file__).with_name("shared_work.py")
@@ -51,7 +52,7 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
 
     work = tmp_path / "b" / ".model.3122.calibration"
     again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
-    for step in ("model.layers.0", "tuning"):
+    for step in ("model.layers.0", recipe.ONLY.name):
         kill_once(again, (work / f"{step}.safetensors").exists)
     assert "resuming behind" in run(again)
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")

@@ -13,6 +13,7 @@ from conftest import Machine
 from trees import FAULTS
 
 from mbq_runtime.sensing import Kind, Signal, fold
+from mbq_runtime.sensing.raspberry import BOARD, MAILBOX
 
 Key = tuple[Kind, str, str]
 
@@ -42,7 +43,9 @@ def concerned(source: str, broken: str) -> bool:
     return (
         (folder.startswith("/sys") and (device(source) == folder or source.startswith(folder + "/")))
         or source.startswith(broken)
-        or broken.startswith((source, "/sys/firmware/devicetree"))
+        or broken.startswith(source)
+        # Which Raspberry Pi this is says whether its firmware has a power chip to be asked for.
+        or (broken == BOARD and source.startswith((MAILBOX, "vcgencmd")))
         or any(part in source and part in broken for part in ("cgroup", "/proc/s", "/devfreq/"))
     )
 
