@@ -28,8 +28,8 @@ ROUTER_INPUT_BYTES = 3 << 29
 WEIGHTS_AT_ONCE = 1 << 26
 """A larger matrix is rotated and sliced a part of its rows at a time."""
 
-_ROUTER_CASES = 18
-"""So many ways to route a model are compared side by side: four kinds at four budgets, and both ends."""
+_ROUTER_CASES = 14
+"""So many ways to route a model are compared side by side: four kinds at three budgets, and both ends."""
 
 
 def fast_bytes() -> int:

@@ -21,8 +21,8 @@ from ..slicing.reference import RouterParams, Sliced, route, router_scores
 from . import candidates, thresholds
 from .statistics import UnitStatistics
 
-CHOICE_BITS = (2.5, 3.0, 3.5, 4.0, 5.0)
-"""Budgets at which routers are compared: where there is a choice to make, and bits are scarce."""
+ABOVE_BASE_BITS = (0.5, 1.0, 2.0)
+"""How far over the base slice's bits are the budgets at which routers are compared: where bits are scarce."""
 
 RANDOM = "random"
 """What is measured beside the kinds, and nothing ships."""
@@ -77,9 +77,9 @@ def choose(
     windows: NDArray[np.int64],
     progress: Callable[[int, int], None],
 ) -> tuple[str, dict[str, RouterParams], Comparison]:
-    """The kind with the lowest mean loss over CHOICE_BITS, its routers with thresholds corrected for drift, and what
+    """The kind with the lowest mean loss at ABOVE_BASE_BITS, its routers with thresholds corrected for drift, and what
     each kind reached on int64 [windows, context]."""
-    bits = [b for b in CHOICE_BITS if profile.min_bits < b]
+    bits = [profile.min_bits + more for more in ABOVE_BASE_BITS if profile.min_bits + more < CODE_BITS]
     losses, used = measure(checkpoint, fits, slices, profile, seed, windows, bits, progress)
     kind = min(fits, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fits[kind].values()))
