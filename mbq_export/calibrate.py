@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
-from .recipe import METHODS, SECOND, Recipe, tunings
+from .recipe import METHODS, SECOND, Phase, Recipe, tunings
 from .routing import candidates, choice
 from .routing.statistics import collect
 from .slicing import rtn
@@ -210,7 +210,7 @@ def _fed_back(
     """By error feedback, and tuned if that is asked for."""
     profile, sweeps = recipe.profile, METHODS[recipe.method].sweeps
     phases = tunings(recipe.method, profile, recipe.tuning_steps)
-    teacher = Teacher(checkpoint, windows, stage("listening to the original")) if phases else None
+    teacher = Teacher(checkpoint, _taken(windows, phases), stage("listening to the original")) if phases else None
     importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
     slices = slice_model(
         checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, SECOND in phases, store,
@@ -227,3 +227,10 @@ def _fed_back(
             checkpoint, teacher, slices, profile, head_scale, phase, steps, recipe.seed + i, store, stage(phase.name)
         )
     return slices
+
+
+def _taken(windows: NDArray[np.int64], phases: Mapping[Phase, int]) -> NDArray[np.int64]:
+    """As many of int64 [windows, context], spread over them, as the longest of ``phases`` has steps for."""
+    most = max(steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items())
+    count = min(most, len(windows))
+    return windows[np.arange(count) * len(windows) // count]
