@@ -30,10 +30,11 @@ from .inputs import RouterInputs
 
 F32 = NDArray[np.float32]
 
-_RARE_TOKENS = 0.001
+_RARE_TOKENS = 0.01
 """Share of a unit's tokens whose predicted losses are cut to the next lower.  A gradient drawn on a bad label meets an
 attention sink once in thousands of tokens, and a term of second order knows no bounds: of 6144 tokens of
-SmolLM2-135M two had thousands of nats each, all of what the first layers seemed to be worth."""
+SmolLM2-135M two had thousands of nats each, all of what the first layers seemed to be worth.  Beside slices of
+2,2,2,2 bits a thousandth left perplexity 1.6 % higher at 3 bits and 1.1 % at 3.5; three hundredths were no better."""
 
 
 @dataclass

@@ -41,16 +41,17 @@ def predicted_losses(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> NDArr
     return np.concatenate(found)
 
 
-def test_losses_are_those_of_second_order_but_for_one_token_in_a_thousand(tmp_path: Path) -> None:
+def test_losses_are_those_of_second_order_but_for_one_token_in_a_hundred(tmp_path: Path) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
     found = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0)[UNIT].loss
     expected = predicted_losses(checkpoint, slices)
-    highest = np.quantile(expected, 0.999, axis=0)
+    highest = np.quantile(expected, 0.99, axis=0)
     cut = (expected > highest).any(1)
-    assert 1 <= cut.sum() <= 2 * PROFILE.depths
+    in_a_hundred = len(expected) // 100
+    assert in_a_hundred <= cut.sum() <= in_a_hundred * (PROFILE.depths - 1)
     assert (np.abs(found - expected)[~cut] <= 1e-3 * expected[~cut] + 1e-5 * highest).all()
     np.testing.assert_allclose(found.max(0), highest, rtol=1e-3)
 
