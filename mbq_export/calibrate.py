@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,9 @@ from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
-from .recipe import METHODS, SECOND, Phase, Recipe, tunings
+from .recipe import METHODS, SECOND, Recipe, tunings
 from .routing import candidates, choice
+from .routing.allocation import between_first_two
 from .routing.statistics import collect
 from .slicing import rtn
 from .slicing.importance import token_importance
@@ -27,10 +28,12 @@ from .slicing.reference import RouterParams, Sliced
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import choose_residuals, slice_model
 from .slicing.smoothing import smooth
-from .slicing.tuning import Teacher, tune
+from .slicing.tuning import Teacher, depth_order, tune
 from .store import Store
 
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+_ALLOCATION_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,9 @@ def _fed_back(
     """By error feedback, and tuned if that is asked for."""
     profile, sweeps = recipe.profile, METHODS[recipe.method].sweeps
     phases = tunings(recipe.method, profile, recipe.tuning_steps)
-    teacher = Teacher(checkpoint, _taken(windows, phases), stage("listening to the original")) if phases else None
+    # As many windows as the longest of them has steps for.
+    heard = [steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items()]
+    teacher = Teacher(checkpoint, _spread(windows, max(heard)), stage("listening to the original")) if heard else None
     importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
     slices = slice_model(
         checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, SECOND in phases, store,
@@ -219,18 +224,23 @@ def _fed_back(
     if teacher is None:
         return slices
     for i, (phase, steps) in enumerate(phases.items()):
+        between: Sequence[Mapping[str, int]] = ()
         if phase == SECOND:
             slices = choose_residuals(
                 checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
             )
+            between = between_first_two(
+                checkpoint, slices, profile, _spread(hessian_windows, max(_ALLOCATION_WINDOWS, processes.count())),
+                recipe.seed, store, stage("weighing units"),
+            )  # fmt: skip
+        depths = depth_order(profile, phase, between)
         slices = tune(
-            checkpoint, teacher, slices, profile, head_scale, phase, steps, recipe.seed + i, store, stage(phase.name)
+            checkpoint, teacher, slices, head_scale, phase, depths, steps, recipe.seed + i, store, stage(phase.name)
         )
     return slices
 
 
-def _taken(windows: NDArray[np.int64], phases: Mapping[Phase, int]) -> NDArray[np.int64]:
-    """As many of int64 [windows, context], spread over them, as the longest of ``phases`` has steps for."""
-    most = max(steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items())
+def _spread(windows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most so many of int64 [windows, context], spread over them."""
     count = min(most, len(windows))
     return windows[np.arange(count) * len(windows) // count]

@@ -81,6 +81,7 @@ def by_stage(plan: Plan) -> dict[str, int]:
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
     measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
     inputs = min(router_input_bytes(d, measured), ROUTER_INPUT_BYTES)
+    measuring = after + kept + seen + 4 * head + 4 * (depths + 4) * logits
     return {
         "rotating": before + 4 * 8 * min(max(largest, head), WEIGHTS_AT_ONCE),  # in float64
         "weighing tokens": before + kept * fast // 4 + fast * in_use + 20 * logits,
@@ -89,7 +90,8 @@ def by_stage(plan: Plan) -> dict[str, int]:
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, WEIGHTS_AT_ONCE),
         "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
-        "measuring slices": after + inputs + kept + seen + 4 * head + 4 * (depths + 4) * logits,
+        "weighing units": measuring + teacher if SECOND in plan.tunings else 0,
+        "measuring slices": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)
         + 4 * _ROUTER_CASES * measured * d.hidden_size,

@@ -23,13 +23,14 @@ token reads all of it."""
 class Phase:
     """How one tuning goes about it (``slicing.tuning``).
 
-    name: of what the store keeps of it; focus: the depth, 1-based, that half of its steps are at, or all if ``alone``;
+    name: of what the store keeps of it; focus: the depth, 1-based, that half of its steps are at, or all if ``alone``,
+    and None for half of them between the first two, with each unit at one of these (``routing.allocation``);
     windows_per_step: of text, at least one for each process; scale_rate: Adam's, for scales and offsets, in scales;
     alike: whether the loss weighs depths alike, however small their divergence.
     """
 
     name: str
-    focus: int
+    focus: int | None
     alone: bool
     windows_per_step: int
     scale_rate: float
@@ -38,7 +39,7 @@ class Phase:
 
 ONLY = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
 FIRST = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
-SECOND = Phase("tuning again", focus=2, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
+SECOND = Phase("tuning again", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ METHODS = {
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",
-        True, 64, sweeps=6, tuning_steps=900, calib_tokens=196608, steps_of_two=560,
+        True, 64, sweeps=6, tuning_steps=900, calib_tokens=196608, steps_of_two=500,
     ),
 }  # fmt: skip
 

@@ -6,14 +6,15 @@ which has most to gain; the others take turns, without which they would drift aw
 
 A base slice of two bits wants other scales than all 8 bits do, and its divergence is many times theirs.  There it has
 its way at first, in large steps, whatever that does to the others; then the residual slices are chosen anew for what it
-made of the scales (``sequential.choose_residuals``), and all is tuned again, with half of the steps at the second depth
-and a loss that weighs depths alike.
+made of the scales (``sequential.choose_residuals``), and all is tuned again, with a loss that weighs depths alike.
+Half of those steps are at budgets between the first depth and the second, each unit at one of them, as routers will
+have it: units that keep the base slice there, and only these, learn to do well by it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -38,6 +39,9 @@ _WARM_UP_STEPS = 8
 _SMALLEST_LOSS = 1e-8
 _SAVE_EVERY = 20
 _TOKENS_AT_ONCE = 64
+
+Bits = int | Mapping[str, int]
+"""What a step is at: bits of all units, or by unit."""
 
 
 class Teacher:
@@ -112,14 +116,16 @@ class _Tuned(SlicedLinear):
         return self._offset + self._scale * self.offset_change
 
 
-def depth_order(profile: SliceProfile, phase: Phase) -> Iterator[int]:
-    """Bits of the steps, without end."""
+def depth_order(profile: SliceProfile, phase: Phase, between: Sequence[Mapping[str, int]]) -> Iterator[Bits]:
+    """Bits of the steps, without end.  between: those by unit that are taken in turn where ``phase`` has no focus."""
     others = list(profile.depth_bits)
-    focal = others.pop(phase.focus - 1)
+    focal: Iterator[Bits] = cycle(between) if phase.focus is None else cycle([others.pop(phase.focus - 1)])
     if phase.alone or not others:
-        return cycle([focal])
+        yield from focal
     # The deepest first: it is the one that must not get worse.
-    return cycle([bits for other in (others[-1], *others[:-1]) for bits in (focal, other)])
+    for other in cycle((others[-1], *others[:-1])):
+        yield next(focal)
+        yield other
 
 
 def _norm_weights(checkpoint: Checkpoint) -> list[torch.Tensor]:
@@ -132,9 +138,9 @@ def tune(
     checkpoint: Checkpoint,
     teacher: Teacher,
     slices: dict[str, Sliced],
-    profile: SliceProfile,
     head_scale: NDArray[np.float32],
     phase: Phase,
+    depths: Iterator[Bits],
     steps: int,
     seed: int,
     store: Store,
@@ -142,7 +148,8 @@ def tune(
 ) -> dict[str, Sliced]:
     """The same codes with better scales and offsets; norms change in the checkpoint.
 
-    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding.
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding; depths: what each
+    of the steps is at (``depth_order``).
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
     with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
@@ -156,15 +163,16 @@ def tune(
         )
         parameters = [*changes, *norms]
         done = _restore(store, phase.name, parameters, optimizer)
-        order, depths = _Order(len(teacher.windows), phase.windows_per_step, seed), depth_order(profile, phase)
+        order = _Order(len(teacher.windows), phase.windows_per_step, seed)
         for step in range(steps):
             rows, bits = order.next(), next(depths)
             if step < done:
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
-            for layer in layers:
-                layer.bits = bits
+            for name, parts in tuned.items():
+                for layer in parts:
+                    layer.bits = bits if isinstance(bits, int) else bits[name]
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
             with fast(checkpoint.device):

@@ -21,7 +21,7 @@ from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import Sliced, decode
 from mbq_export.slicing.sequential import slice_model
 from mbq_export.slicing.smoothing import smooth
-from mbq_export.slicing.tuning import Teacher, tune
+from mbq_export.slicing.tuning import Teacher, depth_order, tune
 from mbq_export.store import Store
 from mbq_runtime.profile import SliceProfile
 
@@ -53,10 +53,11 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     }
     fed_back = slice_model(checkpoint, windows, importance, PROFILE, GROUP_SIZE, 1, False, store, quiet)
     found |= weights("sliced", fed_back)
+    between = [dict.fromkeys(slices, 3) | dict.fromkeys(list(slices)[::2], 4)]
     for phase in (ONLY, FIRST, SECOND):
         slices = tune(
-            checkpoint, teacher, slices, PROFILE, np.ones(checkpoint.decoder.hidden_size, np.float32),
-            replace(phase, windows_per_step=2), 4, 0, store, quiet,
+            checkpoint, teacher, slices, np.ones(checkpoint.decoder.hidden_size, np.float32),
+            replace(phase, windows_per_step=2), depth_order(PROFILE, phase, between), 4, 0, store, quiet,
         )  # fmt: skip
         found |= weights(phase.name, slices)
     stats = collect(checkpoint, slices, PROFILE, windows, 0, keep_inputs=True)
