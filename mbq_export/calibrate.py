@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,8 @@ from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 from .progress import Report, no_report
-from .recipe import METHODS, SECOND, Recipe, tunings
-from .routing import candidates, choice
-from .routing.allocation import between_first_two
+from .recipe import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
+from .routing import candidates, choice, provisional
 from .routing.statistics import collect
 from .slicing import rtn
 from .slicing.importance import token_importance
@@ -28,12 +28,12 @@ from .slicing.reference import RouterParams, Sliced
 from .slicing.rotation import HeadInput, rotate
 from .slicing.sequential import choose_residuals, slice_model
 from .slicing.smoothing import smooth
-from .slicing.tuning import Teacher, depth_order, tune
+from .slicing.tuning import Routing, Teacher, tune
 from .store import Store
 
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
-_ALLOCATION_WINDOWS = 8
+_PROVISIONAL_KIND = "mlp"
 
 
 @dataclass(frozen=True)
@@ -224,19 +224,21 @@ def _fed_back(
     if teacher is None:
         return slices
     for i, (phase, steps) in enumerate(phases.items()):
-        between: Sequence[Mapping[str, int]] = ()
+        routing: Routing | None = None
         if phase == SECOND:
             slices = choose_residuals(
                 checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
             )
-            between = between_first_two(
-                checkpoint, slices, profile, _spread(hessian_windows, max(_ALLOCATION_WINDOWS, processes.count())),
-                recipe.seed, store, stage("weighing units"),
+            routers = provisional.fit(
+                _PROVISIONAL_KIND if recipe.router == "auto" else recipe.router, checkpoint, slices, profile,
+                _spread(hessian_windows, max(PROVISIONAL_WINDOWS, processes.count())), recipe.seed, store,
+                stage("fitting provisional routers"),
             )  # fmt: skip
-        depths = depth_order(profile, phase, between)
+            routing = partial(choice.case, routers)
         slices = tune(
-            checkpoint, teacher, slices, head_scale, phase, depths, steps, recipe.seed + i, store, stage(phase.name)
-        )
+            checkpoint, teacher, slices, head_scale, profile, phase, routing, steps, recipe.seed + i, store,
+            stage(phase.name),
+        )  # fmt: skip
     return slices
 
 

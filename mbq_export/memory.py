@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mbq_runtime.isa import this_machine
 
 from .families import Decoder
-from .recipe import CONTEXT_TOKENS, SECOND, held_back_windows
+from .recipe import CONTEXT_TOKENS, PROVISIONAL_WINDOWS, SECOND, held_back_windows
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -80,7 +80,9 @@ def by_stage(plan: Plan) -> dict[str, int]:
     windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
     measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
-    inputs = min(router_input_bytes(d, measured), ROUTER_INPUT_BYTES)
+    inputs, provisional = (
+        min(router_input_bytes(d, of), ROUTER_INPUT_BYTES) for of in (measured, PROVISIONAL_WINDOWS * tokens)
+    )
     measuring = after + kept + seen + 4 * head + 4 * (depths + 4) * logits
     return {
         "rotating": before + 4 * 8 * min(max(largest, head), WEIGHTS_AT_ONCE),  # in float64
@@ -90,7 +92,7 @@ def by_stage(plan: Plan) -> dict[str, int]:
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, WEIGHTS_AT_ONCE),
         "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
-        "weighing units": measuring + teacher if SECOND in plan.tunings else 0,
+        "fitting provisional routers": measuring + teacher + provisional if SECOND in plan.tunings else 0,
         "measuring slices": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)

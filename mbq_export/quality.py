@@ -22,12 +22,9 @@ from . import processes
 from .blocks import Blocks, Hidden, autocast, replaced
 from .checkpoint import Checkpoint
 from .families import Unit
-from .routing.inputs import RouterInputs
+from .routing.inputs import Depths, RouterInputs, UnitDepths
 from .slicing.layers import values_at
 from .slicing.reference import Sliced
-
-Depths = Callable[[torch.Tensor], torch.Tensor]
-"""A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1; both on the processor."""
 
 Case = Mapping[str, Depths]
 """One way to route a model: by unit name."""
@@ -53,7 +50,7 @@ class _Routed(torch.nn.Module):
         self.weights, self.bias, self.unit = weights, bias, unit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        depth = self.unit.depths(x)
+        depth = self.unit.depths.of(x)
         flat = x.reshape(-1, x.shape[-1])
         output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
         for at, weight in enumerate(self.weights, 1):
@@ -64,7 +61,7 @@ class _Routed(torch.nn.Module):
 
 
 class _RoutedUnit:
-    """The layers that share one router: it is asked once for each input, whichever layer comes first."""
+    """The layers that share one router."""
 
     def __init__(
         self,
@@ -75,29 +72,19 @@ class _RoutedUnit:
         inputs: RouterInputs,
         dtype: torch.dtype,
     ) -> None:
-        self.unit, self.inputs = unit, inputs
+        self.unit, self.depths = unit, UnitDepths(unit, inputs)
         self.parameters = sliced.codes.size
         self.bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
-        self.used_bits = 0.0
         depths = range(1, profile.depths + 1)
         whole = [values_at(sliced, profile, depth, dtype, checkpoint.device) for depth in depths]
         self.layers: list[torch.nn.Module] = [
             _Routed([weight[rows] for weight in whole], linear.bias, self) for linear, rows in checkpoint.layers(unit)
         ]
 
-    def use(self, route: Depths) -> None:
-        """Route what comes from here on."""
-        self._route = route
-        self._input: torch.Tensor | None = None
-
-    def depths(self, x: torch.Tensor) -> torch.Tensor:
-        """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
-        if x is not self._input:
-            self._input = x
-            depth = self._route(self.inputs.of(self.unit, x.reshape(-1, x.shape[-1])).float().cpu())
-            self.used_bits = float(self.bits[depth].sum())
-            self._depth = depth.to(x.device)
-        return self._depth
+    @property
+    def used_bits(self) -> float:
+        """Of the last input, summed over its tokens."""
+        return float(self.bits[self.depths.of_last].sum())
 
 
 def measure(
@@ -137,7 +124,7 @@ def measure(
                     stack.enter_context(replaced(checkpoint, unit.unit, unit.layers))
                 for i, case in enumerate(cases):
                     for unit in units:
-                        unit.use(case[unit.unit.name])
+                        unit.depths.use(case[unit.unit.name])
                     for j, window in enumerate(hidden[i]):
                         hidden[i][j] = blocks.run(layer, window)
                         count(i, units)
@@ -149,7 +136,7 @@ def measure(
         parameters += head.parameters
         nll = np.zeros((len(own), len(cases)))
         for i, case in enumerate(cases):
-            head.use(case[d.head.name])
+            head.depths.use(case[d.head.name])
             for j, (window, tokens) in enumerate(zip(hidden[i], own, strict=True)):
                 logits = head.layers[0](blocks.final(window))
                 count(i, [head])

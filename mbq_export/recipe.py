@@ -14,6 +14,9 @@ _HELD_BACK_SHARE = 4
 _HELD_BACK_WINDOWS = 24
 """No more are: they tell routers apart, and each costs a pass at every budget."""
 
+PROVISIONAL_WINDOWS = 8
+"""What routers from before the last tuning are fitted to."""
+
 MLP_HIDDEN = 1
 """Width of a learned router.  On SmolLM2-135M 16, 8, 4 and 2 gave the same perplexity within its standard error, and a
 token reads all of it."""
@@ -24,7 +27,7 @@ class Phase:
     """How one tuning goes about it (``slicing.tuning``).
 
     name: of what the store keeps of it; focus: the depth, 1-based, that half of its steps are at, or all if ``alone``,
-    and None for half of them between the first two, with each unit at one of these (``routing.allocation``);
+    and None for half of them between the first two, and all where routers send them (``routing.provisional``);
     windows_per_step: of text, at least one for each process; scale_rate: Adam's, for scales and offsets, in scales;
     alike: whether the loss weighs depths alike, however small their divergence.
     """

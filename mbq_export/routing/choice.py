@@ -19,6 +19,7 @@ from ..blocks import fast_dtype
 from ..checkpoint import Checkpoint
 from ..slicing.reference import RouterParams, Sliced, route, router_scores
 from . import candidates, thresholds
+from .inputs import Depths
 from .statistics import UnitStatistics
 
 ABOVE_BASE_BITS = (0.5, 1.0, 2.0)
@@ -62,7 +63,7 @@ def _scores(router: RouterParams, stats: UnitStatistics) -> NDArray[np.float64]:
 def case(routers: Routers, avg_bits: float) -> quality.Case:
     """The model routed so."""
 
-    def of(router: RouterParams) -> quality.Depths:
+    def of(router: RouterParams) -> Depths:
         return lambda x: torch.from_numpy(route(x.numpy(), avg_bits, router)).long()
 
     return {name: of(router) for name, router in routers.items()}

@@ -7,7 +7,7 @@ their own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,9 @@ import torch
 from ..blocks import watching_inputs
 from ..checkpoint import Checkpoint
 from ..families import Decoder, Unit
+
+Depths = Callable[[torch.Tensor], torch.Tensor]
+"""A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1; both on the processor."""
 
 
 def norms_before(decoder: Decoder) -> dict[str, str]:
@@ -44,3 +47,30 @@ class RouterInputs:
     def of(self, unit: Unit, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, width]: the router input of a unit whose own input is ``x`` [tokens, K]."""
         return self._seen[unit.name] if unit.name in self._norms else x
+
+
+class UnitDepths:
+    """Depths of a unit's tokens, for all of its layers: they are asked for once for each input, whichever layer comes
+    first.
+
+    of_last: int64 [tokens], on the processor, of the last input.
+    """
+
+    of_last: torch.Tensor
+
+    def __init__(self, unit: Unit, inputs: RouterInputs) -> None:
+        self._unit, self._inputs = unit, inputs
+
+    def use(self, depths: Depths) -> None:
+        """Ask this of what comes from here on."""
+        self._depths = depths
+        self._input: torch.Tensor | None = None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
+        if x is not self._input:
+            self._input = x
+            seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))
+            self.of_last = self._depths(seen.float().cpu())
+            self._on_device = self.of_last.to(x.device)
+        return self._on_device

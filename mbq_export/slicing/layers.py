@@ -72,8 +72,22 @@ def values_at(
     return weights(codes, scale.float(), offset.float(), profile.depth_bits[depth - 1], dtype)
 
 
+Bits = int | torch.Tensor
+"""Of all tokens, or int64 [tokens]: of each."""
+
+
+def _by_bits(bits: Bits) -> Iterator[tuple[int, slice | torch.Tensor]]:
+    """The bits that occur, and which tokens have them."""
+    if isinstance(bits, int):
+        yield bits, slice(None)
+        return
+    occurring = bits.unique().tolist()
+    for each in occurring:
+        yield each, slice(None) if len(occurring) == 1 else (bits == each).nonzero()[:, 0]
+
+
 class _Product(torch.autograd.Function):
-    """``x @ weights.T + bias``, with gradients for x, scale and offset."""
+    """``x @ weights.T + bias`` for x [..., tokens, K], with gradients for x, scale and offset."""
 
     @staticmethod
     def forward(
@@ -82,31 +96,45 @@ class _Product(torch.autograd.Function):
         scale: torch.Tensor,
         offset: torch.Tensor,
         codes: torch.Tensor,
-        bits: int,
+        bits: Bits,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, scale, offset, codes)
         ctx.bits = bits
-        return functional.linear(x, weights(codes, scale, offset, bits, x.dtype), bias)
+        tokens = x.flatten(0, -2)
+        output = x.new_empty(len(tokens), len(codes))
+        for at, rows in _by_bits(bits):
+            output[rows] = functional.linear(tokens[rows], weights(codes, scale, offset, at, x.dtype), bias)
+        return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, offset, codes = ctx.saved_tensors
-        to_x = gradient @ weights(codes, scale, offset, ctx.bits, x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_x, None, None, None, None, None
-        to_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        to_scale, to_offset = [], []
-        for rows in row_ranges(codes.shape, _at_once(codes)):
-            by_group = to_weight[rows].float().view(len(codes[rows]), scale.shape[1], -1)
-            cells = (codes[rows] >> (CODE_BITS - ctx.bits)).view(by_group.shape).float()
-            to_offset.append(by_group.sum(-1))
-            to_scale.append(cells.add_(0.5).mul_(by_group).sum(-1) * _step(ctx.bits))
-        return to_x, torch.cat(to_scale), torch.cat(to_offset), None, None, None
+        tokens, from_tokens = x.flatten(0, -2), gradient.flatten(0, -2)
+        to_x = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
+        to_scale, to_offset = (torch.zeros_like(scale) if ctx.needs_input_grad[1] else None for _ in range(2))
+        for at, rows in _by_bits(ctx.bits):
+            of_rows = from_tokens[rows]
+            if to_x is not None:
+                to_x[rows] = of_rows @ weights(codes, scale, offset, at, x.dtype)
+            if to_scale is not None and to_offset is not None:
+                _add_gradients(to_scale, to_offset, of_rows.T @ tokens[rows], codes, at)
+        return None if to_x is None else to_x.view(x.shape), to_scale, to_offset, None, None, None
+
+
+def _add_gradients(
+    to_scale: torch.Tensor, to_offset: torch.Tensor, to_weight: torch.Tensor, codes: torch.Tensor, bits: int
+) -> None:
+    """Onto gradients of scale and offset, float32 [N, groups], that of ``weights`` at ``bits``, [N, K]."""
+    for rows in row_ranges(codes.shape, _at_once(codes)):
+        by_group = to_weight[rows].float().view(*to_scale[rows].shape, -1)
+        cells = (codes[rows] >> (CODE_BITS - bits)).view(by_group.shape).float()
+        to_offset[rows] += by_group.sum(-1)
+        to_scale[rows] += cells.add_(0.5).mul_(by_group).sum(-1) * _step(bits)
 
 
 class SlicedLinear(torch.nn.Module):
-    """A linear layer at the depth that ``bits`` names.  bias: float32 [N] on ``device``, or None."""
+    """A linear layer at the depths that ``bits`` names.  bias: float32 [N] on ``device``, or None."""
 
     def __init__(self, sliced: Sliced, bias: torch.Tensor | None, device: torch.device = CPU) -> None:
         super().__init__()
@@ -114,7 +142,7 @@ class SlicedLinear(torch.nn.Module):
         self.bias = bias
         self._scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device)
         self._offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device)
-        self.bits = CODE_BITS
+        self.bits: Bits = CODE_BITS
 
     @property
     def scale(self) -> torch.Tensor:

@@ -7,14 +7,15 @@ which has most to gain; the others take turns, without which they would drift aw
 A base slice of two bits wants other scales than all 8 bits do, and its divergence is many times theirs.  There it has
 its way at first, in large steps, whatever that does to the others; then the residual slices are chosen anew for what it
 made of the scales (``sequential.choose_residuals``), and all is tuned again, with a loss that weighs depths alike.
-Half of those steps are at budgets between the first depth and the second, each unit at one of them, as routers will
-have it: units that keep the base slice there, and only these, learn to do well by it.
+That time routers choose the depths, and half of the steps are at budgets between the first depth and the second: what
+keeps the base slice there, and only that, learns to do well by it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import Any
 
@@ -29,6 +30,7 @@ from .. import processes
 from ..blocks import fast, fast_dtype, lean_backward
 from ..checkpoint import Checkpoint
 from ..recipe import Phase
+from ..routing.inputs import Depths, RouterInputs, UnitDepths
 from ..store import Store
 from .layers import CPU, SlicedLinear, sliced_layers
 from .reference import Sliced
@@ -40,8 +42,10 @@ _SMALLEST_LOSS = 1e-8
 _SAVE_EVERY = 20
 _TOKENS_AT_ONCE = 64
 
-Bits = int | Mapping[str, int]
-"""What a step is at: bits of all units, or by unit."""
+_WAY_TO_SECOND = (0.25, 0.5, 0.75)
+
+Routing = Callable[[float], Mapping[str, Depths]]
+"""From average bits to what chooses depths, by unit."""
 
 
 class Teacher:
@@ -116,10 +120,14 @@ class _Tuned(SlicedLinear):
         return self._offset + self._scale * self.offset_change
 
 
-def depth_order(profile: SliceProfile, phase: Phase, between: Sequence[Mapping[str, int]]) -> Iterator[Bits]:
-    """Bits of the steps, without end.  between: those by unit that are taken in turn where ``phase`` has no focus."""
+def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
+    """Average bits of the steps, without end."""
     others = list(profile.depth_bits)
-    focal: Iterator[Bits] = cycle(between) if phase.focus is None else cycle([others.pop(phase.focus - 1)])
+    if phase.focus is None:
+        first, second = others[:2]
+        focal: Iterator[float] = cycle([first + way * (second - first) for way in _WAY_TO_SECOND])
+    else:
+        focal = cycle([others.pop(phase.focus - 1)])
     if phase.alone or not others:
         yield from focal
     # The deepest first: it is the one that must not get worse.
@@ -139,8 +147,9 @@ def tune(
     teacher: Teacher,
     slices: dict[str, Sliced],
     head_scale: NDArray[np.float32],
+    profile: SliceProfile,
     phase: Phase,
-    depths: Iterator[Bits],
+    routing: Routing | None,
     steps: int,
     seed: int,
     store: Store,
@@ -148,11 +157,15 @@ def tune(
 ) -> dict[str, Sliced]:
     """The same codes with better scales and offsets; norms change in the checkpoint.
 
-    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding; depths: what each
-    of the steps is at (``depth_order``).
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a tied embedding; routing: what
+    chooses depths, which a phase without a focus needs.
     Goes on from the step that ``store`` holds; the checkpoint's linear layers are not changed.
     """
-    with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
+    with (
+        sliced_layers(checkpoint, slices, _Tuned) as tuned,
+        lean_backward(checkpoint),
+        _routed(checkpoint, tuned, profile, routing) as use_budget,
+    ):
         layers = [layer for parts in tuned.values() for layer in parts]
         norms = _norm_weights(checkpoint)
         for norm in norms:
@@ -164,15 +177,14 @@ def tune(
         parameters = [*changes, *norms]
         done = _restore(store, phase.name, parameters, optimizer)
         order = _Order(len(teacher.windows), phase.windows_per_step, seed)
+        budgets = budget_order(profile, phase)
         for step in range(steps):
-            rows, bits = order.next(), next(depths)
+            rows, avg_bits = order.next(), next(budgets)
             if step < done:
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
-            for name, parts in tuned.items():
-                for layer in parts:
-                    layer.bits = bits if isinstance(bits, int) else bits[name]
+            use_budget(avg_bits)
             if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
                 _refresh_embedding(checkpoint, tuned, head_scale)
             with fast(checkpoint.device):
@@ -201,6 +213,39 @@ def tune(
             )
             for name, parts in tuned.items()
         }
+
+
+@contextmanager
+def _routed(
+    checkpoint: Checkpoint, tuned: Mapping[str, list[_Tuned]], profile: SliceProfile, routing: Routing | None
+) -> Iterator[Callable[[float], None]]:
+    """While the block runs, layers are at the average bits that what is yielded was last given: by ``routing``, or,
+    without it, all at the depth of so many."""
+    if routing is None:
+
+        def use_depth(bits: float) -> None:
+            for parts in tuned.values():
+                for layer in parts:
+                    layer.bits = int(bits)
+
+        yield use_depth
+        return
+    inputs, depth_bits = RouterInputs(checkpoint), torch.tensor([0, *profile.depth_bits], device=checkpoint.device)
+    depths = {unit.name: UnitDepths(unit, inputs) for unit in checkpoint.decoder.units()}
+
+    def use_budget(avg_bits: float) -> None:
+        for name, of_unit in routing(avg_bits).items():
+            depths[name].use(of_unit)
+
+    with ExitStack() as hooks, inputs.recording():
+        for name, parts in tuned.items():
+            for layer in parts:
+
+                def ask(layer: _Tuned, args: tuple[torch.Tensor], depths: UnitDepths = depths[name]) -> None:
+                    layer.bits = depth_bits[depths.of(args[0])]
+
+                hooks.enter_context(layer.register_forward_pre_hook(ask))
+        yield use_budget
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from mbq_export import processes, quality
 from mbq_export.checkpoint import Checkpoint, load, locate
-from mbq_export.recipe import FIRST, ONLY, SECOND
+from mbq_export.recipe import FIRST, ONLY, SECOND, Phase
 from mbq_export.routing import choice
 from mbq_export.routing.statistics import collect
 from mbq_export.slicing import rtn
 from mbq_export.slicing.reference import Sliced, decode
 from mbq_export.slicing.sequential import slice_model
 from mbq_export.slicing.smoothing import smooth
-from mbq_export.slicing.tuning import Teacher, depth_order, tune
+from mbq_export.slicing.tuning import Routing, Teacher, tune
 from mbq_export.store import Store
 from mbq_runtime.profile import SliceProfile
 
@@ -53,11 +53,12 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     }
     fed_back = slice_model(checkpoint, windows, importance, PROFILE, GROUP_SIZE, 1, False, store, quiet)
     found |= weights("sliced", fed_back)
-    between = [dict.fromkeys(slices, 3) | dict.fromkeys(list(slices)[::2], 4)]
-    for phase in (ONLY, FIRST, SECOND):
+    by_energy = dict.fromkeys(slices, halves)
+    routings: dict[Phase, Routing | None] = {ONLY: None, FIRST: None, SECOND: lambda avg_bits: by_energy}
+    for phase, routing in routings.items():
         slices = tune(
-            checkpoint, teacher, slices, np.ones(checkpoint.decoder.hidden_size, np.float32),
-            replace(phase, windows_per_step=2), depth_order(PROFILE, phase, between), 4, 0, store, quiet,
+            checkpoint, teacher, slices, np.ones(checkpoint.decoder.hidden_size, np.float32), PROFILE,
+            replace(phase, windows_per_step=2), routing, 4, 0, store, quiet,
         )  # fmt: skip
         found |= weights(phase.name, slices)
     stats = collect(checkpoint, slices, PROFILE, windows, 0, keep_inputs=True)
@@ -68,7 +69,6 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
     routers = choice.fit("norm", stats, slices, PROFILE, 0)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
-    by_energy = dict.fromkeys(routers, halves)
     (measured,) = quality.measure(checkpoint, slices, PROFILE, windows, [by_energy])
     return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}
 

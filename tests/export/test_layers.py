@@ -15,7 +15,7 @@ from mbq_export import blocks
 from mbq_export.blocks import lean_backward
 from mbq_export.checkpoint import load, locate
 from mbq_export.slicing import layers, rtn
-from mbq_export.slicing.layers import SlicedLinear, sliced_layers
+from mbq_export.slicing.layers import Bits, SlicedLinear, sliced_layers
 from mbq_export.slicing.reference import Sliced, decode_f32
 from mbq_export.slicing.tuning import _Tuned
 from mbq_runtime.profile import SliceProfile
@@ -42,18 +42,23 @@ def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLi
     np.testing.assert_array_equal(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth))
 
 
-@pytest.mark.parametrize("bits", PROFILE.depth_bits)
-def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: int) -> None:
+@pytest.mark.parametrize(
+    "bits", [*PROFILE.depth_bits, torch.full((21,), 4), torch.tensor([8, 3, 4] * 7), torch.tensor([6] * 20 + [3])]
+)
+def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> None:
     layer = _Tuned(sliced, BIAS)
     layer.bits = bits
     x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True)
     wanted = (x, layer.scale_change, layer.offset_change)
     output = layer(x)
     by_hand = torch.autograd.grad(output.square().sum(), wanted)
-    cells = (layer.codes >> (8 - bits)).view(12, 2, 64).float()
-    weight = layer.scale[:, :, None] * 2.0 ** (2 - bits) * (cells + 0.5) + layer.offset[:, :, None]
-    expected = functional.linear(x, weight.view(12, 128), BIAS)
-    torch.testing.assert_close(output, expected)
+    of_tokens = []
+    for of_token, token in zip(torch.as_tensor(bits).expand(21).tolist(), x.view(21, 128), strict=True):
+        cells = (layer.codes >> (8 - of_token)).view(12, 2, 64).float()
+        weight = layer.scale[:, :, None] * 2.0 ** (2 - of_token) * (cells + 0.5) + layer.offset[:, :, None]
+        of_tokens.append(functional.linear(token, weight.view(12, 128), BIAS))
+    expected = torch.stack(of_tokens).view(3, 7, 12)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
     for found, own in zip(by_hand, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-3)
 

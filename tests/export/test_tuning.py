@@ -22,14 +22,11 @@ class StandIn:
 
 def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
     profile = SliceProfile((2, 2, 2, 2))
-    less, more = {"attn_in": 2, "mlp_in": 2}, {"attn_in": 2, "mlp_in": 4}
-    once, first, second = (
-        list(islice(tuning.depth_order(profile, phase, [less, more]), 12)) for phase in (ONLY, FIRST, SECOND)
-    )
+    once, first, second = (list(islice(tuning.budget_order(profile, phase), 12)) for phase in (ONLY, FIRST, SECOND))
     assert once == [2, 8, 2, 4, 2, 6] * 2
     assert first == [2] * 12
-    assert second == [less, 8, more, 2, less, 4, more, 6, less, 8, more, 2]
-    assert list(islice(tuning.depth_order(SliceProfile((8,)), ONLY, ()), 3)) == [8, 8, 8]
+    assert second == [2.5, 8, 3, 2, 3.5, 4, 2.5, 6, 3, 8, 3.5, 2]
+    assert list(islice(tuning.budget_order(SliceProfile((8,)), ONLY), 3)) == [8, 8, 8]
 
 
 def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:

@@ -1,0 +1,44 @@
+"""The routers that slices are tuned with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_checkpoint
+
+from mbq_export.checkpoint import load, locate
+from mbq_export.routing import choice, provisional
+from mbq_export.routing.statistics import collect
+from mbq_export.slicing import rtn
+from mbq_export.store import Store
+from mbq_runtime.profile import SliceProfile
+
+PROFILE = SliceProfile((2, 2, 2, 2))
+WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 60))
+
+
+def quiet(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+@pytest.mark.parametrize("kind", ["static", "mlp"])
+def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
+    slices = {
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
+    }
+    stats = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0, keep_inputs=True)
+    expected = choice.fit(kind, stats, slices, PROFILE, seed=0)
+    store = Store(tmp_path / "work", "inputs")
+    found = provisional.fit(kind, checkpoint, slices, PROFILE, WINDOWS, 0, store, quiet)
+    # Found again where they were kept, not by measuring.
+    monkeypatch.delattr(provisional, "collect")
+    again = provisional.fit(kind, checkpoint, slices, PROFILE, WINDOWS, 0, Store(tmp_path / "work", "inputs"), quiet)
+    for routers in (found, again):
+        assert set(routers) == set(slices)
+        for unit, router in routers.items():
+            for name, value in asdict(expected[unit]).items():
+                np.testing.assert_array_equal(getattr(router, name), value, err_msg=f"{unit}: {name}")
