@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
 from mbq_export import recipe
+from mbq_export.blocks import fast_dtype
 from mbq_runtime import manifest
 
 WORK = Path(__file__).with_name("shared_work.py")
@@ -27,6 +29,7 @@ def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
     run([sys.executable, str(WORK), str(model), str(alone)])
     run(together([sys.executable, str(WORK), str(model), str(shared)]))
+    summed = 5e-4 if fast_dtype(torch.device("cpu")) == torch.float32 else 2e-3
     with np.load(alone) as one, np.load(shared) as two:
         assert (one["processes"], two["processes"]) == (1, 2)
         assert one.files == two.files
@@ -35,7 +38,7 @@ def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
             of_one, of_two = one[name].astype(np.float64), two[name].astype(np.float64)
             apart = np.linalg.norm(of_one - of_two) / np.linalg.norm(of_one)
             # Sums in another order: a code on the edge of its cell may fall to the other side, which feedback spreads.
-            limit = 5e-4 if not name.startswith("sliced") else 0.01 if "layers.0." in name else 0.15
+            limit = summed if not name.startswith("sliced") else 0.01 if "layers.0." in name else 0.15
             assert apart < limit, f"{name}: {apart}"
 
 
