@@ -17,6 +17,7 @@ from . import processes, quality
 from .blocks import fast_dtype
 from .checkpoint import Checkpoint
 from .families import Decoder, Unit
+from .memory import give_back
 from .progress import Report, no_report
 from .recipe import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
 from .routing import candidates, choice, provisional
@@ -93,6 +94,7 @@ def calibrate(
     """
 
     def stage(what: str) -> Callable[[int, int], None]:
+        give_back()
         return lambda done, total: progress(what, done, total)
 
     store = store or Store(None)

@@ -7,6 +7,7 @@ their own input.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -64,12 +65,13 @@ class UnitDepths:
     def use(self, depths: Depths) -> None:
         """Ask this of what comes from here on."""
         self._depths = depths
-        self._input: torch.Tensor | None = None
+        # To know it again, not to keep it and all that it was made of.
+        self._input: Callable[[], torch.Tensor | None] = lambda: None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
-        if x is not self._input:
-            self._input = x
+        if x is not self._input():
+            self._input = weakref.ref(x)
             seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))
             self.of_last = self._depths(seen.float().cpu())
             self._on_device = self.of_last.to(x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import subprocess
 import sys
@@ -77,6 +78,20 @@ def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int
         f"{parameters / 1e6:.0f} M weights, which are in {'memory' if kept else 'a file'}"
     )
     assert 0.8 * stated <= peak <= 1.2 * stated
+
+
+def resident_bytes() -> int:
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what others give back by themselves")
+def test_what_lies_free_below_what_is_in_use_is_given_back() -> None:
+    arrays = [np.ones(8192) for _ in range(2000)]  # too small for memory of their own
+    taken = sum(array.nbytes for array in arrays)
+    del arrays[:-1]
+    before = resident_bytes()
+    memory.give_back()
+    assert before - resident_bytes() > 0.9 * taken
 
 
 def large(hidden: int, ffn: int, layers: int, tied: bool) -> Plan:
