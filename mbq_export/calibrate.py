@@ -35,6 +35,7 @@ from .store import Store
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 _PROVISIONAL_KIND = "mlp"
+"""Of the routers that slices are tuned with, where ``recipe.router`` leaves the choice: most often the best."""
 
 
 @dataclass(frozen=True)

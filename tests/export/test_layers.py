@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from shared_work import halves
 from tiny_models import write_checkpoint
 from torch.nn import functional
 
@@ -17,7 +18,7 @@ from mbq_export.checkpoint import load, locate
 from mbq_export.slicing import layers, rtn
 from mbq_export.slicing.layers import Bits, SlicedLinear, sliced_layers
 from mbq_export.slicing.reference import Sliced, decode_f32
-from mbq_export.slicing.tuning import _Tuned
+from mbq_export.slicing.tuning import _routed, _Tuned
 from mbq_runtime.profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
@@ -71,15 +72,17 @@ def test_under_autocast_products_are_bfloat16(sliced: Sliced) -> None:
     torch.testing.assert_close(output.float(), layer(x), rtol=0.02, atol=0.5)
 
 
+@pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, routed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", family))))
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
     window = torch.arange(1, 33)[None]
+    routing, occurring = (lambda avg_bits: dict.fromkeys(slices, halves), {3, 8}) if routed else (None, {8})
 
     def gradients() -> tuple[list[NDArray[np.float32]], int]:
         runs = 0
@@ -88,10 +91,19 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
             nonlocal runs
             runs += 1
 
-        with sliced_layers(checkpoint, slices, _Tuned) as tuned, lean_backward(checkpoint):
+        with (
+            sliced_layers(checkpoint, slices, _Tuned) as tuned,
+            lean_backward(checkpoint),
+            _routed(checkpoint, tuned, PROFILE, routing) as use_budget,
+        ):
+            use_budget(8)
             counting = tuned["layers.0.mlp_in"][0].register_forward_hook(count)
             checkpoint.model(window, use_cache=False).logits.square().mean().backward()
             counting.remove()
+            bits = {name: [torch.as_tensor(layer.bits) for layer in parts] for name, parts in tuned.items()}
+            # One choice for all layers of a unit.
+            assert all(torch.equal(of_part, of_unit[0]) for of_unit in bits.values() for of_part in of_unit)
+            assert {int(of_token) for of_unit in bits.values() for of_token in of_unit[0].unique()} == occurring
             return [layer.scale_change.grad.numpy() for parts in tuned.values() for layer in parts], runs
 
     kept, runs = gradients()
