@@ -50,7 +50,7 @@ class _Routed(torch.nn.Module):
         self.weights, self.bias, self.unit = weights, bias, unit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        depth = self.unit.depths.of(x)
+        depth = self.unit.depths.of(x).to(x.device)
         flat = x.reshape(-1, x.shape[-1])
         output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
         for at, weight in enumerate(self.weights, 1):

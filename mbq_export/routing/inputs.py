@@ -69,10 +69,9 @@ class UnitDepths:
         self._input: Callable[[], torch.Tensor | None] = lambda: None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """int64 [tokens] of an input [..., tokens, K], the same object for every layer of the unit."""
+        """int64 [tokens], on the processor: those of an input [..., tokens, K], one object for all the unit's layers."""
         if x is not self._input():
             self._input = weakref.ref(x)
             seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))
             self.of_last = self._depths(seen.float().cpu())
-            self._on_device = self.of_last.to(x.device)
-        return self._on_device
+        return self.of_last

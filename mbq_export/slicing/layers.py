@@ -73,7 +73,7 @@ def values_at(
 
 
 Bits = int | torch.Tensor
-"""Of all tokens, or int64 [tokens]: of each."""
+"""Of all tokens, or int64 [tokens] on the processor: of each."""
 
 
 def _by_bits(bits: Bits) -> Iterator[tuple[int, slice | torch.Tensor]]:

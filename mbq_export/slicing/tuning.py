@@ -230,7 +230,7 @@ def _routed(
 
         yield use_depth
         return
-    inputs, depth_bits = RouterInputs(checkpoint), torch.tensor([0, *profile.depth_bits], device=checkpoint.device)
+    inputs, depth_bits = RouterInputs(checkpoint), torch.tensor([0, *profile.depth_bits])
     depths = {unit.name: UnitDepths(unit, inputs) for unit in checkpoint.decoder.units()}
 
     def use_budget(avg_bits: float) -> None:
