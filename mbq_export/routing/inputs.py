@@ -69,7 +69,7 @@ class UnitDepths:
         self._input: Callable[[], torch.Tensor | None] = lambda: None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """int64 [tokens], on the processor: those of an input [..., tokens, K], one object for all the unit's layers."""
+        """int64 [tokens], on the processor, of an input [..., tokens, K], the same object for every layer."""
         if x is not self._input():
             self._input = weakref.ref(x)
             seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))
