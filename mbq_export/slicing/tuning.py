@@ -131,7 +131,7 @@ def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
     if phase.alone or not others:
         yield from focal
     # The deepest first: it is the one that must not get worse.
-    for other in cycle((others[-1], *others[:-1])):
+    for other in cycle((others[-1], *others[:-1], *others[: phase.next_twice])):
         yield next(focal)
         yield other
 
@@ -171,8 +171,12 @@ def tune(
         for norm in norms:
             norm.requires_grad_(True)
         changes = [change for layer in layers for change in (layer.scale_change, layer.offset_change)]
-        optimizer = torch.optim.Adam(
-            [{"params": changes, "full_lr": phase.scale_rate}, {"params": norms, "full_lr": _NORM_RATE}], betas=_BETAS
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": changes, "full_lr": phase.scale_rate, "weight_decay": phase.scale_decay},
+                {"params": norms, "full_lr": _NORM_RATE, "weight_decay": 0.0},
+            ],
+            betas=_BETAS,
         )
         parameters = [*changes, *norms]
         done = _restore(store, phase.name, parameters, optimizer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mbq_export.recipe import FIRST, ONLY, SECOND, tunings
+from mbq_export.recipe import FIRST, LONG, ONLY, SECOND, tunings
 from mbq_export.slicing import tuning
 from mbq_runtime.profile import SliceProfile
 
@@ -22,7 +22,10 @@ class StandIn:
 
 def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
     profile = SliceProfile((2, 2, 2, 2))
-    once, first, second = (list(islice(tuning.budget_order(profile, phase), 12)) for phase in (ONLY, FIRST, SECOND))
+    once, long, first, second = (
+        list(islice(tuning.budget_order(profile, phase), 12)) for phase in (ONLY, LONG, FIRST, SECOND)
+    )
+    assert long == [2, 8, 2, 4, 2, 6, 2, 4, 2, 8, 2, 4]
     assert once == [2, 8, 2, 4, 2, 6] * 2
     assert first == [2] * 12
     assert second == [2.5, 8, 3, 2, 3.5, 4, 2.5, 6, 3, 8, 3.5, 2]
@@ -33,8 +36,8 @@ def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
     two, three = SliceProfile((2, 2, 2, 2)), SliceProfile((3, 1, 2, 2))
     assert tunings("learned", two, None) == {FIRST: 250, SECOND: 250}
     assert tunings("learned", two, 7) == {FIRST: 4, SECOND: 3}
-    assert tunings("learned", two, 1) == {ONLY: 1}
-    assert tunings("learned", three, None) == {ONLY: 900}
+    assert tunings("learned", two, 1) == {LONG: 1}
+    assert tunings("learned", three, None) == {LONG: 1100}
     assert tunings("nested", two, None) == {ONLY: 80}
     assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
