@@ -131,7 +131,10 @@ def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
     if phase.alone or not others:
         yield from focal
     # The deepest first: it is the one that must not get worse.
-    for other in cycle((others[-1], *others[:-1], *others[: phase.next_twice])):
+    turns = [others[-1], *others[:-1]]
+    if phase.next_twice:
+        turns.append(others[0])
+    for other in cycle(turns):
         yield next(focal)
         yield other
 
