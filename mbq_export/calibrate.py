@@ -9,28 +9,28 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_runtime.errors import UsageError
-from mbq_runtime.manifest import QualityPoint
-from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import processes, quality
-from .blocks import fast_dtype
-from .checkpoint import Checkpoint
-from .families import Decoder, Unit
+from .format.reference import RouterParams, Sliced
 from .memory import give_back
+from .methods import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
+from .model.blocks import fast_dtype
+from .model.checkpoint import Checkpoint
+from .model.families import Decoder, Unit
+from .model.sliced_linear import values_at
 from .progress import Report, no_report
-from .recipe import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
-from .routing import candidates, choice, provisional
-from .routing.statistics import collect
+from .routing import kinds, provisional, select
+from .routing.slice_gains import collect
 from .slicing import rtn
+from .slicing.by_block import choose_residuals, slice_model
 from .slicing.importance import token_importance
-from .slicing.layers import values_at
-from .slicing.reference import RouterParams, Sliced
-from .slicing.rotation import HeadInput, rotate
-from .slicing.sequential import choose_residuals, slice_model
-from .slicing.smoothing import smooth
-from .slicing.tuning import Routing, Teacher, tune
 from .store import Store
+from .transforms.rotation import HeadInput, rotate
+from .transforms.smoothing import smooth
+from .tuning.tune import Routing, Teacher, tune
 
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
@@ -69,7 +69,7 @@ class Calibrated:
     head_input: HeadInput | None = None
     reference_perplexity: float = 0.0
     curve: tuple[QualityPoint, ...] = ()
-    routers: choice.Comparison = field(default_factory=dict)
+    routers: select.Comparison = field(default_factory=dict)
 
     def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
         """float32 [hidden]: what a row of the embedding is multiplied by when it is read."""
@@ -107,20 +107,20 @@ def calibrate(
         head = slices[checkpoint.decoder.head.name]
         table = values_at(head, profile, profile.depths, device=checkpoint.device) / checkpoint.on_device(head_scale)
         checkpoint.model.get_input_embeddings().weight.copy_(table)
-    names = list(candidates.ROUTERS) if recipe.router == "auto" else [recipe.router]
+    names = list(kinds.ROUTERS) if recipe.router == "auto" else [recipe.router]
     stats = collect(
         checkpoint, slices, profile, routing_windows, recipe.seed,
-        keep_inputs=any(candidates.ROUTERS[name].needs_inputs for name in names), progress=stage("measuring slices"),
+        keep_inputs=any(kinds.ROUTERS[name].needs_inputs for name in names), progress=stage("measuring slices"),
     )  # fmt: skip
     fits = {}
     for i, name in enumerate(names):
-        fits[name] = choice.fit(name, stats, slices, profile, recipe.seed)
+        fits[name] = select.fit(name, stats, slices, profile, recipe.seed)
         progress("fitting routers", i + 1, len(names))
-    kind, routers, compared = choice.choose(
+    kind, routers, compared = select.choose(
         checkpoint, fits, slices, profile, recipe.seed, measured_windows, stage("comparing routers")
     )
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
-    cases = [choice.case(routers, b) for b in bits]
+    cases = [select.case(routers, b) for b in bits]
     results = quality.measure(
         checkpoint, slices, profile, measured_windows, cases, stage("measuring quality"), fast_dtype(checkpoint.device)
     )
@@ -237,7 +237,7 @@ def _fed_back(
                 _spread(hessian_windows, max(PROVISIONAL_WINDOWS, processes.count())), recipe.seed, store,
                 stage("fitting provisional routers"),
             )  # fmt: skip
-            routing = partial(choice.case, routers)
+            routing = partial(select.case, routers)
         slices = tune(
             checkpoint, teacher, slices, head_scale, profile, phase, routing, steps, recipe.seed + i, store,
             stage(phase.name),

@@ -12,12 +12,12 @@ import click
 from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
+from .methods import AUTO_SLICES, METHODS
 from .progress import Progress
-from .recipe import AUTO_SLICES, METHODS
 
 if TYPE_CHECKING:
-    from mbq_runtime.manifest import Manifest
-    from mbq_targets.table import Target
+    from mbq_runtime.bundle.manifest import Manifest
+    from mbq_targets.machines import Target
 
     from .export import Prepared
 
@@ -27,7 +27,7 @@ SHOWN_BITS = ("2", "3", "4", "6", "8")
 def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or context.resilient_parsing:
         return
-    from mbq_targets.table import TARGETS
+    from mbq_targets.machines import TARGETS
 
     for target in TARGETS.values():
         needs = " ".join(target.features) or (target.gpu.engine if target.gpu else "-")
@@ -123,10 +123,10 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    from mbq_runtime.profile import SliceProfile
-    from mbq_targets.table import resolve
+    from mbq_runtime.bundle.slice_profile import SliceProfile
+    from mbq_targets.machines import resolve
 
-    from .plot import check, quality_curve
+    from .write.plot import check, quality_curve
 
     if plot is not None:
         check(plot)

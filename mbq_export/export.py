@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime import manifest as bundle_manifest
+from mbq_runtime.bundle import manifest as bundle_manifest
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
-from mbq_runtime.profile import CODE_BITS, SliceProfile
-from mbq_runtime.weights_file import WEIGHTS
+from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import Target
 
-from . import calibration_data, devices, processes
+from . import devices, processes
 from . import plan as planning
-from .checkpoint import Checkpoint, Source, load, locate, read_config
+from .data import windows
 from .lower import tvm as lower_tvm
 from .lower import tvm_weights
+from .methods import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows, tunings
+from .model.checkpoint import Checkpoint, Source, load, locate, read_config
 from .progress import Report, no_report
-from .recipe import CONTEXT_TOKENS, METHODS, Recipe, held_back_windows, tunings
 from .store import Store
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Prepared:
 
     options: Options
     source: Source
-    calibration_source: calibration_data.Source
+    calibration_source: windows.Source
     plans: dict[Path, planning.Plan]
     device: str
 
@@ -111,7 +112,7 @@ def prepare(options: Options) -> Prepared:
     found = planning.problems(plans, options, device)
     if found:
         raise UsageError("; ".join(found))
-    return Prepared(options, source, calibration_data.open_source(options.calib_data), plans, device)
+    return Prepared(options, source, windows.open_source(options.calib_data), plans, device)
 
 
 def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, bundle_manifest.Manifest]:
@@ -171,7 +172,7 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     checkpoint = load(prepared.source, beside if plan.weights_file_bytes else None, prepared.device)
     progress("loading the model", 1, 1)
     count = max(1, plan.calib_tokens // CONTEXT_TOKENS)
-    fitted, held_back = calibration_data.calibration_windows(
+    fitted, held_back = windows.calibration_windows(
         checkpoint, prepared.calibration_source, count, held_back_windows(count), CONTEXT_TOKENS
     )
     recipe = Recipe(profile, plan.group_size, options.method, options.tune_steps, options.router, options.seed)
@@ -209,16 +210,16 @@ def write_calibrated(
     progress: Report = no_report,
 ) -> bundle_manifest.Manifest:
     """Lower a calibrated model for one of the plan's outputs and write it there."""
-    from . import bundle
+    from .write import bundle_parts
 
     options, target = prepared.options, prepared.options.outputs[output]
     engines = target.engines(options.engines)
     spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits)
-    with bundle.writing(output, options.force) as folder:
+    with bundle_parts.writing(output, options.force) as folder:
         for engine in engines:
             WRITERS[engine](Work(target, checkpoint, calibrated, spec, folder, progress))
         _write_tokenizer(checkpoint, folder)
-        bundle.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
+        bundle_parts.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
         manifest = _manifest(prepared, output, checkpoint, calibrated, calibration, folder)
         bundle_manifest.write(manifest, folder)
     return manifest
@@ -237,12 +238,14 @@ class Work:
 
 
 def _write_onnx(work: Work) -> None:
-    from . import bundle
     from .lower.onnx import lower
+    from .write import bundle_parts
 
     target, folder, progress = work.target, work.folder, work.progress
     model, tensors = lower(work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits)
-    bundle.write_model(model, tensors, folder, lambda done, total: progress(f"writing {folder.stem}", done, total))
+    bundle_parts.write_model(
+        model, tensors, folder, lambda done, total: progress(f"writing {folder.stem}", done, total)
+    )
     if target.native:
         from mbq_targets.build import build_ops_library
 
@@ -268,8 +271,8 @@ def _write_tvm(work: Work) -> None:
 
 def _write_gpu(work: Work) -> None:
     """The plan of launches, the kernels as text, and the weights."""
-    from . import bundle
     from .lower.gpu import lower
+    from .write import bundle_parts
 
     folder = work.folder
     plan, texts, tensors = lower(work.checkpoint, work.calibrated, work.target)
@@ -277,10 +280,12 @@ def _write_gpu(work: Work) -> None:
     for name, text in texts.items():
         (folder / "gpu" / name).write_text(text, encoding="utf-8")
     plan_file, weights_file = bundle_manifest.GPU_FILES
-    bundle.write_json(folder / plan_file, plan)
+    bundle_parts.write_json(folder / plan_file, plan)
     places = {name: plan["buffers"][name]["offset"] for name in tensors}
     what = f"writing {folder.stem}"
-    bundle.write_tensors(tensors, places, folder / weights_file, lambda done, total: work.progress(what, done, total))
+    bundle_parts.write_tensors(
+        tensors, places, folder / weights_file, lambda done, total: work.progress(what, done, total)
+    )
 
 
 WRITERS: dict[str, Callable[[Work], None]] = {
@@ -310,7 +315,7 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
 
 
 def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, ...]) -> dict[str, Any]:
-    from mbq_runtime.genai_config import genai_config
+    from mbq_runtime.bundle.genai_config import genai_config
 
     d, tokenizer = checkpoint.decoder, checkpoint.tokenizer
     return genai_config(

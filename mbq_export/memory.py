@@ -10,10 +10,10 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
-from mbq_runtime.isa import this_machine
+from mbq_runtime.bundle.isa import this_machine
 
-from .families import Decoder
-from .recipe import CONTEXT_TOKENS, PROVISIONAL_WINDOWS, SECOND, held_back_windows
+from .methods import CONTEXT_TOKENS, PROVISIONAL_WINDOWS, SECOND, held_back_windows
+from .model.families import Decoder
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mbq_runtime.bundle.manifest import ENGINE_FILES
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_runtime.errors import UsageError
-from mbq_runtime.manifest import ENGINE_FILES
-from mbq_runtime.profile import CODE_BITS, SliceProfile
 
 from . import devices, memory
-from .families import Decoder
-from .recipe import MLP_HIDDEN, ONLY, Phase
+from .methods import MLP_HIDDEN, ONLY, Phase
+from .model.families import Decoder
 
 if TYPE_CHECKING:
     from .export import Options

@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from . import processes
-from .blocks import Blocks, Hidden, autocast, replaced
-from .checkpoint import Checkpoint
-from .families import Unit
-from .routing.inputs import Depths, RouterInputs, UnitDepths
-from .slicing.layers import values_at
-from .slicing.reference import Sliced
+from .format.reference import Sliced
+from .model.blocks import Blocks, Hidden, autocast, replaced
+from .model.checkpoint import Checkpoint
+from .model.families import Unit
+from .model.router_inputs import Depths, RouterInputs, UnitDepths
+from .model.sliced_linear import values_at
 
 Case = Mapping[str, Depths]
 """One way to route a model: by unit name."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .checkpoint import load, locate
+from .model.checkpoint import load, locate
 
 
 def window_nll(

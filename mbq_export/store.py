@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from mbq_runtime.errors import BundleError
 
 from . import processes
-from .slicing.reference import Sliced
+from .format.reference import Sliced
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

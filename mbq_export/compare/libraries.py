@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_export.checkpoint import Checkpoint
+from mbq_export.model.checkpoint import Checkpoint
 from mbq_runtime.errors import ModelError
 
 from .library_worker import Request

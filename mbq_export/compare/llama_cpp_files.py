@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import torch
 
-from mbq_export.checkpoint import Checkpoint
+from mbq_export.model.checkpoint import Checkpoint
 from mbq_runtime.errors import ModelError
 
 FILE_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")

@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mbq_export import calibration_data, text
-from mbq_export.checkpoint import Checkpoint, Source, load, locate, read_config
+from mbq_export.data import corpora, windows
+from mbq_export.model.checkpoint import Checkpoint, Source, load, locate, read_config
 from mbq_export.progress import Report
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import cut_windows, read_text
 
 from . import last_word, report, weights
 from .harness import Reference, Side
-from .methods import METHODS, Bench, reference
+from .rivals import METHODS, Bench, reference
 
 TEXTS: dict[str, Callable[[], str]] = {
-    "wikipedia": lambda: text.wikipedia("evaluation"),
-    "news": text.news,
-    "technical": text.technical,
+    "wikipedia": lambda: corpora.wikipedia("evaluation"),
+    "news": corpora.news,
+    "technical": corpora.technical,
 }
 """Packaged texts by name; none of them is calibrated on."""
 
@@ -57,7 +57,7 @@ class Prepared:
 
     settings: Settings
     source: Source
-    calibration: calibration_data.Source
+    calibration: windows.Source
     texts: dict[str, str]
     methods: list[str]
     left_out: list[str]
@@ -86,7 +86,7 @@ def prepare(settings: Settings) -> Prepared:
         raise UsageError("; ".join(left_out))
     if settings.tasks:
         _lm_eval()
-    return Prepared(settings, source, calibration_data.open_source(settings.calib_data), texts, methods, left_out)
+    return Prepared(settings, source, windows.open_source(settings.calib_data), texts, methods, left_out)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def run(prepared: Prepared, folder: Path, progress: Report) -> Iterator[Results]
     progress("loading the model", 0, 1)
     checkpoint = load(prepared.source)
     progress("loading the model", 1, 1)
-    calibration, _ = calibration_data.calibration_windows(
+    calibration, _ = windows.calibration_windows(
         checkpoint, prepared.calibration, settings.calib_windows, 1, settings.context
     )
     bench = Bench(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mbq_export.checkpoint import Checkpoint
+from mbq_export.model.checkpoint import Checkpoint
 from mbq_runtime.engine import Window
 
 from .harness import Forward

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from mbq_runtime.engine import gpu_plan
 from mbq_runtime.engine.gpu_plan import LOGITS, RESULT, ROUTING, STATE
 from mbq_runtime.errors import ModelError
-from mbq_targets.gpu import attention, choose, matmul, routing
-from mbq_targets.gpu.emit import MAX_TABLES, TOKENS, Kernel
+from mbq_targets.gpu import attention, matmul, routing, sampling
+from mbq_targets.gpu.kernel import MAX_TABLES, TOKENS, Kernel
 from mbq_targets.gpu.source import lower as to_text
-from mbq_targets.table import Target
+from mbq_targets.machines import Target
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..checkpoint import Checkpoint
-from ..slicing.reference import RouterParams, Sliced, pack_planes, pack_scales
+from ..format.reference import RouterParams, Sliced, pack_planes, pack_scales
+from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]
 
@@ -114,7 +114,7 @@ class _Lowering:
         head = self.calibrated.units["head"]
         self._norm(head, d.final_norm, chunk, branch=True, last=True)
         self._linear(head, self._head_input(), LOGITS, 1)
-        kernel = choose.argmax("argmax", d.vocab_size, self.tuning.token_threads, chunk)
+        kernel = sampling.argmax("argmax", d.vocab_size, self.tuning.token_threads, chunk)
         self._launch(kernel, {"logits": LOGITS, "result": RESULT})
 
     def _head_input(self) -> str:
@@ -133,7 +133,7 @@ class _Lowering:
         rooms = ("normed", "turned")
         for i, (kind, name, factor, more) in enumerate(steps):
             side = kind.partition("_")[0]
-            kernel = choose.turn(f"turn_{kind}", a, b, side, threads, gain=bool(more))
+            kernel = sampling.turn(f"turn_{kind}", a, b, side, threads, gain=bool(more))
             buffers = {"x": rooms[i % 2], "factor": self._tensor(f"head_input.{name}", factor), "y": rooms[1 - i % 2]}
             self._launch(kernel, buffers | more, factor.nbytes)
         return "normed"

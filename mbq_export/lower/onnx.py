@@ -17,12 +17,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..checkpoint import Checkpoint
-from ..families import Decoder
-from ..slicing.reference import Sliced, pack_planes, pack_scales
+from ..format.reference import Sliced, pack_planes, pack_scales
+from ..model.checkpoint import Checkpoint
+from ..model.families import Decoder
 from .onnx_functions import DOMAIN, DOMAIN_VERSION, GATES, OPSET_IMPORTS, pack_nbits, portable_functions
 
 MS = "com.microsoft"

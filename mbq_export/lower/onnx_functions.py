@@ -42,8 +42,8 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from mbq_export.slicing.reference import MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
-from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_export.format.reference import MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 DOMAIN = "ai.mbq"
 DOMAIN_VERSION = 1

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mbq_runtime.bundle.tensors import Entry
 from mbq_runtime.errors import ModelError
-from mbq_runtime.weights_file import Entry
 from mbq_targets.spec import KernelSpec
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..checkpoint import Checkpoint
-from ..families import Decoder
+from ..model.checkpoint import Checkpoint
+from ..model.families import Decoder
 from .tvm_weights import Array, collect, places
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")

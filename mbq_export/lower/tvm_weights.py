@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.weights_file import Entry, plan, write_header
+from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..checkpoint import Checkpoint
-from ..slicing.reference import Sliced, pack_planes, pack_scales
+from ..format.reference import Sliced, pack_planes, pack_scales
+from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]
 

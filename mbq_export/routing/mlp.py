@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..recipe import MLP_HIDDEN as HIDDEN
+from ..methods import MLP_HIDDEN as HIDDEN
 from . import norm
-from .statistics import UnitStatistics
+from .slice_gains import UnitStatistics
 
 F32 = NDArray[np.float32]
 

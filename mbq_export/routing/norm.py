@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from .statistics import UnitStatistics
+from .slice_gains import UnitStatistics
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

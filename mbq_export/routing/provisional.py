@@ -8,13 +8,13 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..checkpoint import Checkpoint
-from ..slicing.reference import RouterParams, Sliced
+from ..format.reference import RouterParams, Sliced
+from ..model.checkpoint import Checkpoint
 from ..store import Store
-from . import candidates, choice
-from .statistics import collect
+from . import kinds, select
+from .slice_gains import collect
 
 _STEP = "provisional routers"
 
@@ -35,9 +35,9 @@ def fit(
     """
     kept = store.arrays(_STEP)
     if kept is None:
-        inputs = candidates.ROUTERS[kind].needs_inputs
+        inputs = kinds.ROUTERS[kind].needs_inputs
         stats = collect(checkpoint, slices, profile, windows, seed, keep_inputs=inputs, progress=progress)
-        fitted = choice.fit(kind, stats, slices, profile, seed)
+        fitted = select.fit(kind, stats, slices, profile, seed)
         kept = {
             f"{unit}:{field.name}": getattr(router, field.name)
             for unit, router in fitted.items()

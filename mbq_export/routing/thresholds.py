@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

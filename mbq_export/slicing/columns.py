@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mbq_runtime.profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_targets.build import build_for_this_machine
 
 from ..devices import CPU

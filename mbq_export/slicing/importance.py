@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from .. import processes
-from ..blocks import fast, lean_backward, require_finite
-from ..checkpoint import Checkpoint
+from ..model.blocks import fast, lean_backward, require_finite
+from ..model.checkpoint import Checkpoint
 from ..store import Store
 
 MAX_WEIGHT = 4.0

@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
-from mbq_runtime.profile import SliceProfile
 
+from ..format.reference import F32, Sliced
 from .columns import Grid, feed_back
-from .reference import F32, Sliced
 from .rtn import group_range
 
 DAMPING = 0.01

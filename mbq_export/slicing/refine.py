@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
+from ..format.reference import F32, Sliced, joined
 from .columns import Grid, settle
 from .nested import damped
-from .reference import F32, Sliced, joined
 
 ROWS = 4096
 """Rows worked on at a time: what a group's columns hold of them then stays in the processor's cache."""

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from userland import Userland
 
+from mbq_runtime.bundle.manifest import OPS_LIBRARY, read
 from mbq_runtime.engine import Engine, Session
 from mbq_runtime.errors import BundleError
-from mbq_runtime.manifest import OPS_LIBRARY, read
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from board_packages import REPO
 from rooms import helper
 from userland import Userland
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.machines import TARGETS
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import TARGETS
 
 pytestmark = pytest.mark.slow
 

@@ -170,7 +170,9 @@ def test_work_trees_runtime_is_the_one_imported(userland: Userland) -> None:
     done = userland.run(["-c", script])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(userland.overlay / "mbq_runtime" / "__init__.py"), "4"]
-    assert (userland.overlay / "mbq_runtime" / "errors.py").read_bytes() == (REPO / "runtime/errors.py").read_bytes()
+    assert (userland.overlay / "mbq_runtime" / "errors.py").read_bytes() == (
+        REPO / "runtime/mbq_runtime/errors.py"
+    ).read_bytes()
 
 
 def test_failures_come_back_as_they_are(userland: Userland) -> None:

@@ -265,8 +265,9 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
 
 def _runtime_copy(folder: Path) -> Path:
     """A folder for PYTHONPATH holding ``mbq_runtime`` as the work tree has it now, named by its content."""
-    files = sorted(path for path in (REPO / "runtime").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    contents = {path.relative_to(REPO / "runtime"): path.read_bytes() for path in files}
+    source = REPO / "runtime" / "mbq_runtime"
+    files = sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    contents = {path.relative_to(source): path.read_bytes() for path in files}
     digest = hashlib.sha256()
     for name, content in contents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)

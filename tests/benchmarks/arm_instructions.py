@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from mbq_runtime.manifest import read
+from mbq_runtime.bundle.manifest import read
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "arm64"))
 from userland import CPU_PARTS, Userland  # type: ignore[import-not-found]  # another room of the tests

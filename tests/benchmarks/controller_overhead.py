@@ -23,9 +23,9 @@ from typing import Any
 import click
 
 from mbq_runtime import Engine
+from mbq_runtime.control.controller import start, step
 from mbq_runtime.control.governor import PERIOD_S, Governor
 from mbq_runtime.control.policy import POLICIES
-from mbq_runtime.control.step import start, step
 from mbq_runtime.sensing import Sensors
 
 PROMPT = "Tell me a long story about the sea."

@@ -30,19 +30,19 @@ import torch
 from onnx import helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mbq_export import bundle
 from mbq_export.calibrate import Calibrated, RoutedLinear
-from mbq_export.checkpoint import Checkpoint, Source
-from mbq_export.families import describe
+from mbq_export.format.reference import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_functions import DOMAIN
+from mbq_export.model.checkpoint import Checkpoint, Source
+from mbq_export.model.families import describe
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import RouterParams
-from mbq_runtime.profile import SliceProfile
+from mbq_export.write import bundle_parts
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.machines import resolve
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import resolve
 
 GROUP_SIZE = 64
 PAST_TOKENS = 64
@@ -179,12 +179,12 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
         for name, bits in (("MatMulNBits 4 bits", 4), ("MatMulNBits 8 bits", 8), ("MatMul float32", 32)):
             folder = Path(scratch) / str(bits)
             folder.mkdir()
-            bundle.write_model(*stock_model(model, tensors, bits), folder)
+            bundle_parts.write_model(*stock_model(model, tensors, bits), folder)
             session = open_session(folder, threads, None)
             sides[name] = (session, feed(session, 0))
         library = Path(scratch) / "libmbq_ops.so"
         build_ops_library(resolve("host"), KernelSpec(profile, GROUP_SIZE), library)
-        bundle.write_model(model, tensors, Path(scratch))
+        bundle_parts.write_model(model, tensors, Path(scratch))
         session = open_session(Path(scratch), threads, library)
         for bits in profile.depth_bits:
             values = feed(session, bits)

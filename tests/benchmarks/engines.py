@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mbq_runtime import Engine
 from mbq_runtime.bench import environment
-from mbq_runtime.manifest import read
+from mbq_runtime.bundle.manifest import read
 from mbq_runtime.sensing.sensors import Sensors
 
 PROMPT_TOKENS = 16

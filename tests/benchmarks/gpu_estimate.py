@@ -13,9 +13,9 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from mbq_runtime import manifest as bundle_manifest
+from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.engine import gpu_plan
-from mbq_targets.table import TARGETS
+from mbq_targets.machines import TARGETS
 
 # Operations on a weight of one token, a multiply-add as two: shift, mask, shift and or for each plane, shared by the
 # four weights of a word's byte lanes; then extract (2), convert (1), scale and offset (2), multiply-add (2).

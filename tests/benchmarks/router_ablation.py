@@ -20,19 +20,20 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from mbq_export import calibration_data, quality
-from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export import quality
 from mbq_export.compare.run import TEXTS
+from mbq_export.data import windows as text_windows
+from mbq_export.format.reference import RouterParams, Sliced, unpack_planes, unpack_scales
+from mbq_export.methods import CONTEXT_TOKENS, METHODS
+from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.sliced_linear import values_at
 from mbq_export.progress import Progress
-from mbq_export.recipe import CONTEXT_TOKENS, METHODS
-from mbq_export.routing import candidates, choice
-from mbq_export.routing.statistics import collect
-from mbq_export.slicing.layers import values_at
-from mbq_export.slicing.reference import RouterParams, Sliced, unpack_planes, unpack_scales
-from mbq_export.slicing.rotation import rotate
+from mbq_export.routing import kinds, select
+from mbq_export.routing.slice_gains import collect
+from mbq_export.transforms.rotation import rotate
+from mbq_runtime.bundle.manifest import Manifest
+from mbq_runtime.bundle.manifest import read as read_manifest
 from mbq_runtime.commands.common import listed
-from mbq_runtime.manifest import Manifest
-from mbq_runtime.manifest import read as read_manifest
 from mbq_runtime.perplexity import cut_windows, read_text
 
 Tensors = dict[str, Any]
@@ -98,10 +99,10 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
     checkpoint = load(locate(model))
     fitted, held_back = (facts[name] // CONTEXT_TOKENS for name in ("tokens", "held_back_tokens"))
-    source = calibration_data.open_source(None)
+    source = text_windows.open_source(None)
     if source.name != facts["text"]:
         raise click.UsageError(f"{bundle} was calibrated on {facts['text']}: needed {source.name}")
-    _, held = calibration_data.calibration_windows(checkpoint, source, fitted, held_back, CONTEXT_TOKENS)
+    _, held = text_windows.calibration_windows(checkpoint, source, fitted, held_back, CONTEXT_TOKENS)
     text = TEXTS[data]() if data in TEXTS else read_text(Path(data))
     tokens = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     measured = np.array(cut_windows(tokens, CONTEXT_TOKENS, checkpoint.opening_tokens, windows))
@@ -112,13 +113,13 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
             checkpoint, slices, profile, np.array_split(held, 2)[0], manifest.seed, keep_inputs=True,
             progress=lambda done, total: progress("measuring slices", done, total),
         )  # fmt: skip
-        fits = {kind: choice.fit(kind, stats, slices, profile, manifest.seed) for kind in candidates.ROUTERS}
+        fits = {kind: select.fit(kind, stats, slices, profile, manifest.seed) for kind in kinds.ROUTERS}
         fits[manifest.router.kind] = stored_routers(manifest, tensors)
-        losses, used = choice.measure(
+        losses, used = select.measure(
             checkpoint, fits, slices, profile, manifest.seed, measured, budgets,
             lambda done, total: progress("measuring routers", done, total),
         )  # fmt: skip
-    found = choice.comparison(losses, manifest.router.kind, budgets)
+    found = select.comparison(losses, manifest.router.kind, budgets)
     print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; the original: {original:.2f}")
     print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |")
     print("|---" * (1 + len(budgets)) + "|")

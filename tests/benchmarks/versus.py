@@ -32,8 +32,8 @@ import click
 from versus_models import CHECKPOINTS, OURS, Side, default_work_folder, library_versions, sides
 from versus_worker import PROBE_BYTES
 
-from mbq_runtime.manifest import read as read_manifest
-from mbq_targets.table import resolve
+from mbq_runtime.bundle.manifest import read as read_manifest
+from mbq_targets.machines import resolve
 
 WARM_TOKENS = 3
 PAUSE_S = 0.1  # the threads of the side before spin for a while

@@ -24,18 +24,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mbq_export.calibrate import Calibrated, RoutedLinear
-from mbq_export.checkpoint import load, locate
 from mbq_export.compare import llama_cpp_files
 from mbq_export.export import Options, prepare, write_calibrated
-from mbq_export.recipe import MLP_HIDDEN
+from mbq_export.format.reference import RouterParams
+from mbq_export.methods import MLP_HIDDEN
+from mbq_export.model.checkpoint import load, locate
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import RouterParams
-from mbq_runtime.manifest import OPS_LIBRARY, QualityPoint, read
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.manifest import OPS_LIBRARY, QualityPoint, read
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
+from mbq_targets.machines import TARGETS, resolve
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import TARGETS, resolve
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 GENAI_PRECISIONS = ("int4", "int8")

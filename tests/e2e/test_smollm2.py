@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mbq_export import text
-from mbq_export.calibration_data import calibration_windows, open_source
-from mbq_export.checkpoint import load, locate
-from mbq_export.recipe import CONTEXT_TOKENS
-from mbq_runtime import Engine, manifest
+from mbq_export.data import corpora
+from mbq_export.data.windows import calibration_windows, open_source
+from mbq_export.methods import CONTEXT_TOKENS
+from mbq_export.model.checkpoint import load, locate
+from mbq_runtime import Engine
+from mbq_runtime.bundle import manifest
 from mbq_runtime.engine import Session
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import measure
@@ -30,7 +31,7 @@ TIE = 1e-3
 def wikipedia(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Articles that are not calibrated on."""
     path = tmp_path_factory.mktemp("wikipedia") / "evaluation.txt"
-    path.write_text(text.wikipedia("evaluation"), encoding="utf-8")
+    path.write_text(corpora.wikipedia("evaluation"), encoding="utf-8")
     return path
 
 

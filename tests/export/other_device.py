@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from mbq_export import blocks, calibrate
-from mbq_export.checkpoint import load, locate
-from mbq_export.recipe import METHODS, Recipe
-from mbq_export.slicing.reference import decode
-from mbq_runtime.profile import SliceProfile
+from mbq_export import calibrate
+from mbq_export.format.reference import decode
+from mbq_export.methods import METHODS, Recipe
+from mbq_export.model import blocks
+from mbq_export.model.checkpoint import load, locate
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 aten = torch.ops.aten
 

@@ -13,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export import processes, quality
-from mbq_export.checkpoint import Checkpoint, load, locate
-from mbq_export.recipe import FIRST, ONLY, SECOND, Phase
-from mbq_export.routing import choice
-from mbq_export.routing.statistics import collect
+from mbq_export.format.reference import Sliced, decode
+from mbq_export.methods import FIRST, ONLY, SECOND, Phase
+from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.routing import select
+from mbq_export.routing.slice_gains import collect
 from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import Sliced, decode
-from mbq_export.slicing.sequential import slice_model
-from mbq_export.slicing.smoothing import smooth
-from mbq_export.slicing.tuning import Routing, Teacher, tune
+from mbq_export.slicing.by_block import slice_model
 from mbq_export.store import Store
-from mbq_runtime.profile import SliceProfile
+from mbq_export.transforms.smoothing import smooth
+from mbq_export.tuning.tune import Routing, Teacher, tune
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 GROUP_SIZE = 32
@@ -67,7 +67,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         found |= {f"energy {name}": of_unit.mean_square, f"change {name}": of_unit.change, f"in {name}": of_unit.inputs}
         # Losses hang on labels that each process draws for itself: take something that does not.
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
-    routers = choice.fit("norm", stats, slices, PROFILE, 0)
+    routers = select.fit("norm", stats, slices, PROFILE, 0)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
     (measured,) = quality.measure(checkpoint, slices, PROFILE, windows, [by_energy])
     return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}

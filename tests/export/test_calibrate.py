@@ -10,12 +10,12 @@ from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
 from mbq_export.calibrate import Calibrated, quality_floor, worth
-from mbq_export.recipe import AUTO_SLICES
-from mbq_export.slicing.reference import Sliced
+from mbq_export.format.reference import Sliced
+from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
-from mbq_runtime import manifest
-from mbq_runtime.manifest import QualityPoint
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ from tiny_models import COMMON, MODELS
 from transformers import AutoConfig
 
 from mbq_export import quality
-from mbq_export.families import describe
+from mbq_export.format.reference import RouterParams, Sliced
+from mbq_export.model.families import describe
 from mbq_export.plan import Plan
-from mbq_export.routing import candidates, choice
-from mbq_export.routing.statistics import UnitStatistics
-from mbq_export.slicing.reference import RouterParams, Sliced
-from mbq_runtime.profile import SliceProfile
+from mbq_export.routing import kinds, select
+from mbq_export.routing.slice_gains import UnitStatistics
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 N, K = 1024, 64
@@ -45,27 +45,27 @@ def straight(better_by: Sequence[float]) -> Any:
     return measure
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, choice.Comparison]:
+def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, select.Comparison]:
     monkeypatch.setattr(quality, "measure", straight((0.0, learned_better_by)))
-    monkeypatch.setattr(choice, "fast_dtype", lambda device: None)
+    monkeypatch.setattr(select, "fast_dtype", lambda device: None)
 
     class Anywhere:
         device = "cpu"
 
     fits = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
     windows: NDArray[np.int64] = np.zeros((2, 8), np.int64)
-    kind, _, compared = choice.choose(Anywhere(), fits, SLICES, PROFILE, 0, windows, lambda done, total: None)  # type: ignore[arg-type]
+    kind, _, compared = select.choose(Anywhere(), fits, SLICES, PROFILE, 0, windows, lambda done, total: None)  # type: ignore[arg-type]
     return kind, compared
 
 
 def test_the_bits_of_a_router_are_those_of_all_its_parameters_per_weight() -> None:
-    assert choice.router_bits({"unit": RULE}, SLICES) == pytest.approx(8 * 2 * 3 * 4 / (N * K))
+    assert select.router_bits({"unit": RULE}, SLICES) == pytest.approx(8 * 2 * 3 * 4 / (N * K))
     more = 2 * K * 2 + 2 * 4 + 3 * 2 * 4
-    assert choice.router_bits({"unit": LEARNED}, SLICES) == pytest.approx(8 * (2 * 3 * 4 + more) / (N * K))
+    assert select.router_bits({"unit": LEARNED}, SLICES) == pytest.approx(8 * (2 * 3 * 4 + more) / (N * K))
 
 
 def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = choice.router_bits({"unit": LEARNED}, SLICES) - choice.router_bits({"unit": RULE}, SLICES)
+    cost = select.router_bits({"unit": LEARNED}, SLICES) - select.router_bits({"unit": RULE}, SLICES)
     assert chosen(monkeypatch, 0.5 * cost)[0] == "norm"
     kind, compared = chosen(monkeypatch, 2 * cost)
     assert kind == "mlp"
@@ -74,7 +74,7 @@ def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monke
     assert middle["stderr"] == 0
 
 
-@pytest.mark.parametrize("kind", list(candidates.ROUTERS))
+@pytest.mark.parametrize("kind", list(kinds.ROUTERS))
 def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
     config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **MODELS["llama"]})
     decoder = describe(config, "tiny")
@@ -85,6 +85,6 @@ def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
         loss = -np.sort(-rng.uniform(size=(32, 4)).astype(np.float32), axis=1)
         x = rng.normal(size=(32, k)).astype(np.float16)
         stats[name] = UnitStatistics(n * k, loss[:, 0], loss[:, 1:], loss, x)
-    routers = choice.fit(kind, stats, slices, PROFILE, 0)
+    routers = select.fit(kind, stats, slices, PROFILE, 0)
     plan = Plan(decoder, PROFILE, 64, "mbq16", kind, 2048)
     assert sum(router.bytes for router in routers.values()) == plan.router_bytes

@@ -9,7 +9,7 @@ import torch
 
 from mbq_export.slicing import columns
 from mbq_export.slicing.columns import Grid
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 ROWS, SIZE = 203, 64  # the last rows do not fill a vector
 CASES = [((3, 1, 2, 2), 0), ((2, 2, 2, 2), 0), ((2, 2, 2, 2), 2), ((1,) * 8, 0), ((8,), 0)]

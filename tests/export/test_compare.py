@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 from tiny_models import write_checkpoint
 
-from mbq_export.checkpoint import Checkpoint, load, locate
 from mbq_export.cli import command
-from mbq_export.compare import last_word, llama_cpp_files, methods, report, weights
+from mbq_export.compare import last_word, llama_cpp_files, report, rivals, weights
 from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
+from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_runtime.engine import Window
 from mbq_runtime.errors import ModelError, UsageError
 
@@ -142,7 +142,7 @@ def compare(*args: str | Path) -> object:
 
 
 def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    llama_cpp = methods.METHODS["llama.cpp"].available
+    llama_cpp = rivals.METHODS["llama.cpp"].available
     names = "rtn,llama.cpp" if llama_cpp else "rtn"
     args = ("--model", folder, "--data", text_file, "--methods", names, "--bits", "2,4", "--windows", "3")
     args += ("--context", "64", "--calib-data", text_file, "--calib-windows", "4", "--last-words", "3")
@@ -221,8 +221,8 @@ def test_refusals(folder: Path, text_file: Path, args: list[str], part: str) -> 
 
 
 def test_a_method_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = methods.Method("absent", methods.METHODS["rtn"].sides, ("no_such_module", "no-such-package"))
-    monkeypatch.setitem(methods.METHODS, "absent", absent)
+    absent = rivals.Method("absent", rivals.METHODS["rtn"].sides, ("no_such_module", "no-such-package"))
+    monkeypatch.setitem(rivals.METHODS, "absent", absent)
     done = compare("--model", folder, "--methods", "absent")
     assert "absent is left out, it needs no-such-package: pip install no-such-package" in str(done.exception)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export import text
-from mbq_export.calibration_data import calibration_windows, open_source
-from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.data import corpora
+from mbq_export.data.windows import calibration_windows, open_source
+from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_runtime.errors import UsageError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
@@ -142,7 +142,7 @@ def test_a_file_that_is_no_text(tmp_path: Path, content: bytes | None, part: str
 
 
 def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
-    parts = {name: text.wikipedia(name) for name in ("calibration", "validation", "evaluation")}
+    parts = {name: corpora.wikipedia(name) for name in ("calibration", "validation", "evaluation")}
     openings = {name: {article[:60] for article in part.split("\n\n")} for name, part in parts.items()}
     assert not openings["calibration"] & openings["validation"]
     assert not (openings["calibration"] | openings["validation"]) & openings["evaluation"]
@@ -155,7 +155,7 @@ def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
 
 
 def test_wikipedia_is_whole_paragraphs_of_prose() -> None:
-    paragraphs = text.wikipedia("calibration").split("\n\n")
+    paragraphs = corpora.wikipedia("calibration").split("\n\n")
     assert paragraphs[0].startswith("Anarchism is a political philosophy that advocates self-governed societies")
     assert paragraphs[1].startswith("Anarchism draws on many currents of thought and strategy.")
     assert not [p for p in paragraphs if re.match(r"[*:;#=|]|File:|Image:|__", p)]
@@ -163,6 +163,6 @@ def test_wikipedia_is_whole_paragraphs_of_prose() -> None:
 
 
 def test_three_domains_are_long_enough_to_measure_on() -> None:
-    for content in (text.wikipedia("evaluation"), text.news(), text.technical()):
+    for content in (corpora.wikipedia("evaluation"), corpora.news(), corpora.technical()):
         assert len(content) > 24 * 512 * 6
-    assert "context manager" in text.technical()
+    assert "context manager" in corpora.technical()

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
-from mbq_export import blocks
-from mbq_export.checkpoint import Checkpoint, load, locate
+from mbq_export.model import blocks
+from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.slicing import importance
 from mbq_export.slicing.importance import MAX_WEIGHT, token_importance
 from mbq_export.store import Store

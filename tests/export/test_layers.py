@@ -12,14 +12,14 @@ from shared_work import halves
 from tiny_models import write_checkpoint
 from torch.nn import functional
 
-from mbq_export import blocks
-from mbq_export.blocks import lean_backward
-from mbq_export.checkpoint import load, locate
-from mbq_export.slicing import layers, rtn
-from mbq_export.slicing.layers import Bits, SlicedLinear, sliced_layers
-from mbq_export.slicing.reference import Sliced, decode_f32
-from mbq_export.slicing.tuning import _routed, _Tuned
-from mbq_runtime.profile import SliceProfile
+from mbq_export.format.reference import Sliced, decode_f32
+from mbq_export.model import blocks, sliced_linear
+from mbq_export.model.blocks import lean_backward
+from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.sliced_linear import Bits, SlicedLinear, sliced_layers
+from mbq_export.slicing import rtn
+from mbq_export.tuning.tune import _routed, _Tuned
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 BIAS = torch.linspace(-1, 1, 12)
@@ -27,7 +27,7 @@ BIAS = torch.linspace(-1, 1, 12)
 
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
-    monkeypatch.setattr(layers, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
+    monkeypatch.setattr(sliced_linear, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
     rng = np.random.default_rng(0)
     return Sliced(
         rng.integers(0, 256, (12, 128)).astype(np.uint8),

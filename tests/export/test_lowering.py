@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import MODELS, write_checkpoint
 
-from mbq_export import bundle
 from mbq_export.calibrate import Calibrated, RoutedLinear
-from mbq_export.checkpoint import Checkpoint, load, locate
-from mbq_export.families import Unit
+from mbq_export.format.reference import RouterParams, decode_f32
 from mbq_export.lower.onnx import lower
+from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.families import Unit
 from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import RouterParams, decode_f32
-from mbq_runtime.profile import SliceProfile
+from mbq_export.write import bundle_parts
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile.parse("3,1,2,2")
 GROUP_SIZE = 64
@@ -102,7 +102,7 @@ def session(
     model, tensors = lower(checkpoint, calibrated, "nbits")
     for name in calibrated.units:
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.depth", onnx.TensorProto.INT32, None))
-    bundle.write_model(model, tensors, folder)
+    bundle_parts.write_model(model, tensors, folder)
     return ort.InferenceSession(str(folder / "model.onnx"))
 
 

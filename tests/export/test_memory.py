@@ -15,13 +15,13 @@ from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mbq_export import memory
-from mbq_export.checkpoint import load, locate
 from mbq_export.cli import command
-from mbq_export.families import describe
+from mbq_export.methods import METHODS
+from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.families import describe
 from mbq_export.plan import Plan
-from mbq_export.recipe import METHODS
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
-from mbq_runtime.profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 

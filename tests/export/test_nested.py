@@ -7,11 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mbq_export.format.reference import Sliced, decode
 from mbq_export.slicing import nested, rtn
-from mbq_export.slicing.reference import Sliced, decode
 from mbq_export.slicing.refine import refine
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
-from mbq_runtime.profile import SliceProfile
 
 Case = tuple[NDArray[np.float32], torch.Tensor]
 

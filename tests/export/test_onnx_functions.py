@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel as Level
 
+from mbq_export.format import reference
+from mbq_export.format.reference import RouterParams, Sliced
 from mbq_export.lower import onnx_functions as portable
-from mbq_export.slicing import reference
-from mbq_export.slicing.reference import RouterParams, Sliced
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

@@ -11,9 +11,9 @@ import torch
 from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
-from mbq_export import recipe
-from mbq_export.blocks import fast_dtype
-from mbq_runtime import manifest
+from mbq_export import methods
+from mbq_export.model.blocks import fast_dtype
+from mbq_runtime.bundle import manifest
 
 WORK = Path(__file__).with_name("shared_work.py")
 
@@ -55,7 +55,7 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
 
     work = tmp_path / "b" / ".model.3122.calibration"
     again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
-    for step in ("model.layers.0", recipe.ONLY.name):
+    for step in ("model.layers.0", methods.ONLY.name):
         kill_once(again, (work / f"{step}.safetensors").exists)
     assert "resuming behind" in run(again)
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export.checkpoint import load, locate
-from mbq_export.routing import choice, provisional
-from mbq_export.routing.statistics import collect
+from mbq_export.model.checkpoint import load, locate
+from mbq_export.routing import provisional, select
+from mbq_export.routing.slice_gains import collect
 from mbq_export.slicing import rtn
 from mbq_export.store import Store
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 60))
@@ -31,7 +31,7 @@ def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkey
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
     stats = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0, keep_inputs=True)
-    expected = choice.fit(kind, stats, slices, PROFILE, seed=0)
+    expected = select.fit(kind, stats, slices, PROFILE, seed=0)
     store = Store(tmp_path / "work", "inputs")
     found = provisional.fit(kind, checkpoint, slices, PROFILE, WINDOWS, 0, store, quiet)
     # Found again where they were kept, not by measuring.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mbq_export.slicing import rtn
-from mbq_export.slicing.reference import (
+from mbq_export.format.reference import (
     RouterParams,
     Sliced,
     decode,
@@ -21,7 +20,8 @@ from mbq_export.slicing.reference import (
     unpack_planes,
     unpack_scales,
 )
-from mbq_runtime.profile import SliceProfile
+from mbq_export.slicing import rtn
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILES = ["2,2,2,2", "3,1,2,2", "1,1,2,4", "8"]
 

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
-from mbq_export.checkpoint import Checkpoint, load, locate
-from mbq_export.routing.statistics import collect, without_outliers
+from mbq_export.format.reference import Sliced
+from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.sliced_linear import SlicedLinear, sliced_layers, values_at
+from mbq_export.routing.slice_gains import collect, without_outliers
 from mbq_export.slicing import rtn
-from mbq_export.slicing.layers import SlicedLinear, sliced_layers, values_at
-from mbq_export.slicing.reference import Sliced
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 600))

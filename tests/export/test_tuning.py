@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mbq_export.recipe import FIRST, LONG, ONLY, SECOND, tunings
-from mbq_export.slicing import tuning
-from mbq_runtime.profile import SliceProfile
+from mbq_export.methods import FIRST, LONG, ONLY, SECOND, tunings
+from mbq_export.tuning import tune
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 
 class StandIn:
@@ -23,13 +23,13 @@ class StandIn:
 def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
     profile = SliceProfile((2, 2, 2, 2))
     once, long, first, second = (
-        list(islice(tuning.budget_order(profile, phase), 12)) for phase in (ONLY, LONG, FIRST, SECOND)
+        list(islice(tune.budget_order(profile, phase), 12)) for phase in (ONLY, LONG, FIRST, SECOND)
     )
     assert long == [2, 8, 2, 4, 2, 6, 2, 4, 2, 8, 2, 4]
     assert once == [2, 8, 2, 4, 2, 6] * 2
     assert first == [2] * 12
     assert second == [2.5, 8, 3, 2, 3.5, 4, 2.5, 6, 3, 8, 3.5, 2]
-    assert list(islice(tuning.budget_order(SliceProfile((8,)), ONLY), 3)) == [8, 8, 8]
+    assert list(islice(tune.budget_order(SliceProfile((8,)), ONLY), 3)) == [8, 8, 8]
 
 
 def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
@@ -43,12 +43,12 @@ def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
 
 
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(tune, "_TOKENS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(10, 50, generator=generator) for _ in range(2))
     values, gradients = [], []
     for divergence in (
-        lambda logits: tuning._Divergence.apply(logits, StandIn(), teacher),
+        lambda logits: tune._Divergence.apply(logits, StandIn(), teacher),
         lambda logits: functional.kl_div(
             logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
         ),

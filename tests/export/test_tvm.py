@@ -12,11 +12,12 @@ import torch
 from safetensors.numpy import load_file
 from tiny_models import write_checkpoint
 
-from mbq_export.checkpoint import load, locate, read_config
 from mbq_export.cli import command
 from mbq_export.lower import tvm
-from mbq_runtime import BundleError, Engine, UsageError, manifest
-from mbq_runtime.contents import check_contents
+from mbq_export.model.checkpoint import load, locate, read_config
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.check import check_contents
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
 from mbq_runtime.errors import ModelError

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mbq_runtime.engine import opencl, webgpu
 from mbq_runtime.engine.gpu_plan import Kernel as PlanKernel
 from mbq_runtime.engine.gpu_plan import Launch
-from mbq_targets.gpu.emit import Kernel
+from mbq_targets.gpu.kernel import Kernel
 from mbq_targets.gpu.source import lower
 
 os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # the loader of display drivers complains without one

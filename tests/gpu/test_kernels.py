@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from devices import Runner, routing, state
 
-from mbq_export.slicing import reference as ref
+from mbq_export.format import reference as ref
 from mbq_export.slicing.rtn import slice_weight
-from mbq_runtime.profile import SliceProfile
-from mbq_targets.gpu import attention, choose, matmul
+from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.gpu import attention, matmul, sampling
 from mbq_targets.gpu import routing as rules
-from mbq_targets.gpu.tuning import Tuning
+from mbq_targets.gpu.work_groups import Tuning
 
 PROFILES = [SliceProfile((3, 1, 2, 2)), SliceProfile((2, 2, 2, 2))]
 TUNINGS = [Tuning(4, 8, 8, 64, 32), Tuning(1, 4, 2, 32, 16), Tuning(2, 8, 4, 64, 64)]
@@ -291,10 +291,10 @@ def test_turn_of_the_heads_input(runner: Runner) -> None:
     left, right, gain = (rng.standard_normal(shape).astype(np.float32) for shape in ((a, a), (b, b), (a, b)))
     x = rng.standard_normal((a, b)).astype(np.float32)
     y = np.zeros_like(x)
-    (one,) = runner(choose.turn("t", a, b, "left", 32), {"x": x, "factor": left, "y": y}, "y")
+    (one,) = runner(sampling.turn("t", a, b, "left", 32), {"x": x, "factor": left, "y": y}, "y")
     np.testing.assert_allclose(one, left @ x, atol=1e-4)
     arrays = {"x": x, "factor": right, "gain": gain, "y": y}
-    (two,) = runner(choose.turn("t", a, b, "right", 32, gain=True), arrays, "y")
+    (two,) = runner(sampling.turn("t", a, b, "right", 32, gain=True), arrays, "y")
     np.testing.assert_allclose(two, x @ right * gain, atol=1e-4)
 
 
@@ -305,6 +305,6 @@ def test_argmax_takes_the_first_of_equals_and_reports_bits(runner: Runner) -> No
     used = routing(np.zeros(CHUNK))
     used[3, 1] = np.array([4.25], np.float32).view(np.int32)[0]
     arrays = {"logits": logits, "routing": used, "state": state(row=3, tokens=[0] * CHUNK)}
-    (result,) = runner(choose.argmax("a", 1000, 64, CHUNK), arrays | {"result": np.zeros(2, np.int32)}, "result")
+    (result,) = runner(sampling.argmax("a", 1000, 64, CHUNK), arrays | {"result": np.zeros(2, np.int32)}, "result")
     assert result[0] == 333
     assert result[1:].view(np.float32)[0] == 4.25

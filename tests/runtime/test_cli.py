@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
-from mbq_runtime import Engine, cli, manifest, perplexity
+from mbq_runtime import Engine, cli, perplexity
+from mbq_runtime.bundle import manifest
 from mbq_runtime.sensing.readings import Readings
 
 HEAVY = ("onnxruntime", "onnxruntime_genai", "torch", "numpy", "transformers", "tvm", "onnx", "mbq_export")
@@ -36,7 +37,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = f"import sys, mbq_runtime, mbq_runtime.manifest; print([m for m in {HEAVY!r} if m in sys.modules])"
+    code = f"import sys, mbq_runtime, mbq_runtime.bundle.manifest; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -78,7 +79,7 @@ def test_run_writes_what_happens_to_the_budget(
     hot = Readings(0.0, temp_c=85.0, throttle_temp_c=80.0, heat_throttled=True)
     monkeypatch.setattr("mbq_runtime.sensing.sensors.Sensors.read", lambda self: hot)
     monkeypatch.setattr("mbq_runtime.control.governor.PERIOD_S", 0.01)
-    monkeypatch.setattr("mbq_runtime.control.step._CONFIRM_S", 0.0)
+    monkeypatch.setattr("mbq_runtime.control.controller._CONFIRM_S", 0.0)
     events = tmp_path / "events.jsonl"
     options = ("--policy", "cool", "--min-bits", 4, "--events", events, "--json")
     _, out, _ = run(capsys, "run", bundle, "A", "--raw", "--max-tokens", 90, *options)

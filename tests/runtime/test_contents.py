@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import facts
 
-from mbq_runtime import BundleError, manifest
-from mbq_runtime.contents import check_contents, packed_kinds
-from mbq_runtime.onnx_file import initializers
+from mbq_runtime import BundleError
+from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.check import check_contents, packed_kinds
+from mbq_runtime.bundle.onnx_file import initializers
 
 LINEARS = (manifest.Linear("layers.0.attn_in", 40, 128), manifest.Linear("head", 100, 64))
 

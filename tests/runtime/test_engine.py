@@ -12,7 +12,7 @@ import pytest
 from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
-from mbq_runtime.engine import Session, opening
+from mbq_runtime.engine import Session, load
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import mean_nll
@@ -260,9 +260,9 @@ def test_model_says_what_it_knows(engine: Engine) -> None:
 def test_load_refuses_before_the_engine_sees_anything(bundle_copy: Path) -> None:
     model = bundle_copy / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1])
-    for load in (Engine.load, Session):
+    for opened_by in (Engine.load, Session):
         with pytest.raises(BundleError, match=r"model\.onnx: \d+ bytes long where the manifest says \d+"):
-            load(bundle_copy)
+            opened_by(bundle_copy)
 
 
 def test_load_with_bad_arguments(bundle: Path) -> None:
@@ -301,11 +301,11 @@ def test_a_thread_for_each_big_core(
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}"
         folder.mkdir(parents=True)
         (folder / "cpu_capacity").write_text(f"{capacity}\n")
-    assert opening.cores(tmp_path) == count
+    assert load.cores(tmp_path) == count
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})  # bound to the small ones, or to two of them
-    assert opening.cores(tmp_path) == 2
+    assert load.cores(tmp_path) == 2
     (tmp_path / "sys/devices/system/cpu/cpu0/cpu_capacity").write_text("")
-    assert opening.cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
+    assert load.cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
 
 
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +315,11 @@ def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytes
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{siblings}\n")
-    assert opening.cores(tmp_path) == 3
+    assert load.cores(tmp_path) == 3
     _limit_to(tmp_path, quota_us=150_000)
-    assert opening.cores(tmp_path) == 2  # one and a half
+    assert load.cores(tmp_path) == 2  # one and a half
     _limit_to(tmp_path, quota_us=900_000)
-    assert opening.cores(tmp_path) == 3
+    assert load.cores(tmp_path) == 3
     before = set(os.listdir("/proc/self/task"))
     monkeypatch.setattr(engine_module, "cores", lambda: 3)
     loaded = Engine.load(bundle)
@@ -330,9 +330,9 @@ def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytes
 def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
     (bundle_copy / "model.onnx").write_bytes(b"\x08\x0a" + b"junk" * 9)
     write_manifest(bundle_copy)
-    for load in (Engine.load, Session):
+    for opened_by in (Engine.load, Session):
         with pytest.raises(BundleError) as caught:
-            load(bundle_copy)
+            opened_by(bundle_copy)
         assert "\n" not in str(caught.value)
         assert str(bundle_copy) in str(caught.value)
 

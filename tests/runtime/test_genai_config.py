@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from mbq_runtime.bundle.genai_config import PREFILL_LOGITS_BYTES, genai_config, prefill_chunk
 from mbq_runtime.errors import ModelError
-from mbq_runtime.genai_config import PREFILL_LOGITS_BYTES, genai_config, prefill_chunk
 
 
 def config(**changes: Any) -> dict[str, Any]:

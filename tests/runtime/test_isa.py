@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mbq_runtime import BundleError, isa
-from mbq_runtime.manifest import TargetFacts
+from mbq_runtime import BundleError
+from mbq_runtime.bundle import isa
+from mbq_runtime.bundle.manifest import TargetFacts
 
 AT_HWCAP, AT_HWCAP2 = 16, 26
 

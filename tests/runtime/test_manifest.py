@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tiny_bundle import facts
 
-from mbq_runtime import BundleError, UsageError, manifest
+from mbq_runtime import BundleError, UsageError
+from mbq_runtime.bundle import manifest
 
 
 @pytest.fixture

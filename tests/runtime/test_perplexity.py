@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from mbq_runtime import UsageError, perplexity
-from mbq_runtime.manifest import Budget
+from mbq_runtime.bundle.manifest import Budget
 from mbq_runtime.perplexity import cut_windows, estimate, held, measure
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mbq_runtime.bundle.tensors import PAGE_BYTES, plan, read_entries, write_header
 from mbq_runtime.errors import BundleError
-from mbq_runtime.weights_file import PAGE_BYTES, plan, read_entries, write_header
 
 TENSORS = {
     "norm": ("F32", (9,), 36),

@@ -19,8 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mbq_runtime import manifest
-from mbq_runtime.genai_config import genai_config
+from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.genai_config import genai_config
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2

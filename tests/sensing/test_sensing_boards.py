@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from machines import Machine
 
-from mbq_runtime.sensing import Kind, fold
+from mbq_runtime.sensing import Kind, aggregate
 
 
 def test_a_healthy_board_is_read_whole(machine: Machine) -> None:
@@ -34,7 +34,7 @@ def test_a_healthy_board_is_read_whole(machine: Machine) -> None:
 def test_readings_of_a_healthy_board(machine: Machine) -> None:
     machine.settled()
     machine.go_on()
-    readings = asdict(fold(machine.settled(), machine.clock()))
+    readings = asdict(aggregate(machine.settled(), machine.clock()))
     assert readings.pop("time_s") == machine.clock()
     everything = dict.fromkeys(readings) | machine.board.readings  # what a board does not name is unknown there
     assert readings == {name: pytest.approx(value) for name, value in everything.items()}

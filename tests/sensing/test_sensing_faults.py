@@ -12,7 +12,7 @@ from boards_pc import TERMUX
 from conftest import Machine
 from trees import FAULTS
 
-from mbq_runtime.sensing import Kind, Signal, fold
+from mbq_runtime.sensing import Kind, Signal, aggregate
 from mbq_runtime.sensing.raspberry import BOARD, MAILBOX
 
 Key = tuple[Kind, str, str]
@@ -73,7 +73,7 @@ def test_broken_from_the_start(machine: Machine, fault: str) -> None:
         machine.go_on()
         signals = machine.settled()
         check(signals, before, file)
-        assert all(value is None or math.isfinite(value) for value in astuple(fold(signals, machine.clock())))
+        assert all(value is None or math.isfinite(value) for value in astuple(aggregate(signals, machine.clock())))
         machine.mend()
 
 

@@ -15,7 +15,7 @@ from machines import Machine, settled, until, waits
 from test_sensing_faults import check, concerned, healthy, measured
 from trees import Clock, Commands, Mailbox, answer, build, hang, remove
 
-from mbq_runtime.sensing import Kind, Sensors, Signal, fold
+from mbq_runtime.sensing import Kind, Sensors, Signal, aggregate
 
 BOUND_S = 0.05  # no reader of sensors may hold up the words of a reply for longer
 ZONE = "/sys/class/thermal/thermal_zone"
@@ -84,7 +84,7 @@ def test_a_late_answer_counts(tmp_path: Path) -> None:
     signals = others_answer(machine, TEMP)
     (zone,) = [one for one in signals if one.name == "cpu-thermal"]
     assert (zone.value, zone.problem) == (None, "no answer for 1.5 s")
-    assert fold(signals, 0).temp_c == 82.3  # the chip's mirror of the same sensor
+    assert aggregate(signals, 0).temp_c == 82.3  # the chip's mirror of the same sensor
     answer(tmp_path, TEMP, "71500\n")
     machine.until(lambda signals: any(one.name == "cpu-thermal" and one.value == 71.5 for one in signals))
     machine.mend()
@@ -111,7 +111,7 @@ def test_a_device_that_goes_and_comes_back(tmp_path: Path) -> None:
     gone = [one for one in machine.settled() if one.name == "BAT0"]
     assert {one.kind for one in gone} == {Kind.DISCHARGING, Kind.BATTERY, Kind.BATTERY_ENERGY, Kind.BATTERY_POWER}
     assert {one.problem for one in gone} == {"no such file or directory"}
-    readings = fold(gone, 0)
+    readings = aggregate(gone, 0)
     assert (readings.discharging, readings.battery_fraction, readings.power_w) == (None, None, None)
     build(machine.root, {path: text for path, text in THINKPAD.files.items() if "/BAT0/" in path})
     (share,) = [one for one in machine.settled() if one.name == "BAT0" and one.kind is Kind.BATTERY]
@@ -144,7 +144,7 @@ def test_a_phone_that_answers_after_seconds_is_asked_once(tmp_path: Path) -> Non
         assert sensors.read().battery_fraction is None
         clock.now_s += 1
     may_answer.set()
-    until(sensors, lambda signals: fold(signals, 0).battery_fraction == 0.76)
+    until(sensors, lambda signals: aggregate(signals, 0).battery_fraction == 0.76)
     clock.now_s += 29
     assert sensors.read().battery_fraction == 0.76
     assert asked == [10.0]
@@ -172,7 +172,7 @@ def test_a_mailbox_that_hangs_leaves_the_rest(tmp_path: Path) -> None:
 
     sensors = Sensors(build(tmp_path, PI_5.files), Clock(), Commands({}), never)
     signals = until(sensors, lambda signals: sum(waits(one) for one in signals) == 2)  # both that ask the mailbox
-    readings = fold(signals, 0)
+    readings = aggregate(signals, 0)
     assert (readings.temp_c, readings.heat_throttled, readings.undervoltage) == (82.3, None, False)
     held.set()
 
@@ -219,4 +219,4 @@ def test_a_reader_that_breaks_is_one_unknown_signal(tmp_path: Path) -> None:
     signals = settled(sensors)
     (bits,) = [one for one in signals if one.kind is Kind.THROTTLE_BITS]
     assert bits.problem == "ZeroDivisionError: nobody has thought of this"
-    assert fold(signals, 0).temp_c == 82.3
+    assert aggregate(signals, 0).temp_c == 82.3

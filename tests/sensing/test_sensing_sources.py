@@ -14,7 +14,7 @@ from boards_pc import TERMUX
 from machines import Machine, settled
 from trees import FAULTS, UNREADABLE, Clock, Commands, Mailbox, build, remove, write
 
-from mbq_runtime.sensing import Kind, Readings, Sensors, Signal, fold, power
+from mbq_runtime.sensing import Kind, Readings, Sensors, Signal, aggregate, power
 from mbq_runtime.sensing.host import Absent, Unreadable, run_command
 from mbq_runtime.sensing.raspberry import describe
 
@@ -23,7 +23,7 @@ _DRIVER = "/sys/bus/platform/drivers/raspberrypi-firmware"
 
 def look(root: Path) -> tuple[list[Signal], Readings]:
     signals = settled(Sensors(root, Clock(), Commands({}), Mailbox()))
-    return signals, fold(signals, 0)
+    return signals, aggregate(signals, 0)
 
 
 def of(signals: list[Signal], kind: Kind) -> list[Signal]:
@@ -53,7 +53,7 @@ def test_ways_to_the_throttle_bits(
     assert [(one.value, one.source) for one in of(signals, Kind.THROTTLE_BITS)] == (
         [(0xE0008, source)] if source else []
     )
-    readings = fold(signals, 0)
+    readings = aggregate(signals, 0)
     assert (readings.heat_throttled, readings.undervoltage) == (heat, False)  # the latter from rpi_volt if need be
 
 
@@ -77,7 +77,7 @@ def test_every_way_that_failed_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_what_throttle_bits_mean(bits: int, heat: bool, weak: bool) -> None:
-    readings = fold([Signal(Kind.THROTTLE_BITS, "firmware", bits, "/dev/vcio")], 0)
+    readings = aggregate([Signal(Kind.THROTTLE_BITS, "firmware", bits, "/dev/vcio")], 0)
     assert (readings.heat_throttled, readings.undervoltage) == (heat, weak)
 
 
@@ -241,9 +241,9 @@ def test_a_process_moved_to_another_group_is_followed(tmp_path: Path) -> None:
     files, _ = linux(8, 0.0, 0.0)
     limits = folder("/sys/fs/cgroup/small", **{"cpu.max": "50000 100000", "cpu.stat": "nr_periods 1\nnr_throttled 0"})
     machine = Machine(Board(files | own_group() | limits, {}, (), {}), tmp_path)
-    assert fold(machine.settled(), 0).available_cpus == 8
+    assert aggregate(machine.settled(), 0).available_cpus == 8
     write_over(tmp_path, "/proc/self/cgroup", "0::/small")
-    assert fold(machine.settled(), 0).available_cpus == 0.5
+    assert aggregate(machine.settled(), 0).available_cpus == 0.5
 
 
 def test_a_controller_that_no_group_has_is_no_limit(tmp_path: Path) -> None:
@@ -278,10 +278,10 @@ def test_a_counter_that_starts_again_is_no_rate(tmp_path: Path) -> None:
     machine = Machine(Board(files, later, (), {}), tmp_path)
     machine.settled()
     machine.go_on()
-    assert fold(machine.settled(), 0).foreign_cpu_fraction == pytest.approx(0.5)
+    assert aggregate(machine.settled(), 0).foreign_cpu_fraction == pytest.approx(0.5)
     write_over(tmp_path, "/proc/stat", files["/proc/stat"])  # as after a suspended machine was restored
     machine.clock.now_s += 1
-    assert fold(machine.settled(), 0).foreign_cpu_fraction is None
+    assert aggregate(machine.settled(), 0).foreign_cpu_fraction is None
 
 
 def test_two_looks_in_a_row_do_not_make_rates_coarse(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_two_looks_in_a_row_do_not_make_rates_coarse(tmp_path: Path) -> None:
     machine.settled()
     machine.go_on()
     for _ in range(5):
-        assert fold(machine.settled(), 0).foreign_cpu_fraction == pytest.approx(0.5)
+        assert aggregate(machine.settled(), 0).foreign_cpu_fraction == pytest.approx(0.5)
         machine.clock.now_s += 0.05
 
 

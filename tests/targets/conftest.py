@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mbq_runtime.isa import problem, this_machine
+from mbq_runtime.bundle.isa import problem, this_machine
 from mbq_targets.build import build_ops_library
+from mbq_targets.machines import TARGETS, Target
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import TARGETS, Target
 
 Build = Callable[[str, KernelSpec], Path]
 

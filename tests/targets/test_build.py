@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import Build, runnable
 
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.cache import CACHE_VARIABLE
 from mbq_runtime.errors import BuildError
-from mbq_runtime.profile import SliceProfile
 from mbq_targets import build as build_room
 from mbq_targets.build import build_ops_library
+from mbq_targets.machines import TARGETS
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import TARGETS
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.kernels import layout
 from mbq_targets.kernels.layout import DepthPlan, plan_depth, plane_offsets
 

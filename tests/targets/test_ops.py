@@ -12,8 +12,8 @@ import op_check
 import pytest
 from conftest import Build, runnable
 
-from mbq_export.slicing import reference as ref
-from mbq_runtime.profile import SliceProfile
+from mbq_export.format import reference as ref
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
 # What the kernels are compiled for matters to each instruction set; all group sizes to the machine's best.

@@ -13,7 +13,7 @@ import pytest
 from conftest import Build, runnable
 from onnx import TensorProto
 
-from mbq_runtime.profile import SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
 PROFILE = SliceProfile((2, 2, 2, 2))

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from mbq_runtime.bundle.isa import Machine
 from mbq_runtime.errors import UsageError
-from mbq_runtime.isa import Machine
 from mbq_targets.kernels.isa import ISAS
-from mbq_targets.table import TARGETS, best_for, resolve
+from mbq_targets.machines import TARGETS, best_for, resolve
 
 
 def test_rows_are_complete() -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mbq_export.slicing.reference import RouterParams, Sliced, pack_planes, pack_scales, route, sliced_matmul
-from mbq_runtime.profile import SliceProfile
+from mbq_export.format.reference import RouterParams, Sliced, pack_planes, pack_scales, route, sliced_matmul
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
+from mbq_targets.machines import resolve
 from mbq_targets.spec import KernelSpec
-from mbq_targets.table import resolve
 from mbq_targets.tvm_ops.attention import Attention
 from mbq_targets.tvm_ops.linear import FIELDS
 from mbq_targets.tvm_ops.module import Shape, build_module

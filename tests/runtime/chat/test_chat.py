@@ -20,7 +20,7 @@ from mbq_runtime import Engine
 from mbq_runtime.chat.conversation import Conversation
 from mbq_runtime.chat.loop import COMMANDS, Chat
 from mbq_runtime.chat.screen import Screen
-from mbq_runtime.control.gate import Gate
+from mbq_runtime.control.bounds import Gate
 from mbq_runtime.sensing.readings import Readings
 
 PATIENCE_S = 60.0

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from tiny_bundle import facts
 
+from mbq_runtime.bundle.manifest import Manifest
+from mbq_runtime.control.controller import Decision, start, step
 from mbq_runtime.control.policy import POLICIES, Policy
-from mbq_runtime.control.step import Decision, start, step
-from mbq_runtime.manifest import Manifest
 from mbq_runtime.sensing.readings import Readings
 
 MANIFEST: Manifest = facts()  # 3 to 8 bits

@@ -12,9 +12,9 @@ from test_governor import AUTO, Board, Clock
 from tiny_bundle import REPLY, ids
 
 from mbq_runtime import Engine
-from mbq_runtime.control.follow import Follow
-from mbq_runtime.control.gate import Gate
+from mbq_runtime.control.bounds import Gate
 from mbq_runtime.control.governor import Governor
+from mbq_runtime.control.metered_reply import Follow
 from mbq_runtime.errors import UsageError
 
 

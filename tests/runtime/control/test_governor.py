@@ -13,7 +13,7 @@ from controlled import CALM, MANIFEST
 from tiny_bundle import CIRCLE, ids
 
 from mbq_runtime import Engine
-from mbq_runtime.control.drift import Drift
+from mbq_runtime.control.budget_trim import Drift
 from mbq_runtime.control.energy import Energy, describe
 from mbq_runtime.control.events import Event, JsonLines
 from mbq_runtime.control.governor import Governor, Status

@@ -7,7 +7,7 @@ import pytest
 from controlled import MANIFEST
 
 from mbq_runtime.control.policy import POLICIES, Band, Policy, choose, seconds_until
-from mbq_runtime.control.sources import SOURCES
+from mbq_runtime.control.triggers import SOURCES
 from mbq_runtime.errors import UsageError
 
 NOON = datetime(2026, 3, 1, 12, 0, 0)

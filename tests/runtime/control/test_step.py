@@ -11,9 +11,9 @@ from controlled import CALM, changes, policy, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mbq_runtime.control.controller import State, start, step
 from mbq_runtime.control.policy import POLICIES
-from mbq_runtime.control.sources import SOURCES
-from mbq_runtime.control.step import State, start, step
+from mbq_runtime.control.triggers import SOURCES
 from mbq_runtime.sensing.readings import Readings
 
 NAMES = [f.name for f in fields(Readings)]

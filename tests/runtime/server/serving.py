@@ -14,11 +14,11 @@ from typing import Any
 import uvicorn
 
 from mbq_runtime import Engine
-from mbq_runtime.control.gate import Gate
+from mbq_runtime.control.bounds import Gate
 from mbq_runtime.sensing.readings import Readings
 from mbq_runtime.server.app import Server
 from mbq_runtime.server.http import configure
-from mbq_runtime.server.live import Live
+from mbq_runtime.server.monitor_feed import Live
 
 PATIENCE_S = 20.0
 SLOW_S = 0.05

@@ -171,7 +171,7 @@ def test_a_failure_in_mid_stream_reaches_the_client(
     def broken(self: object, spent_s: float) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("mbq_runtime.control.follow.Follow._count", broken)
+    monkeypatch.setattr("mbq_runtime.control.metered_reply.Follow._count", broken)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(client.completions.create(model="tiny", prompt="xA", stream=True))
     with pytest.raises(openai.InternalServerError, match="the engine failed"):

@@ -9,7 +9,7 @@ import pytest
 from serving import Running, serve
 
 from mbq_runtime import Engine
-from mbq_runtime.server import guard
+from mbq_runtime.server import auth
 
 KEY = "sesame-ö"
 PROTECTED = ("/metrics", "/live", "/v1/models", "/v1/models/tiny", "/v1/chat/completions", "/v1/completions", "/no")
@@ -68,7 +68,7 @@ def test_keys_are_compared_in_constant_time_and_at_one_length(keyed: Running, mo
         seen.append((a, b))
         return a == b
 
-    monkeypatch.setattr(guard.hmac, "compare_digest", compare)
+    monkeypatch.setattr(auth.hmac, "compare_digest", compare)
     for guess in ("", "s", "sesame", "x" * 5000):
         assert status(keyed, "/v1/models", {"Authorization": f"Bearer {guess}"})[0] == 401
     assert len(seen) == 4
@@ -107,4 +107,4 @@ def test_a_key_makes_names_and_origins_irrelevant(keyed: Running) -> None:
     [("localhost", True), ("127.1.2.3", True), ("::1", True), ("0.0.0.0", False), ("192.168.1.5", False), ("", False)],
 )
 def test_is_loopback(host: str, expected: bool) -> None:
-    assert guard.is_loopback(host) is expected
+    assert auth.is_loopback(host) is expected

@@ -14,7 +14,7 @@ from serving import Running, wait_for
 
 from mbq_runtime.control.events import Event
 from mbq_runtime.sensing.readings import Readings
-from mbq_runtime.server import live
+from mbq_runtime.server import monitor_feed
 
 
 def get(running: Running, path: str) -> http.client.HTTPResponse:
@@ -113,5 +113,5 @@ def test_the_past_is_bounded(running: Running) -> None:
         running.live.add_event(Event(float(i), 8.0, 6.0, "heat", Readings(0.0)))
         running.live._samples.append({"n": i, "time": float(i)})
     wait_for(lambda: len(running.live._events) > 0)
-    assert len(running.live._samples) == live._SAMPLES
-    assert [e["time"] for e in running.live._events] == [float(i) for i in range(500 - live._EVENTS, 500)]
+    assert len(running.live._samples) == monitor_feed._SAMPLES
+    assert [e["time"] for e in running.live._events] == [float(i) for i in range(500 - monitor_feed._EVENTS, 500)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tiny_bundle import facts
 
-from mbq_runtime.manifest import Weights as ManifestWeights
+from mbq_runtime.bundle.manifest import Weights as ManifestWeights
 from mbq_runtime.simulate.boards import BOARDS, find
 from mbq_runtime.simulate.model import SMOLLM2_135M, Machine, Weights, advance, allowed_clock, cold, token_s
 

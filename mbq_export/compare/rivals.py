@@ -1,0 +1,163 @@
+"""The sides of a comparison: one row for each method, each yielding its sides one after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_runtime.bundle.slice_profile import CODE_BITS
+from mbq_runtime.engine.session import Session
+from mbq_runtime.errors import UsageError
+
+from . import weights
+from .harness import Forward, Side
+
+FP_BITS = 32
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every method is given.  calibration: int64 [windows, context] tokens; bits: of fixed-width methods;
+    bundle: a folder to measure at ``avg_bits``, or None; folder: to leave files in."""
+
+    checkpoint: Checkpoint
+    calibration: NDArray[np.int64]
+    group_size: int
+    bits: tuple[int, ...]
+    bundle: Path | None
+    avg_bits: tuple[float, ...]
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Method:
+    """sides: yields each while its weights are in the model; needs: (module, package) outside the export extra."""
+
+    title: str
+    sides: Callable[[Bench], Iterator[Side]]
+    needs: tuple[str, str] | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs[0]) is not None
+
+
+def reference(bench: Bench) -> Side:
+    """The model as it is."""
+    layers = weights.Layers.of(bench.checkpoint)
+    block = 4 * weights.count(bench.checkpoint, layers.blocks)
+    head = 4 * weights.count(bench.checkpoint, [layers.head])
+    forward = weights.forward(bench.checkpoint, FP_BITS)
+    return Side("fp32", "fp32", FP_BITS, lambda _: block + head, block, "32 bits", forward)
+
+
+def _with_blocks(
+    bench: Bench, method: str, bits: int, blocks: Mapping[str, torch.Tensor], block_bytes: int
+) -> Iterator[Side]:
+    """The side of which the blocks are quantised and the head is left alone, as these methods' files have it."""
+    checkpoint = bench.checkpoint
+    head = weights.HALF_BYTES * weights.count(checkpoint, [weights.Layers.of(checkpoint).head])
+    with weights.swapped(checkpoint, blocks):
+        yield Side(
+            method,
+            f"{METHODS[method].title}, {bits} bits",
+            bits,
+            lambda _: block_bytes + head,
+            block_bytes,
+            "16 bits",
+            weights.forward(checkpoint, bits),
+        )
+
+
+def _rtn(bench: Bench) -> Iterator[Side]:
+    checkpoint, group_size = bench.checkpoint, bench.group_size
+    names = weights.Layers.of(checkpoint).blocks
+    size = weights.count(checkpoint, names)
+    for bits in bench.bits:
+        blocks = {n: weights.round_to_nearest(checkpoint.linear(n).weight, bits, group_size) for n in names}
+        yield from _with_blocks(bench, "rtn", bits, blocks, weights.rounded_bytes(size, bits, group_size))
+
+
+def _library(method: str) -> Callable[[Bench], Iterator[Side]]:
+    def sides(bench: Bench) -> Iterator[Side]:
+        from . import libraries
+        from .library_worker import Request
+
+        folder = bench.folder / method
+        folder.mkdir()
+        libraries.write_inputs(bench.checkpoint, bench.calibration, folder)
+        for bits in bench.bits:
+            request = Request(method, bits, bench.group_size, bench.seed)
+            blocks, sizes = libraries.quantise(request, folder)
+            yield from _with_blocks(bench, method, bits, blocks, sum(sizes.values()))
+
+    return sides
+
+
+def _llama_cpp(bench: Bench) -> Iterator[Side]:
+    from . import llama_cpp_files as files
+
+    checkpoint = bench.checkpoint
+    layers = weights.Layers.of(checkpoint)
+    head_module = "model.embed_tokens" if checkpoint.decoder.tied else layers.head
+    source, out = bench.folder / "float32.gguf", bench.folder / "quantised.gguf"
+    files.write_float32(checkpoint, source)
+    for file_type in files.FILE_TYPES:
+        files.quantise(source, file_type, out)
+        found, sizes = files.read_weights(out, checkpoint)
+        block = sum(sizes[name] for name in layers.blocks)
+        head = sizes[head_module]
+        head_bits = 8 * head / weights.count(checkpoint, [layers.head])
+        # A tied head is the embedding's own tensor, so it changes with it.
+        with weights.swapped(checkpoint, found):
+            yield Side(
+                "llama.cpp",
+                f"llama.cpp {file_type}",
+                None,
+                lambda _, size=block + head: size,  # type: ignore[misc]
+                block,
+                f"{head_bits:.3g} bits",
+                weights.forward(checkpoint, 8 * block / weights.count(checkpoint, layers.blocks)),
+            )
+
+
+def _bundle(bench: Bench) -> Iterator[Side]:
+    if bench.bundle is None:
+        return
+    session = Session(bench.bundle)
+    facts, decoder = session.manifest.model, bench.checkpoint.decoder
+    if (facts.layers, facts.hidden_size, facts.vocab_size) != (decoder.layers, decoder.hidden_size, decoder.vocab_size):
+        raise UsageError(f"{bench.bundle}: a bundle of {facts.name}, not of {bench.checkpoint.source.name}")
+    sizes = {float(bits): size for bits, size in session.manifest.weights.bytes_per_token.items()}
+    for bits in bench.avg_bits:
+        session.manifest.budget.check(bits, str(bench.bundle))
+        yield Side(
+            "bundle",
+            f"bundle, {bits:g} bits on average",
+            bits,
+            lambda used: round(float(np.interp(used, list(sizes), list(sizes.values())))),
+            None,
+            "routed" if bits < CODE_BITS else f"{CODE_BITS} bits",
+            _at(session, bits),
+        )
+
+
+def _at(session: Session, avg_bits: float) -> Forward:
+    return lambda tokens: session.run(tokens, avg_bits)
+
+
+METHODS = {
+    "rtn": Method("round to nearest", _rtn),
+    "gptq": Method("GPTQ", _library("gptq"), ("gptqmodel", "gptqmodel")),
+    "autoround": Method("AutoRound", _library("autoround"), ("auto_round", "auto-round")),
+    "llama.cpp": Method("llama.cpp", _llama_cpp, ("llama_cpp", "llama-cpp-python")),
+    "bundle": Method("bundle", _bundle),
+}

@@ -1,0 +1,103 @@
+"""Moves the spread of input channels into the weights, where it costs nothing at run time.
+
+A few channels of an LLM's activations are far larger than the rest.  Each linear's input is divided
+and its weight's columns multiplied by ``s = (rms of the channel / their mean)**ALPHA``: int8
+activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant,
+arXiv 2211.10438, and AWQ, arXiv 2306.00978).  The division is folded into whatever makes the input:
+a norm's weight, the rows of v (through attention), the rows of up (through the gate).  The function
+of the model stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import processes
+from ..model.blocks import require_finite, watching_inputs
+from ..model.checkpoint import Checkpoint
+
+ALPHA = 0.5
+"""Between 0.25 and 0.5 both ends gain: on SmolLM2-135M int8 activations cost 0.8 % of perplexity at 0
+and 0.1 % at 0.5, and 4 uniform bits 59 % at 0, 31 % at 0.25, 36 % at 0.5, 77 % at 0.75."""
+
+_SMALLEST = 1e-6
+
+
+def _input_rms(
+    checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Callable[[int, int], None]
+) -> dict[str, torch.Tensor]:
+    """float32 [K] root mean square of every unit's input channels, by unit name."""
+    squares: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0) + (x**2).sum(0)
+
+    first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units()}
+    with watching_inputs(checkpoint, first_layers, add), torch.no_grad():
+        own = windows[processes.share(len(windows))]
+        for i, window in enumerate(own):
+            checkpoint.model(checkpoint.on_device(window)[None], use_cache=False)
+            progress(i + 1, len(own))
+    for name, total in squares.items():
+        require_finite(name, processes.summed(total))
+    return {name: (total / windows.size).sqrt() for name, total in squares.items()}
+
+
+def _spread(rms: torch.Tensor) -> torch.Tensor:
+    rms = rms.clamp(min=_SMALLEST)
+    return (rms / rms.mean()) ** ALPHA
+
+
+def _shared_by_value_heads(rms: torch.Tensor, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of o's input channels, and the same per row of v: query heads of one group read one v."""
+    d = checkpoint.decoder
+    grouped = rms.reshape(d.kv_heads, d.heads // d.kv_heads, d.head_dim)
+    per_value = _spread((grouped**2).mean(1).sqrt().reshape(-1))
+    per_query = per_value.reshape(d.kv_heads, 1, d.head_dim).expand(grouped.shape).reshape(-1)
+    return per_query, per_value
+
+
+def smooth(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.float32]:
+    """Rescale the checkpoint's weights in place, measuring on int64 [windows, context] tokens.
+
+    Returns float32 [hidden]: what a row of the head must be divided by to serve as the embedding.
+    Raises ModelError for activations that are not finite.
+    """
+    d, model = checkpoint.decoder, checkpoint.model
+    rms = _input_rms(checkpoint, windows, progress)
+    with torch.no_grad():
+        for layer in range(d.layers):
+            units = d.layer_units(layer)
+            for role in ("attn_in", "mlp_in"):
+                scale = _spread(rms[units[role].name])
+                checkpoint.scale_norm(d.input_norm(layer, role), 1 / scale)
+                for name in units[role].sources:
+                    checkpoint.linear(name).weight *= scale
+            per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
+            _rescale(checkpoint, layer, "v", per_value, "o", per_query)
+            scale = _spread(rms[units["mlp_out"].name])
+            _rescale(checkpoint, layer, "up", scale, "down", scale)
+        scale = _spread(rms[d.head.name])
+        checkpoint.scale_norm(d.final_norm, 1 / scale)
+        # The head gets weights of its own here; a tied embedding keeps the old ones for this model,
+        # and is read from the head's rows, divided by the scale, in the bundle.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * scale, requires_grad=False)
+    return np.asarray(scale.cpu().numpy())
+
+
+def _rescale(
+    checkpoint: Checkpoint, layer: int, before: str, rows: torch.Tensor, after: str, columns: torch.Tensor
+) -> None:
+    weight, bias = checkpoint.part(layer, before)
+    weight.div_(rows[:, None])
+    if bias is not None:
+        bias.div_(rows)
+    checkpoint.part(layer, after)[0].mul_(columns)

@@ -1,0 +1,121 @@
+"""Do the model's files hold what the manifest says they do?  Sizes and shapes, not values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from ..engine import gpu_plan
+from ..errors import BundleError
+from .manifest import GPU_FILES, Linear, Manifest
+from .onnx_file import FLOAT16, UINT8, Tensor, initializers
+from .tensors import WEIGHTS, read_entries
+
+_ROW_BLOCK = 16
+
+_Kind = tuple[int, tuple[int, ...]]
+"""Element type and shape."""
+
+
+def check_contents(folder: Path, manifest: Manifest) -> None:
+    """Compare what each engine's files hold with the manifest's matrices.
+
+    Raises BundleError naming the tensor or the matrix at fault.
+    """
+    for engine in manifest.engines:
+        _CHECKS[engine](folder, manifest)
+
+
+def _check_onnx(folder: Path, manifest: Manifest) -> None:
+    """The initialisers of ``model.onnx``, and the files that hold them."""
+    path = folder / "model.onnx"
+    tensors = initializers(path)
+    sizes = {entry.name: entry.size for entry in manifest.files}
+    for tensor in tensors:
+        _check_extent(path, tensor, sizes)
+    if manifest.native:
+        _check_packed(path, tensors, manifest)
+    else:
+        _check_codes(path, tensors, manifest)
+
+
+def _check_tvm(folder: Path, manifest: Manifest) -> None:
+    path = folder / WEIGHTS
+    entries = read_entries(path)
+    for linear in manifest.weights.linears:
+        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            entry = entries.get(f"{linear.name}.{what}")
+            if entry is None or entry.shape != shape:
+                raise BundleError(
+                    f"{path}: {linear.name}.{what} has shape {list(entry.shape) if entry else 'none'}, needed "
+                    f"{list(shape)} ({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+
+
+def _check_plan(folder: Path, manifest: Manifest) -> None:
+    path, plan = folder / GPU_FILES[0], gpu_plan.read(folder)
+    sizes = {entry.name: entry.size for entry in manifest.files}
+    for name, buffer in plan.buffers.items():
+        if buffer.offset >= 0 and buffer.offset + buffer.bytes > sizes[GPU_FILES[1]]:
+            raise BundleError(
+                f"{path}: {name} ends at byte {buffer.offset + buffer.bytes} of {GPU_FILES[1]}, which is "
+                f"{sizes[GPU_FILES[1]]} long; export the bundle again"
+            )
+    for kernel in plan.kernels.values():
+        if f"{gpu_plan.FOLDER}/{kernel.file}" not in sizes:
+            raise BundleError(f"{path}: names {kernel.file}, which the manifest does not list; export the bundle again")
+    for linear in manifest.weights.linears:
+        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            found = plan.buffers.get(f"{linear.name}.{what}")
+            needed = math.prod(shape) * (1 if what == "planes" else 2)
+            if found is None or found.bytes != needed:
+                raise BundleError(
+                    f"{path}: {linear.name}.{what} has {0 if found is None else found.bytes} bytes, needed {needed} "
+                    f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+
+
+_CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm, "opencl": _check_plan, "webgpu": _check_plan}
+
+
+def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:
+    if not tensor.file:
+        return
+    held = sizes.get(tensor.file, -1)
+    if held < 0:
+        raise BundleError(f"{path}: {tensor.name} lies in {tensor.file}, which the manifest does not list")
+    if tensor.length != tensor.bytes or tensor.offset < 0 or tensor.offset + tensor.length > held:
+        raise BundleError(
+            f"{path}: {tensor.name} takes {tensor.bytes} bytes, but bytes {tensor.offset} to "
+            f"{tensor.offset + tensor.length} of {tensor.file} ({held} long) are set aside for it; export again"
+        )
+
+
+def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
+    """Element type and shape of a matrix's planes and scales in the native layout."""
+    blocks = -(-linear.N // _ROW_BLOCK)
+    planes = (blocks * _ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
+    scales = (blocks, linear.K // group_size, 2, _ROW_BLOCK)
+    return (UINT8, planes), (FLOAT16, scales)
+
+
+def _check_packed(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:
+    found = Counter((tensor.element_type, tensor.shape) for tensor in tensors)
+    for linear in manifest.weights.linears:
+        for what, kind in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+            if not found[kind]:
+                raise BundleError(
+                    f"{path}: no {what} of shape {list(kind[1])} left for {linear.name} "
+                    f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
+                )
+            found[kind] -= 1
+
+
+def _check_codes(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:
+    needed = sum(linear.N * linear.K for linear in manifest.weights.linears)
+    found = sum(tensor.bytes for tensor in tensors if tensor.element_type == UINT8)
+    if found < needed:
+        raise BundleError(
+            f"{path}: {found} bytes of packed weights, the manifest's matrices need {needed}; export the bundle again"
+        )

@@ -1,0 +1,115 @@
+"""What this machine's processor can do, and whether a bundle may run on it.
+
+``check`` comes before any native library is opened: an instruction the processor lacks ends the
+process without a word.  Names are those of ``/proc/cpuinfo``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import BundleError
+
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+
+# Bit numbers of the arm64 Linux ABI (asm/hwcap.h).
+_ARM64_FEATURES = {
+    _AT_HWCAP: {
+        "fp": 0, "asimd": 1, "aes": 3, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12,
+        "asimddp": 20, "sve": 22, "asimdfhm": 23,
+    },
+    _AT_HWCAP2: {"sve2": 1, "svei8mm": 9, "svebf16": 12, "i8mm": 13, "bf16": 14},
+}  # fmt: skip
+
+_ARCH_NAMES = {"arm64": "aarch64", "amd64": "x86_64", "x64": "x86_64"}
+
+AuxiliaryValue = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """arch: "aarch64", "x86_64" or what the system calls itself; features: names as in /proc/cpuinfo."""
+
+    arch: str
+    features: frozenset[str]
+
+
+class Requirement(Protocol):
+    """What a bundle asks of a machine; ``manifest.TargetFacts`` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def features(self) -> tuple[str, ...]: ...
+
+
+def this_machine(
+    root: Path = Path("/"), arch: str | None = None, auxiliary_value: AuxiliaryValue | None = None
+) -> Machine:
+    """Describe the machine this process runs on.
+
+    On arm64 the kernel's own answer to the process (getauxval) is asked, which also holds in a
+    container and under user-mode emulation; on x86 ``root/proc/cpuinfo``.
+    """
+    name = (arch or platform.machine()).lower()
+    name = _ARCH_NAMES.get(name, name)
+    readers: dict[str, Callable[[], frozenset[str]]] = {
+        "aarch64": lambda: _arm64_features(auxiliary_value or _getauxval),
+        "x86_64": lambda: _cpuinfo_flags(root / "proc/cpuinfo"),
+    }
+    return Machine(name, readers.get(name, frozenset)())
+
+
+def problem(target: Requirement, machine: Machine) -> str | None:
+    """Why a bundle for ``target`` cannot run on ``machine``, in one line; None when it can."""
+    if target.arch == "any":
+        return None
+    needs = f"{target.arch}" + (f" with {', '.join(target.features)}" if target.features else "")
+    missing = [feature for feature in target.features if feature not in machine.features]
+    if target.arch != machine.arch:
+        seen = f"this machine is {machine.arch}"
+    elif missing:
+        seen = f"this {machine.arch} machine lacks {', '.join(missing)}"
+    else:
+        return None
+    return (
+        f"the bundle is for target {target.name} ({needs}), but {seen}; "
+        "export it again with mbq-export --target TARGET for this machine, or --target portable for any"
+    )
+
+
+def check(target: Requirement, machine: Machine | None = None) -> None:
+    """Raises BundleError when code compiled for ``target`` must not be loaded on ``machine`` (default: this one)."""
+    if found := problem(target, machine or this_machine()):
+        raise BundleError(found)
+
+
+def _getauxval(kind: int) -> int:
+    library = ctypes.CDLL(None)
+    library.getauxval.restype = ctypes.c_ulong
+    library.getauxval.argtypes = [ctypes.c_ulong]
+    return int(library.getauxval(kind))
+
+
+def _arm64_features(auxiliary_value: AuxiliaryValue) -> frozenset[str]:
+    return frozenset(
+        name for kind, bits in _ARM64_FEATURES.items() for name, bit in bits.items() if auxiliary_value(kind) >> bit & 1
+    )
+
+
+def _cpuinfo_flags(path: Path) -> frozenset[str]:
+    """Flags every processor has; empty when the file cannot be read, so nothing is promised in vain."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = [frozenset(value.split()) for key, _, value in (line.partition(":") for line in lines)
+             if key.strip() == "flags"]  # fmt: skip
+    return frozenset.intersection(*flags) if flags else frozenset()

@@ -1,0 +1,416 @@
+"""The bundle's table of contents: what ``manifest.json`` holds, and how it is read, written and verified.
+
+The exporter writes it with ``file_entries`` and ``write``; the device reads it with ``read``,
+catches truncated files with ``check_sizes`` before any of them is opened, and ``verify`` compares
+every byte.  Each problem is one BundleError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import file_digest
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from ..errors import BundleError, UsageError
+from .schema import decode
+from .slice_profile import SliceProfile
+from .tensors import WEIGHTS
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "mbq-bundle"
+FORMAT_VERSION = 1
+
+GROUP_SIZES = (32, 64, 128)
+ACTIVATION_BITS = (8, 16)
+ARCHITECTURES = ("aarch64", "x86_64", "any")
+NATIVE_LAYOUT = "mbq16"
+OPS_LIBRARY = "lib/libmbq_ops.so"
+DECODER_LIBRARY = "decoder.so"
+GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
+COMMON_FILES = ("genai_config.json", "tokenizer.json")
+ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), "nbits": ("model.onnx",)},
+    "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},
+    "opencl": {NATIVE_LAYOUT: GPU_FILES},
+    "webgpu": {NATIVE_LAYOUT: GPU_FILES},
+}
+"""The layouts each engine reads, and the files it then cannot do without."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model as it was exported.  parameters: how many weights; context_length: tokens."""
+
+    name: str
+    architecture: str
+    family: str
+    parameters: int
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """The machine the bundle is for.
+
+    engine: the engine that runs by default; features: names as in ``bundle.isa``.
+    """
+
+    name: str
+    engine: str
+    arch: str
+    cpu: str
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The range of average bits per weight the routers can hold."""
+
+    min_bits: float
+    max_bits: float
+    default_bits: float
+
+    def check(self, avg_bits: float, where: str) -> float:
+        """Return ``avg_bits`` as a float.  Raises UsageError when it is not a number in the range."""
+        try:
+            value = float(avg_bits)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not self.min_bits <= value <= self.max_bits:  # NaN fails both comparisons
+            raise UsageError(
+                f"average bits {avg_bits}: {where} takes a number from {self.min_bits:g} to {self.max_bits:g}"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class RouterFacts:
+    """kind: "static", "norm" or "mlp"; bytes: size of all routers' parameters."""
+
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """asked_bits: the budget; avg_bits_used: what the routers made of it; perplexity: there, on held-back text."""
+
+    asked_bits: float
+    avg_bits_used: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the bundle is worth.  reference_perplexity: of the original model on the same text;
+    floor_bits: lowest average bits the exporter vouches for; curve: by rising budgets."""
+
+    reference_perplexity: float
+    floor_bits: float
+    curve: tuple[QualityPoint, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One routed matrix, [N, K]."""
+
+    name: str
+    N: int
+    K: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a decoded token reads.
+
+    routed_parameters: weights that follow the budget; bytes_per_token: average bits (as text,
+    "3" or "3.5") -> bytes read per decoded token; linears: every routed matrix in graph order.
+    """
+
+    routed_parameters: int
+    bytes_per_token: Mapping[str, int]
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle.  name: POSIX path relative to the folder; size: bytes; sha256: hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ``manifest.json`` but the two format fields.
+
+    activation_bits: of the integers a processor rounds activations to; a GPU leaves them as they are.
+    """
+
+    model: ModelFacts
+    target: TargetFacts
+    slices: tuple[int, ...]
+    group_size: int
+    layout: str
+    budget: Budget
+    router: RouterFacts
+    weights: Weights
+    calibration: Mapping[str, Any]
+    seed: int
+    tools: Mapping[str, str]
+    files: tuple[FileEntry, ...]
+    quality: Quality = Quality(0.0, 0.0, ())
+    engines: tuple[str, ...] = ("onnx",)
+    activation_bits: int = 16
+
+    @property
+    def profile(self) -> SliceProfile:
+        return SliceProfile(self.slices)
+
+    @property
+    def native(self) -> bool:
+        """Whether the bundle carries its own compiled kernels."""
+        return self.layout == NATIVE_LAYOUT
+
+    @property
+    def ops_library(self) -> str | None:
+        """The library that ONNX Runtime must load for the graph, if there is one."""
+        return OPS_LIBRARY if self.native and "onnx" in self.engines else None
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+
+def read(folder: str | os.PathLike[str]) -> Manifest:
+    """Read and validate ``folder/manifest.json``; no other file is opened.  Raises BundleError."""
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; give the folder that mbq-export wrote")
+    try:
+        # Python's reader lets NaN and Infinity pass; JSON has neither.
+        document = json.loads(path.read_bytes(), parse_constant=_reject_constant)
+    except FileNotFoundError:
+        raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote") from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from None
+    _check_format(document, path)
+    manifest = decode(Manifest, document, path)
+    _check_values(manifest, path)
+    return manifest
+
+
+def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
+    """Write ``folder/manifest.json`` in one step: a reader sees the old file or the whole new one.
+
+    Raises BundleError for a manifest that ``read`` would refuse.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    _check_values(manifest, path)
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    draft = path.with_name(f".{MANIFEST_NAME}.part")
+    draft.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
+    """Size and hash of every file below ``folder`` but the manifest, by name."""
+    folder = Path(folder)
+    entries = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST_NAME:
+            with path.open("rb") as file:
+                entries.append(FileEntry(name, path.stat().st_size, file_digest(file, "sha256").hexdigest()))
+    return tuple(entries)
+
+
+def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Every listed file is there and as long as it should be.  Costs one stat per file; raises BundleError."""
+    for entry in manifest.files:
+        path = Path(folder) / entry.name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = -1
+        if not path.is_file():
+            raise BundleError(f"{path}: the file is missing from the bundle; copy the bundle again")
+        if size != entry.size:
+            raise BundleError(
+                f"{path}: {size} bytes long where the manifest says {entry.size}: an incomplete copy; "
+                "copy the bundle again"
+            )
+
+
+def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> Manifest:
+    """Compare every file with the manifest, byte by byte through its hash.  Raises BundleError."""
+    folder = Path(folder)
+    manifest = read(folder)
+    check_sizes(folder, manifest)
+    _check_unlisted(folder, manifest)
+    done = 0
+    for entry in manifest.files:
+        path = folder / entry.name
+        try:
+            with path.open("rb") as file:
+                digest = file_digest(_Reporting(file, done, manifest.total_bytes, progress), "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+        if digest != entry.sha256:
+            raise BundleError(
+                f"{path}: its contents differ from the manifest (sha256 {digest[:12]}..., "
+                f"needed {entry.sha256[:12]}...); copy or export the bundle again"
+            )
+        done += entry.size
+    return manifest
+
+
+class _Reporting:
+    """A binary file that tells ``progress`` how far it has been read; what hashlib.file_digest needs of a file."""
+
+    def __init__(self, file: BinaryIO, start: int, total: int, progress: Progress | None) -> None:
+        self._file, self._done, self._total, self._progress = file, start, total, progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]  # BinaryIO lacks it; files have it
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+        return count
+
+
+_HARMLESS = ("readme", "license", "notice", ".")
+
+
+def _check_unlisted(folder: Path, manifest: Manifest) -> None:
+    """An extra file may be picked up by the engine or the tokenizer; papers and dot files are not."""
+    listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        known = relative.as_posix() in listed or relative.parts[0].lower().startswith(_HARMLESS)
+        if path.is_file() and not known:
+            raise BundleError(f"{path}: not listed in the manifest; remove it, or export the bundle again")
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_format(document: object, path: Path) -> None:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        seen = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise BundleError(f"{path}: format is {seen!r}, needed {FORMAT!r}; give the folder that mbq-export wrote")
+    version = document.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"{path}: format_version is {version!r}, needed a whole number from 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format_version is {version}, this mbq reads up to {FORMAT_VERSION}; "
+            "upgrade it (pip install -U mbq-export), or export the bundle with the older version"
+        )
+
+
+def _check_values(manifest: Manifest, path: Path) -> None:
+    try:
+        profile = manifest.profile
+    except UsageError as error:
+        raise BundleError(f"{path}: {error}") from None
+    budget = manifest.budget
+    rules: list[tuple[bool, str, object, str]] = [
+        (manifest.group_size in GROUP_SIZES, "group_size", manifest.group_size, f"one of {GROUP_SIZES}"),
+        (
+            manifest.activation_bits in ACTIVATION_BITS,
+            "activation_bits",
+            manifest.activation_bits,
+            f"one of {ACTIVATION_BITS}",
+        ),
+        (manifest.layout in ENGINE_FILES["onnx"], "layout", manifest.layout, " or ".join(ENGINE_FILES["onnx"])),
+        *(
+            (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, f"engines that read {manifest.layout}")
+            for engine in manifest.engines
+        ),
+        (manifest.target.engine in manifest.engines, "target.engine", manifest.target.engine, "one of engines"),
+        (manifest.target.arch in ARCHITECTURES, "target.arch", manifest.target.arch, " or ".join(ARCHITECTURES)),
+        (
+            profile.min_bits <= budget.min_bits <= budget.default_bits <= budget.max_bits <= profile.depth_bits[-1],
+            "budget",
+            f"{budget.min_bits:g} to {budget.max_bits:g}, default {budget.default_bits:g}",
+            f"a range within {profile.min_bits} to {profile.depth_bits[-1]} bits that holds its default",
+        ),
+        *(
+            (getattr(manifest.model, name) > 0, f"model.{name}", getattr(manifest.model, name), "above 0")
+            for name in ("parameters", "vocab_size", "hidden_size", "layers", "context_length")
+        ),
+        *(
+            (
+                linear.N > 0 and linear.K > 0 and linear.K % manifest.group_size == 0,
+                f"weights.linears {linear.name}",
+                f"{linear.N} x {linear.K}",
+                f"K a multiple of group_size {manifest.group_size}",
+            )
+            for linear in manifest.weights.linears
+        ),
+        *(
+            (_is_number(bits), "weights.bytes_per_token", bits, "numbers of bits as keys")
+            for bits in manifest.weights.bytes_per_token
+        ),
+        *(
+            (_is_inside(entry.name), "files", entry.name, "names relative to the bundle, without ..")
+            for entry in manifest.files
+        ),
+        *(
+            (
+                entry.size >= 0 and _is_sha256(entry.sha256),
+                f"files {entry.name}",
+                f"{entry.size}, {entry.sha256!r}",
+                "a size in bytes and 64 hexadecimal digits",
+            )
+            for entry in manifest.files
+        ),
+    ]
+    for holds, field, seen, needed in rules:
+        if not holds:
+            raise BundleError(f"{path}: {field} is {seen!r}, needed {needed}; export the bundle again")
+    names = [entry.name for entry in manifest.files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    needed_files = [*COMMON_FILES, *(name for e in manifest.engines for name in ENGINE_FILES[e][manifest.layout])]
+    missing = [name for name in needed_files if name not in names]
+    if twice or missing:
+        problem = f"lists {twice[0]} twice" if twice else f"does not list {missing[0]}"
+        raise BundleError(f"{path}: files {problem}; export the bundle again")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _is_inside(name: str) -> bool:
+    """A name that cannot lead out of the bundle, on any system, and that is not the manifest itself."""
+    path = PurePosixPath(name)
+    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return plain and name not in (".", MANIFEST_NAME) and not any(c in name for c in "\\:\0")
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)

@@ -1,0 +1,165 @@
+"""Read, answer, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mbq_runtime.control.energy import describe
+from mbq_runtime.control.metered_reply import Follow
+from mbq_runtime.errors import MbqError, UsageError
+
+from .conversation import Conversation
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.governor import Governor, Status
+    from mbq_runtime.engine import Engine, GenerationStats
+
+PROMPT, MORE = ">>> ", "... "
+_FENCE = '"""'
+
+ReadLine = Callable[[str], str | None]
+"""Given what to prompt with, a line without its end, or None at the end of input."""
+
+
+class Command(NamedTuple):
+    """argument: for the help; does: a method's name; returns whether the chat goes on."""
+
+    argument: str
+    help: str
+    does: str
+
+
+COMMANDS = {
+    "/bits": Command("N|auto", "use N bits per weight from here on, or what the policy finds", "_set_bits"),
+    "/reset": Command("", "forget the conversation", "_reset"),
+    "/help": Command("", "this list", "_help"),
+    "/exit": Command("", "leave; so does Ctrl-D", "_exit"),
+}
+_ALIASES = {"/clear": "/reset", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
+
+
+class Chat:
+    """One conversation.  options: of ``Engine.generate``, but for prompt and budget."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        governor: Governor,
+        screen: Screen,
+        conversation: Conversation,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._engine, self._gate, self._governor = engine, gate, governor
+        self._screen, self._conversation, self._options = screen, conversation, options
+
+    def run(self, read: ReadLine) -> None:
+        """Until /exit or the end of input.  An interrupt ends a reply or a half-typed message, not the chat."""
+        goes_on = True
+        while goes_on:
+            try:
+                text = self._read(read)
+                goes_on = text is not None and self._respond(text)
+            except KeyboardInterrupt:
+                # Wherever it falls: also while a reply is prepared, or between its last figure and the next prompt.
+                self._conversation.take_back()
+                self._screen.note("\n/exit or Ctrl-D to leave")
+
+    def _read(self, read: ReadLine) -> str | None:
+        """One message: a line, or all between two triple quotes."""
+        line = read(PROMPT)
+        if line is None or not line.lstrip().startswith(_FENCE):
+            return line
+        text = line.lstrip().removeprefix(_FENCE)
+        while _FENCE not in text:
+            more = read(MORE)
+            if more is None:
+                break
+            text += "\n" + more
+        return text.partition(_FENCE)[0]
+
+    def _respond(self, text: str) -> bool:
+        """Answer or obey; whether the chat goes on."""
+        word, _, argument = text.strip().partition(" ")
+        if word.startswith("/"):
+            return self._command(word, argument.strip())
+        if word:
+            self._answer(text)
+        return True
+
+    def _command(self, word: str, argument: str) -> bool:
+        command = COMMANDS.get(_ALIASES.get(word, word))
+        if command is None:
+            self._screen.note(f"{word}: no such command; /help lists them")
+            return True
+        goes_on: bool = getattr(self, command.does)(argument)
+        return goes_on
+
+    def _set_bits(self, argument: str) -> bool:
+        if argument == "auto":
+            self._gate.bound(None, None)
+        else:
+            try:
+                bits = self._gate.manifest.budget.check(argument, "this bundle")  # type: ignore[arg-type]
+            except UsageError as error:
+                self._screen.note(str(error))
+                return True
+            self._gate.bound(bits, bits)
+        self._screen.note(f"{self._gate.avg_bits:g} bits")
+        return True
+
+    def _reset(self, _: str) -> bool:
+        self._conversation.reset()
+        return True
+
+    def _help(self, _: str) -> bool:
+        for word, command in COMMANDS.items():
+            self._screen.note(f"{word + ' ' + command.argument:<14}{command.help}")
+        self._screen.note(f"{_FENCE:<14}begins and ends a message of several lines")
+        return True
+
+    def _exit(self, _: str) -> bool:
+        return False
+
+    def _answer(self, text: str) -> None:
+        forgotten = self._conversation.ask(text)
+        if forgotten:
+            self._screen.note(
+                f"(the context is full: {forgotten} earlier turn{'s' if forgotten > 1 else ''} forgotten)"
+            )
+        try:
+            reply = self._engine.generate(self._conversation.messages, **self._options)
+        except MbqError as error:
+            self._conversation.take_back()
+            self._screen.note(str(error))
+            return
+        said = []
+        followed = Follow(reply, self._governor)
+        with self._screen.with_status() as show, reply:
+            try:
+                show("reading the prompt")
+                for piece in followed:
+                    said.append(piece.text)
+                    self._screen.piece(piece.text, piece.bits)
+                    show(self._status(reply.stats))
+            except KeyboardInterrupt:
+                pass
+        self._screen.line()
+        self._conversation.answer("".join(said))
+        tokens = len(reply.stats.tokens)
+        energy = None if followed.energy_j is None else followed.energy_j / max(tokens, 1)
+        self._screen.note(f"{tokens} tokens, {self._status(reply.stats)}, energy {describe(energy)}")
+
+    def _status(self, stats: GenerationStats) -> str:
+        status: Status = self._governor.status()
+        temp_c = status.readings.temp_c
+        parts = (
+            f"{stats.tokens_per_s:.1f} tokens/s",
+            f"{stats.avg_bits_used:.2f} bits",
+            f"{temp_c:.0f} °C" if temp_c is not None else "temperature unknown",
+            "asked by you" if self._gate.biting else status.reason,
+        )
+        return ", ".join(parts)

@@ -1,0 +1,83 @@
+"""``mbq inspect``"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
+
+from .common import bundle_argument, json_option
+
+if TYPE_CHECKING:
+    from mbq_runtime.engine.gpu_plan import Plan
+
+
+@click.command("inspect")
+@bundle_argument
+@json_option
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what is in the bundle in folder BUNDLE, and whether it runs on this machine."""
+    from mbq_runtime.bundle import isa, manifest
+    from mbq_runtime.engine import gpu_plan
+
+    found = manifest.read(bundle)
+    problem = isa.problem(found.target, isa.this_machine())
+    plan = gpu_plan.read(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
+    if as_json:
+        facts = asdict(found)
+        if plan is not None:
+            facts["gpu_needs"] = asdict(plan.needs)
+        click.echo(
+            json.dumps({**facts, "total_bytes": found.total_bytes, "runs_here": problem is None, "problem": problem})
+        )
+        return
+    here = "yes" if problem is None else f"no: {problem}"
+    lines = [*_lines(found), *_gpu_lines(found, plan)] if plan else [*_lines(found), ("runs here", here)]
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        click.echo(f"{label:<{width}}  {value}")
+
+
+_SOFTWARE = {
+    "opencl": "OpenCL 1.2 or newer (the GPU's driver), pip install 'mbq-export[opencl]'",
+    "webgpu": "a driver for Vulkan, Metal or Direct3D 12, pip install 'mbq-export[webgpu]'",
+}
+
+
+def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
+    """What the device must have; whether it has, the engine says when it is loaded."""
+    needs, launches = plan.needs, plan.decode_launches
+    cache = sum(buffer.bytes for buffer in plan.buffers.values() if buffer.is_cache)
+    fixed = sum(buffer.bytes for buffer in plan.buffers.values() if not buffer.is_cache)
+    return [
+        ("needs", _SOFTWARE[m.target.engine]),
+        ("", f"{fixed / 1e6:.1f} MB of memory and {cache / 1e3:.1f} kB a token"),
+        ("", f"a buffer of {needs.buffer_bytes / 1e6:.1f} MB"),
+        ("", f"work-groups of {needs.group_items} items with {needs.local_bytes} bytes of local memory"),
+        ("", f"{needs.bindings} storage buffers in a kernel; no half floats, no subgroups"),
+        ("launches", f"{len(launches)} a token, of {len(plan.kernels)} kernels ({plan.dialect})"),
+    ]
+
+
+def _lines(m: Manifest) -> list[tuple[str, str]]:
+    machine = " ".join(filter(None, (m.target.arch, m.target.cpu, *m.target.features)))
+    activations = "float activations" if m.target.engine in _SOFTWARE else f"{m.activation_bits}-bit activations"
+    per_token = sorted(((float(bits), size) for bits, size in m.weights.bytes_per_token.items()))
+    return [
+        ("model", f"{m.model.name} ({m.model.architecture}), {m.model.parameters / 1e6:.1f} M parameters"),
+        ("context", f"{m.model.context_length} tokens"),
+        ("target", f"{m.target.name} ({machine})"),
+        ("engines", ", ".join(m.engines)),
+        ("slices", f"{m.profile}: {'/'.join(map(str, m.profile.depth_bits))} bits, groups of {m.group_size}"),
+        ("layout", f"{m.layout} ({'own kernels' if m.native else 'stock operators'}), {activations}"),
+        ("budget", f"{m.budget.min_bits:g} to {m.budget.max_bits:g} bits, {m.budget.default_bits:g} by default"),
+        ("routers", f"{m.router.kind}, {m.router.bytes / 1e3:.1f} kB"),
+        ("routed", f"{m.weights.routed_parameters / 1e6:.1f} M weights in {len(m.weights.linears)} matrices"),
+        *((f"at {bits:g} bits", f"{size / 1e6:.1f} MB read per token") for bits, size in per_token),
+        ("size", f"{m.total_bytes / 1e6:.1f} MB in {len(m.files)} files"),
+    ]

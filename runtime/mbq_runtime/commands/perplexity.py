@@ -1,0 +1,103 @@
+"""``mbq perplexity``"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+
+from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.errors import UsageError
+
+from .common import bundle_argument, engine_option, json_option, listed, progress_line, threads_option
+
+
+@click.command("perplexity")
+@bundle_argument
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="UTF-8 text to predict.")
+@click.option("--bits", help="Budgets, such as 3,4,6,8.  [default: every whole number the bundle takes]")
+@click.option("--context", type=int, default=512, help="Tokens in a window.")
+@click.option("--max-windows", type=int, help="Use so many windows, spread over the text.  [default: all]")
+@click.option(
+    "--hold-bits",
+    is_flag=True,
+    help="Correct from window to window what is asked for, so that the bits used are the budget; a running engine does "
+    "from token to token.",
+)
+@click.option("--reference", metavar="MODEL", help="Measure this original model too (needs mbq-export[export]).")
+@engine_option
+@threads_option
+@json_option
+def command(
+    bundle: Path,
+    data: Path,
+    bits: str | None,
+    context: int,
+    max_windows: int | None,
+    hold_bits: bool,
+    reference: str | None,
+    engine: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure how well the bundle in folder BUNDLE predicts a text, at several budgets.
+
+    Perplexity over windows of --context tokens that do not overlap; +- is its standard error over windows.
+    """
+    from mbq_runtime import perplexity
+    from mbq_runtime.bundle import manifest
+
+    # All that can be refused is, before the long work.
+    text = perplexity.read_text(data)
+    budget = manifest.read(bundle).budget
+    budgets = (
+        [budget.check(value, str(bundle)) for value in listed("--bits", bits, float)]
+        if bits
+        else _whole_budgets(budget)
+    )
+    reference_nll = perplexity.load_reference() if reference else None
+
+    from mbq_runtime.engine import Engine
+
+    loaded = Engine.load(bundle, threads=threads, engine=engine)
+    if context > loaded.context_length:
+        raise UsageError(f"--context {context}: {bundle} takes at most {loaded.context_length} tokens")
+    windows = perplexity.cut_windows(loaded.encode(text), context, loaded.opening_tokens, max_windows)
+
+    rows = []
+    for value in budgets:
+        score = perplexity.held(loaded.score, value, budget) if hold_bits else partial(loaded.score, avg_bits=value)
+        with progress_line(f"{value:g} bits") as progress:
+            rows.append(perplexity.measure(windows, value, score, progress))
+    reference_ppl: perplexity.Estimate | None = None
+    if reference and reference_nll:
+        with progress_line(reference) as progress:
+            reference_ppl = perplexity.estimate(reference_nll(reference, windows, progress))
+    if as_json:
+        result = {
+            "context": context,
+            "windows": len(windows),
+            "reference_ppl": reference_ppl.ppl if reference_ppl else None,
+            "rows": [asdict(row) for row in rows],
+        }
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{len(windows)} windows of {context} tokens from {data}")
+    click.echo(f"{'bits':>9}  {'bits used':>9}  {'perplexity':>10}")
+    for row in rows:
+        click.echo(f"{row.bits:9.2f}  {row.avg_bits_used:9.3f}  {_figure(row.ppl, row.ppl_stderr)}")
+    if reference_ppl:
+        click.echo(f"{'reference':>9}  {'':9}  {_figure(reference_ppl.ppl, reference_ppl.ppl_stderr)}")
+
+
+def _figure(ppl: float, stderr: float | None) -> str:
+    return f"{ppl:10.3f}" + ("" if stderr is None else f" +- {stderr:.3f}")
+
+
+def _whole_budgets(budget: Budget) -> list[float]:
+    low, high = budget.min_bits, budget.max_bits
+    return [float(bits) for bits in range(math.ceil(low), math.floor(high) + 1)] or [low]

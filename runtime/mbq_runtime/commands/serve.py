@@ -1,0 +1,100 @@
+"""``mbq serve``"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mbq_runtime.errors import UsageError
+
+from .common import bundle_argument, engine_option, threads_option
+from .steering import Steering, steered, steering_options
+
+_CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at once
+
+# A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes the engine's thread gives
+# it up only to who has waited this long: with Python's 5 ms, longer than many a pass, the event loop
+# starves and a reply streams in a few lumps.
+_SWITCH_S = 1e-4
+
+
+@click.command("serve")
+@bundle_argument
+@click.option("--host", default="127.0.0.1", help="Address to listen to; 0.0.0.0 for every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
+@click.option("--api-key", envvar="MBQ_API_KEY", help="Ask clients for this key; better set as MBQ_API_KEY.")
+@click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
+@click.option(
+    "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
+)
+@steering_options
+@engine_option
+@threads_option
+def command(
+    bundle: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    queue: int,
+    context: int | None,
+    engine: str | None,
+    threads: int | None,
+    **steering: Any,
+) -> None:
+    """Offer the bundle in folder BUNDLE over HTTP, as OpenAI's API does, with a page that shows the board at /.
+
+    A request may set avg_bits, or bound them by min_bits and max_bits.
+    """
+    try:
+        import uvicorn
+
+        from mbq_runtime.server.app import Server
+        from mbq_runtime.server.auth import is_loopback
+        from mbq_runtime.server.http import configure
+        from mbq_runtime.server.monitor_feed import Live
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'mbq-export[serve]'") from None
+    from mbq_runtime.bundle import manifest
+    from mbq_runtime.engine import Engine
+
+    if api_key is not None and not api_key.strip():
+        raise UsageError("--api-key is empty; leave it out, or give a key")
+    with ExitStack() as stack:
+        # Before the model is loaded: a port that is taken should not cost that time.
+        listener = stack.enter_context(_listen(host, port))
+        most = min(manifest.read(bundle).model.context_length, _CONTEXT)
+        loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
+        live = Live(loaded.manifest.model.name, lambda: runner.should_exit)
+        gate, governor = stack.enter_context(steered(loaded, Steering(**steering), live.add_event))
+        low, high = governor.policy.bounds
+        server = Server(
+            loaded, gate, governor, live,
+            budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
+            queue_limit=queue, host=host, api_key=api_key,
+        )  # fmt: skip
+        runner = uvicorn.Server(configure(server.app))
+        address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        click.echo(f"{server.model}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
+        if api_key is None and not is_loopback(host):
+            click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
+        sys.setswitchinterval(_SWITCH_S)
+        runner.run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # the rest repeats the address
+        raise UsageError(f"cannot listen to {host} port {port} ({reason}); choose another") from None
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

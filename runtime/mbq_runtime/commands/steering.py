@@ -1,0 +1,104 @@
+"""The options by which a user says how the budget follows the board, and the governor made of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from mbq_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.events import Event
+    from mbq_runtime.control.governor import Governor
+    from mbq_runtime.control.policy import Policy
+    from mbq_runtime.engine import Engine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_POLICY = "How bits follow the board: fixed, auto, quality, battery, cool.  [default: auto, or fixed with --bits]"
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The options as given; None is not given."""
+
+    policy: str | None = None
+    bits: float | None = None
+    min_bits: float | None = None
+    max_bits: float | None = None
+    min_tps: float | None = None
+    last_until: str | None = None
+    events: Path | None = None
+
+    def make(self) -> Policy:
+        """Raises UsageError for what does not go together."""
+        from mbq_runtime.control.policy import choose, seconds_until
+
+        policy = choose(self.policy or ("auto" if self.bits is None else "fixed"))
+        if not policy.bands and (self.min_tps is not None or self.last_until is not None):
+            raise UsageError(f"policy {policy.name} pursues no goal; for --min-tps or --last-until use --policy auto")
+        if self.bits is not None:
+            if policy.name != "fixed" or self.min_bits is not None or self.max_bits is not None:
+                raise UsageError("--bits fixes the budget; to bound what a policy does, use --min-bits and --max-bits")
+            return replace(policy, floor_bits=self.bits, ceiling_bits=self.bits)
+        span_s = None if self.last_until is None else seconds_until(self.last_until, datetime.now())
+        return replace(
+            policy,
+            floor_bits=self.min_bits,
+            ceiling_bits=self.max_bits,
+            min_tps=self.min_tps,
+            last_until_s=None if span_s is None else time.monotonic() + span_s,
+        )
+
+
+class Steered(NamedTuple):
+    """An engine and who steers it."""
+
+    gate: Gate
+    governor: Governor
+
+
+def steering_options(function: F) -> F:
+    """Adds the options; the command takes them as ``**options`` and makes ``Steering(**options)`` of them."""
+    options = (
+        click.option("--policy", metavar="NAME", help=_POLICY),
+        click.option("--bits", type=float, help="Always use this many average bits per weight."),
+        click.option("--min-bits", type=float, help="Never fewer.  [default: the bundle's]"),
+        click.option("--max-bits", type=float, help="Never more.  [default: the bundle's]"),
+        click.option("--min-tps", type=float, help="Tokens per second to hold, at the cost of bits."),
+        click.option("--last-until", metavar="TIME", help="When the battery must still hold: 18:00, 2.5h, 40min."),
+        click.option("--events", type=click.Path(path_type=Path), help="Append budget changes here, as JSON lines."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@contextmanager
+def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None] | None = None) -> Iterator[Steered]:
+    """The engine under a running governor.  Raises UsageError when the bundle cannot do what is asked."""
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.events import JsonLines
+    from mbq_runtime.control.governor import Governor
+    from mbq_runtime.sensing.sensors import Sensors
+
+    listeners = [] if on_event is None else [on_event]
+    with ExitStack() as stack:
+        if steering.events is not None:
+            lines = stack.enter_context(JsonLines(steering.events))
+            listeners.append(lambda event: lines.write(event.as_dict()))
+        gate = Gate(engine)
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        yield Steered(gate, stack.enter_context(Governor(gate, Sensors(), steering.make(), tell)))

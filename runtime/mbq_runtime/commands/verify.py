@@ -1,0 +1,27 @@
+"""``mbq verify``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import bundle_argument, progress_line
+
+
+@click.command("verify")
+@bundle_argument
+def command(bundle: Path) -> None:
+    """Check the bundle in folder BUNDLE: every file's size and hash, and the weights' sizes.
+
+    Says too whether it runs on this machine, which is not a fault of the bundle.
+    """
+    from mbq_runtime.bundle import isa, manifest
+    from mbq_runtime.bundle.check import check_contents
+
+    with progress_line("hashing") as progress:
+        found = manifest.verify(bundle, progress)
+    check_contents(bundle, found)
+    click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")
+    if problem := isa.problem(found.target, isa.this_machine()):
+        click.echo(f"note: {problem}")

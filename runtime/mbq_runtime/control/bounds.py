@@ -1,0 +1,89 @@
+"""Bounds of the moment between a governor and an engine: what a request, or the person at the keyboard, asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbq_runtime.bundle.manifest import Manifest
+    from mbq_runtime.engine import Engine
+
+
+class Gate:
+    """The engine as its governor sees it.  What the governor sets is held within the bounds in force.
+
+    The governor's wish is kept: when bounds are lifted, the engine is back at it at once.  Any thread
+    may use it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._wish = engine.avg_bits
+        self._bounds: tuple[float | None, float | None] = (None, None)
+        self._lock = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._engine.manifest
+
+    @property
+    def avg_bits(self) -> float:
+        """What the engine uses.  Setting it is a wish; raises UsageError as the engine does."""
+        return self._engine.avg_bits
+
+    @avg_bits.setter
+    def avg_bits(self, value: float) -> None:
+        with self._lock:
+            self._wish = self.manifest.budget.check(value, str(self._engine.path))
+            self._apply()
+
+    @property
+    def threads(self) -> int:
+        """The engine's."""
+        return self._engine.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._engine.threads = count
+
+    @property
+    def on_token(self) -> Callable[[float, float], None] | None:
+        """As the engine's: it tells its tokens through here."""
+        return self._engine.on_token
+
+    @on_token.setter
+    def on_token(self, listener: Callable[[float, float], None] | None) -> None:
+        self._engine.on_token = listener
+
+    @property
+    def biting(self) -> bool:
+        """Whether the bounds keep the engine from what the governor wants."""
+        return self._within(self._wish) != self._wish
+
+    def bound(self, floor_bits: float | None, ceiling_bits: float | None) -> None:
+        """Bound the budget from now on; None is no bound.  Both must be within the bundle's budget."""
+        with self._lock:
+            self._bounds = (floor_bits, ceiling_bits)
+            self._apply()
+
+    @contextmanager
+    def held(self, floor_bits: float | None, ceiling_bits: float | None) -> Iterator[None]:
+        """The same for the length of a block."""
+        before = self._bounds
+        self.bound(floor_bits, ceiling_bits)
+        try:
+            yield
+        finally:
+            self.bound(*before)
+
+    def _apply(self) -> None:
+        self._engine.avg_bits = self._within(self._wish)
+
+    def _within(self, bits: float) -> float:
+        floor, ceiling = self._bounds
+        if floor is not None:
+            bits = max(bits, floor)
+        return bits if ceiling is None else min(bits, ceiling)

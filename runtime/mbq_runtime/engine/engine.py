@@ -1,0 +1,337 @@
+"""The engine that talks: a bundle, its tokenizer, and whatever runs its model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.manifest import Manifest
+from mbq_runtime.errors import BundleError, UsageError
+
+from . import backend
+from .generation import Generation, Record, Sampling, Step, Tell
+from .load import cores, engine_errors, open_bundle
+from .score import mean_nll
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or a conversation: [{"role": "user", "content": "..."}, ...]."""
+
+_BUSY = "this engine is already generating; read that reply to its end, close() it, or load a second engine"
+
+
+class Score(NamedTuple):
+    """nll: mean negative log-likelihood in nats of tokens 1.. given those before; avg_bits_used: mean over tokens."""
+
+    nll: float
+    avg_bits_used: float
+
+
+class Window(NamedTuple):
+    """logits: float32 [S, vocab]; avg_bits_used: mean over the window's tokens."""
+
+    logits: NDArray[np.float32]
+    avg_bits_used: float
+
+
+class Passes(NamedTuple):
+    """seconds: of each pass; avg_bits_used: mean over all tokens."""
+
+    seconds: tuple[float, ...]
+    avg_bits_used: float
+
+
+class Engine:
+    """A loaded bundle.  Make one with ``Engine.load``; use ``avg_bits`` and ``generate``.
+
+    One reply runs at a time.  ``avg_bits`` may be set from any thread at any time.
+    on_token: somebody to tell the seconds and bits of each decoded token, see ``Tell``.
+    """
+
+    on_token: Tell | None = None
+
+    def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
+        self.path, self.manifest, self.name = path, manifest, name
+        config = _read_config(path, manifest)
+        self._threads = self._most_threads = threads or cores()
+        self._backend = backend.load(name, path, manifest, self._threads)
+        self._context = int(config["model"]["context_length"])
+        if context is not None:
+            if not 2 <= context <= self._context:
+                raise UsageError(f"context {context}: {path} takes 2 to {self._context} tokens")
+            self._context = context
+        self._eos = frozenset(_ids(config["model"]["eos_token_id"]))
+        self._chunk = int(config["search"]["chunk_size"])
+        # Read by the native side in every pass: a new budget is one float written, and nothing else.
+        self._budget = np.array([manifest.budget.default_bits], np.float32)
+        self._busy = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        avg_bits: float | None = None,
+        context: int | None = None,
+        engine: str | None = None,
+    ) -> Engine:
+        """Load the bundle in folder ``path``.
+
+        threads: of the processor, None for one per core; avg_bits: the first budget, None for the
+        bundle's default; context: most tokens of prompt and reply together, which take memory, None
+        for all the bundle can; engine: a row of ``backend.ENGINES``, None for the bundle's choice.
+        Raises BundleError when it is incomplete or not for this machine, UsageError for a bad argument,
+        an engine that the bundle has not got, or one whose packages are not installed.
+        """
+        folder, manifest = open_bundle(path, threads)
+        if avg_bits is not None:
+            manifest.budget.check(avg_bits, str(path))
+        loaded = cls(folder, manifest, backend.choose(manifest, folder, engine), threads, context)
+        if avg_bits is not None:
+            loaded.avg_bits = avg_bits
+        return loaded
+
+    @property
+    def avg_bits(self) -> float:
+        """The budget: average bits per weight a token may use.  Setting it takes effect at the next token.
+
+        Raises UsageError for a value outside the bundle's range.
+        """
+        return float(self._budget[0])
+
+    @avg_bits.setter
+    def avg_bits(self, value: float) -> None:
+        self._budget[0] = self.manifest.budget.check(value, str(self.path))
+
+    @property
+    def threads(self) -> int:
+        """Processor threads in use.  Setting it takes effect within a token, in all engines of this bundle in the
+        process; portable bundles and GPU engines keep the number they have.
+
+        Raises UsageError for less than 1, or more than the engine was loaded with.
+        """
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if not 1 <= count <= self._most_threads:
+            raise UsageError(f"threads {count}: needed 1 to {self._most_threads}, with which the engine was loaded")
+        if self._backend.use_threads(count):
+            self._threads = count
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self._context
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._backend.tokenizer.has_chat_template
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Token ids of ``text``; with ``add_bos``, after the model's opening token if its tokenizer has one.
+
+        Raises UsageError for a text with a NUL character, at which the tokenizer would stop reading.
+        """
+        ids = self._backend.tokenizer.encode(text)
+        return [*self.opening_tokens, *ids] if add_bos else ids
+
+    @property
+    def opening_tokens(self) -> list[int]:
+        """What the tokenizer puts before every text: [bos] or nothing."""
+        return self._backend.tokenizer.opening_tokens
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The bundle's own rendering of a conversation, ready for the reply.  Raises BundleError when it has none."""
+        return self._backend.tokenizer.chat_prompt(messages)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        avg_bits: float | None = None,
+        chat: bool = True,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Start a reply: iterate over what this returns for its text, see ``Generation``.
+
+        prompt: text (as a user's message in the bundle's chat template, if it has one and ``chat``
+        is true; as it stands otherwise), token ids, or a list of messages; avg_bits: sets the
+        engine's budget, as the property does; the rest: see ``Sampling``.  The reply ends at
+        ``max_tokens``, an end token, a stop text or the end of the context.
+        Raises UsageError at once for a bad value or a prompt that is empty or too long.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
+        tokens = self._prompt_tokens(prompt, chat)
+        if avg_bits is not None:
+            self.avg_bits = avg_bits
+        return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops, self._tell)
+
+    def _tell(self, seconds: float, bits: float) -> None:
+        listener = self.on_token  # may be taken away by another thread
+        if listener is not None:
+            listener(seconds, bits)
+
+    def logits(self, tokens: Sequence[int], avg_bits: float) -> Window:
+        """Logits at every position of ``tokens``, 1 to ``context_length`` ids; the engine's budget is left alone."""
+        if not 1 <= len(tokens) <= self._context:
+            raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
+        parts, bits = [], 0.0
+        for _, logits, used in self._passes(tokens, avg_bits):
+            parts.append(logits.copy())
+            bits += used * len(logits)
+        return Window(np.concatenate(parts), bits / len(tokens))
+
+    def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
+        """How well the model predicts ``tokens`` at a budget; the engine's own budget is left alone.
+
+        tokens: 2 to ``context_length`` ids.  Memory is that of one prompt chunk.
+        """
+        if not 2 <= len(tokens) <= self._context:
+            raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
+        nll, bits = 0.0, 0.0
+        for start, logits, used in self._passes(tokens, avg_bits):
+            targets = np.asarray(tokens[start + 1 : start + 1 + len(logits)], np.int64)
+            nll += mean_nll(logits[: len(targets)], targets) * len(targets) if len(targets) else 0.0
+            bits += used * len(logits)
+        if not math.isfinite(nll):
+            raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
+        return Score(nll / (len(tokens) - 1), bits / len(tokens))
+
+    def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
+        """(start, logits, bits used) of ``tokens`` chunk by chunk, in one context; logits are good until the next."""
+        budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
+        ids = self._checked(tokens)
+        with self._alone(), engine_errors(f"{self.path}: scoring failed"):
+            run = self._backend.start(len(ids), budget, None, every=True)
+            for start in range(0, len(ids), self._chunk):
+                run.append(ids[start : start + self._chunk])
+                yield start, run.logits(), run.bits_used()
+
+    def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
+        """Time a row of passes over random tokens: no tokenizer, no sampling, no end; the budget is left alone.
+
+        sizes: tokens that each pass adds to one context, as [128] for a prompt or [1] * 64 for decoding.
+        """
+        if not sizes or min(sizes) < 1 or sum(sizes) > self._context:
+            raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
+        budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
+        ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
+        seconds, bits, start = [], 0.0, 0
+        with self._alone(), engine_errors(f"{self.path}: a pass failed"):
+            run = self._backend.start(len(ids), budget, None)
+            for size in sizes:
+                begin_s = time.perf_counter()
+                for at in range(start, start + size, self._chunk):
+                    chunk = ids[at : min(at + self._chunk, start + size)]
+                    run.append(chunk)
+                    bits += run.bits_used() * len(chunk)
+                seconds.append(time.perf_counter() - begin_s)
+                start += size
+        return Passes(tuple(seconds), bits / len(ids))
+
+    def _prompt_tokens(self, prompt: Prompt, chat: bool) -> NDArray[np.int32]:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UsageError("the prompt is empty; give some text")
+            if chat and self.has_chat_template:
+                ids = self.encode(self.chat_prompt([{"role": "user", "content": prompt}]))
+            else:
+                ids = self.encode(prompt, add_bos=True)
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.encode(self.chat_prompt(prompt))  # type: ignore[arg-type]
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise UsageError("the prompt is empty; give some text, or at least one token")
+        if len(ids) >= self._context:
+            raise UsageError(
+                f"the prompt is {len(ids)} tokens long; with room for a reply the bundle takes at most "
+                f"{self._context - 1}; shorten it"
+            )
+        return self._checked(ids)
+
+    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+        ids = np.asarray(tokens, np.int64)
+        vocab = self.manifest.model.vocab_size
+        if ids.min() < 0 or ids.max() >= vocab:
+            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
+            raise UsageError(f"token id {bad}: the model's ids go from 0 to {vocab - 1}")
+        return ids.astype(np.int32)
+
+    def _alone(self) -> _Alone:
+        return _Alone(self._busy)
+
+    def _steps(self, prompt: NDArray[np.int32], sampling: Sampling, record: Record) -> Generator[Step, None, None]:
+        length = min(self._context, len(prompt) + sampling.max_tokens)
+        with self._alone(), engine_errors(f"{self.path}: generation failed"):
+            run = self._backend.start(length, self._budget, sampling)
+            # Native calls hold Python's lock: chunks let other threads and Ctrl-C in, and bound the logits.
+            for start in range(0, len(prompt), self._chunk):
+                if record.stopping:
+                    return
+                chunk = prompt[start : start + self._chunk]
+                run.append(chunk)
+                record.prompt_bits += run.bits_used() * len(chunk) / len(prompt)
+            decode = self._backend.tokenizer.stream()
+            while not record.stopping and (token := run.next_token()) is not None:
+                ends = token in self._eos
+                yield Step(token, run.bits_used(), "" if ends else decode(token), ends)
+
+
+class _Alone:
+    """Hold a lock that nobody waits for: a second user is told so."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError(_BUSY)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _ids(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _read_config(path: Path, manifest: Manifest) -> Any:
+    """genai_config.json, checked where this class relies on it.  Raises BundleError.
+
+    The library it names is code that will run: none but the bundle's own is let through.
+    """
+    file = path / "genai_config.json"
+    try:
+        config = json.loads(file.read_bytes())
+        decoder = config["model"]["decoder"]
+        library = decoder["session_options"].get("custom_ops_library")
+        fixed = (
+            ("model.decoder.filename", decoder["filename"], "model.onnx"),
+            ("custom_ops_library", library, manifest.ops_library),
+            ("model.context_length", config["model"]["context_length"], manifest.model.context_length),
+            ("model.vocab_size", config["model"]["vocab_size"], manifest.model.vocab_size),
+        )
+        config["model"]["eos_token_id"], config["search"]["chunk_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{file}: incomplete or unreadable ({error!r}); export the bundle again") from None
+    for field, seen, needed in fixed:
+        if seen != needed:
+            raise BundleError(f"{file}: {field} is {seen!r}, needed {needed!r}; export the bundle again")
+    return config

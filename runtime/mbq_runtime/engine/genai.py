@@ -1,0 +1,76 @@
+"""The ONNX engine: a bundle's graph on onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.manifest import Manifest
+
+from .generation import Sampling
+from .load import SHORT_SPINNING, engine_errors, import_engine, ops_threads
+from .tokenizer import Tokenizer
+
+
+class Backend:
+    """See ``backend.Backend``."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        og = import_engine("onnxruntime_genai")
+        # The engine prints its own copy of every error it also throws; one is enough.
+        session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
+        with engine_errors(f"{path}: the engine cannot load it"):
+            overlaid = og.Config(str(path))
+            overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            self._model = og.Model(overlaid)
+            self.tokenizer = Tokenizer(path, og.Tokenizer(self._model))
+        self._threads = ops_threads(self, path, manifest)
+        self.use_threads(threads)
+        self._og = og
+        self._vocab_size = manifest.model.vocab_size
+
+    def use_threads(self, count: int) -> bool:
+        if self._threads is None:
+            return False
+        self._threads.mbq_set_threads(count)
+        return True
+
+    def start(
+        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
+    ) -> _Run:
+        options = {"do_sample": False} if sampling is None else sampling.search_options(self._vocab_size)
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=length, **options)
+        generator = self._og.Generator(self._model, params)
+        # The generator keeps pointers to these arrays and reads them in every pass.
+        generator.set_model_input("avg_bits", budget)
+        scored = np.zeros(1, np.int64)
+        generator.set_model_input("scored", scored)
+        return _Run(generator, scored, every)
+
+
+class _Run:
+    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
+        self._generator, self._scored, self._every = generator, scored, every
+
+    def append(self, tokens: NDArray[np.int32]) -> None:
+        if self._every:
+            self._scored[0] = len(tokens)
+        self._generator.append_tokens(tokens)
+
+    def logits(self) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._generator.get_output("all_logits")[0]
+        return logits
+
+    def bits_used(self) -> float:
+        return float(self._generator.get_output("avg_bits_used")[0])
+
+    def next_token(self) -> int | None:
+        if self._generator.is_done():
+            return None
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0])

@@ -1,0 +1,228 @@
+"""Runs a launch plan on a device: what OpenCL and WebGPU have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.manifest import Manifest
+from mbq_runtime.errors import BundleError, UsageError
+
+from . import gpu_plan
+from .generation import Sampling
+from .gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Kernel, Launch, Plan
+from .sampling import Sampler
+from .tokenizer import Tokenizer
+
+_FLOAT32_MAX = np.float32(3e38)
+
+
+class Limits(NamedTuple):
+    """What a device has of ``gpu_plan.Needs``, in the same order."""
+
+    buffer_bytes: int
+    group_items: int
+    local_bytes: int
+    bindings: int
+
+
+class Device(Protocol):
+    """A GPU and its queue: what is run, written and read happens in that order."""
+
+    def __init__(self) -> None:
+        """Raises UsageError when the package or a driver is missing."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def limits(self) -> Limits: ...
+
+    def compile(self, kernels: Mapping[str, Kernel], texts: Mapping[str, str], where: Path) -> None:
+        """Raises BundleError with the driver's log.  texts: by kernel."""
+
+    def buffer(self, size: int, content: NDArray[np.generic] | None = None) -> Any:
+        """Memory of ``size`` bytes on the device, with ``content`` in it if there is any."""
+
+    def prepare(self, launches: Sequence[Launch], kernels: Mapping[str, Kernel], buffers: Mapping[str, Any]) -> Any:
+        """What ``run`` takes."""
+
+    def run(self, prepared: Any) -> None: ...
+    def write(self, buffer: Any, content: NDArray[np.generic]) -> None: ...
+    def read(self, buffer: Any, content: NDArray[np.generic]) -> None:
+        """Fill ``content`` with the buffer's first bytes; waits for everything before."""
+
+
+class DeviceBackend:
+    """See ``backend.Backend``.  device_type, dialect: what a subclass runs on, and the text it compiles."""
+
+    device_type: ClassVar[type[Device]]
+    dialect: ClassVar[str]
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        plan = gpu_plan.read(path)
+        if plan.dialect != self.dialect:
+            raise BundleError(f"{path}: its kernels are {plan.dialect}, this engine compiles {self.dialect}")
+        self.plan = plan
+        self.device = self.device_type()
+        _check_needs(plan, self.device, path)
+        self.device.compile(plan.kernels, _texts(plan, path), path / gpu_plan.FOLDER)
+        weights = np.memmap(path / gpu_plan.WEIGHTS, np.uint8, "r")
+        self._buffers = {
+            name: self.device.buffer(
+                buffer.bytes, weights[buffer.offset : buffer.offset + buffer.bytes] if buffer.offset >= 0 else None
+            )
+            for name, buffer in plan.buffers.items()
+            if not buffer.is_cache
+        }
+        self.tokenizer = Tokenizer(path)
+
+    def use_threads(self, count: int) -> bool:
+        return False  # the processor's part is one thread's
+
+    def start(
+        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
+    ) -> DeviceRun:
+        plan, limit = self.plan, self.device.limits.buffer_bytes
+        caches = {name: buffer.bytes * length for name, buffer in plan.buffers.items() if buffer.is_cache}
+        largest = max(caches.values(), default=0)
+        if largest > limit:
+            raise UsageError(
+                f"a context of {length} tokens needs buffers of {largest} bytes, {self.device.name} takes {limit}; "
+                f"ask for at most {length * limit // largest} tokens"
+            )
+        buffers = self._buffers | {name: self.device.buffer(size) for name, size in caches.items()}
+        programs = {
+            name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
+        }
+        return DeviceRun(plan, self.device, buffers, programs, length, budget, sampling, every)
+
+
+class DeviceRun:
+    """See ``backend.Run``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: Device,
+        buffers: Mapping[str, Any],
+        programs: Mapping[str, Any],
+        length: int,
+        budget: NDArray[np.float32],
+        sampling: Sampling | None,
+        every: bool,
+    ) -> None:
+        self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
+        self._length, self._budget, self._every = length, budget, every
+        # The likeliest token is found on the device; only sampling has to see the logits.
+        self._sampler = None if sampling is None or sampling.temperature == 0 else Sampler(sampling)
+        self._position, self._count = 0, 0
+        self._state = np.zeros(TOKENS + plan.chunk, np.int32)
+        self._due: int | None = None
+        self._bits = 0.0
+        self._logits: list[NDArray[np.float32]] = []
+
+    def append(self, tokens: NDArray[np.int32]) -> None:
+        self._logits, bits = [], 0.0
+        for start in range(0, len(tokens), self._plan.chunk):
+            part = tokens[start : start + self._plan.chunk]
+            self._pass(part)
+            for row in range(len(part)) if self._every else ():
+                self._choose(row)
+                self._logits.append(self._read_logits())
+                bits += self._result()[1]
+            if not self._every:
+                bits += self._body_bits() * len(part)
+        self._bits = bits / len(tokens)
+        if not self._every:
+            self._choose(self._count - 1)
+
+    def logits(self) -> NDArray[np.float32]:
+        return np.stack(self._logits)
+
+    def bits_used(self) -> float:
+        return self._bits
+
+    def next_token(self) -> int | None:
+        if self._position + self._count + (self._due is not None) >= self._length:
+            return None
+        if self._due is not None:
+            self._pass(np.array([self._due], np.int32))
+            self._choose(0)
+        token, self._bits = self._result()
+        if self._sampler is not None:
+            token = self._sampler.choose(self._read_logits())
+        self._due = token
+        return token
+
+    def _pass(self, tokens: NDArray[np.int32]) -> None:
+        """Run the blocks over ``tokens``; a row of the residual stream is then ready for ``_choose``."""
+        self._position += self._count
+        self._count, self._due = len(tokens), None
+        state = self._state
+        state[:3] = self._position, self._count, 0
+        state[THRESHOLDS : THRESHOLDS + len(self._plan.tables)] = thresholds(self._plan, self._budget[0]).view(np.int32)
+        state[TOKENS:] = 0
+        state[TOKENS : TOKENS + len(tokens)] = tokens
+        self._device.write(self._buffers[STATE], state)
+        self._device.run(self._programs["token" if len(tokens) == 1 else "prompt"])
+
+    def _choose(self, row: int) -> None:
+        if row:
+            self._state[2] = row
+            self._device.write(self._buffers[STATE], self._state)
+        self._device.run(self._programs["choose"])
+
+    def _result(self) -> tuple[int, float]:
+        """The likeliest token and the bits its pass used."""
+        result = np.empty(2, np.int32)
+        self._device.read(self._buffers[RESULT], result)
+        return int(result[0]), float(result[1:].view(np.float32)[0])
+
+    def _body_bits(self) -> float:
+        """Mean over the pass's tokens, the head left out: it is asked for the last token of a prompt alone."""
+        routing = np.empty(2 * self._plan.chunk, np.int32)
+        self._device.read(self._buffers[ROUTING], routing)
+        used = routing.reshape(-1, 2)[: self._count, 1].view(np.float32)
+        return float(used.mean()) / (1 - self._plan.head_share)
+
+    def _read_logits(self) -> NDArray[np.float32]:
+        logits = np.empty(self._plan.vocab_size, np.float32)
+        self._device.read(self._buffers[LOGITS], logits)
+        return logits
+
+
+def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:
+    """float32 [tables]: what a score must exceed for one more slice; at a table's ends none or all do."""
+    found = []
+    for table in plan.tables:
+        at = np.interp(avg_bits, table.budgets, table.thresholds)
+        low, high = avg_bits <= table.budgets[0], avg_bits >= table.budgets[-1]
+        found.append(_FLOAT32_MAX if low else -_FLOAT32_MAX if high else at)
+    return np.asarray(found, np.float32)
+
+
+def _check_needs(plan: Plan, device: Device, path: Path) -> None:
+    labels = ("bytes in one buffer", "items in a work-group", "bytes of local memory", "buffers in a kernel")
+    needs = (plan.needs.buffer_bytes, plan.needs.group_items, plan.needs.local_bytes, plan.needs.bindings)
+    for label, need, limit in zip(labels, needs, device.limits, strict=True):
+        if need > limit:
+            raise UsageError(
+                f"{path}: the bundle needs {need} {label}, {device.name} has {limit}; "
+                "run a bundle for the processor (mbq-export --target), or a smaller model"
+            )
+
+
+def _texts(plan: Plan, path: Path) -> dict[str, str]:
+    """The text of each kernel.  Raises BundleError."""
+    files: dict[str, str] = {}
+    for kernel in plan.kernels.values():
+        file = path / gpu_plan.FOLDER / kernel.file
+        try:
+            files.setdefault(kernel.file, file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{file}: cannot be read ({error}); copy or export the bundle again") from None
+    return {name: files[kernel.file] for name, kernel in plan.kernels.items()}

@@ -1,0 +1,58 @@
+"""The same model on plain ONNX Runtime, for those who want its logits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from mbq_runtime.bundle.manifest import OPS_LIBRARY
+from mbq_runtime.errors import BundleError, UsageError
+
+from .engine import Window
+from .load import SHORT_SPINNING, cores, engine_errors, import_engine, open_bundle, ops_threads
+
+
+class Session:
+    """A bundle's graph without tokenizer, sampling or memory of earlier tokens.
+
+    threads: as in ``Engine.load``.  Raises BundleError and UsageError as ``Engine.load`` does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
+        self.path, self.manifest = open_bundle(path, threads)
+        if "onnx" not in self.manifest.engines:
+            raise BundleError(f"{self.path}: the bundle has no ONNX graph; export it again with --engine onnx")
+        onnxruntime = import_engine("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads or cores()
+        options.add_session_config_entry(*SHORT_SPINNING)
+        with engine_errors(f"{self.path}: the model cannot be loaded"):
+            if self.manifest.native:
+                options.register_custom_ops_library(str(self.path / OPS_LIBRARY))
+            self._session = onnxruntime.InferenceSession(
+                str(self.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+        ops_threads(self, self.path, self.manifest)
+        self._empty_past = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+
+    def run(self, tokens: Sequence[int], avg_bits: float) -> Window:
+        """Logits for every position of ``tokens`` (ids, at least one), seen from an empty context."""
+        if not 1 <= len(tokens) <= self.manifest.model.context_length:
+            raise UsageError(f"{len(tokens)} tokens: needed 1 to {self.manifest.model.context_length}")
+        feeds = {
+            "input_ids": np.asarray(tokens, np.int64)[None],
+            "attention_mask": np.ones((1, len(tokens)), np.int64),
+            "avg_bits": np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32),
+            "scored": np.array([len(tokens)], np.int64),
+            **self._empty_past,
+        }
+        with engine_errors(f"{self.path}: the model failed"):
+            logits, used = self._session.run(["all_logits", "avg_bits_used"], feeds)
+        return Window(logits[0], float(used[0]))

@@ -1,0 +1,132 @@
+"""The TVM engine: a decoder compiled to one library, run by TVM's runtime library without the compiler.
+
+Of Python packages only ``tvm_ffi`` is imported; ``libtvm_runtime.so`` is taken from the folder of the
+package ``tvm``, which is not imported itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
+from mbq_runtime.bundle.tensors import WEIGHTS
+from mbq_runtime.errors import UsageError
+
+from .generation import Sampling
+from .load import engine_errors
+from .sampling import Sampler
+from .tokenizer import Tokenizer
+
+_KEY_LANES = 16  # positions in a block of keys
+_RUNTIME = "libtvm_runtime.so"
+_CPU = 1  # DLPack's number of the device
+_POOLED = 2  # a memory pool: the VM keeps what it allocated for the next pass
+
+
+@cache
+def _tvm() -> Any:
+    """The package tvm_ffi, with TVM's runtime loaded behind it.  Raises UsageError naming what to install."""
+    try:
+        import tvm_ffi
+
+        found = importlib.util.find_spec("tvm")
+        folders = list(found.submodule_search_locations or []) if found else []
+        libraries = [path for folder in folders if (path := Path(folder, "lib", _RUNTIME)).is_file()]
+        if not libraries:
+            raise ImportError(f"no {_RUNTIME} in the package tvm")
+        # Compiled code finds it among the process's global symbols.
+        ctypes.CDLL(str(libraries[0]), mode=ctypes.RTLD_GLOBAL)
+    except (ImportError, OSError) as error:
+        raise UsageError(f"the engine tvm cannot be loaded ({error}): pip install 'mbq-export[tvm]'") from None
+    return tvm_ffi
+
+
+class Backend:
+    """See ``backend.Backend``."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        self.ffi = _tvm()
+        self._path = path
+        decoder = json.loads((path / "genai_config.json").read_bytes())["model"]["decoder"]
+        self.layers, self.kv_heads, self.head_dim = (
+            int(decoder[key]) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")
+        )
+        self.vocab_size = manifest.model.vocab_size
+        with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
+            machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
+            machine["vm_initialization"](_CPU, 0, _POOLED)
+            self.functions = {name: machine[name] for name in ("decode", "prefill", "score")}
+        # Copy on write, and nothing writes: the file is mapped, and pages that no depth reads stay on disk.
+        self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
+        # The same library once more, for what is no function of TVM's.
+        self._library = ctypes.CDLL(str(path / DECODER_LIBRARY))
+        self.use_threads(threads)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self._path)
+
+    def share(self, array: NDArray[Any]) -> Any:
+        """The same memory as the compiled code takes it."""
+        return self.ffi.from_dlpack(np.asarray(array))
+
+    def use_threads(self, count: int) -> bool:
+        self._library.mbq_set_threads(count)
+        return True
+
+    def start(
+        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
+    ) -> _Run:
+        return _Run(self, length, budget, Sampler(sampling), every)
+
+
+class _Run:
+    def __init__(
+        self, backend: Backend, length: int, budget: NDArray[np.float32], sampler: Sampler, every: bool
+    ) -> None:
+        b, blocks = backend, -(-length // _KEY_LANES)
+        self._backend, self._length, self._sampler, self._every = backend, length, sampler, every
+        self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        # Every matrix looks at the budget, and other threads may change it while a pass runs.
+        self._budget, self._budget_of_pass = budget, budget.copy()
+        state: list[NDArray[Any]] = [
+            self._past,
+            self._budget_of_pass,
+            self._used,
+            np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, _KEY_LANES), np.float32),
+            np.zeros((b.layers, b.kv_heads, blocks * _KEY_LANES, b.head_dim), np.float32),
+        ]
+        self._state = [*(backend.share(array) for array in state), backend.weights]
+        self._logits: Any = None
+        self._due: int | None = None  # chosen, and not yet passed over
+
+    def append(self, tokens: NDArray[np.int32]) -> None:
+        count = len(tokens)
+        self._budget_of_pass[:] = self._budget
+        name = "decode" if count == 1 else "score" if self._every else "prefill"
+        ids = self._backend.share(tokens.astype(np.int64))
+        self._logits = self._backend.functions[name](ids, *self._state)
+        self._past += count
+
+    def logits(self) -> NDArray[np.float32]:
+        # Rows are padded to whole blocks.
+        return np.asarray(np.from_dlpack(self._logits), np.float32)[:, : self._backend.vocab_size]
+
+    def bits_used(self) -> float:
+        return float(self._used[0])
+
+    def next_token(self) -> int | None:
+        if int(self._past[0]) + (self._due is not None) >= self._length:
+            return None
+        if self._due is not None:
+            self.append(np.array([self._due], np.int32))
+        self._due = self._sampler.choose(self.logits()[-1])
+        return self._due

@@ -1,0 +1,178 @@
+"""The routes: OpenAI's API, health, metrics and the page that watches the board."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from mbq_runtime.bundle.manifest import Budget
+
+from .auth import Guard
+from .errors import ApiError
+from .metrics import CONTENT_TYPE, Metrics
+from .monitor_feed import Live, Sampler
+from .replies import ChatShape, CompletionShape, Reply, Shape, send_events, while_connected
+from .requests import Body, ChatBody, CompletionBody, order, parse
+from .worker import Worker
+
+if TYPE_CHECKING:
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.governor import Governor
+    from mbq_runtime.engine import Engine
+
+_MIN_BODY_LIMIT = 1 << 20
+_BODY_BYTES_PER_TOKEN = 16  # no prompt that fits the context needs more, escapes counted
+_UPLOAD_S = 30.0
+_PAGE_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
+}
+
+
+class Server:
+    """A loaded engine, offered over HTTP: ``app`` is the ASGI application.
+
+    gate: the engine as ``governor`` sees it; budget: what requests may ask, within the bundle's;
+    queue_limit: requests that may wait beside the one that runs; host: the address listened to.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        governor: Governor,
+        live: Live,
+        *,
+        budget: Budget,
+        queue_limit: int,
+        host: str = "127.0.0.1",
+        api_key: str | None = None,
+    ) -> None:
+        self.model = engine.manifest.model.name
+        self.worker = Worker(engine, gate, governor, queue_limit)
+        self._engine, self._budget, self._live = engine, budget, live
+        self._sample = Sampler(gate, governor, self.worker)
+        self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
+        self._started_s = int(time.time())
+        routes = [
+            Route("/", self._page),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            Route("/live", self._watch),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+        ]
+        self.metrics = Metrics(gate, governor, self.worker, [route.path for route in routes])
+        self.worker.on_result = self.metrics.reply
+        self.app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            middleware=[Middleware(self.metrics.counted), Middleware(Guard, api_key=api_key, host=host)],
+            exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _refuse},
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        sampling = asyncio.create_task(self._live.keep(self._sample))
+        with self.worker:
+            yield
+            sampling.cancel()
+            with suppress(asyncio.CancelledError):
+                await sampling
+
+    async def _page(self, _: Request) -> Response:
+        page = files(__package__).joinpath("page.html").read_bytes()
+        return Response(page, headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
+
+    async def _health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _watch(self, _: Request) -> Any:
+        live = self._live
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            await while_connected(receive, send_events(send, live.stream()))
+
+        return respond
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    async def _chat(self, request: Request) -> Any:
+        if not self._engine.has_chat_template:
+            raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
+        return await self._reply(request, ChatBody, ChatShape)
+
+    async def _completion(self, request: Request) -> Any:
+        return await self._reply(request, CompletionBody, CompletionShape)
+
+    async def _reply(self, request: Request, kind: type[Body], shape: type[Shape]) -> Reply:
+        body = parse(kind, await self._read(request))
+        self._check_model(body.model)
+        job = self.worker.submit(order(body, self._budget, self._engine.context_length))
+        return Reply(
+            job,
+            shape(self.model),
+            self.worker.cancel,
+            stream=bool(body.stream),
+            with_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+
+    def _card(self) -> dict[str, Any]:
+        facts = {"context_length": self._engine.context_length, "min_bits": self._budget.min_bits}
+        facts |= {"max_bits": self._budget.max_bits}
+        return {"id": self.model, "object": "model", "created": self._started_s, "owned_by": "local", **facts}
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            message = f"model {name[:80]!r} is not here; this server has {self.model!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def _read(self, request: Request) -> bytes:
+        """The body.  Raises ApiError when it is too large, too slow, or cut off."""
+        too_large = ApiError(413, f"the request body is larger than {self._body_limit} bytes", code="body_too_large")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._body_limit:
+            raise too_large
+        data = bytearray()
+        try:
+            async with asyncio.timeout(_UPLOAD_S):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > self._body_limit:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"the request body did not come within {_UPLOAD_S:g} s") from None
+        except ClientDisconnect:
+            raise ApiError(400, "the request body was cut off") from None
+        return bytes(data)
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # no such path or method
+        error = ApiError(error.status_code, error.detail, headers=error.headers)
+    if not isinstance(error, ApiError):  # the server logs it
+        error = ApiError(500, "the server failed; its log says why", code="internal_error")
+    return error.response()

@@ -1,0 +1,102 @@
+"""``/metrics``: the server and the board, in Prometheus' text form.
+
+A reading the board does not have is left out: absent, not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.governor import Governor
+
+    from .worker import Result, Worker
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_CLIENT_GONE = "499"  # as nginx writes it: no status was ever sent
+
+
+class Metrics:
+    """One registry for each server.  paths: those that may become labels; others count as "other"."""
+
+    def __init__(self, gate: Gate, governor: Governor, worker: Worker, paths: Iterable[str]) -> None:
+        self._paths = frozenset(paths)
+        self.registry = CollectorRegistry()
+        self.registry.register(_Gauges(gate, governor, worker))
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "mbq_requests", "Requests answered, refused or left.", ("path", "status"), registry=self.registry
+        )
+        self.ttft = Histogram(
+            "mbq_time_to_first_token_seconds", "From the start of a reply to its first token.",
+            registry=self.registry, buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+        )  # fmt: skip
+
+    def reply(self, result: Result) -> None:
+        """Count a finished reply; from any thread."""
+        if result.ttft_s:  # one that was left in its prompt has no first token
+            self.ttft.observe(result.ttft_s)
+
+    def counted(self, app: ASGIApp) -> ASGIApp:
+        """ASGI middleware that counts every request by path and status."""
+
+        async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            status = _CLIENT_GONE
+
+            async def noting(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = str(message["status"])
+                await send(message)
+
+            try:
+                await app(scope, receive, noting)
+            finally:
+                path = scope["path"] if scope["path"] in self._paths else "other"
+                self.requests.labels(path, status).inc()
+
+        return counting
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, gate: Gate, governor: Governor, worker: Worker) -> None:
+        self._gate, self._governor, self._worker = gate, governor, worker
+
+    def collect(self) -> Iterable[Metric]:
+        status, worker = self._governor.status(), self._worker
+        readings = status.readings
+        gauges = (
+            ("avg_bits", "Budget in force, average bits per weight.", self._gate.avg_bits),
+            ("threads", "Processor threads in use.", self._gate.threads),
+            ("avg_bits_used", "Average bits per weight of late tokens.", status.avg_bits_used),
+            ("tokens_per_second", "Decoding speed of late.", status.tokens_per_s),
+            ("energy_joules_per_token", "Measured by the board's own sensor.", status.energy_j_per_token),
+            ("temperature_celsius", "Of the thermal zone nearest to its limit.", readings.temp_c),
+            ("throttle_temperature_celsius", "From which the board slows itself.", readings.throttle_temp_c),
+            ("heat_throttled", "1 while heat slows the board.", readings.heat_throttled),
+            ("undervoltage", "1 while the supply is too weak.", readings.undervoltage),
+            ("power_watts", "Drawn by what the board's sensor measures.", readings.power_w),
+            ("battery_ratio", "Charge of the battery, 0 to 1.", readings.battery_fraction),
+            ("discharging", "1 while the board runs on its battery.", readings.discharging),
+            ("replies_running", "Replies being made: 0 or 1.", worker.running),
+            ("requests_waiting", "Requests in the queue.", worker.waiting),
+            ("queue_limit", "Requests that may wait.", worker.limit),
+        )
+        for name, text, value in gauges:
+            if value is not None:
+                yield GaugeMetricFamily(f"mbq_{name}", text, value=float(value))
+        yield CounterMetricFamily("mbq_prompt_tokens", "Tokens of prompts read.", value=worker.prompt_tokens)
+        yield CounterMetricFamily("mbq_generated_tokens", "Tokens of replies made.", value=worker.tokens)

@@ -1,0 +1,94 @@
+"""The last minutes of the server, for those who watch: one sample a second and every budget change."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .replies import event
+
+if TYPE_CHECKING:
+    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.events import Event
+    from mbq_runtime.control.governor import Governor
+
+    from .worker import Worker
+
+_PERIOD_S = 1.0
+_SAMPLES, _EVENTS = 300, 100
+
+READINGS = (
+    "temp_c", "throttle_temp_c", "heat_throttled", "undervoltage", "power_w", "discharging", "battery_fraction",
+)  # fmt: skip
+
+
+class Live:
+    """Keeps a bounded past; any number of watchers follow it without being known to it.
+
+    model: its name; closing: whether the server is going down, at which streams end.
+    """
+
+    def __init__(self, model: str, closing: Callable[[], bool] = lambda: False) -> None:
+        self._model, self._closing = model, closing
+        self._samples: deque[dict[str, Any]] = deque(maxlen=_SAMPLES)
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._fresh: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._count = 0
+        self._changed = asyncio.Condition()
+
+    def add_event(self, change: Event) -> None:
+        """Book a budget change, or a word about the sensors; from any thread."""
+        self._fresh.append({"time": change.time_s, "old": change.old, "new": change.new, "reason": change.reason})
+
+    async def keep(self, sample: Callable[[], dict[str, Any]]) -> None:
+        """Take samples until cancelled."""
+        while True:
+            async with self._changed:
+                self._add(self._samples, {"time": time.time(), **sample()})
+                while self._fresh:
+                    self._add(self._events, self._fresh.popleft())
+                self._changed.notify_all()
+            await asyncio.sleep(_PERIOD_S)
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events {"model", "samples": [...], "events": [...]}: the past first, then what is new."""
+        seen = 0
+        while not self._closing():
+            new = {
+                name: [entry for entry in kept if entry["n"] > seen]
+                for name, kept in (("samples", self._samples), ("events", self._events))
+            }
+            yield event({"model": self._model, **new})
+            seen = self._count
+            async with self._changed:
+                await self._changed.wait()
+
+    def _add(self, where: deque[dict[str, Any]], entry: dict[str, Any]) -> None:
+        self._count += 1
+        where.append({"n": self._count, **entry})
+
+
+class Sampler:
+    """What a sample holds.  Readings are null when the board has no such sensor, tokens_per_s when idle."""
+
+    def __init__(self, gate: Gate, governor: Governor, worker: Worker) -> None:
+        self._gate, self._governor, self._worker = gate, governor, worker
+
+    def __call__(self) -> dict[str, Any]:
+        status, worker = self._governor.status(), self._worker
+        readings = asdict(status.readings)
+        asked = self._gate.biting
+        return {
+            "avg_bits": self._gate.avg_bits if asked else status.avg_bits,
+            "reason": "asked by the request" if asked else status.reason,
+            "tokens_per_s": status.tokens_per_s,
+            "avg_bits_used": status.avg_bits_used,
+            "energy_j_per_token": status.energy_j_per_token,
+            "running": int(worker.running),
+            "waiting": worker.waiting,
+            **{name: readings[name] for name in READINGS},
+        }

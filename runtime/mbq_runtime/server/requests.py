@@ -1,0 +1,187 @@
+"""What a client asks: the body of a completion request, checked field by field.
+
+Fields that change what a reply means and that this server does not have are refused unless they hold
+their neutral value; other unknown fields are ignored, as clients send many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from mbq_runtime.bundle.manifest import Budget
+
+from .errors import ApiError
+
+_INT32 = 2**31  # the engine's whole numbers; the API's seeds are 64 bits wide
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logprobs": (None, False, 0),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_text(value: Any) -> Any:
+    """A message's content may come in parts; only parts of text can be read."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
+        raise ValueError("needed a string, or parts of type text")
+    return "".join(part["text"] for part in value)
+
+
+def _one_prompt(value: Any) -> str | list[int]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(i) is int and 0 <= i < _INT32 for i in value):
+        return value
+    raise ValueError("needed one text or one list of token ids")
+
+
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]  # matching is quadratic in its length
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_text)]
+
+
+class Body(_Strict):
+    """Fields of both kinds of request; null means the default.
+
+    avg_bits, min_bits, max_bits: the budget of this reply's tokens, or its bounds, in average bits
+    per weight.
+    """
+
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=_INT32)] | None = None
+    seed: int | None = None
+    stop: Annotated[list[_Stop] | None, Field(max_length=16), BeforeValidator(_as_list)] = None
+    avg_bits: float | None = None
+    min_bits: float | None = None
+    max_bits: float | None = None
+
+    def engine_prompt(self) -> str | list[int] | list[dict[str, str]]:
+        raise NotImplementedError
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def engine_prompt(self) -> list[dict[str, str]]:
+        system = {"developer": "system"}
+        return [{"role": system.get(m.role, m.role), "content": m.content} for m in self.messages]
+
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionBody(Body):
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the API's own
+
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
+
+    def engine_prompt(self) -> str | list[int]:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request the engine can be given.
+
+    prompt: for ``Engine.generate``; options: its other arguments, but for the budget;
+    floor_bits, ceiling_bits: the request's own bounds of the budget, equal for a fixed one.
+    """
+
+    prompt: str | list[int] | list[dict[str, str]]
+    options: Mapping[str, Any]
+    floor_bits: float | None = None
+    ceiling_bits: float | None = None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """Raises ApiError (400) that names the field, for anything but a whole and meaningful request."""
+    try:
+        body = kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{param or 'the request body'}: {reason}", param=param, code=first["type"]) from None
+    for field, value in (body.model_extra or {}).items():
+        if field in _NEUTRAL and value not in _NEUTRAL[field]:
+            raise ApiError(400, f"{field}: not offered here; leave it out", param=field, code="unsupported")
+    return body
+
+
+def order(body: Body, budget: Budget, context_length: int) -> Order:
+    """What ``body`` means to the engine.  Raises ApiError when its bits are outside ``budget``."""
+    floor, ceiling = _bounds(body, budget)
+    max_tokens = body.token_limit() or body.DEFAULT_MAX_TOKENS or context_length
+    options = {
+        "chat": isinstance(body, ChatBody),
+        "max_tokens": min(max_tokens, context_length),
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": body.top_p or 1.0,
+        "top_k": body.top_k or 0,
+        "seed": None if body.seed is None else body.seed % _INT32,
+        "stop": tuple(body.stop or ()),
+    }
+    return Order(body.engine_prompt(), options, floor, ceiling)
+
+
+def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:
+    for field in ("avg_bits", "min_bits", "max_bits"):
+        value = getattr(body, field)
+        if value is not None and not budget.min_bits <= value <= budget.max_bits:
+            needed = f"this server gives {budget.min_bits:g} to {budget.max_bits:g} bits"
+            raise ApiError(400, f"{field} {value:g}: {needed}", param=field, code="bits_out_of_range")
+    if body.avg_bits is not None:
+        if body.min_bits is not None or body.max_bits is not None:
+            raise ApiError(400, "avg_bits fixes the budget; leave out min_bits and max_bits", param="avg_bits")
+        return body.avg_bits, body.avg_bits
+    if body.min_bits is not None and body.max_bits is not None and body.min_bits > body.max_bits:
+        raise ApiError(400, f"min_bits {body.min_bits:g} is above max_bits {body.max_bits:g}", param="min_bits")
+    return body.min_bits, body.max_bits

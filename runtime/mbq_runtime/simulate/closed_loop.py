@@ -1,0 +1,116 @@
+"""A policy and a board's model acting on each other, and what came of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from mbq_runtime.control.controller import start, step
+from mbq_runtime.control.policy import Policy, choose
+from mbq_runtime.errors import UsageError
+from mbq_runtime.sensing.readings import Readings
+
+from .boards import Board
+from .model import Stretch, Weights, advance, cold
+
+PERIOD_S = 1.0
+_NOISE_C = 0.5  # of a temperature sensor, standard deviation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look.  bits: the budget; above: whether the board is above its throttle point."""
+
+    time_s: float
+    bits: float
+    temp_c: float | None
+    above: bool
+    tokens_per_s: float | None
+    power_w: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy over a stretch of time.  name: of the policy, as in "fixed 8"."""
+
+    name: str
+    samples: Sequence[Sample]
+
+    @property
+    def switches(self) -> list[float]:
+        """When the budget changed, in seconds."""
+        return [after.time_s for before, after in pairwise(self.samples) if after.bits != before.bits]
+
+    def figures(self) -> dict[str, float | None]:
+        """A row of the table: means and shares of the looks; None is unknown."""
+        speeds = [sample.tokens_per_s for sample in self.samples if sample.tokens_per_s is not None]
+        powers = [sample.power_w for sample in self.samples if sample.power_w is not None]
+        temps = [sample.temp_c for sample in self.samples if sample.temp_c is not None]
+        count = len(self.samples)
+        tokens_known = len(speeds) == count and sum(speeds) > 0
+        return {
+            "tokens_per_s": sum(speeds) / count if tokens_known else None,
+            "mean_bits": sum(sample.bits for sample in self.samples) / count,
+            "joules_per_token": sum(powers) / sum(speeds) if tokens_known and len(powers) == count else None,
+            "above_throttle_share": sum(sample.above for sample in self.samples) / count if temps else None,
+            "hottest_c": max(temps, default=None),
+            "switches": len(self.switches),
+        }
+
+
+def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[tuple[str, Policy]]:
+    """(name, policy with bounds) for names as "auto" or "fixed 4".  Raises UsageError for others."""
+    found = []
+    for name in names:
+        row, _, bits = name.partition(" ")
+        policy = choose(row)
+        if bits and policy.bands:
+            raise UsageError(f"policy {name!r}: only fixed takes a number of bits")
+        try:
+            bounds = (float(bits), float(bits)) if bits else (low_bits, high_bits)
+        except ValueError:
+            raise UsageError(f"policy {name!r}: {bits!r} is no number of bits") from None
+        found.append((name, replace(policy, floor_bits=bounds[0], ceiling_bits=bounds[1])))
+    return found
+
+
+def simulate(
+    board: Board, weights: Weights, name: str, policy: Policy, hours: float = 1.0, demand_tps: float | None = None
+) -> Run:
+    """The board decodes for ``hours`` under a policy that has bounds.  The same call gives the same run."""
+    noise = random.Random(0)
+    state, machine, samples = start(policy), cold(board), []
+    last = Stretch(machine, 0.0, 0.0, board.idle_w)
+    for i in range(round(hours * 3600 / PERIOD_S)):
+        readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C))
+        state, bits, reason = step(state, readings, i * PERIOD_S, policy)
+        last = advance(board, weights, last.machine, bits, PERIOD_S, demand_tps)
+        die_c = last.machine.die_c
+        above = die_c > board.throttle_c
+        samples.append(Sample(i * PERIOD_S, bits, die_c, above, last.tokens_per_s, last.power_w, reason))
+    return Run(name, samples)
+
+
+def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Readings:
+    """What the board's sensors would show."""
+    machine = stretch.machine
+    on_battery = machine.battery_wh is not None and board.battery_wh is not None
+    return Readings(
+        time_s=time_s,
+        temp_c=machine.die_c + noise_c,
+        throttle_temp_c=board.throttle_c,
+        critical_temp_c=board.hard_c,
+        heat_throttled=machine.clock < 1,
+        undervoltage=False,
+        cpu_freq_fraction=machine.clock,
+        discharging=on_battery,
+        battery_fraction=machine.battery_wh / board.battery_wh if on_battery else None,  # type: ignore[operator]
+        battery_energy_wh=machine.battery_wh,
+        power_w=stretch.power_w,
+        foreign_cpu_fraction=0.0,
+        cgroup_throttled_fraction=0.0,
+        tokens_per_s=stretch.decode_tps or None,
+    )

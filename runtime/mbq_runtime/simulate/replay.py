@@ -1,0 +1,61 @@
+"""What a policy would have done on readings that were recorded: a trace has its own course, whatever the budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mbq_runtime.control.controller import start, step
+from mbq_runtime.control.policy import Policy
+from mbq_runtime.errors import UsageError
+from mbq_runtime.sensing.readings import Readings
+
+from .closed_loop import Run, Sample
+
+_FIELDS = {f.name for f in fields(Readings)}
+
+
+def read_trace(path: Path) -> list[Readings]:
+    """JSON lines as ``mbq sense --json --watch`` and ``mbq run --events`` write them, or of readings alone.
+
+    Raises UsageError that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+    found = [_readings(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if len(found) < 2:
+        raise UsageError(f"{path}: {len(found)} readings, needed 2 or more; record some with mbq sense --json --watch")
+    return found
+
+
+def _readings(line: str, where: str) -> Readings:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON ({error})") from None
+    values = document.get("readings", document) if isinstance(document, Mapping) else None
+    if not isinstance(values, Mapping) or not isinstance(values.get("time_s"), int | float):
+        raise UsageError(f'{where}: no readings with a "time_s"; needed lines as of mbq sense --json --watch')
+    kept: dict[str, Any] = {name: value for name, value in values.items() if name in _FIELDS}
+    for name, value in kept.items():
+        if not (value is None or isinstance(value, bool | int | float)):
+            raise UsageError(f"{where}: {name} is {value!r}, needed a number, true, false or null")
+    return Readings(**kept)
+
+
+def replay(trace: Sequence[Readings], name: str, policy: Policy) -> Run:
+    """The budgets of a policy that has bounds over a recorded trace."""
+    state, samples = start(policy), []
+    for readings in trace:
+        state, bits, reason = step(state, readings, readings.time_s, policy)
+        limit_c, temp_c = readings.throttle_temp_c, readings.temp_c
+        above = temp_c is not None and limit_c is not None and temp_c > limit_c
+        at_s = readings.time_s - trace[0].time_s
+        # Speed and power were those of another budget.
+        samples.append(Sample(at_s, bits, temp_c, above or bool(readings.heat_throttled), None, None, reason))
+    return Run(name, samples)

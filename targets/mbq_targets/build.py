@@ -1,0 +1,217 @@
+"""Builds the custom-op library of a target: kernels to an object, the shim beside it, one link.
+
+The compiler and linker come from pip (the ``ziglang`` package), so no system toolchain is needed
+and every target builds on every host.  A library depends on a ``KernelSpec`` and the target, not on
+the model: finished ones are kept in a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mbq_runtime.bundle.isa import this_machine
+from mbq_runtime.cache import cache_dir
+from mbq_runtime.errors import BuildError
+
+from .machines import Target, best_for
+from .spec import KernelSpec
+
+_ROOM = Path(__file__).parent
+_SHIM = _ROOM / "ort_ops"
+_DRIVERS = _ROOM / "tvm_ops"
+_EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info", "mbq_set_threads", "mbq_wake_threads")
+_COMPILER_FLAGS = (
+    "-shared", "-fPIC", "-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror",
+    "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
+)  # fmt: skip
+_TOOL_LINES = 6  # of a failing tool's output that an error repeats
+
+
+def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
+    """Write the library of ``target`` to ``out`` (atomically).
+
+    Raises BuildError for a target without native library, or when a tool fails; the message ends with the tool's
+    last lines.
+    """
+    if not target.native:
+        raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
+    try:
+        key = _key(target, str(spec), ("kernels/*.py", "ort_ops/*.[ch]"))
+        cached = _cached(f"ops/{key}.so", lambda folder: _build(target, spec, folder))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _place(cached, out)
+    except OSError as error:
+        raise BuildError(f"library for {target.name}: {error}; check space and permissions") from error
+
+
+def _cached(name: str, make: Callable[[Path], Path]) -> Path:
+    """The file of the cache with that name; where there is none yet, what ``make`` writes to the folder it is given."""
+    cached = cache_dir() / name
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+            _place(make(Path(folder)), cached)
+    return cached
+
+
+def _place(source: Path, destination: Path) -> None:
+    """Copy so that ``destination`` is never seen half written."""
+    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as file:
+        partial = Path(file.name)
+    try:
+        shutil.copyfile(source, partial)
+        partial.chmod(0o755)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build_for_this_machine(source: Path) -> Path | None:
+    """The library that one C file makes, for this machine alone; None for a machine that is no target.
+
+    Raises BuildError as ``build_ops_library`` does.
+    """
+    target = best_for(this_machine())
+    if not target.native:
+        return None
+
+    def make(folder: Path) -> Path:
+        library = folder / "library.so"
+        # The same figures on every machine: no multiplication is one with the addition behind it.
+        flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off")
+        _link(target, folder, [source], flags, library)
+        return library
+
+    try:
+        return _cached(f"here/{_key(target, source.read_text(), ())}.so", make)
+    except OSError as error:
+        raise BuildError(f"{source.name} for this machine: {error}; check space and permissions") from error
+
+
+def _key(target: Target, content: str, sources: tuple[str, ...]) -> str:
+    """Hash of everything a file is made from.  sources: patterns below this folder."""
+    digest = hashlib.sha256()
+    for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), Path(__file__)]):
+        source = path.read_bytes()
+        digest.update(f"{path.name} {len(source)}\n".encode() + source)
+    tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
+    digest.update("\n".join([repr(target), content, *tools]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError(f"the Python package {package} is missing; install mbq-export[export]") from None
+
+
+def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> None:
+    """Write a whole decoder as one library: the Relax ``module``, and the kernels it calls.
+
+    module: of functions and of the operations of ``tvm_ops``, for the same ``spec``.
+    Raises BuildError as ``build_ops_library`` does.
+    """
+    import tvm
+
+    try:
+        kernels = _kernels(target, spec)
+        with tempfile.TemporaryDirectory(prefix="mbq-build-") as name:
+            folder = Path(name)
+            (folder / "mbq_config.h").write_text(config_header(target, spec))
+            compiled = _compiled(module, target)
+
+            def link(library: str, objects: list[str], **_: object) -> None:
+                _link(target, folder, [*map(Path, objects), *sorted(_DRIVERS.glob("*.c")), kernels], (), Path(library))
+
+            compiled.export_library(str(folder / "decoder.so"), fcompile=link, workspace_dir=name)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _place(folder / "decoder.so", out)
+    except OSError as error:
+        raise BuildError(f"library for {target.name}: {error}; check space and permissions") from error
+    except tvm.error.TVMError as error:
+        raise BuildError(f"the decoder for {target.name} cannot be exported: {_last_lines(str(error))}") from error
+
+
+def _build(target: Target, spec: KernelSpec, folder: Path) -> Path:
+    (folder / "mbq_config.h").write_text(config_header(target, spec))
+    exports = folder / "exports.map"
+    exports.write_text("{ global: " + " ".join(f"{name};" for name in _EXPORTS) + " local: *; };\n")
+    library = folder / "libmbq_ops.so"
+    flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}")
+    kernels = _kernels(target, spec)
+    _link(target, folder, [*sorted(_SHIM.glob("*.c")), kernels], flags, library)
+    return library
+
+
+def _link(target: Target, folder: Path, inputs: list[Path], flags: tuple[str, ...], library: Path) -> None:
+    """C sources and object files to a library.  folder: where mbq_config.h is."""
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, *_COMPILER_FLAGS, *flags]
+    command += [f"-I{folder}", f"-I{_SHIM}", *map(str, inputs), "-lm", "-o", str(library)]
+    zig_cache = str(cache_dir() / "zig")
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not library.is_file():
+        raise BuildError(f"linking the library for {target.name} failed: {_last_lines(result.stderr or result.stdout)}")
+
+
+def _last_lines(text: str) -> str:
+    return " | ".join(text.strip().splitlines()[-_TOOL_LINES:])
+
+
+def _kernels(target: Target, spec: KernelSpec) -> Path:
+    """The kernels' object file, from the cache or compiled into it."""
+
+    def make(folder: Path) -> Path:
+        # The compiler takes seconds to import, which a cached file does not need.
+        from .kernels.isa import ISAS
+        from .kernels.module import build_module
+
+        compiled = _compiled(build_module(ISAS[target.isa], spec), target)
+        compiled.mod.write_to_file(str(folder / "kernels.o"))
+        return folder / "kernels.o"
+
+    return _cached(f"kernels/{_key(target, str(spec), ('kernels/*.py',))}.o", make)
+
+
+def _compiled(module: Any, target: Target) -> Any:
+    """An IRModule compiled for ``target``."""
+    import tvm
+
+    try:
+        return tvm.compile(module, target=tvm.target.Target(target.llvm))
+    except Exception as error:
+        raise BuildError(f"compiling for {target.name} failed: {_last_lines(str(error))}") from error
+
+
+def config_header(target: Target, spec: KernelSpec) -> str:
+    """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
+    from .kernels.activations import TILE_K
+    from .kernels.matmul import SCRATCH_BYTES
+
+    def braces(values: tuple[int, ...]) -> str:
+        return "{" + ", ".join(map(str, values)) + "}"
+
+    profile = spec.profile
+    defines = {
+        "GROUP": spec.group_size,
+        "ACTIVATION_BYTES": spec.activation_bytes,
+        "TILE_K": TILE_K,
+        "SCRATCH_BYTES": SCRATCH_BYTES,
+        "DEPTHS": profile.depths,
+        "SLICES": braces(profile.slices),
+        "SLICES_TEXT": f'"{profile}"',
+        "DEPTH_BITS": braces(profile.depth_bits),
+        "EACH_DEPTH(X)": " ".join(f"X({depth})" for depth in range(1, profile.depths + 1)),
+        "BUILD_INFO": f'"target={target.name} isa={target.isa} {spec}"',
+    }
+    return "".join(f"#define MBQ_{name} {value}\n" for name, value in defines.items())

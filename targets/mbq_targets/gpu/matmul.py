@@ -1,0 +1,244 @@
+"""The sliced matmul and the embedding's rows, from the planes as bundles store them (layout ``mbq16``).
+
+A 64-byte block of a plane is 16 consecutive 32-bit words, one a row, so neighbouring items that take
+neighbouring rows read whole cache lines: the CPUs' layout of planes needs no repacking.  Only a row's
+scale and offset are put side by side, two float16 in one word (``pair_scales``), because a device
+without half floats takes words apart.  An item holds ``rows`` rows, loads the words of its step once,
+joins the planes of the depth byte by byte (four weights an operation), and uses each weight for all
+tokens of a tile.  Planes behind the depth are never touched.
+
+Activations are multiplied as float32: rounding them to int8 terms, as the definition does, serves
+CPUs' integer instructions.  The results differ by less than that rounding, 2**-15 of a group's peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm.tirx.script import builder as T
+
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..kernels.emit import Expr, bind, cast, const, dtype
+from .kernel import (
+    COUNT,
+    TOKENS,
+    Item,
+    Kernel,
+    barrier,
+    element,
+    frame,
+    half_to_float,
+    put,
+    registers,
+    shared,
+    spread,
+    strided,
+    when,
+)
+from .work_groups import Tuning
+
+ROW_BLOCK = 16
+Buffers = dict[str, Any]
+
+STEP = 32  # weights along K that an item unpacks at a time: one word of a 1-bit plane, two of a 2-bit plane
+
+
+def planes_of(profile: SliceProfile, depth: int) -> tuple[int, ...]:
+    """Widths in bits of the planes ``depth`` reads."""
+    return profile.plane_bits[: profile.depth_planes[depth - 1]]
+
+
+def plane_words(n: int, k: int) -> int:
+    """32-bit words of all planes of an [n, k] matrix."""
+    return -(-n // ROW_BLOCK) * ROW_BLOCK * k // 4
+
+
+def scale_words(n: int, k: int, group: int) -> int:
+    return -(-n // ROW_BLOCK) * (k // group) * ROW_BLOCK
+
+
+def weight_bytes(n: int, k: int, group: int, profile: SliceProfile, depth: int) -> int:
+    """Bytes of planes and scales that one pass over an [n, k] matrix reads at ``depth``."""
+    return plane_words(n, k) * 4 * profile.depth_bits[depth - 1] // 8 + scale_words(n, k, group) * 4
+
+
+def pair_scales(scales: NDArray[np.float16]) -> NDArray[np.uint32]:
+    """float16 [blocks, groups, 2, 16] as bundles store them -> uint32 [blocks, groups, 16]: scale in the low half."""
+    pairs = np.ascontiguousarray(scales.transpose(0, 1, 3, 2))
+    return pairs.view("<u4")[..., 0]
+
+
+def _step_words(planes: Any, bits: Sequence[int], n: int, k: int, at: Expr, row: Expr, rows: int) -> list[list[Expr]]:
+    """[plane][half]: the words of ``rows`` rows, one load each.
+
+    planes: of vectors of ``rows`` words; at: row block * (k / STEP) + step; row: in units of ``rows``.
+    """
+    words, start = [], 0
+    n16 = -(-n // ROW_BLOCK) * ROW_BLOCK
+    for width in bits:
+        words.append([bind(planes[start + (at * width + i) * (ROW_BLOCK // rows) + row]) for i in range(width)])
+        start += n16 * k * width // 32 // rows
+    return words
+
+
+def _codes(words: list[list[Expr]], bits: Sequence[int], half: int, j: Expr, rows: int) -> Expr:
+    """uint32 x rows: four codes a word, of k = 16 * half + 4 * j + 0..3."""
+    low, total = sum(bits), None
+    for width, parts in zip(bits, words, strict=True):
+        low -= width
+        # A 1-bit plane keeps both halves of a step in one word.
+        shift = cast(j * 2 if width == 2 else j + 4 * half, "uint32", 1)
+        mask = const(0x01010101 * (2**width - 1), "uint32", rows)
+        field = (parts[half if width == 2 else 0] >> spread(shift, rows)) & mask
+        if low:
+            field = field << const(low, "uint32", rows)
+        total = field if total is None else total | field
+    return bind(total)
+
+
+def _affine(scales: Any, at: Expr, rows: int, bits: int) -> tuple[Expr, Expr]:
+    """(step, offset), float32 x rows: a weight is code * step + offset."""
+    pair = bind(scales[at])
+    low = bind(pair & const(0xFFFF, "uint32", rows))
+    high = bind(pair >> const(16, "uint32", rows))
+    step = bind(half_to_float(low, rows) * const(2.0 ** (2 - bits), "float32", rows))
+    return step, bind(half_to_float(high, rows) + const(0.5, "float32", rows) * step)
+
+
+def _values(codes: Expr, t: int, scale: Expr, offset: Expr, rows: int) -> Expr:
+    code = (codes >> const(8 * t, "uint32", rows)) & const(255, "uint32", rows)
+    return bind(cast(code, "float32", rows) * scale + offset)
+
+
+def matmul(
+    name: str, n: int, k: int, group: int, profile: SliceProfile, tuning: Tuning, tokens: int, bias: bool = False
+) -> Kernel:
+    """x f32 [tokens, k], routing i32 [tokens, 2] -> y f32 [tokens, n] (+ bias f32 [n]).
+
+    tokens > 1: ``order`` i32 [tokens] lists tokens by depth, see ``routing.order``, so that nearly
+    every tile has one depth; a tile with several is worked on once for each.
+    """
+    tile = min(tuning.tile, tokens)
+    blocks, steps = -(-n // ROW_BLOCK), k // STEP
+    rows, splits, threads = tuning.rows, tuning.splits, tuning.matmul_threads
+    lanes = ROW_BLOCK // rows
+    words, numbers = dtype("uint32", rows), dtype("float32", rows)
+    buffers = {"x": ("float32x4", tokens * k // 4), "routing": ("int32", 2 * tokens)}
+    if tokens > 1:
+        buffers |= {"order": ("int32", tokens), "state": ("int32", TOKENS + tokens)}
+    buffers |= {"planes": (words, plane_words(n, k) // rows), "scales": (words, scale_words(n, k, group) // rows)}
+    if bias:
+        buffers["bias"] = ("float32", n)
+    buffers["y"] = ("float32", tokens * n)
+    grid = (blocks, tokens // tile)
+    zero = const(0, "float32", rows)
+
+    def one_depth(of: Buffers, item: Item, split: Expr, lane: Expr, token: list[Expr], sums: Any, d: int) -> None:
+        bits = planes_of(profile, d)
+        for m in range(tile):
+            put(sums, m, zero)
+        with T.serial(0, -(-steps // splits)) as i:
+            step = bind(i * splits + split)
+            with when(step < steps):
+                parts = _step_words(of["planes"], bits, n, k, bind(item.x * steps + step), lane, rows)
+                at = bind((item.x * (k // group) + step * STEP // group) * lanes + lane)
+                scale, offset = _affine(of["scales"], at, rows, profile.depth_bits[d - 1])
+                for half in (0, 1):
+                    with T.serial(0, 4) as j:
+                        codes = _codes(parts, bits, half, j, rows)
+                        column = bind(step * (STEP // 4) + 4 * half + j)
+                        xs = [bind(of["x"][at * (k // 4) + column]) for at in token]
+                        for t in range(4):
+                            value = _values(codes, t, scale, offset, rows)
+                            for m, x in enumerate(xs):
+                                put(sums, m, sums[m] + value * spread(element(x, t, 4), rows))
+
+    def body() -> None:
+        with frame(name, buffers, grid, threads) as (*arguments, item):
+            of = dict(zip(buffers, arguments, strict=True))
+            split, lane = bind(item.thread // lanes), bind(item.thread % lanes)
+            token, depth = _tile_tokens(of, item, tokens, tile)
+            sums = registers(tile, numbers)
+            parts = shared(splits * tile * lanes, numbers)
+            for d in range(1, profile.depths + 1):
+                present = depth[0] == d
+                for other in depth[1:]:
+                    present = T.Or(present, other == d)
+                with when(present):
+                    one_depth(of, item, split, lane, token, sums, d)
+                    for m in range(tile):
+                        with when(depth[m] == d):
+                            put(parts, (split * tile + m) * lanes + lane, sums[m])
+            barrier()
+            with strided(item, tile * lanes, threads) as i:
+                place = bind(item.y * tile + i // lanes)
+                total = registers(1, numbers)
+                put(total, 0, zero)
+                with T.serial(0, splits) as s:
+                    put(total, 0, total[0] + parts[s * (tile * lanes) + i])
+                result = bind(total[0])
+                first = bind(item.x * ROW_BLOCK + i % lanes * rows)
+                here: Expr = T.int32(0) if tokens == 1 else bind(of["order"][place])
+                for r in range(rows):
+                    with when(first + r < n if tokens == 1 else T.And(first + r < n, place < of["state"][COUNT])):
+                        value = element(result, r, rows)
+                        put(of["y"], here * n + first + r, value + of["bias"][first + r] if bias else value)
+
+    return Kernel(name, grid, threads, body)
+
+
+def _tile_tokens(of: Buffers, item: Item, tokens: int, tile: int) -> tuple[list[Expr], list[Expr]]:
+    """The tokens of this work-group's tile and their depths; 0 for places behind the pass's last token."""
+    if tokens == 1:
+        return [T.int32(0)], [bind(of["routing"][0])]
+    count = bind(of["state"][COUNT])
+    token, depth = [], []
+    for m in range(tile):
+        place = bind(item.y * tile + m)
+        token.append(bind(of["order"][place]))
+        depth.append(bind(T.Select(place < count, of["routing"][2 * token[-1]], T.int32(0))))
+    return token, depth
+
+
+def gather(
+    name: str, n: int, k: int, group: int, profile: SliceProfile, threads: int, tokens: int, scaled: bool = False
+) -> Kernel:
+    """Rows of an [n, k] table at full depth for the tokens in ``state`` -> x f32 [tokens, k] (* factors f32 [k]).
+
+    Also clears the bits that ``routing`` says the tokens have used.
+    """
+    bits, steps = planes_of(profile, profile.depths), k // STEP
+    buffers = {
+        "state": ("int32", TOKENS + tokens),
+        "planes": ("uint32", plane_words(n, k)),
+        "scales": ("uint32", scale_words(n, k, group)),
+        **({"factors": ("float32", k)} if scaled else {}),
+        "routing": ("int32", 2 * tokens),
+        "x": ("float32", tokens * k),
+    }
+    grid = (tokens, 1)
+
+    def body() -> None:
+        with frame(name, buffers, grid, threads) as (*arguments, item):
+            of = dict(zip(buffers, arguments, strict=True))
+            with when(item.thread == 0):
+                put(of["routing"], 2 * item.x + 1, T.int32(0))
+            token = bind(of["state"][TOKENS + item.x])
+            block, row = bind(token // ROW_BLOCK), bind(token % ROW_BLOCK)
+            with strided(item, steps, threads) as step:
+                words = _step_words(of["planes"], bits, n, k, bind(block * steps + step), row, 1)
+                at = bind((block * (k // group) + step * STEP // group) * ROW_BLOCK + row)
+                scale, offset = _affine(of["scales"], at, 1, sum(bits))
+                for half in (0, 1):
+                    with T.serial(0, 4) as j:
+                        codes = _codes(words, bits, half, j, 1)
+                        for t in range(4):
+                            column = bind(step * STEP + 16 * half + 4 * j + t)
+                            value = _values(codes, t, scale, offset, 1)
+                            put(of["x"], item.x * k + column, value * of["factors"][column] if scaled else value)
+
+    return Kernel(name, grid, threads, body)

@@ -1,0 +1,78 @@
+"""Kernels to text: OpenCL C or WGSL, with what a runtime must know to launch them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mbq_runtime.errors import BuildError
+
+from .kernel import Kernel, module
+
+# What TVM is asked for, and how it writes a kernel's buffers: their names, in the order they are bound.
+_DIALECTS: dict[str, tuple[str, re.Pattern[str]]] = {
+    "opencl": ("opencl", re.compile(r"__global [\w ]+\*(?: restrict)? (\w+)_ptr")),
+    "wgsl": ("webgpu", re.compile(r"@binding\(\d+\) var<storage, \w+> (\w+)_ptr")),
+}
+# Arrays of a work-group, of 32-bit numbers: lanes of a vector, and how many of them.
+_SHARED = {
+    "opencl": re.compile(r"^\s*__local [a-z]+(\d*) \w+\[(\d+)\];", re.MULTILINE),
+    "wgsl": re.compile(r"^var<workgroup> \w+ : array<(?:vec(\d)<)?\w+>?, (\d+)>;", re.MULTILINE),
+}
+_FUNCTION = re.compile(r"^// Function: (\w+)_kernel\n(?!//-+\n// Function)", re.MULTILINE)
+_PROTOTYPE = re.compile(r"^__kernel void [^{]*;\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """text: of one kernel, whose function is ``NAME_kernel``; arguments: names of its buffers, as they are bound;
+    local_bytes: what a work-group shares."""
+
+    text: str
+    arguments: tuple[str, ...]
+    local_bytes: int
+
+
+def lower(kernels: list[Kernel], dialect: str) -> dict[str, Source]:
+    """Text of every kernel by name.  dialect: "opencl" or "wgsl".  Raises BuildError."""
+    kind, buffers = _DIALECTS[dialect]
+    try:
+        text = _generate(kernels, kind)
+    except Exception as error:
+        lines = str(error).strip().splitlines()[-6:]
+        raise BuildError(f"lowering the device kernels to {dialect} failed: " + " | ".join(lines)) from error
+    found: dict[str, Source] = {}
+    starts = list(_FUNCTION.finditer(text))
+    for i, start in enumerate(starts):
+        stop = starts[i + 1].start() if i + 1 < len(starts) else len(text)
+        one = _PROTOTYPE.sub("", text[start.end() : stop]).strip() + "\n"
+        shared = sum(4 * int(lanes or 1) * int(count) for lanes, count in _SHARED[dialect].findall(one))
+        found[start.group(1)] = Source(one, tuple(dict.fromkeys(buffers.findall(one))), shared)
+    missing = [kernel.name for kernel in kernels if kernel.name not in found]
+    if missing:
+        raise BuildError(f"the {dialect} text holds no kernel {missing[0]}; the installed TVM writes another form")
+    return found
+
+
+def _generate(kernels: list[Kernel], kind: str) -> str:
+    """The text of all kernels as TVM's code generator ``kind`` writes it.
+
+    Only the passes the generator cannot do without: the kernels bind every value once, and TVM's own pipeline
+    would write each bound expression out wherever it is used, a megabyte for one matmul.
+    """
+    import tvm
+    from tvm import tirx
+    from tvm.tirx.build import split_host_device_mods
+
+    target = tvm.target.Target({"kind": kind}, host={"kind": "llvm"})
+    passes = [
+        tirx.transform.BindTarget(target),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+    ]
+    _, devices = split_host_device_mods(tvm.ir.transform.Sequential(passes)(module(kernels)))
+    ((device_target, functions),) = devices.items()
+    build = tvm.get_global_func(f"target.build.{kind}")
+    return str(build(tirx.transform.LowerIntrin()(functions), device_target).inspect_source())

@@ -1,0 +1,37 @@
+"""What a model asks of the kernels, besides the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mbq_runtime.bundle.manifest import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.errors import BuildError
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """group_size: weights per scale; activation_bits: of the integers that activations are rounded to.
+
+    Raises BuildError for a value without kernels.
+    """
+
+    profile: SliceProfile
+    group_size: int
+    activation_bits: int = 16
+
+    def __post_init__(self) -> None:
+        for what, value, values in (
+            ("group size", self.group_size, GROUP_SIZES),
+            ("activation bits", self.activation_bits, ACTIVATION_BITS),
+        ):
+            if value not in values:
+                known = ", ".join(map(str, values))
+                raise BuildError(f"{what} {value}: kernels exist for {known}; choose one of these")
+
+    @property
+    def activation_bytes(self) -> int:
+        return self.activation_bits // 8
+
+    def __str__(self) -> str:
+        return f"slices={self.profile} group_size={self.group_size} activation_bits={self.activation_bits}"

@@ -1,0 +1,179 @@
+"""Grouped-query attention over a cache that every layer writes in place.
+
+Keys lie in blocks of 16 positions, ``[layer][head][position / 16][head_dim][position % 16]``, so that 16 scores are
+sums of whole vectors; values lie ``[layer][head][position][head_dim]``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
+from ..kernels.exp import exp
+from .drivers import Tensor, driver, each, reduce, scratch, view
+
+SERIAL_SCORES = 4096
+"""Below this many scores a launch of threads would take longer than they do."""
+
+_LANES_LOG2 = T.int64(LANES.bit_length() - 1)
+
+_CHAINS = 4  # sums of products taken in turn, so that the latency of one is hidden by the others
+
+_NEVER = -1e30  # a score that no softmax sees
+
+
+@dataclass(frozen=True)
+class Attention:
+    """rotated: how many of a head's first numbers are rotated; norm_eps: of the norms over each head of q and k, None
+    where there are none; scale: multiplies q . k."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotated: int
+    scale: float
+    norm_eps: float | None
+
+
+def attention(shape: Attention, name: str) -> None:
+    """qkv f32 [M, (heads + 2 kv_heads) * head_dim] -> out f32 [M, heads * head_dim].
+
+    keys, values: the cache, with room for the M tokens, whose own are added; past: i64 [1], positions before the
+    first of the M; cos, sin, q_norm, k_norm: places in the weights; window: how many positions a token sees,
+    itself included.
+    """
+    tensors = {
+        "qkv": ("float32", 2), "past": ("int64", 1), "keys": ("float32", 5), "values": ("float32", 4),
+        "weights": ("uint8", 1), "out": ("float32", 2),
+    }  # fmt: skip
+    with driver(name, tensors, ("layer", "cos", "sin", "q_norm", "k_norm", "window")) as args:
+        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window = args
+        s = shape
+        width = (s.heads + 2 * s.kv_heads) * s.head_dim
+        rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
+        blocks = keys.shape[2]
+        queries = scratch(rows * (s.heads * s.head_dim), "float32")
+        tables = [view(weights.at(place), "float32") for place in (cos, sin)]
+        norms = [view(weights.at(place), "float32") for place in (q_norm, k_norm)]
+
+        def enter(m: Expr) -> None:
+            position = bind(start + m)
+            with T.serial(0, T.int64(s.heads)) as h:
+                turned = _turn(s, qkv.flat, m * width + h * s.head_dim, norms[0], tables, position)
+                for d in range(0, s.head_dim, LANES):
+                    value = load(turned, d, LANES) * const(s.scale, "float32", LANES)
+                    store(queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
+            block, lane = bind(position >> _LANES_LOG2), bind(position & T.int64(LANES - 1))
+            with T.serial(0, T.int64(s.kv_heads)) as h:
+                turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norms[1], tables, position)
+                head = bind(layer * s.kv_heads + h)
+                with T.serial(0, T.int64(s.head_dim)) as d:
+                    store(keys.flat, ((head * blocks + block) * s.head_dim + d) * LANES + lane, 1, load(turned, d, 1))
+                for d in range(0, s.head_dim, LANES):
+                    value = load(qkv.flat, m * width + (s.heads + s.kv_heads + h) * s.head_dim + d, LANES)
+                    store(values.flat, (head * (blocks * LANES) + position) * s.head_dim + d, LANES, value)
+
+        def attend(i: Expr) -> None:
+            h = bind(T.truncdiv(i, rows))
+            m = bind(i - h * rows)
+            head = bind(layer * s.kv_heads + T.truncdiv(h, T.int64(s.heads // s.kv_heads)))
+            place = bind((m * s.heads + h) * s.head_dim)
+            first = bind(T.max(start + m + 1 - window, T.int64(0)))
+            _attend(s, queries, place, keys, values, bind(head * blocks), first, bind(start + m), out)
+
+        each(rows, enter)
+        count = bind(rows * s.heads)
+        with T.If(count * (start + rows) < T.int64(SERIAL_SCORES)):
+            with T.Then(), T.serial(0, count) as i:
+                attend(i)
+            with T.Else(), T.parallel(0, count) as i:
+                attend(i)
+
+
+def _turn(s: Attention, x: Any, at: Expr, norm: Any, tables: list[Any], position: Expr) -> Any:
+    """One head at ``x[at]``, normed where the model has it, and rotated: in registers."""
+    values = registers(s.head_dim, "float32")
+    scale = None if s.norm_eps is None else bind(splat(_inverse_rms(x, at, s.head_dim, s.norm_eps), LANES))
+    for d in range(0, s.head_dim, LANES):
+        value = load(x, at + d, LANES)
+        store(values, d, LANES, value if scale is None else value * scale * load(norm, d, LANES))
+    half = s.rotated // 2
+    lanes = math.gcd(half, LANES)
+    for d in range(0, half, lanes):
+        cos, sin = (load(table, position * half + d, lanes) for table in tables)
+        a, b = load(values, d, lanes), load(values, half + d, lanes)
+        store(values, d, lanes, a * cos - b * sin)
+        store(values, half + d, lanes, b * cos + a * sin)
+    return values
+
+
+def _inverse_rms(x: Any, at: Expr, width: int, eps: float) -> Expr:
+    squares = const(0, "float32", LANES)
+    for d in range(0, width, LANES):
+        value = load(x, at + d, LANES)
+        squares = fma(value, value, squares)
+    return bind(T.float32(1) / T.sqrt(reduce("fadd", squares) / T.float32(width) + T.float32(eps)))
+
+
+def _attend(
+    s: Attention, queries: Any, place: Expr, keys: Tensor, values: Tensor, head_blocks: Expr, first: Expr, last: Expr,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """One token and head over positions first .. last: softmax block by block, what was summed being rescaled
+    whenever a larger score comes."""
+    parts = range(0, s.head_dim, LANES)
+    peak, weight = registers(1, "float32"), registers(LANES, "float32")
+    chains = registers(_CHAINS * LANES, "float32")
+    sums, acc = registers(LANES, "float32"), registers(s.head_dim, "float32")
+    # Through memory, here and below: what is read from it the compiler's simplifier leaves alone, which else puts
+    # every bound value into every use of it and takes minutes.
+    limits = registers(2, "int32")
+    store(limits, 0, 1, cast(first, "int32", 1))
+    store(limits, 1, 1, cast(last, "int32", 1))
+    store(peak, 0, 1, T.float32(_NEVER))
+    store(sums, 0, LANES, const(0, "float32", LANES))
+    for d in parts:
+        store(acc, d, LANES, const(0, "float32", LANES))
+    begin = bind(first >> _LANES_LOG2)
+    with T.serial(0, (last >> _LANES_LOG2) + 1 - begin) as i:
+        block = bind(begin + i)
+        row = bind((head_blocks + block) * (s.head_dim * LANES))
+        for chain in range(0, _CHAINS * LANES, LANES):
+            store(chains, chain, LANES, const(0, "float32", LANES))
+        with T.serial(0, T.int64(s.head_dim // LANES)) as part:
+            for d in range(LANES):
+                at, chain = bind(part * LANES + d), d % _CHAINS * LANES
+                query = splat(load(queries, place + at, 1), LANES)
+                store(
+                    chains,
+                    chain,
+                    LANES,
+                    fma(query, load(keys.flat, row + at * LANES, LANES), load(chains, chain, LANES)),
+                )
+        sides = [load(chains, chain, LANES) + load(chains, chain + LANES, LANES) for chain in (0, 2 * LANES)]
+        scores = bind(sides[0] + sides[1])
+        positions = bind(T.ramp(cast(block * LANES, "int32", 1), 1, LANES))
+        low, high = (splat(load(limits, side, 1), LANES) for side in (0, 1))
+        scores = bind(T.Select(positions >= low, scores, const(_NEVER, "float32", LANES)))
+        scores = bind(T.Select(positions <= high, scores, const(_NEVER, "float32", LANES)))
+        before = load(peak, 0, 1)
+        store(weight, 0, LANES, scores)
+        store(peak, 0, 1, T.max(before, reduce("fmax", scores)))
+        now = load(peak, 0, 1)
+        fade = exp(splat(before - now, LANES), LANES)
+        weights = exp(load(weight, 0, LANES) - splat(now, LANES), LANES)
+        store(weight, 0, LANES, weights)
+        store(sums, 0, LANES, fma(load(sums, 0, LANES), fade, weights))
+        value_row = bind((head_blocks + block) * (LANES * s.head_dim))
+        for d in parts:
+            store(acc, d, LANES, load(acc, d, LANES) * fade)
+            for j in range(LANES):
+                value = load(values.flat, value_row + j * s.head_dim + d, LANES)
+                store(acc, d, LANES, fma(splat(load(weight, j, 1), LANES), value, load(acc, d, LANES)))
+    inverse = bind(splat(T.float32(1) / reduce("fadd", load(sums, 0, LANES)), LANES))
+    for d in parts:
+        store(out.flat, place + d, LANES, load(acc, d, LANES) * inverse)

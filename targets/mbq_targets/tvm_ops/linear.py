@@ -1,0 +1,205 @@
+"""Router and sliced product in one: every token's depth, then its row of ``x`` times as many slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..kernels.activations import TILE_K, chunks
+from ..kernels.emit import LANES, Expr, bind, cast, load, store
+from ..kernels.layout import ROW_BLOCK
+from ..kernels.matmul import SCRATCH_BYTES
+from ..spec import KernelSpec
+from .drivers import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
+
+MAX_HIDDEN = 512
+FEW_TOKENS = 2
+"""Up to this many tokens of a depth go through the one-token kernel: unpacking a tile would cost more."""
+
+NONE = -1
+"""Place of parameters that a matrix has not got."""
+
+FIELDS = (
+    "planes", "scales", "bias", "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden",
+    "parameters", "all_parameters",
+)  # fmt: skip
+"""The integers of ``linear``: places in the weights in bytes (NONE for parameters it has not got), entries of the
+budget table, hidden width of the router (0 for none), weights of this matrix and of all routed ones."""
+
+
+def linear(spec: KernelSpec, name: str) -> None:
+    """x f32 [M', K], routed_by f32 [M, K], avg_bits f32 [1], weights u8 [bytes], used f32 [1] -> out f32 [M', N16].
+
+    M' is M, or less where only the last tokens are wanted; all M are routed.  N16: N rounded up to
+    whole row blocks; what is past N is 0.  used: grows by this matrix' share of the average bits.
+    """
+    tensors = {
+        "x": ("float32", 2), "routed_by": ("float32", 2), "avg_bits": ("float32", 1), "weights": ("uint8", 1),
+        "used": ("float32", 1), "out": ("float32", 2),
+    }  # fmt: skip
+    with driver(name, tensors, FIELDS) as args:
+        x, routed_by, avg_bits, weights, used, out, *rest = args
+        at = dict(zip(FIELDS, rest, strict=True))
+        depth = scratch(routed_by.shape[0], "int32")
+        profile = spec.profile
+        _route(profile, routed_by, avg_bits, weights, at, depth)
+        _count_bits(profile, routed_by.shape[0], depth, used, at)
+        _product(spec, x, bind(routed_by.shape[0] - x.shape[0]), depth, weights, at, out)
+
+
+def _float64(buffer: Any, index: Expr) -> Expr:
+    return bind(cast(load(buffer, index, 1), "float64", 1))
+
+
+def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, at: dict[str, Expr], out: Any) -> None:
+    """out i32 [M]: depths, by the rule of ``slicing.reference.route``."""
+    rows, k = x.shape
+    table = view(weights.at(at["table"]), "float32")
+    last = bind(at["entries"] - 1)
+    bits = _float64(avg_bits.flat, 0)
+    first_budget, last_budget = _float64(table, 0), _float64(table, last)
+    with T.If(bits <= first_budget):
+        with T.Then(), T.serial(0, rows) as m:
+            store(out, m, 1, T.int32(1))
+        with T.Else(), T.If(bits >= last_budget):
+            with T.Then(), T.serial(0, rows) as m:
+                store(out, m, 1, T.int32(profile.depths))
+            with T.Else():
+                threshold = _threshold(table, at["entries"], bits)
+                each(rows, lambda m: _depth(profile, x.at(m * k), k, weights, at, threshold, out, m))
+
+
+def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
+    """Linear between the entries around ``bits``, which lies within the table."""
+    low = T.alloc_buffer((1,), "int64", scope="global")
+    store(low, 0, 1, T.int64(0))
+    with T.serial(1, entries - 1) as i, T.If(_float64(table, i) <= bits), T.Then():
+        store(low, 0, 1, i)
+    i = load(low, 0, 1)
+    left, right = _float64(table, i), _float64(table, i + 1)
+    below, above = _float64(table, entries + i), _float64(table, entries + i + 1)
+    return bind(below + (above - below) * ((bits - left) / (right - left)))
+
+
+def _depth(
+    profile: SliceProfile, x: Expr, k: Expr, weights: Tensor, at: dict[str, Expr], threshold: Expr, out: Any, m: Expr
+) -> None:
+    """One token's depth.  The long sums are a kernel's; the few numbers that follow are float64."""
+    hidden = at["hidden"]
+    sums = T.alloc_buffer(((1 + MAX_HIDDEN) * LANES,), "float32", scope="global")
+    call("router_sums", x, weights.at(at["w1"]), pointer(sums, 0), k, hidden)
+
+    def row_sum(row: Expr) -> Expr:
+        parts = [_float64(sums, row * LANES + i) for i in range(LANES)]
+        value = parts[0]
+        for part in parts[1:]:
+            value = bind(value + part)
+        return value
+
+    one = T.float64(1)
+    mean_square = bind(row_sum(T.int64(0)) / cast(k, "float64", 1) + T.float64(1e-12))
+    log_square, inverse = bind(T.log(mean_square)), bind(one / T.sqrt(mean_square))
+    bias, gain, b1, w2 = (view(weights.at(at[f]), "float32") for f in ("router_bias", "norm_gain", "b1", "w2"))
+    steps = profile.depths - 1
+    scores = T.alloc_buffer((max(steps, 1),), "float64", scope="global")
+    for e in range(steps):
+        store(scores, e, 1, _float64(bias, e) + _float64(gain, e) * log_square)
+    with T.serial(0, hidden) as h:
+        pre = bind(row_sum(h + 1) * inverse + _float64(b1, h))
+        active = bind(pre / (one + T.exp(T.float64(0) - pre)))
+        for e in range(steps):
+            store(scores, e, 1, load(scores, e, 1) + _float64(w2, hidden * e + h) * active)
+    depth: Expr = T.int32(1)
+    passed: Expr = T.int32(1)
+    for e in range(steps):
+        passed = bind(passed * cast(load(scores, e, 1) > threshold, "int32", 1))
+        depth = bind(depth + passed)
+    store(out, m, 1, depth)
+
+
+def _count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at: dict[str, Expr]) -> None:
+    total = T.alloc_buffer((1,), "float64", scope="global")
+    store(total, 0, 1, T.float64(0))
+    with T.serial(0, rows) as m:
+        value = load(depth, m, 1)
+        bits: Expr = T.int32(profile.depth_bits[0])
+        for e, (below, above) in enumerate(zip(profile.depth_bits, profile.depth_bits[1:], strict=False), 1):
+            bits = bits + cast(value > e, "int32", 1) * (above - below)
+        store(total, 0, 1, load(total, 0, 1) + cast(bits, "float64", 1))
+    share = cast(at["parameters"], "float64", 1) / (cast(at["all_parameters"], "float64", 1) * cast(rows, "float64", 1))
+    store(used.flat, 0, 1, load(used.flat, 0, 1) + cast(load(total, 0, 1) * share, "float32", 1))
+
+
+def _product(
+    spec: KernelSpec, x: Tensor, skipped: Expr, depth: Any, weights: Tensor, at: dict[str, Expr], out: Tensor
+) -> None:
+    """skipped: tokens at the front of ``depth`` that ``x`` does not have."""
+    profile, group = spec.profile, spec.group_size
+    rows, k = x.shape
+    n = out.shape[1]
+    groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
+    q = scratch(chunks(groups, group) * (spec.activation_bytes * TILE_K) * rows, "int8")
+    step, sums = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
+    planes, scales = weights.at(at["planes"]), weights.at(at["scales"])
+    tokens, starts = _by_depth(profile, rows, skipped, depth)
+
+    def activations(place: Expr) -> list[Expr]:
+        """Of one token: those of a depth stand side by side."""
+        return [pointer(q, place * TILE_K), pointer(step, place * groups), pointer(sums, place * groups)]
+
+    def quantize(place: Expr) -> None:
+        call("quantize", x.at(i64(load(tokens, place, 1)) * k), *activations(place), groups, rows)
+
+    def gemv(d: int, place: Expr, begin: Expr, end: Expr) -> None:
+        y = out.at(i64(load(tokens, place, 1)) * n + begin * ROW_BLOCK)
+        call(f"gemv_d{d}", *activations(place), planes, scales, y, blocks, groups, rows, begin, end)
+
+    each(rows, quantize)
+    # One token needs no tile.
+    scratches = scratch(T.min(rows - 1, T.int64(1)) * (PIECES * SCRATCH_BYTES), "uint8")
+    with T.parallel(0, T.int64(PIECES)) as i:
+        # The kernel of many tokens takes row blocks in pairs.
+        pairs = bind((blocks + 1) // 2)
+        begin = bind(2 * (pairs * i // PIECES))
+        end = bind(T.min(2 * (pairs * (i + 1) // PIECES), blocks))
+        for d in range(1, profile.depths + 1):
+            first, count = load(starts, d - 1, 1), bind(load(starts, d, 1) - load(starts, d - 1, 1))
+            with T.If(count <= FEW_TOKENS):
+                with T.Then(), T.serial(0, count) as j:
+                    gemv(d, first + j, begin, end)
+                with T.Else():
+                    call(
+                        f"gemm_d{d}", *activations(first), planes, scales, out.at(begin * ROW_BLOCK),
+                        pointer(scratches, i * SCRATCH_BYTES), pointer(tokens, first),
+                        blocks, groups, rows, begin, end, count, n,
+                    )  # fmt: skip
+        _add_bias(weights, at["bias"], out, begin, end)
+
+
+def _by_depth(profile: SliceProfile, rows: Expr, skipped: Expr, depth: Any) -> tuple[Any, Any]:
+    """tokens i32 [rows]: rows grouped by depth; starts i64 [depths + 1]: where each depth's begin."""
+    tokens = scratch(rows, "int32")
+    starts = T.alloc_buffer((profile.depths + 1,), "int64", scope="global")
+    count = T.alloc_buffer((1,), "int64", scope="global")
+    store(count, 0, 1, T.int64(0))
+    for d in range(1, profile.depths + 1):
+        store(starts, d - 1, 1, load(count, 0, 1))
+        with T.serial(0, rows) as m, T.If(load(depth, skipped + m, 1) == T.int32(d)), T.Then():
+            place = load(count, 0, 1)
+            store(tokens, place, 1, cast(m, "int32", 1))
+            store(count, 0, 1, place + 1)
+    store(starts, profile.depths, 1, load(count, 0, 1))
+    return tokens, starts
+
+
+def _add_bias(weights: Tensor, place: Expr, out: Tensor, begin: Expr, end: Expr) -> None:
+    rows, n = out.shape
+    with T.If(place >= T.int64(0)), T.Then():
+        bias = view(weights.at(place), "float32")
+        with T.serial(0, rows) as m, T.serial(begin, end) as b:
+            column = bind(b * ROW_BLOCK)
+            value = load(out.flat, m * n + column, ROW_BLOCK) + load(bias, column, ROW_BLOCK)
+            store(out.flat, m * n + column, ROW_BLOCK, value)
