@@ -9,7 +9,7 @@ from dataclasses import astuple
 import pytest
 from boards import Board
 from boards_pc import TERMUX
-from conftest import Machine
+from machines import Machine
 from trees import FAULTS
 
 from mbq_runtime.sensing import Kind, Signal, aggregate
