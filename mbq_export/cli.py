@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mbq_runtime import plotting
 from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
@@ -126,10 +127,10 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
     from mbq_runtime.bundle.slice_profile import SliceProfile
     from mbq_targets.machines import resolve
 
-    from .write.plot import check, quality_curve
+    from .write.plot import quality_curve
 
     if plot is not None:
-        check(plot)
+        plotting.check(plot)
     # One line per rejected option, before torch is imported.
     targets = {name: resolve(name) for name in options.pop("targets")}
     slices = options.pop("slices")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mbq_runtime import tables
+
 from .harness import Mean, Scores, Side, mean
 
 
@@ -114,18 +116,13 @@ def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: 
         tasks = sorted({task for row in result.rows for task in row.zero_shot})
         rows = [_cells(row, linear_weights, block_weights, tasks) for row in result.rows]
         parts.append(f"### {result.name}, {result.windows} windows\n")
-        parts.append(_table(_HEADINGS + tasks, rows))
+        parts.append(tables.markdown(_HEADINGS + tasks, rows, words=("side", "head")))
         if result.duels:
             parts.append("\nPerplexity of the bundle over that of a rival of as many bits, or of no more bytes:\n")
-            parts.append(
-                _table(
-                    ["bundle", "rival", "ratio", "bytes", "the bundle is"],
-                    [
-                        [d.bundle, d.rival, _figure(d.ppl_ratio, 3), f"{d.bytes_ratio:.2f}x", d.verdict]
-                        for d in result.duels
-                    ],
-                )
-            )
+            cells = [
+                [d.bundle, d.rival, _figure(d.ppl_ratio, 3), f"{d.bytes_ratio:.2f}x", d.verdict] for d in result.duels
+            ]
+            parts.append(tables.markdown(_DUEL_HEADINGS, cells, words=("bundle", "rival", "the bundle is")))
     return "\n".join(parts)
 
 
@@ -133,6 +130,7 @@ _HEADINGS = [
     "side", "bits used", "perplexity", "over fp32", "KL, nats", "top-1 agreement", "last word", "MB a token",
     "bits a weight", "in blocks", "head",
 ]  # fmt: skip
+_DUEL_HEADINGS = ["bundle", "rival", "ratio", "bytes", "the bundle is"]
 
 
 def _cells(row: Row, linear_weights: int, block_weights: int, tasks: Sequence[str]) -> list[str]:
@@ -155,8 +153,3 @@ def _cells(row: Row, linear_weights: int, block_weights: int, tasks: Sequence[st
 def _figure(value: Mean, digits: int) -> str:
     shown = f"{value.value:.{digits}f}"
     return shown if value.stderr is None else f"{shown} ± {value.stderr:.{digits}f}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mbq_runtime import plotting
 from mbq_runtime.bundle.manifest import Quality
-from mbq_runtime.errors import UsageError
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _LARGEST_RATIO = 5.0
-"""Where the axis ends at most: what lies above is no longer prose, and would flatten the rest."""
-
-
-def check(file: Path) -> None:
-    """Refuse now what would fail after the calibration.  Raises UsageError."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install 'mbq-export[plot]'") from None
-    if file.suffix not in SUFFIXES or not file.parent.is_dir():
-        raise UsageError(f"--plot {file}: cannot be written; give a {', '.join(SUFFIXES)} in a folder that exists")
+"""The vertical axis ends here at most.  Text of a larger perplexity is unusable, and would flatten the rest."""
 
 
 def quality_curve(file: Path, title: str, quality: Quality) -> None:
-    """Write perplexity over the original model's against realised average bits, with the floor marked.
+    """Draw perplexity, over the original model's, against the average bits used, and mark the quality floor.
 
-    file: its suffix names the format.  Raises UsageError as ``check`` does, or when the disk refuses.
+    Args:
+        file: the picture to write; its suffix is one of ``plotting.FORMATS``.
+        title: text above the curve, such as the model's name.
+        quality: the curve as the manifest has it.
+
+    Raises:
+        UsageError: matplotlib is missing, or the file cannot be written.
     """
-    check(file)
-    from matplotlib import rc_context
+    plotting.check(file)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -43,9 +37,4 @@ def quality_curve(file: Path, title: str, quality: Quality) -> None:
     axes.set(title=title, xlabel="bits a weight, on average", ylabel="perplexity over the original")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        # Without a date, and with names that are not drawn by lot, the same figures give the same bytes.
-        with rc_context({"svg.hashsalt": "mbq"}):
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    except OSError as error:
-        raise UsageError(f"--plot {file}: cannot be written ({error.strerror or error}); give another place") from None
+    plotting.save(figure, file)

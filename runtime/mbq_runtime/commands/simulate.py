@@ -35,7 +35,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 @click.option("--hours", type=click.FloatRange(0.01, 100), default=1.0, help="How long a board decodes.")
 @click.option("--demand", type=click.FloatRange(0.01), help="Tokens/s that are asked for.  [default: without pause]")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw temperature, budget and speed: .png or .svg.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw temperature, budget and speed: .png, .svg or .pdf.")
 @json_option
 def command(
     what: str,

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mbq_runtime.errors import UsageError
+from mbq_runtime import plotting
 
 from .closed_loop import Run, Sample
-
-FORMATS = (".png", ".svg")
 
 _PANELS: tuple[tuple[str, Callable[[Sample], float | None]], ...] = (
     ("temperature, °C", lambda sample: sample.temp_c),
@@ -20,12 +18,9 @@ _PANELS: tuple[tuple[str, Callable[[Sample], float | None]], ...] = (
 
 def draw(runs: Sequence[Run], title: str, limits_c: Sequence[float], path: Path) -> None:
     """Write the picture.  limits_c: marked in the panel of temperatures.  Raises UsageError when it cannot be done."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: needed a name that ends in {' or '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is missing: pip install 'mbq-export[plot]'") from None
+    plotting.check(path)
+    from matplotlib.figure import Figure
+
     panels = [(label, value) for label, value in _PANELS if any(value(s) is not None for r in runs for s in r.samples)]
     figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -40,7 +35,4 @@ def draw(runs: Sequence[Run], title: str, limits_c: Sequence[float], path: Path)
     axes[0].set_title(title)
     axes[0].legend(fontsize="small")
     axes[-1].set_xlabel("minutes")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+    plotting.save(figure, path)
