@@ -44,7 +44,9 @@ def _decorators(node: _Function | ast.ClassDef) -> str:
 
 def _names(docstring: str, parameter: str) -> bool:
     """Whether the docstring has ``parameter: ...``, alone or in a list such as ``a, b: ...``."""
-    return re.search(rf"(?<![\w.]){re.escape(parameter)}\*?(?:(?:,| and|, and) \*{{0,2}}\w+)*:\s", docstring) is not None
+    return (
+        re.search(rf"(?<![\w.]){re.escape(parameter)}\*?(?:(?:,| and|, and) \*{{0,2}}\w+)*:\s", docstring) is not None
+    )
 
 
 def _parameters(function: _Function) -> list[ast.arg]:
@@ -74,7 +76,9 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
         if "ClassVar" in ast.unparse(statement.annotation) or statement.target.id.startswith("_"):
             continue
         below = node.body[i + 1] if i + 1 < len(node.body) else None
-        own = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+        own = (
+            isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+        )
         if not own and not ("field(" in ast.unparse(statement) and "init=False" in ast.unparse(statement)):
             yield statement.target.id, statement.lineno
 
