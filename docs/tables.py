@@ -1,0 +1,314 @@
+"""Write the tables of README.md and docs/ from results/*.json.
+
+    python docs/tables.py            # rewrite every table
+    python docs/tables.py --check    # exit with 1 if a table differs from its results
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.  NAME is a key of ``TABLES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+Cells = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One generated table.
+
+    source: name of the file in results/, without its suffix
+    cells: makes the heading row and the body rows from the result rows
+    """
+
+    source: str
+    cells: Callable[[list[Row]], Cells]
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read results/NAME.json.
+
+    Args:
+        name: file name without the suffix.
+
+    Returns:
+        The file's object: facts about the measurement, and ``rows``.
+    """
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _cell(value: Any, digits: int | None) -> str:
+    return _number(value, digits) if digits is not None else "-" if value is None else str(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _columns(**columns: tuple[str, int | None]) -> Callable[[list[Row]], Cells]:
+    """A table of one line a result row.  columns: key in the row -> (heading, digits; None for text)."""
+
+    def cells(rows: list[Row]) -> Cells:
+        heading = [title for title, _ in columns.values()]
+        body = [[_cell(row[key], digits) for key, (_, digits) in columns.items()] for row in rows]
+        return [heading, *body]
+
+    return cells
+
+
+def _by_bits(
+    label: str, title: str, cell: Callable[[Row], str], *, commits: bool = False
+) -> Callable[[list[Row]], Cells]:
+    """A table of one line a ``label`` and one column a budget."""
+
+    def cells(rows: list[Row]) -> Cells:
+        budgets = list(dict.fromkeys(row["asked_bits"] for row in rows))
+        heading = [title, *(f"{bits:g} bits" for bits in budgets), *(["commit"] if commits else [])]
+        body = []
+        for name in dict.fromkeys(row[label] for row in rows):
+            of = {row["asked_bits"]: row for row in rows if row[label] == name}
+            line = [name, *(cell(of[bits]) if bits in of else "-" for bits in budgets)]
+            body.append([*line, str(next(iter(of.values()))["commit"] or "unknown")] if commits else line)
+        return [heading, *body]
+
+    return cells
+
+
+def _only(keep: Callable[[Row], bool], cells: Callable[[list[Row]], Cells]) -> Callable[[list[Row]], Cells]:
+    return lambda rows: cells([row for row in rows if keep(row)])
+
+
+def _by_size(cells: Callable[[list[Row]], Cells]) -> Callable[[list[Row]], Cells]:
+    return lambda rows: cells(sorted(rows, key=lambda row: -row["mb_per_token"]))
+
+
+def _router(row: Row) -> str:
+    if row["excess_percent"] is None:
+        return _number(row["perplexity"], 2)
+    return f"{row['perplexity']:.2f} ({row['excess_percent']:.1f} ± {row['excess_stderr_percent']:.1f} %)"
+
+
+def _with_error(rows: list[Row]) -> list[Row]:
+    return [row | {"ratio": f"{row['perplexity_ratio']:.3f} ± {row['ratio_stderr']:.3f}"} for row in rows]
+
+
+def _simulated(rows: list[Row]) -> list[Row]:
+    demand = {None: "without pause"}
+    return [
+        row
+        | {
+            "asked": demand.get(row["demand_tokens_per_s"], f"{row['demand_tokens_per_s']} tokens/s"),
+            "throttled": f"{100 * row['above_throttle_share']:.0f} %",
+        }
+        for row in rows
+        if row["policy"] in ("fixed 8", "auto")
+    ]
+
+
+_KL = {
+    "file": ("file", None),
+    "mb_per_token": ("MB a token", 1),
+    "mean_kl_nats": ("mean KL, nats", 4),
+    "same_top": ("same top token", 3),
+    "perplexity_ratio": ("perplexity / float32", 3),
+}
+_DECODE = {
+    "side": ("engine and file", None),
+    "smollm2_decode": ("SmolLM2-135M decode", 0),
+    "smollm2_prompt_512": ("prompt of 512", 0),
+    "llama_1b_decode": ("llama-1b decode", 0),
+    "llama_1b_prompt_512": ("prompt of 512", 0),
+}
+_SHORT = ("mbq, 2 bits", "mbq, 4 bits", "mbq, 8 bits", "llama.cpp Q2_K", "llama.cpp Q4_0", "llama.cpp Q8_0")
+
+TABLES = {
+    "reaches": Table("kl-divergence", _by_size(_columns(**_KL))),
+    "kl-divergence": Table(
+        "kl-divergence",
+        _by_size(
+            _columns(**_KL, kl_wiki=("KL, Wikipedia", None), kl_code=("KL, code", None), kl_chat=("KL, chat", None))
+        ),
+    ),
+    "kl-plain-rounding": Table(
+        "kl-plain-rounding",
+        _columns(
+            asked_bits=("bits", 0),
+            activation_bits=("activation bits", 0),
+            mb_per_token=("MB a token", 1),
+            mean_kl_nats=("mean KL, nats", 4),
+            same_top=("same top token", 3),
+            perplexity_ratio=("perplexity / float32", 3),
+        ),
+    ),
+    "perplexity": Table(
+        "perplexity", _by_bits("row", "perplexity / float32", lambda r: _number(r["perplexity_ratio"], 3), commits=True)
+    ),
+    "routers-3122": Table("routers-3122", _by_bits("router", "router", _router)),
+    "routers-2222": Table("routers-2222", _by_bits("router", "router", _router)),
+    "speed-short": Table("speed", _only(lambda row: row["side"] in _SHORT, _columns(**_DECODE))),
+    "speed": Table(
+        "speed",
+        _columns(
+            side=("engine and file", None),
+            smollm2_decode=("SmolLM2-135M decode", 0),
+            smollm2_prompt_128=("prompt of 128", 0),
+            smollm2_prompt_512=("of 512", 0),
+            llama_1b_decode=("llama-1b decode", 0),
+            llama_1b_decode_fast_moment=("fast moment", 0),
+            llama_1b_prompt_128=("prompt of 128", 0),
+            llama_1b_prompt_512=("of 512", 0),
+        ),
+    ),
+    "compare": Table(
+        "compare",
+        lambda rows: _columns(
+            side=("file", None),
+            bits_per_block_weight=("bits a weight in the blocks", 2),
+            mb_per_token=("MB a token", 1),
+            ratio=("perplexity / float32", None),
+            mean_kl_nats=("mean KL, nats", 3),
+            same_top=("same top token", 3),
+        )(_with_error(rows)),
+    ),
+    "disturbances": Table(
+        "disturbances",
+        _columns(
+            disturbance=("disturbance", None),
+            fixed_8_tokens_per_s=("fixed 8 bits, tokens/s", 0),
+            auto_tokens_per_s=("`auto`, tokens/s", 0),
+            lowered_after_s=("lowered after, s", 1),
+            back_after_s=("back after, s", 0),
+            changes=("changes", 0),
+        ),
+    ),
+    "simulated-hour": Table(
+        "simulated-hour",
+        lambda rows: _columns(
+            board=("board", None),
+            asked=("asked", None),
+            policy=("policy", None),
+            tokens_per_s=("tokens/s", 1),
+            mean_bits=("mean bits", 2),
+            joules_per_token=("J/token", 3),
+            throttled=("time throttled", None),
+        )(_simulated(rows)),
+    ),
+    "replies": Table("replies", _columns(bits=("bits", 1), reply=("reply", None))),
+    "calibration-time": Table(
+        "calibration-time",
+        _columns(method=("method", None), slices=("slices", None), machine=("machine", None), minutes=("minutes", 1)),
+    ),
+    "arm-static": Table(
+        "arm-static",
+        _columns(side=("kernel", None), depth_bits=("bits", 0), weight_bytes_per_cycle=("weight bytes a cycle", 1)),
+    ),
+    "arm-instructions": Table(
+        "arm-instructions",
+        _columns(
+            activation_bits=("activation bits", 0),
+            depth_bits=("bits", 0),
+            million_instructions=("million instructions", 0),
+        ),
+    ),
+    "router-cost": Table(
+        "router-cost",
+        _columns(
+            router_width=("router width", 0),
+            model=("model", None),
+            byte_share_percent=("bytes, %", 1),
+            time_share_percent=("time, %", 1),
+        ),
+    ),
+    "install-size": Table(
+        "install-size",
+        _columns(platform=("platform", None), wheels_mb=("wheels, MB", 1), unpacked_mb=("unpacked, MB", 1)),
+    ),
+}
+"""Every table, by the name in its marker."""
+
+
+def _markdown(cells: Iterable[list[str]]) -> str:
+    heading, *body = (f"| {' | '.join(line)} |" for line in cells)
+    columns = heading.count(" | ") + 1
+    return "\n".join([heading, "|" + "---|" * columns, *body])
+
+
+def _caption(result: dict[str, Any], source: str, page: Path) -> str:
+    """Where the table comes from: commit, machine, raw file."""
+    by_row = any(row.get("commit") for row in result["rows"])
+    commit = result["commit"] or ("by row" if by_row else "unknown")
+    machines = any(row.get("machine") for row in result["rows"])
+    machine = result["machine"] or ("by row" if machines else "unknown")
+    raw = Path(os.path.relpath(RESULTS / f"{source}.json", page.parent)).as_posix()
+    return f"Commit: {commit}. Machine: {machine}. Raw: [{source}.json]({raw})."
+
+
+def render(name: str, page: Path) -> str:
+    """Make the markdown of one table.
+
+    Args:
+        name: key of ``TABLES``.
+        page: markdown file that holds the table; the link to the raw file is relative to it.
+
+    Returns:
+        The table and a line on its origin, each ended by a line break.
+
+    Raises:
+        SystemExit: no table has this name.
+    """
+    if name not in TABLES:
+        raise SystemExit(f"{page}: no table {name!r}; needed one of {', '.join(TABLES)}")
+    table = TABLES[name]
+    result = load(table.source)
+    return f"{_markdown(table.cells(result['rows']))}\n\n{_caption(result, table.source, page)}\n"
+
+
+def pages() -> list[Path]:
+    """List the markdown files that may hold tables: README.md and all of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def updated(page: Path) -> str:
+    """Make the text of a page with fresh tables.
+
+    Args:
+        page: markdown file.
+
+    Returns:
+        The page's text; the file is not changed.
+    """
+    text = page.read_text(encoding="utf-8")
+    return _MARKED.sub(lambda found: found[1] + render(found[2], page) + found[3], text)
+
+
+def main() -> None:
+    """Rewrite the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table differs")
+    check = parser.parse_args().check
+    stale = [page for page in pages() if updated(page) != page.read_text(encoding="utf-8")]
+    for page in stale:
+        if check:
+            sys.stderr.write(f"{page.relative_to(ROOT)}: a table differs from results/; run python docs/tables.py\n")
+        else:
+            page.write_text(updated(page), encoding="utf-8")
+    if check and stale:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
