@@ -14,7 +14,8 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_runtime.errors import UsageError
 
 from . import processes, quality
-from .format.reference import RouterParams, Sliced
+from .format.codes import Sliced
+from .format.router import RouterParams
 from .memory import give_back
 from .methods import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
 from .model.blocks import fast_dtype

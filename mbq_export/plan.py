@@ -15,6 +15,7 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_runtime.errors import UsageError
 
 from . import devices, memory
+from .format.nbits import packed_bits
 from .methods import MLP_HIDDEN, ONLY, Phase
 from .model.families import Decoder
 
@@ -87,8 +88,6 @@ class Plan:
         """Bits read per weight at an average of ``avg_bits``: more than that where fields are padded."""
         if self.layout == "mbq16":
             return avg_bits
-        from .lower.onnx_functions import packed_bits
-
         stored, at = 0.0, 0
         for width in self.profile.slices:
             stored += packed_bits(width) * min(1.0, max(0.0, (avg_bits - at) / width))

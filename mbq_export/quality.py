@@ -19,7 +19,7 @@ from torch.nn import functional
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from . import processes
-from .format.reference import Sliced
+from .format.codes import Sliced
 from .model.blocks import Blocks, Hidden, autocast, replaced
 from .model.checkpoint import Checkpoint
 from .model.families import Unit

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from mbq_runtime.errors import BundleError
 
 from . import processes
-from .format.reference import Sliced
+from .format.codes import Sliced
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -23,7 +23,9 @@ from mbq_targets.gpu.source import lower as to_text
 from mbq_targets.machines import Target
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..format.reference import RouterParams, Sliced, pack_planes, pack_scales
+from ..format.codes import Sliced
+from ..format.planes import pack_planes, pack_scales
+from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]

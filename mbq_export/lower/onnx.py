@@ -20,10 +20,12 @@ from onnx import TensorProto, helper
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..format.reference import Sliced, pack_planes, pack_scales
+from ..format.codes import Sliced
+from ..format.nbits import pack_nbits
+from ..format.planes import pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
-from .onnx_functions import DOMAIN, DOMAIN_VERSION, GATES, OPSET_IMPORTS, pack_nbits, portable_functions
+from .onnx_functions import DOMAIN, DOMAIN_VERSION, GATES, OPSET_IMPORTS, portable_functions
 
 MS = "com.microsoft"
 

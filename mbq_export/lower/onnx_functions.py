@@ -40,10 +40,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-from numpy.typing import NDArray
 
-from mbq_export.format.reference import MEAN_SQUARE_EPS, SMALLEST_ACTIVATION, Sliced
-from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..format.nbits import packed_bits, weight_inputs
+from ..format.ops import SMALLEST_ACTIVATION
+from ..format.router import MEAN_SQUARE_EPS
 
 DOMAIN = "ai.mbq"
 DOMAIN_VERSION = 1
@@ -61,37 +63,6 @@ _ACTIVATIONS = {"silu": "com.microsoft.QuickGelu <alpha = 1.0>", "gelu_tanh": 'G
 
 # Without int8 activations the 2-bit and 8-bit kernels are a hundred times slower.
 _INT8_ACTIVATIONS = 4
-
-
-def weight_inputs(profile: SliceProfile) -> tuple[str, ...]:
-    """Names of the weight tensors of SlicedMatMul and SlicedGather, in the order of their inputs."""
-    return (*(f"slice_{e}" for e in range(1, profile.depths + 1)), "step", "centre")
-
-
-def packed_bits(width: int) -> int:
-    """Bits a field of ``width`` bits takes in MatMulNBits packing: 2, 4 or 8."""
-    return next(bits for bits in (2, 4, 8) if width <= bits)
-
-
-def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:
-    """The weight tensors of one matrix, keys and order as ``weight_inputs``.
-
-    slice_e: uint8 [N, G, group_size * bits / 8], fields of slice ``e`` about the zero point
-    ``2**(bits - 1)``, lowest bits first.  step, centre: float32 [N, G].
-    """
-    n, groups = sliced.scale.shape
-    tensors: dict[str, NDArray[np.generic]] = {}
-    for e, (width, upto) in enumerate(zip(profile.slices, profile.depth_bits, strict=True), 1):
-        bits = packed_bits(width)
-        field = (sliced.codes >> (CODE_BITS - upto)) & ((1 << width) - 1)
-        stored = (field + ((1 << (bits - 1)) - (1 << (width - 1)))).astype(np.uint8)
-        parts = stored.reshape(n, groups, -1, 8 // bits)
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        tensors[f"slice_{e}"] = np.bitwise_or.reduce(parts << shifts, axis=3)
-    scale, offset = sliced.scale.astype(np.float64), sliced.offset.astype(np.float64)
-    tensors["step"] = (scale * 2.0 ** (2 - profile.min_bits)).astype(np.float32)
-    tensors["centre"] = (offset + scale * (2 + 2.0 ** (1 - profile.min_bits))).astype(np.float32)
-    return tensors
 
 
 def portable_functions(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..format.reference import Sliced, pack_planes, pack_scales
+from ..format.codes import Sliced
+from ..format.planes import pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
-from ..format.reference import Sliced
+from ..format.codes import Sliced
 from ..memory import WEIGHTS_AT_ONCE
 from .blocks import replaced
 from .checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def _step(bits: int) -> float:
 def weights(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """``reference.decode_f32`` as ``dtype`` [N, K]: codes uint8 [N, K], scale and offset float32 [N, groups]."""
+    """``format.codes.decode_f32`` as ``dtype`` [N, K]: codes uint8 [N, K], scale and offset float32 [N, groups]."""
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for rows in row_ranges(codes.shape, _at_once(codes)):
         cells = (codes[rows] >> (CODE_BITS - bits)).view(*scale[rows].shape, -1).float()

@@ -10,7 +10,7 @@ import torch
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..format.reference import RouterParams
+from ..format.router import RouterParams
 from . import mlp, norm
 from .slice_gains import UnitStatistics
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..format.reference import RouterParams, Sliced
+from ..format.codes import Sliced
+from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
 from ..store import Store
 from . import kinds, select

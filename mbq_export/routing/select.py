@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from .. import processes, quality
-from ..format.reference import RouterParams, Sliced, route, router_scores
+from ..format.codes import Sliced
+from ..format.router import RouterParams, route, router_scores
 from ..model.blocks import fast_dtype
 from ..model.checkpoint import Checkpoint
 from ..model.router_inputs import Depths

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from .. import processes
-from ..format.reference import F32, Sliced, joined
+from ..format.codes import F32, Sliced, joined
 from ..memory import WEIGHTS_AT_ONCE
 from ..model.blocks import Blocks, Hidden, fast, require_finite, watching_inputs
 from ..model.checkpoint import Checkpoint

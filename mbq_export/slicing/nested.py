@@ -17,7 +17,7 @@ import torch
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
-from ..format.reference import F32, Sliced
+from ..format.codes import F32, Sliced
 from .columns import Grid, feed_back
 from .rtn import group_range
 

@@ -13,7 +13,7 @@ import torch
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..format.reference import F32, Sliced, joined
+from ..format.codes import F32, Sliced, joined
 from .columns import Grid, settle
 from .nested import damped
 

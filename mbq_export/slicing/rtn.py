@@ -11,7 +11,7 @@ import numpy as np
 
 from mbq_runtime.errors import ModelError
 
-from ..format.reference import F16, F32, Sliced, encode
+from ..format.codes import F16, F32, Sliced, encode
 
 _LARGEST = float(np.finfo(np.float16).max)
 

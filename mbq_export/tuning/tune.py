@@ -27,7 +27,7 @@ from torch.nn import functional
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from .. import processes
-from ..format.reference import Sliced
+from ..format.codes import Sliced
 from ..methods import Phase
 from ..model.blocks import fast, fast_dtype, lean_backward
 from ..model.checkpoint import Checkpoint

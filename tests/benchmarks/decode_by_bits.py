@@ -31,7 +31,7 @@ from onnx import helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mbq_export.calibrate import Calibrated, RoutedLinear
-from mbq_export.format.reference import RouterParams
+from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_functions import DOMAIN
 from mbq_export.model.checkpoint import Checkpoint, Source

@@ -23,7 +23,9 @@ from onnx import numpy_helper
 from mbq_export import quality
 from mbq_export.compare.run import TEXTS
 from mbq_export.data import windows as text_windows
-from mbq_export.format.reference import RouterParams, Sliced, unpack_planes, unpack_scales
+from mbq_export.format.codes import Sliced
+from mbq_export.format.planes import unpack_planes, unpack_scales
+from mbq_export.format.router import RouterParams
 from mbq_export.methods import CONTEXT_TOKENS, METHODS
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.sliced_linear import values_at

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import click
 import torch
 
-from mbq_export.format.reference import F32
+from mbq_export.format.codes import F32
 from mbq_export.slicing import columns, nested
 from mbq_export.slicing.refine import refine
 from mbq_runtime.bundle.slice_profile import SliceProfile

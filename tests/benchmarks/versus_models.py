@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.compare import llama_cpp_files
 from mbq_export.export import Options, prepare, write_calibrated
-from mbq_export.format.reference import RouterParams
+from mbq_export.format.router import RouterParams
 from mbq_export.methods import MLP_HIDDEN
 from mbq_export.model.checkpoint import load, locate
 from mbq_export.routing import thresholds

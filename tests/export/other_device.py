@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from mbq_export import calibrate
-from mbq_export.format.reference import decode
+from mbq_export.format.codes import decode
 from mbq_export.methods import METHODS, Recipe
 from mbq_export.model import blocks
 from mbq_export.model.checkpoint import load, locate

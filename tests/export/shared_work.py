@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export import processes, quality
-from mbq_export.format.reference import Sliced, decode
+from mbq_export.format.codes import Sliced, decode
 from mbq_export.methods import FIRST, ONLY, SECOND, Phase
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.routing import select

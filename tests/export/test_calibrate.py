@@ -10,7 +10,7 @@ from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
 from mbq_export.calibrate import Calibrated, quality_floor, worth
-from mbq_export.format.reference import Sliced
+from mbq_export.format.codes import Sliced
 from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
 from mbq_runtime.bundle import manifest

@@ -12,7 +12,8 @@ from tiny_models import COMMON, MODELS
 from transformers import AutoConfig
 
 from mbq_export import quality
-from mbq_export.format.reference import RouterParams, Sliced
+from mbq_export.format.codes import Sliced
+from mbq_export.format.router import RouterParams
 from mbq_export.model.families import describe
 from mbq_export.plan import Plan
 from mbq_export.routing import kinds, select

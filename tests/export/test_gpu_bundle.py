@@ -14,7 +14,7 @@ import pytest
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.format import reference as ref
+from mbq_export.format.router import RouterParams, threshold_at
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.check import check_contents
@@ -191,8 +191,8 @@ def test_thresholds_follow_the_budget_as_the_definition_does() -> None:
     budgets, levels = (3.0, 4.0, 8.0), (2.0, 0.5, -1.0)
     plan = type("P", (), {"tables": (gpu_plan.Table(budgets, levels),)})
     one = np.zeros(1, np.float32)
-    params = ref.RouterParams(one, one, np.array(budgets, np.float32), np.array(levels, np.float32))
+    params = RouterParams(one, one, np.array(budgets, np.float32), np.array(levels, np.float32))
     for bits in (3.2, 4.0, 7.5):
-        assert thresholds(plan, bits)[0] == pytest.approx(ref.threshold_at(bits, params))  # type: ignore[arg-type]
+        assert thresholds(plan, bits)[0] == pytest.approx(threshold_at(bits, params))  # type: ignore[arg-type]
     assert thresholds(plan, 3.0)[0] > 1e38  # type: ignore[arg-type]
     assert thresholds(plan, 8.0)[0] < -1e38  # type: ignore[arg-type]

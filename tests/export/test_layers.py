@@ -12,7 +12,7 @@ from shared_work import halves
 from tiny_models import write_checkpoint
 from torch.nn import functional
 
-from mbq_export.format.reference import Sliced, decode_f32
+from mbq_export.format.codes import Sliced, decode_f32
 from mbq_export.model import blocks, sliced_linear
 from mbq_export.model.blocks import lean_backward
 from mbq_export.model.checkpoint import load, locate

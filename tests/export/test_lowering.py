@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tiny_models import MODELS, write_checkpoint
 
 from mbq_export.calibrate import Calibrated, RoutedLinear
-from mbq_export.format.reference import RouterParams, decode_f32
+from mbq_export.format.codes import decode_f32
+from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.families import Unit

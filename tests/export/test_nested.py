@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mbq_export.format.reference import Sliced, decode
+from mbq_export.format.codes import Sliced, decode
 from mbq_export.slicing import nested, rtn
 from mbq_export.slicing.refine import refine
 from mbq_runtime.bundle.slice_profile import SliceProfile

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel as Level
 
-from mbq_export.format import reference
-from mbq_export.format.reference import RouterParams, Sliced
+from mbq_export.format.codes import Sliced, decode
+from mbq_export.format.nbits import pack_nbits, weight_inputs
+from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
+from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
 from mbq_export.lower import onnx_functions as portable
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -95,7 +97,7 @@ def weighted_node(
     """A SlicedMatMul or SlicedGather whose weight inputs have the names of ``weight_inputs``."""
     n, k = sliced.codes.shape
     attributes |= {"N": n, "K": k, "group_size": sliced.group_size}
-    node = helper.make_node(op, [*inputs, *portable.weight_inputs(profile)], [output], domain=portable.DOMAIN)
+    node = helper.make_node(op, [*inputs, *weight_inputs(profile)], [output], domain=portable.DOMAIN)
     values: dict[str, Any] = {**attributes, "slices": profile.slices}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
     return node
@@ -104,7 +106,7 @@ def weighted_node(
 def matmul_model(
     sliced: Sliced, profile: SliceProfile, x_rank: int = 2, opset: int = 22, activation_bits: int = 16
 ) -> bytes:
-    weights = portable.pack_nbits(sliced, profile)
+    weights = pack_nbits(sliced, profile)
     node = weighted_node("SlicedMatMul", ["x", "depth"], "y", sliced, profile)
     inputs = {"x": (onnx.TensorProto.FLOAT, x_rank), "depth": (onnx.TensorProto.INT32, x_rank - 1)}
     functions = portable.portable_functions(profile, sliced.group_size, activation_bits, mlp=False)
@@ -129,16 +131,16 @@ def two_terms(x: F32, group_size: int) -> Array:
 
 
 def product(x: F32, depth: NDArray[np.int32], sliced: Sliced, profile: SliceProfile) -> Array:
-    """``reference.sliced_matmul`` with the activations of ``two_terms``."""
+    """``sliced_matmul`` with the activations of ``two_terms``."""
     rows = two_terms(x, sliced.group_size)
-    return np.stack([row @ reference.decode(sliced, profile, int(d)).T for row, d in zip(rows, depth, strict=True)])
+    return np.stack([row @ decode(sliced, profile, int(d)).T for row, d in zip(rows, depth, strict=True)])
 
 
 def test_two_terms_are_what_the_definition_says_to_fifteen_bits() -> None:
     x = (np.random.default_rng(3).standard_normal((20, 256)) * 10.0 ** np.arange(-10, 10)[:, None]).astype(np.float32)
     x[:, ::50] *= 30
     peak = np.repeat(np.abs(x.reshape(20, 4, 64)).max(axis=2), 64, axis=1)
-    assert (np.abs(two_terms(x, 64) - reference.round_activations(x, 64)) <= 2.0**-15 * peak).all()
+    assert (np.abs(two_terms(x, 64) - round_activations(x, 64)) <= 2.0**-15 * peak).all()
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -165,7 +167,7 @@ def test_one_term_is_the_reference_of_one_byte(slices: str) -> None:
         x = rng.standard_normal((m, 256)).astype(np.float32)
         depth = rng.integers(1, profile.depths + 1, m, dtype=np.int32)
         y = session.run(None, {"x": x, "depth": depth})[0]
-        assert_close(y, reference.sliced_matmul(x, depth, sliced, profile, activation_bits=8))
+        assert_close(y, sliced_matmul(x, depth, sliced, profile, activation_bits=8))
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -206,7 +208,7 @@ def test_sliced_gather_is_the_reference(slices: str, n: int, k: int, group_size:
     rng = np.random.default_rng(3)
     sliced = random_sliced(n, k, group_size, rng)
     functions = portable.portable_functions(profile, group_size, mlp=False)
-    weights = portable.pack_nbits(sliced, profile)
+    weights = pack_nbits(sliced, profile)
     indices = np.array([[0, n - 1, 3], [3, 2, 0]], np.int64)
     for depth in range(1, profile.depths + 1):
         node = weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=depth)
@@ -214,7 +216,7 @@ def test_sliced_gather_is_the_reference(slices: str, n: int, k: int, group_size:
         session = load(make_model([node], inputs, {"rows": (onnx.TensorProto.FLOAT, 3)}, weights, functions))
         rows = session.run(None, {"indices": indices})[0]
         assert rows.shape == (2, 3, k)
-        assert_close(rows.reshape(6, k), reference.sliced_gather(indices.reshape(-1), sliced, profile, depth), 1e-6)
+        assert_close(rows.reshape(6, k), sliced_gather(indices.reshape(-1), sliced, profile, depth), 1e-6)
 
 
 def random_router(profile: SliceProfile, k: int, entries: int, mlp: bool, rng: np.random.Generator) -> RouterParams:
@@ -262,7 +264,7 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
 
     x = (rng.standard_normal((40, 64)) * np.exp(3 * rng.standard_normal((40, 1)))).astype(np.float32)
     x[0] = 0
-    scores = reference.router_scores(x, router)
+    scores = router_scores(x, router)
     inside = np.linspace(router.budgets[0], router.budgets[-1], 7)
     seen = Counter[int]()
     for avg_bits in (0.0, *inside, *router.budgets, 8.0, 9.0):
@@ -271,9 +273,9 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
         assert depth.shape == (4, 10)
         assert depth.dtype == np.int32
         # Tokens so close to the threshold that float32 may decide them otherwise do not count.
-        clear = (np.abs(scores - reference.threshold_at(float(budget), router)) > 1e-4).all(axis=1)
+        clear = (np.abs(scores - threshold_at(float(budget), router)) > 1e-4).all(axis=1)
         assert clear.mean() > 0.9
-        wanted = reference.route(x, float(budget), router)
+        wanted = route(x, float(budget), router)
         np.testing.assert_array_equal(depth.reshape(-1)[clear], wanted[clear])
         seen.update(wanted.tolist())
     assert seen.keys() >= {1, profile.depths}
@@ -286,7 +288,7 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
     profile = SliceProfile.parse(slices)
     rng = np.random.default_rng([mlp, *profile.slices])
     sliced, router = random_sliced(20, 128, 64, rng), random_router(profile, 64, 5, mlp, rng)
-    weights, tensors = portable.pack_nbits(sliced, profile), router_tensors(router)
+    weights, tensors = pack_nbits(sliced, profile), router_tensors(router)
     node = weighted_node("RoutedMatMul", ["x", "routed_by", "avg_bits", *list(tensors)[:3]], "y", sliced, profile)
     node.input.extend(list(tensors)[3:])
     node.output.append("depth")
@@ -301,14 +303,14 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
     for rows in (12, 1, 0):
         feed = {"x": x[:, 12 - rows :], "routed_by": by, "avg_bits": budget}
         y, depth = session.run(None, feed)
-        wanted = reference.route(by[0], float(budget[0]), router)
+        wanted = route(by[0], float(budget[0]), router)
         np.testing.assert_array_equal(depth, wanted[None])
         assert y.shape == (1, rows, 20)
         if rows:
             assert_close(y[0], product(x[0, 12 - rows :], wanted[12 - rows :], sliced, profile))
 
 
-@pytest.mark.parametrize(("op", "wanted"), [("GatedSilu", reference.gated_silu), ("GatedGelu", reference.gated_gelu)])
+@pytest.mark.parametrize(("op", "wanted"), [("GatedSilu", gated_silu), ("GatedGelu", gated_gelu)])
 def test_gates_are_the_reference(op: str, wanted: Callable[[F32], Array]) -> None:
     assert op in portable.GATES.values()
     node = helper.make_node(op, ["x"], ["y"], domain=portable.DOMAIN)
@@ -324,8 +326,8 @@ def test_pack_nbits_layout() -> None:
     profile = SliceProfile.parse("3,1,4")
     codes = np.zeros((1, 32), np.uint8)
     codes[0, :4] = 0b101_1_0110, 0b000_0_1111, 0b111_1_0000, 0b010_0_0001
-    packed = portable.pack_nbits(Sliced(codes, np.array([[0.5]], np.float16), np.array([[-1.0]], np.float16)), profile)
-    assert tuple(packed) == portable.weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre")
+    packed = pack_nbits(Sliced(codes, np.array([[0.5]], np.float16), np.array([[-1.0]], np.float16)), profile)
+    assert tuple(packed) == weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre")
     # Three bits in four, moved by 4; one bit in two, moved by 1; four bits as they are.
     assert packed["slice_1"][0, 0, :2].tolist() == [(5 + 4) | (0 + 4) << 4, (7 + 4) | (2 + 4) << 4]
     assert packed["slice_2"][0, 0, :1].tolist() == [(1 + 1) | (0 + 1) << 2 | (1 + 1) << 4 | (0 + 1) << 6]
@@ -344,7 +346,7 @@ def test_pack_nbits_layout() -> None:
 
 def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: RouterParams) -> bytes:
     """Embedding rows, then ``calls`` times Router + SlicedMatMul with the embedding's own tensors."""
-    weights, tensors = portable.pack_nbits(sliced, profile), router_tensors(router)
+    weights, tensors = pack_nbits(sliced, profile), router_tensors(router)
     nodes = [weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=profile.depths)]
     state = "rows"
     for call in range(calls):
@@ -381,8 +383,8 @@ def test_whole_graph_at_every_optimisation_level(mlp: bool) -> None:
     results = [load(model, level).run(None, feed) for level in LEVELS]
     _, *depths = results[0]
 
-    wanted = reference.sliced_gather(feed["indices"].reshape(-1), sliced, profile, 4).astype(np.float32)
-    np.testing.assert_array_equal(depths[0].reshape(-1), reference.route(wanted, avg_bits, router))
+    wanted = sliced_gather(feed["indices"].reshape(-1), sliced, profile, 4).astype(np.float32)
+    np.testing.assert_array_equal(depths[0].reshape(-1), route(wanted, avg_bits, router))
     for depth in (values.reshape(-1) for values in depths):
         wanted = np.tanh(product(wanted, depth, sliced, profile)).astype(np.float32)
     for state, *same_depths in results:
@@ -442,7 +444,7 @@ def test_no_slow_kernel(slices: str) -> None:
     size = 1024
     rng = np.random.default_rng(8)
     sliced = random_sliced(size, size, 64, rng)
-    weight = reference.decode(sliced, profile, profile.depths).T.astype(np.float32)
+    weight = decode(sliced, profile, profile.depths).T.astype(np.float32)
     node = helper.make_node("MatMul", ["x", "weight"], ["y"])
     inputs = {"x": (onnx.TensorProto.FLOAT, 2)}
     plain = load(make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, 2)}, {"weight": weight}, []))

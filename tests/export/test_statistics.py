@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
-from mbq_export.format.reference import Sliced
+from mbq_export.format.codes import Sliced
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.sliced_linear import SlicedLinear, sliced_layers, values_at
 from mbq_export.routing.slice_gains import collect, without_outliers

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from devices import Runner, routing, state
 
-from mbq_export.format import reference as ref
+from mbq_export.format.codes import F32, F64, Sliced, decode
+from mbq_export.format.ops import sliced_gather, sliced_matmul
+from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.router import RouterParams, router_scores
 from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.gpu import attention, matmul, sampling
@@ -22,23 +25,23 @@ CHUNK = 16
 RELATIVE = 2e-6
 
 
-def weight(rng: np.random.Generator, n: int, k: int, group: int) -> ref.Sliced:
+def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
     values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
     values[n // 2, :group] = 0.25  # a group of scale 0
     values[0, :group] *= 1e-5  # scales that are subnormal in float16
     return slice_weight(values, group, "random")
 
 
-def stored(sliced: ref.Sliced, profile: SliceProfile) -> dict[str, Any]:
-    scales = matmul.pair_scales(ref.pack_scales(sliced.scale, sliced.offset))
-    return {"planes": ref.pack_planes(sliced.codes, profile), "scales": scales}
+def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
+    scales = matmul.pair_scales(pack_scales(sliced.scale, sliced.offset))
+    return {"planes": pack_planes(sliced.codes, profile), "scales": scales}
 
 
-def exact_matmul(x: ref.F32, depth: Any, sliced: ref.Sliced, profile: SliceProfile) -> tuple[ref.F64, ref.F64]:
+def exact_matmul(x: F32, depth: Any, sliced: Sliced, profile: SliceProfile) -> tuple[F64, F64]:
     """float64 x @ w(depth).T without rounding x, and the sum of |terms|."""
     y, size = np.zeros((2, len(x), len(sliced.codes)))
     for row, d in enumerate(depth):
-        w = ref.decode(sliced, profile, int(d))
+        w = decode(sliced, profile, int(d))
         y[row] = x[row].astype(np.float64) @ w.T
         size[row] = np.abs(x[row]).astype(np.float64) @ np.abs(w).T
     return y, size
@@ -66,7 +69,7 @@ def test_matmul_of_one_token(runner: Runner, profile: SliceProfile, tuning: Tuni
         want, size = exact_matmul(x, [depth], sliced, profile)
         assert (np.abs(y - want - bias) <= RELATIVE * (size + np.abs(bias))).all()
         # What the definition's rounding of activations makes of it is no further away than that rounding.
-        defined = ref.sliced_matmul(x, np.array([depth], np.int32), sliced, profile)
+        defined = sliced_matmul(x, np.array([depth], np.int32), sliced, profile)
         assert np.abs(y - defined - bias).max() <= 2.0**-13 * size.max()
 
 
@@ -100,12 +103,12 @@ def test_gather(runner: Runner, profile: SliceProfile) -> None:
     arrays = {"state": state(count=4, tokens=tokens), "factors": factors, "routing": used, **stored(sliced, profile)}
     arrays["x"] = np.zeros((4, k), np.float32)
     x, cleared = runner(matmul.gather("g", n, k, group, profile, 32, 4, scaled=True), arrays, "x", "routing")
-    want = ref.sliced_gather(tokens.astype(np.int64), sliced, profile, profile.depths) * factors
+    want = sliced_gather(tokens.astype(np.int64), sliced, profile, profile.depths) * factors
     np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
     assert (cleared[:, 1] == 0).all()
 
 
-def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int) -> ref.RouterParams:
+def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int) -> RouterParams:
     more = profile.depths - 1
     learned: dict[str, Any] = {}
     if hidden:
@@ -114,7 +117,7 @@ def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int)
             "b1": rng.standard_normal(hidden).astype(np.float32),
             "w2": rng.standard_normal((more, hidden)).astype(np.float32),
         }
-    return ref.RouterParams(
+    return RouterParams(
         bias=rng.standard_normal(more).astype(np.float32) * 0.3,
         norm_gain=rng.uniform(0.5, 1.5, more).astype(np.float32),
         budgets=np.array([2, 8], np.float32),
@@ -123,21 +126,21 @@ def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int)
     )
 
 
-def router_arrays(params: ref.RouterParams, profile: SliceProfile, share: float = 0.25) -> dict[str, Any]:
+def router_arrays(params: RouterParams, profile: SliceProfile, share: float = 0.25) -> dict[str, Any]:
     shape = rules.RouterShape(profile, 0 if params.w1 is None else len(params.w1))
     arrays: dict[str, Any] = {"parameters": shape.pack(share, 0, params.bias, params.norm_gain, params.b1, params.w2)}
     return arrays if params.w1 is None else {**arrays, "w1": rules.pack_w1(params.w1)}
 
 
-def clear_rows(rng: np.random.Generator, k: int, params: ref.RouterParams, threshold: float, count: int) -> ref.F32:
+def clear_rows(rng: np.random.Generator, k: int, params: RouterParams, threshold: float, count: int) -> F32:
     """Rows whose scores are not near the threshold: there float32 may decide otherwise than float64."""
     x = (rng.standard_normal((8 * count, k)) * np.exp(rng.standard_normal((8 * count, 1)))).astype(np.float32)
-    distance = np.abs(ref.router_scores(x, params) - threshold)
+    distance = np.abs(router_scores(x, params) - threshold)
     return x[(distance > 1e-3).all(axis=1)][:count]
 
 
-def depth_by(params: ref.RouterParams, x: ref.F32, threshold: float) -> Any:
-    return 1 + np.cumprod(ref.router_scores(x, params) > threshold, axis=1).sum(axis=1)
+def depth_by(params: RouterParams, x: F32, threshold: float) -> Any:
+    return 1 + np.cumprod(router_scores(x, params) > threshold, axis=1).sum(axis=1)
 
 
 @pytest.mark.parametrize("hidden", [0, 16])
@@ -222,7 +225,7 @@ def test_gate_and_its_router(runner: Runner, activation: str) -> None:
     np.testing.assert_array_equal(after[:, 0], depth_by(params, want.astype(np.float32), 1.3))
 
 
-def turned(x: ref.F64, cos: Any, sin: Any) -> ref.F64:
+def turned(x: F64, cos: Any, sin: Any) -> F64:
     """x [tokens, heads, width], cos and sin [tokens, half]; numbers behind the first 2 * half stay."""
     half = cos.shape[1]
     a, b = x[..., :half], x[..., half : 2 * half]

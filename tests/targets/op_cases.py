@@ -10,7 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mbq_export.format import reference as ref
+from mbq_export.format.codes import F32, F64, I32, Sliced, decode
+from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
+from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
 from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
@@ -42,28 +45,26 @@ def op_model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def weight(rng: np.random.Generator, n: int, k: int, group: int) -> ref.Sliced:
+def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
     """A sliced random weight with one constant group (scale 0)."""
     values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
     values[n // 2, :group] = 0.25
     return slice_weight(values, group, "random")
 
 
-def stored(sliced: ref.Sliced, profile: SliceProfile) -> dict[str, Any]:
+def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
     """The constant inputs of a sliced op."""
-    return {"planes": ref.pack_planes(sliced.codes, profile), "scales": ref.pack_scales(sliced.scale, sliced.offset)}
+    return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
 
 
-def matmul_model(
-    sliced: ref.Sliced, profile: SliceProfile, constants: dict[str, Any], **changes: Any
-) -> onnx.ModelProto:
+def matmul_model(sliced: Sliced, profile: SliceProfile, constants: dict[str, Any], **changes: Any) -> onnx.ModelProto:
     n, k = sliced.codes.shape
     attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), **changes}
     inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "depth": (TensorProto.INT32, ["b", "s"])}
     return op_model("SlicedMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", n]), **attrs)
 
 
-def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> ref.F32:
+def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> F32:
     """Random rows; every third has outliers, every fourth a group of zeros."""
     x = rng.standard_normal((tokens, k)).astype(np.float32)
     x[::3, rng.integers(k)] *= 300
@@ -72,20 +73,20 @@ def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> re
     return x
 
 
-def term_sizes(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> ref.F64:
+def term_sizes(sliced: Sliced, profile: SliceProfile, depth: int) -> F64:
     """|offset| + |w - offset| per weight, float64 [N, K]."""
     offset = np.repeat(sliced.offset.astype(np.float64), sliced.group_size, axis=1)
-    return np.asarray(np.abs(offset) + np.abs(ref.decode(sliced, profile, depth) - offset))
+    return np.asarray(np.abs(offset) + np.abs(decode(sliced, profile, depth) - offset))
 
 
-def matmul_tolerance(x: ref.F32, depth: ref.I32, sliced: ref.Sliced, spec: KernelSpec) -> ref.F64:
+def matmul_tolerance(x: F32, depth: I32, sliced: Sliced, spec: KernelSpec) -> F64:
     """How far each output of rows [M, K] at depths [M] may stray, float64 [M, N]."""
-    sizes = np.abs(ref.round_activations(x, sliced.group_size, spec.activation_bits))
+    sizes = np.abs(round_activations(x, sliced.group_size, spec.activation_bits))
     allowed = [s @ term_sizes(sliced, spec.profile, int(d)).T for s, d in zip(sizes, depth, strict=True)]
     return RELATIVE * np.array(allowed).reshape(len(x), len(sliced.codes))
 
 
-def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, spec: KernelSpec) -> Runs:
+def matmul_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec) -> Runs:
     """One token at every depth, then batches: mixed depths, and one depth."""
     k, group, depth_count = sliced.codes.shape[1], sliced.group_size, spec.profile.depths
     depths = [np.array([d], np.int32) for d in range(1, depth_count + 1)]
@@ -94,13 +95,13 @@ def matmul_runs(rng: np.random.Generator, sliced: ref.Sliced, spec: KernelSpec) 
     runs: Runs = []
     for depth in depths:
         x = activations(rng, len(depth), k, group)
-        y = ref.sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
+        y = sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
         tolerance = matmul_tolerance(x, depth, sliced, spec)
         runs.append({"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance[None]}})
     return runs
 
 
-def gather_model(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> onnx.ModelProto:
+def gather_model(sliced: Sliced, profile: SliceProfile, depth: int) -> onnx.ModelProto:
     n, k = sliced.codes.shape
     attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), "depth": depth}
     inputs = {"indices": (TensorProto.INT64, ["b", "s"])}
@@ -108,19 +109,19 @@ def gather_model(sliced: ref.Sliced, profile: SliceProfile, depth: int) -> onnx.
 
 
 def gather_case(
-    rng: np.random.Generator, sliced: ref.Sliced, profile: SliceProfile, depth: int
+    rng: np.random.Generator, sliced: Sliced, profile: SliceProfile, depth: int
 ) -> tuple[onnx.ModelProto, Runs]:
     n = len(sliced.codes)
     model = gather_model(sliced, profile, depth)
     runs: Runs = []
     for indices in (np.array([n - 1]), np.array([0, n - 1, 7]), rng.integers(0, n, 40)):
-        y = ref.sliced_gather(indices.astype(np.int64), sliced, profile, depth)
+        y = sliced_gather(indices.astype(np.int64), sliced, profile, depth)
         tolerance = 1e-6 * float(np.abs(y).max())
         runs.append({"in": {"indices": indices.astype(np.int64)[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance}})
     return model, runs
 
 
-def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) -> ref.RouterParams:
+def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) -> RouterParams:
     more = depths - 1
     extra: dict[str, Any] = {}
     if hidden:
@@ -129,7 +130,7 @@ def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) ->
             "b1": rng.standard_normal(hidden).astype(np.float32),
             "w2": rng.standard_normal((more, hidden)).astype(np.float32),
         }
-    return ref.RouterParams(
+    return RouterParams(
         bias=rng.standard_normal(more).astype(np.float32) * 0.3,
         norm_gain=rng.uniform(0.5, 1.5, more).astype(np.float32),
         budgets=np.array([2, 2.5, 4, 4, 6, 8], np.float32),
@@ -138,7 +139,7 @@ def router_params(rng: np.random.Generator, depths: int, k: int, hidden: int) ->
     )
 
 
-def router_constants(router: ref.RouterParams) -> dict[str, Any]:
+def router_constants(router: RouterParams) -> dict[str, Any]:
     constants: dict[str, Any] = {
         "table": np.stack([router.budgets, router.thresholds]),
         "bias": router.bias,
@@ -149,23 +150,21 @@ def router_constants(router: ref.RouterParams) -> dict[str, Any]:
     return constants
 
 
-def router_model(router: ref.RouterParams, k: int) -> onnx.ModelProto:
+def router_model(router: RouterParams, k: int) -> onnx.ModelProto:
     inputs: Inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "avg_bits": (TensorProto.FLOAT, [1])}
     return op_model("Router", inputs, router_constants(router), (TensorProto.INT32, ["b", "s"]))
 
 
-def clear_tokens(
-    rng: np.random.Generator, router: ref.RouterParams, k: int, bits: float, tokens: int
-) -> tuple[ref.F32, ref.I32]:
+def clear_tokens(rng: np.random.Generator, router: RouterParams, k: int, bits: float, tokens: int) -> tuple[F32, I32]:
     """Up to ``tokens`` rows [M, k] that are not near the threshold, and their depths [M]."""
     x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
     x32 = x.astype(np.float32)
-    distance = np.abs(ref.router_scores(x32, router) - ref.threshold_at(bits, router))
+    distance = np.abs(router_scores(x32, router) - threshold_at(bits, router))
     x32 = x32[(distance > 1e-4).all(axis=1)][:tokens]
-    return x32, ref.route(x32, bits, router)
+    return x32, route(x32, bits, router)
 
 
-def router_runs(rng: np.random.Generator, router: ref.RouterParams, k: int) -> Runs:
+def router_runs(rng: np.random.Generator, router: RouterParams, k: int) -> Runs:
     """Budgets below, at, between and above the table's ends."""
     runs: Runs = []
     for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
@@ -176,7 +175,7 @@ def router_runs(rng: np.random.Generator, router: ref.RouterParams, k: int) -> R
     return runs
 
 
-def routed_model(sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterParams, width: int) -> onnx.ModelProto:
+def routed_model(sliced: Sliced, profile: SliceProfile, router: RouterParams, width: int) -> onnx.ModelProto:
     """Node RoutedMatMul with outputs y and depth.  width: of what the router looks at."""
     n, k = sliced.codes.shape
     attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices)}
@@ -195,9 +194,7 @@ def routed_model(sliced: ref.Sliced, profile: SliceProfile, router: ref.RouterPa
     return model
 
 
-def routed_runs(
-    rng: np.random.Generator, sliced: ref.Sliced, spec: KernelSpec, router: ref.RouterParams, width: int
-) -> Runs:
+def routed_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, router: RouterParams, width: int) -> Runs:
     """One token and many, all of them multiplied, the last ones, or none."""
     k, group = sliced.codes.shape[1], sliced.group_size
     runs: Runs = []
@@ -207,7 +204,7 @@ def routed_runs(
             rows = min(rows, len(by))
             x = activations(rng, rows, k, group)
             last = depth[len(depth) - rows :]
-            y = ref.sliced_matmul(x, last, sliced, spec.profile, spec.activation_bits)
+            y = sliced_matmul(x, last, sliced, spec.profile, spec.activation_bits)
             tolerance = matmul_tolerance(x, last, sliced, spec)
             runs.append(
                 {
@@ -231,7 +228,7 @@ def save_case(folder: Path, name: str, model: onnx.ModelProto, runs: Runs) -> No
 
 def gated_cases(rng: np.random.Generator) -> Iterator[tuple[str, onnx.ModelProto, Runs]]:
     """Small, usual and extreme inputs."""
-    for op, reference in (("GatedSilu", ref.gated_silu), ("GatedGelu", ref.gated_gelu)):
+    for op, reference in (("GatedSilu", gated_silu), ("GatedGelu", gated_gelu)):
         model = op_model(op, {"x": (TensorProto.FLOAT, ["b", "s", 96])}, {}, (TensorProto.FLOAT, ["b", "s", 48]))
         runs: Runs = []
         for tokens in (1, 40):

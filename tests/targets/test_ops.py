@@ -12,7 +12,8 @@ import op_check
 import pytest
 from conftest import Build, runnable
 
-from mbq_export.format import reference as ref
+from mbq_export.format.codes import Sliced
+from mbq_export.format.ops import round_activations
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
@@ -80,7 +81,7 @@ def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Pa
     k = 64
     codes = np.eye(16, k, dtype=np.uint8)
     # w = scale / 64 * (code + 0.5) + offset with scale 64, offset -0.5: 1 where the code is 1, else 0.
-    sliced = ref.Sliced(codes, np.full((16, 1), 64, np.float16), np.full((16, 1), -0.5, np.float16))
+    sliced = Sliced(codes, np.full((16, 1), 64, np.float16), np.full((16, 1), -0.5, np.float16))
     model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
     run = session(tmp_path, built, model)
     rng = np.random.default_rng(2)
@@ -88,7 +89,7 @@ def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Pa
         x = (rng.standard_normal((1, 1, k)) * scale).astype(np.float32)
         x[0, 0, 20] = 127 * scale  # the step is ``scale``, give or take a rounding
         x[0, 0, :16] = (np.arange(16) - 8 + 0.5) * np.float32(scale)
-        wanted = ref.round_activations(x[0], 64)
+        wanted = round_activations(x[0], 64)
         y = run.run(None, {"x": x, "depth": np.array([[4]], np.int32)})[0]
         # Finer than a low byte's step, 1 / 256 of a high one's.
         np.testing.assert_allclose(y[0, 0], wanted[0, :16], rtol=0, atol=1e-3 * scale)

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mbq_export.format.reference import RouterParams, Sliced, pack_planes, pack_scales, route, sliced_matmul
+from mbq_export.format.codes import Sliced
+from mbq_export.format.ops import sliced_matmul
+from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
 from mbq_targets.machines import resolve

@@ -5,21 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mbq_export.format.reference import (
-    RouterParams,
-    Sliced,
-    decode,
-    decode_f32,
-    pack_planes,
-    pack_scales,
-    quantize_activations,
-    route,
-    sliced_gather,
-    sliced_matmul,
-    threshold_at,
-    unpack_planes,
-    unpack_scales,
-)
+from mbq_export.format.codes import Sliced, decode, decode_f32
+from mbq_export.format.ops import quantize_activations, sliced_gather, sliced_matmul
+from mbq_export.format.planes import pack_planes, pack_scales, planes_shape, scales_shape, unpack_planes, unpack_scales
+from mbq_export.format.router import RouterParams, route, threshold_at
 from mbq_export.slicing import rtn
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -32,7 +21,7 @@ def test_planes_unpack_to_the_same_codes(slices: str, n: int, k: int) -> None:
     profile = SliceProfile.parse(slices)
     codes = np.random.default_rng(0).integers(0, 256, (n, k), dtype=np.uint8)
     planes = pack_planes(codes, profile)
-    assert planes.shape == (-(-n // 16) * 16 * k,)
+    assert planes.shape == planes_shape(n, k) == (-(-n // 16) * 16 * k,)
     np.testing.assert_array_equal(unpack_planes(planes, n, k, profile), codes)
 
 
@@ -56,7 +45,7 @@ def test_scales_unpack_to_the_same() -> None:
     rng = np.random.default_rng(1)
     scale, offset = (rng.normal(size=(37, 5)).astype(np.float16) for _ in range(2))
     packed = pack_scales(scale, offset)
-    assert packed.shape == (3, 5, 2, 16)
+    assert packed.shape == scales_shape(37, 5) == (3, 5, 2, 16)
     assert packed[2, 4, 1, 4] == offset[36, 4]
     back = unpack_scales(packed, 37)
     np.testing.assert_array_equal(back[0], scale)

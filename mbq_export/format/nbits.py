@@ -1,0 +1,64 @@
+"""The stored layout ``nbits``: one tensor a slice, as ONNX Runtime's MatMulNBits takes it.
+
+MatMulNBits is fast with its default zero point, the middle of the fields.  So fields are stored about their middle,
+and the rest of a weight's value is in ``centre``.  With ``b`` the bits of slice ``e``, ``B`` the bits up to and
+including it, and ``f`` its field of the code, a weight at depth ``k`` is::
+
+    step   = scale * 2**(2 - b1)                    (b1: bits of slice 1)
+    centre = offset + scale * (2 + 2**(1 - b1))
+    w(k)   = centre + sum over e <= k of  scale * 2**(2 - B) * (f - 2**(b - 1))
+                    + sum over 1 < e <= k of  scale * 2**(1 - B)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+
+from .codes import Sliced
+
+
+def weight_inputs(profile: SliceProfile) -> tuple[str, ...]:
+    """Names of a matrix's tensors, in the order in which SlicedMatMul and SlicedGather take them.
+
+    Args:
+        profile: the bits of each slice.
+    """
+    return (*(f"slice_{e}" for e in range(1, profile.depths + 1)), "step", "centre")
+
+
+def packed_bits(width: int) -> int:
+    """Bits that a field takes when it is stored: 2, 4 or 8.
+
+    Args:
+        width: bits of the field, 1 to 8.
+    """
+    return next(bits for bits in (2, 4, 8) if width <= bits)
+
+
+def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one matrix, with the keys and the order of ``weight_inputs``.
+
+    Args:
+        sliced: a matrix [N, K].
+        profile: the bits of each slice.
+
+    Returns:
+        slice_e: uint8 [N, G, group_size * bits / 8], fields of slice ``e`` with zero point ``2**(bits - 1)``, lowest
+        bits first; step and centre: float32 [N, G].
+    """
+    n, groups = sliced.scale.shape
+    tensors: dict[str, NDArray[np.generic]] = {}
+    for e, (width, upto) in enumerate(zip(profile.slices, profile.depth_bits, strict=True), 1):
+        bits = packed_bits(width)
+        field = (sliced.codes >> (CODE_BITS - upto)) & ((1 << width) - 1)
+        stored = (field + ((1 << (bits - 1)) - (1 << (width - 1)))).astype(np.uint8)
+        parts = stored.reshape(n, groups, -1, 8 // bits)
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        tensors[f"slice_{e}"] = np.bitwise_or.reduce(parts << shifts, axis=3)
+    scale, offset = sliced.scale.astype(np.float64), sliced.offset.astype(np.float64)
+    tensors["step"] = (scale * 2.0 ** (2 - profile.min_bits)).astype(np.float32)
+    tensors["centre"] = (offset + scale * (2 + 2.0 ** (1 - profile.min_bits))).astype(np.float32)
+    return tensors

@@ -1,0 +1,97 @@
+"""The router: scores of a token, and the depth that a budget gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codes import F16, F32, F64, I32
+
+MEAN_SQUARE_EPS = 1e-12
+"""Added to the mean square of a router's input, so that its logarithm exists."""
+
+
+@dataclass(frozen=True)
+class RouterParams:
+    """Parameters of one router for E depths.  Only the learned router has w1, b1 and w2.
+
+    bias: float32 [E - 1].
+    norm_gain: float32 [E - 1].
+    budgets: float32 [T], average bits, ascending.
+    thresholds: float32 [T], one for each budget.
+    w1: float16 [H, K], or None.
+    b1: float32 [H], or None.
+    w2: float32 [E - 1, H], or None.
+    """
+
+    bias: F32
+    norm_gain: F32
+    budgets: F32
+    thresholds: F32
+    w1: F16 | None = None
+    b1: F32 | None = None
+    w2: F32 | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a token reads: all parameters but the table, which all units share."""
+        parts = (self.bias, self.norm_gain, self.w1, self.b1, self.w2)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def router_scores(x: F32, router: RouterParams) -> F64:
+    """Scores of the slices above the first.
+
+    ``score = bias + norm_gain * log(ms) + w2 @ silu(w1 @ (x / sqrt(ms)) + b1)`` with ``ms = mean(x**2) + 1e-12``.
+    Without w1 the last term is absent: the norm rule.
+
+    Args:
+        x: float32 [M, K], the router's input.
+        router: its parameters.
+
+    Returns:
+        float64 [M, E - 1].
+    """
+    wide = x.astype(np.float64)
+    ms = (wide**2).mean(axis=1, keepdims=True) + MEAN_SQUARE_EPS
+    scores = router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * np.log(ms)
+    if router.w1 is not None:
+        assert router.b1 is not None
+        assert router.w2 is not None
+        pre = (wide / np.sqrt(ms)) @ router.w1.astype(np.float64).T + router.b1.astype(np.float64)
+        scores = scores + (pre / (1 + np.exp(-pre))) @ router.w2.astype(np.float64).T
+    return np.asarray(scores)
+
+
+def threshold_at(avg_bits: float, router: RouterParams) -> float:
+    """The threshold for a budget: linear between the entries of the table.
+
+    Args:
+        avg_bits: the budget, average bits per weight.
+        router: the parameters that hold the table.
+    """
+    return float(np.interp(avg_bits, router.budgets, router.thresholds))
+
+
+def route(x: F32, avg_bits: float, router: RouterParams) -> I32:
+    """Op ``Router``: the depth of each token.
+
+    Depth is one more than the number of leading scores above the threshold, so only prefixes of slices occur.
+    At or below the first budget every token gets depth 1, at or above the last one depth E.
+
+    Args:
+        x: float32 [M, K], the router's input.
+        avg_bits: the budget, average bits per weight.
+        router: its parameters.
+
+    Returns:
+        int32 [M], depths of 1 to E.
+    """
+    scores = router_scores(x, router)
+    if avg_bits <= router.budgets[0]:
+        return np.ones(len(x), np.int32)
+    if avg_bits >= router.budgets[-1]:
+        return np.full(len(x), scores.shape[1] + 1, np.int32)
+    passed = np.cumprod(scores > threshold_at(avg_bits, router), axis=1)
+    return np.asarray(1 + passed.sum(axis=1), np.int32)
