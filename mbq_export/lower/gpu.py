@@ -2,7 +2,7 @@
 
 The whole step runs on the device.  A pass over a prompt's chunk and one over a single token are the same
 launches with other kernels; the choice of a token (last norm, head, largest logit) follows either.  See
-``mbq_runtime.engine.gpu_plan`` for what the plan says and ``mbq_targets.gpu`` for the kernels.
+``mbq_runtime.bundle.gpu_plan`` for what the plan says and ``mbq_targets.gpu`` for the kernels.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.engine import gpu_plan
-from mbq_runtime.engine.gpu_plan import LOGITS, RESULT, ROUTING, STATE
+from mbq_runtime.bundle import gpu_plan
+from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE
 from mbq_runtime.errors import ModelError
 from mbq_targets.gpu import attention, matmul, routing, sampling
 from mbq_targets.gpu.kernel import MAX_TABLES, TOKENS, Kernel

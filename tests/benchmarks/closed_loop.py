@@ -31,7 +31,7 @@ from mbq_runtime import Engine
 from mbq_runtime.control.events import Event
 from mbq_runtime.control.governor import Governor
 from mbq_runtime.control.policy import POLICIES, Policy
-from mbq_runtime.engine.load import cores
+from mbq_runtime.engine.threads import cores
 from mbq_runtime.sensing import Sensors
 
 PROMPT = "Tell me a long story about the sea."

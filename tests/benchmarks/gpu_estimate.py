@@ -13,8 +13,8 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from mbq_runtime.bundle import gpu_plan
 from mbq_runtime.bundle import manifest as bundle_manifest
-from mbq_runtime.engine import gpu_plan
 from mbq_targets.machines import TARGETS
 
 # Operations on a weight of one token, a multiply-add as two: shift, mask, shift and or for each plane, shared by the

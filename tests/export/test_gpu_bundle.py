@@ -16,9 +16,10 @@ from tiny_models import write_checkpoint
 from mbq_export.cli import command
 from mbq_export.format.router import RouterParams, threshold_at
 from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle import gpu_plan
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.check import check_contents
-from mbq_runtime.engine import gpu_plan, opencl
+from mbq_runtime.engine import opencl
 from mbq_runtime.engine.gpu import DeviceBackend, Limits, thresholds
 from mbq_targets.gpu.matmul import scale_words
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.gpu_plan import Kernel as PlanKernel
+from mbq_runtime.bundle.gpu_plan import Launch
 from mbq_runtime.engine import opencl, webgpu
-from mbq_runtime.engine.gpu_plan import Kernel as PlanKernel
-from mbq_runtime.engine.gpu_plan import Launch
 from mbq_targets.gpu.kernel import Kernel
 from mbq_targets.gpu.source import lower
 

@@ -12,10 +12,11 @@ import pytest
 from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
-from mbq_runtime.engine import Session, load
+from mbq_runtime.engine import Session
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import mean_nll
+from mbq_runtime.engine.threads import cores
 
 
 def test_reply_to_a_chat_prompt(engine: Engine) -> None:
@@ -301,11 +302,11 @@ def test_a_thread_for_each_big_core(
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}"
         folder.mkdir(parents=True)
         (folder / "cpu_capacity").write_text(f"{capacity}\n")
-    assert load.cores(tmp_path) == count
+    assert cores(tmp_path) == count
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})  # bound to the small ones, or to two of them
-    assert load.cores(tmp_path) == 2
+    assert cores(tmp_path) == 2
     (tmp_path / "sys/devices/system/cpu/cpu0/cpu_capacity").write_text("")
-    assert load.cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
+    assert cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
 
 
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +316,11 @@ def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytes
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{siblings}\n")
-    assert load.cores(tmp_path) == 3
+    assert cores(tmp_path) == 3
     _limit_to(tmp_path, quota_us=150_000)
-    assert load.cores(tmp_path) == 2  # one and a half
+    assert cores(tmp_path) == 2  # one and a half
     _limit_to(tmp_path, quota_us=900_000)
-    assert load.cores(tmp_path) == 3
+    assert cores(tmp_path) == 3
     before = set(os.listdir("/proc/self/task"))
     monkeypatch.setattr(engine_module, "cores", lambda: 3)
     loaded = Engine.load(bundle)

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from ..engine import gpu_plan
 from ..errors import BundleError
+from . import gpu_plan
 from .manifest import GPU_FILES, Linear, Manifest
 from .onnx_file import FLOAT16, UINT8, Tensor, initializers
 from .tensors import WEIGHTS, read_entries

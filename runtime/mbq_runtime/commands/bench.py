@@ -52,7 +52,7 @@ def command(
 
     from mbq_runtime import bench
     from mbq_runtime.engine import Engine
-    from mbq_runtime.engine.load import cores
+    from mbq_runtime.engine.threads import cores
     from mbq_runtime.sensing.sensors import Sensors
 
     tests = [bench.Test(p, 0, b) for b in budgets for p in prompts if p]

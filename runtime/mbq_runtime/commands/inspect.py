@@ -14,7 +14,7 @@ from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
 from .common import bundle_argument, json_option
 
 if TYPE_CHECKING:
-    from mbq_runtime.engine.gpu_plan import Plan
+    from mbq_runtime.bundle.gpu_plan import Plan
 
 
 @click.command("inspect")
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
     """Show what is in the bundle in folder BUNDLE, and whether it runs on this machine."""
-    from mbq_runtime.bundle import isa, manifest
-    from mbq_runtime.engine import gpu_plan
+    from mbq_runtime.bundle import gpu_plan, isa, manifest
 
     found = manifest.read(bundle)
     problem = isa.problem(found.target, isa.this_machine())

@@ -19,8 +19,10 @@ from mbq_runtime.errors import BundleError, UsageError
 
 from . import backend
 from .generation import Generation, Record, Sampling, Step, Tell
-from .load import cores, engine_errors, open_bundle
+from .imports import engine_errors
+from .load import open_bundle
 from .score import mean_nll
+from .threads import cores
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or a conversation: [{"role": "user", "content": "..."}, ...]."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.manifest import Manifest
 
 from .generation import Sampling
-from .load import SHORT_SPINNING, engine_errors, import_engine, ops_threads
+from .imports import engine_errors, import_engine
+from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
 
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle import gpu_plan
+from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Kernel, Launch, Plan
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
-from . import gpu_plan
 from .generation import Sampling
-from .gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Kernel, Launch, Plan
 from .sampling import Sampler
 from .tokenizer import Tokenizer
 

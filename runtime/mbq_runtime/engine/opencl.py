@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.gpu_plan import Kernel, Launch
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import UsageError
 
 from .gpu import DeviceBackend, Limits
-from .gpu_plan import Kernel, Launch
-from .load import does_not_compile
+from .imports import does_not_compile
 
 
 class Device:

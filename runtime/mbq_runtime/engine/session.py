@@ -11,7 +11,9 @@ from mbq_runtime.bundle.manifest import OPS_LIBRARY
 from mbq_runtime.errors import BundleError, UsageError
 
 from .engine import Window
-from .load import SHORT_SPINNING, cores, engine_errors, import_engine, open_bundle, ops_threads
+from .imports import engine_errors, import_engine
+from .load import open_bundle
+from .threads import SHORT_SPINNING, cores, ops_threads
 
 
 class Session:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mbq_runtime.errors import BundleError, UsageError
 
-from .load import engine_errors, import_engine
+from .imports import engine_errors, import_engine
 
 
 class Tokenizer:

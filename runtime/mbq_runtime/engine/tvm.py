@@ -21,7 +21,7 @@ from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
 
 from .generation import Sampling
-from .load import engine_errors
+from .imports import engine_errors
 from .sampling import Sampler
 from .tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.gpu_plan import Kernel, Launch
 from mbq_runtime.errors import UsageError
 
 from .gpu import DeviceBackend, Limits
-from .gpu_plan import Kernel, Launch
-from .load import does_not_compile
+from .imports import does_not_compile
 
 # What a kernel may ask for beyond the defaults of the standard, as far as the adapter has it.
 _LIMITS = (
