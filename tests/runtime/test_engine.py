@@ -395,15 +395,69 @@ def test_time_passes_refuses(engine: Engine, sizes: list[int]) -> None:
         engine.time_passes(sizes, 4.0)
 
 
+def test_listeners_hear_every_token_but_the_first(engine: Engine) -> None:
+    heard: list[tuple[str, float]] = []
+
+    def first(seconds: float, bits: float) -> None:
+        assert seconds > 0
+        heard.append(("first", bits))
+
+    def second(seconds: float, bits: float) -> None:
+        heard.append(("second", bits))
+        engine.remove_listener(second)  # from within a call
+
+    engine.add_listener(first)
+    engine.add_listener(second)
+    engine.add_listener(first)
+    reply = engine.generate(ids("A"), max_tokens=4)
+    reply.text()
+    engine.remove_listener(first)
+    engine.remove_listener(second)  # not there any more: nothing happens
+    assert heard[:3] == [
+        ("first", reply.stats.bits[1]),
+        ("second", reply.stats.bits[1]),
+        ("first", reply.stats.bits[1]),
+    ]
+    assert [who for who, _ in heard] == ["first", "second", "first"] + ["first"] * 4
+    engine.generate(ids("A"), max_tokens=4).text()
+    assert len(heard) == 10  # one of the two is left
+    engine.remove_listener(first)
+
+
+def test_listeners_may_come_and_go_while_a_reply_runs(engine: Engine) -> None:
+    def nothing(seconds: float, bits: float) -> None: ...
+
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            engine.add_listener(nothing)
+            engine.remove_listener(nothing)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert len(engine.generate(ids("A"), max_tokens=60).text()) == 60
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert engine._listeners == ()
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.2])
 def test_stop_from_another_thread_ends_the_reply(engine: Engine, after_s: float) -> None:
-    engine.on_token = lambda seconds, bits: time.sleep(0.02)
+    def wait(seconds: float, bits: float) -> None:
+        time.sleep(0.02)
+
+    engine.add_listener(wait)
     reply = engine.generate("xA", max_tokens=90, chat=False)
     stopper = threading.Timer(after_s, reply.stop)
     stopper.start()
     text = reply.text()
     stopper.join()
-    engine.on_token = None
+    engine.remove_listener(wait)
     assert len(text) < 60
     assert (CIRCLE * 13)[1:].startswith(text)
     assert reply.stats.finish_reason == "closed"

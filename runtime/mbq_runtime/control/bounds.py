@@ -49,14 +49,21 @@ class Gate:
     def threads(self, count: int) -> None:
         self._engine.threads = count
 
-    @property
-    def on_token(self) -> Callable[[float, float], None] | None:
-        """As the engine's: it tells its tokens through here."""
-        return self._engine.on_token
+    def add_listener(self, listener: Callable[[float, float], None]) -> None:
+        """Pass a listener on to the engine.
 
-    @on_token.setter
-    def on_token(self, listener: Callable[[float, float], None] | None) -> None:
-        self._engine.on_token = listener
+        Args:
+            listener: see ``Engine.add_listener``.
+        """
+        self._engine.add_listener(listener)
+
+    def remove_listener(self, listener: Callable[[float, float], None]) -> None:
+        """Take a listener away from the engine.
+
+        Args:
+            listener: what ``add_listener`` was given.
+        """
+        self._engine.remove_listener(listener)
 
     @property
     def biting(self) -> bool:

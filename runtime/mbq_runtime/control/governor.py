@@ -41,9 +41,21 @@ class Governed(Protocol):
 
 @runtime_checkable
 class Telling(Protocol):
-    """An engine that calls ``on_token(seconds, bits used)`` after each decoded token."""
+    """An engine that calls its listeners with (seconds, bits used) after each decoded token."""
 
-    on_token: Callable[[float, float], None] | None
+    def add_listener(self, listener: Callable[[float, float], None]) -> None:
+        """See ``Engine.add_listener``.
+
+        Args:
+            listener: called with the seconds of a token's pass and the bits it used.
+        """
+
+    def remove_listener(self, listener: Callable[[float, float], None]) -> None:
+        """See ``Engine.remove_listener``.
+
+        Args:
+            listener: what ``add_listener`` was given.
+        """
 
 
 @runtime_checkable
@@ -213,9 +225,9 @@ class Governor:
             self._looking.release()
 
     def __enter__(self) -> Governor:
-        if isinstance(self._engine, Telling):
-            self._engine.on_token = self._between_tokens
         self.tick()
+        if isinstance(self._engine, Telling):
+            self._engine.add_listener(self._between_tokens)
         self._thread.start()
         return self
 
@@ -225,4 +237,4 @@ class Governor:
         if self._threaded is not None:
             self._threaded.threads = self._threads.most
         if isinstance(self._engine, Telling):
-            self._engine.on_token = None
+            self._engine.remove_listener(self._between_tokens)

@@ -18,7 +18,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
 from . import backend
-from .generation import Generation, Record, Sampling, Step, Tell
+from .generation import Generation, Record, Sampling, Step, TokenListener
 from .imports import engine_errors
 from .load import open_bundle
 from .score import mean_nll
@@ -55,10 +55,7 @@ class Engine:
     """A loaded bundle.  Make one with ``Engine.load``; use ``avg_bits`` and ``generate``.
 
     One reply runs at a time.  ``avg_bits`` may be set from any thread at any time.
-    on_token: somebody to tell the seconds and bits of each decoded token, see ``Tell``.
     """
-
-    on_token: Tell | None = None
 
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
@@ -75,6 +72,8 @@ class Engine:
         # Read by the native side in every pass: a new budget is one float written, and nothing else.
         self._budget = np.array([manifest.budget.default_bits], np.float32)
         self._busy = threading.Lock()
+        self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
+        self._listeners_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -184,9 +183,33 @@ class Engine:
             self.avg_bits = avg_bits
         return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops, self._tell)
 
+    def add_listener(self, listener: TokenListener) -> None:
+        """Call ``listener`` after each decoded token, from the next token on.  From any thread.
+
+        The thread that reads the reply makes the call.  The first token of a reply is left out: its time is that of
+        the prompt.  An exception of a listener ends the reply.
+
+        Args:
+            listener: called as ``listener(seconds, avg_bits_used)``: duration of the token's pass, and the average
+                bits per weight that it used.  A listener that is added twice is called twice.
+        """
+        with self._listeners_lock:
+            self._listeners = (*self._listeners, listener)
+
+    def remove_listener(self, listener: TokenListener) -> None:
+        """Stop calling ``listener``.  From any thread; does nothing when the engine has no such listener.
+
+        Args:
+            listener: what ``add_listener`` was given.  Of a listener that was added twice, one call stays.
+        """
+        with self._listeners_lock:
+            kept = list(self._listeners)
+            if listener in kept:
+                kept.remove(listener)
+            self._listeners = tuple(kept)
+
     def _tell(self, seconds: float, bits: float) -> None:
-        listener = self.on_token  # may be taken away by another thread
-        if listener is not None:
+        for listener in self._listeners:
             listener(seconds, bits)
 
     def logits(self, tokens: Sequence[int], avg_bits: float) -> Window:

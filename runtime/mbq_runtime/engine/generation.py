@@ -117,8 +117,8 @@ class Record:
 
 
 StepSource = Callable[[Record], Generator[Step, None, None]]
-Tell = Callable[[float, float], None]
-"""Called after each decoded token but the first, whose time is the prompt's, with its seconds and bits used."""
+TokenListener = Callable[[float, float], None]
+"""Called after each decoded token but the first, with the seconds of its pass and the average bits it used."""
 
 
 class Generation:
@@ -128,7 +128,7 @@ class Generation:
     dropped, closed or read to its end makes way for the next.
     """
 
-    def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str], tell: Tell) -> None:
+    def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str], tell: TokenListener) -> None:
         self._record = Record(prompt_tokens)
         self._pieces = _pieces(source, self._record, stop, tell)
 
@@ -162,7 +162,7 @@ class Generation:
         return self._record.freeze()
 
 
-def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Tell) -> Generator[str, None, None]:
+def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: TokenListener) -> Generator[str, None, None]:
     """Time the steps, book them in ``record``, and yield text that no stop text can still claim."""
     held = ""
     steps = source(record)

@@ -135,11 +135,11 @@ def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, tal
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    engine.on_token = interrupt
+    engine.add_listener(interrupt)
     try:
         out, _ = talk.say("hello", "/bits 8")
     finally:
-        engine.on_token = None
+        engine.remove_listener(interrupt)
     assert out == REPLY[:3] + "\n"
     assert talk.conversation.messages[-1] == {"role": "assistant", "content": REPLY[:3]}
     assert talk.say("/reset", "hello")[0] == REPLY + "\n"  # the engine is free

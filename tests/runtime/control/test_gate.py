@@ -80,13 +80,13 @@ def test_the_governor_hears_tokens_through_it_and_learns_nothing_from_bounded_on
     clock = Clock()
     gate = Gate(engine)
     governor = Governor(gate, Board(CALM), AUTO, clock=clock)
-    gate.on_token = governor.observe
+    gate.add_listener(governor.observe)
     governor.tick()
     with gate.held(4.0, 4.0):
         engine.generate("xA", max_tokens=40, chat=False).text()
         clock.now_s += 0.5
         status = governor.tick()
-    assert engine.on_token is not None
+    gate.remove_listener(governor.observe)
     assert status.tokens_per_s is not None
     assert status.avg_bits_used == pytest.approx(4.07, abs=0.01)
     assert engine.avg_bits == 8.0  # four bits too few for 39 tokens would have been made up for

@@ -211,7 +211,27 @@ def test_with_the_real_engine(engine: Engine) -> None:
         assert eventually(lambda: governor.status().tokens_per_s is not None)
     assert reply.stats.bits[0] > 7
     assert reply.stats.bits[-1] == pytest.approx(3.0 + reply.stats.tokens[-2] / 1000, abs=1e-5)
-    assert engine.on_token is None
+
+
+def test_a_listener_of_the_program_stays_beside_a_governor(engine: Engine) -> None:
+    heard: list[float] = []
+
+    def listener(seconds: float, bits: float) -> None:
+        heard.append(bits)
+
+    engine.add_listener(listener)
+    try:
+        with Governor(engine, Board(CALM), AUTO) as governor:
+            engine.generate(CIRCLE, max_tokens=5, chat=False).text()
+            assert governor._tokens or governor.status().tokens_per_s is not None  # both were called
+            assert len(heard) == 4  # all but the first
+        engine.generate(CIRCLE, max_tokens=5, chat=False).text()
+        assert len(heard) == 8
+        assert not governor._tokens  # a governor that has ended hears nothing
+    finally:
+        engine.remove_listener(listener)
+    engine.generate(CIRCLE, max_tokens=5, chat=False).text()
+    assert len(heard) == 8
 
 
 BUDGETS = [float(np.float32(bits)) for bits in (3.0, 3.7, 4.1, 5.3, 6.9, 8.0)]

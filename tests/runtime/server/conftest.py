@@ -26,6 +26,10 @@ def client(running: Running) -> Iterator[openai.OpenAI]:
 @pytest.fixture
 def slow_engine(engine: Engine) -> Iterator[Engine]:
     """The same engine, each of whose tokens takes SLOW_S."""
-    engine.on_token = lambda seconds, bits: time.sleep(SLOW_S)
+
+    def wait(seconds: float, bits: float) -> None:
+        time.sleep(SLOW_S)
+
+    engine.add_listener(wait)
     yield engine
-    engine.on_token = None
+    engine.remove_listener(wait)
