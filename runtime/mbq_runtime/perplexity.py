@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .bundle.manifest import Budget
-from .control.budget_trim import Drift
+from .control.budget_trim import BudgetTrim
 from .errors import UsageError
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
@@ -118,12 +118,12 @@ def held(score: Callable[[Sequence[int], float], tuple[float, float]], bits: flo
 
     score: a window's tokens and the bits to ask for -> as a Scorer; budget: what may be asked for.
     """
-    drift = Drift(bits)
+    trim = BudgetTrim(bits)
 
     def scored(window: Sequence[int]) -> tuple[float, float]:
-        nonlocal drift
-        nll, used = score(window, drift.request(budget.min_bits, budget.max_bits))
-        drift = drift.after(used, len(window))
+        nonlocal trim
+        nll, used = score(window, trim.request(budget.min_bits, budget.max_bits))
+        trim = trim.after(used, len(window))
         return nll, used
 
     return scored

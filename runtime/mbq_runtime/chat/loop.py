@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbq_runtime.control.energy import describe
-from mbq_runtime.control.metered_reply import Follow
+from mbq_runtime.control.metered_reply import MeteredReply
 from mbq_runtime.errors import MbqError, UsageError
 
 from .conversation import Conversation
 from .screen import Screen
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor, Status
     from mbq_runtime.engine import Engine, GenerationStats
 
@@ -47,13 +47,13 @@ class Chat:
     def __init__(
         self,
         engine: Engine,
-        gate: Gate,
+        bounded: BoundedEngine,
         governor: Governor,
         screen: Screen,
         conversation: Conversation,
         options: Mapping[str, Any],
     ) -> None:
-        self._engine, self._gate, self._governor = engine, gate, governor
+        self._engine, self._bounded, self._governor = engine, bounded, governor
         self._screen, self._conversation, self._options = screen, conversation, options
 
     def run(self, read: ReadLine) -> None:
@@ -100,15 +100,15 @@ class Chat:
 
     def _set_bits(self, argument: str) -> bool:
         if argument == "auto":
-            self._gate.bound(None, None)
+            self._bounded.set_bounds(None, None)
         else:
             try:
-                bits = self._gate.manifest.budget.check(argument, "this bundle")  # type: ignore[arg-type]
+                bits = self._bounded.manifest.budget.check(argument, "this bundle")  # type: ignore[arg-type]
             except UsageError as error:
                 self._screen.note(str(error))
                 return True
-            self._gate.bound(bits, bits)
-        self._screen.note(f"{self._gate.avg_bits:g} bits")
+            self._bounded.set_bounds(bits, bits)
+        self._screen.note(f"{self._bounded.avg_bits:g} bits")
         return True
 
     def _reset(self, _: str) -> bool:
@@ -137,11 +137,11 @@ class Chat:
             self._screen.note(str(error))
             return
         said = []
-        followed = Follow(reply, self._governor)
+        metered = MeteredReply(reply, self._governor)
         with self._screen.with_status() as show, reply:
             try:
                 show("reading the prompt")
-                for piece in followed:
+                for piece in metered:
                     said.append(piece.text)
                     self._screen.piece(piece.text, piece.bits)
                     show(self._status(reply.stats))
@@ -150,7 +150,7 @@ class Chat:
         self._screen.line()
         self._conversation.answer("".join(said))
         tokens = len(reply.stats.tokens)
-        energy = None if followed.energy_j is None else followed.energy_j / max(tokens, 1)
+        energy = None if metered.energy_j is None else metered.energy_j / max(tokens, 1)
         self._screen.note(f"{tokens} tokens, {self._status(reply.stats)}, energy {describe(energy)}")
 
     def _status(self, stats: GenerationStats) -> str:
@@ -160,6 +160,6 @@ class Chat:
             f"{stats.tokens_per_s:.1f} tokens/s",
             f"{stats.avg_bits_used:.2f} bits",
             f"{temp_c:.0f} °C" if temp_c is not None else "temperature unknown",
-            "asked by you" if self._gate.biting else status.reason,
+            "asked by you" if self._bounded.is_limiting else status.reason,
         )
         return ", ".join(parts)

@@ -56,7 +56,7 @@ def command(
     terminal = sys.stdout.isatty()
     colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     budget = loaded.manifest.budget
-    with steered(loaded, Steering(**steering)) as (gate, governor):
+    with steered(loaded, Steering(**steering)) as (bounded, governor):
         screen = Screen(
             sys.stdout,
             sys.stderr,
@@ -67,7 +67,7 @@ def command(
         if legend := screen.legend():
             screen.line(legend)
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        Chat(loaded, gate, governor, screen, Conversation(loaded, system), options).run(_reader())
+        Chat(loaded, bounded, governor, screen, Conversation(loaded, system), options).run(_reader())
 
 
 def _reader() -> Any:

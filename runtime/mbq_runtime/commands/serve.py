@@ -57,7 +57,7 @@ def command(
         from mbq_runtime.server.app import Server
         from mbq_runtime.server.auth import is_loopback
         from mbq_runtime.server.http import configure
-        from mbq_runtime.server.monitor_feed import Live
+        from mbq_runtime.server.monitor_feed import MonitorFeed
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mbq-export[serve]'") from None
     from mbq_runtime.bundle import manifest
@@ -70,11 +70,11 @@ def command(
         listener = stack.enter_context(_listen(host, port))
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
-        live = Live(loaded.manifest.model.name, lambda: runner.should_exit)
-        gate, governor = stack.enter_context(steered(loaded, Steering(**steering), live.add_event))
+        feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
+        bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))
         low, high = governor.policy.bounds
         server = Server(
-            loaded, gate, governor, live,
+            loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
             queue_limit=queue, host=host, api_key=api_key,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import click
 from .common import json_option
 
 if TYPE_CHECKING:
-    from mbq_runtime.simulate.closed_loop import Run
+    from mbq_runtime.simulate.closed_loop import PolicyRun
 
 _CONTENDERS = ("fixed 8", "fixed 4", "auto", "battery")
 
@@ -53,7 +53,7 @@ def command(
     "mbq sense --json --watch > trace.jsonl" wrote.
     """
     from mbq_runtime.bundle import manifest
-    from mbq_runtime.simulate.boards import find
+    from mbq_runtime.simulate.boards import find_board
     from mbq_runtime.simulate.closed_loop import contenders, simulate
     from mbq_runtime.simulate.model import SMOLLM2_135M, Weights
     from mbq_runtime.simulate.plot import draw
@@ -66,7 +66,7 @@ def command(
         runs = [replay(trace, name, policy) for name, policy in named]
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})
     else:
-        board = find(what)
+        board = find_board(what)
         runs = [simulate(board, weights, name, policy, hours, demand) for name, policy in named]
         title, limits_c = f"{board.name}: {board.help}", [board.throttle_c, board.hard_c]
     if plot is not None:
@@ -77,7 +77,7 @@ def command(
     click.echo("\n".join([title, *_table(runs)]))
 
 
-def _table(runs: Sequence[Run]) -> list[str]:
+def _table(runs: Sequence[PolicyRun]) -> list[str]:
     rows = [["policy", *(heading for _, heading, _ in _COLUMNS)]]
     for run in runs:
         figures = run.figures()

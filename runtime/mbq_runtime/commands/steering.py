@@ -15,7 +15,7 @@ import click
 from mbq_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import Event
     from mbq_runtime.control.governor import Governor
     from mbq_runtime.control.policy import Policy
@@ -40,9 +40,9 @@ class Steering:
 
     def make(self) -> Policy:
         """Raises UsageError for what does not go together."""
-        from mbq_runtime.control.policy import choose, seconds_until
+        from mbq_runtime.control.policy import find_policy, seconds_until
 
-        policy = choose(self.policy or ("auto" if self.bits is None else "fixed"))
+        policy = find_policy(self.policy or ("auto" if self.bits is None else "fixed"))
         if not policy.bands and (self.min_tps is not None or self.last_until is not None):
             raise UsageError(f"policy {policy.name} pursues no goal; for --min-tps or --last-until use --policy auto")
         if self.bits is not None:
@@ -62,7 +62,7 @@ class Steering:
 class Steered(NamedTuple):
     """An engine and who steers it."""
 
-    gate: Gate
+    bounded: BoundedEngine
     governor: Governor
 
 
@@ -85,7 +85,7 @@ def steering_options(function: F) -> F:
 @contextmanager
 def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None] | None = None) -> Iterator[Steered]:
     """The engine under a running governor.  Raises UsageError when the bundle cannot do what is asked."""
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import JsonLines
     from mbq_runtime.control.governor import Governor
     from mbq_runtime.sensing.sensors import Sensors
@@ -95,10 +95,10 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
         if steering.events is not None:
             lines = stack.enter_context(JsonLines(steering.events))
             listeners.append(lambda event: lines.write(event.as_dict()))
-        gate = Gate(engine)
+        bounded = BoundedEngine(engine)
 
         def tell(event: Event) -> None:
             for listener in listeners:
                 listener(event)
 
-        yield Steered(gate, stack.enter_context(Governor(gate, Sensors(), steering.make(), tell)))
+        yield Steered(bounded, stack.enter_context(Governor(bounded, Sensors(), steering.make(), tell)))

@@ -10,6 +10,6 @@ from __future__ import annotations
 
 from .events import Event, JsonLines
 from .governor import Governor, Status
-from .policy import POLICIES, Policy, choose
+from .policy import POLICIES, Policy, find_policy
 
-__all__ = ["POLICIES", "Event", "Governor", "JsonLines", "Policy", "Status", "choose"]
+__all__ = ["POLICIES", "Event", "Governor", "JsonLines", "Policy", "Status", "find_policy"]

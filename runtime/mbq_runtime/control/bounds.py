@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mbq_runtime.engine import Engine
 
 
-class Gate:
+class BoundedEngine:
     """The engine as its governor sees it.  What the governor sets is held within the bounds in force.
 
     The governor's wish is kept: when bounds are lifted, the engine is back at it at once.  Any thread
@@ -66,25 +66,25 @@ class Gate:
         self._engine.remove_listener(listener)
 
     @property
-    def biting(self) -> bool:
+    def is_limiting(self) -> bool:
         """Whether the bounds keep the engine from what the governor wants."""
         return self._within(self._wish) != self._wish
 
-    def bound(self, floor_bits: float | None, ceiling_bits: float | None) -> None:
+    def set_bounds(self, floor_bits: float | None, ceiling_bits: float | None) -> None:
         """Bound the budget from now on; None is no bound.  Both must be within the bundle's budget."""
         with self._lock:
             self._bounds = (floor_bits, ceiling_bits)
             self._apply()
 
     @contextmanager
-    def held(self, floor_bits: float | None, ceiling_bits: float | None) -> Iterator[None]:
+    def within_bounds(self, floor_bits: float | None, ceiling_bits: float | None) -> Iterator[None]:
         """The same for the length of a block."""
         before = self._bounds
-        self.bound(floor_bits, ceiling_bits)
+        self.set_bounds(floor_bits, ceiling_bits)
         try:
             yield
         finally:
-            self.bound(*before)
+            self.set_bounds(*before)
 
     def _apply(self) -> None:
         self._engine.avg_bits = self._within(self._wish)

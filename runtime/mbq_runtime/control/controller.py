@@ -1,6 +1,6 @@
 """The controller: one pure function from what is known to the budget of the next tokens.
 
-Each signal of ``SOURCES`` becomes a pressure from 0 to 1; the strongest one sets the budget, between the
+Each signal of ``TRIGGERS`` becomes a pressure from 0 to 1; the strongest one sets the budget, between the
 policy's ceiling (no pressure) and floor (full pressure).  The budget falls within seconds and rises
 after a time of calm, which doubles when a rise turns out to have been too early.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mbq_runtime.sensing.readings import Readings
 
 from .policy import Policy
-from .triggers import SOURCES, Situation, Source
+from .triggers import TRIGGERS, Situation, Trigger
 
 STEP_BITS = 0.5
 """Budgets are whole multiples of this above the floor, or the ceiling."""
@@ -127,20 +127,20 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
     at = Situation(readings, policy, state.now_s or 0.0, state.bits, best_tps, sandboxed)
     tracks, notices, told = dict(state.tracks), [], set(state.told)
     for name in policy.bands:
-        source, track = SOURCES[name], tracks.get(name)
+        trigger, track = TRIGGERS[name], tracks.get(name)
         silent_s = state.clock_s - track.at_s if track else 0.0
-        value = source.value(at)
+        value = trigger.value(at)
         if value is not None:
             known = track if silent_s <= _HOLD_S else None
-            tracks[name] = _follow(known, source, value, state.clock_s, elapsed_s, readings)
-        elif track and not source.sensor:
+            tracks[name] = _follow(known, trigger, value, state.clock_s, elapsed_s, readings)
+        elif track and not trigger.sensor:
             del tracks[name]
         elif silent_s > _HOLD_S and name not in told:
             told.add(name)
             notices.append(f"{name}: no reading for {_HOLD_S:.0f} s, it no longer counts")
     if state.clock_s >= _GRACE_S and _UNKNOWN not in told:
         told.add(_UNKNOWN)
-        unknown = [name for name in policy.bands if SOURCES[name].sensor and name not in tracks]
+        unknown = [name for name in policy.bands if TRIGGERS[name].sensor and name not in tracks]
         if unknown:
             notices.append(f"unknown on this board, and not counted: {', '.join(unknown)}")
     best = state.best_tps
@@ -150,12 +150,12 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
 
 
 def _follow(
-    track: Track | None, source: Source, value: float, clock_s: float, elapsed_s: float, readings: Readings
+    track: Track | None, trigger: Trigger, value: float, clock_s: float, elapsed_s: float, readings: Readings
 ) -> Track:
     value = _believable(value)
     if track is None:
         return Track(value, 0.0, clock_s, readings)
-    weight = 1 - math.exp(-elapsed_s / source.smooth_s) if source.smooth_s else 1.0
+    weight = 1 - math.exp(-elapsed_s / trigger.smooth_s) if trigger.smooth_s else 1.0
     change = weight * (value - track.value)
     slope = track.slope
     if elapsed_s:
@@ -172,9 +172,9 @@ def _presses(state: State, policy: Policy) -> list[_Press]:
     """What every signal presses that is known, or was until a moment ago."""
     found = []
     for name, band in policy.bands.items():
-        track, source = state.tracks.get(name), SOURCES[name]
+        track, trigger = state.tracks.get(name), TRIGGERS[name]
         if track is not None and state.clock_s - track.at_s <= _HOLD_S:
-            ahead = min(max(track.slope * source.forecast_s, 0.0), source.forecast_most)
+            ahead = min(max(track.slope * trigger.forecast_s, 0.0), trigger.forecast_most)
             found.append(_Press(band.pressure(track.value + ahead), name))
     return found
 
@@ -197,7 +197,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
     falls = [
         (target, name)
         for target, name in wishes
-        if target < bits and since_s >= (SOURCES[name].settle_s if bits - target >= _LARGE_BITS else _CLEAR_S)
+        if target < bits and since_s >= (TRIGGERS[name].settle_s if bits - target >= _LARGE_BITS else _CLEAR_S)
     ]
     if falls:
         wanted_s = now_s if state.fall_since_s is None else state.fall_since_s
@@ -229,7 +229,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
     clear_s = _CLEAR_S if since_s > _STABLE_S else state.clear_s
     if min(now_s - calm_since_s, since_s) < clear_s:
         return state
-    most = SOURCES[state.cause].rise_bits if state.cause else math.inf
+    most = TRIGGERS[state.cause].rise_bits if state.cause else math.inf
     bits = min(state.calm_bits, bits + most)
     return replace(state, bits=bits, changed_s=now_s, rose_s=now_s, calm_since_s=None, clear_s=clear_s)
 
@@ -240,7 +240,7 @@ def _reason(before: float, state: State, presses: list[_Press], policy: Policy) 
     strongest = max(presses, key=lambda press: press.pressure, default=_Press(0.0, ""))
     name = state.cause if state.bits < before else strongest.name
     if strongest.pressure > 0 and _target(strongest.pressure, low, high) <= state.bits <= before:
-        return SOURCES[name].say(state.tracks[name].readings)
+        return TRIGGERS[name].describe(state.tracks[name].readings)
     cause = state.cause or "pressure"
     if state.bits > before:
         return f"{cause} eased"

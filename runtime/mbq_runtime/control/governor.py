@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.sensing.readings import Readings
 
-from .budget_trim import Drift
+from .budget_trim import BudgetTrim
 from .controller import start, step
 from .energy import Energy
 from .events import Event
@@ -116,7 +116,7 @@ class Governor:
         self._threads = Threads.of(most, len(os.sched_getaffinity(0)))
         self.policy = policy
         self._state = start(self._policy)
-        self._drift = Drift(self._state.bits)
+        self._trim = BudgetTrim(self._state.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
         self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by a look
@@ -151,10 +151,10 @@ class Governor:
         speed, used = self._drain(now_s)
         readings = replace(self._sensors.read(), tokens_per_s=speed)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
-        self._drift = self._drift.at(budget)
+        self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget
         # A fixed budget is the router's own, so that a reply can be repeated.
-        self._asked = self._drift.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
+        self._asked = self._trim.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
         if self._asked != self._engine.avg_bits:
             self._engine.avg_bits = self._asked
         for notice in self._state.notices:
@@ -178,7 +178,7 @@ class Governor:
         self._threaded.threads = self._threads.count
         if self._threaded.threads == self._threads.count:  # else an engine that cannot change it
             bits = self._state.bits
-            self._tell(Event(time.time(), bits, bits, self._threads.say(before.count), readings))
+            self._tell(Event(time.time(), bits, bits, self._threads.describe(before.count), readings))
 
     def _drain(self, now_s: float) -> tuple[float | None, float | None]:
         """Book the tokens since the last look: (tokens/s, bits used)."""
@@ -191,7 +191,7 @@ class Governor:
         spent_s = sum(seconds for seconds, _ in tokens)
         if abs(self._engine.avg_bits - self._asked) < _SAME_BITS:  # else a request or a person set the budget
             for _, bits in tokens:
-                self._drift = self._drift.after(bits)
+                self._trim = self._trim.after(bits)
         self._energy = self._energy.add(last.readings.power_w, spent_s, len(tokens))
         return len(tokens) / max(spent_s, 1e-9), sum(bits for _, bits in tokens) / len(tokens)
 

@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     bits: float
 
 
-class Follow:
+class MeteredReply:
     """Iterate over it instead of over ``reply``.  clock: seconds.
 
     energy_j: drawn since the first piece was asked for, prompt included, by what the board's sensor

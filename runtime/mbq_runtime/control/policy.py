@@ -28,7 +28,7 @@ class Band(NamedTuple):
 class Policy:
     """How a budget follows the board.
 
-    bands: signals that count, see ``sources.SOURCES``; the others do not.  floor_bits, ceiling_bits: bounds of the
+    bands: signals that count, see ``triggers.TRIGGERS``; the others do not.  floor_bits, ceiling_bits: bounds of the
     budget; None is the lowest quality the bundle vouches for, and its highest.  min_tps: tokens/s
     to hold if bits can do it.  last_until_s: when the battery must still hold, on the clock of ``now``.
     bytes_at: (bits, bytes of weights a token reads), from the bundle.  threads: that the engine was loaded with.
@@ -110,7 +110,7 @@ POLICIES: dict[str, Policy] = {
 clock as the share that is lost, cpu and quota as shares of time."""
 
 
-def choose(name: str) -> Policy:
+def find_policy(name: str) -> Policy:
     """A row of ``POLICIES``.  Raises UsageError naming them."""
     if name not in POLICIES:
         raise UsageError(f"policy {name!r}: needed one of {', '.join(POLICIES)}")

@@ -48,7 +48,7 @@ class Threads:
         roomy_s = self.roomy_s + elapsed_s
         return replace(now, count=self.count + 1, roomy_s=0.0) if roomy_s >= _RISE_S else replace(now, roomy_s=roomy_s)
 
-    def say(self, before: int) -> str:
+    def describe(self, before: int) -> str:
         """Why ``count`` is no longer ``before``."""
         left = "?" if self.left_cpus is None else f"{self.left_cpus:.1f}"
         return f"threads: {before} to {self.count}, {left} of {self.cpus} processors are left to this program"

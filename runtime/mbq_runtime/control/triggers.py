@@ -29,18 +29,18 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Source:
+class Trigger:
     """One signal.
 
-    value: None when unknown; say: the reason, for people; smooth_s: time constant of its
-    smoothing; forecast_s, forecast_most: how far ahead its slope is followed, and by how much at
+    value: None when unknown; describe: the reason, for people; smooth_s: time constant of its
+    smoothing; forecast_s, forecast_most: how far ahead its slope is metered, and by how much at
     most; settle_s: how long after any change it may lower the budget again (a signal that the budget
     itself moves needs time to answer); rise_bits: the largest step up after it; sensor: whether
     losing it is worth a word.
     """
 
     value: Callable[[Situation], float | None]
-    say: Callable[[Readings], str]
+    describe: Callable[[Readings], str]
     smooth_s: float = 0.0
     forecast_s: float = 0.0
     forecast_most: float = 0.0
@@ -173,21 +173,21 @@ def _say_lifetime(r: Readings) -> str:
     return f"lifetime: {_say(r.power_w, '.1f')} W is too much for {_say(r.battery_energy_wh, '.1f')} Wh to last"
 
 
-SOURCES: dict[str, Source] = {
-    "heat": Source(_heat, _say_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
-    "throttle": Source(_throttle, lambda r: "throttle: heat slows the board now", rise_bits=1),
-    "supply": Source(_supply, lambda r: "supply: under-voltage slows the board now", rise_bits=1),
-    "clock": Source(_clock, lambda r: f"clock: held at {_say(r.cpu_freq_fraction, '.0%')}", smooth_s=5, rise_bits=1),
-    "battery": Source(_battery, lambda r: f"battery: {_say(r.battery_fraction, '.0%')} left", settle_s=20),
-    "cpu": Source(_cpu, _say_cpu, smooth_s=1.2),
-    "quota": Source(_quota, _say_quota, smooth_s=1.2),
-    "memory": Source(_memory, lambda r: f"memory: {_say(r.available_memory_bytes, ',')} bytes available"),
-    "pace": Source(
+TRIGGERS: dict[str, Trigger] = {
+    "heat": Trigger(_heat, _say_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
+    "throttle": Trigger(_throttle, lambda r: "throttle: heat slows the board now", rise_bits=1),
+    "supply": Trigger(_supply, lambda r: "supply: under-voltage slows the board now", rise_bits=1),
+    "clock": Trigger(_clock, lambda r: f"clock: held at {_say(r.cpu_freq_fraction, '.0%')}", smooth_s=5, rise_bits=1),
+    "battery": Trigger(_battery, lambda r: f"battery: {_say(r.battery_fraction, '.0%')} left", settle_s=20),
+    "cpu": Trigger(_cpu, _say_cpu, smooth_s=1.2),
+    "quota": Trigger(_quota, _say_quota, smooth_s=1.2),
+    "memory": Trigger(_memory, lambda r: f"memory: {_say(r.available_memory_bytes, ',')} bytes available"),
+    "pace": Trigger(
         _pace, lambda r: f"pace: down to {_say(r.tokens_per_s, '.1f')} tokens/s", smooth_s=5, settle_s=20, rise_bits=1,
         sensor=False,
     ),
-    "latency": Source(
+    "latency": Trigger(
         _latency, lambda r: f"latency: {_say(r.tokens_per_s, '.1f')} tokens/s", settle_s=3, rise_bits=0.5, sensor=False
     ),
-    "lifetime": Source(_lifetime, _say_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
+    "lifetime": Trigger(_lifetime, _say_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
 }  # fmt: skip

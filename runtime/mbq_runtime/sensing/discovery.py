@@ -14,57 +14,57 @@ from .hwmon import HwmonChip, IioRails
 from .load import Affinity, Memory, Pressure, ProcessorTime
 from .probe import Probe
 from .supply import TERMUX_COMMAND, PowerSupply, RaplDomain, TermuxBattery
-from .thermal import Board, CoolingDevice, ThermalZone, ThrottleCounters
+from .thermal import BoardLimit, CoolingDevice, ThermalZone, ThrottleCounters
 
 
-class Source(NamedTuple):
-    """gives: in words; places: paths of which any will do; probe: reads one; members: pattern of the names in the
+class SensorKind(NamedTuple):
+    """name: in words; places: paths of which any will do; probe: reads one; members: pattern of the names in the
     folder when each of them is a device of its own, "" when the place itself is one."""
 
-    gives: str
+    name: str
     probe: Callable[[Host, str], Probe]
     places: tuple[str, ...]
     members: str = ""
 
 
-SOURCES = (
-    Source("thermal zones", ThermalZone, ("/sys/class/thermal",), r"thermal_zone\d+"),
-    Source("cooling devices", CoolingDevice, ("/sys/class/thermal",), r"cooling_device\d+"),
-    Source("known limits of the board", Board, ("/sys/firmware/devicetree/base",)),
-    Source(
+SENSOR_KINDS = (
+    SensorKind("thermal zones", ThermalZone, ("/sys/class/thermal",), r"thermal_zone\d+"),
+    SensorKind("cooling devices", CoolingDevice, ("/sys/class/thermal",), r"cooling_device\d+"),
+    SensorKind("known limits of the board", BoardLimit, ("/sys/firmware/devicetree/base",)),
+    SensorKind(
         "Raspberry Pi throttle bits",
         lambda host, _: raspberry.ThrottleBits(host, raspberry.MAILBOX),
         (raspberry.MAILBOX, *raspberry.TOOLS, raspberry.DRIVER),
     ),
-    Source(
+    SensorKind(
         "Raspberry Pi power chip",
         lambda host, _: raspberry.PowerChip(host, raspberry.MAILBOX),
         (raspberry.MAILBOX, *raspberry.TOOLS),
     ),
-    Source("throttle counters of x86", ThrottleCounters, ("/sys/devices/system/cpu",)),
-    Source("hwmon chips", HwmonChip, ("/sys/class/hwmon",), r"hwmon\d+"),
-    Source("Jetson rails of JetPack 4", IioRails, ("/sys/bus/iio/devices",), r"iio:device\d+"),
-    Source("processor clocks", ClockPolicy, ("/sys/devices/system/cpu/cpufreq",), r"policy\d+"),
-    Source("GPU", GpuClock, ("/sys/class/devfreq",), r".+"),
-    Source("power supplies", PowerSupply, ("/sys/class/power_supply",), r".+"),
-    Source("phone battery", TermuxBattery, (TERMUX_COMMAND,)),
-    Source("RAPL energy counters", RaplDomain, ("/sys/class/powercap",), r"intel-rapl:[\d:]+"),
-    Source("times of the processors", ProcessorTime, ("/proc/stat",)),
-    Source("affinity", Affinity, ("/proc/self/status",)),
-    Source("pressure stall information", Pressure, ("/proc/pressure",), r"cpu|memory|io"),
-    Source("memory", Memory, ("/proc/meminfo",)),
-    Source("control group", ControlGroup, ("/proc/self/cgroup",)),
+    SensorKind("throttle counters of x86", ThrottleCounters, ("/sys/devices/system/cpu",)),
+    SensorKind("hwmon chips", HwmonChip, ("/sys/class/hwmon",), r"hwmon\d+"),
+    SensorKind("Jetson rails of JetPack 4", IioRails, ("/sys/bus/iio/devices",), r"iio:device\d+"),
+    SensorKind("processor clocks", ClockPolicy, ("/sys/devices/system/cpu/cpufreq",), r"policy\d+"),
+    SensorKind("GPU", GpuClock, ("/sys/class/devfreq",), r".+"),
+    SensorKind("power supplies", PowerSupply, ("/sys/class/power_supply",), r".+"),
+    SensorKind("phone battery", TermuxBattery, (TERMUX_COMMAND,)),
+    SensorKind("RAPL energy counters", RaplDomain, ("/sys/class/powercap",), r"intel-rapl:[\d:]+"),
+    SensorKind("times of the processors", ProcessorTime, ("/proc/stat",)),
+    SensorKind("affinity", Affinity, ("/proc/self/status",)),
+    SensorKind("pressure stall information", Pressure, ("/proc/pressure",), r"cpu|memory|io"),
+    SensorKind("memory", Memory, ("/proc/meminfo",)),
+    SensorKind("control group", ControlGroup, ("/proc/self/cgroup",)),
 )
 
 
-def discover(host: Host, source: Source) -> list[Probe]:
+def discover(host: Host, sensor: SensorKind) -> list[Probe]:
     """One probe for each device there is now.  Raises Unreadable, with the reason, when there is none."""
-    place = next(filter(host.exists, source.places), None)
+    place = next(filter(host.exists, sensor.places), None)
     if place is None:
         raise Unreadable("not there")
-    if not source.members:
-        return [source.probe(host, place)]
-    names = [name for name in host.names(place) if re.fullmatch(source.members, name)]
+    if not sensor.members:
+        return [sensor.probe(host, place)]
+    names = [name for name in host.names(place) if re.fullmatch(sensor.members, name)]
     if not names:
         raise Unreadable("none in this folder")
-    return [source.probe(host, f"{place}/{name}") for name in names]
+    return [sensor.probe(host, f"{place}/{name}") for name in names]

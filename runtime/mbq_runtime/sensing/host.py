@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _LARGEST_BYTES = 1 << 20
 _NUMBER = re.compile(r"[+-]?\d+")
 
-Run = Callable[[Sequence[str], float], str]
+RunCommand = Callable[[Sequence[str], float], str]
 Ioctl = Callable[[int, int, bytearray], object]
 
 
@@ -43,7 +43,7 @@ class Host:
 
     root: str
     clock: Callable[[], float]
-    run: Run
+    run: RunCommand
     ioctl: Ioctl
 
     def text(self, path: str) -> str:

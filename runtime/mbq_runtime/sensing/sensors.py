@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .aggregate import aggregate
-from .discovery import SOURCES, Source, discover
-from .host import Host, Ioctl, NotFitted, Run, Unreadable, run_command
+from .discovery import SENSOR_KINDS, SensorKind, discover
+from .host import Host, Ioctl, NotFitted, RunCommand, Unreadable, run_command
 from .probe import Probe
 from .readings import Readings
 from .signal import Kind, Signal
@@ -37,13 +37,13 @@ class Sensors:
         self,
         root: str | Path = "/",
         clock: Callable[[], float] = time.monotonic,
-        run: Run = run_command,
+        run: RunCommand = run_command,
         ioctl: Ioctl = fcntl.ioctl,
     ) -> None:
         self._host = Host(str(root).rstrip("/"), clock, run, ioctl)
         self._state = threading.Condition()
         # All below is changed with _state held.
-        self._finders = [_Finder(self._host, source) for source in SOURCES]
+        self._finders = [_Finder(self._host, sensor) for sensor in SENSOR_KINDS]
         self._queue: deque[Probe] = deque()
         self._started_s: dict[Probe, float] = {}  # those being read
         self._heard: dict[Probe, tuple[float, list[Signal]]] = {}
@@ -144,18 +144,18 @@ class Sensors:
 
 
 class _Finder(Probe):
-    """Finds the devices of one row of SOURCES, again and again: batteries and drivers come and go."""
+    """Finds the devices of one row of SENSOR_KINDS, again and again: batteries and drivers come and go."""
 
     kind = Kind.MISSING
     every_s = _DISCOVERY_S
 
-    def __init__(self, host: Host, source: Source) -> None:
-        super().__init__(host, source.places[0])
-        self.name = source.gives
+    def __init__(self, host: Host, sensor: SensorKind) -> None:
+        super().__init__(host, sensor.places[0])
+        self.name = sensor.name
         self.found: dict[str, Probe] = {}
-        self._source = source
+        self._sensor = sensor
 
     def look(self) -> list[Signal]:
         # A device that is gone stays known, as one without a value.
-        self.found = {**{probe.path: probe for probe in discover(self.host, self._source)}, **self.found}
+        self.found = {**{probe.path: probe for probe in discover(self.host, self._sensor)}, **self.found}
         return []

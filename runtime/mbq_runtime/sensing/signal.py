@@ -44,7 +44,7 @@ class Kind(StrEnum):
     CHIP = "chip"  # a device that has not said yet what it measures
 
 
-class Bounds(NamedTuple):
+class ValidRange(NamedTuple):
     """unit, and the lowest and highest value to be believed in it."""
 
     unit: str
@@ -52,45 +52,45 @@ class Bounds(NamedTuple):
     high: float = math.inf
 
 
-_TEMPERATURE = Bounds("C", -40, 150)
-_WATTS = Bounds("W", 0, 2000)
-_SHARE = Bounds("share", 0, 1)
-_FLAG = Bounds("flag", 0, 1)
-_STEPS = Bounds("steps", -1)  # intel_powerclamp says -1 when it rests
-_MEGAHERTZ = Bounds("MHz", 1, 20_000)
+_TEMPERATURE = ValidRange("C", -40, 150)
+_WATTS = ValidRange("W", 0, 2000)
+_SHARE = ValidRange("share", 0, 1)
+_FLAG = ValidRange("flag", 0, 1)
+_STEPS = ValidRange("steps", -1)  # intel_powerclamp says -1 when it rests
+_MEGAHERTZ = ValidRange("MHz", 1, 20_000)
 
-BOUNDS = {
+VALID_RANGES = {
     Kind.HEAT: _TEMPERATURE,
     Kind.TEMPERATURE: _TEMPERATURE,
     Kind.HEAT_LIMIT: _TEMPERATURE,
     Kind.SLOWED: _STEPS,
     Kind.COOLING: _STEPS,
-    Kind.THROTTLE_EVENTS: Bounds("events"),
-    Kind.THROTTLE_BITS: Bounds("bits", 0, 2**32 - 1),
+    Kind.THROTTLE_EVENTS: ValidRange("events"),
+    Kind.THROTTLE_BITS: ValidRange("bits", 0, 2**32 - 1),
     Kind.SUPPLY_ALARM: _FLAG,
     Kind.CLOCK_LIMIT: _MEGAHERTZ,
     Kind.CLOCK: _MEGAHERTZ,
     Kind.POWER: _WATTS,
     Kind.PROCESSOR_POWER: _WATTS,
     Kind.OTHER_POWER: _WATTS,
-    Kind.FAN: Bounds("rpm", 0, 100_000),
+    Kind.FAN: ValidRange("rpm", 0, 100_000),
     Kind.BATTERY: _SHARE,
-    Kind.BATTERY_ENERGY: Bounds("Wh", 0, 100_000),
+    Kind.BATTERY_ENERGY: ValidRange("Wh", 0, 100_000),
     Kind.BATTERY_POWER: _WATTS,
     Kind.DISCHARGING: _FLAG,
     Kind.MAINS: _FLAG,
     Kind.GPU_LOAD: _SHARE,
-    Kind.GPU_CLOCK: Bounds("MHz", 0, 20_000),
+    Kind.GPU_CLOCK: ValidRange("MHz", 0, 20_000),
     Kind.CPU_PRESSURE: _SHARE,
     Kind.MEMORY_PRESSURE: _SHARE,
     Kind.IO_PRESSURE: _SHARE,
     Kind.FOREIGN_LOAD: _SHARE,
-    Kind.OWN_LOAD: Bounds("CPUs", 0, 10_000),
-    Kind.PROCESSORS: Bounds("CPUs", 0.001, 10_000),
+    Kind.OWN_LOAD: ValidRange("CPUs", 0, 10_000),
+    Kind.PROCESSORS: ValidRange("CPUs", 0.001, 10_000),
     Kind.GROUP_THROTTLING: _SHARE,
-    Kind.MEMORY: Bounds("bytes", 0, 2.0**50),
-    Kind.MISSING: Bounds(""),
-    Kind.CHIP: Bounds(""),
+    Kind.MEMORY: ValidRange("bytes", 0, 2.0**50),
+    Kind.MISSING: ValidRange(""),
+    Kind.CHIP: ValidRange(""),
 }
 
 
@@ -116,7 +116,7 @@ class Signal:
 
     @property
     def unit(self) -> str:
-        return BOUNDS[self.kind].unit
+        return VALID_RANGES[self.kind].unit
 
 
 def signal(
@@ -135,10 +135,10 @@ def signal(
 
 def doubt(kind: Kind, value: float) -> str | None:
     """Why ``value`` is not to be believed; None when it is."""
-    unit, low, high = BOUNDS[kind]
+    unit, low, high = VALID_RANGES[kind]
     if not (math.isfinite(value) and low <= value <= high):
         return f"{value:g} {unit} cannot be true"
-    if BOUNDS[kind] is _TEMPERATURE and abs(value) < 1:
+    if VALID_RANGES[kind] is _TEMPERATURE and abs(value) < 1:
         # Switched-off sensors say 0, and a board in degrees instead of thousandths would look ice-cold.
         return f"{value:g} C: the sensor is off, or does not count in thousandths of a degree"
     return None

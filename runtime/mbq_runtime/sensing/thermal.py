@@ -130,7 +130,7 @@ class ThrottleCounters(Probe):
         return [signal(self.kind, self.name, max(grown[1:]), source, note="since the look before")]
 
 
-class Board(Probe):
+class BoardLimit(Probe):
     """Which board this is, and from which temperature its firmware is known to slow it."""
 
     kind = Kind.HEAT_LIMIT

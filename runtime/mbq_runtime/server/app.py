@@ -19,16 +19,16 @@ from starlette.types import Receive, Scope, Send
 
 from mbq_runtime.bundle.manifest import Budget
 
-from .auth import Guard
+from .auth import Auth
 from .errors import ApiError
 from .metrics import CONTENT_TYPE, Metrics
-from .monitor_feed import Live, Sampler
+from .monitor_feed import FeedSampler, MonitorFeed
 from .replies import ChatShape, CompletionShape, Reply, Shape, send_events, while_connected
 from .requests import Body, ChatBody, CompletionBody, order, parse
 from .worker import Worker
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor
     from mbq_runtime.engine import Engine
 
@@ -45,16 +45,16 @@ _PAGE_HEADERS = {
 class Server:
     """A loaded engine, offered over HTTP: ``app`` is the ASGI application.
 
-    gate: the engine as ``governor`` sees it; budget: what requests may ask, within the bundle's;
+    bounded: the engine as ``governor`` sees it; budget: what requests may ask, within the bundle's;
     queue_limit: requests that may wait beside the one that runs; host: the address listened to.
     """
 
     def __init__(
         self,
         engine: Engine,
-        gate: Gate,
+        bounded: BoundedEngine,
         governor: Governor,
-        live: Live,
+        feed: MonitorFeed,
         *,
         budget: Budget,
         queue_limit: int,
@@ -62,9 +62,9 @@ class Server:
         api_key: str | None = None,
     ) -> None:
         self.model = engine.manifest.model.name
-        self.worker = Worker(engine, gate, governor, queue_limit)
-        self._engine, self._budget, self._live = engine, budget, live
-        self._sample = Sampler(gate, governor, self.worker)
+        self.worker = Worker(engine, bounded, governor, queue_limit)
+        self._engine, self._budget, self._feed = engine, budget, feed
+        self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
         self._started_s = int(time.time())
         routes = [
@@ -77,18 +77,18 @@ class Server:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
         ]
-        self.metrics = Metrics(gate, governor, self.worker, [route.path for route in routes])
+        self.metrics = Metrics(bounded, governor, self.worker, [route.path for route in routes])
         self.worker.on_result = self.metrics.reply
         self.app = Starlette(
             routes=routes,
             lifespan=self._lifespan,
-            middleware=[Middleware(self.metrics.counted), Middleware(Guard, api_key=api_key, host=host)],
+            middleware=[Middleware(self.metrics.counted), Middleware(Auth, api_key=api_key, host=host)],
             exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _refuse},
         )
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        sampling = asyncio.create_task(self._live.keep(self._sample))
+        sampling = asyncio.create_task(self._feed.keep(self._sample))
         with self.worker:
             yield
             sampling.cancel()
@@ -106,10 +106,10 @@ class Server:
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _watch(self, _: Request) -> Any:
-        live = self._live
+        feed = self._feed
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            await while_connected(receive, send_events(send, live.stream()))
+            await while_connected(receive, send_events(send, feed.stream()))
 
         return respond
 

@@ -15,7 +15,7 @@ OPEN_PATHS = frozenset({"/", "/health"})  # neither tells anything
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class Guard:
+class Auth:
     """ASGI middleware.
 
     With a key, every path but the open ones wants ``Authorization: Bearer KEY``.  Without one, any

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor
 
     from .worker import Result, Worker
@@ -26,10 +26,10 @@ _CLIENT_GONE = "499"  # as nginx writes it: no status was ever sent
 class Metrics:
     """One registry for each server.  paths: those that may become labels; others count as "other"."""
 
-    def __init__(self, gate: Gate, governor: Governor, worker: Worker, paths: Iterable[str]) -> None:
+    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker, paths: Iterable[str]) -> None:
         self._paths = frozenset(paths)
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(gate, governor, worker))
+        self.registry.register(_Gauges(bounded, governor, worker))
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "mbq_requests", "Requests answered, refused or left.", ("path", "status"), registry=self.registry
@@ -72,15 +72,15 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, gate: Gate, governor: Governor, worker: Worker) -> None:
-        self._gate, self._governor, self._worker = gate, governor, worker
+    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker) -> None:
+        self._bounded, self._governor, self._worker = bounded, governor, worker
 
     def collect(self) -> Iterable[Metric]:
         status, worker = self._governor.status(), self._worker
         readings = status.readings
         gauges = (
-            ("avg_bits", "Budget in force, average bits per weight.", self._gate.avg_bits),
-            ("threads", "Processor threads in use.", self._gate.threads),
+            ("avg_bits", "Budget in force, average bits per weight.", self._bounded.avg_bits),
+            ("threads", "Processor threads in use.", self._bounded.threads),
             ("avg_bits_used", "Average bits per weight of late tokens.", status.avg_bits_used),
             ("tokens_per_second", "Decoding speed of late.", status.tokens_per_s),
             ("energy_joules_per_token", "Measured by the board's own sensor.", status.energy_j_per_token),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .replies import event
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import Event
     from mbq_runtime.control.governor import Governor
 
@@ -26,7 +26,7 @@ READINGS = (
 )  # fmt: skip
 
 
-class Live:
+class MonitorFeed:
     """Keeps a bounded past; any number of watchers follow it without being known to it.
 
     model: its name; closing: whether the server is going down, at which streams end.
@@ -72,18 +72,18 @@ class Live:
         where.append({"n": self._count, **entry})
 
 
-class Sampler:
+class FeedSampler:
     """What a sample holds.  Readings are null when the board has no such sensor, tokens_per_s when idle."""
 
-    def __init__(self, gate: Gate, governor: Governor, worker: Worker) -> None:
-        self._gate, self._governor, self._worker = gate, governor, worker
+    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker) -> None:
+        self._bounded, self._governor, self._worker = bounded, governor, worker
 
     def __call__(self) -> dict[str, Any]:
         status, worker = self._governor.status(), self._worker
         readings = asdict(status.readings)
-        asked = self._gate.biting
+        asked = self._bounded.is_limiting
         return {
-            "avg_bits": self._gate.avg_bits if asked else status.avg_bits,
+            "avg_bits": self._bounded.avg_bits if asked else status.avg_bits,
             "reason": "asked by the request" if asked else status.reason,
             "tokens_per_s": status.tokens_per_s,
             "avg_bits_used": status.avg_bits_used,

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mbq_runtime.control.metered_reply import Follow
+from mbq_runtime.control.metered_reply import MeteredReply
 from mbq_runtime.errors import MbqError
 
 from .errors import ApiError
 from .requests import Order
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import Gate
+    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor
     from mbq_runtime.engine import Engine, Generation
 
@@ -110,8 +110,8 @@ class Worker:
     thread after each reply, also one that was left; prompt_tokens, tokens: read and made so far.
     """
 
-    def __init__(self, engine: Engine, gate: Gate, governor: Governor, limit: int) -> None:
-        self._engine, self._gate, self._governor = engine, gate, governor
+    def __init__(self, engine: Engine, bounded: BoundedEngine, governor: Governor, limit: int) -> None:
+        self._engine, self._bounded, self._governor = engine, bounded, governor
         self.limit = limit
         self.on_result: Callable[[Result], None] = lambda result: None
         self.prompt_tokens = 0
@@ -189,7 +189,7 @@ class Worker:
 
     def _answer(self, job: Job) -> Result:
         order = job.order
-        with self._gate.held(order.floor_bits, order.ceiling_bits):
+        with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
             try:
                 reply = self._engine.generate(order.prompt, **order.options)
             except MbqError as error:  # the tokenizer's, the template's, or a length
@@ -200,9 +200,9 @@ class Worker:
                 if job.cancelled:
                     reply.stop()
             job.begin()
-            followed = Follow(reply, self._governor)
+            metered = MeteredReply(reply, self._governor)
             with reply:
-                for piece in followed:
+                for piece in metered:
                     job.put(piece.text)
                     self.tokens += piece.tokens
         stats = reply.stats
@@ -214,7 +214,7 @@ class Worker:
             stats.avg_bits_used,
             stats.tokens_per_s,
             stats.ttft_s,
-            followed.energy_j,
+            metered.energy_j,
         )
         self.on_result(result)
         return result

@@ -130,7 +130,7 @@ BOARDS: dict[str, Board] = {
 }
 
 
-def find(name: str) -> Board:
+def find_board(name: str) -> Board:
     """A row of ``BOARDS``.  Raises UsageError naming them."""
     if name not in BOARDS:
         raise UsageError(f"board {name!r}: neither a file nor one of {', '.join(BOARDS)}")

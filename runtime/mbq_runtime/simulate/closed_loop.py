@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mbq_runtime.control.controller import start, step
-from mbq_runtime.control.policy import Policy, choose
+from mbq_runtime.control.policy import Policy, find_policy
 from mbq_runtime.errors import UsageError
 from mbq_runtime.sensing.readings import Readings
 
@@ -33,7 +33,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
+class PolicyRun:
     """One policy over a stretch of time.  name: of the policy, as in "fixed 8"."""
 
     name: str
@@ -66,7 +66,7 @@ def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[
     found = []
     for name in names:
         row, _, bits = name.partition(" ")
-        policy = choose(row)
+        policy = find_policy(row)
         if bits and policy.bands:
             raise UsageError(f"policy {name!r}: only fixed takes a number of bits")
         try:
@@ -79,36 +79,36 @@ def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[
 
 def simulate(
     board: Board, weights: Weights, name: str, policy: Policy, hours: float = 1.0, demand_tps: float | None = None
-) -> Run:
+) -> PolicyRun:
     """The board decodes for ``hours`` under a policy that has bounds.  The same call gives the same run."""
     noise = random.Random(0)
-    state, machine, samples = start(policy), cold(board), []
-    last = Stretch(machine, 0.0, 0.0, board.idle_w)
+    state, samples = start(policy), []
+    last = Stretch(cold(board), 0.0, 0.0, board.idle_w)
     for i in range(round(hours * 3600 / PERIOD_S)):
         readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C))
         state, bits, reason = step(state, readings, i * PERIOD_S, policy)
-        last = advance(board, weights, last.machine, bits, PERIOD_S, demand_tps)
-        die_c = last.machine.die_c
+        last = advance(board, weights, last.state, bits, PERIOD_S, demand_tps)
+        die_c = last.state.die_c
         above = die_c > board.throttle_c
         samples.append(Sample(i * PERIOD_S, bits, die_c, above, last.tokens_per_s, last.power_w, reason))
-    return Run(name, samples)
+    return PolicyRun(name, samples)
 
 
 def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Readings:
     """What the board's sensors would show."""
-    machine = stretch.machine
-    on_battery = machine.battery_wh is not None and board.battery_wh is not None
+    physical = stretch.state
+    on_battery = physical.battery_wh is not None and board.battery_wh is not None
     return Readings(
         time_s=time_s,
-        temp_c=machine.die_c + noise_c,
+        temp_c=physical.die_c + noise_c,
         throttle_temp_c=board.throttle_c,
         critical_temp_c=board.hard_c,
-        heat_throttled=machine.clock < 1,
+        heat_throttled=physical.clock < 1,
         undervoltage=False,
-        cpu_freq_fraction=machine.clock,
+        cpu_freq_fraction=physical.clock,
         discharging=on_battery,
-        battery_fraction=machine.battery_wh / board.battery_wh if on_battery else None,  # type: ignore[operator]
-        battery_energy_wh=machine.battery_wh,
+        battery_fraction=physical.battery_wh / board.battery_wh if on_battery else None,  # type: ignore[operator]
+        battery_energy_wh=physical.battery_wh,
         power_w=stretch.power_w,
         foreign_cpu_fraction=0.0,
         cgroup_throttled_fraction=0.0,

@@ -37,7 +37,7 @@ SMOLLM2_135M = Weights(low_bits=4.0, high_bits=8.0, fixed_bytes=8.41e6, bit_byte
 
 
 @dataclass(frozen=True)
-class Machine:
+class BoardState:
     """A board at one moment.  clock: allowed by its governor, of the full one; battery_wh: left, None on mains."""
 
     body_c: float
@@ -50,15 +50,15 @@ class Machine:
 class Stretch:
     """What one stretch of decoding gives.  decode_tps: while it decodes; tokens_per_s: with its pauses."""
 
-    machine: Machine
+    state: BoardState
     decode_tps: float
     tokens_per_s: float
     power_w: float
 
 
-def cold(board: Board) -> Machine:
+def cold(board: Board) -> BoardState:
     """After a night switched off."""
-    return Machine(board.ambient_c, board.ambient_c, 1.0, board.battery_wh)
+    return BoardState(board.ambient_c, board.ambient_c, 1.0, board.battery_wh)
 
 
 def token_s(board: Board, weights: Weights, bits: float, clock: float) -> float:
@@ -69,18 +69,18 @@ def token_s(board: Board, weights: Weights, bits: float, clock: float) -> float:
 
 
 def advance(
-    board: Board, weights: Weights, machine: Machine, bits: float, seconds: float, demand_tps: float | None = None
+    board: Board, weights: Weights, state: BoardState, bits: float, seconds: float, demand_tps: float | None = None
 ) -> Stretch:
     """``seconds`` (a few at most) of decoding at a budget, without pause or at ``demand_tps`` if that is slower."""
-    one_s = token_s(board, weights, bits, machine.clock)
+    one_s = token_s(board, weights, bits, state.clock)
     share = 1.0 if demand_tps is None else min(demand_tps * one_s, 1.0)
     tokens_per_s = share / one_s
-    busy_w = board.core_w * machine.clock**board.core_exponent
+    busy_w = board.core_w * state.clock**board.core_exponent
     power_w = board.idle_w + share * busy_w + tokens_per_s * weights.bytes_at(bits) * board.memory_pj * 1e-12
-    body_c = _toward(machine.body_c, board.ambient_c + board.k_per_w * power_w, seconds / board.tau_s)
-    die_c = _toward(machine.die_c, body_c + board.die_k_per_w * power_w, seconds / board.die_tau_s)
-    left_wh = None if machine.battery_wh is None else max(machine.battery_wh - power_w * seconds / 3600, 0.0)
-    after = replace(machine, body_c=body_c, die_c=die_c, clock=allowed_clock(board, die_c), battery_wh=left_wh)
+    body_c = _toward(state.body_c, board.ambient_c + board.k_per_w * power_w, seconds / board.tau_s)
+    die_c = _toward(state.die_c, body_c + board.die_k_per_w * power_w, seconds / board.die_tau_s)
+    left_wh = None if state.battery_wh is None else max(state.battery_wh - power_w * seconds / 3600, 0.0)
+    after = replace(state, body_c=body_c, die_c=die_c, clock=allowed_clock(board, die_c), battery_wh=left_wh)
     return Stretch(after, 1 / one_s, tokens_per_s, power_w)
 
 

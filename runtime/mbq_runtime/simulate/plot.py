@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mbq_runtime import plotting
 
-from .closed_loop import Run, Sample
+from .closed_loop import PolicyRun, Sample
 
 _PANELS: tuple[tuple[str, Callable[[Sample], float | None]], ...] = (
     ("temperature, °C", lambda sample: sample.temp_c),
@@ -16,7 +16,7 @@ _PANELS: tuple[tuple[str, Callable[[Sample], float | None]], ...] = (
 )
 
 
-def draw(runs: Sequence[Run], title: str, limits_c: Sequence[float], path: Path) -> None:
+def draw(runs: Sequence[PolicyRun], title: str, limits_c: Sequence[float], path: Path) -> None:
     """Write the picture.  limits_c: marked in the panel of temperatures.  Raises UsageError when it cannot be done."""
     plotting.check(path)
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from mbq_runtime.control.policy import Policy
 from mbq_runtime.errors import UsageError
 from mbq_runtime.sensing.readings import Readings
 
-from .closed_loop import Run, Sample
+from .closed_loop import PolicyRun, Sample
 
 _FIELDS = {f.name for f in fields(Readings)}
 
@@ -48,7 +48,7 @@ def _readings(line: str, where: str) -> Readings:
     return Readings(**kept)
 
 
-def replay(trace: Sequence[Readings], name: str, policy: Policy) -> Run:
+def replay(trace: Sequence[Readings], name: str, policy: Policy) -> PolicyRun:
     """The budgets of a policy that has bounds over a recorded trace."""
     state, samples = start(policy), []
     for readings in trace:
@@ -58,4 +58,4 @@ def replay(trace: Sequence[Readings], name: str, policy: Policy) -> Run:
         at_s = readings.time_s - trace[0].time_s
         # Speed and power were those of another budget.
         samples.append(Sample(at_s, bits, temp_c, above or bool(readings.heat_throttled), None, None, reason))
-    return Run(name, samples)
+    return PolicyRun(name, samples)

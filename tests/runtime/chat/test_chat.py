@@ -20,7 +20,7 @@ from mbq_runtime import Engine
 from mbq_runtime.chat.conversation import Conversation
 from mbq_runtime.chat.loop import COMMANDS, Chat
 from mbq_runtime.chat.screen import Screen
-from mbq_runtime.control.bounds import Gate
+from mbq_runtime.control.bounds import BoundedEngine
 from mbq_runtime.sensing.readings import Readings
 
 PATIENCE_S = 60.0
@@ -30,14 +30,14 @@ class Talk:
     """A chat with a script instead of a person.  out, notes: what was written where."""
 
     def __init__(self, engine: Engine, **readings: Any) -> None:
-        self.gate = Gate(engine)
+        self.bounded = BoundedEngine(engine)
         status = SimpleNamespace(reason="nothing presses", readings=Readings(0.0, **readings))
         governor: Any = SimpleNamespace(status=lambda: status)
         self.conversation = Conversation(engine)
         self._out, self._notes = io.StringIO(), io.StringIO()
         screen = Screen(self._out, self._notes, terminal=False, colour=False)
         options = {"max_tokens": 20, "temperature": 0.0}
-        self._chat = Chat(engine, self.gate, governor, screen, self.conversation, options)
+        self._chat = Chat(engine, self.bounded, governor, screen, self.conversation, options)
 
     def say(self, *lines: str | type[BaseException]) -> tuple[str, str]:
         """Returns what came since the last time: (out, notes)."""
@@ -81,7 +81,7 @@ def test_what_no_sensor_tells_is_unknown(engine: Engine) -> None:
 
 
 def test_bits_by_hand(talk: Talk) -> None:
-    talk.gate.avg_bits = 6.0
+    talk.bounded.avg_bits = 6.0
     _, notes = talk.say("/bits 4", "hello")
     assert notes.startswith("4 bits\n")
     assert "4.10 bits, 61 °C, asked by you" in notes
@@ -90,7 +90,7 @@ def test_bits_by_hand(talk: Talk) -> None:
     assert "6.10 bits, 61 °C, nothing presses" in notes
     for bad in ("/bits", "/bits lots", "/bits 9", "/bits nan"):
         assert "takes a number from 3 to 8" in talk.say(bad)[1]
-    assert talk.gate.avg_bits == 6.0
+    assert talk.bounded.avg_bits == 6.0
 
 
 def test_reset_forgets_all_but_the_system_s_message(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from controlled import CALM, MANIFEST
 from tiny_bundle import CIRCLE, ids
 
 from mbq_runtime import Engine
-from mbq_runtime.control.budget_trim import Drift
+from mbq_runtime.control.budget_trim import BudgetTrim
 from mbq_runtime.control.energy import Energy, describe
 from mbq_runtime.control.events import Event, JsonLines
 from mbq_runtime.control.governor import Governor, Status
@@ -135,13 +135,13 @@ def test_a_fixed_budget_is_not_corrected() -> None:
 
 
 def test_a_correction_stays_within_half_a_bit_and_the_bounds() -> None:
-    drift = Drift(5.0)
+    trim = BudgetTrim(5.0)
     for _ in range(1000):
-        drift = drift.after(3.0)
-    assert drift.request(3.0, 8.0) == 5.5
-    assert drift.request(3.0, 5.2) == 5.2
-    assert drift.at(5.0) is drift
-    assert drift.at(6.0) == Drift(6.0)
+        trim = trim.after(3.0)
+    assert trim.request(3.0, 8.0) == 5.5
+    assert trim.request(3.0, 5.2) == 5.2
+    assert trim.at(5.0) is trim
+    assert trim.at(6.0) == BudgetTrim(6.0)
 
 
 def test_a_policy_can_be_replaced() -> None:

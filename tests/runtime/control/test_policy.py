@@ -6,8 +6,8 @@ from datetime import datetime
 import pytest
 from controlled import MANIFEST
 
-from mbq_runtime.control.policy import POLICIES, Band, Policy, choose, seconds_until
-from mbq_runtime.control.triggers import SOURCES
+from mbq_runtime.control.policy import POLICIES, Band, Policy, find_policy, seconds_until
+from mbq_runtime.control.triggers import TRIGGERS
 from mbq_runtime.errors import UsageError
 
 NOON = datetime(2026, 3, 1, 12, 0, 0)
@@ -16,16 +16,16 @@ NOON = datetime(2026, 3, 1, 12, 0, 0)
 def test_the_table() -> None:
     assert list(POLICIES) == ["fixed", "auto", "quality", "battery", "cool"]
     assert not POLICIES["fixed"].bands
-    assert set(POLICIES["auto"].bands) == set(SOURCES)
+    assert set(POLICIES["auto"].bands) == set(TRIGGERS)
     for policy in POLICIES.values():
-        assert set(policy.bands) <= set(SOURCES)
+        assert set(policy.bands) <= set(TRIGGERS)
         assert all(band.start < band.full for band in policy.bands.values())
 
 
 def test_choose_names_the_rows() -> None:
-    assert choose("cool") is POLICIES["cool"]
+    assert find_policy("cool") is POLICIES["cool"]
     with pytest.raises(UsageError, match="policy 'eco': needed one of fixed, auto, quality, battery, cool"):
-        choose("eco")
+        find_policy("eco")
 
 
 def test_a_band_goes_from_0_to_1() -> None:

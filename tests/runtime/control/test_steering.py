@@ -25,10 +25,10 @@ from mbq_runtime.errors import UsageError
     ],
 )
 def test_policies(engine: Engine, options: dict[str, Any], name: str, bounds: tuple[float, float]) -> None:
-    with steered(engine, Steering(**options)) as (gate, governor):
+    with steered(engine, Steering(**options)) as (bounded, governor):
         assert governor.policy.name == name
         assert governor.policy.bounds == bounds
-        assert bounds[0] <= gate.avg_bits <= bounds[1]
+        assert bounds[0] <= bounded.avg_bits <= bounds[1]
         if name == "fixed":
             assert engine.avg_bits == bounds[1]
 
@@ -61,8 +61,8 @@ def test_refusals(engine: Engine, options: dict[str, Any], message: str) -> None
 def test_events_go_to_the_file_and_to_the_listener(engine: Engine, tmp_path: Path) -> None:
     path, heard = tmp_path / "events.jsonl", []
     engine.avg_bits = 8.0
-    with steered(engine, Steering(max_bits=4.0, events=path), heard.append) as (gate, governor):
-        assert gate.avg_bits <= 4.0
+    with steered(engine, Steering(max_bits=4.0, events=path), heard.append) as (bounded, governor):
+        assert bounded.avg_bits <= 4.0
         governor._tell(heard_of := _event())
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["reason"] for line in lines] == [event.reason for event in heard]

@@ -36,7 +36,7 @@ def test_always_one_thread_and_never_more_than_the_engine_has(
         readings = Readings(0.0, foreign_cpu_fraction=foreign, available_cpus=available)
         threads = threads.after(readings, elapsed_s)
         assert 1 <= threads.count <= most
-        assert threads.say(most)
+        assert threads.describe(most)
 
 
 def test_an_idle_machine_and_an_unknown_one_keep_all_threads() -> None:

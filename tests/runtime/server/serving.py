@@ -14,11 +14,11 @@ from typing import Any
 import uvicorn
 
 from mbq_runtime import Engine
-from mbq_runtime.control.bounds import Gate
+from mbq_runtime.control.bounds import BoundedEngine
 from mbq_runtime.sensing.readings import Readings
 from mbq_runtime.server.app import Server
 from mbq_runtime.server.http import configure
-from mbq_runtime.server.monitor_feed import Live
+from mbq_runtime.server.monitor_feed import MonitorFeed
 
 PATIENCE_S = 20.0
 SLOW_S = 0.05
@@ -39,9 +39,9 @@ class Steered:
 class HandGovernor:
     """A governor whose every reading the test sets, so that pages and figures can be checked to the digit."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self._status = Steered(avg_bits=gate.avg_bits)
+    def __init__(self, bounded: BoundedEngine) -> None:
+        self._bounded = bounded
+        self._status = Steered(avg_bits=bounded.avg_bits)
 
     def status(self) -> Steered:
         return self._status
@@ -52,7 +52,7 @@ class HandGovernor:
         readings = {k: v for k, v in changes.items() if k in names and k != "tokens_per_s"}
         rest = {k: v for k, v in changes.items() if k not in readings}
         if avg_bits is not None:
-            self._gate.avg_bits = avg_bits
+            self._bounded.avg_bits = avg_bits
             rest["avg_bits"] = avg_bits
         self._status = replace(self._status, readings=replace(self._status.readings, **readings), **rest)
 
@@ -63,8 +63,8 @@ class Running:
     port: int
     server: Server
     governor: HandGovernor
-    gate: Gate
-    live: Live
+    bounded: BoundedEngine
+    feed: MonitorFeed
     loop: asyncio.AbstractEventLoop
 
     @property
@@ -80,11 +80,11 @@ class Running:
 @contextmanager
 def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: Any) -> Iterator[Running]:
     """port: 0 for a free one; options: of ``Server``."""
-    gate = Gate(engine)
-    governor = HandGovernor(gate)
-    live = Live(engine.manifest.model.name, lambda: runner.should_exit)
+    bounded = BoundedEngine(engine)
+    governor = HandGovernor(bounded)
+    feed = MonitorFeed(engine.manifest.model.name, lambda: runner.should_exit)
     made = Server(
-        engine, gate, governor, live,  # type: ignore[arg-type]
+        engine, bounded, governor, feed,  # type: ignore[arg-type]
         **{"budget": engine.manifest.budget, "queue_limit": queue_limit, **options},
     )  # fmt: skip
     runner = uvicorn.Server(configure(made.app))
@@ -100,7 +100,7 @@ def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: An
         thread.start()
         try:
             wait_for(lambda: runner.started)
-            yield Running(f"http://127.0.0.1:{port}", port, made, governor, gate, live, loops[0])
+            yield Running(f"http://127.0.0.1:{port}", port, made, governor, bounded, feed, loops[0])
         finally:
             runner.should_exit = True
             thread.join(PATIENCE_S)

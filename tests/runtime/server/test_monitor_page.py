@@ -72,8 +72,8 @@ def test_values_change_live_and_nothing_leaves_the_machine(page: playwright.Page
     ):  # fmt: skip
         shows(page, place, text)
     board(running, 78.9, 4.5, "heat: 78.9 °C")
-    running.live.add_event(Event(1.8e9, 8.0, 4.5, "heat: 78.9 °C", Readings(0.0)))
-    running.live.add_event(Event(1.8e9, 4.5, 4.5, "<b>the power sensor fell silent</b>", Readings(0.0)))
+    running.feed.add_event(Event(1.8e9, 8.0, 4.5, "heat: 78.9 °C", Readings(0.0)))
+    running.feed.add_event(Event(1.8e9, 4.5, 4.5, "<b>the power sensor fell silent</b>", Readings(0.0)))
     for place, text in (
         ("#temperature .value", "78.9"), ("#bits .value", "4.5"), ("#why", "heat: 78.9 °C"), ("#events", "8.0 → 4.5"),
         ("#events", "<b>the power sensor fell silent</b>"),
@@ -89,7 +89,7 @@ def test_values_change_live_and_nothing_leaves_the_machine(page: playwright.Page
 
 def test_it_fits_and_its_parts_are_seen(page: playwright.Page, running: Running) -> None:
     board(running, 71.0, 6.0, "heat: " + "a long reason without end " * 6)
-    running.live.add_event(Event(1.8e9, 8.0, 6.0, "unbroken" * 30, Readings(0.0)))
+    running.feed.add_event(Event(1.8e9, 8.0, 6.0, "unbroken" * 30, Readings(0.0)))
     page.goto(running.url)
     shows(page, "#bits .value", "6.0")
     shows(page, "#events", "unbroken")

@@ -134,7 +134,7 @@ def test_a_request_bounds_its_bits(
     assert found.usage is not None
     # The tiny model reports its budget plus a thousandth of the step's mean token id, 68 to 74 here.
     assert found.usage.model_dump()["avg_bits"] == pytest.approx(used + 0.07, abs=0.01)
-    assert running.gate.avg_bits == governed  # the next request is the governor's again
+    assert running.bounded.avg_bits == governed  # the next request is the governor's again
 
 
 def test_energy_is_unknown_without_a_sensor(client: openai.OpenAI) -> None:
@@ -171,7 +171,7 @@ def test_a_failure_in_mid_stream_reaches_the_client(
     def broken(self: object, spent_s: float) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("mbq_runtime.control.metered_reply.Follow._count", broken)
+    monkeypatch.setattr("mbq_runtime.control.metered_reply.MeteredReply._count", broken)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(client.completions.create(model="tiny", prompt="xA", stream=True))
     with pytest.raises(openai.InternalServerError, match="the engine failed"):

@@ -53,7 +53,7 @@ def idle(running: Running) -> Iterator[int]:
 
 
 def test_fifty_clients_each_get_their_own_answer_or_a_refusal(engine: Engine) -> None:
-    # "@" and "G" are followed by the same.
+    # "@" and "G" are metered by the same.
     prompts = [f"x{chr(byte)}" for byte in range(ord("!"), ord("!") + CLIENTS + 1) if chr(byte) != "@"]
 
     async def all_of_them(url: str, alone: dict[str, str]) -> Counter[str]:

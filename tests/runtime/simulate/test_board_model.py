@@ -6,8 +6,8 @@ import pytest
 from tiny_bundle import facts
 
 from mbq_runtime.bundle.manifest import Weights as ManifestWeights
-from mbq_runtime.simulate.boards import BOARDS, find
-from mbq_runtime.simulate.model import SMOLLM2_135M, Machine, Weights, advance, allowed_clock, cold, token_s
+from mbq_runtime.simulate.boards import BOARDS, find_board
+from mbq_runtime.simulate.model import SMOLLM2_135M, BoardState, Weights, advance, allowed_clock, cold, token_s
 
 PI = BOARDS["pi5-fan"]
 
@@ -19,7 +19,7 @@ def test_the_table_is_sound() -> None:
         assert 0 < board.least_clock < 1
         assert 0 <= board.read_clock_share <= 1
     with pytest.raises(Exception, match="board 'pi6': neither a file nor one of pi5-bare, pi5-fan"):
-        find("pi6")
+        find_board("pi6")
 
 
 def test_speed_by_bits_is_the_measured_one() -> None:
@@ -42,26 +42,26 @@ def test_the_clock_falls_between_the_two_limits() -> None:
 
 
 def test_heat_settles_where_what_goes_in_goes_out() -> None:
-    machine, tokens_per_s = cold(PI), 0.0
+    state, tokens_per_s = cold(PI), 0.0
     for _ in range(1800):
-        stretch = advance(PI, SMOLLM2_135M, machine, 8, 1.0)
-        machine, tokens_per_s = stretch.machine, stretch.tokens_per_s
+        stretch = advance(PI, SMOLLM2_135M, state, 8, 1.0)
+        state, tokens_per_s = stretch.state, stretch.tokens_per_s
     power_w = 3.0 + 6.0 + tokens_per_s * 142.89e6 * 60e-12
     assert stretch.power_w == pytest.approx(power_w)
-    assert machine.body_c == pytest.approx(25 + 3.0 * power_w, abs=0.01)
-    assert machine.die_c == pytest.approx(25 + 4.2 * power_w, abs=0.01)
+    assert state.body_c == pytest.approx(25 + 3.0 * power_w, abs=0.01)
+    assert state.die_c == pytest.approx(25 + 4.2 * power_w, abs=0.01)
 
 
 def test_the_battery_loses_what_is_drawn() -> None:
     laptop = BOARDS["laptop-battery"]
-    machine, joules = cold(laptop), 0.0
+    state, joules = cold(laptop), 0.0
     for _ in range(600):
-        stretch = advance(laptop, SMOLLM2_135M, machine, 8, 1.0)
-        machine = stretch.machine
+        stretch = advance(laptop, SMOLLM2_135M, state, 8, 1.0)
+        state = stretch.state
         joules += stretch.power_w
-    assert machine.battery_wh == pytest.approx(50.0 - joules / 3600)
-    empty = advance(laptop, SMOLLM2_135M, Machine(25.0, 25.0, 1.0, 0.0), 8, 1.0)
-    assert empty.machine.battery_wh == 0.0
+    assert state.battery_wh == pytest.approx(50.0 - joules / 3600)
+    empty = advance(laptop, SMOLLM2_135M, BoardState(25.0, 25.0, 1.0, 0.0), 8, 1.0)
+    assert empty.state.battery_wh == 0.0
 
 
 def test_a_demand_below_the_speed_leaves_the_cores_idle_in_between() -> None:

@@ -9,19 +9,19 @@ import pytest
 
 from mbq_runtime.errors import UsageError
 from mbq_runtime.simulate.boards import BOARDS
-from mbq_runtime.simulate.closed_loop import Run, contenders, simulate
+from mbq_runtime.simulate.closed_loop import PolicyRun, contenders, simulate
 from mbq_runtime.simulate.model import SMOLLM2_135M
 
 STEADY_S = 900.0
 
 
 @cache
-def an_hour(board: str, policy: str, demand_tps: float | None = None) -> Run:
+def an_hour(board: str, policy: str, demand_tps: float | None = None) -> PolicyRun:
     ((name, row),) = contenders([policy], SMOLLM2_135M.low_bits, SMOLLM2_135M.high_bits)
     return simulate(BOARDS[board], SMOLLM2_135M, name, row, demand_tps=demand_tps)
 
 
-def figure(run: Run, name: str) -> float:
+def figure(run: PolicyRun, name: str) -> float:
     value = run.figures()[name]
     assert value is not None
     return value

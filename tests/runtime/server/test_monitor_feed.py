@@ -46,7 +46,7 @@ def test_metrics_show_the_governor_s_status(running: Running) -> None:
         "mbq_discharging": 1.0, "mbq_replies_running": 0.0, "mbq_requests_waiting": 0.0, "mbq_queue_limit": 16.0,
     }  # fmt: skip
     assert {name: found[(name,)] for name in expected} == expected
-    assert found[("mbq_threads",)] == running.gate.threads
+    assert found[("mbq_threads",)] == running.bounded.threads
     assert found[("process_resident_memory_bytes",)] > 1e6
 
 
@@ -84,7 +84,7 @@ def test_the_stream_begins_with_the_past_and_goes_on(running: Running, client: o
     first = next(told)
     assert first["model"] == "tiny"
     running.governor.set(avg_bits=6.0, reason="heat: 77 C", temp_c=77.0, tokens_per_s=3.5)
-    running.live.add_event(Event(1e9, 8.0, 6.0, "heat: 77 C", Readings(0.0)))
+    running.feed.add_event(Event(1e9, 8.0, 6.0, "heat: 77 C", Readings(0.0)))
     events, sample = [], first["samples"][-1]
     for later in told:
         events += later["events"]
@@ -101,7 +101,7 @@ def test_the_stream_begins_with_the_past_and_goes_on(running: Running, client: o
 
 def test_a_request_s_own_bits_are_shown_as_such(running: Running) -> None:
     running.governor.set(avg_bits=6.0, reason="heat: 77 C")
-    with running.gate.held(4.0, 4.0):
+    with running.bounded.within_bounds(4.0, 4.0):
         asked = running.server._sample()
     after = running.server._sample()
     assert (asked["avg_bits"], asked["reason"]) == (4.0, "asked by the request")
@@ -110,8 +110,8 @@ def test_a_request_s_own_bits_are_shown_as_such(running: Running) -> None:
 
 def test_the_past_is_bounded(running: Running) -> None:
     for i in range(500):
-        running.live.add_event(Event(float(i), 8.0, 6.0, "heat", Readings(0.0)))
-        running.live._samples.append({"n": i, "time": float(i)})
-    wait_for(lambda: len(running.live._events) > 0)
-    assert len(running.live._samples) == monitor_feed._SAMPLES
-    assert [e["time"] for e in running.live._events] == [float(i) for i in range(500 - monitor_feed._EVENTS, 500)]
+        running.feed.add_event(Event(float(i), 8.0, 6.0, "heat", Readings(0.0)))
+        running.feed._samples.append({"n": i, "time": float(i)})
+    wait_for(lambda: len(running.feed._events) > 0)
+    assert len(running.feed._samples) == monitor_feed._SAMPLES
+    assert [e["time"] for e in running.feed._events] == [float(i) for i in range(500 - monitor_feed._EVENTS, 500)]

@@ -12,9 +12,9 @@ from test_governor import AUTO, Board, Clock
 from tiny_bundle import REPLY, ids
 
 from mbq_runtime import Engine
-from mbq_runtime.control.bounds import Gate
+from mbq_runtime.control.bounds import BoundedEngine
 from mbq_runtime.control.governor import Governor
-from mbq_runtime.control.metered_reply import Follow
+from mbq_runtime.control.metered_reply import MeteredReply
 from mbq_runtime.errors import UsageError
 
 
@@ -25,64 +25,64 @@ from mbq_runtime.errors import UsageError
 def test_bounds_hold_the_wish_and_give_it_back(
     engine: Engine, floor: float | None, ceiling: float | None, wish: float, used: float
 ) -> None:
-    gate = Gate(engine)
-    gate.avg_bits = wish
-    with gate.held(floor, ceiling):
-        assert engine.avg_bits == gate.avg_bits == used
-        assert gate.biting == (used != wish)
+    bounded = BoundedEngine(engine)
+    bounded.avg_bits = wish
+    with bounded.within_bounds(floor, ceiling):
+        assert engine.avg_bits == bounded.avg_bits == used
+        assert bounded.is_limiting == (used != wish)
     assert engine.avg_bits == wish
-    assert not gate.biting
+    assert not bounded.is_limiting
 
 
 def test_a_wish_made_under_bounds_counts_when_they_are_lifted(engine: Engine) -> None:
-    gate = Gate(engine)
-    gate.bound(7.0, None)
-    with gate.held(6.0, 6.0):
-        gate.avg_bits = 3.0
+    bounded = BoundedEngine(engine)
+    bounded.set_bounds(7.0, None)
+    with bounded.within_bounds(6.0, 6.0):
+        bounded.avg_bits = 3.0
         assert engine.avg_bits == 6.0
     assert engine.avg_bits == 7.0  # the bounds of before are back
-    gate.bound(None, None)
+    bounded.set_bounds(None, None)
     assert engine.avg_bits == 3.0
 
 
 def test_a_wish_the_single_precision_cannot_hold_is_not_bitten(engine: Engine) -> None:
-    gate = Gate(engine)
-    gate.avg_bits = 4.1
+    bounded = BoundedEngine(engine)
+    bounded.avg_bits = 4.1
     assert engine.avg_bits != 4.1
-    assert not gate.biting
+    assert not bounded.is_limiting
 
 
 def test_a_wish_outside_the_bundle_is_refused(engine: Engine) -> None:
-    gate = Gate(engine)
+    bounded = BoundedEngine(engine)
     with pytest.raises(UsageError, match="takes a number from 3 to 8"):
-        gate.avg_bits = 2.0
+        bounded.avg_bits = 2.0
     assert engine.avg_bits == 8.0
 
 
 def test_many_threads_leave_it_whole(engine: Engine) -> None:
-    gate = Gate(engine)
+    bounded = BoundedEngine(engine)
 
     def wish(value: float) -> None:
         for _ in range(2000):
-            gate.avg_bits = value
+            bounded.avg_bits = value
 
     threads = [threading.Thread(target=wish, args=(3.0 + i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        with gate.held(7.0, 7.5):
+        with bounded.within_bounds(7.0, 7.5):
             assert engine.avg_bits == 7.0
-    assert engine.avg_bits == gate._wish
-    assert gate._wish in (3.0, 4.0, 5.0, 6.0)
+    assert engine.avg_bits == bounded._wish
+    assert bounded._wish in (3.0, 4.0, 5.0, 6.0)
 
 
 def test_the_governor_hears_tokens_through_it_and_learns_nothing_from_bounded_ones(engine: Engine) -> None:
     clock = Clock()
-    gate = Gate(engine)
-    governor = Governor(gate, Board(CALM), AUTO, clock=clock)
-    gate.add_listener(governor.observe)
+    bounded = BoundedEngine(engine)
+    governor = Governor(bounded, Board(CALM), AUTO, clock=clock)
+    bounded.add_listener(governor.observe)
     governor.tick()
-    with gate.held(4.0, 4.0):
+    with bounded.within_bounds(4.0, 4.0):
         engine.generate("xA", max_tokens=40, chat=False).text()
         clock.now_s += 0.5
         status = governor.tick()
@@ -95,7 +95,7 @@ def test_the_governor_hears_tokens_through_it_and_learns_nothing_from_bounded_on
 def test_follow_tells_bits_and_tokens_of_each_piece(engine: Engine) -> None:
     governor: Any = SimpleNamespace(status=lambda: SimpleNamespace(readings=CALM))
     reply = engine.generate("hello", avg_bits=5.0)
-    pieces = list(Follow(reply, governor))
+    pieces = list(MeteredReply(reply, governor))
     assert "".join(piece.text for piece in pieces) == REPLY
     assert [piece.tokens for piece in pieces] == [2 if piece.text == "ö" else 1 for piece in pieces]
     assert pieces[1].bits == pytest.approx(5.0 + ids("H")[0] / 1000, abs=1e-6)
@@ -122,7 +122,7 @@ def test_follow_counts_energy_of_the_engine_s_time_only(powers: list[float | Non
             return iter("abcdefg")
 
     reply: Any = Reply()
-    followed = Follow(reply, governor, clock)
-    for _ in followed:
+    metered = MeteredReply(reply, governor, clock)
+    for _ in metered:
         now_s += 100.0
-    assert followed.energy_j == energy_j
+    assert metered.energy_j == energy_j

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mbq_runtime.control.controller import State, start, step
 from mbq_runtime.control.policy import POLICIES
-from mbq_runtime.control.triggers import SOURCES
+from mbq_runtime.control.triggers import TRIGGERS
 from mbq_runtime.sensing.readings import Readings
 
 NAMES = [f.name for f in fields(Readings)]
@@ -63,7 +63,7 @@ AIMS = {"latency": {"min_tps": 16.0}, "lifetime": {"last_until_s": 1000 + 2 * 36
 
 
 def test_every_signal_is_in_the_table() -> None:
-    assert {name.split()[0] for name in WORSE} == set(SOURCES)
+    assert {name.split()[0] for name in WORSE} == set(TRIGGERS)
 
 
 @given(any_policy, any_history)
