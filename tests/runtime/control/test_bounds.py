@@ -86,7 +86,7 @@ def test_the_governor_hears_tokens_through_it_and_learns_nothing_from_bounded_on
         engine.generate("xA", max_tokens=40, chat=False).text()
         clock.now_s += 0.5
         status = governor.tick()
-    gate.remove_listener(governor.observe)
+    bounded.remove_listener(governor.observe)
     assert status.tokens_per_s is not None
     assert status.avg_bits_used == pytest.approx(4.07, abs=0.01)
     assert engine.avg_bits == 8.0  # four bits too few for 39 tokens would have been made up for
