@@ -95,8 +95,6 @@ def prepare(options: Options) -> Prepared:
         raise UsageError(f"--tune-steps {options.tune_steps}: the method {options.method} tunes nothing; leave it out")
     source = locate(options.model)
     decoder = read_config(source)
-    if "tvm" in options.engines:
-        lower_tvm.check(decoder)
     group_size = planning.choose_group_size(decoder, options.group_size)
     phases = {phase for slices in options.profiles for phase in tunings(options.method, slices, options.tune_steps)}
     plans = {

@@ -13,14 +13,12 @@ from safetensors.numpy import load_file
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.lower import tvm
-from mbq_export.model.checkpoint import load, locate, read_config
+from mbq_export.model.checkpoint import load, locate
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.check import check_contents
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
-from mbq_runtime.errors import ModelError
 
 # Grouped heads and tied; biases, K no multiple of 128; norms over heads; windows, two rotations and norms behind.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3-longrope")
@@ -162,9 +160,3 @@ def test_a_machine_without_the_runtime(bundles: dict[str, tuple[Path, Path]], mo
 def test_refused_exports(args: list[str], message: str, bundles: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         command(["--model", str(bundles["llama"][0]), "-o", str(tmp_path / "b"), *args], standalone_mode=False)
-
-
-def test_a_family_without_a_lowering(bundles: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tvm, "FAMILIES", ("llama", "qwen3"))
-    with pytest.raises(ModelError, match=r"family qwen2 has no lowering to TVM; those that have: llama, qwen3"):
-        tvm.check(read_config(locate(str(bundles["qwen2"][0]))))

@@ -1,0 +1,293 @@
+"""The one walk over a decoder.  Every engine's lowering follows it.
+
+A lowering is a ``Builder``.  ``walk_blocks`` and ``walk_head`` call its methods in the order in which the model
+computes, and pass on what the methods return.  The walk knows what the model computes: which norms there are, what
+each of them reads, which layers see a window.  A builder knows how its engine writes one such step.
+
+To add a quirk of a family: describe it in ``model.families``, call a method of the builder in the walk, and give
+that method to ``Builder`` and to the three builders.
+
+Lifecycle of one pass over a token::
+
+    embed
+    for each layer:  norm -> linear -> attention -> linear [-> post_norm]
+                     norm -> linear -> gate      -> linear [-> post_norm]
+    final_norm [-> head_input] -> logits
+
+The walk does not add a branch (the output of attention or MLP) to the residual stream.  It gives both to the next
+``norm``, because engines add and norm in one kernel.  It also tells each step which linear layer reads the result
+(``feeds``), because an engine can run that layer's router in the same kernel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..calibrate import Calibrated, RoutedLinear
+from ..format.codes import Sliced
+from ..model.families import Decoder
+from ..transforms.rotation import HeadInput
+
+V = TypeVar("V")
+"""How a builder refers to an activation: a name in a graph, a variable, a buffer."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The table that tokens are looked up in, at full depth.
+
+    name: first part of its tensors' names, "head" for a tied table; table: its slices, [vocab, hidden];
+    factors: float32 [hidden], multiply each row that is read; None for none.
+    """
+
+    name: str
+    table: Sliced
+    factors: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One RMS norm.
+
+    name: in a graph, such as "layers.0.attn_norm"; source: its name in the checkpoint.
+    """
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer's attention computes between its two linear layers.
+
+    name: in a graph; layer: index of its cache, from 0; rotary: kind of its table of rotations, as
+    ``Checkpoint.rotary`` takes it; window: tokens that a token sees, itself included, None for all;
+    scale: multiplies q . k; head_norms: norms over each head of q and of k before the rotation, None for none.
+    """
+
+    name: str
+    layer: int
+    rotary: str
+    window: int | None
+    scale: float
+    head_norms: tuple[Norm, Norm] | None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an MLP computes between its two linear layers: ``activation(gate) * up``.
+
+    name: in a graph; activation: a value of ``families.ACTIVATIONS``.
+    """
+
+    name: str
+    activation: str
+
+
+class Builder(ABC, Generic[V]):
+    """One engine's way to write each step of the walk.
+
+    Activations are float32 [tokens, width].  A builder may write fewer tokens where only the last are needed.
+    """
+
+    @abstractmethod
+    def embed(self, embedding: Embedding) -> V:
+        """Look up the tokens of the pass.
+
+        Args:
+            embedding: table and factors.
+
+        Returns:
+            The residual stream, [tokens, hidden].
+        """
+
+    @abstractmethod
+    def norm(self, residual: V, branch: V | None, norm: Norm, feeds: RoutedLinear) -> tuple[V, V]:
+        """Add a branch to the residual stream and norm the sum.
+
+        Args:
+            residual: stream, [tokens, hidden].
+            branch: what the last attention or MLP adds to it, [tokens, hidden]; None before the first.
+            norm: which norm.
+            feeds: the linear layer that reads the result.
+
+        Returns:
+            The normed sum and the sum, each [tokens, hidden].
+        """
+
+    @abstractmethod
+    def post_norm(self, branch: V, norm: Norm) -> V:
+        """Norm what attention or MLP puts out, before it is added to the stream.
+
+        Args:
+            branch: output of the block, [tokens, hidden].
+            norm: which norm.
+
+        Returns:
+            The normed branch, [tokens, hidden].
+        """
+
+    @abstractmethod
+    def linear(self, linear: RoutedLinear, x: V, routed_by: V) -> V:
+        """Choose each token's depth and multiply by the slices up to it; then add the bias, if there is one.
+
+        Args:
+            linear: slices, router and bias of the layer, [N, K].
+            x: input, [tokens, K].
+            routed_by: what the router reads, [tokens, K]: the stream behind a norm, or ``x``.
+
+        Returns:
+            The product, [tokens, N].
+        """
+
+    @abstractmethod
+    def attention(self, attention: Attention, qkv: V, feeds: RoutedLinear) -> V:
+        """Rotate q and k, put k and v into the cache, attend.
+
+        Args:
+            attention: what this layer's attention does.
+            qkv: queries, keys and values, [tokens, (heads + 2 * kv_heads) * head_dim].
+            feeds: the linear layer that reads the result.
+
+        Returns:
+            Attended values, [tokens, heads * head_dim].
+        """
+
+    @abstractmethod
+    def gate(self, gate: Gate, stacked: V, feeds: RoutedLinear) -> V:
+        """Multiply the activated gate by the up projection.
+
+        Args:
+            gate: which activation.
+            stacked: gate, then up, [tokens, 2 * ffn].
+            feeds: the linear layer that reads the result.
+
+        Returns:
+            The product, [tokens, ffn].
+        """
+
+    @abstractmethod
+    def final_norm(self, residual: V, branch: V | None, norm: Norm, feeds: RoutedLinear) -> tuple[V, V]:
+        """As ``norm``, before the head.  Only tokens whose logits are wanted need it.
+
+        Args:
+            residual: stream, [tokens, hidden].
+            branch: what the last MLP adds to it, [tokens, hidden].
+            norm: which norm.
+            feeds: the head.
+
+        Returns:
+            The normed sum and the sum.
+        """
+
+    @abstractmethod
+    def head_input(self, turn: HeadInput, x: V) -> V:
+        """Turn the input of a tied head back to the embedding's channels: ``x @ kron.T * gain @ kron``.
+
+        Args:
+            turn: the two factors of ``kron``, and ``gain``.
+            x: result of ``final_norm``, [tokens, hidden].
+
+        Returns:
+            The turned input, [tokens, hidden].
+        """
+
+    @abstractmethod
+    def logits(self, head: RoutedLinear, x: V, routed_by: V) -> V:
+        """Multiply by the head, as ``linear`` does, and make the result an output of the pass.
+
+        Args:
+            head: slices and router of the head, [vocab, hidden].
+            x: input of the head, [tokens, hidden].
+            routed_by: what the router reads: the stream behind the final norm, [tokens, hidden].
+
+        Returns:
+            Logits, [tokens, vocab].
+        """
+
+
+@dataclass(frozen=True)
+class Stream(Generic[V]):
+    """The residual stream behind the last block.
+
+    residual: the stream, [tokens, hidden]; branch: what is still to be added to it, None for nothing.
+    """
+
+    residual: V
+    branch: V | None
+
+
+def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -> Stream[V]:
+    """Call the builder from the tokens up to the last block.
+
+    Args:
+        decoder: shape of the model.
+        calibrated: its slices and routers.
+        builder: what is called.
+
+    Returns:
+        The stream that ``walk_head`` takes.
+    """
+    residual, branch = builder.embed(_embedding(decoder, calibrated)), None
+    for layer in range(decoder.layers):
+        linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
+        for part in ("attn", "mlp"):
+            reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
+            norm = Norm(f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in"))
+            x, residual = builder.norm(residual, branch, norm, reads)
+            stacked = builder.linear(reads, x, residual)
+            if part == "attn":
+                inner = builder.attention(_attention(decoder, layer), stacked, writes)
+            else:
+                inner = builder.gate(Gate(f"layers.{layer}.mlp.gated", decoder.activation), stacked, writes)
+            branch = builder.linear(writes, inner, inner)
+            post_norm = decoder.output_norm(layer, f"{part}_out")
+            if post_norm is not None:
+                branch = builder.post_norm(branch, Norm(f"layers.{layer}.{part}_post_norm", post_norm))
+    return Stream(residual, branch)
+
+
+def walk_head(decoder: Decoder, calibrated: Calibrated, builder: Builder[V], stream: Stream[V]) -> V:
+    """Call the builder from the last block to the logits.
+
+    Args:
+        decoder: shape of the model.
+        calibrated: its slices and routers.
+        builder: what is called.
+        stream: result of ``walk_blocks``.
+
+    Returns:
+        The builder's logits.
+    """
+    head = calibrated.units[decoder.head.name]
+    norm = Norm("final_norm", decoder.final_norm)
+    x, residual = builder.final_norm(stream.residual, stream.branch, norm, head)
+    if calibrated.head_input is not None:
+        x = builder.head_input(calibrated.head_input, x)
+    return builder.logits(head, x, residual)
+
+
+def _embedding(decoder: Decoder, calibrated: Calibrated) -> Embedding:
+    own = calibrated.embedding
+    factors = calibrated.embedding_factors(decoder)
+    if own is None:
+        return Embedding(decoder.head.name, calibrated.units[decoder.head.name].sliced, factors)
+    return Embedding("embedding", own, factors if decoder.embedding_scale != 1 else None)
+
+
+def _attention(decoder: Decoder, layer: int) -> Attention:
+    name = f"layers.{layer}.attention"
+    q, k = (Norm(f"{name}.{part}_norm", decoder.head_norm(layer, part)) for part in "qk")
+    return Attention(
+        name,
+        layer,
+        rotary=decoder.rotary_kind(layer),
+        window=decoder.window(layer),
+        scale=decoder.attention_scale,
+        head_norms=(q, k) if decoder.family.qk_norm else None,
+    )
