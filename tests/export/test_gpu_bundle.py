@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from tiny_models import write_checkpoint
@@ -63,10 +64,8 @@ def on_cpu(bundles: Path) -> Engine:
 
 
 def loaded(bundles: Path, engine: str) -> Engine:
-    try:
-        return Engine.load(bundles / f"llama-{TARGETS[engine]}", context=CONTEXT)
-    except UsageError as error:
-        pytest.skip(str(error))
+    needs.gpu(engine)
+    return Engine.load(bundles / f"llama-{TARGETS[engine]}", context=CONTEXT)
 
 
 @pytest.mark.parametrize("engine", TARGETS)
@@ -121,10 +120,7 @@ def broken(bundles: Path, tmp_path: Path, change: Callable[[Path], object]) -> P
 
 
 def test_a_compile_error_shows_the_drivers_log_and_leaves_the_bundle(bundles: Path, tmp_path: Path) -> None:
-    try:
-        opencl.Device()
-    except UsageError as error:
-        pytest.skip(str(error))
+    needs.gpu("opencl")
     folder = broken(bundles, tmp_path, lambda f: (f / "gpu/argmax.cl").write_text("__kernel void argmax_kernel( {}"))
     before = bundle_manifest.file_entries(folder)
     with pytest.raises(BundleError, match=r"driver of .* does not compile the kernels: .*error") as caught:
@@ -134,10 +130,8 @@ def test_a_compile_error_shows_the_drivers_log_and_leaves_the_bundle(bundles: Pa
 
 
 def test_compiled_binaries_are_kept_for_the_next_start(bundles: Path, binary_cache: Path) -> None:
-    try:
-        device = opencl.Device()
-    except UsageError as error:
-        pytest.skip(str(error))
+    needs.gpu("opencl")
+    device = opencl.Device()
     folder = bundles / "llama-android-adreno"
     plan = gpu_plan.read(folder)
     texts = {name: (folder / "gpu" / kernel.file).read_text() for name, kernel in plan.kernels.items()}

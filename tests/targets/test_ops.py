@@ -10,7 +10,7 @@ import onnx
 import op_cases
 import op_check
 import pytest
-from conftest import Build, runnable
+from op_libraries import Build, runnable
 
 from mbq_export.format.codes import Sliced
 from mbq_export.format.ops import round_activations

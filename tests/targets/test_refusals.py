@@ -10,8 +10,8 @@ import onnx
 import op_cases
 import op_check
 import pytest
-from conftest import Build, runnable
 from onnx import TensorProto
+from op_libraries import Build, runnable
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec

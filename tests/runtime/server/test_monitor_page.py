@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from io import BytesIO
 
+import needs
 import pytest
 from PIL import Image
 from playwright import sync_api as playwright
@@ -15,7 +15,6 @@ from mbq_runtime import Engine
 from mbq_runtime.control.events import Event
 from mbq_runtime.sensing.readings import Readings
 
-CHROMIUM = shutil.which("chromium")
 OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -23,14 +22,12 @@ OPTIONS = [
 PHONE, DESK = (390, 844), (1280, 800)
 REGIONS = ("#model", "#link", "#why", "#bits", "#speed", "#temperature", "#power", "#events")
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
     with (
         playwright.sync_playwright() as driver,
-        driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS) as found,
+        driver.chromium.launch(executable_path=needs.program("chromium"), args=OPTIONS) as found,
     ):
         yield found
 
