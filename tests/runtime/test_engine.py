@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.engine import Prompt
-from mbq_runtime.engine.score import mean_nll
+from mbq_runtime.engine.score import SCORING_LOGITS_BYTES, mean_nll, scoring_chunk
 from mbq_runtime.engine.threads import cores
 
 
@@ -512,3 +513,31 @@ def test_context_may_be_made_smaller(bundle: Path) -> None:
     for bad in (1, CONTEXT + 1):
         with pytest.raises(UsageError, match=f"context {bad}: .* takes 2 to {CONTEXT} tokens"):
             Engine.load(bundle, context=bad)
+
+
+@pytest.mark.parametrize(("vocab", "chunk"), [(49152, 128), (151936, 32), (32000, 256), (264, 512), (10**7, 16)])
+def test_scoring_bounds_the_logits_of_a_pass(vocab: int, chunk: int) -> None:
+    assert scoring_chunk(vocab, 512) == chunk
+    assert chunk == 16 or 4 * vocab * chunk <= SCORING_LOGITS_BYTES
+    assert scoring_chunk(vocab, 8) == 8
+
+
+def test_only_scoring_runs_in_the_smaller_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbq_runtime.engine import genai
+
+    sizes: list[int] = []
+    append = genai._Run.append
+
+    def counted(run: genai._Run, tokens: NDArray[np.int32]) -> None:
+        sizes.append(len(tokens))
+        append(run, tokens)
+
+    monkeypatch.setattr(genai._Run, "append", counted)
+    before = engine.score(ids("A" * 16), 4.0)
+    monkeypatch.setattr(engine, "_scoring_chunk", 4)
+    after = engine.score(ids("A" * 16), 4.0)
+    assert sizes == [8, 8, 4, 4, 4, 4]
+    assert after.nll == pytest.approx(before.nll, rel=1e-5)
+    sizes.clear()
+    engine.generate(ids("A" * 16), max_tokens=1).text()
+    assert sizes == [8, 8]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mbq_runtime.bundle.genai_config import PREFILL_LOGITS_BYTES, genai_config, prefill_chunk
+from mbq_runtime.bundle.genai_config import PROMPT_CHUNK, genai_config
 from mbq_runtime.errors import ModelError
 
 
@@ -48,10 +48,9 @@ def test_unknown_families_run_under_the_generic_name() -> None:
     assert config(family="falcon9")["model"]["type"] == "decoder"
 
 
-@pytest.mark.parametrize(("vocab", "chunk"), [(49152, 128), (151936, 32), (32000, 256), (264, 512), (10**7, 16)])
-def test_prompt_chunks_bound_the_logits(vocab: int, chunk: int) -> None:
-    assert prefill_chunk(vocab) == chunk
-    assert chunk == 16 or 4 * vocab * chunk <= PREFILL_LOGITS_BYTES
+@pytest.mark.parametrize("vocab", [264, 49152, 151936, 262144])
+def test_prompt_chunks_do_not_depend_on_the_vocabulary(vocab: int) -> None:
+    assert config(vocab_size=vocab)["search"]["chunk_size"] == PROMPT_CHUNK == 128
 
 
 def test_cache_is_shared_in_place() -> None:

@@ -1,4 +1,4 @@
-"""The engine's own description of a bundle's model: the contents of ``genai_config.json``."""
+"""The contents of ``genai_config.json``, by which onnxruntime-genai runs a bundle's model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from typing import Any
 from ..errors import ModelError
 from .manifest import OPS_LIBRARY
 
-PREFILL_LOGITS_BYTES = 32 << 20
-"""Bound on the logits of one prompt chunk: the graph returns them for every token it is given."""
+PROMPT_CHUNK = 128
+"""Prompt tokens of one pass.
 
-_MIN_CHUNK, _MAX_CHUNK = 16, 512
+Other threads, Ctrl-C and a new budget take effect between two passes.  The attention scores of a pass grow with it.
+Longer passes were measured to gain little: see docs/log.md."""
 
 # Families the engine knows by name; any other decoder runs under its generic name.
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def prefill_chunk(vocab_size: int) -> int:
-    """Prompt tokens per pass: the largest power of two whose float32 logits stay in the bound."""
-    tokens = PREFILL_LOGITS_BYTES // (4 * vocab_size)
-    return max(_MIN_CHUNK, min(_MAX_CHUNK, 1 << max(tokens, 1).bit_length() - 1))
 
 
 def genai_config(
@@ -38,12 +33,26 @@ def genai_config(
     pad_token_id: int | None = None,
     native: bool,
 ) -> dict[str, Any]:
-    """What onnxruntime-genai needs to know of a decoder with this project's inputs and outputs.
+    """What onnxruntime-genai must know of a decoder with this project's inputs and outputs.
 
-    eos_token_ids: every id that ends a reply, each below vocab_size (ModelError otherwise);
-    pad_token_id: defaults to the first of them; native: whether the bundle carries its ops library,
-    named relative to the bundle so that the folder can be moved.  ``avg_bits`` and
-    ``avg_bits_used`` need no entry: they are set and read by name.
+    ``avg_bits`` and ``avg_bits_used`` have no entry: the engine sets and reads them by name.
+
+    Args:
+        family: ``model_type`` of the checkpoint.
+        vocab_size: token ids the model knows.
+        context_length: tokens of prompt and reply together.
+        layers: decoder blocks.
+        hidden_size: width of the residual stream.
+        heads: query heads of a block.
+        kv_heads: key and value heads of a block.
+        head_dim: width of a head.
+        eos_token_ids: ids that end a reply; at least one, each below ``vocab_size``.
+        bos_token_id: id that opens a text, if the model has one.
+        pad_token_id: None for the first of ``eos_token_ids``.
+        native: the bundle has an ops library.  Its path is relative to the bundle, so that the folder can be moved.
+
+    Raises:
+        ModelError: ``eos_token_ids`` is empty or has an id outside the vocabulary.
     """
     eos = list(eos_token_ids)
     if not eos or not all(0 <= token < vocab_size for token in eos):
@@ -89,6 +98,6 @@ def genai_config(
             "max_length": context_length,
             "num_beams": 1,
             "past_present_share_buffer": True,
-            "chunk_size": prefill_chunk(vocab_size),
+            "chunk_size": PROMPT_CHUNK,
         },
     }

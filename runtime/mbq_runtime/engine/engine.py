@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -21,8 +22,10 @@ from . import backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
 from .imports import engine_errors
 from .load import open_bundle
-from .score import mean_nll
+from .score import mean_nll, scoring_chunk
 from .threads import cores
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or a conversation: [{"role": "user", "content": "..."}, ...]."""
@@ -69,6 +72,7 @@ class Engine:
             self._context = context
         self._eos = frozenset(_ids(config["model"]["eos_token_id"]))
         self._chunk = int(config["search"]["chunk_size"])
+        self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
         # Read by the native side in every pass: a new budget is one float written, and nothing else.
         self._budget = np.array([manifest.budget.default_bits], np.float32)
         self._busy = threading.Lock()
@@ -96,7 +100,12 @@ class Engine:
         folder, manifest = open_bundle(path, threads)
         if avg_bits is not None:
             manifest.budget.check(avg_bits, str(path))
+        start_s = time.perf_counter()
         loaded = cls(folder, manifest, backend.choose(manifest, folder, engine), threads, context)
+        log.info(
+            "%s: loaded in %.2f s by engine %s with %d threads, context %d, chunks of %d tokens",
+            folder, time.perf_counter() - start_s, loaded.name, loaded.threads, loaded.context_length, loaded._chunk,
+        )  # fmt: skip
         if avg_bits is not None:
             loaded.avg_bits = avg_bits
         return loaded
@@ -225,7 +234,7 @@ class Engine:
     def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
         """How well the model predicts ``tokens`` at a budget; the engine's own budget is left alone.
 
-        tokens: 2 to ``context_length`` ids.  Memory is that of one prompt chunk.
+        tokens: 2 to ``context_length`` ids.  Memory: the logits of one pass, see ``scoring_chunk``.
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
@@ -244,8 +253,8 @@ class Engine:
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
             run = self._backend.start(len(ids), budget, None, every=True)
-            for start in range(0, len(ids), self._chunk):
-                run.append(ids[start : start + self._chunk])
+            for start in range(0, len(ids), self._scoring_chunk):
+                run.append(ids[start : start + self._scoring_chunk])
                 yield start, run.logits(), run.bits_used()
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
@@ -306,7 +315,7 @@ class Engine:
         length = min(self._context, len(prompt) + sampling.max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
             run = self._backend.start(length, self._budget, sampling)
-            # Native calls hold Python's lock: chunks let other threads and Ctrl-C in, and bound the logits.
+            # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
             for start in range(0, len(prompt), self._chunk):
                 if record.stopping:
                     return
