@@ -1,4 +1,4 @@
-"""Where what is compiled is kept between runs."""
+"""The folder that keeps compiled code between runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CACHE_VARIABLE = "MBQ_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """$MBQ_CACHE_DIR, or mbq-export in the user's cache folder."""
+    """The folder named by MBQ_CACHE_DIR, or else ``mbq-export`` in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named)

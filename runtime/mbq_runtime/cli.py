@@ -1,7 +1,8 @@
-"""``mbq``: one line per command; a command's module is imported when it is called, not before."""
+"""The command ``mbq``.  The module of a subcommand is imported only when it is called."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,11 +12,15 @@ import click
 
 from .errors import MbqError
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 
 class Entry(NamedTuple):
-    """module: below mbq_runtime.commands, holding ``command``; help: the line in ``mbq --help``."""
+    """A subcommand.
+
+    module: its name in mbq_runtime.commands; the module holds ``command``.
+    help: its line in ``mbq --help``.
+    """
 
     module: str
     help: str
@@ -23,15 +28,15 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "run": Entry("run", "Answer a prompt."),
-    "chat": Entry("chat", "Talk with a bundle in the terminal."),
-    "serve": Entry("serve", "Offer a bundle over HTTP, as OpenAI's API does."),
+    "chat": Entry("chat", "Chat with a bundle in the terminal."),
+    "serve": Entry("serve", "Serve a bundle over HTTP, with the API of OpenAI."),
     "monitor": Entry("monitor", "Watch a running mbq serve."),
     "bench": Entry("bench", "Measure speed, heat and energy at several budgets."),
     "perplexity": Entry("perplexity", "Measure how well a bundle predicts a text, at several budgets."),
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),
     "simulate": Entry("simulate", "Compare policies on a modelled board or on recorded readings."),
-    "sense": Entry("sense", "Show what this machine tells of its heat, power and load."),
+    "sense": Entry("sense", "Show this machine's heat, power and load."),
 }
 
 
@@ -54,28 +59,44 @@ class _LazyGroup(click.Group):
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from .version import installed_version
 
-    try:
-        click.echo(f"mbq {version('mbq-export')}")
-    except PackageNotFoundError:  # run from a source tree
-        click.echo("mbq, not installed")
+    click.echo(f"mbq {installed_version()}")
     ctx.exit()
+
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def _log_to_stderr(verbosity: int) -> None:
+    """Show the log of this project.  Other packages keep their own levels."""
+    logging.basicConfig(format=_LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("mbq_runtime").setLevel(logging.INFO if verbosity == 1 else logging.DEBUG)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version."
 )
-def cli() -> None:
+@click.option("-v", "--verbose", count=True, help="Show the log on stderr; -vv shows more.")
+def cli(verbose: int) -> None:
     """Run and measure language-model bundles on this machine.
 
     A bundle is the folder that mbq-export writes.
     """
+    if verbose:
+        _log_to_stderr(verbose)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run ``mbq`` and return its exit code: 0, or that of the error, which is printed on one line."""
+    """Run ``mbq``.  An error is printed on one line.
+
+    Args:
+        args: arguments of the command; None for those of this process.
+
+    Returns:
+        The exit code: 0, or that of the error.
+    """
     try:
         result = cli.main(args=args, prog_name="mbq", standalone_mode=False)
     except MbqError as error:

@@ -1,32 +1,32 @@
-"""The exceptions this project raises for a person to read, one line each.
+"""The errors of this project, written for a person to read.
 
-Every message says what failed, which file or layer, the value seen, the value needed and
-what to do next.  Command lines print the message alone and exit with ``exit_code``.
+A message is one line: what failed, the file or layer, the value seen, the value needed, and what to do next.  A command
+prints the message alone and exits with ``exit_code``.
 """
 
 from __future__ import annotations
 
 
 class MbqError(Exception):
-    """Base of every error a user can cause or mend."""
+    """Base of every error that a user can cause or mend."""
 
     exit_code = 1
 
 
 class UsageError(MbqError):
-    """An argument is outside what the command, model or bundle accepts."""
+    """The command, model or bundle does not accept an argument."""
 
     exit_code = 2
 
 
 class ModelError(MbqError):
-    """A checkpoint is missing, broken or of a kind that cannot be lowered."""
+    """A checkpoint is missing or broken, or the exporter does not support it."""
 
     exit_code = 3
 
 
 class BundleError(MbqError):
-    """A bundle is incomplete, altered, too new, or not meant for this machine."""
+    """A bundle is incomplete, altered, too new, or not for this machine."""
 
     exit_code = 4
 

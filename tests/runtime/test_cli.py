@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
+import mbq_runtime
 from mbq_runtime import Engine, cli, perplexity
 from mbq_runtime.bundle import manifest
 from mbq_runtime.sensing.readings import Readings
@@ -225,3 +227,24 @@ def test_interrupt_exits_130_without_a_traceback(
     monkeypatch.setattr(Engine, "load", interrupted)
     code, out, err = run(capsys, "run", bundle, "hello")
     assert (code, out, err.strip()) == (130, "", "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mbq {mbq_runtime.__version__}\n"
+    monkeypatch.setattr("mbq_runtime.version.version", lambda name: "1.2.3")
+    assert mbq_runtime.__version__ == "1.2.3"
+    monkeypatch.setattr("mbq_runtime.version.version", missing)
+    assert mbq_runtime.__version__ == "0+unknown"
+
+
+@pytest.mark.parametrize("verbose", [[], ["-v"], ["-vv"]])
+def test_the_log_goes_to_stderr_when_asked_for(bundle: Path, verbose: list[str]) -> None:
+    command = [sys.executable, "-m", "mbq_runtime.cli", *verbose, "run", str(bundle), "hello", "--bits", "8"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout == REPLY + "\n"
+    assert ("INFO mbq_runtime.engine.engine" in done.stderr) is bool(verbose)
+    assert (f"{bundle}: loaded in" in done.stderr) is bool(verbose)
