@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mbq_runtime import plotting
+from mbq_runtime import plotting, tables
 from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
+from .export import export
 from .methods import AUTO_SLICES, METHODS
+from .options import ENGINE_CHOICES, GROUP_SIZE_CHOICES, ROUTER_CHOICES, Options
 from .progress import Progress
 
 if TYPE_CHECKING:
     from mbq_runtime.bundle.manifest import Manifest
-    from mbq_targets.machines import Target
 
-    from .export import Prepared
+    from .prepare import Prepared
 
 SHOWN_BITS = ("2", "3", "4", "6", "8")
+"""Average bits that the closing table states bytes per token for."""
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
+"""The command has the defaults of the Python API."""
+
+_LOG_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+_LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -30,20 +41,25 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
         return
     from mbq_targets.machines import TARGETS
 
-    for target in TARGETS.values():
-        needs = " ".join(target.features) or (target.gpu.engine if target.gpu else "-")
-        click.echo(f"{target.name:15} {target.arch:8} {needs:34} {target.description}")
+    headings = ("name", "arch", "machine", "needs")
+    rows = [
+        (t.name, t.arch, t.description, " ".join(t.features) or (t.gpu.engine if t.gpu else "nothing"))
+        for t in TARGETS.values()
+    ]
+    click.echo(tables.aligned(headings, rows, words=headings))
     context.exit()
 
 
 @click.group(
     invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
-@click.option("--target", "targets", multiple=True, default=["arm64"], help="Machine to export for; may be repeated.")
+@click.option(
+    "--target", "targets", multiple=True, default=DEFAULTS["targets"], help="Machine to export for; may be repeated."
+)
 @click.option(
     "--model",
     "-m",
-    default="smollm2-135m",
+    default=DEFAULTS["model"],
     help="Hugging Face folder or id, a GGUF file, or the packaged smollm2-135m.",
 )
 @click.option(
@@ -52,19 +68,25 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     type=click.Path(path_type=Path),
     help="Folder to write; with several targets, one in it for each.  [default: bundles/MODEL-TARGET]",
 )
-@click.option("--engine", default="onnx", help="What a processor's bundle runs on: onnx, tvm or both.")
+@click.option(
+    "--engine",
+    default=DEFAULTS["engine"],
+    help=f"What a processor's bundle runs on: {', '.join(ENGINE_CHOICES)}.",
+)
 @click.option(
     "--slices",
-    default="3,1,2,2",
-    help="Slice widths in bits, most significant first; they add up to 8.  auto calibrates with "
+    default=DEFAULTS["slices"],
+    help="Slice widths in bits, most significant first; their sum is 8.  auto calibrates with "
     + " and with ".join(AUTO_SLICES)
     + ", and writes what measures better.",
 )
-@click.option("--group-size", default="auto", type=click.Choice(["auto", "32", "64", "128"]), help="Weights per scale.")
+@click.option(
+    "--group-size", default=DEFAULTS["group_size"], type=click.Choice(GROUP_SIZE_CHOICES), help="Weights per scale."
+)
 @click.option(
     "--activations",
     "activation_bits",
-    default="16",
+    default=str(DEFAULTS["activation_bits"]),
     type=click.Choice(["8", "16"]),
     callback=lambda context, parameter, value: int(value),
     help="Bits of the integers that processors round activations to: 8 reads prompts faster, "
@@ -72,7 +94,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option(
     "--method",
-    default="nested",
+    default=DEFAULTS["method"],
     type=click.Choice(list(METHODS)),
     help="How to slice; " + "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
 )
@@ -83,11 +105,15 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option(
     "--router",
-    default="auto",
-    type=click.Choice(["auto", "static", "norm", "mlp"]),
+    default=DEFAULTS["router"],
+    type=click.Choice(ROUTER_CHOICES),
     help="Rule that picks each token's depth; auto takes what measures best.",
 )
-@click.option("--floor-ratio", default=1.25, help="Perplexity over the original's that is acceptable at the floor.")
+@click.option(
+    "--floor-ratio",
+    default=DEFAULTS["floor_ratio"],
+    help="Highest acceptable perplexity at the quality floor, over the original's.",
+)
 @click.option(
     "--calib-data",
     metavar="DATA",
@@ -102,11 +128,13 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option(
     "--device",
-    default="auto",
+    default=DEFAULTS["device"],
     help="Where to calibrate, as torch names it: cpu, cuda, cuda:1.  auto is a GPU with enough free memory, else the "
     "processor.",
 )
-@click.option("--seed", default=0, help="Seed of everything random; the same seed gives the same bundle.")
+@click.option(
+    "--seed", default=DEFAULTS["seed"], help="Seed of all random numbers; the same seed gives the same bundle."
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
@@ -114,37 +142,37 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option(
     "--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets, help="List targets."
 )
+@click.option("-v", "--verbose", count=True, help="Show the log on stderr; twice: with details.")
 @click.version_option(package_name="mbq-export")
 @click.pass_context
-def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run: bool, **options: Any) -> None:
+def command(
+    context: click.Context,
+    /,
+    plot: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    verbose: int,
+    targets: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Turn a decoder LLM into a bundle whose precision can follow the device.
 
     Without options: SmolLM2-135M for a 64-bit ARM board with dot-product instructions.
     """
+    _show_log(verbose)
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    from mbq_runtime.bundle.slice_profile import SliceProfile
-    from mbq_targets.machines import resolve
-
-    from .write.plot import quality_curve
-
     if plot is not None:
         plotting.check(plot)
-    # One line per rejected option, before torch is imported.
-    targets = {name: resolve(name) for name in options.pop("targets")}
-    slices = options.pop("slices")
-    options["profiles"] = tuple(SliceProfile.parse(text) for text in (AUTO_SLICES if slices == "auto" else [slices]))
-    options["outputs"] = _output_folders(options.pop("output"), options["model"], targets)
+    # Unknown options are refused before torch is imported.
+    asked = Options.of(options.pop("model"), targets, **options)
     from . import processes
-    from .export import ENGINE_CHOICES, Options, prepare, run
+    from .export import run
+    from .prepare import prepare
 
-    engine = options.pop("engine")
-    if engine not in ENGINE_CHOICES:
-        raise UsageError(f"--engine {engine!r} is not known; choose one of: {', '.join(ENGINE_CHOICES)}")
-    options["engines"] = ENGINE_CHOICES[engine]
     with processes.connected():
-        prepared = prepare(Options(**options))
+        prepared = prepare(asked)
         first = processes.index() == 0
         if first and not as_json:
             _show_plan(prepared)
@@ -154,35 +182,27 @@ def command(context: click.Context, /, plot: Path | None, as_json: bool, dry_run
             return
         with Progress(quiet=as_json or not first) as progress:
             manifests = run(prepared, progress)
-    if not first:
-        return
-    if plot is not None:
-        # One calibration, one curve, however many targets.
-        quality_curve(plot, prepared.source.name, next(iter(manifests.values())).quality)
-    if as_json:
-        results = [_result_document(prepared, output, manifest) for output, manifest in manifests.items()]
-        click.echo(json.dumps(results[0] if len(results) == 1 else results))
-        return
-    for output, manifest in manifests.items():
-        _show_result(output, manifest)
+    if first:
+        _show_results(prepared, manifests, plot, as_json)
 
 
 command.add_command(compare)
 
 
+def _show_log(verbose: int) -> None:
+    if verbose:
+        logging.basicConfig(format=_LOG_FORMAT)
+        for package in ("mbq_export", "mbq_targets", "mbq_runtime"):
+            logging.getLogger(package).setLevel(_LOG_LEVELS[min(verbose, len(_LOG_LEVELS) - 1)])
+
+
 def _refuse_options(context: click.Context) -> None:
-    """Options of an export before a subcommand would be dropped without a word."""
+    """Refuse options of an export before a subcommand, which click would ignore."""
     for parameter in context.command.params:
-        if parameter.name and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE:
+        if parameter.name in (None, "verbose"):
+            continue
+        if context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(f"{parameter.opts[0]}: options of {context.invoked_subcommand} come after its name")
-
-
-def _output_folders(output: Path | None, model: str, targets: dict[str, Target]) -> dict[Path, Target]:
-    stem = model.rstrip("/").split("/")[-1].removesuffix(".gguf")
-    if output is not None and len(targets) == 1:
-        return dict(zip([output], targets.values(), strict=True))
-    folder = output or Path("bundles")
-    return {folder / f"{stem}-{name}": target for name, target in targets.items()}
 
 
 def _plan_document(prepared: Prepared) -> dict[str, Any]:
@@ -210,25 +230,48 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
 
 
 def _show_plan(prepared: Prepared) -> None:
+    click.echo(tables.pairs(_plan_lines(prepared)))
+
+
+def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     from . import processes
 
-    plan = prepared.plan
+    plan, outputs = prepared.plan, prepared.options.outputs
     d = plan.decoder
     shape = f"{d.layers} layers, {d.context_length} tokens of context"
-    click.echo(f"Model    {prepared.source.name}: {d.family.architecture}, {shape}")
+    yield "Model", f"{prepared.source.name}: {d.family.architecture}, {shape}"
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
-        click.echo(f"           {role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}")
+        yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}"
     profiles = " or ".join(map(str, prepared.options.profiles))
-    click.echo(f"Slices   {profiles} in groups of {plan.group_size}, router {prepared.options.router}")
-    work = f"{plan.work_bytes >> 20} MB of disk while it calibrates"
+    yield "Slices", f"{profiles} in groups of {plan.group_size}, router {prepared.options.router}"
     where = "" if prepared.device == "cpu" else f" of {prepared.device}"
     each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
-    click.echo(f"Needs    about {plan.peak_memory_bytes >> 20} MB of memory{where}{each}, and {work}")
-    for output, target in prepared.options.outputs.items():
+    yield (
+        "Needs",
+        (
+            f"about {plan.peak_memory_bytes >> 20} MB of memory{where}{each}, "
+            f"and {plan.work_bytes >> 20} MB of disk during calibration"
+        ),
+    )
+    for output, target in outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
-        click.echo(f"Output   {output}, about {size_mb} MB, for {target.name}: {target.description}")
-    engines = (e for target in prepared.options.outputs.values() for e in target.engines(prepared.options.engines))
-    click.echo(f"Engines  {', '.join(dict.fromkeys(engines))}")
+        yield "Output", f"{output}, about {size_mb} MB, for {target.name}: {target.description}"
+    engines = (engine for target in outputs.values() for engine in target.engines(prepared.options.engines))
+    yield "Engines", ", ".join(dict.fromkeys(engines))
+
+
+def _show_results(prepared: Prepared, manifests: dict[Path, Manifest], plot: Path | None, as_json: bool) -> None:
+    if plot is not None:
+        from .write.plot import quality_curve
+
+        # All targets share one calibration, and so one curve.
+        quality_curve(plot, prepared.source.name, next(iter(manifests.values())).quality)
+    if as_json:
+        results = [_result_document(prepared, output, manifest) for output, manifest in manifests.items()]
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    for output, manifest in manifests.items():
+        _show_result(output, manifest)
 
 
 def _result_document(prepared: Prepared, output: Path, manifest: Manifest) -> dict[str, Any]:
@@ -252,28 +295,34 @@ def _next_command(output: Path) -> str:
 
 
 def _show_result(output: Path, manifest: Manifest) -> None:
+    sizes = [(entry.name, _megabytes(entry.size)) for entry in manifest.files]
     click.echo(f"\nWrote {output}")
-    for entry in manifest.files:
-        click.echo(f"  {entry.name:24} {entry.size / 1e6:9.2f} MB")
-    click.echo(f"  {'in all':24} {manifest.total_bytes / 1e6:9.2f} MB\nWeights read per token")
-    for bits in SHOWN_BITS:
-        if bits in manifest.weights.bytes_per_token:
-            click.echo(f"  {bits} bits on average        {manifest.weights.bytes_per_token[bits] / 1e6:9.2f} MB")
+    click.echo(tables.aligned(("file", "size"), [*sizes, ("all", _megabytes(manifest.total_bytes))], words=("file",)))
+    per_token = manifest.weights.bytes_per_token
+    read = [(bits, _megabytes(per_token[bits])) for bits in SHOWN_BITS if bits in per_token]
+    click.echo("\n" + tables.aligned(("average bits", "weights read per token"), read) + "\n")
     for slices, figures in manifest.calibration.get("slices", {}).items():
         floor, perplexity = figures["floor_bits"], figures["perplexity"]
-        click.echo(f"Slices {slices}: floor {floor:g} bits, perplexity {perplexity:.2f} on average over 4 to 8 bits")
-    click.echo(f"Slices {','.join(map(str, manifest.slices))} are written")
+        click.echo(f"Slices {slices}: floor {floor:g} bits, mean perplexity {perplexity:.2f} at 4 to 8 bits")
+    click.echo(f"Slices {','.join(map(str, manifest.slices))} are written\n")
     quality = manifest.quality
-    click.echo(f"Perplexity on held-back text (the original model: {quality.reference_perplexity:.2f})")
-    for point in quality.curve:
-        ratio = point.perplexity / quality.reference_perplexity
-        click.echo(f"  {point.avg_bits_used:4.2f} bits on average     {point.perplexity:9.2f}  x {ratio:.3f}")
-    click.echo(f"  The quality floor is {quality.floor_bits:g} bits; router {manifest.router.kind}")
-    click.echo(f"Copy the folder to the device and run there:\n  {_next_command(output)}")
+    reference = quality.reference_perplexity
+    curve = [
+        (f"{point.avg_bits_used:.2f}", f"{point.perplexity:.2f}", f"x {point.perplexity / reference:.3f}")
+        for point in quality.curve
+    ]
+    headings = ("average bits", "perplexity on held-back text", "over the original's")
+    click.echo(tables.aligned(headings, [*curve, ("original", f"{reference:.2f}", "x 1.000")]))
+    click.echo(f"The quality floor is {quality.floor_bits:g} bits; router {manifest.router.kind}")
+    click.echo(f"\nCopy the folder to the device and run there:\n  {_next_command(output)}")
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB"
 
 
 def main() -> None:
-    """Entry point: prints an error as one line and exits with its code; 130 when interrupted."""
+    """Run the command.  An error is printed as one line and its exit code is returned; 130 when interrupted."""
     try:
         command(standalone_mode=False)
     except MbqError as error:
@@ -283,7 +332,7 @@ def main() -> None:
         click.echo(f"mbq-export: error: {error.format_message()}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("mbq-export: interrupted; the same command goes on from here", err=True)
+        click.echo("mbq-export: interrupted; run the same command again to go on from here", err=True)
         sys.exit(130)
 
 

@@ -1,51 +1,34 @@
-"""What an export will do, need and write, worked out from the config alone, before any long work."""
+"""How large an export is, worked out from the model's config alone."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mbq_runtime.bundle.manifest import ENGINE_FILES
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
-from mbq_runtime.errors import UsageError
 
-from . import devices, memory
+from . import memory
 from .format.nbits import packed_bits
-from .methods import MLP_HIDDEN, ONLY, Phase
+from .methods import CONTEXT_TOKENS, MLP_HIDDEN, ONLY, PROVISIONAL_WINDOWS, SECOND, Phase, held_back_windows
 from .model.families import Decoder
 
-if TYPE_CHECKING:
-    from .export import Options
-
 SCALE_BYTES = 4
-"""Per group: a float16 scale and a float16 offset."""
+"""Bytes per group: a float16 scale and a float16 offset."""
 
-AUTO_GROUP_SIZES = (64, 32)
-"""What ``--group-size auto`` tries: the largest that keeps quality, then what divides more widths."""
+_ROUTER_CASES = 14
+"""Most ways to route a model that are compared side by side: four kinds at three budgets, and both ends."""
 
-
-def choose_group_size(decoder: Decoder, wanted: str) -> int:
-    """The group size for ``--group-size``.  Raises UsageError naming the layers whose K it does not divide."""
-    widths = {name: k for name, (_, k) in decoder.unit_shapes().items()}
-    sizes = AUTO_GROUP_SIZES if wanted == "auto" else (int(wanted),)
-    for size in sizes:
-        bad = {name: k for name, k in widths.items() if k % size}
-        if not bad:
-            return size
-    fits = [size for size in (128, 64, 32) if not any(k % size for k in widths.values())]
-    name, k = next(iter(bad.items()))
-    remedy = f"use --group-size {fits[0]}" if fits else "no group size of 32, 64 or 128 fits this model"
-    raise UsageError(f"group size {size} does not divide K = {k} of {name} (and {len(bad) - 1} more layers); {remedy}")
+_LIBRARIES_BYTES = 1 << 29
+"""Memory of torch, transformers and TVM, and of their allocators.  Their mapped files do not count."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one export.  ``layout`` is how the target stores planes."""
+    """Sizes of one export.
+
+    decoder: the model; profile: slice widths; group_size: weights per scale; layout: how the target stores planes;
+    router_kind: a kind of router, or "auto" while it is to be chosen; calib_tokens: tokens of text.
+    """
 
     decoder: Decoder
     profile: SliceProfile
@@ -54,14 +37,14 @@ class Plan:
     router_kind: str
     calib_tokens: int
     tunings: Collection[Phase] = (ONLY,)
-    """All that slices may go through."""
+    """Every phase of tuning that slices may go through."""
     in_memory: bool = False
-    """Whether the weights stay in memory however large they are: those on a GPU do, and those of a GGUF file, which are
-    decoded into it."""
+    """Whether the weights stay in memory however large they are.  Those on a GPU do, and those of a GGUF file, which
+    are decoded into memory."""
 
     @property
     def router_bytes(self) -> int:
-        """Size of the routers' parameters; of the largest kind while it is still to be chosen."""
+        """Size of the routers' parameters; of the largest kind while it is to be chosen."""
         steps = self.profile.depths - 1
         widths = [k for _, k in self.decoder.unit_shapes().values()]
         rules = len(widths) * 8 * steps
@@ -71,21 +54,30 @@ class Plan:
 
     @property
     def routed_parameters(self) -> int:
+        """Number of weights that are sliced and routed."""
         return sum(n * k for n, k in self.decoder.unit_shapes().values())
 
     @property
     def parameters(self) -> int:
-        """All weights: routed, embedding when it is not the head, and norms left out."""
+        """Number of weights: the routed ones, and the embedding where it is not the head.  Norms do not count."""
         d = self.decoder
         return self.routed_parameters + (0 if d.tied else d.vocab_size * d.hidden_size)
 
     def bytes_per_token(self, avg_bits: float) -> int:
-        """Bytes of weights read for one decoded token at an average of ``avg_bits``."""
+        """Bytes of weights that one decoded token reads.
+
+        Args:
+            avg_bits: average bits per weight.
+        """
         scales = self.routed_parameters * SCALE_BYTES // self.group_size
         return round(self.routed_parameters * self.stored_bits(avg_bits) / 8) + scales + self.router_bytes
 
     def stored_bits(self, avg_bits: float) -> float:
-        """Bits read per weight at an average of ``avg_bits``: more than that where fields are padded."""
+        """Bits read per weight: more than ``avg_bits`` where the layout pads its fields.
+
+        Args:
+            avg_bits: average bits per weight.
+        """
         if self.layout == "mbq16":
             return avg_bits
         stored, at = 0.0, 0
@@ -104,67 +96,84 @@ class Plan:
 
     @property
     def weights_file_bytes(self) -> int:
-        """Size of the file that holds the float32 weights while calibration lasts; 0 when memory does."""
+        """Size of the file that holds the float32 weights during calibration; 0 where memory holds them."""
         return 0 if self.in_memory or 4 * self.parameters <= memory.KEPT_WEIGHT_BYTES else 4 * self.parameters
 
     @property
     def work_bytes(self) -> int:
-        """What calibration keeps beside the first output until it is done: weights as they were, and as they become."""
+        """Size of the files that calibration keeps beside the first output: float32 weights, and finished slices."""
         return self.weights_file_bytes + round(self.routed_parameters * (1 + SCALE_BYTES / self.group_size))
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Most memory the export holds at once, to about a fifth."""
-        return max(memory.by_stage(self).values())
+        """Most memory that the export holds at once, to about a fifth."""
+        return max(memory_by_stage(self).values())
+
+
+def memory_by_stage(plan: Plan) -> dict[str, int]:
+    """Bytes that each large stage holds, the libraries included.
+
+    Mapped files do not count, because the system takes them out of memory when it needs to.  Finished slices are
+    in such a file, and so are the weights of a large model.
+
+    Args:
+        plan: the sizes of the export.
+    """
+    d, tokens, fast = plan.decoder, CONTEXT_TOKENS, memory.fast_bytes()
+    shapes, depths = list(d.role_shapes.values()), plan.profile.depths
+    block, head = sum(n * k for n, k in shapes), d.vocab_size * d.hidden_size
+    largest, widest = max(n * k for n, k in shapes), max(k for _, k in shapes)
+    weight_bytes = 0 if plan.weights_file_bytes else 4
+    before = _LIBRARIES_BYTES + weight_bytes * plan.parameters + (4 * head if d.tied else 0)
+    # A GPU has no mapped files: codes are in its memory.
+    after = _LIBRARIES_BYTES + weight_bytes * head + (plan.routed_parameters if plan.in_memory else 0)
+    # Slicing holds each weight once for each depth, and once as it was.
+    streams = 4 * (depths + 1)
+
+    # A backward pass keeps activations, fast copies of weights, and logits with their gradients.
+    kept, in_use, logits = memory.activation_bytes(d), plan.routed_parameters, tokens * d.vocab_size
+    # Inputs of every layer and their gradients.  Where all activations are kept, they are among these.
+    seen = 0
+    if kept > memory.KEPT_ACTIVATION_BYTES:
+        kept, in_use = kept // d.layers + 4 * tokens * d.layers * d.hidden_size, block + head
+        seen = 4 * tokens * sum(n + k for n, k in d.unit_shapes().values())
+
+    # Scales and offsets before and after tuning, their gradients, and Adam's two moments.
+    tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
+    if SECOND in plan.tunings:
+        # Residuals are chosen from the weights, and routers read the inputs of norms.
+        tuned += weight_bytes * plan.routed_parameters + 2 * 4 * tokens * d.layers * d.hidden_size
+    windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
+    teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
+    measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
+    inputs, provisional = (
+        min(memory.router_input_bytes(d, of), memory.ROUTER_INPUT_BYTES)
+        for of in (measured, PROVISIONAL_WINDOWS * tokens)
+    )
+    measuring = after + kept + seen + 4 * head + 4 * (depths + 4) * logits
+    return {
+        # Rotations are computed in float64.
+        "rotating": before + 4 * 8 * min(max(largest, head), memory.WEIGHTS_AT_ONCE),
+        "computing token weights": before + kept * fast // 4 + fast * in_use + 20 * logits,
+        # Second moments of the inputs, and of one layer three copies to invert them, and then their factor.
+        "slicing": before + 8 * sum(k * k for _, k in shapes)
+        + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
+        "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
+        "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
+        "fitting provisional routers": measuring + teacher + provisional if SECOND in plan.tunings else 0,
+        "measuring slice gains": measuring + inputs,
+        # Weights of a block or of the head at every depth, and the residual stream of every case.
+        "comparing routers": after + inputs + fast * depths * max(block, head)
+        + 4 * _ROUTER_CASES * measured * d.hidden_size,
+        "writing": _LIBRARIES_BYTES + plan.disk_bytes + 4 * max(largest, head),
+    }  # fmt: skip
 
 
 def depth_budgets(profile: SliceProfile) -> list[float]:
-    """Average bits a size is stated at: whole and half bits of the profile's range."""
+    """Average bits that sizes are stated at: whole and half bits of the profile's range.
+
+    Args:
+        profile: slice widths.
+    """
     steps = range(2 * profile.min_bits, 2 * CODE_BITS + 1)
     return [step / 2 for step in steps]
-
-
-def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str]:
-    """Everything that would stop the export later, one line each.  plans: by output folder; device: to calibrate on."""
-    outputs, engines, activation_bits = options.outputs, options.engines, options.activation_bits
-    found = [
-        f"{output}: it exists; choose another --output, or --force to replace it"
-        for output in outputs
-        if output.exists() and not options.force
-    ]
-    found += [
-        f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
-        for target in outputs.values()
-        for engine in target.engines(engines)
-        if target.layout not in ENGINE_FILES[engine]
-    ]
-    found += [
-        f"--activations {activation_bits}: {target.name} computes with floating-point activations; leave it out"
-        for target in outputs.values()
-        if target.gpu and activation_bits != 16
-    ]
-    if any(target.native or target.gpu for target in outputs.values()):
-        found += [
-            f"compiled kernels need the package {package}: pip install 'mbq-export[export]'"
-            for module, package in (("tvm", "apache-tvm"), ("ziglang", "ziglang"))
-            if importlib.util.find_spec(module) is None
-        ]
-    needed: dict[Path, int] = {}
-    for output, plan in plans.items():
-        parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-        size = len(outputs[output].engines(engines)) * plan.disk_bytes + (0 if needed else plan.work_bytes)
-        needed[parent] = needed.get(parent, 0) + size
-    for parent, size in needed.items():
-        free = shutil.disk_usage(parent).free
-        if free < size:
-            found.append(
-                f"{parent}: {free >> 20} MB free, {size >> 20} MB are needed; free some or choose another --output"
-            )
-        if not os.access(parent, os.W_OK):
-            found.append(f"{parent}: not writable; choose another --output")
-    needed_memory = max(plan.peak_memory_bytes for plan in plans.values())
-    available = devices.free_bytes(device)
-    if available < needed_memory:
-        where = "this machine" if device == devices.CPU else device
-        found.append(f"about {needed_memory >> 20} MB of memory are needed, {where} has {available >> 20} MB")
-    return found

@@ -1,4 +1,4 @@
-"""Who is told how far long work has come, and how a terminal shows it."""
+"""How long work tells how far it is, and how a terminal shows that."""
 
 from __future__ import annotations
 
@@ -9,40 +9,70 @@ from typing import Any
 import click
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done and how many there are."""
+"""Called with what is being done, the number of steps that are done, and the number of all steps."""
+
+StageReport = Callable[[int, int], None]
+"""A ``Report`` of one stage: called with the number of steps that are done, and the number of all steps."""
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """The default: nobody is told."""
+    """A ``Report`` that tells nobody.
+
+    Args:
+        what: the stage.
+        done: steps that are done.
+        total: all steps.
+    """
+
+
+def staged(report: Report, what: str) -> StageReport:
+    """The report of one stage.
+
+    Args:
+        report: told about every stage.
+        what: the stage, in words that say what is done, such as "writing weights".
+    """
+    return lambda done, total: report(what, done, total)
 
 
 class Progress:
-    """A Report: one bar per stage on a terminal, one line per stage elsewhere; always on stderr."""
+    """A ``Report`` on stderr: one bar per stage on a terminal, one line per stage elsewhere.
+
+    Args:
+        quiet: whether nothing is shown.
+    """
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.stage = ""
-        self.bar: Any = None
+        self._quiet = quiet
+        self._stage = ""
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self.quiet:
+        """Show how far a stage is.
+
+        Args:
+            what: the stage.
+            done: steps that are done.
+            total: all steps.
+        """
+        if self._quiet:
             return
         if not sys.stderr.isatty():
-            if what != self.stage:
+            if what != self._stage:
                 click.echo(f"{what} ...", err=True)
-            self.stage = what
+            self._stage = what
             return
-        if what != self.stage:
+        if what != self._stage:
             from tqdm import tqdm
 
             self.__exit__()
-            self.stage = what
-            self.bar = tqdm(total=total, desc=what, file=sys.stderr, unit_scale=total > 1 << 20)
-        self.bar.update(done - self.bar.n)
+            self._stage = what
+            self._bar = tqdm(total=total, desc=what, file=sys.stderr, unit_scale=total > 1 << 20)
+        self._bar.update(done - self._bar.n)

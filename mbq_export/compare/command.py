@@ -75,7 +75,7 @@ def command(
 
 
 def _facts(settings: Settings) -> dict[str, Any]:
-    from mbq_export.export import tool_versions
+    from mbq_export.versions import installed
 
     return {
         "model": settings.model,
@@ -84,5 +84,5 @@ def _facts(settings: Settings) -> dict[str, Any]:
         "calib_data": settings.calib_data,
         "calib_windows": settings.calib_windows,
         "seed": settings.seed,
-        "tools": tool_versions(TOOLS),
+        "tools": installed(TOOLS),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mbq_export.data import corpora, windows
-from mbq_export.model.checkpoint import Checkpoint, Source, load, locate, read_config
+from mbq_export.model.checkpoint import Checkpoint, ModelSource, load, locate, read_config
 from mbq_export.progress import Report
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import cut_windows, read_text
@@ -56,8 +56,8 @@ class Prepared:
     """A checked comparison.  texts: by the name they were asked for; left_out: methods that are not installed."""
 
     settings: Settings
-    source: Source
-    calibration: windows.Source
+    source: ModelSource
+    calibration: windows.TextSource
     texts: dict[str, str]
     methods: list[str]
     left_out: list[str]

@@ -44,7 +44,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """name: for the manifest; fitted: the documents to calibrate on; held_back: those held back, or None when the
     end of ``fitted`` is.  Documents may be read as they are asked for."""
 
@@ -53,24 +53,24 @@ class Source:
     held_back: Iterable[Document] | None = None
 
 
-def open_source(data: str | None) -> Source:
+def open_source(data: str | None) -> TextSource:
     """The source that ``--calib-data`` names: nothing, a text file, a ``.jsonl`` of conversations, or ``hf:DATASET``.
 
     Raises UsageError when it cannot be read, or a file is not what it should be.
     """
     if data is None:
         parts = ([Document(corpora.wikipedia(part), part)] for part in ("calibration", "validation"))
-        return Source("English Wikipedia (gensim test data)", *parts)
+        return TextSource("English Wikipedia (gensim test data)", *parts)
     if data.startswith(DATASET_PREFIX):
-        return Source(data, _dataset(data.removeprefix(DATASET_PREFIX)))
+        return TextSource(data, _dataset(data.removeprefix(DATASET_PREFIX)))
     path = Path(data).expanduser()
     content = corpora.read(path)
     documents = _conversations(path, content) if path.suffix == CHAT_SUFFIX else [Document(content, str(path))]
-    return Source(path.name, documents)
+    return TextSource(path.name, documents)
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, source: Source, count: int, held_back: int, context: int
+    checkpoint: Checkpoint, source: TextSource, count: int, held_back: int, context: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """int64 [count, context] to calibrate on and [held_back, context] held back, each spread evenly over its part.
 
@@ -92,7 +92,7 @@ def calibration_windows(
     return _spread(fitted, count, opening), _spread(rest, held_back, opening)
 
 
-def _check_length(source: Source, windows: NDArray[np.int64], needed: int, context: int) -> None:
+def _check_length(source: TextSource, windows: NDArray[np.int64], needed: int, context: int) -> None:
     if len(windows) < needed:
         raise UsageError(
             f"calibration data {source.name}: too short, it has {len(windows)} windows of {context} tokens, "

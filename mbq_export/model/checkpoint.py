@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,6 @@ from mbq_runtime.errors import ModelError
 
 from .families import Decoder, Unit, describe, stacked
 from .mapped_weights import in_file
-
-log = logging.getLogger(__name__)
 
 
 def _package_file(package: str, pattern: str) -> Path:
@@ -41,7 +38,7 @@ PACKAGED: dict[str, Callable[[], Path]] = {
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a checkpoint lies.  ``gguf`` is a file name inside ``folder``, or None for safetensors;
     ``folder`` may also be a hub id, which transformers resolves from its cache or the network."""
 
@@ -54,7 +51,7 @@ class Source:
         return {"pretrained_model_name_or_path": self.folder, **({"gguf_file": self.gguf} if self.gguf else {})}
 
 
-def locate(model: str) -> Source:
+def locate(model: str) -> ModelSource:
     """Resolve ``--model``.  Raises ModelError when there is nothing of that name, or a folder is incomplete."""
     path = PACKAGED[model]() if model in PACKAGED else Path(model).expanduser()
     if path.is_file():
@@ -62,12 +59,12 @@ def locate(model: str) -> Source:
             raise ModelError(
                 f"{path}: a model file must be GGUF; for safetensors give the folder that holds config.json"
             )
-        return Source(model if model in PACKAGED else path.stem, str(path.parent), path.name)
+        return ModelSource(model if model in PACKAGED else path.stem, str(path.parent), path.name)
     if path.is_dir():
         _check_folder(path)
-        return Source(path.resolve().name, str(path), None)
+        return ModelSource(path.resolve().name, str(path), None)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Source(model.split("/")[1], model, None)
+        return ModelSource(model.split("/")[1], model, None)
     raise ModelError(
         f"model {model!r}: no such file or folder, nor a packaged model ({', '.join(PACKAGED)}); "
         "give a Hugging Face folder or id, or a GGUF file"
@@ -100,7 +97,7 @@ class Checkpoint:
     """A loaded float32 model with its tokenizer and its description.  parameters: how many weights it had when it was
     loaded."""
 
-    source: Source
+    source: ModelSource
     decoder: Decoder
     model: Any
     tokenizer: Any
@@ -194,18 +191,18 @@ class Checkpoint:
         return cos[0, :, :half].cpu().numpy().copy(), sin[0, :, :half].cpu().numpy().copy()
 
 
-def read_config(source: Source) -> Decoder:
+def read_config(source: ModelSource) -> Decoder:
     """Only the description, without weights.  Raises ModelError."""
     return describe(_config(source), source.name)
 
 
-def _config(source: Source) -> Any:
+def _config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     return _loaded(source, AutoConfig.from_pretrained)
 
 
-def load(source: Source, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
+def load(source: ModelSource, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
     """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite.
 
     weights_folder: where a file is to hold the weights, or None for memory; device: as torch names it, the processor
@@ -244,7 +241,7 @@ def load(source: Source, weights_folder: Path | None = None, device: str = "cpu"
     return Checkpoint(source, decoder, model, tokenizer)
 
 
-def _loaded(source: Source, loader: Callable[..., Any], **kwargs: Any) -> Any:
+def _loaded(source: ModelSource, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """Call a transformers loader and turn what it raises into one line."""
     try:
         return loader(**source.load_args, **kwargs)

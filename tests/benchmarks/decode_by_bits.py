@@ -34,11 +34,11 @@ from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_functions import DOMAIN
-from mbq_export.model.checkpoint import Checkpoint, Source
+from mbq_export.model.checkpoint import Checkpoint, ModelSource
 from mbq_export.model.families import describe
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
-from mbq_export.write import bundle_parts
+from mbq_export.write import files
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
 from mbq_targets.machines import resolve
@@ -58,7 +58,7 @@ def random_model(profile: SliceProfile) -> tuple[Checkpoint, Calibrated]:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"])
     checkpoint = Checkpoint(
-        Source("random", "", None), describe(config, "random"), LlamaForCausalLM(config).eval(), None
+        ModelSource("random", "", None), describe(config, "random"), LlamaForCausalLM(config).eval(), None
     )
     steps = profile.depths - 1
     budgets = thresholds.budgets(profile)
@@ -179,12 +179,12 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
         for name, bits in (("MatMulNBits 4 bits", 4), ("MatMulNBits 8 bits", 8), ("MatMul float32", 32)):
             folder = Path(scratch) / str(bits)
             folder.mkdir()
-            bundle_parts.write_model(*stock_model(model, tensors, bits), folder)
+            files.write_model(*stock_model(model, tensors, bits), folder)
             session = open_session(folder, threads, None)
             sides[name] = (session, feed(session, 0))
         library = Path(scratch) / "libmbq_ops.so"
         build_ops_library(resolve("host"), KernelSpec(profile, GROUP_SIZE), library)
-        bundle_parts.write_model(model, tensors, Path(scratch))
+        files.write_model(model, tensors, Path(scratch))
         session = open_session(Path(scratch), threads, library)
         for bits in profile.depth_bits:
             values = feed(session, bits)

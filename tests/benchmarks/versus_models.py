@@ -25,12 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.compare import llama_cpp_files
-from mbq_export.export import Options, prepare, write_calibrated
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import MLP_HIDDEN
 from mbq_export.model.checkpoint import load, locate
+from mbq_export.options import Options
+from mbq_export.prepare import prepare
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
+from mbq_export.write import bundle
 from mbq_runtime.bundle.manifest import OPS_LIBRARY, QualityPoint, read
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
@@ -128,7 +130,7 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: 
     table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
     curve = tuple(QualityPoint(bits, bits, 1.0) for bits in (float(profile.min_bits), 8.0))
     calibrated = Calibrated(profile, group_size, "mlp", units, table, scale, reference_perplexity=1.0, curve=curve)
-    write_calibrated(prepared, out, checkpoint, calibrated, {"method": "rtn"})
+    bundle.write_bundle(prepared, out, checkpoint, calibrated, calibration={"method": "rtn"})
 
 
 def has_these_kernels(folder: Path) -> bool:

@@ -38,7 +38,7 @@ def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibrat
         )  # type: ignore[misc]
         assert finished() >= kills
         assert not (tmp_path / "b" / "bundle").exists()
-    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
+    assert "resuming after" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
     assert not work.exists()
 
@@ -54,7 +54,7 @@ def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path
         kill_once(
             export(model, calibration_text, tmp_path / "b" / "bundle", *options), (work / f"{step}.safetensors").exists
         )
-    assert "resuming behind" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
+    assert "resuming after" in run(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
 
 

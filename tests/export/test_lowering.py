@@ -19,7 +19,7 @@ from mbq_export.lower.onnx import lower
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.families import Unit
 from mbq_export.slicing import rtn
-from mbq_export.write import bundle_parts
+from mbq_export.write import files
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile.parse("3,1,2,2")
@@ -103,7 +103,7 @@ def session(
     model, tensors = lower(checkpoint, calibrated, "nbits")
     for name in calibrated.units:
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.depth", onnx.TensorProto.INT32, None))
-    bundle_parts.write_model(model, tensors, folder)
+    files.write_model(model, tensors, folder)
     return ort.InferenceSession(str(folder / "model.onnx"))
 
 

@@ -57,7 +57,7 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
     again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
     for step in ("model.layers.0", methods.ONLY.name):
         kill_once(again, (work / f"{step}.safetensors").exists)
-    assert "resuming behind" in run(again)
+    assert "resuming after" in run(again)
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
     # None of them leaves anything behind.
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["bundle"]

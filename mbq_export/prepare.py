@@ -1,0 +1,181 @@
+"""The first stage of an export: plan it, and refuse early what would fail after long work."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mbq_runtime.bundle.manifest import ENGINE_FILES, GROUP_SIZES
+from mbq_runtime.errors import UsageError
+
+from . import devices
+from .data.windows import TextSource, open_source
+from .methods import METHODS, tunings
+from .model.checkpoint import ModelSource, locate, read_config
+from .model.families import Decoder
+from .options import Options
+from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+AUTO_GROUP_SIZES = (64, 32)
+"""What ``--group-size auto`` tries, in this order: 64 gives the better quality, 32 divides more widths."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked export, before any work.
+
+    options: what was asked for; source: where the model lies; text: what it is calibrated on;
+    plans: the sizes of each output, with the first profile while several are to be tried;
+    device: where to calibrate, as torch names it.
+    """
+
+    options: Options
+    source: ModelSource
+    text: TextSource
+    plans: dict[Path, Plan]
+    device: str
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first output.  What does not depend on the target is the same in all plans."""
+        return next(iter(self.plans.values()))
+
+
+def prepare(options: Options) -> Prepared:
+    """Plan an export.
+
+    Args:
+        options: what was asked for.
+
+    Raises:
+        UsageError: an option does not fit the model, the targets or this machine.
+        ModelError: the model is missing, broken or of a family that has no lowering.
+    """
+    calib_tokens = _calib_tokens(options)
+    _check_numbers(options, calib_tokens)
+    source = locate(options.model)
+    decoder = read_config(source)
+    group_size = choose_group_size(decoder, options.group_size)
+    phases = {phase for profile in options.profiles for phase in tunings(options.method, profile, options.tune_steps)}
+    plans = {
+        output: Plan(
+            decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens=calib_tokens,
+            tunings=phases, in_memory=True,
+        )
+        for output, target in options.outputs.items()
+    }  # fmt: skip
+    device = devices.choose(options.device, next(iter(plans.values())).peak_memory_bytes)
+    if device == devices.CPU and source.gguf is None:
+        plans = {output: replace(plan, in_memory=False) for output, plan in plans.items()}
+    found = problems(plans, options, device)
+    if found:
+        raise UsageError("; ".join(found))
+    log.info("%s: groups of %d, calibrated on %s", source.name, group_size, device)
+    return Prepared(options, source, open_source(options.calib_data), plans, device)
+
+
+def _calib_tokens(options: Options) -> int:
+    return METHODS[options.method].calib_tokens if options.calib_tokens is None else options.calib_tokens
+
+
+def _check_numbers(options: Options, calib_tokens: int) -> None:
+    if calib_tokens < 1:
+        default = METHODS[options.method].calib_tokens
+        raise UsageError(f"--calib-tokens {calib_tokens}: at least 1 is needed; {default} is the default")
+    if not options.floor_ratio >= 1:
+        raise UsageError(f"--floor-ratio {options.floor_ratio:g}: 1 or more is needed; 1.25 is the default")
+    if options.tune_steps and not METHODS[options.method].tuning_steps:
+        raise UsageError(f"--tune-steps {options.tune_steps}: the method {options.method} tunes nothing; leave it out")
+
+
+def choose_group_size(decoder: Decoder, wanted: str) -> int:
+    """The number of weights per scale.
+
+    Args:
+        decoder: the model, whose layers' input widths (K) the group size must divide.
+        wanted: a number, or "auto".
+
+    Raises:
+        UsageError: the group size does not divide every K.
+    """
+    widths = {name: k for name, (_, k) in decoder.unit_shapes().items()}
+    sizes = AUTO_GROUP_SIZES if wanted == "auto" else (int(wanted),)
+    for size in sizes:
+        bad = {name: k for name, k in widths.items() if k % size}
+        if not bad:
+            return size
+    known = sorted(GROUP_SIZES, reverse=True)
+    fits = [size for size in known if not any(k % size for k in widths.values())]
+    name, k = next(iter(bad.items()))
+    remedy = f"use --group-size {fits[0]}" if fits else "no group size of 32, 64 or 128 fits this model"
+    raise UsageError(f"group size {size} does not divide K = {k} of {name} (and {len(bad) - 1} more layers); {remedy}")
+
+
+def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str]:
+    """Everything that would stop the export later, one line each.
+
+    Args:
+        plans: the plan of each output folder.
+        options: what was asked for.
+        device: where to calibrate, as torch names it.
+    """
+    return [
+        *_bad_options(options),
+        *_missing_packages(options),
+        *_bad_folders(plans, options),
+        *_too_little_memory(max(plan.peak_memory_bytes for plan in plans.values()), device),
+    ]
+
+
+def _bad_options(options: Options) -> Iterator[str]:
+    for output in options.outputs:
+        if output.exists() and not options.force:
+            yield f"{output}: it exists; choose another --output, or --force to replace it"
+    for target in options.outputs.values():
+        for engine in target.engines(options.engines):
+            if target.layout not in ENGINE_FILES[engine]:
+                yield (
+                    f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
+                )
+    for target in options.outputs.values():
+        if target.gpu and options.activation_bits != 16:
+            yield (
+                f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
+                "leave it out"
+            )
+
+
+def _missing_packages(options: Options) -> Iterator[str]:
+    if any(target.native or target.gpu for target in options.outputs.values()):
+        for module, package in (("tvm", "apache-tvm"), ("ziglang", "ziglang")):
+            if importlib.util.find_spec(module) is None:
+                yield f"compiled kernels need the package {package}: pip install 'mbq-export[export]'"
+
+
+def _bad_folders(plans: dict[Path, Plan], options: Options) -> Iterator[str]:
+    needed: dict[Path, int] = {}
+    for output, plan in plans.items():
+        parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
+        engines = options.outputs[output].engines(options.engines)
+        size = len(engines) * plan.disk_bytes + (0 if needed else plan.work_bytes)
+        needed[parent] = needed.get(parent, 0) + size
+    for parent, size in needed.items():
+        free = shutil.disk_usage(parent).free
+        if free < size:
+            yield f"{parent}: {free >> 20} MB free, {size >> 20} MB are needed; free some or choose another --output"
+        if not os.access(parent, os.W_OK):
+            yield f"{parent}: not writable; choose another --output"
+
+
+def _too_little_memory(needed_bytes: int, device: str) -> Iterator[str]:
+    available = devices.free_bytes(device)
+    if available < needed_bytes:
+        where = "this machine" if device == devices.CPU else device
+        yield f"about {needed_bytes >> 20} MB of memory are needed, {where} has {available >> 20} MB"
