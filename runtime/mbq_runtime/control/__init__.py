@@ -1,15 +1,37 @@
-"""From readings to a budget: policies, the pure step, events, and the governor that ties them to an engine.
+"""Adaptive precision: policies, triggers, the controller, and the governor that connects them to an engine.
 
->>> from mbq_runtime.control import POLICIES, Governor
+A policy and a controller step are pure, so a program can try them on made-up readings:
+
+>>> from dataclasses import replace
+>>> from mbq_runtime.control import find_policy, start, step
+>>> from mbq_runtime.sensing import Readings
+>>> policy = replace(find_policy("auto"), floor_bits=4.0, ceiling_bits=8.0)
+>>> hot = Readings(time_s=0.0, temp_c=79.0, throttle_temp_c=80.0)
+>>> state = start(policy)
+>>> for second in range(3):
+...     state, budget, reason = step(state, hot, now=float(second), policy=policy)
+>>> budget, reason
+(4.5, 'heat: 79.0 C, the limit is 80 C')
+
+A governor does this with real sensors and a loaded engine:
+
+>>> from mbq_runtime.control import Governor
 >>> from mbq_runtime.sensing import Sensors
->>> with Governor(engine, Sensors(), POLICIES["auto"]):                     # doctest: +SKIP
+>>> with Governor(engine, Sensors(), find_policy("auto")):                     # doctest: +SKIP
 ...     print(engine.generate("Tell me a story").text())
 """
 
 from __future__ import annotations
 
+from .bounds import BoundedEngine
+from .controller import Decision, State, start, step
 from .events import Event, JsonLines
 from .governor import Governor, Status
-from .policy import POLICIES, Policy, find_policy
+from .metered_reply import MeteredReply, Piece
+from .policy import POLICIES, Band, Policy, find_policy
+from .triggers import TRIGGERS, Trigger
 
-__all__ = ["POLICIES", "Event", "Governor", "JsonLines", "Policy", "Status", "find_policy"]
+__all__ = [
+    "POLICIES", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines", "MeteredReply",
+    "Piece", "Policy", "State", "Status", "Trigger", "find_policy", "start", "step",
+]  # fmt: skip

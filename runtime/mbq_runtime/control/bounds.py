@@ -1,4 +1,4 @@
-"""Bounds of the moment between a governor and an engine: what a request, or the person at the keyboard, asks."""
+"""An engine whose budget stays within bounds that a request, or the user of a chat, sets for a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 class BoundedEngine:
-    """The engine as its governor sees it.  What the governor sets is held within the bounds in force.
+    """The engine that a governor controls.  It keeps the governor's budget within the bounds in force.
 
-    The governor's wish is kept: when bounds are lifted, the engine is back at it at once.  Any thread
-    may use it.
+    It remembers the budget that the governor set.  When the bounds are removed, the engine uses that budget again
+    at once.  It is safe to use from any thread.
+
+    Args:
+        engine: a loaded engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -27,11 +30,19 @@ class BoundedEngine:
 
     @property
     def manifest(self) -> Manifest:
+        """The manifest of the engine's bundle."""
         return self._engine.manifest
 
     @property
     def avg_bits(self) -> float:
-        """What the engine uses.  Setting it is a wish; raises UsageError as the engine does."""
+        """The budget that the engine uses, in average bits per weight.
+
+        Args:
+            value: the budget that the governor wants; the bounds apply to it.
+
+        Raises:
+            UsageError: the bundle does not have this budget.
+        """
         return self._engine.avg_bits
 
     @avg_bits.setter
@@ -42,7 +53,11 @@ class BoundedEngine:
 
     @property
     def threads(self) -> int:
-        """The engine's."""
+        """Number of processor threads that the engine uses.
+
+        Args:
+            count: the new number.
+        """
         return self._engine.threads
 
     @threads.setter
@@ -67,18 +82,28 @@ class BoundedEngine:
 
     @property
     def is_limiting(self) -> bool:
-        """Whether the bounds keep the engine from what the governor wants."""
+        """Whether the bounds change the budget that the governor wants."""
         return self._within(self._wish) != self._wish
 
     def set_bounds(self, floor_bits: float | None, ceiling_bits: float | None) -> None:
-        """Bound the budget from now on; None is no bound.  Both must be within the bundle's budget."""
+        """Bound the budget from now on.
+
+        Args:
+            floor_bits: lowest average bits per weight, within the bundle's budget; None: no floor.
+            ceiling_bits: highest average bits per weight, within the bundle's budget; None: no ceiling.
+        """
         with self._lock:
             self._bounds = (floor_bits, ceiling_bits)
             self._apply()
 
     @contextmanager
     def within_bounds(self, floor_bits: float | None, ceiling_bits: float | None) -> Iterator[None]:
-        """The same for the length of a block."""
+        """Bound the budget inside a ``with`` block, then restore the earlier bounds.
+
+        Args:
+            floor_bits: see ``set_bounds``.
+            ceiling_bits: see ``set_bounds``.
+        """
         before = self._bounds
         self.set_bounds(floor_bits, ceiling_bits)
         try:

@@ -1,8 +1,8 @@
-"""The controller: one pure function from what is known to the budget of the next tokens.
+"""The controller: a pure function from readings to the budget of the next tokens.
 
-Each signal of ``TRIGGERS`` becomes a pressure from 0 to 1; the strongest one sets the budget, between the
-policy's ceiling (no pressure) and floor (full pressure).  The budget falls within seconds and rises
-after a time of calm, which doubles when a rise turns out to have been too early.
+Each trigger of the policy gives a pressure from 0 to 1.  The highest pressure sets the budget: the policy's ceiling at
+pressure 0, its floor at pressure 1.  The budget falls within seconds.  It rises after a calm time.  The calm time
+doubles when the budget must fall soon after a rise.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ from .policy import Policy
 from .triggers import TRIGGERS, Situation, Trigger
 
 STEP_BITS = 0.5
-"""Budgets are whole multiples of this above the floor, or the ceiling."""
+"""Distance between two budgets in bits.  A budget is the floor plus a multiple of this, or the ceiling."""
 
-_CONFIRM_S = 1.0  # a fall must be wanted this long
-_CLEAR_S = 20.0  # a rise must be possible this long; also the least time between a change and a rise
+_CONFIRM_S = 1.0  # the pressure must last this long before the budget falls
+_CLEAR_S = 20.0  # shortest calm time before a rise, and shortest time between a change and a rise
 _CLEAR_MOST_S = 160.0
-_STABLE_S = 600.0  # after this long without a change the time of calm is the short one again
+_STABLE_S = 600.0  # after this long without a change the calm time is the shortest one again
 _SETTLED_S = 5.0
 _LARGE_BITS = 1.0
-_HYSTERESIS = 0.08  # a rise is judged at this much more pressure
-_HOLD_S = 30.0  # a sensor that falls silent counts with its last value for this long
-_GRACE_S = 5.0  # sensors that have said nothing by then are reported as unknown
+_HYSTERESIS = 0.08  # pressure that is added when a rise is considered
+_HOLD_S = 30.0  # the last value of a sensor without new readings is used for this long
+_GRACE_S = 5.0  # sensors without any reading by then are reported as unknown
 _SLOPE_S = 10.0  # time constant of a slope
-_ABSURD = 1e6  # bounds what a broken sensor can do to a smoothed value
+_ABSURD = 1e6  # limit for values of broken sensors, so that smoothing stays finite
 _UNKNOWN = "unknown"
-_LONGEST_S = 60.0  # a longer gap between two steps counts as this: the machine slept, or its clock jumped
+_LONGEST_S = 60.0  # a longer time between two steps counts as this: the machine slept, or its clock jumped
 
 
 class Track(NamedTuple):
-    """One signal over time.  value: smoothed; slope: per second; at_s, readings: when it was last known."""
+    """One signal over time.
+
+    value: smoothed value, in the unit of the trigger; slope: change of it per second; at_s: controller time of the last
+    known value; readings: the readings that gave it.
+    """
 
     value: float
     slope: float
@@ -46,10 +50,23 @@ class Track(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What the controller remembers.  Times are on its own clock, which only moves forward.
+    """What the controller remembers.  Times are in s of its own clock, which never goes back.
 
-    bits: the budget; cause: the signal that last lowered it, "" if none did; notices: what this step has to say
-    besides the budget; told: what has been said.
+    Args:
+        bits: the budget, in average bits per weight.
+        clock_s: the controller's own clock.
+        now_s: time of the last step on the caller's clock; None before the first one.
+        changed_s: time of the last change of the budget.
+        rose_s: time of the last rise, if no fall came after it.
+        fall_since_s: time since which a fall is wanted; None when none is.
+        calm_since_s: time since which a rise is possible; None when none is.
+        calm_bits: lowest budget that was possible in this calm time.
+        clear_s: length of the calm time that a rise needs.
+        cause: name of the trigger that last lowered the budget; "" when none did.
+        tracks: the signals that are known, by trigger name.
+        best_tps: best speed in tokens/s, by budget.
+        notices: messages about sensors from this step.
+        told: names of the sensors about which a notice was given.
     """
 
     bits: float
@@ -69,7 +86,11 @@ class State:
 
 
 class Decision(NamedTuple):
-    """budget: average bits for the tokens to come; reason: why, in words."""
+    """Result of a step.
+
+    state: input of the next step; budget: average bits per weight for the next tokens; reason: the cause, as text for
+    people.
+    """
 
     state: State
     budget: float
@@ -82,15 +103,24 @@ class _Press(NamedTuple):
 
 
 def start(policy: Policy) -> State:
-    """The state before the first step: full quality.  policy: one that has bounds."""
+    """The state before the first step: the budget is the ceiling.
+
+    Args:
+        policy: a policy that has bounds.
+    """
     return State(bits=policy.bounds[1])
 
 
 def step(state: State, readings: Readings, now: float, policy: Policy) -> Decision:
-    """Decide.  Call it once or twice a second.
+    """Decide the budget of the next tokens.  Call it once or twice a second.
 
-    now: seconds on any clock, the one of ``policy.last_until_s``; policy: one that has bounds.  A clock
-    that jumps and readings that are None or not finite are survived.
+    It accepts a clock that jumps, and readings that are None or not finite.
+
+    Args:
+        state: result of ``start``, or of the last step.
+        readings: what the sensors show now.
+        now: seconds on any clock, the same clock as ``policy.last_until_s``.
+        policy: a policy that has bounds.
     """
     low, high = policy.bounds
     elapsed_s = 0.0
@@ -113,16 +143,16 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
 
 
 def _finite(readings: Readings) -> Readings:
-    """What is not a finite number is not known."""
+    """The readings with None in place of values that are not finite."""
     values = {f.name: getattr(readings, f.name) for f in fields(readings)}
     broken = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
     return replace(readings, **broken) if broken else readings  # type: ignore[arg-type]
 
 
 def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -> State:
-    """Take in the readings: smoothed values, and a word on every sensor that is missing or has been lost."""
+    """Add the readings to the smoothed signals.  Give a notice for each sensor that is missing or lost."""
     sandboxed = "heat" not in state.tracks and "cpu" not in state.tracks
-    # Fewer bits are never slower: a speed reached at more of them is within reach.
+    # Fewer bits are never slower, so a speed that was reached at more bits is possible here too.
     best_tps = max((tps for bits, tps in state.best_tps.items() if bits >= state.bits), default=None)
     at = Situation(readings, policy, state.now_s or 0.0, state.bits, best_tps, sandboxed)
     tracks, notices, told = dict(state.tracks), [], set(state.told)
@@ -132,24 +162,24 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
         value = trigger.value(at)
         if value is not None:
             known = track if silent_s <= _HOLD_S else None
-            tracks[name] = _follow(known, trigger, value, state.clock_s, elapsed_s, readings)
+            tracks[name] = _smoothed(known, trigger, value, state.clock_s, elapsed_s, readings)
         elif track and not trigger.sensor:
             del tracks[name]
         elif silent_s > _HOLD_S and name not in told:
             told.add(name)
-            notices.append(f"{name}: no reading for {_HOLD_S:.0f} s, it no longer counts")
+            notices.append(f"{name}: no reading for {_HOLD_S:.0f} s; it is ignored")
     if state.clock_s >= _GRACE_S and _UNKNOWN not in told:
         told.add(_UNKNOWN)
         unknown = [name for name in policy.bands if TRIGGERS[name].sensor and name not in tracks]
         if unknown:
-            notices.append(f"unknown on this board, and not counted: {', '.join(unknown)}")
+            notices.append(f"unknown on this board, and ignored: {', '.join(unknown)}")
     best = state.best_tps
     if readings.tokens_per_s is not None and readings.tokens_per_s > best.get(state.bits, 0.0):
         best = {**best, state.bits: readings.tokens_per_s}
     return replace(state, tracks=tracks, notices=tuple(notices), told=frozenset(told), best_tps=best)
 
 
-def _follow(
+def _smoothed(
     track: Track | None, trigger: Trigger, value: float, clock_s: float, elapsed_s: float, readings: Readings
 ) -> Track:
     value = _believable(value)
@@ -159,7 +189,7 @@ def _follow(
     change = weight * (value - track.value)
     slope = track.slope
     if elapsed_s:
-        # Two looks may be next to no time apart.
+        # The time between two steps can be almost 0.
         slope += (1 - math.exp(-elapsed_s / _SLOPE_S)) * (_believable(change / elapsed_s) - slope)
     return Track(track.value + change, slope, clock_s, readings)
 
@@ -169,7 +199,7 @@ def _believable(value: float) -> float:
 
 
 def _presses(state: State, policy: Policy) -> list[_Press]:
-    """What every signal presses that is known, or was until a moment ago."""
+    """The pressure of each signal that has a value of the last ``_HOLD_S`` seconds."""
     found = []
     for name, band in policy.bands.items():
         track, trigger = state.tracks.get(name), TRIGGERS[name]
@@ -180,20 +210,20 @@ def _presses(state: State, policy: Policy) -> list[_Press]:
 
 
 def _target(pressure: float, low: float, high: float) -> float:
-    """The budget at a pressure, on the grid."""
+    """The budget at a pressure: the floor plus a multiple of ``STEP_BITS``, or the ceiling."""
     if pressure <= 0:
         return high
     return low + max(math.floor((1 - pressure) * (high - low) / STEP_BITS + 1e-9), 0) * STEP_BITS
 
 
 def _move(state: State, presses: list[_Press], policy: Policy) -> State:
-    """Fall to what the strongest pressure wants, or rise after a time of calm."""
+    """Lower the budget to what the highest pressure needs, or raise it after a calm time."""
     low, high = policy.bounds
     now_s, bits = state.clock_s, state.bits
     since_s = now_s - state.changed_s
     wishes = [(_target(press.pressure, low, high), press.name) for press in presses]
-    # A signal that has not had time to answer to the last change may hold the budget, not lower it; nor may a
-    # small wish soon after a change.
+    # Some signals answer to a change only after a time.  Until then they can stop a rise, but cannot cause a fall.
+    # A small fall soon after a change is not allowed either.
     falls = [
         (target, name)
         for target, name in wishes
@@ -223,7 +253,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
     calm_since_s = state.calm_since_s
     if calm_since_s is None:
         return replace(state, calm_since_s=now_s, calm_bits=allowed)
-    # What the first seconds allow is the smoothed end of what pressed before.
+    # In the first seconds the smoothed signals still show the pressure from before.
     settled = now_s - calm_since_s >= _SETTLED_S
     state = replace(state, calm_bits=min(state.calm_bits, allowed) if settled else allowed)
     clear_s = _CLEAR_S if since_s > _STABLE_S else state.clear_s
@@ -235,7 +265,7 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
 
 
 def _reason(before: float, state: State, presses: list[_Press], policy: Policy) -> str:
-    """Why the budget is what it is now."""
+    """The reason for the budget, as text for people."""
     low, high = policy.bounds
     strongest = max(presses, key=lambda press: press.pressure, default=_Press(0.0, ""))
     name = state.cause if state.bits < before else strongest.name
@@ -243,5 +273,5 @@ def _reason(before: float, state: State, presses: list[_Press], policy: Policy) 
         return TRIGGERS[name].describe(state.tracks[name].readings)
     cause = state.cause or "pressure"
     if state.bits > before:
-        return f"{cause} eased"
-    return f"{cause} eased, not for long enough yet" if state.bits < high else "nothing presses"
+        return f"{cause} decreased"
+    return f"{cause} decreased; the budget rises after a calm time" if state.bits < high else "no pressure"

@@ -1,4 +1,4 @@
-"""What happened to the budget and why, as data; a file of it as JSON lines."""
+"""Events of a governor: each change of the budget with its reason, and a file of them as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """A change of the budget, or a word about the sensors.
+    """A change of the budget, or a notice about sensors or threads.
 
-    time_s: since 1970; old, new: average bits, the same for a word; reason: in words; readings: what
-    was known then.
+    >>> from mbq_runtime.sensing import Readings
+    >>> Event(0.0, old=8.0, new=6.0, reason="heat: 77 C", readings=Readings(time_s=5.0, temp_c=77.0)).as_dict()
+    {'time_s': 0.0, 'old': 8.0, 'new': 6.0, 'reason': 'heat: 77 C', 'readings': {'time_s': 5.0, 'temp_c': 77.0}}
+
+    Args:
+        time_s: seconds since 1970.
+        old: budget before, in average bits per weight.
+        new: budget after; the same as ``old`` for a notice.
+        reason: the cause, as text for people.
+        readings: what the sensors showed at this time.
     """
 
     time_s: float
@@ -32,23 +40,33 @@ class Event:
 
     @property
     def is_change(self) -> bool:
+        """Whether the budget changed; False for a notice."""
         return self.old != self.new
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; unknown readings are left out."""
+        """The event as values for JSON, without unknown readings."""
         return asdict(self) | {"readings": known(self.readings)}
 
 
 def known(readings: Readings) -> dict[str, Any]:
-    """The fields that have a value."""
+    """The fields that have a value.
+
+    Args:
+        readings: readings of one moment.
+    """
     return {name: value for name, value in asdict(readings).items() if value is not None}
 
 
 class JsonLines:
-    """Appends one JSON object a line to a file, whole lines only; a context manager.
+    """A file to which JSON objects are appended, one a line.  It is a context manager.
 
-    A disk that fills up or goes away later must not stop a reply: the first failure is logged and
-    writing ends.  Raises UsageError when the file cannot be opened.
+    A full or missing disk does not stop a reply: the first failure is logged, and nothing more is written.
+
+    Args:
+        path: the file; it is created when it does not exist.
+
+    Raises:
+        UsageError: the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,6 +77,11 @@ class JsonLines:
             raise UsageError(f"{self.path}: cannot be written ({error.strerror}); find_policy another file") from None
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append one line.
+
+        Args:
+            values: the JSON object.
+        """
         if self._file is None:
             return
         try:
@@ -68,6 +91,7 @@ class JsonLines:
             self._file = None
 
     def close(self) -> None:
+        """Close the file.  Later calls of ``write`` do nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None

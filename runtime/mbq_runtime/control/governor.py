@@ -1,4 +1,4 @@
-"""Ties sensors, the controller's step and an engine together while a reply is made."""
+"""The governor: it reads the sensors, runs the controller, and sets the budget of an engine during a reply."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from .threads import Threads
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-_OVERDUE_S = 1.5 * PERIOD_S  # without a token for so long the governor's own thread looks
+"""Time between two looks at the sensors, in s."""
+_OVERDUE_S = 1.5 * PERIOD_S  # without a token for this long the governor's own thread looks
 _SAME_BITS = 1e-3  # engines keep the budget in single precision
-_FORGET_S = 3.0  # a speed older than this, and than a few tokens, is no longer the present one
+_FORGET_S = 3.0  # a speed older than this, and older than three tokens, is forgotten
 
 
 class Governed(Protocol):
-    """What a governor needs of an engine: a budget that may be set from any thread, and the bundle's manifest."""
+    """What a governor needs of an engine.  ``avg_bits`` is the budget; it can be set from any thread."""
 
     avg_bits: float
 
     @property
-    def manifest(self) -> Manifest: ...
+    def manifest(self) -> Manifest:
+        """The manifest of the engine's bundle."""
 
 
 @runtime_checkable
@@ -60,7 +62,7 @@ class Telling(Protocol):
 
 @runtime_checkable
 class Threaded(Protocol):
-    """An engine whose processor threads may be fewer than it was loaded with, from any thread."""
+    """An engine whose number of processor threads can be lowered from any thread."""
 
     threads: int
 
@@ -68,15 +70,21 @@ class Threaded(Protocol):
 class Reads(Protocol):
     """What a governor needs of the sensors."""
 
-    def read(self) -> Readings: ...
+    def read(self) -> Readings:
+        """The readings of this moment."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """The latest look.
+    """Result of the last look at the sensors.
 
-    avg_bits: the budget; tokens_per_s, avg_bits_used: of the tokens of late, None when there were
-    none; energy_j_per_token: since the start, None without a power sensor.
+    Args:
+        avg_bits: the budget, in average bits per weight.
+        reason: the cause of the budget, as text for people.
+        readings: what the sensors showed.
+        tokens_per_s: speed of the last tokens; None when there were none.
+        avg_bits_used: average bits per weight that the last tokens used; None when there were none.
+        energy_j_per_token: energy since the start, in J per token; None without a power sensor.
     """
 
     avg_bits: float
@@ -88,17 +96,25 @@ class Status:
 
 
 class Governor:
-    """Sets ``engine.avg_bits`` to what the policy makes of the sensors, twice a second.
+    """Reads the sensors twice a second and sets ``engine.avg_bits`` by the policy.
 
-    It looks between two tokens, on the engine's thread: a look beside it would take a core from a thread that the
-    others wait for, and half of their speed for as long.  Where no tokens come its own thread looks.
+    Use it as a context manager.  It sets the first budget when the block begins.  The last budget stays after the
+    block; the number of threads is restored.  A new budget applies from the engine's next token.  ``policy`` can be
+    replaced at any time.  With any policy except "fixed", ``engine.threads`` follows the processors that other programs
+    leave free (see ``Threads``).
 
-    With any policy but "fixed", ``engine.threads`` follow the processors that other programs leave, see ``Threads``.
-    A context manager: the first budget is set on entering, and the last one stays after leaving; the threads
-    are as they were.
-    A new budget takes effect at the engine's next token.  ``policy`` may be replaced at any time.
-    on_event: called for every change and every word about the sensors, in whichever thread looks.
-    Raises UsageError for a policy the bundle cannot hold.
+    It looks at the sensors between two tokens, on the engine's thread.  A look at another time would take a core from
+    one of the engine's threads, and the others would wait for it.  When no tokens come, its own thread looks.
+
+    Args:
+        engine: the engine to control.
+        sensors: gives the readings.
+        policy: a row of ``POLICIES``, or a policy of your own.
+        on_event: called for each change of the budget and each notice, on the thread that looks.
+        clock: returns seconds that never go back.
+
+    Raises:
+        UsageError: the bundle does not have the bounds of the policy.
     """
 
     def __init__(
@@ -119,17 +135,24 @@ class Governor:
         self._trim = BudgetTrim(self._state.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
-        self._tokens: deque[tuple[float, float]] = deque()  # appended by the engine's thread, drained by a look
+        self._tokens: deque[tuple[float, float]] = deque()  # the engine's thread appends, a look empties it
         self._last_token_s = clock()
         self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
-        self._paced_s = time.monotonic()  # the last look, whatever ``clock`` shows
+        self._paced_s = time.monotonic()  # time of the last look, independent of ``clock``
         self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mbq-governor", daemon=True)
 
     @property
     def policy(self) -> Policy:
-        """The one in force, with its bounds."""
+        """The policy in force, with its bounds.
+
+        Args:
+            policy: the new policy.
+
+        Raises:
+            UsageError: the bundle does not have the bounds of the policy.
+        """
         return self._policy
 
     @policy.setter
@@ -138,22 +161,27 @@ class Governor:
         self._policy = replace(policy.within(self._engine.manifest), threads=threads)
 
     def status(self) -> Status:
-        """From any thread."""
+        """The result of the last look.  It can be called from any thread."""
         return self._status
 
     def observe(self, token_time_s: float, bits_used: float) -> None:
-        """One token was decoded.  From any thread; an engine that tells its tokens is listened to without this."""
+        """Count one decoded token.  Engines with listeners call it by themselves.  It is safe from any thread.
+
+        Args:
+            token_time_s: time of the token's pass, in s.
+            bits_used: average bits per weight that the token used.
+        """
         self._tokens.append((token_time_s, bits_used))
 
     def tick(self) -> Status:
-        """Look once and set the budget: what is done by itself after entering, and by nobody else then."""
+        """Look once and set the budget.  Inside the ``with`` block the governor calls it; do not call it there."""
         now_s, before = self._clock(), self._state
         speed, used = self._drain(now_s)
         readings = replace(self._sensors.read(), tokens_per_s=speed)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
         self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget
-        # A fixed budget is the router's own, so that a reply can be repeated.
+        # A fixed budget has no correction, so that a reply can be repeated.
         self._asked = self._trim.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
         if self._asked != self._engine.avg_bits:
             self._engine.avg_bits = self._asked
@@ -161,13 +189,13 @@ class Governor:
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before.bits:
             self._tell(Event(time.time(), before.bits, budget, reason, readings))
-        # The controller's clock is the one that no jump upsets.
+        # The controller's clock has no jumps.
         self._follow_load(readings, self._state.clock_s - before.clock_s)
         self._status = Status(budget, reason, readings, speed, used, self._energy.joules_per_token)
         return self._status
 
     def _follow_load(self, readings: Readings, elapsed_s: float) -> None:
-        """Give the engine as many threads as there is room for."""
+        """Set the number of threads by the load of other programs."""
         if self._threaded is None:
             return
         before = self._threads
@@ -176,12 +204,12 @@ class Governor:
         if self._threads.count == before.count:
             return
         self._threaded.threads = self._threads.count
-        if self._threaded.threads == self._threads.count:  # else an engine that cannot change it
+        if self._threaded.threads == self._threads.count:  # some engines cannot change it
             bits = self._state.bits
             self._tell(Event(time.time(), bits, bits, self._threads.describe(before.count), readings))
 
     def _drain(self, now_s: float) -> tuple[float | None, float | None]:
-        """Book the tokens since the last look: (tokens/s, bits used)."""
+        """Count the tokens since the last look.  Returns (tokens/s, average bits used)."""
         tokens = [self._tokens.popleft() for _ in range(len(self._tokens))]
         last = self._status
         if not tokens:
@@ -189,7 +217,7 @@ class Governor:
             return (last.tokens_per_s, last.avg_bits_used) if still else (None, None)
         self._last_token_s = now_s
         spent_s = sum(seconds for seconds, _ in tokens)
-        if abs(self._engine.avg_bits - self._asked) < _SAME_BITS:  # else a request or a person set the budget
+        if abs(self._engine.avg_bits - self._asked) < _SAME_BITS:  # not when a request or a user set the budget
             for _, bits in tokens:
                 self._trim = self._trim.after(bits)
         self._energy = self._energy.add(last.readings.power_w, spent_s, len(tokens))
@@ -200,7 +228,7 @@ class Governor:
             self._on_event(event)
 
     def _between_tokens(self, token_time_s: float, bits_used: float) -> None:
-        """What the engine tells its tokens to, on its own thread."""
+        """The listener that the engine calls on its own thread after each token."""
         self.observe(token_time_s, bits_used)
         if time.monotonic() - self._paced_s >= PERIOD_S:
             self._look(wait=False)
@@ -209,17 +237,17 @@ class Governor:
         while not self._stop.wait(PERIOD_S / 2):
             if time.monotonic() - self._paced_s >= _OVERDUE_S:
                 self._look(wait=False)
-        self._look(wait=True)  # books the last tokens
+        self._look(wait=True)  # counts the last tokens
 
     def _look(self, wait: bool) -> None:
-        """wait: for a look that is under way; else that one will do."""
+        """Look, unless another look is in progress.  wait: wait for that one and then look again."""
         if not self._looking.acquire(blocking=wait):
             return
         try:
             self._paced_s = time.monotonic()
             self.tick()
-        except Exception as error:  # a listener's mistake, most likely: the reply goes on at the last budget
-            log.exception("the governor could not look at the board")
+        except Exception as error:  # most likely a fault of a listener; the reply continues at the last budget
+            log.exception("the governor could not read the board")
             self._status = replace(self._status, reason=f"the governor failed: {error}")
         finally:
             self._looking.release()

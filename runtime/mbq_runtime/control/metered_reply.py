@@ -1,4 +1,4 @@
-"""A reply with its figures: the bits of each piece of text, and the energy it all took."""
+"""A reply with measurements: the bits of each piece of text, and the energy of the whole reply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """text: of one token, as a rule; tokens: how many passes gave it; bits: their mean."""
+    """One piece of a reply.
+
+    text: text of one token in most cases; tokens: number of tokens that gave it; bits: their average bits per weight,
+    NaN when there are none.
+    """
 
     text: str
     tokens: int
@@ -22,10 +26,15 @@ class Piece(NamedTuple):
 
 
 class MeteredReply:
-    """Iterate over it instead of over ``reply``.  clock: seconds.
+    """A reply that counts bits and energy.  Iterate over it in place of ``reply``.
 
-    energy_j: drawn since the first piece was asked for, prompt included, by what the board's sensor
-    measures; None as soon as the power was unknown.
+    ``energy_j`` is the energy in J that the board's sensor measured so far, prompt included.  It is None when the
+    power was unknown at any time.  The time that the reader takes between two pieces is not counted.
+
+    Args:
+        reply: what ``Engine.generate`` returned.
+        governor: the governor that reads the power.
+        clock: returns seconds.
     """
 
     def __init__(self, reply: Generation, governor: Governor, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -40,7 +49,7 @@ class MeteredReply:
             self._count(self._clock() - start_s)
             seen += len(bits)
             yield Piece(text, len(bits), math.fsum(bits) / len(bits) if bits else math.nan)
-            start_s = self._clock()  # what the reader took is not the engine's
+            start_s = self._clock()  # leaves out the reader's own time
         self._count(self._clock() - start_s)
 
     def _count(self, spent_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What a controller may trade for what: one row per policy, and the bounds it keeps."""
+"""The policies: one row each.  A policy says which triggers lower the budget, and how far it can go."""
 
 from __future__ import annotations
 
@@ -14,24 +14,44 @@ from mbq_runtime.errors import UsageError
 
 
 class Band(NamedTuple):
-    """The values of a signal at which it begins to press and at which it presses with all its weight."""
+    """The range of a trigger's value in which its pressure goes from 0 to 1.
+
+    start: value at which the pressure is still 0; full: value from which it is 1.
+    """
 
     start: float
     full: float
 
     def pressure(self, value: float) -> float:
-        """0 to 1."""
+        """The pressure, from 0 to 1.
+
+        Args:
+            value: value of the trigger, in the same unit as ``start`` and ``full``.
+        """
         return min(max((value - self.start) / (self.full - self.start), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a budget follows the board.
+    """How the budget follows the board.
 
-    bands: signals that count, see ``triggers.TRIGGERS``; the others do not.  floor_bits, ceiling_bits: bounds of the
-    budget; None is the lowest quality the bundle vouches for, and its highest.  min_tps: tokens/s
-    to hold if bits can do it.  last_until_s: when the battery must still hold, on the clock of ``now``.
-    bytes_at: (bits, bytes of weights a token reads), from the bundle.  threads: that the engine was loaded with.
+    >>> from dataclasses import replace
+    >>> replace(find_policy("auto"), min_tps=20.0).bands["heat"]
+    Band(start=-5.0, full=0.0)
+
+    Args:
+        name: word that selects it, as in ``--policy auto``.
+        help: one line for people.
+        bands: the triggers that it uses, by name; see ``TRIGGERS``.  Other triggers are ignored.
+        floor_bits: lowest budget, in average bits per weight; None: the quality floor of the bundle.
+        ceiling_bits: highest budget, in average bits per weight; None: the highest of the bundle.
+        min_tps: speed goal in tokens/s; bits are given up to reach it.
+        last_until_s: time until which the battery must last, in s on the clock of ``step``.
+        bytes_at: pairs of a budget and the bytes of weights that a token reads at it; ``within`` sets it.
+        threads: number of threads that the engine was loaded with; the governor sets it.
+
+    Raises:
+        UsageError: ``min_tps`` or ``last_until_s`` is not a usable number.
     """
 
     name: str
@@ -51,7 +71,14 @@ class Policy:
             raise UsageError(f"last_until_s {self.last_until_s}: needed a number of seconds")
 
     def within(self, manifest: Manifest) -> Policy:
-        """The same policy with bounds and sizes of a bundle.  Raises UsageError when they do not fit it."""
+        """The same policy with the bounds and sizes of a bundle.
+
+        Args:
+            manifest: the bundle's manifest.
+
+        Raises:
+            UsageError: the bundle does not have these bounds.
+        """
         budget = manifest.budget
         asked = (self.floor_bits, self.ceiling_bits)
         low, high = (
@@ -67,17 +94,26 @@ class Policy:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """(floor, ceiling) in bits.  Raises UsageError before ``within``."""
+        """(floor, ceiling) in average bits per weight.
+
+        Raises:
+            UsageError: the policy has no bounds, because ``within`` was not called.
+        """
         if self.floor_bits is None or self.ceiling_bits is None:
-            raise UsageError(f"policy {self.name} has no bounds yet; take policy.within(manifest)")
+            raise UsageError(f"policy {self.name} has no bounds; use policy.within(manifest)")
         return self.floor_bits, self.ceiling_bits
 
 
 def quality_floor(manifest: Manifest) -> float:
-    """The lowest average bits at which the bundle still writes acceptable text."""
+    """The lowest average bits per weight at which the bundle still writes acceptable text.
+
+    Args:
+        manifest: the bundle's manifest.
+    """
     return max(manifest.budget.min_bits, min(manifest.quality.floor_bits, manifest.budget.max_bits))
 
 
+# Bands of the policies that trade quality against heat, load, energy and memory.
 _TRADED = {
     "heat": Band(-5.0, 0.0),
     "throttle": Band(0.0, 1.0),
@@ -95,33 +131,56 @@ _TRADED = {
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
-        Policy("fixed", "one budget, whatever happens"),
-        Policy("auto", "full quality until heat, load, memory or a low battery press", _TRADED),
+        Policy("fixed", "one budget at all times"),
+        Policy("auto", "full quality until heat, load, memory or a low battery need less", _TRADED),
         Policy(
             "quality",
-            "gives way only above the throttle point, and where memory or a goal demands it",
+            "lowers the budget only above the throttle point, or when memory or a goal needs it",
             {name: _TRADED[name] for name in ("memory", "latency", "lifetime")} | {"heat": Band(0.0, 4.0)},
         ),
-        Policy("battery", "saves from the first minute on battery", _TRADED | {"battery": Band(-0.2, 0.5)}),
+        Policy("battery", "saves energy from the first minute on battery", _TRADED | {"battery": Band(-0.2, 0.5)}),
         Policy("cool", "stays well below the throttle point", _TRADED | {"heat": Band(-25.0, -10.0)}),
     )
 }
-"""Bands, in the unit of each signal: heat in C from the throttle point, battery as the share that is used up,
-clock as the share that is lost, cpu and quota as shares of time."""
+"""The policies by name.  Each band is in the unit of its trigger: heat in C above the throttle point, battery as the
+share that is used, clock as the share that is lost, cpu and quota as shares of time."""
 
 
 def find_policy(name: str) -> Policy:
-    """A row of ``POLICIES``.  Raises UsageError naming them."""
+    """A row of ``POLICIES``.
+
+    >>> find_policy("cool").help
+    'stays well below the throttle point'
+
+    Args:
+        name: one of "fixed", "auto", "quality", "battery", "cool".
+
+    Raises:
+        UsageError: there is no such policy.
+    """
     if name not in POLICIES:
         raise UsageError(f"policy {name!r}: needed one of {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
 def seconds_until(text: str, now: datetime) -> float:
-    """Seconds from ``now`` to "18:00" (today or tomorrow), or in "2.5h" or "40min".  Raises UsageError."""
+    """Seconds from now to a time of day, or the seconds of a duration.
+
+    >>> seconds_until("18:00", datetime(2026, 11, 1, 16, 30))
+    5400.0
+    >>> seconds_until("40min", datetime(2026, 11, 1))
+    2400.0
+
+    Args:
+        text: a time of day such as "18:00", today or tomorrow, or a duration such as "2.5h" or "40min".
+        now: the time now.
+
+    Raises:
+        UsageError: ``text`` is neither.
+    """
     if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip()):
         then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
         return ((then if then > now else then + timedelta(days=1)) - now).total_seconds()
     if span := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(h|min)", text.strip()):
         return float(span[1]) * {"h": 3600, "min": 60}[span[2]]
-    raise UsageError(f"{text!r} is no time: needed a clock time such as 18:00, or a span such as 2.5h or 40min")
+    raise UsageError(f"{text!r} is no time: needed a time of day such as 18:00, or a duration such as 2.5h or 40min")

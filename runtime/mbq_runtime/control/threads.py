@@ -1,7 +1,7 @@
-"""How many threads the model runs on beside other programs.
+"""The number of threads that the model uses while other programs run.
 
-A token's work is shared out to threads that wait for one another: one that has to share its core with another
-program holds all of them up, so that two threads beside a busy core are slower than one.
+The threads of one token wait for each other.  A thread that shares its core with another program delays all the
+others.  Two threads on one free core and one busy core are therefore slower than one thread.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from dataclasses import dataclass, replace
 from mbq_runtime.sensing.readings import Readings
 
 _SMOOTH_S = 1.2
-_RISE_S = 5.0  # a further thread must have had its core for this long
-_ROOM = 0.75  # of a core that a further thread must find free
+_RISE_S = 5.0  # a core must be free for this long before one more thread uses it
+_ROOM = 0.75  # share of a core that must be free for one more thread
 
 
 @dataclass(frozen=True)
 class Threads:
-    """most: what the engine was loaded with; cpus: processors this process may be scheduled on; count: to use now;
-    left_cpus: what others leave of them, smoothed, None when unknown."""
+    """The number of threads to use now, and what decides it.
+
+    Args:
+        most: number of threads that the engine was loaded with.
+        cpus: number of processors on which this process may run.
+        count: number of threads to use now.
+        left_cpus: processors that other programs leave free, smoothed; None is unknown.
+        roomy_s: time in s for which there was room for one more thread.
+    """
 
     most: int
     cpus: int
@@ -29,11 +36,24 @@ class Threads:
 
     @classmethod
     def of(cls, most: int, cpus: int) -> Threads:
-        """As the engine was loaded."""
+        """The state before the first reading: all threads.
+
+        Args:
+            most: number of threads that the engine was loaded with.
+            cpus: number of processors on which this process may run.
+        """
         return cls(most, cpus, most)
 
     def after(self, readings: Readings, elapsed_s: float) -> Threads:
-        """One more look.  Falls as soon as the smoothed reading does, rises after a while; unknown is no reason."""
+        """The state after new readings.
+
+        The count falls at once when the smoothed reading falls.  It rises by one after some time with room for one
+        more thread.  Without a reading all threads are used.
+
+        Args:
+            readings: the new readings.
+            elapsed_s: time in s since the last readings.
+        """
         left_cpus = _left_cpus(readings, self.cpus)
         if left_cpus is None:
             return Threads.of(self.most, self.cpus)
@@ -49,13 +69,17 @@ class Threads:
         return replace(now, count=self.count + 1, roomy_s=0.0) if roomy_s >= _RISE_S else replace(now, roomy_s=roomy_s)
 
     def describe(self, before: int) -> str:
-        """Why ``count`` is no longer ``before``."""
+        """The reason for a new count, as text for people.
+
+        Args:
+            before: number of threads before the change.
+        """
         left = "?" if self.left_cpus is None else f"{self.left_cpus:.1f}"
-        return f"threads: {before} to {self.count}, {left} of {self.cpus} processors are left to this program"
+        return f"threads: {before} to {self.count}, {left} of {self.cpus} processors are free for this program"
 
 
 def _left_cpus(r: Readings, cpus: int) -> float | None:
-    """A cgroup's limit, or the processors less what others take, whichever is less."""
+    """The lower of two: the cgroup's limit, and the processors minus what other programs use.  None is unknown."""
     known = [] if r.available_cpus is None else [r.available_cpus]
     if r.foreign_cpu_fraction is not None:
         known.append(cpus * (1 - r.foreign_cpu_fraction))

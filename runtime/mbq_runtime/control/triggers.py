@@ -1,4 +1,4 @@
-"""The signals a budget listens to: one row each, from readings to a value that is worse when higher."""
+"""The triggers: one row for each cause that can lower the budget.  A higher value of a trigger is worse."""
 
 from __future__ import annotations
 
@@ -13,30 +13,48 @@ from .policy import Policy
 
 @dataclass(frozen=True)
 class Situation:
-    """What a signal is judged by.  bits: the budget now; best_tps: the best speed seen at it, if any."""
+    """What a trigger can use to compute its value.
+
+    Args:
+        readings: what the sensors show now.
+        policy: the policy in force, with bounds.
+        now_s: time in s, on the clock of ``policy.last_until_s``.
+        bits: the budget now, in average bits per weight.
+        best_tps: best speed so far at this budget or a higher one, in tokens/s; None when there is none.
+        sandboxed: whether neither the heat nor the load of this board was ever known.
+    """
 
     readings: Readings
     policy: Policy
     now_s: float
     bits: float
     best_tps: float | None
-    sandboxed: bool  # neither heat nor load of this board has ever been seen
+    sandboxed: bool
 
     def pressure_at(self, bits: float) -> float:
-        """The pressure that leads to a budget."""
+        """The pressure, from 0 to 1, that gives a budget.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
         low, high = self.policy.bounds
         return min(max((high - bits) / (high - low), 0.0), 1.0) if high > low else 0.0
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """One signal.
+    """One cause that can lower the budget.
 
-    value: None when unknown; describe: the reason, for people; smooth_s: time constant of its
-    smoothing; forecast_s, forecast_most: how far ahead its slope is metered, and by how much at
-    most; settle_s: how long after any change it may lower the budget again (a signal that the budget
-    itself moves needs time to answer); rise_bits: the largest step up after it; sensor: whether
-    losing it is worth a word.
+    Args:
+        value: computes the value; None is unknown.
+        describe: makes the reason, as text for people.
+        smooth_s: time constant of the smoothing, in s; 0: no smoothing.
+        forecast_s: the slope is extended this far into the future, in s.
+        forecast_most: largest change by the forecast, in the unit of the value.
+        settle_s: time in s after a change of the budget before this trigger can lower it again.  A signal that the
+            budget itself moves needs this time to answer.
+        rise_bits: largest rise, in bits, after this trigger lowered the budget.
+        sensor: whether a notice is given when the value is missing.
     """
 
     value: Callable[[Situation], float | None]
@@ -49,7 +67,7 @@ class Trigger:
     sensor: bool = True
 
 
-_BEFORE_OFF_C = 10.0  # below the temperature at which it switches off, a board that tells no other limit is hot
+_BEFORE_OFF_C = 10.0  # without another limit, the limit is this far below the temperature of switching off
 
 
 def _limit_c(r: Readings) -> float | None:
@@ -72,7 +90,7 @@ def _supply(at: Situation) -> float | None:
 
 
 def _clock(at: Situation) -> float | None:
-    """The share of its speed the processor is not allowed: only where nothing tells whether heat is why."""
+    """The share of the clock that the board does not allow.  It is used only where heat throttling is unknown."""
     r = at.readings
     if r.heat_throttled is not None:
         return 0.0
@@ -92,9 +110,9 @@ def _cpu(at: Situation) -> float | None:
 
 
 def _quota(at: Situation) -> float | None:
-    """The share of periods in which a limit stops us, or of the engine's threads it leaves no time for.
+    """The higher of two shares: periods in which the limit stops us, and threads for which it leaves no time.
 
-    The second stays when the engine runs on fewer threads and is stopped no more.
+    The second one stays when the engine uses fewer threads and is no longer stopped.
     """
     available, threads = at.readings.available_cpus, at.policy.threads
     withheld = 0.0 if available is None or threads is None else 1 - available / threads
@@ -105,7 +123,7 @@ def _quota(at: Situation) -> float | None:
 
 
 def _memory(at: Situation) -> float | None:
-    """The pressure of the highest budget whose weights fit in what memory there is."""
+    """The pressure that gives the highest budget whose weights fit in the available memory."""
     available = at.readings.available_memory_bytes
     if available is None or not at.policy.bytes_at:
         return None
@@ -115,19 +133,22 @@ def _memory(at: Situation) -> float | None:
 
 
 def _latency(at: Situation) -> float | None:
-    """Moves the budget by the speed that is missing; a tenth more than asked is left as it is."""
+    """The pressure that changes the budget by the missing share of the speed.
+
+    A speed of up to 10 % above the goal keeps the budget.
+    """
     goal, tps = at.policy.min_tps, at.readings.tokens_per_s
     if goal is None or tps is None:
         return None
     missing = 1 - tps / goal
     if -0.1 <= missing <= 0:
         return at.pressure_at(at.bits)
-    # Only part of a token's time follows the bits, so that lowering needs more than its share and raising less.
+    # Only part of a token's time depends on the bits: lower by more than the missing share, raise by less.
     return at.pressure_at(at.bits * (1 - missing * (1.5 if missing > 0 else 0.5)))
 
 
 def _lifetime(at: Situation) -> float | None:
-    """Moves the budget by the power that is too much for the battery to last; unknown where it is not measured."""
+    """The pressure that changes the budget by the excess of power over what the battery allows until the goal."""
     r, until_s = at.readings, at.policy.last_until_s
     if until_s is None or r.discharging is None:
         return None
@@ -143,51 +164,58 @@ def _lifetime(at: Situation) -> float | None:
 
 
 def _pace(at: Situation) -> float | None:
-    """The share of its best speed the model has lost, where nothing else tells of heat or load."""
+    """The share of its best speed that the model lost.  It is used only where heat and load are unknown."""
     tps = at.readings.tokens_per_s
     if not at.sandboxed or tps is None or at.best_tps is None:
         return None
     return 1 - tps / at.best_tps
 
 
-def _say(value: float | None, form: str) -> str:
+def _text(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
 
 
-def _say_heat(r: Readings) -> str:
-    return f"heat: {_say(r.temp_c, '.1f')} C, the limit is {_say(_limit_c(r), '.0f')} C"
+def _describe_heat(r: Readings) -> str:
+    return f"heat: {_text(r.temp_c, '.1f')} C, the limit is {_text(_limit_c(r), '.0f')} C"
 
 
-def _say_cpu(r: Readings) -> str:
+def _describe_cpu(r: Readings) -> str:
     if r.foreign_cpu_fraction is None:
-        return f"cpu: programs wait for it {_say(r.cpu_pressure, '.0%')} of the time"
-    return f"cpu: other programs take {_say(r.foreign_cpu_fraction, '.0%')}"
+        return f"cpu: programs wait for a processor {_text(r.cpu_pressure, '.0%')} of the time"
+    return f"cpu: other programs use {_text(r.foreign_cpu_fraction, '.0%')}"
 
 
-def _say_quota(r: Readings) -> str:
-    stops = f"it stops us in {_say(r.cgroup_throttled_fraction, '.0%')} of its periods"
-    return f"quota: the cgroup's limit is {_say(r.available_cpus, '.1f')} processors, {stops}"
+def _describe_quota(r: Readings) -> str:
+    stops = f"it stops this program in {_text(r.cgroup_throttled_fraction, '.0%')} of its periods"
+    return f"quota: the cgroup limit is {_text(r.available_cpus, '.1f')} processors, {stops}"
 
 
-def _say_lifetime(r: Readings) -> str:
-    return f"lifetime: {_say(r.power_w, '.1f')} W is too much for {_say(r.battery_energy_wh, '.1f')} Wh to last"
+def _describe_lifetime(r: Readings) -> str:
+    return f"lifetime: {_text(r.power_w, '.1f')} W is too much for {_text(r.battery_energy_wh, '.1f')} Wh to last"
 
 
 TRIGGERS: dict[str, Trigger] = {
-    "heat": Trigger(_heat, _say_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
+    "heat": Trigger(_heat, _describe_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
     "throttle": Trigger(_throttle, lambda r: "throttle: heat slows the board now", rise_bits=1),
     "supply": Trigger(_supply, lambda r: "supply: under-voltage slows the board now", rise_bits=1),
-    "clock": Trigger(_clock, lambda r: f"clock: held at {_say(r.cpu_freq_fraction, '.0%')}", smooth_s=5, rise_bits=1),
-    "battery": Trigger(_battery, lambda r: f"battery: {_say(r.battery_fraction, '.0%')} left", settle_s=20),
-    "cpu": Trigger(_cpu, _say_cpu, smooth_s=1.2),
-    "quota": Trigger(_quota, _say_quota, smooth_s=1.2),
-    "memory": Trigger(_memory, lambda r: f"memory: {_say(r.available_memory_bytes, ',')} bytes available"),
+    "clock": Trigger(
+        _clock, lambda r: f"clock: limited to {_text(r.cpu_freq_fraction, '.0%')}", smooth_s=5, rise_bits=1
+    ),
+    "battery": Trigger(_battery, lambda r: f"battery: {_text(r.battery_fraction, '.0%')} left", settle_s=20),
+    "cpu": Trigger(_cpu, _describe_cpu, smooth_s=1.2),
+    "quota": Trigger(_quota, _describe_quota, smooth_s=1.2),
+    "memory": Trigger(_memory, lambda r: f"memory: {_text(r.available_memory_bytes, ',')} bytes available"),
     "pace": Trigger(
-        _pace, lambda r: f"pace: down to {_say(r.tokens_per_s, '.1f')} tokens/s", smooth_s=5, settle_s=20, rise_bits=1,
+        _pace,
+        lambda r: f"pace: the speed fell to {_text(r.tokens_per_s, '.1f')} tokens/s",
+        smooth_s=5,
+        settle_s=20,
+        rise_bits=1,
         sensor=False,
     ),
     "latency": Trigger(
-        _latency, lambda r: f"latency: {_say(r.tokens_per_s, '.1f')} tokens/s", settle_s=3, rise_bits=0.5, sensor=False
+        _latency, lambda r: f"latency: {_text(r.tokens_per_s, '.1f')} tokens/s", settle_s=3, rise_bits=0.5, sensor=False
     ),
-    "lifetime": Trigger(_lifetime, _say_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
-}  # fmt: skip
+    "lifetime": Trigger(_lifetime, _describe_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
+}
+"""The triggers by name.  A policy has a ``Band`` for each trigger that it uses."""

@@ -31,7 +31,7 @@ class Talk:
 
     def __init__(self, engine: Engine, **readings: Any) -> None:
         self.bounded = BoundedEngine(engine)
-        status = SimpleNamespace(reason="nothing presses", readings=Readings(0.0, **readings))
+        status = SimpleNamespace(reason="no pressure", readings=Readings(0.0, **readings))
         governor: Any = SimpleNamespace(status=lambda: status)
         self.conversation = Conversation(engine)
         self._out, self._notes = io.StringIO(), io.StringIO()
@@ -66,7 +66,7 @@ def test_a_reply_and_its_figures(talk: Talk) -> None:
     out, notes = talk.say("hello")
     assert out == REPLY + "\n"
     assert notes.startswith("11 tokens, ")
-    for words in (" tokens/s, 8.10 bits, 61 °C, nothing presses, energy ", " J/token\n"):
+    for words in (" tokens/s, 8.10 bits, 61 °C, no pressure, energy ", " J/token\n"):
         assert words in notes
     assert talk.conversation.messages == [
         {"role": "user", "content": "hello"},
@@ -87,7 +87,7 @@ def test_bits_by_hand(talk: Talk) -> None:
     assert "4.10 bits, 61 °C, asked by you" in notes
     _, notes = talk.say("/bits auto", "hello")
     assert notes.startswith("6 bits\n")
-    assert "6.10 bits, 61 °C, nothing presses" in notes
+    assert "6.10 bits, 61 °C, no pressure" in notes
     for bad in ("/bits", "/bits lots", "/bits 9", "/bits nan"):
         assert "takes a number from 3 to 8" in talk.say(bad)[1]
     assert talk.bounded.avg_bits == 6.0

@@ -189,7 +189,7 @@ def test_a_sensor_lost_in_mid_run_is_said_once_and_the_budget_falls_back() -> No
 
     decisions = list(run(heat_dies, 600))
     notices = [(at, notice) for at, decision in decisions for notice in decision.state.notices]
-    assert notices == [(90.0, "heat: no reading for 30 s, it no longer counts")]
+    assert notices == [(90.0, "heat: no reading for 30 s; it is ignored")]
     budget = {at: decision.budget for at, decision in decisions}
     assert budget[85.0] == 3.0, "its last word counts for a while"
     assert budget[199.0] > 3.0
@@ -200,7 +200,7 @@ def test_a_sensor_lost_in_mid_run_is_said_once_and_the_budget_falls_back() -> No
 def test_unknown_sensors_are_named_once() -> None:
     bare = Readings(0.0, foreign_cpu_fraction=0.0)
     notices = [notice for _, decision in run(lambda _: bare, 60) for notice in decision.state.notices]
-    assert notices == ["unknown on this board, and not counted: heat, throttle, supply, clock, battery, quota, memory"]
+    assert notices == ["unknown on this board, and ignored: heat, throttle, supply, clock, battery, quota, memory"]
 
 
 def test_a_clock_that_jumps_changes_nothing() -> None:

@@ -320,7 +320,7 @@ def test_threads_follow_the_load_and_come_back(monkeypatch: pytest.MonkeyPatch) 
     looks(governor, clock, 4)
     assert engine.threads == 1
     said = [event.reason for event in events if not event.is_change]
-    assert said == ["threads: 2 to 1, 1.4 of 2 processors are left to this program"]
+    assert said == ["threads: 2 to 1, 1.4 of 2 processors are free for this program"]
     board.readings = IDLE
     looks(governor, clock, 15)
     assert engine.threads == 2

@@ -65,7 +65,7 @@ def test_a_goal_must_be_a_speed(goal: float) -> None:
 
 
 def test_a_policy_without_bounds_says_so() -> None:
-    with pytest.raises(UsageError, match="policy auto has no bounds yet"):
+    with pytest.raises(UsageError, match="policy auto has no bounds"):
         _ = POLICIES["auto"].bounds
 
 

@@ -29,7 +29,7 @@ class Steered:
     """What ``Governor.status`` tells, as far as the server reads it."""
 
     avg_bits: float = 8.0
-    reason: str = "nothing presses"
+    reason: str = "no pressure"
     readings: Readings = field(default_factory=lambda: Readings(time_s=0.0))
     tokens_per_s: float | None = None
     avg_bits_used: float | None = None
