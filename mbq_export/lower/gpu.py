@@ -1,236 +1,280 @@
-"""A calibrated decoder as kernels and a plan of launches: what a bundle for a GPU holds.
+"""Lowers a calibrated decoder to kernels and a plan of launches for a GPU.
 
-The whole step runs on the device.  A pass over a prompt's chunk and one over a single token are the same
-launches with other kernels; the choice of a token (last norm, head, largest logit) follows either.  See
-``mbq_runtime.bundle.gpu_plan`` for what the plan says and ``mbq_targets.gpu`` for the kernels.
+The whole step runs on the device.  The plan has three programs: ``prompt`` takes a chunk of a prompt and ``token``
+one token, both up to the last block; ``choose`` follows either and chooses the next token (final norm, head, largest
+logit).  ``mbq_targets.gpu`` has the kernels.
+
+An activation is the name of a scratch buffer::
+
+    residual   the stream                        branch    output of attention or MLP
+    normed     result of a norm                  attended  attended values
+    stacked    q, k and v, or gate and up        gated     product of gate and up
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle import gpu_plan
 from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE
 from mbq_runtime.errors import ModelError
-from mbq_targets.gpu import attention, matmul, routing, sampling
-from mbq_targets.gpu.kernel import MAX_TABLES, TOKENS, Kernel
-from mbq_targets.gpu.source import lower as to_text
-from mbq_targets.machines import Target
+from mbq_targets.gpu import attention as attention_kernels
+from mbq_targets.gpu import matmul, routing, sampling
+from mbq_targets.gpu.kernel import MAX_TABLES, TOKENS
+from mbq_targets.machines import Gpu, Target
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import pack_planes, pack_scales
+from ..format.planes import ROW_BLOCK, pack_planes, pack_scales
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
+from ..transforms.rotation import HeadInput
+from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from .gpu_launches import Array, Launches
 
-Array = NDArray[np.generic]
+_PRODUCTS = {"normed": "stacked", "attended": "branch", "gated": "branch"}
+"""The buffer of a linear layer's product, by the buffer of its input."""
 
-PAGE_BYTES = 4096
-SUFFIX = {"opencl": ".cl", "wgsl": ".wgsl"}
+_ROTATE_THREADS = 32
 
 
-class _Lowering:
-    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> None:
-        assert target.gpu is not None
-        self.checkpoint, self.decoder, self.calibrated = checkpoint, checkpoint.decoder, calibrated
-        self.dialect, self.tuning = target.gpu.dialect, target.gpu.tuning
-        self.profile, self.group = calibrated.profile, calibrated.group_size
-        self.kernels: dict[str, Kernel] = {}
-        self.tensors: dict[str, Array] = {}
-        self.scratch: dict[str, int] = {}  # float32 or int32 numbers
-        self.caches: dict[str, int] = {}  # bytes for each token of context
-        self.programs: dict[str, list[tuple[Kernel, dict[str, str], list[int]]]] = {}
-        self.launches: list[tuple[Kernel, dict[str, str], list[int]]] = []
-        self.tables: list[NDArray[np.float32]] = []
-        self.parameters = sum(linear.parameters for linear in calibrated.units.values())
+class Lowered(NamedTuple):
+    """A decoder for a GPU.
 
-    def build(self) -> None:
-        d, chunk = self.decoder, self.tuning.chunk
-        self.scratch |= {STATE: TOKENS + chunk, RESULT: 2, ROUTING: 2 * chunk, "order": chunk, LOGITS: d.vocab_size}
-        for name, tokens in (("prompt", chunk), ("token", 1)):
-            self.programs[name] = self.launches = []
-            self._blocks(tokens)
-        self.programs["choose"] = self.launches = []
-        self._choose()
+    plan: contents of plan.json; texts: kernels by file name; tensors: by name, in the order of the weights' file.
+    """
 
-    def _tensor(self, name: str, value: Array) -> str:
-        self.tensors.setdefault(name, np.ascontiguousarray(value))
-        return name
+    plan: dict[str, Any]
+    texts: dict[str, str]
+    tensors: dict[str, Array]
 
-    def _room(self, name: str, numbers: int) -> str:
-        """Scratch memory on the device; the largest that is asked for."""
-        self.scratch[name] = max(self.scratch.get(name, 0), numbers)
-        return name
 
-    def _launch(self, kernel: Kernel, buffers: dict[str, str], weight_bytes: int | list[int] = 0) -> None:
-        kernel = self.kernels.setdefault(kernel.name, kernel)
-        by_depth = weight_bytes if isinstance(weight_bytes, list) else [weight_bytes] * self.profile.depths
-        self.launches.append((kernel, {"state": STATE, "routing": ROUTING, "order": "order", **buffers}, by_depth))
+def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Lowered:
+    """Lower a decoder to a GPU's language.
 
-    def _matrix(self, name: str, sliced: Sliced) -> dict[str, str]:
-        if f"{name}.planes" not in self.tensors:
-            self._tensor(f"{name}.planes", pack_planes(sliced.codes, self.profile))
-            self._tensor(f"{name}.scales", matmul.pair_scales(pack_scales(sliced.scale, sliced.offset)))
-        return {"planes": f"{name}.planes", "scales": f"{name}.scales"}
+    Args:
+        checkpoint: norms, rotations and shape of the model.
+        calibrated: its slices and routers.
+        target: a machine with a GPU.
 
-    def _blocks(self, tokens: int) -> None:
-        """The residual stream of ``tokens`` tokens, up to what the last block adds to it."""
-        d, group = self.decoder, self.group
-        own = self.calibrated.embedding
-        table = self._matrix("head", self.calibrated.units["head"].sliced) if own is None else (
-            self._matrix("embedding", own)
-        )  # fmt: skip
-        self._room("residual", tokens * d.hidden_size)
-        factors = self.calibrated.embedding_factors(d)
-        scaled = bool((factors != 1).any())
-        if scaled:
-            table["factors"] = self._tensor("embedding.factors", factors)
+    Returns:
+        The plan, the kernels and the tensors.
+
+    Raises:
+        BuildError: a kernel cannot be translated to the target's language.
+        ModelError: the routers have more tables of thresholds than the kernels take.
+    """
+    gpu, d = target.gpu, checkpoint.decoder
+    assert gpu is not None
+    chunk, launches = gpu.tuning.chunk, Launches(calibrated.profile.depths)
+    for name, numbers in (
+        (STATE, TOKENS + chunk), (RESULT, 2), (ROUTING, 2 * chunk), ("order", chunk), (LOGITS, d.vocab_size)
+    ):  # fmt: skip
+        launches.scratch(name, numbers)
+    launches.begin("prompt")
+    walk_blocks(d, calibrated, GpuBuilder(checkpoint, calibrated, gpu, launches, tokens=chunk))
+    launches.begin("token")
+    one_token = GpuBuilder(checkpoint, calibrated, gpu, launches, tokens=1)
+    stream = walk_blocks(d, calibrated, one_token)
+    launches.begin("choose")
+    walk_head(d, calibrated, one_token, stream)
+    head_share = calibrated.units[d.head.name].parameters / one_token.routed_parameters
+    plan, texts = launches.plan(gpu.dialect, chunk=chunk, vocab_size=d.vocab_size, head_share=head_share)
+    return Lowered(plan, texts, launches.tensors)
+
+
+class GpuBuilder(Builder[str]):
+    """Records the launches of one program.
+
+    Args:
+        checkpoint: norms, rotations and shape of the model.
+        calibrated: its slices and routers.
+        gpu: language and work-group shapes of the device.
+        launches: where launches are recorded.
+        tokens: of one pass.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, calibrated: Calibrated, gpu: Gpu, launches: Launches, *, tokens: int
+    ) -> None:
+        self.checkpoint, self.decoder = checkpoint, checkpoint.decoder
+        self.tuning, self.launches, self.tokens = gpu.tuning, launches, tokens
+        self.profile, self.group_size = calibrated.profile, calibrated.group_size
+        self.routed_parameters = sum(linear.parameters for linear in calibrated.units.values())
+
+    def embed(self, embedding: Embedding) -> str:
+        d, group = self.decoder, self.group_size
+        buffers = self._matrix(embedding.name, embedding.table)
+        x = self.launches.scratch("residual", self.tokens * d.hidden_size)
+        # One row's planes, and its share of the scales of a row block.
+        row_bytes = d.hidden_size + matmul.scale_words(ROW_BLOCK, d.hidden_size, group) * 4 // ROW_BLOCK
+        factors = embedding.factors
+        scaled = factors is not None and bool((factors != 1).any())
+        if factors is not None and scaled:
+            buffers["factors"] = self.launches.tensor("embedding.factors", factors)
+            row_bytes += factors.nbytes
         kernel = matmul.gather(
-            f"gather_{tokens}",
-            d.vocab_size,
-            d.hidden_size,
-            group,
-            self.profile,
-            self.tuning.token_threads,
-            tokens,
-            scaled,
+            f"gather_{self.tokens}", d.vocab_size, d.hidden_size, group, self.profile,
+            threads=self.tuning.token_threads, tokens=self.tokens, scaled=scaled,
+        )  # fmt: skip
+        self.launches.launch(kernel, {**buffers, "x": x}, row_bytes)
+        return x
+
+    def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
+        return self._routed_norm(residual, branch, norm, feeds, last=False)
+
+    def post_norm(self, branch: str, norm: Norm) -> str:
+        k, tokens = self.decoder.hidden_size, self.tokens
+        kernel = routing.plain_norm(f"post_norm_{tokens}", k, self.decoder.norm_eps, self.tuning.token_threads, tokens)
+        weight = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
+        self.launches.launch(kernel, {"x": branch, "weight": weight}, 4 * k)
+        return branch
+
+    def linear(self, linear: RoutedLinear, x: str, routed_by: str) -> str:
+        return self._linear(linear, x, _PRODUCTS[x])
+
+    def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
+        d, tokens = self.decoder, self.tokens
+        rotary = f"{attention.rotary}.rotary"
+        if rotary not in self.launches.tensors:
+            self.launches.tensor(rotary, np.concatenate(self.checkpoint.rotary(attention.rotary), axis=1))
+        rotated = self.launches.tensors[rotary].shape[1]
+        heads = attention_kernels.Heads(d.heads, d.kv_heads, d.head_dim, rotated)
+        q = self.launches.scratch("q", tokens * d.heads * d.head_dim)
+        token_bytes = 4 * d.kv_heads * d.head_dim
+        cache = {part: self.launches.cache(f"{part}.{attention.layer}", token_bytes) for part in ("keys", "values")}
+        buffers, eps = {"qkv": qkv, "rotary": rotary, "q": q, **cache}, None
+        if attention.head_norms is not None:
+            eps = d.norm_eps
+            norms = np.stack([self.checkpoint.norm(norm.source) for norm in attention.head_norms])
+            buffers["norms"] = self.launches.tensor(f"layers.{attention.layer}.head_norms", norms)
+        rotate = attention_kernels.rotate(f"rotate_{tokens}", heads, tokens, _ROTATE_THREADS, eps)
+        self.launches.launch(rotate, buffers, 4 * rotated)
+        name = f"attend_{tokens}{'' if attention.window is None else f'_window_{attention.window}'}"
+        y = self.launches.scratch("attended", tokens * d.heads * d.head_dim)
+        attend = attention_kernels.attend(
+            name, heads, attention.scale, attention.window, tokens=tokens, threads=self.tuning.attention_threads
         )
-        row_bytes = matmul.scale_words(16, d.hidden_size, group) * 4 // 16 + d.hidden_size
-        self._launch(kernel, {**table, "x": "residual"}, row_bytes + factors.nbytes * scaled)
-        for layer in range(d.layers):
-            units = {role: self.calibrated.units[unit.name] for role, unit in d.layer_units(layer).items()}
-            for part, first in (("attn", layer == 0), ("mlp", False)):
-                self._norm(units[f"{part}_in"], d.input_norm(layer, f"{part}_in"), tokens, branch=not first)
-                self._linear(units[f"{part}_in"], "normed", "stacked", tokens)
-                inner = self._attention if part == "attn" else self._gate
-                self._linear(units[f"{part}_out"], inner(layer, units[f"{part}_out"], tokens), "branch", tokens)
-                self._post_norm(d.output_norm(layer, f"{part}_out"), tokens)
+        self.launches.launch(attend, {"q": q, "y": y, **cache})
+        k = d.heads * d.head_dim
+        router, router_buffers, size = self._router(feeds)
+        route = routing.route(f"route_{tokens}", k, self.tuning.token_threads, tokens, router)
+        self.launches.launch(route, {"x": y, **router_buffers}, size)
+        return y
 
-    def _choose(self) -> None:
-        d, chunk = self.decoder, self.tuning.chunk
-        head = self.calibrated.units["head"]
-        self._norm(head, d.final_norm, chunk, branch=True, last=True)
-        self._linear(head, self._head_input(), LOGITS, 1)
-        kernel = sampling.argmax("argmax", d.vocab_size, self.tuning.token_threads, chunk)
-        self._launch(kernel, {"logits": LOGITS, "result": RESULT})
+    def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
+        d, tokens = self.decoder, self.tokens
+        router, buffers, size = self._router(feeds)
+        y = self.launches.scratch("gated", tokens * d.ffn_size)
+        kernel = routing.gate(
+            f"gate_{tokens}", d.ffn_size, gate.activation, self.tuning.token_threads, tokens=tokens, router=router
+        )
+        self.launches.launch(kernel, {"stacked": stacked, "y": y, **buffers}, size)
+        return y
 
-    def _head_input(self) -> str:
-        turn = self.calibrated.head_input
-        if turn is None:
-            return "normed"
+    def final_norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
+        return self._routed_norm(residual, branch, norm, feeds, last=True)
+
+    def head_input(self, turn: HeadInput, x: str) -> str:
         a, b, threads = len(turn.left), len(turn.right), self.tuning.token_threads
-        self._room("turned", a * b)
-        gain = self._tensor("head_input.gain", turn.gain)
+        y = self.launches.scratch("turned", a * b)
+        gain = self.launches.tensor("head_input.gain", turn.gain)
         steps: tuple[tuple[str, str, NDArray[np.float32], dict[str, str]], ...] = (
             ("left", "left", turn.left, {}),
             ("right_gain", "right", turn.right.T, {"gain": gain}),
             ("left", "left_back", turn.left.T, {}),
             ("right", "right_back", turn.right, {}),
         )
-        rooms = ("normed", "turned")
-        for i, (kind, name, factor, more) in enumerate(steps):
-            side = kind.partition("_")[0]
-            kernel = sampling.turn(f"turn_{kind}", a, b, side, threads, gain=bool(more))
-            buffers = {"x": rooms[i % 2], "factor": self._tensor(f"head_input.{name}", factor), "y": rooms[1 - i % 2]}
-            self._launch(kernel, buffers | more, factor.nbytes)
-        return "normed"
+        for kind, name, factor, more in steps:
+            kernel = sampling.turn(f"turn_{kind}", a, b, kind.partition("_")[0], threads, gain=bool(more))
+            buffers = {"x": x, "factor": self.launches.tensor(f"head_input.{name}", factor), "y": y}
+            self.launches.launch(kernel, buffers | more, factor.nbytes)
+            x, y = y, x
+        return x
 
-    def _router(self, linear: RoutedLinear, k: int) -> tuple[routing.RouterShape, dict[str, str], int]:
-        """Its shape, its buffers and their bytes."""
+    def logits(self, head: RoutedLinear, x: str, routed_by: str) -> str:
+        """The logits of one token, and the largest of them, which is the next token.
+
+        Args:
+            head: slices and router of the head.
+            x: input of the head.
+            routed_by: not used, ``final_norm`` has run the router.
+
+        Returns:
+            The buffer of the logits.
+        """
+        logits = self._linear(head, x, LOGITS)
+        kernel = sampling.argmax("argmax", self.decoder.vocab_size, self.tuning.token_threads, self.tuning.chunk)
+        self.launches.launch(kernel, {"logits": logits, "result": RESULT})
+        return logits
+
+    def _matrix(self, name: str, sliced: Sliced) -> dict[str, str]:
+        """Buffers of a matrix; a tied table is stored once."""
+        planes, scales = f"{name}.planes", f"{name}.scales"
+        if planes not in self.launches.tensors:
+            self.launches.tensor(planes, pack_planes(sliced.codes, self.profile))
+            self.launches.tensor(scales, matmul.pair_scales(pack_scales(sliced.scale, sliced.offset)))
+        return {"planes": planes, "scales": scales}
+
+    def _routed_norm(
+        self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear, *, last: bool
+    ) -> tuple[str, str]:
+        """A norm and the router behind it.  last: of one token, which ``state`` names, in a chunk."""
+        k, tokens = self.decoder.hidden_size, self.tuning.chunk if last else self.tokens
+        router, buffers, size = self._router(feeds)
+        y = self.launches.scratch("normed", k if last else tokens * k)
+        kernel = routing.norm(
+            f"norm_{'last' if last else tokens}{'_first' * (branch is None)}",
+            k, self.decoder.norm_eps, self.tuning.token_threads, tokens,
+            branch=branch is not None, router=router, last=last,
+        )  # fmt: skip
+        weight = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
+        buffers |= {"residual": residual, "weight": weight, "y": y}
+        if branch is not None:
+            buffers["branch"] = branch
+        self.launches.launch(kernel, buffers, size + 4 * k)
+        return y, residual
+
+    def _router(self, linear: RoutedLinear) -> tuple[routing.RouterShape, dict[str, str], int]:
+        """A router's shape, its buffers and their bytes."""
         router, name = _widened(linear.router), f"{linear.unit.name}.router"
         shape = routing.RouterShape(self.profile, 0 if router.w1 is None else len(router.w1))
-        table = np.stack([router.budgets, router.thresholds])
-        number = next((i for i, seen in enumerate(self.tables) if np.array_equal(seen, table)), len(self.tables))
-        if number == len(self.tables):
-            self.tables.append(table)
-        if number >= MAX_TABLES:
+        table = self.launches.table(np.stack([router.budgets, router.thresholds]))
+        if table >= MAX_TABLES:
             raise ModelError(
-                f"{linear.unit.name}: more than {MAX_TABLES} tables of thresholds have no lowering to GPUs"
+                f"{linear.unit.name}: its table of thresholds is number {table + 1}, GPU kernels take {MAX_TABLES}; "
+                "export for a processor's target"
             )
         packed = shape.pack(
-            linear.parameters / self.parameters, number, router.bias, router.norm_gain, router.b1, router.w2
-        )
-        buffers = {"parameters": self._tensor(f"{name}.parameters", packed)}
+            linear.parameters / self.routed_parameters, table, router.bias, router.norm_gain,
+            b1=router.b1, w2=router.w2,
+        )  # fmt: skip
+        buffers = {"parameters": self.launches.tensor(f"{name}.parameters", packed)}
         if router.w1 is not None:
-            buffers["w1"] = self._tensor(f"{name}.w1", routing.pack_w1(router.w1))
-        return shape, buffers, packed.nbytes + 2 * shape.hidden * k
+            buffers["w1"] = self.launches.tensor(f"{name}.w1", routing.pack_w1(router.w1))
+        w1_bytes = 2 * shape.hidden * linear.sliced.codes.shape[1]
+        return shape, buffers, packed.nbytes + w1_bytes
 
-    def _norm(self, linear: RoutedLinear, source: str, tokens: int, *, branch: bool, last: bool = False) -> None:
-        k = self.decoder.hidden_size
-        shape, buffers, size = self._router(linear, k)
-        self._room("normed", k if last else tokens * k)
-        name = f"norm_{'last' if last else tokens}{'_first' * (not branch)}"
-        kernel = routing.norm(
-            name, k, self.decoder.norm_eps, self.tuning.token_threads, tokens, branch=branch, router=shape, last=last
-        )
-        weight = self._tensor(source, self.checkpoint.norm(source))
-        buffers |= {"residual": "residual", "branch": "branch", "weight": weight, "y": "normed"}
-        self._launch(kernel, buffers, size + 4 * k)
-
-    def _post_norm(self, source: str | None, tokens: int) -> None:
-        if source is None:
-            return
-        k = self.decoder.hidden_size
-        kernel = routing.plain_norm(f"post_norm_{tokens}", k, self.decoder.norm_eps, self.tuning.token_threads, tokens)
-        weight = self._tensor(source, self.checkpoint.norm(source))
-        self._launch(kernel, {"x": "branch", "weight": weight}, 4 * k)
-
-    def _linear(self, linear: RoutedLinear, x: str, y: str, tokens: int) -> None:
+    def _linear(self, linear: RoutedLinear, x: str, y: str) -> str:
+        """One product by depths that are known; ``y`` is the name of its buffer."""
         n, k = linear.sliced.codes.shape
-        bias = linear.bias is not None
-        self._room(y, tokens * n)
+        bias, tokens = linear.bias is not None, self.tokens
+        self.launches.scratch(y, tokens * n)
         if tokens > 1:
-            self._launch(routing.order(f"order_{tokens}", tokens), {})
+            self.launches.launch(routing.order(f"order_{tokens}", tokens), {})
         kernel = matmul.matmul(
-            f"matmul_{n}x{k}_{tokens}{'_bias' * bias}", n, k, self.group, self.profile, self.tuning, tokens, bias
-        )
+            f"matmul_{n}x{k}_{tokens}{'_bias' * bias}", n, k, self.group_size, self.profile,
+            tuning=self.tuning, tokens=tokens, bias=bias,
+        )  # fmt: skip
         buffers = {"x": x, "y": y, **self._matrix(linear.unit.name, linear.sliced)}
         if linear.bias is not None:
-            buffers["bias"] = self._tensor(f"{linear.unit.name}.bias", linear.bias)
+            buffers["bias"] = self.launches.tensor(f"{linear.unit.name}.bias", linear.bias)
         depths = range(1, self.profile.depths + 1)
-        sizes = [matmul.weight_bytes(n, k, self.group, self.profile, depth) + 4 * n * bias for depth in depths]
-        self._launch(kernel, buffers, sizes)
-
-    def _attention(self, layer: int, out: RoutedLinear, tokens: int) -> str:
-        d, threads = self.decoder, self.tuning.attention_threads
-        kind = d.rotary_kind(layer)
-        if f"{kind}.rotary" not in self.tensors:
-            self._tensor(f"{kind}.rotary", np.concatenate(self.checkpoint.rotary(kind), axis=1))
-        rotated = self.tensors[f"{kind}.rotary"].shape[1]
-        shape = attention.Heads(d.heads, d.kv_heads, d.head_dim, rotated)
-        q = self._room("q", tokens * d.heads * d.head_dim)
-        cache = {part: f"{part}.{layer}" for part in ("keys", "values")}
-        self.caches |= dict.fromkeys(cache.values(), 4 * d.kv_heads * d.head_dim)
-        rotary = {"qkv": "stacked", "rotary": f"{kind}.rotary", "q": q, **cache}
-        eps = None
-        if d.family.qk_norm:
-            eps = d.norm_eps
-            norms = np.stack([self.checkpoint.norm(d.head_norm(layer, part)) for part in "qk"])
-            rotary["norms"] = self._tensor(f"layers.{layer}.head_norms", norms)
-        self._launch(attention.rotate(f"rotate_{tokens}", shape, tokens, 32, eps), rotary, 4 * rotated)
-        window = d.window(layer)
-        name = f"attend_{tokens}{'' if window is None else f'_window_{window}'}"
-        y = self._room("attended", tokens * d.heads * d.head_dim)
-        kernel = attention.attend(name, shape, d.attention_scale, window, tokens, threads)
-        self._launch(kernel, {"q": q, "y": y, **cache})
-        k = out.sliced.codes.shape[1]
-        router, buffers, size = self._router(out, k)
-        self._launch(
-            routing.route(f"route_{tokens}", k, self.tuning.token_threads, tokens, router), {"x": y, **buffers}, size
-        )
-        return y
-
-    def _gate(self, layer: int, out: RoutedLinear, tokens: int) -> str:
-        d = self.decoder
-        router, buffers, size = self._router(out, d.ffn_size)
-        y = self._room("gated", tokens * d.ffn_size)
-        kernel = routing.gate(f"gate_{tokens}", d.ffn_size, d.activation, self.tuning.token_threads, tokens, router)
-        self._launch(kernel, {"stacked": "stacked", "y": y, **buffers}, size)
+        sizes = [matmul.weight_bytes(n, k, self.group_size, self.profile, depth) + 4 * n * bias for depth in depths]
+        self.launches.launch(kernel, buffers, sizes)
         return y
 
 
@@ -241,70 +285,3 @@ def _widened(router: RouterParams) -> RouterParams:
     more = -len(router.w1) % routing.LEARNED_STEP
     w1 = np.pad(router.w1, ((0, more), (0, 0)))
     return replace(router, w1=w1, b1=np.pad(router.b1, (0, more)), w2=np.pad(router.w2, ((0, 0), (0, more))))
-
-
-def lower(
-    checkpoint: Checkpoint, calibrated: Calibrated, target: Target
-) -> tuple[dict[str, Any], dict[str, str], dict[str, Array]]:
-    """The plan (contents of plan.json), the kernels' texts by file name, the tensors by name in the file's order.
-
-    Raises BuildError when a kernel cannot be lowered to the target's dialect.
-    """
-    lowering = _Lowering(checkpoint, calibrated, target)
-    lowering.build()
-    sources = to_text(list(lowering.kernels.values()), lowering.dialect)
-    files = {name: f"{name}{SUFFIX[lowering.dialect]}" for name in sources}
-    buffers = {name: {"bytes": 4 * numbers, "offset": -1} for name, numbers in lowering.scratch.items()}
-    buffers |= {name: {"bytes": size, "offset": -2} for name, size in lowering.caches.items()}
-    offset = 0
-    for name, tensor in lowering.tensors.items():
-        buffers[name] = {"bytes": tensor.nbytes, "offset": offset}
-        offset = _next_page(offset + tensor.nbytes)
-    needs = gpu_plan.Needs(
-        buffer_bytes=max(b["bytes"] for b in buffers.values()),
-        group_items=max(kernel.threads for kernel in lowering.kernels.values()),
-        local_bytes=max(source.local_bytes for source in sources.values()),
-        bindings=max(len(source.arguments) for source in sources.values()),
-    )
-    head = calibrated.units["head"].parameters
-    plan = {
-        "dialect": lowering.dialect,
-        "chunk": lowering.tuning.chunk,
-        "vocab_size": checkpoint.decoder.vocab_size,
-        "head_share": head / lowering.parameters,
-        "tables": [{"budgets": t[0].tolist(), "thresholds": t[1].tolist()} for t in lowering.tables],
-        "needs": asdict(needs),
-        "kernels": {
-            name: {
-                "file": files[name],
-                "arguments": list(source.arguments),
-                "items": lowering.kernels[name].threads,
-                "local_bytes": source.local_bytes,
-            }
-            for name, source in sources.items()
-        },
-        "buffers": buffers,
-        "programs": {
-            name: [
-                _launch_document(kernel, bound, sizes, sources[kernel.name].arguments)
-                for kernel, bound, sizes in launches
-            ]
-            for name, launches in lowering.programs.items()
-        },
-    }
-    return plan, {files[name]: source.text for name, source in sources.items()}, lowering.tensors
-
-
-def _next_page(offset: int) -> int:
-    return -(-offset // PAGE_BYTES) * PAGE_BYTES
-
-
-def _launch_document(
-    kernel: Kernel, bound: Mapping[str, str], weight_bytes: list[int], arguments: tuple[str, ...]
-) -> dict[str, Any]:
-    return {
-        "kernel": kernel.name,
-        "grid": list(kernel.grid),
-        "buffers": [bound[name] for name in arguments],
-        "weight_bytes": weight_bytes,
-    }

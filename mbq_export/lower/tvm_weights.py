@@ -1,4 +1,4 @@
-"""What the TVM decoder's weights file holds, and its writing."""
+"""The weights file of a TVM decoder: which tensors it holds, where, and how it is written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import pack_planes, pack_scales
+from ..format.planes import ROW_BLOCK, pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]
 
-_ROW_BLOCK = 16
 _DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 
 
 def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
-    """Every tensor by name: matrices and routers by the unit's, norms by the checkpoint's."""
+    """Collect the tensors of a decoder.
+
+    Args:
+        checkpoint: norms, rotations and shape of the model.
+        calibrated: its slices and routers.
+
+    Returns:
+        Tensors by name.  Matrices and routers have names of units, norms have names of the checkpoint.
+    """
     d, tensors = checkpoint.decoder, dict[str, Array]()
     for linear in calibrated.units.values():
         tensors |= _matrix(linear.unit.name, linear.sliced, calibrated)
@@ -47,7 +54,7 @@ def _matrix(name: str, sliced: Sliced, calibrated: Calibrated) -> dict[str, Arra
 
 
 def _beside(linear: RoutedLinear) -> dict[str, Array]:
-    """Router and bias; the bias is padded to whole row blocks."""
+    """A layer's router and bias.  The bias is padded to whole row blocks."""
     router, prefix = linear.router, f"{linear.unit.name}.router"
     found: dict[str, Array | None] = {
         f"{prefix}.table": np.stack([router.budgets, router.thresholds]),
@@ -58,7 +65,7 @@ def _beside(linear: RoutedLinear) -> dict[str, Array]:
         f"{prefix}.w2": router.w2,
     }
     if linear.bias is not None:
-        found[f"{linear.unit.name}.bias"] = np.pad(linear.bias, (0, -len(linear.bias) % _ROW_BLOCK))
+        found[f"{linear.unit.name}.bias"] = np.pad(linear.bias, (0, -len(linear.bias) % ROW_BLOCK))
     return {name: np.ascontiguousarray(value) for name, value in found.items() if value is not None}
 
 
@@ -73,6 +80,11 @@ def _norms(checkpoint: Checkpoint) -> list[str]:
 
 
 def places(tensors: dict[str, Array]) -> dict[str, Entry]:
+    """Where the file will hold each tensor.
+
+    Args:
+        tensors: result of ``collect``.
+    """
     return plan({name: (_DTYPES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
 
 
@@ -82,6 +94,14 @@ def write(
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
+    """Write the file.
+
+    Args:
+        tensors: result of ``collect``.
+        entries: result of ``places``.
+        path: of the file.
+        progress: called with bytes written and bytes in all.
+    """
     total, done = sum(entry.size for entry in entries.values()), 0
     with path.open("wb") as file:
         write_header(entries, file)
