@@ -1,13 +1,12 @@
-"""What several rooms of the tests share: small random models, and the real one exported once."""
+"""What several folders of tests share: a text to calibrate on, and the real model exported once."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from finished_exports import finished
 
 # The engine's wheels report usage unless told not to.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -26,14 +25,11 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SmolLM2-135M for every kind of target, from one run of the command line."""
-    folder = tmp_path_factory.mktemp("smollm2")
     # A thirteenth of the usual tuning and a seventh of the text: a quarter of the time.
-    command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder)]
-    command += ["--tune-steps", "6", "--calib-tokens", "6144"]
+    options = ["--tune-steps", "6", "--calib-tokens", "6144"]
     for target in REAL_TARGETS:
-        command += ["--target", target]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+        options += ["--target", target]
+    folder = finished(options, tmp_path_factory.mktemp("smollm2"))
     return {target: folder / f"smollm2-135m-{target}" for target in REAL_TARGETS}
 
 
@@ -64,11 +60,9 @@ GPU_TARGETS = ("android-adreno", "webgpu")
 @pytest.fixture(scope="session")
 def smollm2_two_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SmolLM2-135M for both engines of processors, and for GPUs, sliced down to 2 bits by rounding alone; by target."""
-    folder = tmp_path_factory.mktemp("two-engines")
-    command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder), "--engine", "both"]
-    command += ["--slices", "2,2,2,2", "--method", "rtn", "--router", "norm", "--calib-tokens", "4096"]
+    options = ["--engine", "both", "--slices", "2,2,2,2", "--method", "rtn", "--router", "norm"]
+    options += ["--calib-tokens", "4096"]
     for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS):
-        command += ["--target", target]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
+        options += ["--target", target]
+    folder = finished(options, tmp_path_factory.mktemp("two-engines"))
     return {target: folder / f"smollm2-135m-{target}" for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS)}

@@ -85,7 +85,8 @@ DEFAULT_CPU = "cortex-a76"
 
 def cache_folder() -> Path:
     """Where built userlands are kept between runs."""
-    return Path(os.environ.get("MBQ_TEST_CACHE") or Path.home() / ".cache" / "mbq-export-tests")
+    named = os.environ.get("MBQ_TEST_CACHE", "0")  # "0" turns off the cache of exports alone
+    return Path(named) if named not in ("", "0") else Path.home() / ".cache" / "mbq-export-tests"
 
 
 @dataclass(frozen=True)
