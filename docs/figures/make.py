@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mbq_runtime.simulate.boards import find
+from mbq_runtime.simulate.boards import find_board
 from mbq_runtime.simulate.closed_loop import contenders, simulate
 from mbq_runtime.simulate.model import SMOLLM2_135M
 
@@ -31,7 +31,7 @@ FIXED, FOLLOWING, RIVAL = "tab:red", "tab:blue", "tab:gray"
 
 def heat() -> Figure:
     """Draw one hour of a bare Raspberry Pi 5 at 20 tokens/s: temperature above, budget below."""
-    board, weights = find("pi5-bare"), SMOLLM2_135M
+    board, weights = find_board("pi5-bare"), SMOLLM2_135M
     named = contenders(("fixed 8", "auto"), weights.low_bits, weights.high_bits)
     runs = [simulate(board, weights, name, policy, 1.0, DEMAND_TOKENS_PER_S) for name, policy in named]
     figure = Figure(figsize=(8, 4.2), layout="constrained")

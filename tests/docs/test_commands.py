@@ -26,12 +26,10 @@ import click
 import pytest
 from click.testing import CliRunner
 from pages import ROOT, Block, python_blocks, shell_commands
+from tiny_models import write_checkpoint
 
 from mbq_export.cli import command as exporter
 from mbq_runtime.cli import cli as runtime
-
-sys.path.append(str(ROOT / "tests" / "export"))
-from tiny_models import write_checkpoint
 
 PATIENCE_S = 60
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

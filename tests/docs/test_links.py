@@ -41,3 +41,16 @@ def test_every_page_is_linked() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+
+
+def test_named_modules_exist() -> None:
+    """Paths of Python files in the text: from the repository, or as a package is imported."""
+    roots = [ROOT, ROOT / "runtime", ROOT / "targets"]
+    named = {
+        (page.relative_to(ROOT).as_posix(), path)
+        for page in PAGES
+        for path in re.findall(r"`([\w./-]+/[\w.-]+\.py)`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    missing = sorted(f"{page}: {path}" for page, path in named if not any((root / path).exists() for root in roots))
+    assert not missing
