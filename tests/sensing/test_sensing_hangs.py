@@ -160,7 +160,7 @@ def test_a_phone_that_fails_is_given_up(tmp_path: Path) -> None:
     for _ in range(6):
         problems += [one.problem for one in settled(sensors) if one.source == TERMUX]
         clock.now_s += 31
-    assert problems == ["its answer is no battery's"] * 3 + ["given up after 3 failures"] * 3
+    assert problems == ["its answer is not a battery status"] * 3 + ["not called again after 3 failures"] * 3
     assert len(commands.asked) == 3
 
 

@@ -62,7 +62,7 @@ def test_sense_shows_signals_reasons_and_readings(capsys: pytest.CaptureFixture[
     assert "\nreadings\n" in rest
     assert "  available_cpus " in rest
     if not os.path.exists("/dev/vcio"):
-        assert "  Raspberry Pi throttle bits  /dev/vcio: not there" in [line[:56] for line in rest.splitlines()]
+        assert "  Raspberry Pi throttle bits  /dev/vcio: not found" in [line[:57] for line in rest.splitlines()]
 
 
 def test_sense_as_json(capsys: pytest.CaptureFixture[str]) -> None:

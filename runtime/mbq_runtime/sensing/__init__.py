@@ -1,9 +1,15 @@
-"""What the board tells of itself: ``Sensors`` reads it all, ``Readings`` is what a controller sees of it.
+"""Sensors of this machine: heat, clocks, power, battery, load and memory.
 
->>> from mbq_runtime.sensing import Sensors
->>> sensors = Sensors()
->>> sensors.read().available_cpus is not None                               # doctest: +SKIP
-True
+``Sensors`` reads everything.  ``Signal`` is one value of one sensor.  ``Readings`` is the summary that a controller
+uses; ``aggregate`` makes it from signals.
+
+>>> from mbq_runtime.sensing import Kind, Sensors, Signal, aggregate
+>>> type(Sensors().read()).__name__
+'Readings'
+>>> zone = Signal(Kind.HEAT, "cpu-thermal", 61.0, "/sys/class/thermal/thermal_zone0/temp", limit=80.0)
+>>> readings = aggregate([zone], time_s=0.0)
+>>> readings.temp_c, readings.throttle_temp_c, readings.power_w
+(61.0, 80.0, None)
 """
 
 from __future__ import annotations

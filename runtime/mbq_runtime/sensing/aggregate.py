@@ -1,6 +1,6 @@
-"""From signals to readings.  What cannot be known for certain stays None.
+"""Makes readings from signals.  A reading that is not certain is None.
 
-Signals of one kind hold together: when one of them is unknown, so is their least, greatest or sum.
+When one signal of a kind is unknown, the minimum, maximum and sum of this kind are unknown too.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from .raspberry import CAPPED, SOFT_LIMIT, THROTTLED, UNDERVOLTAGE
 from .readings import Readings
 from .signal import Kind, Signal
 
-# Zones inside or around the processor; one that has not told its name may be.
+# Zones of the processor.  A zone without a name of its own can be one.
 _PROCESSOR_ZONE = re.compile(r"cpu|core|soc|pkg|package|tj-|tctl|thermal_zone", re.I)
-# Rails that feed the whole board, so that the others are parts of them.
+# Rails that feed the whole board.  The other rails are parts of them.
 _WHOLE_BOARD_RAILS = frozenset({"VDD_IN", "POM_5V_IN", "VIN"})
-# What measures a part of the machine, widest first; those of one row add up.
+# Sensors for a part of the machine, the largest part first.  The sensors of one row are added.
 _PARTS = (re.compile("psys"), re.compile(r"package-\d+|dram"), re.compile("PMIC rails"))
 
 
 def aggregate(signals: Sequence[Signal], time_s: float) -> Readings:
-    """The readings at ``time_s``; ``tokens_per_s`` is left to whoever counts tokens."""
+    """The readings of one moment.  ``tokens_per_s`` stays None; the governor adds it.
+
+    Args:
+        signals: what ``Sensors.signals`` returned.
+        time_s: time of the signals, in s on a monotonic clock.
+    """
     hottest = _hottest(signals) or Signal(Kind.HEAT, "", None, "")
     clocks = [one.value / one.limit if one.value is not None and one.limit else None
               for one in _of(signals, Kind.CLOCK_LIMIT)]  # fmt: skip
@@ -56,7 +61,17 @@ def aggregate(signals: Sequence[Signal], time_s: float) -> Readings:
 
 
 def power(signals: Sequence[Signal]) -> tuple[float | None, str]:
-    """(W, what measures it) of as much of the machine as there are sensors for; (None, why) when it is unknown."""
+    """The power of the largest part of the machine that has sensors.
+
+    >>> power([Signal(Kind.POWER, "VDD_IN", 6.5, "hwmon1"), Signal(Kind.POWER, "VDD_CPU", 2.0, "hwmon1")])
+    (6.5, 'VDD_IN')
+
+    Args:
+        signals: what ``Sensors.signals`` returned.
+
+    Returns:
+        (power in W, names of the sensors), or (None, reason) when it is unknown.
+    """
     rails = _of(signals, Kind.POWER)
     whole = [rail for rail in rails if rail.name in _WHOLE_BOARD_RAILS]
     choices = [whole or rails]
@@ -72,7 +87,7 @@ def power(signals: Sequence[Signal]) -> tuple[float | None, str]:
 
 
 def _hottest(signals: Sequence[Signal]) -> Signal | None:
-    """The zone nearest to its limit.  None when no zone of the processor can be read: others being cool says little."""
+    """The zone nearest to its limit.  None when no zone of the processor can be read: other zones can be cooler."""
     zones = _of(signals, Kind.HEAT)
     board_c = _together(min, _values(signals, Kind.HEAT_LIMIT))
     near = [replace(zone, limit=zone.limit or board_c) for zone in zones if _PROCESSOR_ZONE.search(zone.name)]
@@ -94,7 +109,7 @@ def _headroom_c(zone: Signal) -> float | None:
 
 
 def _heat_bits(bits: float | None) -> bool | None:
-    """A weak supply caps the clock too, so with under-voltage only the temperature limit's own bit means heat."""
+    """Whether heat slows the board.  Under-voltage limits the clock too; then only the temperature bit means heat."""
     if bits is None:
         return None
     word = int(bits)
@@ -108,7 +123,7 @@ def _discharging(signals: Sequence[Signal]) -> bool | None:
         return True
     if any(mains):
         return False
-    if None in batteries:  # drivers that do not know: without a charger it can only be so
+    if None in batteries:  # the driver does not know; without a charger the battery must be in use
         return True if mains and None not in mains else None
     return False if batteries else None
 
@@ -131,13 +146,13 @@ def _values(signals: Iterable[Signal], kind: Kind) -> list[float | None]:
 
 
 def _together(what: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
-    """None when there are none or one is unknown."""
+    """The result of a function of the values; None when there are no values or one is unknown."""
     known = list(values)
     return what([value for value in known if value is not None]) if known and None not in known else None
 
 
 def _any(*ways: Sequence[float | None]) -> bool | None:
-    """Several ways to find out the same: yes when one says so, else no when one is sure of it."""
+    """Combines several ways to find one fact: True when one way says yes, False when one way says no for certain."""
     if any(any(way) for way in ways):
         return True
     return False if any(way and None not in way for way in ways) else None

@@ -1,4 +1,4 @@
-"""What the control groups of this process, from its own up to the root, leave it of processors and memory."""
+"""Limits on processors and memory from the control groups of this process, from its own group to the root."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNLIMITED_BYTES = 2**46  # no machine has more; version 1 writes the largest nu
 class _MemoryFiles(NamedTuple):
     limits: tuple[str, ...]
     used: str
-    cache: str  # the line of memory.stat that counts what can be dropped at once
+    cache: str  # the line of memory.stat that counts memory which the kernel can free at once
 
 
 _MEMORY_FILES = {
@@ -27,7 +27,11 @@ _MEMORY_FILES = {
 
 
 def cpu_limit(host: Host) -> float | None:
-    """CPUs' worth of time that the groups of this process leave it; None when they set no limit, or cannot be read."""
+    """The processor limit of this process, in processors; None when there is no limit, or it cannot be read.
+
+    Args:
+        host: the machine.
+    """
     try:
         found = ControlGroup(host, _MEMBERSHIP).look()
     except Unreadable:
@@ -36,6 +40,13 @@ def cpu_limit(host: Host) -> float | None:
 
 
 class ControlGroup(Probe):
+    """The control groups of this process.
+
+    Args:
+        host: the machine.
+        path: the file that names the groups.
+    """
+
     kind = Kind.PROCESSORS
     also = (Kind.MEMORY, Kind.GROUP_THROTTLING)
     shown = "control group"
@@ -64,7 +75,7 @@ class ControlGroup(Probe):
         return found
 
     def _folders(self, membership: str, controller: str) -> tuple[int, list[str]]:
-        """(version, folders): that of the group of this process, then those above it as far as they can be seen."""
+        """(version, folders): the folder of this process's group first, then the visible folders above it."""
         paths: dict[int, str] = {}
         for line in membership.splitlines():
             if not (group := re.fullmatch(r"\d+:([^:]*):(/.*)", line)):
@@ -80,14 +91,14 @@ class ControlGroup(Probe):
         top, point = mount
         inside = paths[version].removeprefix(top.rstrip("/")).strip("/")
         folder = f"{point}/{inside}".rstrip("/")
-        # The path of a container's own group need not be visible inside it: what is mounted is the group then.
+        # Inside a container the path of its own group can be invisible.  Then the mount point is the group.
         if ".." in inside or not self.host.exists(folder):
             return version, [point]
         above = [folder[:i] for i, letter in enumerate(folder) if letter == "/" and i >= len(point)]
         return version, [folder, *reversed(above)]
 
     def _mount(self, version: int, controller: str) -> tuple[str, str] | None:
-        """(the group at its top, where it is mounted)"""
+        """(group at the top of the mount, mount point); None when there is no mount."""
         for line in self.host.text(_MOUNTS).splitlines():
             left, _, right = line.partition(" - ")
             kind, _, options = [*right.split(" ", 2), "", ""][:3]
@@ -101,14 +112,14 @@ class ControlGroup(Probe):
         try:
             cpus = self._quota(version, folder)
         except Unreadable as error:
-            # Root groups and kernels without quotas lack the file, and then count no periods either.
+            # Root groups and kernels without quotas do not have the file, and do not count periods.
             if isinstance(error, Absent) and not self._periods(folder):
                 return []
             return [Signal(Kind.PROCESSORS, self.name, None, file, problem=str(error))]
         return [] if cpus is None else [signal(Kind.PROCESSORS, self.name, cpus, file), self._throttling(folder)]
 
     def _quota(self, version: int, folder: str) -> float | None:
-        """CPUs, or None for no limit.  Raises Unreadable."""
+        """The limit in processors; None: no limit.  Raises Unreadable."""
         if version == 1:
             quota_us = self.host.number(f"{folder}/cpu.cfs_quota_us")
             return None if quota_us == -1 else quota_us / (self.host.number(f"{folder}/cpu.cfs_period_us") or 1)
@@ -118,7 +129,7 @@ class ControlGroup(Probe):
         return None if words[0] == "max" else whole_number(words[0]) / (whole_number(words[1]) or 1)
 
     def _periods(self, folder: str) -> tuple[int, int] | None:
-        """(all, throttled)"""
+        """(number of periods, number of throttled periods); None when they are not counted."""
         try:
             text = self.host.text(f"{folder}/cpu.stat")
         except Unreadable:
@@ -154,7 +165,7 @@ class ControlGroup(Probe):
         text = self.host.text(file)
         limit = _UNLIMITED_BYTES if text == "max" else whole_number(text)
         if not 0 <= limit < 2**63:
-            raise Unreadable(f"{limit} bytes cannot be true")
+            raise Unreadable(f"{limit} bytes is not plausible")
         return limit
 
     def _cache_bytes(self, folder: str, line: str) -> int:

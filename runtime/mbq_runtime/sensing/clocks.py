@@ -1,4 +1,4 @@
-"""How fast the processors may run, and the load of the GPU."""
+"""Clock limits of the processors, and clock and load of the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KHZ, _HZ = 1e-3, 1e-6  # to MHz
 
 
 class ClockPolicy(Probe):
-    """Processors that share a clock.  scaling_max_freq is what heat and power limits leave of it."""
+    """Processors that share a clock.  scaling_max_freq is the highest clock under the limits for heat and power."""
 
     kind = Kind.CLOCK_LIMIT
 
@@ -31,7 +31,7 @@ class ClockPolicy(Probe):
 
 
 class GpuClock(Probe):
-    """Tegra counts load in thousandths, Rockchip writes "12@300000000Hz"."""
+    """Clock and load of a GPU.  Tegra gives the load in thousandths; Rockchip writes "12@300000000Hz"."""
 
     kind = Kind.GPU_LOAD
 
@@ -56,6 +56,6 @@ class GpuClock(Probe):
 
     def _is_gpu(self) -> bool:
         names = set(self.name.split("."))
-        with suppress(Unreadable):  # the name of the device itself may tell
+        with suppress(Unreadable):  # the device tree can have a better name
             names.add(self.host.text(f"{self.path}/device/of_node/name"))
         return not _GPU_NAMES.isdisjoint(names)

@@ -1,4 +1,4 @@
-"""Where sensors are looked for: one row for each kind of folder or file, by name and never by number."""
+"""The kinds of sensors and where to find them: one row each.  Devices are found by name, never by number."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from .thermal import BoardLimit, CoolingDevice, ThermalZone, ThrottleCounters
 
 
 class SensorKind(NamedTuple):
-    """name: in words; places: paths of which any will do; probe: reads one; members: pattern of the names in the
-    folder when each of them is a device of its own, "" when the place itself is one."""
+    """One kind of sensor.
+
+    name: text for people; probe: makes the reader of one device from (host, path); places: paths, of which the first
+    that exists is used; members: pattern of the names in this folder that are devices, "" when the path itself is the
+    device.
+    """
 
     name: str
     probe: Callable[[Host, str], Probe]
@@ -55,13 +59,22 @@ SENSOR_KINDS = (
     SensorKind("memory", Memory, ("/proc/meminfo",)),
     SensorKind("control group", ControlGroup, ("/proc/self/cgroup",)),
 )
+"""All kinds of sensors.  ``Sensors`` looks for each of them."""
 
 
 def discover(host: Host, sensor: SensorKind) -> list[Probe]:
-    """One probe for each device there is now.  Raises Unreadable, with the reason, when there is none."""
+    """The devices of one kind that are present now, one probe each.
+
+    Args:
+        host: the machine.
+        sensor: the kind of sensor.
+
+    Raises:
+        Unreadable: there is no such device; the message is the reason.
+    """
     place = next(filter(host.exists, sensor.places), None)
     if place is None:
-        raise Unreadable("not there")
+        raise Unreadable("not found")
     if not sensor.members:
         return [sensor.probe(host, place)]
     names = [name for name in host.names(place) if re.fullmatch(sensor.members, name)]

@@ -1,4 +1,4 @@
-"""The machine as the sensors see it: files below a root, a clock, commands and one ioctl."""
+"""Access to the machine for the sensors: files below a root folder, a clock, commands and one ioctl."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Ioctl = Callable[[int, int, bytearray], object]
 
 
 class Unreadable(Exception):
-    """A sensor gave nothing; the message says why, in a few words."""
+    """A sensor gave no value; the message is the reason, in a few words."""
 
 
 class Absent(Unreadable):
-    """There is no such file, or no longer."""
+    """The file does not exist, or no longer exists."""
 
 
 class NotFitted(Unreadable):
-    """This machine has no such device; nothing is wrong."""
+    """This machine does not have the device; this is no fault."""
 
 
 class SwitchedOff(Unreadable):
-    """The device is there but off, as the clocks of processors that were taken offline."""
+    """The device is present but switched off, such as the clock of a processor that is offline."""
 
 
 _BY_ERRNO = {errno.ENOENT: Absent, errno.ENOTDIR: Absent, errno.ENODEV: Absent, errno.EBUSY: SwitchedOff}
@@ -39,7 +39,14 @@ _BY_ERRNO = {errno.ENOENT: Absent, errno.ENOTDIR: Absent, errno.ENODEV: Absent, 
 
 @dataclass(frozen=True)
 class Host:
-    """root: prefix of every path, "" on the real machine; clock: seconds; run: see ``run_command``."""
+    """Access to one machine, or to a folder that imitates one.
+
+    Args:
+        root: prefix of every path; "" on the real machine.
+        clock: returns seconds that never go back.
+        run: runs a command, as ``run_command`` does.
+        ioctl: sends a request to an open device, as ``fcntl.ioctl`` does.
+    """
 
     root: str
     clock: Callable[[], float]
@@ -47,7 +54,14 @@ class Host:
     ioctl: Ioctl
 
     def text(self, path: str) -> str:
-        """The file's content without white space and NULs around it.  Raises Unreadable."""
+        """The content of a file, without white space and NUL bytes around it.
+
+        Args:
+            path: the file, below ``root``.
+
+        Raises:
+            Unreadable: the file cannot be read, is empty, or is larger than 1 MiB.
+        """
         data = b""
         try:
             handle = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC)
@@ -65,35 +79,73 @@ class Host:
         return text
 
     def number(self, path: str) -> int:
-        """The one whole number in the file.  Raises Unreadable."""
+        """The whole number in a file.
+
+        Args:
+            path: the file, below ``root``.
+
+        Raises:
+            Unreadable: the file cannot be read, or contains anything else.
+        """
         return whole_number(self.text(path))
 
     def names(self, folder: str) -> list[str]:
-        """What the folder holds, in order.  Raises Unreadable."""
+        """The names in a folder, sorted; numbers in names are sorted by value.
+
+        Args:
+            folder: the folder, below ``root``.
+
+        Raises:
+            Unreadable: the folder cannot be read.
+        """
         try:
             return sorted(os.listdir(self.root + folder), key=_in_order)
         except OSError as error:
             raise reason(error) from error
 
     def exists(self, path: str) -> bool:
+        """Whether a file or folder exists.
+
+        Args:
+            path: the file or folder, below ``root``.
+        """
         return os.path.exists(self.root + path)
 
 
 def whole_number(text: str) -> int:
-    """Raises Unreadable when ``text`` is anything else, however long."""
+    """The whole number that a text contains.
+
+    Args:
+        text: decimal digits, with a sign or without.
+
+    Raises:
+        Unreadable: the text contains anything else, or more than 40 characters.
+    """
     if len(text) > 40 or not _NUMBER.fullmatch(text):
         raise Unreadable(f"not a number: {text[:40]!r}")
     return int(text)
 
 
 def reason(error: OSError) -> Unreadable:
-    """The error in the words a person would look for."""
+    """The error as ``Unreadable`` or one of its subclasses, with the text of the operating system.
+
+    Args:
+        error: what the operating system raised.
+    """
     kind = _BY_ERRNO.get(error.errno or 0, Unreadable)
     return kind((error.strerror or str(error)).lower())
 
 
 def run_command(command: Sequence[str], timeout_s: float) -> str:
-    """What ``command`` prints.  Raises Unreadable; a command that takes too long is ended with its children."""
+    """The standard output of a command.  A command that takes too long is killed with its child processes.
+
+    Args:
+        command: program and arguments.
+        timeout_s: longest time in s.
+
+    Raises:
+        Unreadable: the command cannot be started, fails, or takes too long.
+    """
     try:
         process = subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""Chips of the hwmon class: temperatures, power rails, supply alarms, fans; and the rails of old Jetsons."""
+"""Chips of the hwmon class (temperatures, power rails, supply alarms, fans), and the rails of old Jetsons."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from .host import Absent, Host, Unreadable
 from .probe import Probe
 from .signal import Kind, Signal, signal
 
-# Chips that tell what slows a model.  Everything else (disks, radios, fans) is only shown.
+# Chips that a controller uses.  The others (disks, radios, fans) are only shown.
 _KINDS = {
     **dict.fromkeys(("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal"), Kind.HEAT),
     **dict.fromkeys(("ina219", "ina220", "ina226", "ina230", "ina231", "ina238", "ina260", "ina3221"), Kind.POWER),
     "rpi_volt": Kind.SUPPLY_ALARM,
 }
-# Intel's processors slow themselves at the temperature their chip calls critical.
+# Intel processors slow themselves at the temperature that the chip calls critical.
 _THROTTLES_AT_CRITICAL = frozenset({"coretemp"})
-# Channels that are no rails: unconnected ones, and the sum that the chip keeps for its alarm.
+# Channels that are not rails: unconnected ones, and the sum that the chip computes for its alarm.
 _NOT_RAILS = frozenset({"NC", "sum of shunt voltages"})
-_OFTEN_S, _SELDOM_S = 0.0, 10.0  # asking a disk its temperature costs it work
+_OFTEN_S, _SELDOM_S = 0.0, 10.0  # a disk must work to give its temperature
 
 
 class HwmonChip(Probe):
+    """One chip of the hwmon class.
+
+    Args:
+        host: the machine.
+        path: folder of the chip.
+    """
+
     def __init__(self, host: Host, path: str) -> None:
         super().__init__(host, path)
         self._files: list[str] = []
@@ -66,7 +73,7 @@ class HwmonChip(Probe):
         )
 
     def _rails(self) -> list[Signal]:
-        """W.  INA3221 has volts and amperes of three channels, the others count the power themselves."""
+        """Power of the rails in W.  INA3221 gives volts and amperes of three channels; other chips give the power."""
         powers = [file for file in self._files if re.fullmatch(r"power\d+_input", file)]
         if powers:
             return [self.read(Kind.POWER, self._label(file.removesuffix("_input")), file, 1e-6) for file in powers]
@@ -92,7 +99,7 @@ class HwmonChip(Probe):
 
 
 class IioRails(Probe):
-    """INA3221 under the kernel of JetPack 4: rail_name_N, in_powerN_input in mW."""
+    """The INA3221 chip under the kernel of JetPack 4, with files rail_name_N and in_powerN_input (mW)."""
 
     kind = Kind.POWER
 

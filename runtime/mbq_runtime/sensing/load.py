@@ -1,4 +1,4 @@
-"""Who uses the processors and the memory: /proc/stat, pressure stall information, /proc/meminfo."""
+"""Load of the processors and the memory: /proc/stat, pressure stall information, /proc/meminfo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .probe import NEEDS_SECOND_LOOK, Growth, Probe
 from .signal import Kind, Signal, signal
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# Columns of a "cpu" line of /proc/stat that are work: user, nice, system, irq, softirq, steal.
+# Columns of a "cpu" line of /proc/stat that count work: user, nice, system, irq, softirq, steal.
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
 _PRESSURES = {"cpu": Kind.CPU_PRESSURE, "memory": Kind.MEMORY_PRESSURE, "io": Kind.IO_PRESSURE}
 _OWN = "this program"
@@ -18,7 +18,7 @@ _STATUS, _STAT, _ONLINE = "/proc/self/status", "/proc/self/stat", "/sys/devices/
 
 
 class Affinity(Probe):
-    """The processors this process may be scheduled on."""
+    """Number of processors on which this process may run."""
 
     kind = Kind.PROCESSORS
     shown = "affinity"
@@ -28,7 +28,12 @@ class Affinity(Probe):
 
 
 class ProcessorTime(Probe):
-    """Work of other programs, and of other guests of the same host, on the processors this one may use."""
+    """Load by other programs, and by other guests of the same host, on the processors this process may use.
+
+    Args:
+        host: the machine.
+        path: the file with the times of the processors.
+    """
 
     kind = Kind.FOREIGN_LOAD
     shown = "other programs"
@@ -74,11 +79,16 @@ class ProcessorTime(Probe):
             columns = self.host.text(_STAT).rpartition(")")[2].split()
             return (int(columns[11]) + int(columns[12])) / _TICKS_PER_S
         except (Unreadable, IndexError, ValueError) as error:
-            raise Unreadable(f"own part is not known: {_STAT}: {error}") from error
+            raise Unreadable(f"load of this program is unknown: {_STAT}: {error}") from error
 
 
 class Pressure(Probe):
-    """Share of time in which somebody waited, from the running total; at the first look the kernel's 10 s average."""
+    """Share of time in which a task waited, from a running total.  The first look gives the kernel's 10 s average.
+
+    Args:
+        host: the machine.
+        path: file of one resource.
+    """
 
     def __init__(self, host: Host, path: str) -> None:
         super().__init__(host, path)
@@ -94,11 +104,13 @@ class Pressure(Probe):
             raise Unreadable(f"not a pressure: {text[:40]!r}")
         grown = self._growth.since(self.host.clock(), int(found[2]) * 1e-6)
         share = float(found[1]) / 100 if grown is None else min(1.0, grown[1] / grown[0])
-        note = "somebody waits" if grown else "average of 10 s"
+        note = "a task waits" if grown else "average of 10 s"
         return [signal(self.kind, self.name, share, self.path, note=note)]
 
 
 class Memory(Probe):
+    """Memory that is available without swapping."""
+
     kind = Kind.MEMORY
     shown = "available"
 
@@ -111,16 +123,23 @@ class Memory(Probe):
 
 
 def allowed_cpus(host: Host) -> frozenset[int]:
-    """Numbers of the processors that are in the affinity mask and online.  Raises Unreadable."""
+    """Numbers of the processors that are in the affinity mask of this process and online.
+
+    Args:
+        host: the machine.
+
+    Raises:
+        Unreadable: the kernel does not give them.
+    """
     found = re.search(r"^Cpus_allowed_list:\s*(\S+)$", host.text(_STATUS), re.M)
     if not found:
         raise Unreadable(f"{_STATUS}: no line Cpus_allowed_list")
-    # The mask of a virtual machine names processors that could be plugged in one day.
+    # The mask of a virtual machine also has processors that can be added later.
     return _numbers(found[1], _STATUS) & _numbers(host.text(_ONLINE), _ONLINE)
 
 
 def _numbers(ranges: str, file: str) -> frozenset[int]:
-    """Of "0-3,5", as kernels write sets of processors.  Raises Unreadable."""
+    """The numbers in a text such as "0-3,5".  Raises Unreadable."""
     numbers: set[int] = set()
     for part in ranges.split(","):
         found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)

@@ -1,4 +1,4 @@
-"""What every reader of one device has in common."""
+"""The base class of the readers of devices, and the growth of counters."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import Any, ClassVar
 from .host import Host, Unreadable
 from .signal import Kind, Signal, signal
 
-# Shorter spans make rates of counters that tick a hundred times a second too coarse.
+# Counters step 100 times a second.  A rate over a shorter time is too coarse.
 _SHORTEST_SPAN_S = 0.4
-NEEDS_SECOND_LOOK = "known from the second look on"
+NEEDS_SECOND_LOOK = "needs a second look"
 
 
 class Probe:
-    """Reads one device: a folder or file found by ``sources.discover``.
+    """The reader of one device.  A subclass implements ``look``.
 
-    kind, name: of the signal that stands for the device until it has answered; also: further kinds of
-    which such a signal must stand; every_s: how often it is worth reading; shown: a name better than the
-    path's.
+    Args:
+        host: the machine.
+        path: folder or file of the device.
     """
 
     kind: Kind = Kind.CHIP
+    """Kind of the signal that is given while the device has not answered."""
     also: ClassVar[tuple[Kind, ...]] = ()
+    """More kinds for which such a signal is given."""
     every_s: float = 0.0
+    """Shortest time between two looks, in s."""
     shown: ClassVar[str] = ""
+    """Name of the signal; "": the last part of the path."""
 
     def __init__(self, host: Host, path: str) -> None:
         self.host = host
@@ -31,15 +35,31 @@ class Probe:
         self.name = self.shown or path.rsplit("/", 1)[-1]
 
     def look(self) -> list[Signal]:
-        """Read it now, however long that takes.  Raises Unreadable when nothing can be told."""
+        """Read the device now.  This can take any time.
+
+        Raises:
+            Unreadable: the device gives no value at all.
+        """
         raise NotImplementedError
 
     def unknown(self, problem: str) -> list[Signal]:
-        """The device as a whole, without a value."""
+        """The signals of a device without values.
+
+        Args:
+            problem: the reason.
+        """
         return [Signal(kind, self.name, None, self.path, problem=problem) for kind in (self.kind, *self.also)]
 
     def read(self, kind: Kind, name: str, file: str, scale: float = 1.0, **about: Any) -> Signal:
-        """The number in ``file``, below this device's folder, times ``scale``."""
+        """The signal of a number in a file.
+
+        Args:
+            kind: what the number measures.
+            name: name of the sensor.
+            file: the file, below the folder of this device.
+            scale: factor from the number to the unit of ``kind``.
+            about: ``limit``, ``hard_limit`` and ``note`` of the signal.
+        """
         source = f"{self.path}/{file}"
         try:
             return signal(kind, name, self.host.number(source) * scale, source, **about)
@@ -47,6 +67,11 @@ class Probe:
             return Signal(kind, name, None, source, problem=str(error), **about)
 
     def number_or_none(self, file: str) -> int | None:
+        """The number in a file; None when it cannot be read.
+
+        Args:
+            file: the file, below the folder of this device.
+        """
         try:
             return self.host.number(f"{self.path}/{file}")
         except Unreadable:
@@ -54,14 +79,23 @@ class Probe:
 
 
 class Growth:
-    """How much counters grew between two looks at least ``_SHORTEST_SPAN_S`` apart."""
+    """The growth of counters between two looks that are at least 0.4 s apart."""
 
     def __init__(self) -> None:
         self._base: tuple[float, ...] | None = None
         self._last: tuple[float, ...] | None = None
 
     def since(self, now_s: float, *counters: float, wraps_at: float = 0.0) -> tuple[float, ...] | None:
-        """(seconds, growth of each counter); None at the first look and when a counter was reset."""
+        """The growth since an earlier look.
+
+        Args:
+            now_s: time of this look, in s.
+            counters: values of the counters now.
+            wraps_at: value at which the counters start again from 0; 0: never.
+
+        Returns:
+            (time in s, growth of each counter); None at the first look and after a counter was reset.
+        """
         now = (now_s, *counters)
         base = self._base
         if base is None or len(base) != len(now) or now_s < base[0]:

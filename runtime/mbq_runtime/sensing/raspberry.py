@@ -1,4 +1,4 @@
-"""What the firmware of a Raspberry Pi knows: whether it throttles and why, and the rails of a Pi 5."""
+"""The firmware of a Raspberry Pi: whether it throttles and why, and the power rails of a Pi 5."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ _BIT_NAMES = {
 
 
 def describe(bits: int) -> str:
-    """The bits of now and, 16 places higher, those that were set since the start or since somebody cleared them."""
+    """The throttle bits as text.
+
+    >>> describe(0x50001)
+    'now: under-voltage; before: under-voltage, throttled'
+
+    Args:
+        bits: the firmware's word.  The low 16 bits are the state now; the high 16 bits are the states since the start.
+    """
     now = [name for bit, name in _BIT_NAMES.items() if bits & bit]
     before = [name for bit, name in _BIT_NAMES.items() if bits >> 16 & bit]
     return "; ".join(
@@ -43,7 +50,7 @@ def describe(bits: int) -> str:
 
 class _Firmware(Probe):
     def _property(self, tag: int, value: bytes) -> bytes:
-        """The answer of the mailbox, as long as ``value``.  Raises Unreadable."""
+        """The answer of the mailbox, of the same length as ``value``.  Raises Unreadable."""
         message = bytearray(struct.pack("<5I", 24 + len(value), 0, tag, len(value), 0) + value + bytes(4))
         try:
             device = os.open(self.host.root + MAILBOX, os.O_RDWR | os.O_CLOEXEC)
@@ -66,7 +73,7 @@ class _Firmware(Probe):
 
 
 class ThrottleBits(_Firmware):
-    """Every way to the same word, in the order of cost; the last one is gone from kernels since 2025."""
+    """The throttle bits, by the cheapest way that works.  Kernels since 2025 do not have the last way."""
 
     kind = Kind.THROTTLE_BITS
     shown = "firmware"
@@ -83,7 +90,7 @@ class ThrottleBits(_Firmware):
         raise Unreadable("; ".join(problems))
 
     def _mailbox(self) -> int:
-        # The value asked with is a mask of bits to forget: none.
+        # The value of the request is a mask of bits to clear: none.
         (bits,) = struct.unpack("<I", self._property(_GET_THROTTLED, bytes(4)))
         return int(bits)
 
@@ -104,7 +111,7 @@ def _hexadecimal(text: str, pattern: str) -> int:
 
 
 class PowerChip(_Firmware):
-    """The converters of a Pi 5: what goes through them, less than the board draws (USB and losses are not in it)."""
+    """Power through the converters of a Pi 5.  The board draws more: USB and losses are not included."""
 
     kind = Kind.PROCESSOR_POWER
     every_s = 1.0

@@ -1,7 +1,7 @@
-"""One look at the board: what the controller decides on.
+"""Readings: the state of the board at one moment, as the controller uses it.
 
-A field is None when the board has no such sensor or it could not be read: unknown, never a guess,
-and never taken for "cool" or "idle".
+A field is None when the board does not have the sensor, or the sensor cannot be read.  None means unknown.  It never
+means cool or idle.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Readings:
-    """All signals at one moment.
+    """The state of the board at one moment.  None is unknown.
 
-    time_s: monotonic clock.
-    temp_c, throttle_temp_c, critical_temp_c: of the thermal zone that is nearest to its limit; the
-    temperature from which the board slows itself, and the one at which it switches off.
-    heat_throttled, undervoltage: whether the board is being slowed now by heat, or by a weak supply.
-    cpu_freq_fraction: the highest clock allowed now over the highest the processor has.
-    discharging: whether it runs on battery; battery_fraction: 0 to 1; battery_energy_wh: what is left.
-    power_w: drawn by the whole board, or by the part its sensor measures.
-    foreign_cpu_fraction: processor time that other programs took, over that of all processors
-    available to this one; cpu_pressure: share of time in which somebody waited for a processor.
-    available_cpus: processors this process may use, cgroup limits counted;
-    cgroup_throttled_fraction: share of scheduling periods in which that limit stopped it.
-    available_memory_bytes: what can be had without swapping, cgroup limits counted.
-    tokens_per_s: decode speed of late.
+    >>> Readings(time_s=0.0, temp_c=61.0).power_w is None
+    True
+
+    Args:
+        time_s: time in s on a monotonic clock.
+        temp_c: temperature in C of the thermal zone that is nearest to its limit.
+        throttle_temp_c: temperature in C from which the board slows itself.
+        critical_temp_c: temperature in C at which the board switches off.
+        heat_throttled: whether heat slows the board now.
+        undervoltage: whether a weak power supply slows the board now.
+        cpu_freq_fraction: highest clock allowed now over the highest clock of the processor, 0 to 1.
+        discharging: whether the board runs on battery.
+        battery_fraction: charge of the battery, 0 to 1.
+        battery_energy_wh: energy left in the battery, in Wh.
+        power_w: power in W of the whole board, or of the part that its sensor measures.
+        foreign_cpu_fraction: processor time that other programs used, over the time of all processors that this
+            process may use, 0 to 1.
+        cpu_pressure: share of time in which a task waited for a processor, 0 to 1.
+        available_cpus: processors that this process may use, cgroup limits included.
+        cgroup_throttled_fraction: share of scheduling periods in which the cgroup limit stopped this process, 0 to 1.
+        available_memory_bytes: memory in bytes available without swapping, cgroup limits included.
+        tokens_per_s: decode speed of the last tokens.
     """
 
     time_s: float

@@ -1,4 +1,4 @@
-"""All sensors of this machine behind one call that never raises and never waits for any of them."""
+"""All sensors of this machine.  One call reads them; it never raises and never waits for a slow sensor."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from .probe import Probe
 from .readings import Readings
 from .signal import Kind, Signal
 
-# A caller is away no longer than _PATIENCE_S.  A sensor that takes longer than _SLOW_S goes on in a thread
-# of its own while another one reads the rest.
+# A call returns after at most _PATIENCE_S.  A sensor that takes longer than _SLOW_S continues in its own thread, and
+# another thread reads the rest.
 _PATIENCE_S, _SLOW_S = 0.03, 0.01
-# How long a value is worth something when its sensor has gone silent, beyond the time to its next turn.
+# A value without an update is used for this long after the next look was due.
 _STALE_S = 3.0
 _DISCOVERY_S = 10.0
 
 
 class Sensors:
-    """What this machine tells of its heat, clocks, power, battery, load and memory.
+    """Reads heat, clocks, power, battery, load and memory of this machine.
 
-    Nothing runs between two calls, unless a sensor takes long to answer.  Safe to call from any thread.
-    root: where /proc and /sys are; clock: seconds that never go back; run: runs the commands some boards
-    need; ioctl: asks a device.  The last three are for tests.
+    Nothing runs between two calls, except a sensor that is slow to answer.  It is safe to use from any thread.
+
+    >>> Sensors(root="/nowhere").read().temp_c is None
+    True
+
+    Args:
+        root: the folder that has /proc and /sys.
+        clock: returns seconds that never go back; for tests.
+        run: runs the commands that some boards need; for tests.
+        ioctl: sends a request to a device; for tests.
     """
 
     def __init__(
@@ -42,21 +49,21 @@ class Sensors:
     ) -> None:
         self._host = Host(str(root).rstrip("/"), clock, run, ioctl)
         self._state = threading.Condition()
-        # All below is changed with _state held.
+        # Everything below is changed only while _state is locked.
         self._finders = [_Finder(self._host, sensor) for sensor in SENSOR_KINDS]
         self._queue: deque[Probe] = deque()
-        self._started_s: dict[Probe, float] = {}  # those being read
+        self._started_s: dict[Probe, float] = {}  # the probes that are being read
         self._heard: dict[Probe, tuple[float, list[Signal]]] = {}
-        self._lane = 0  # the thread that reads the queue; earlier ones wait for a slow sensor and then end
+        self._lane = 0  # number of the thread that reads the queue; earlier threads end after their slow sensor
         self._lane_alive = False
         self._lane_moved_s = 0.0  # of time.monotonic
 
     def read(self) -> Readings:
-        """What a controller wants to know, read now: within a few ms, whatever the sensors do."""
+        """The readings of now.  It takes at most about 30 ms, whatever the sensors do."""
         return aggregate(self.signals(), self._host.clock())
 
     def signals(self) -> list[Signal]:
-        """Every signal, read now or as of ``age_s``, and one of Kind.MISSING for each source there is not."""
+        """Every signal with its age, and one signal of Kind.MISSING for each kind of sensor that is not present."""
         with self._state:
             self._look()
             now_s = self._host.clock()
@@ -64,7 +71,7 @@ class Sensors:
                     for one in self._told(probe, now_s)]  # fmt: skip
 
     def _look(self) -> None:
-        """Have everything read that is due, for as long as _PATIENCE_S allows."""
+        """Read everything that is due, for at most _PATIENCE_S."""
         deadline_s = time.monotonic() + _PATIENCE_S
         if not self._queue and not self._lane_alive:
             self._queue.extend(probe for finder in self._finders for probe in (finder, *finder.found.values())
@@ -88,7 +95,7 @@ class Sensors:
         try:
             threading.Thread(target=self._read_queue, args=(self._lane,), name="mbq-sensing", daemon=True).start()
             self._lane_alive = True
-        except RuntimeError:  # no more threads to be had: the queue stays for the next call
+        except RuntimeError:  # no thread can be started: the next call reads the queue
             self._lane_alive = False
 
     def _read_queue(self, lane: int) -> None:
@@ -118,7 +125,7 @@ class Sensors:
         except Unreadable as error:
             problem = str(error)
             blank = probe.unknown(problem)
-        except Exception as error:  # a sensor nobody has foreseen must not end a conversation
+        except Exception as error:  # an unexpected sensor must not end a conversation
             problem = f"{type(error).__name__}: {error}"
             blank = probe.unknown(problem)
         _, before = self._heard.get(probe, (0.0, []))
@@ -144,7 +151,7 @@ class Sensors:
 
 
 class _Finder(Probe):
-    """Finds the devices of one row of SENSOR_KINDS, again and again: batteries and drivers come and go."""
+    """Finds the devices of one row of SENSOR_KINDS.  It repeats this, because batteries and drivers come and go."""
 
     kind = Kind.MISSING
     every_s = _DISCOVERY_S
@@ -156,6 +163,6 @@ class _Finder(Probe):
         self._sensor = sensor
 
     def look(self) -> list[Signal]:
-        # A device that is gone stays known, as one without a value.
+        # A removed device stays in the list, without a value.
         self.found = {**{probe.path: probe for probe in discover(self.host, self._sensor)}, **self.found}
         return []

@@ -1,4 +1,4 @@
-"""One value of one sensor, or the reason why there is none."""
+"""Signals: one value of one sensor, or the reason for a missing value."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What a signal tells; ``aggregate.aggregate`` goes by this, never by where a value was found."""
+    """What a signal measures.  ``aggregate`` uses only this, never the place of the sensor."""
 
-    HEAT = "heat"  # of the processor or a part beside it
-    TEMPERATURE = "temperature"  # of anything else: disks, radios, batteries
+    HEAT = "heat"  # temperature of the processor or a part near it
+    TEMPERATURE = "temperature"  # of other parts: disks, radios, batteries
     HEAT_LIMIT = "heat limit"
     SLOWED = "slowed"  # steps by which the kernel slows a processor to cool it
-    COOLING = "cooling"  # steps of a fan and the like
+    COOLING = "cooling"  # steps of a fan or a similar device
     THROTTLE_EVENTS = "throttle events"
     THROTTLE_BITS = "throttle bits"
     SUPPLY_ALARM = "supply alarm"
@@ -40,12 +40,15 @@ class Kind(StrEnum):
     PROCESSORS = "processors"
     GROUP_THROTTLING = "group throttling"
     MEMORY = "memory"
-    MISSING = "missing"  # a whole source this board does not have
-    CHIP = "chip"  # a device that has not said yet what it measures
+    MISSING = "missing"  # a kind of sensor that this board does not have
+    CHIP = "chip"  # a device whose purpose is not known yet
 
 
 class ValidRange(NamedTuple):
-    """unit, and the lowest and highest value to be believed in it."""
+    """The plausible values of a kind of signal.
+
+    unit: unit of the value; low: lowest plausible value; high: highest plausible value.
+    """
 
     unit: str
     low: float = 0.0
@@ -56,7 +59,7 @@ _TEMPERATURE = ValidRange("C", -40, 150)
 _WATTS = ValidRange("W", 0, 2000)
 _SHARE = ValidRange("share", 0, 1)
 _FLAG = ValidRange("flag", 0, 1)
-_STEPS = ValidRange("steps", -1)  # intel_powerclamp says -1 when it rests
+_STEPS = ValidRange("steps", -1)  # intel_powerclamp gives -1 when it is idle
 _MEGAHERTZ = ValidRange("MHz", 1, 20_000)
 
 VALID_RANGES = {
@@ -96,12 +99,21 @@ VALID_RANGES = {
 
 @dataclass(frozen=True)
 class Signal:
-    """What one sensor said.
+    """One value of one sensor.
 
-    name: the sensor's own, such as "cpu-thermal"; value: None when unknown, and then ``problem`` says
-    why; source: the file or command it came from; limit: the value from which the board acts by itself,
-    or the most there can be; hard_limit: where it switches off; note: what else there is to know;
-    age_s: how long ago it was read.
+    >>> Signal(Kind.HEAT, "cpu-thermal", 61.0, "/sys/class/thermal/thermal_zone0/temp", limit=80.0).unit
+    'C'
+
+    Args:
+        kind: what it measures.
+        name: name of the sensor, such as "cpu-thermal".
+        value: the value, in the unit of ``kind``; None is unknown.
+        source: the file or command that gave the value.
+        limit: value from which the board acts by itself, or the largest possible value.
+        hard_limit: value at which the board switches off.
+        note: more information, as text for people.
+        problem: the reason why the value is unknown; None when it is known.
+        age_s: time in s since it was read.
     """
 
     kind: Kind
@@ -116,6 +128,7 @@ class Signal:
 
     @property
     def unit(self) -> str:
+        """Unit of the value."""
         return VALID_RANGES[self.kind].unit
 
 
@@ -124,21 +137,38 @@ def signal(
     name: str,
     value: float,
     source: str,
+    *,
     limit: float | None = None,
     hard_limit: float | None = None,
     note: str = "",
 ) -> Signal:
-    """A signal of ``value``; of None when that cannot be true."""
+    """A signal; its value is None, with a problem, when the number is not plausible.
+
+    Args:
+        kind: see ``Signal``.
+        name: see ``Signal``.
+        value: the number that was read, in the unit of ``kind``.
+        source: see ``Signal``.
+        limit: see ``Signal``.
+        hard_limit: see ``Signal``.
+        note: see ``Signal``.
+    """
     odd = doubt(kind, value)
-    return Signal(kind, name, None if odd else float(value), source, limit, hard_limit, note, odd)
+    known = None if odd else float(value)
+    return Signal(kind, name, known, source, limit=limit, hard_limit=hard_limit, note=note, problem=odd)
 
 
 def doubt(kind: Kind, value: float) -> str | None:
-    """Why ``value`` is not to be believed; None when it is."""
+    """The reason why a value is not plausible; None when it is plausible.
+
+    Args:
+        kind: what it measures.
+        value: the value, in the unit of ``kind``.
+    """
     unit, low, high = VALID_RANGES[kind]
     if not (math.isfinite(value) and low <= value <= high):
-        return f"{value:g} {unit} cannot be true"
+        return f"{value:g} {unit} is not plausible"
     if VALID_RANGES[kind] is _TEMPERATURE and abs(value) < 1:
-        # Switched-off sensors say 0, and a board in degrees instead of thousandths would look ice-cold.
+        # A sensor that is off gives 0.  A driver that counts in degrees would look like 0.05 C.
         return f"{value:g} C: the sensor is off, or does not count in thousandths of a degree"
     return None

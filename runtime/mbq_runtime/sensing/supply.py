@@ -1,4 +1,4 @@
-"""Batteries and mains of the power_supply class, the battery of a phone under Termux, and RAPL counters."""
+"""Batteries and chargers of the power_supply class, the battery of a phone under Termux, and RAPL counters."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _TERMUX_TIMEOUT_S, _TERMUX_FAILURES = 10.0, 3
 
 
 class PowerSupply(Probe):
+    """A battery or a charger of the power_supply class."""
+
     kind = Kind.BATTERY
 
     def look(self) -> list[Signal]:
@@ -25,7 +27,7 @@ class PowerSupply(Probe):
         if kind in _CHARGERS:
             self.kind = Kind.MAINS
             found = self.read(Kind.MAINS, self.name, "online")
-            # 2 says that the charger's voltage can be programmed.
+            # 2 is a charger whose voltage can be programmed.
             return [signal(Kind.MAINS, self.name, 1, found.source) if self.number_or_none("online") == 2 else found]
         if kind not in _BATTERIES or self._says("scope") == "Device" or self._says("present") == "0":
             return []
@@ -49,7 +51,7 @@ class PowerSupply(Probe):
         return signal(Kind.DISCHARGING, self.name, _DISCHARGING[status], source, note=status)
 
     def _charge(self) -> list[Signal]:
-        """Share and Wh.  Drivers count in micro-Wh, in micro-Ah, or only in percent."""
+        """Charge as a share, and in Wh.  Drivers count in micro-Wh, in micro-Ah, or only in percent."""
         for now, full, volts in (("energy_now", "energy_full", 1.0), ("charge_now", "charge_full", None)):
             if not self.host.exists(f"{self.path}/{now}"):
                 continue
@@ -58,7 +60,7 @@ class PowerSupply(Probe):
                 left, whole = self.host.number(source), self.host.number(f"{self.path}/{full}")
                 factor = _MICRO * (volts or self.host.number(f"{self.path}/voltage_now") * _MICRO)
                 if whole <= 0 or not 0 <= left <= 1.1 * whole:
-                    raise Unreadable(f"{left} of {whole} cannot be true")
+                    raise Unreadable(f"{left} of {whole} is not plausible")
             except Unreadable as error:
                 return [Signal(kind, self.name, None, source, problem=str(error))
                         for kind in (Kind.BATTERY, Kind.BATTERY_ENERGY)]  # fmt: skip
@@ -73,7 +75,7 @@ class PowerSupply(Probe):
         found = self.read(Kind.BATTERY_POWER, self.name, "power_now", _MICRO)
         if not self.host.exists(f"{self.path}/power_now"):
             try:
-                # The sign of the current differs between drivers; the status tells which way it flows.
+                # The sign of the current differs between drivers; the status gives the direction.
                 microamps = abs(self.host.number(f"{self.path}/current_now"))
                 watts = microamps * self.host.number(f"{self.path}/voltage_now") * _MICRO * _MICRO
                 source = f"{self.path}/current_now"
@@ -86,7 +88,14 @@ class PowerSupply(Probe):
 
 
 class TermuxBattery(Probe):
-    """The command takes seconds, and now and then never returns: it is asked seldom, and given up when it fails."""
+    """The battery of a phone, by a command of Termux.
+
+    The command takes seconds and sometimes never returns.  It is called rarely, and no longer after some failures.
+
+    Args:
+        host: the machine.
+        path: the command.
+    """
 
     kind = Kind.BATTERY
     every_s = 30.0
@@ -98,13 +107,15 @@ class TermuxBattery(Probe):
 
     def look(self) -> list[Signal]:
         if self._failures >= _TERMUX_FAILURES:
-            raise Unreadable(f"given up after {self._failures} failures")
+            raise Unreadable(f"not called again after {self._failures} failures")
         try:
             answer = json.loads(self.host.run([self.path], _TERMUX_TIMEOUT_S))
             percent, status = float(answer["percentage"]), answer["status"]
         except (Unreadable, ValueError, TypeError, KeyError, RecursionError) as error:
             self._failures += 1
-            raise Unreadable(str(error) if isinstance(error, Unreadable) else "its answer is no battery's") from error
+            raise Unreadable(
+                str(error) if isinstance(error, Unreadable) else "its answer is not a battery status"
+            ) from error
         self._failures = 0
         found = [signal(Kind.BATTERY, self.name, percent / 100, self.path)]
         if isinstance(celsius := answer.get("temperature"), int | float):
@@ -115,7 +126,12 @@ class TermuxBattery(Probe):
 
 
 class RaplDomain(Probe):
-    """Energy that a part of an x86 processor has used, in micro-J; most kernels let root alone read it."""
+    """Power of a part of an x86 processor, from a counter in micro-J.  With most kernels only root can read it.
+
+    Args:
+        host: the machine.
+        path: folder of the counter.
+    """
 
     kind = Kind.PROCESSOR_POWER
 
@@ -130,7 +146,7 @@ class RaplDomain(Probe):
             energy_uj = self.host.number(source)
             wraps_at = self.host.number(f"{self.path}/max_energy_range_uj")
             if not 0 <= energy_uj <= wraps_at:
-                raise Unreadable(f"{energy_uj} micro-J cannot be true")
+                raise Unreadable(f"{energy_uj} micro-J is not plausible")
         except Unreadable as error:
             return [Signal(self.kind, self.name, None, source, problem=str(error))]
         grown = self._growth.since(self.host.clock(), energy_uj, wraps_at=wraps_at)

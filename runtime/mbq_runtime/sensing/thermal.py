@@ -1,4 +1,4 @@
-"""Heat: thermal zones with their trip points, cooling devices, throttle counters, the known limits of boards."""
+"""Heat: thermal zones with their trip points, cooling devices, throttle counters, known limits of boards."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from .host import Absent, Host, NotFitted, Unreadable
 from .probe import NEEDS_SECOND_LOOK, Growth, Probe
 from .signal import Kind, Signal, signal
 
-# Zones that are of no use here: constants (the PMIC of Tegra X1 always says 100 C, INT3400 20 C) and other devices.
+# Zones that are not used: constants (the PMIC of Tegra X1 always gives 100 C, INT3400 20 C) and other devices.
 _OTHER_ZONES = re.compile(
     r"PMIC-Die|INT3400.*|iwlwifi.*|ath1.*|mt7.*|nvme.*|pch_.*|.*batt.*|.*modem.*|.*charger.*", re.I
 )
-# Cooling by slowing a processor down: ACPI, cpufreq, devfreq, idle injection, Tegra's hardware throttles.
+# Devices that cool by slowing a processor: ACPI, cpufreq, devfreq, idle injection, hardware throttles of Tegra.
 _SLOWING = re.compile(
     r"Processor|intel_powerclamp|(thermal-)?(cpufreq|devfreq|idle)-.*|.*-throttle-alert|.*-balanced", re.I
 )
 _TRIP_C = (30, 150)
 _SELDOM_S = 60.0
 
-# The firmware of these boards slows the processor by itself, at points no file tells.
+# The firmware of these boards slows the processor at temperatures that no file gives.
 _KNOWN_LIMITS_C = {"brcm,bcm2711": 80.0, "brcm,bcm2712": 80.0, "raspberrypi,3-model-b-plus": 60.0}
 
 
@@ -32,6 +32,13 @@ class _Trips:
 
 
 class ThermalZone(Probe):
+    """A thermal zone with its limits.
+
+    Args:
+        host: the machine.
+        path: folder of the zone.
+    """
+
     kind = Kind.HEAT
 
     def __init__(self, host: Host, path: str) -> None:
@@ -48,7 +55,7 @@ class ThermalZone(Probe):
             self.kind, self.name, "temp", 1e-3, limit=trips.throttle_c, hard_limit=trips.critical_c, note=trips.note
         )
         if found.value is None and not self.host.exists(f"{self.path}/temp"):
-            self._trips = None  # a driver that comes back may bring other limits
+            self._trips = None  # a driver that is loaded again can have other limits
         return [found]
 
     def _type(self) -> str:
@@ -58,7 +65,7 @@ class ThermalZone(Probe):
             raise Unreadable(f"what it measures is not known: type: {error}") from error
 
     def _read_trips(self) -> _Trips:
-        """Limits in C.  With the power_allocator governor the last passive trip is the temperature it holds."""
+        """The limits in C.  With the power_allocator governor the highest passive trip is the one it holds."""
         points: dict[str, list[float]] = {}
         troubles = []
         for file in self.host.names(self.path):
@@ -70,7 +77,7 @@ class ThermalZone(Probe):
             except Unreadable as error:
                 troubles.append(f"{file}: {error}")
                 continue
-            if _TRIP_C[0] <= celsius <= _TRIP_C[1]:  # drivers put 0, -274 or 2**31 where there is none
+            if _TRIP_C[0] <= celsius <= _TRIP_C[1]:  # drivers give 0, -274 or 2**31 for a missing trip
                 points.setdefault(kind, []).append(celsius)
         passive = points.get("passive", [])
         critical = points.get("critical") or points.get("hot", [])
@@ -85,6 +92,8 @@ class ThermalZone(Probe):
 
 
 class CoolingDevice(Probe):
+    """A device that cools: a fan, or a limit that slows a processor."""
+
     kind = Kind.COOLING
 
     def look(self) -> list[Signal]:
@@ -93,12 +102,17 @@ class CoolingDevice(Probe):
         steps = self.number_or_none("max_state")
         found = self.read(self.kind, self.name, "cur_state", limit=steps)
         if found.value is not None and steps is not None and found.value > steps:
-            return [replace(found, value=None, problem=f"step {found.value:g} of {steps} cannot be true")]
+            return [replace(found, value=None, problem=f"step {found.value:g} of {steps} is not plausible")]
         return [found]
 
 
 class ThrottleCounters(Probe):
-    """What x86 processors count when their own heat protection slows them."""
+    """How often the heat protection of an x86 processor slowed it.
+
+    Args:
+        host: the machine.
+        path: folder of the processors.
+    """
 
     kind = Kind.THROTTLE_EVENTS
     shown = "throttle counters of x86"
@@ -115,7 +129,7 @@ class ThrottleCounters(Probe):
             self._files = [file for file in files if self.host.exists(file)]
             if not self._files:
                 self.every_s = _SELDOM_S
-                raise NotFitted("no processor counts it")
+                raise NotFitted("no processor has a counter")
         counts = []
         for file in self._files:
             try:
@@ -127,11 +141,11 @@ class ThrottleCounters(Probe):
         source = f"{self.path}/cpu*/thermal_throttle/package_throttle_count"
         if grown is None:
             return [Signal(self.kind, self.name, None, source, problem=NEEDS_SECOND_LOOK)]
-        return [signal(self.kind, self.name, max(grown[1:]), source, note="since the look before")]
+        return [signal(self.kind, self.name, max(grown[1:]), source, note="since the last look")]
 
 
 class BoardLimit(Probe):
-    """Which board this is, and from which temperature its firmware is known to slow it."""
+    """The temperature from which the firmware of this board is known to slow it."""
 
     kind = Kind.HEAT_LIMIT
     every_s = _SELDOM_S
@@ -141,7 +155,7 @@ class BoardLimit(Probe):
         compatible = self.host.text(f"{self.path}/compatible").split("\0")
         limits = [(celsius, part) for part, celsius in _KNOWN_LIMITS_C.items() if part in compatible]
         if not limits:
-            raise NotFitted("none is known of this board")
+            raise NotFitted("no limit is known for this board")
         celsius, part = min(limits)
-        note = f"known of every {part}, not read from this one"
+        note = f"known for every {part}, not read from this board"
         return [signal(self.kind, "firmware slows from", celsius, f"{self.path}/compatible", note=note)]
