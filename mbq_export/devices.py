@@ -1,4 +1,4 @@
-"""Where a calibration is worked on: the processor, or a GPU that torch knows."""
+"""Where a calibration runs: the processor, or a GPU that torch knows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ CPU, GPU = "cpu", "cuda"
 
 
 def choose(wanted: str, needed_bytes: int) -> str:
-    """The device for ``--device``; "auto" is a GPU that has ``needed_bytes`` free, else the processor.
+    """The device to calibrate on.  Each of several processes on a machine gets a GPU of its own.
 
-    Of several processes on a machine each takes a GPU of its own, and all of them the processor where "auto" finds that
-    one has to.
-    Raises UsageError for a device that torch cannot use here.
+    Args:
+        wanted: a device as torch names it, or "auto": a GPU with enough free memory, else the processor.
+            With "auto", all processes use the processor if one of them has to.
+        needed_bytes: memory that the calibration needs.
+
+    Raises:
+        UsageError: torch cannot use the device here.
     """
     at, beside = processes.on_this_machine()
     gpu = f"{GPU}:{at}" if beside > 1 else GPU
@@ -39,7 +43,11 @@ def choose(wanted: str, needed_bytes: int) -> str:
 
 
 def free_bytes(device: str) -> int:
-    """Memory of a device: for the processor this process's part of all that the machine has, of a GPU what is free."""
+    """Memory for this process: of a GPU what is free, of the processor this process's share of all memory.
+
+    Args:
+        device: as torch names it.
+    """
     if torch.device(device).type == GPU:
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.on_this_machine()[1]

@@ -1,8 +1,8 @@
-"""One calibration, worked on by several processes: the GPUs of a machine, or machines.
+"""One calibration that several processes share: the GPUs of a machine, or several machines.
 
-``torchrun`` starts them and torch.distributed connects them.  Each holds the whole model, does its share of what is
-dear (windows to run, rows to slice, routers to fit), and is then given what the others made; all else every one does
-for itself.  A process by itself has the whole share, and waits for nobody.
+``torchrun`` starts the processes and torch.distributed connects them.  Each process holds the whole model, does its
+share of the expensive work (windows to run, rows to slice, routers to fit), and then receives what the others made.
+Each process does all other work itself.  A single process has the whole share and waits for nobody.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """While the block runs, this process and those that ``torchrun`` started beside it know one another."""
+    """Connect this process with those that ``torchrun`` started beside it, while the block runs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -38,22 +38,26 @@ def _are_connected() -> bool:
 
 
 def count() -> int:
-    """How many processes share the work."""
+    """The number of processes that share the work."""
     return distributed.get_world_size() if _are_connected() else 1
 
 
 def index() -> int:
-    """Which of them this is; the first, 0, is the one that speaks, keeps what is finished, and writes bundles."""
+    """The index of this process.  Process 0 prints, keeps finished steps and writes bundles."""
     return distributed.get_rank() if _are_connected() else 0
 
 
 def on_this_machine() -> tuple[int, int]:
-    """Which of the processes on this machine this is, and how many they are."""
+    """The index of this process among those on this machine, and their number."""
     return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if count() > 1 else (0, 1)
 
 
 def share(total: int) -> slice:
-    """This process's part of ``total`` things in a row; the shares differ by one at most."""
+    """The part of a row of things that this process works on.  Shares differ by one thing at most.
+
+    Args:
+        total: the number of things.
+    """
     return slice(total * index() // count(), total * (index() + 1) // count())
 
 
@@ -69,7 +73,11 @@ def _waiting() -> Iterator[None]:
 
 
 def gathered(own: Iterable[T]) -> list[T]:
-    """The things that every process made, in the order of their shares; what holds tensors is on the processor."""
+    """The things that all processes made, in the order of their shares.
+
+    Args:
+        own: what this process made.  Its tensors are on the processor.
+    """
     mine = list(own)
     if count() == 1:
         return mine
@@ -80,7 +88,11 @@ def gathered(own: Iterable[T]) -> list[T]:
 
 
 def from_first(thing: T) -> T:
-    """What the first process has in place of ``thing``."""
+    """The value that the first process has.
+
+    Args:
+        thing: this process's own value, which is replaced.
+    """
     if count() == 1:
         return thing
     things = [thing]
@@ -90,7 +102,11 @@ def from_first(thing: T) -> T:
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, which becomes the sum of every process's."""
+    """Replace a tensor, in place, by its sum over all processes.
+
+    Args:
+        tensor: any shape and dtype, the same in every process.
+    """
     if count() > 1:
         with _waiting():
             distributed.all_reduce(tensor)
@@ -98,7 +114,11 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: list[torch.Tensor]) -> None:
-    """Every parameter's gradient becomes the sum of every process's."""
+    """Replace each gradient, in place, by its sum over all processes.
+
+    Args:
+        parameters: the same in every process.
+    """
     if count() > 1:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # At one go: hundreds of small sums would each wait for the network.

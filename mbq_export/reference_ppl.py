@@ -1,4 +1,4 @@
-"""The full-precision model's loss on given windows: what a bundle's perplexity is held against."""
+"""The full-precision model's loss on given windows, which a bundle's perplexity is compared with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from .model.checkpoint import load, locate
 def window_nll(
     model: str, token_windows: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None
 ) -> list[float]:
-    """Mean negative log-likelihood (nats per predicted token) of each window under the float32 model.
+    """The loss of each window under the float32 model.
 
-    model: as ``mbq-export --model`` takes it.  Raises ModelError.
+    Args:
+        model: as ``mbq-export --model`` takes it.
+        token_windows: token ids of each window.
+        progress: called with the number of windows that are done, and of all windows.
+
+    Returns:
+        Mean negative log-likelihood of each window, in nats per predicted token.
+
+    Raises:
+        ModelError: the model cannot be loaded.
     """
     checkpoint = load(locate(model))
     losses = []

@@ -1,10 +1,10 @@
-"""What a calibration has finished, on disk: a killed export goes on where it stopped.
+"""The finished steps of a calibration, on disk: a killed export goes on where it stopped.
 
-One safetensors file a step, listed with its SHA-256 in ``steps.json`` once it is whole.  The folder
-belongs to one set of inputs, named by a fingerprint: with other inputs it is emptied.
+Each step is one safetensors file.  ``steps.json`` lists it with its SHA-256 when the file is complete.  The folder
+belongs to one set of inputs, which a fingerprint names.  With other inputs the folder is emptied.
 
-Of several processes the first keeps all of this.  The others have a folder each for the slices that need not be in
-memory, and find nothing in it that an earlier run has left.
+Of several processes, the first keeps all steps.  Each of the others has a folder of its own for slices that need
+not stay in memory, and starts with an empty one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _digest(path: Path) -> str:
 
 
 def _mapped(path: Path) -> dict[str, NDArray[np.generic]]:
-    """By way of torch, whose tensors are the file itself, mapped into memory."""
+    """The arrays of a file.  torch maps the file, so that its arrays take no memory."""
     return {name: tensor.numpy() for name, tensor in load_file(path).items()}
 
 
@@ -51,7 +51,12 @@ def _slices(arrays: Arrays) -> dict[str, Sliced]:
 
 
 class Store:
-    """Finished steps in ``folder``, or, without one, a store that forgets."""
+    """Finished steps in a folder.  Without a folder, nothing is kept.
+
+    Args:
+        folder: where the steps are kept, or None.
+        fingerprint: names the inputs of the calibration.
+    """
 
     def __init__(self, folder: Path | None, fingerprint: str = "") -> None:
         self.folder, self.fingerprint = folder, fingerprint
@@ -73,13 +78,17 @@ class Store:
 
     @property
     def finished(self) -> int:
-        """How many steps were found on disk or have been put there."""
+        """The number of steps that are on disk."""
         return len(self._hashes)
 
     def arrays(self, step: str) -> dict[str, NDArray[np.generic]] | None:
-        """The arrays of a finished step, mapped from its file, or None when it has to be done (again).
+        """The arrays of a finished step, mapped from its file.  Every process receives the first one's.
 
-        Every process is given the first one's.
+        Args:
+            step: the step's name.
+
+        Returns:
+            Arrays by name, or None when the step has to be done.
         """
         return processes.from_first(self._kept(step))
 
@@ -93,7 +102,15 @@ class Store:
             return None
 
     def put_arrays(self, step: str, arrays: Arrays) -> None:
-        """Keep the arrays of ``step``, in place of those it had.  Raises BundleError when they cannot be written."""
+        """Keep the arrays of a step, in place of those it had.
+
+        Args:
+            step: the step's name.
+            arrays: arrays by name.
+
+        Raises:
+            BundleError: the arrays cannot be written.
+        """
         if self.folder is not None and processes.index() == 0:
             self._write(self.folder, step, arrays)
 
@@ -113,14 +130,32 @@ class Store:
             ) from error
 
     def get(self, step: str) -> dict[str, Sliced] | None:
-        """The slices of a finished step by unit, or None when it has to be done."""
+        """The slices of a finished step.
+
+        Args:
+            step: the step's name.
+
+        Returns:
+            Slices by unit, or None when the step has to be done.
+        """
         arrays = self.arrays(step)
         if arrays is None:
             return None
         return self.put(step, _slices(arrays)) if processes.index() else _slices(arrays)
 
     def put(self, step: str, slices: dict[str, Sliced]) -> dict[str, Sliced]:
-        """Keep the slices of ``step``, and return them as they are kept: of a model's codes none need be in memory."""
+        """Keep the slices of a step.
+
+        Args:
+            step: the step's name.
+            slices: slices by unit.
+
+        Returns:
+            The same slices, mapped from their file, so that they need not stay in memory.
+
+        Raises:
+            BundleError: the slices cannot be written.
+        """
         if self.folder is None:
             return slices
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -131,7 +166,7 @@ class Store:
         return _slices(_mapped(self._path(step)))
 
     def remove(self) -> None:
-        """The work is done: forget it."""
+        """Delete all finished steps."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,10 +1,9 @@
-"""Texts to calibrate and to evaluate on, without a download.
+"""Texts to calibrate and to evaluate on that need no download.
 
-The wheel of gensim carries a slice of an English Wikipedia dump and news stories.  Its own
-``filter_wiki`` turns the mark-up into plain text.  Wikipedia articles are dealt to parts, so that
-nothing is ever measured on what it was fitted to: every second one is for evaluation; of the others
-each fourth is held back from calibration, for choices and thresholds.  Technical prose is the
-language reference that comes with Python.
+The wheel of gensim carries a part of an English Wikipedia dump and news stories.  gensim's ``filter_wiki`` turns the
+mark-up into plain text.  Each Wikipedia article belongs to one part, so that no figure is measured on text that it
+was fitted to: every second article is for evaluation; of the others, every fourth is held back from calibration, to
+choose routers and set thresholds.  Technical prose is the language reference that Python carries.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def _bundled(name: str) -> Path:
 
 @cache
 def _articles() -> tuple[str, ...]:
-    """The dump's articles of some length as plain text, in its order."""
+    """The dump's longer articles as plain text, in the dump's order."""
     return tuple(_plain_articles())
 
 
@@ -60,25 +59,36 @@ def _plain_articles() -> Iterator[str]:
 
 
 def wikipedia(part: str) -> str:
-    """English Wikipedia text; ``part`` is "calibration", "validation" (held back from it) or "evaluation"."""
+    """English Wikipedia text.
+
+    Args:
+        part: "calibration", "validation" (held back from calibration) or "evaluation".
+    """
     kept = [article for i, article in enumerate(_articles()) if _WIKIPEDIA_DEAL[i % len(_WIKIPEDIA_DEAL)] == part]
     return "\n\n".join(kept)
 
 
 def news() -> str:
-    """About 300 news stories: a second domain, never calibrated on."""
+    """About 300 news stories, a second domain.  Nothing is calibrated on them."""
     return _bundled(_NEWS).read_text(encoding="utf-8", errors="strict")
 
 
 def technical() -> str:
-    """The Python language reference, as ``help()`` shows it: a third domain, never calibrated on."""
+    """The Python language reference, a third domain.  Nothing is calibrated on it."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def read(path: Path) -> str:
-    """The UTF-8 text of ``path``.  Raises UsageError when it is missing, empty or not UTF-8."""
+    """The text of a file.
+
+    Args:
+        path: a UTF-8 text file.
+
+    Raises:
+        UsageError: the file is missing, empty or not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

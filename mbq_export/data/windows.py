@@ -1,8 +1,8 @@
-"""What a model is calibrated on: a text, conversations, or a dataset, cut into windows of tokens.
+"""What a model is calibrated on: a text, conversations or a dataset, cut into windows of tokens.
 
-Windows come in two parts that share no token: those a calibration is fitted to, and those held back from
-it, on which routers are chosen, thresholds set and the quality curve measured.  The packaged Wikipedia text
-has a part for each; of anything else the last quarter of the windows is held back.
+Windows come in two parts that share no token.  Slices are fitted to the first part.  On the second part, which is
+held back, routers are chosen, thresholds set and the quality curve measured.  The packaged Wikipedia text has a
+separate part for each.  Of all other data, the last quarter of the windows is held back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or the messages of a conversation.  where: what an error about it names."""
+    """A text or a conversation.
+
+    content: the text, or the messages of the conversation; where: how an error names the document.
+    """
 
     content: str | Messages
     where: str
@@ -45,8 +48,11 @@ class Document:
 
 @dataclass(frozen=True)
 class TextSource:
-    """name: for the manifest; fitted: the documents to calibrate on; held_back: those held back, or None when the
-    end of ``fitted`` is.  Documents may be read as they are asked for."""
+    """Documents to calibrate on.  They may be read while they are used.
+
+    name: for the manifest; fitted: documents that slices are fitted to; held_back: documents that are held back, or
+    None to hold back the end of ``fitted``.
+    """
 
     name: str
     fitted: Iterable[Document]
@@ -54,9 +60,13 @@ class TextSource:
 
 
 def open_source(data: str | None) -> TextSource:
-    """The source that ``--calib-data`` names: nothing, a text file, a ``.jsonl`` of conversations, or ``hf:DATASET``.
+    """Open the data that ``--calib-data`` names.
 
-    Raises UsageError when it cannot be read, or a file is not what it should be.
+    Args:
+        data: a text file, a ``.jsonl`` file of conversations, or ``hf:DATASET``.  None: the packaged Wikipedia text.
+
+    Raises:
+        UsageError: the data cannot be read, or has the wrong format.
     """
     if data is None:
         parts = ([Document(corpora.wikipedia(part), part)] for part in ("calibration", "validation"))
@@ -72,10 +82,22 @@ def open_source(data: str | None) -> TextSource:
 def calibration_windows(
     checkpoint: Checkpoint, source: TextSource, count: int, held_back: int, context: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """int64 [count, context] to calibrate on and [held_back, context] held back, each spread evenly over its part.
+    """Cut a source into windows, spread evenly over each of its two parts.
 
-    A tokenizer that opens every text with a token has it open every window.
-    Raises UsageError when the source is too short, or a document does not fit the model's chat template.
+    A tokenizer that puts a token before every text puts it before every window too.
+
+    Args:
+        checkpoint: its tokenizer is used.
+        source: the documents.
+        count: number of windows to calibrate on.
+        held_back: number of windows that are held back.
+        context: tokens in a window.
+
+    Returns:
+        int64 [count, context] and int64 [held_back, context].
+
+    Raises:
+        UsageError: the source is too short, or a document does not fit the model's chat template.
     """
     opening = checkpoint.opening_tokens
     span = context - len(opening)
@@ -101,7 +123,7 @@ def _check_length(source: TextSource, windows: NDArray[np.int64], needed: int, c
 
 
 def _cut(tokens: Sequence[int], span: int) -> NDArray[np.int64]:
-    """int64 [windows, span]; what is left over at the end is dropped."""
+    """int64 [windows, span].  Tokens that are left over at the end are dropped."""
     windows = len(tokens) // span
     return np.asarray(tokens[: windows * span], np.int64).reshape(windows, span)
 
@@ -171,9 +193,9 @@ def _messages(found: Any, where: str) -> Messages:
 
 
 def _dataset(name: str) -> Iterator[Document]:
-    """Rows of ``PATH[:CONFIG[:SPLIT[:COLUMN]]]``, an empty part meaning the default, in the dataset's order.
+    """Rows of ``PATH[:CONFIG[:SPLIT[:COLUMN]]]`` in the dataset's order.  An empty part means the default.
 
-    The first row is read here, so that what cannot be fetched is refused at once.
+    The first row is read here, so that a dataset that cannot be fetched is refused at once.
     """
     path, config, split, column = (*name.split(":", 3), "", "", "")[:4]
     split, column = split or "train", column or "text"

@@ -1,6 +1,6 @@
-"""The float32 weights of a large model, in a file that the system maps into memory and can take out again.
+"""The float32 weights of a large model, in a file that is mapped into memory.
 
-What is read or written of it takes memory only while there is some to spare, so a model may be larger than that.
+Mapped pages take memory only while there is some free, so a model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ _ALIGNMENT = 64
 
 
 def in_file(loaded: Any, folder: Path) -> Any:
-    """The same model as ``loaded``, a transformers one of any dtype, in float32 and with its weights in a file.
+    """The same model in float32, with its weights in a file.
 
-    The file has no name: it is gone when its last weight is, also after a kill.  folder: made when there is none.
-    Raises ModelError when 4 bytes a weight are not free there.
+    The file has no name.  It disappears with its last weight, and also when the process is killed.
+
+    Args:
+        loaded: a transformers model of any dtype.
+        folder: where the file lies; it is made if it does not exist.
+
+    Raises:
+        ModelError: the folder has no room for 4 bytes per weight.
     """
     from accelerate import init_empty_weights
 

@@ -1,4 +1,4 @@
-"""Writes a bundle: into a temporary folder beside its place, hashed, then renamed into it."""
+"""The files of a bundle: written into a temporary folder beside the bundle's place, then moved there."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ PAGE_BYTES = 4096
 
 @contextmanager
 def writing(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder that becomes ``output`` when the block ends well, and is removed when not.
+    """A temporary folder that becomes the output when the block ends without an error, and is removed otherwise.
 
-    Raises UsageError when ``output`` exists and ``force`` is false, BundleError when writing fails
-    (a full disk, say).  An existing bundle stays as it is until the new one is whole.
+    An existing bundle stays as it is until the new one is complete.
+
+    Args:
+        output: the bundle's folder.
+        force: whether an existing bundle is replaced.
+
+    Raises:
+        UsageError: ``output`` exists and is not to be replaced, or is not a bundle.
+        BundleError: writing fails, for example on a full disk.
     """
     if output.exists() and not force:
         raise UsageError(f"{output}: it exists; choose another --output, or --force to replace it")
@@ -74,7 +81,14 @@ def write_model(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """model.onnx and model.onnx.data: the graph, and its tensors of over INLINE_BYTES on page boundaries."""
+    """Write ``model.onnx`` (the graph) and ``model.onnx.data`` (tensors larger than INLINE_BYTES, each on a page).
+
+    Args:
+        model: the graph, without its tensors.
+        tensors: by name.
+        folder: where both files are written.
+        progress: called with the number of bytes that are written, and of all bytes.
+    """
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
     with (folder / EXTERNAL_DATA).open("wb") as data:
@@ -102,7 +116,14 @@ def write_tensors(
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """One flat file: each tensor at its offset in bytes."""
+    """Write tensors into one flat file.
+
+    Args:
+        tensors: by name.
+        offsets: where each tensor starts, in bytes.
+        path: the file.
+        progress: called with the number of bytes that are written, and of all bytes.
+    """
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
     with path.open("wb") as file:
         for name, tensor in tensors.items():
@@ -113,4 +134,10 @@ def write_tensors(
 
 
 def write_json(path: Path, document: object) -> None:
+    """Write a JSON file.
+
+    Args:
+        path: the file.
+        document: what it holds.
+    """
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
