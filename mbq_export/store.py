@@ -162,7 +162,7 @@ class Store:
         for name, sliced in slices.items():
             arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
         self._write(self.folder, step, arrays)
-        # What was hashed a moment ago is not read to be hashed once more.
+        # The file was hashed when it was written: do not hash it again.
         return _slices(_mapped(self._path(step)))
 
     def remove(self) -> None:

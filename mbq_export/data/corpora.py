@@ -21,8 +21,8 @@ from mbq_runtime.errors import UsageError
 _WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWS = "lee_background.cor"
 _MIN_ARTICLE_CHARS = 2000
-# Lines of headings, lists, tables, images and instructions to the wiki.  Not \s for the space: an empty line is
-# one, and the paragraph behind it would go with it.
+# Lines of headings, lists, tables, images and instructions to the wiki.  The space is not \s, which would also match
+# an empty line and remove the paragraph after it.
 _NO_PROSE = re.compile(r"(?m)^(?:[ \t*:;#=|]|File:|Image:|__).*$|'{2,}")
 _WIKIPEDIA_DEAL = ("calibration", "evaluation") * 3 + ("validation", "evaluation")
 

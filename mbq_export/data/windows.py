@@ -30,7 +30,7 @@ CHAT_SUFFIX = ".jsonl"
 HELD_BACK_SHARE = 4
 """One window in this many is held back."""
 _SPREAD = 4
-"""A dataset is read up to this many times the tokens that are needed: it may be larger than the disk."""
+"""A dataset is read up to this many times the needed tokens, because it may be larger than the disk."""
 
 Messages = list[dict[str, str]]
 
@@ -209,7 +209,7 @@ def _dataset(name: str) -> Iterator[Document]:
             f"{where}: the package datasets is not installed: pip install 'mbq-export[datasets]'"
         ) from None
     disable_progress_bar()
-    hub_logging.set_verbosity(logging.ERROR)  # six lines on six attempts; the error below says it once
+    hub_logging.set_verbosity(logging.ERROR)  # it would log each attempt; the error below is enough
     with _fetching(where):
         rows = iter(load_dataset(path, config or None, split=split, streaming=True))
         first = next(rows, None)

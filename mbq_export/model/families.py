@@ -1,8 +1,8 @@
-"""What a decoder is made of: one row per model family, one description per model.
+"""The shape of a decoder: one row per model family, one description per model.
 
-Every family here is a pre-norm decoder with RMS norms, rotary embeddings, grouped-query attention
-and a gated MLP; a row says where it differs.  ``Decoder`` is what calibration and the lowerings
-read: module names of the checkpoint appear here and nowhere else.
+Every family here is a pre-norm decoder with RMS norms, rotary embeddings, grouped-query attention and a gated MLP.
+A row says where the family differs.  Calibration and the lowerings read a ``Decoder``.  Only this module knows the
+names of a checkpoint's modules.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from mbq_runtime.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """model_type and architecture as in config.json, and the quirks a lowering must know."""
+    """A family and its differences.
+
+    model_type, architecture: as in config.json.
+    """
 
     model_type: str
     architecture: str
     qk_norm: bool = False
     """RMS norm over each head of q and k, before the rotation."""
     fused: bool = False
-    """q, k and v are one layer in the checkpoint, gate and up another, stacked as a unit stacks them."""
+    """The checkpoint has one layer for q, k and v, and one for gate and up, stacked as in a unit."""
     post_norms: bool = False
-    """What attention and MLP put out is normed before it is added to the residual."""
+    """The outputs of attention and MLP go through a norm before they are added to the residual stream."""
     norm_offset: float = 0.0
     """An RMS norm multiplies by its weight plus this."""
     scaled_embedding: bool = False
     """Rows of the embedding are multiplied by sqrt(hidden_size)."""
     local_rotary: bool = False
-    """Layers that attend through a window rotate by frequencies of their own."""
+    """Layers with a sliding window have rotary frequencies of their own."""
 
 
 FAMILIES = {
@@ -53,10 +56,10 @@ FAMILIES = {
 
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""What stands between gate and up, by its name in config.json."""
+"""The activation function of the gate, by its name in config.json."""
 
 HEAD_DIM_STEP = 16
-"""ONNX Runtime's attention with rotation takes no other head sizes on a CPU."""
+"""ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, by their names in config.json."""
@@ -66,8 +69,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class Unit:
     """Linear layers that share one input, and so one router and one sliced matmul.
 
-    name: as it appears in the graph and the manifest; sources: the layers' names in the
-    checkpoint, their weights stacked along N in this order.
+    name: as in the graph and in the manifest; sources: the layers' names in the checkpoint, in the order in which their
+    weights are stacked along N.
     """
 
     name: str
@@ -76,7 +79,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of the weight and the bias of ``layer``, a linear layer of the checkpoint."""
+    """Rows [start, stop) of the weight and the bias of a linear layer.
+
+    layer: the layer's name in the checkpoint; start, stop: row indices.
+    """
 
     layer: str
     start: int
@@ -91,7 +97,7 @@ _SEPARATE = {
 }
 _FUSED = _SEPARATE | {"attn_in": ("self_attn.qkv_proj",), "mlp_in": ("mlp.gate_up_proj",)}
 
-# By Family.post_norms: before the units whose role ends in _in, after those whose role ends in _out.
+# By Family.post_norms: the norm before each unit that ends in _in, and after each unit that ends in _out.
 _NORMS = {
     False: {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
     True: {
@@ -105,7 +111,13 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shape of one model, in the units of its config (elements)."""
+    """The shape of one model, in the units of its config.
+
+    family: its row of ``FAMILIES``; layers: number of blocks; hidden_size: width of the residual stream;
+    ffn_size: width of the MLP; heads: query heads; kv_heads: heads of keys and values; head_dim: channels in a head;
+    vocab_size: number of tokens in the vocabulary; context_length: most tokens in a context;
+    norm_eps: added to the mean square in RMS norms.
+    """
 
     family: Family
     layers: int
@@ -126,7 +138,7 @@ class Decoder:
     layer_kinds: tuple[str, ...]
     """FULL or SLIDING, by layer."""
     sliding_window: int
-    """Tokens that a token sees in sliding layers, itself included."""
+    """Tokens that a token attends to in sliding layers, itself included."""
 
     @property
     def embedding_scale(self) -> float:
@@ -141,7 +153,7 @@ class Decoder:
 
     @property
     def parts(self) -> dict[str, dict[str, slice]]:
-        """What a block's stacked matrices are made of: rows by part (q, k, v, o, gate, up, down), by role."""
+        """By role, the rows of each part (q, k, v, o, gate, up, down) in the stacked matrix."""
         sizes = {
             "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
             "attn_out": {"o": self.hidden_size},
@@ -162,7 +174,7 @@ class Decoder:
         }
 
     def unit_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of every routed unit by name, in the order of ``units``."""
+        """(N, K) of every unit by name, in the order of ``units``."""
         shapes = {
             unit.name: self.role_shapes[role]
             for layer in range(self.layers)
@@ -171,11 +183,19 @@ class Decoder:
         return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
 
     def block(self, layer: int) -> str:
-        """The module that is block ``layer``."""
+        """The name of a block's module.
+
+        Args:
+            layer: index of the block.
+        """
         return f"model.layers.{layer}"
 
     def layer_units(self, layer: int) -> dict[str, Unit]:
-        """The units of one block, by role."""
+        """The units of one block, by role.
+
+        Args:
+            layer: index of the block.
+        """
         sources = _FUSED if self.family.fused else _SEPARATE
         return {
             role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
@@ -184,33 +204,54 @@ class Decoder:
 
     @property
     def head(self) -> Unit:
+        """The unit that makes logits."""
         return Unit("head", ("lm_head",))
 
     def units(self) -> Iterator[Unit]:
-        """All routed units in the order the graph runs them."""
+        """All units in the order in which the graph runs them."""
         for layer in range(self.layers):
             yield from self.layer_units(layer).values()
         yield self.head
 
     def input_norm(self, layer: int, role: str) -> str:
-        """The norm that makes the input of a block's attn_in or mlp_in."""
+        """The name of the norm that makes a unit's input.
+
+        Args:
+            layer: index of the block.
+            role: attn_in or mlp_in.
+        """
         return f"{self.block(layer)}.{_NORMS[self.family.post_norms][role]}"
 
     def output_norm(self, layer: int, role: str) -> str | None:
-        """The norm that what a block's attn_out or mlp_out puts out goes through, if the family has them."""
+        """The name of the norm that a unit's output goes through, or None where the family has no such norm.
+
+        Args:
+            layer: index of the block.
+            role: attn_out or mlp_out.
+        """
         return f"{self.block(layer)}.{_NORMS[True][role]}" if self.family.post_norms else None
 
     @property
     def final_norm(self) -> str:
-        """The norm that makes the head's input."""
+        """The name of the norm that makes the head's input."""
         return "model.norm"
 
     def head_norm(self, layer: int, part: str) -> str:
-        """The norm over each head of ``part``, q or k, where the family has them."""
+        """The name of the norm over each head of q or k, where the family has one.
+
+        Args:
+            layer: index of the block.
+            part: q or k.
+        """
         return f"{self.block(layer)}.self_attn.{part}_norm"
 
     def rows(self, layer: int, part: str) -> Rows:
-        """Where ``part`` (q, k, v, o, gate, up, down) of a block is in the checkpoint."""
+        """Where a part of a block is in the checkpoint.
+
+        Args:
+            layer: index of the block.
+            part: q, k, v, o, gate, up or down.
+        """
         role = next(role for role, of in self.parts.items() if part in of)
         within, names = self.parts[role][part], self.layer_units(layer)[role].sources
         if len(names) == 1:
@@ -218,17 +259,29 @@ class Decoder:
         return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
 
     def rotary_kind(self, layer: int) -> str:
-        """Layers of one kind rotate by the same frequencies."""
+        """The kind of rotation of a block.  Blocks of one kind use the same frequencies.
+
+        Args:
+            layer: index of the block.
+        """
         return self.layer_kinds[layer] if self.family.local_rotary else FULL
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a token sees in this layer, itself included; None for all."""
+        """How many tokens a token attends to in a block, itself included, or None for all.
+
+        Args:
+            layer: index of the block.
+        """
         sliding = self.layer_kinds[layer] == SLIDING and self.sliding_window < self.context_length
         return self.sliding_window if sliding else None
 
 
 def stacked(*sizes: int) -> list[slice]:
-    """Where parts of these sizes lie when they are put one after the other."""
+    """The places of parts that are stacked one after the other.
+
+    Args:
+        sizes: number of rows of each part.
+    """
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
@@ -240,7 +293,15 @@ _WITHOUT_LOWERING = ("attn_logit_softcapping", "final_logit_softcapping", "use_b
 
 
 def describe(config: Any, where: str) -> Decoder:
-    """Read a transformers config.  Raises ModelError for a family or feature that has no lowering."""
+    """The description of a model.
+
+    Args:
+        config: transformers' config of the model.
+        where: the model's name, for errors.
+
+    Raises:
+        ModelError: the family, or a feature of the model, has no lowering.
+    """
     family = FAMILIES.get(config.model_type)
     architectures = getattr(config, "architectures", None) or []
     if family is None or any(a != family.architecture for a in architectures):
@@ -282,8 +343,10 @@ def describe(config: Any, where: str) -> Decoder:
 
 
 def _context_length(config: Any) -> int:
-    """Tokens for which one table of rotations serves: a model with longrope changes to other
-    frequencies, and so to other keys for all tokens before, past its original length."""
+    """The longest context that one table of rotations serves.
+
+    A model with longrope uses other frequencies past its original length, and so other keys for all earlier tokens.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     longest: int = config.max_position_embeddings
     if rope.get("rope_type") != "longrope":

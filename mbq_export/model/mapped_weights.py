@@ -16,7 +16,7 @@ import torch
 from mbq_runtime.errors import ModelError
 
 _ALIGNMENT = 64
-"""Elements: a weight begins at a multiple of a cache line and of every vector."""
+"""Elements.  Each weight starts at a multiple of a cache line and of every vector register."""
 
 
 def in_file(loaded: Any, folder: Path) -> Any:
@@ -58,7 +58,7 @@ def _room(elements: int, folder: Path) -> torch.Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            # Claimed at once: a page that finds the disk full later would end the process without a word.
+            # Allocate the whole file now.  A write to a mapped page on a full disk would kill the process.
             os.posix_fallocate(file.fileno(), 0, 4 * elements)
         except OSError as error:
             raise ModelError(

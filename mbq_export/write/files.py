@@ -18,10 +18,10 @@ from mbq_runtime.errors import BundleError, UsageError
 
 EXTERNAL_DATA = "model.onnx.data"
 INLINE_BYTES = 1024
-"""Tensors up to this size stay inside model.onnx."""
+"""Tensors up to this size are stored in model.onnx."""
 
 PAGE_BYTES = 4096
-"""External tensors start on a page, so that each can be mapped and unread planes never become resident."""
+"""External tensors start on a page.  Each is mapped by itself, and planes that are not read take no memory."""
 
 
 @contextmanager
