@@ -41,8 +41,8 @@ PACKAGED: dict[str, Callable[[], Path]] = {
 class ModelSource:
     """Where a checkpoint lies.
 
-    name: for people and for the manifest; folder: a folder, or a hub id, which transformers finds in its cache or on the
-    network; gguf: the name of a GGUF file in ``folder``, or None for safetensors.
+    name: for people and for the manifest; folder: a folder, or a hub id, which transformers looks up;
+    gguf: the name of a GGUF file in ``folder``, or None for safetensors.
     """
 
     name: str
