@@ -38,6 +38,25 @@ def packed_bits(width: int) -> int:
     return next(bits for bits in (2, 4, 8) if width <= bits)
 
 
+def step_ratios(profile: SliceProfile) -> list[float]:
+    """The step of each slice over the step of slice 1: 1, then smaller powers of two.
+
+    Args:
+        profile: the bits of each slice.
+    """
+    return [2.0 ** (profile.min_bits - upto) for upto in profile.depth_bits]
+
+
+def half_steps(profile: SliceProfile) -> list[float]:
+    """What each depth adds to ``centre``, in steps of slice 1: half the ratio of each slice from 2 to the depth.
+
+    Args:
+        profile: the bits of each slice.
+    """
+    ratios = step_ratios(profile)
+    return [sum(ratios[1:depth]) / 2 for depth in range(1, profile.depths + 1)]
+
+
 def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:
     """The tensors of one matrix, with the keys and the order of ``weight_inputs``.
 

@@ -28,7 +28,8 @@ from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
 from ..transforms.rotation import HeadInput
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
-from .onnx_functions import DOMAIN, DOMAIN_VERSION, GATES, OPSET_IMPORTS, portable_functions
+from .onnx_functions import GATES, portable_functions
+from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
 
 MS = "com.microsoft"
 

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
-from mbq_export.lower.onnx_functions import DOMAIN
+from mbq_export.lower.onnx_text import DOMAIN
 from mbq_export.model.checkpoint import Checkpoint, ModelSource
 from mbq_export.model.families import describe
 from mbq_export.routing import thresholds

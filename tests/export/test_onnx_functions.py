@@ -26,7 +26,9 @@ from mbq_export.format.codes import Sliced, decode
 from mbq_export.format.nbits import pack_nbits, weight_inputs
 from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
-from mbq_export.lower import onnx_functions as portable
+from mbq_export.lower.onnx_functions import GATES, portable_functions
+from mbq_export.lower.onnx_router import router_inputs
+from mbq_export.lower.onnx_text import DOMAIN, DOMAIN_VERSION
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 Array = NDArray[Any]
@@ -57,7 +59,7 @@ def make_model(
 
     constants = [numpy_helper.from_array(value, name) for name, value in initializers.items()]
     graph = helper.make_graph(nodes, "test", declare(inputs), declare(outputs), constants)
-    domains = {"": opset, "com.microsoft": 1, portable.DOMAIN: portable.DOMAIN_VERSION}
+    domains = {"": opset, "com.microsoft": 1, DOMAIN: DOMAIN_VERSION}
     model = helper.make_model(
         graph,
         functions=functions,
@@ -97,7 +99,7 @@ def weighted_node(
     """A SlicedMatMul or SlicedGather whose weight inputs have the names of ``weight_inputs``."""
     n, k = sliced.codes.shape
     attributes |= {"N": n, "K": k, "group_size": sliced.group_size}
-    node = helper.make_node(op, [*inputs, *weight_inputs(profile)], [output], domain=portable.DOMAIN)
+    node = helper.make_node(op, [*inputs, *weight_inputs(profile)], [output], domain=DOMAIN)
     values: dict[str, Any] = {**attributes, "slices": profile.slices}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
     return node
@@ -109,7 +111,7 @@ def matmul_model(
     weights = pack_nbits(sliced, profile)
     node = weighted_node("SlicedMatMul", ["x", "depth"], "y", sliced, profile)
     inputs = {"x": (onnx.TensorProto.FLOAT, x_rank), "depth": (onnx.TensorProto.INT32, x_rank - 1)}
-    functions = portable.portable_functions(profile, sliced.group_size, activation_bits, mlp=False)
+    functions = portable_functions(profile, sliced.group_size, activation_bits, mlp=False)
     return make_model([node], inputs, {"y": (onnx.TensorProto.FLOAT, x_rank)}, weights, functions, opset)
 
 
@@ -207,7 +209,7 @@ def test_sliced_gather_is_the_reference(slices: str, n: int, k: int, group_size:
     profile = SliceProfile.parse(slices)
     rng = np.random.default_rng(3)
     sliced = random_sliced(n, k, group_size, rng)
-    functions = portable.portable_functions(profile, group_size, mlp=False)
+    functions = portable_functions(profile, group_size, mlp=False)
     weights = pack_nbits(sliced, profile)
     indices = np.array([[0, n - 1, 3], [3, 2, 0]], np.int64)
     for depth in range(1, profile.depths + 1):
@@ -256,10 +258,10 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
     rng = np.random.default_rng([entries, mlp, *profile.slices])
     router = random_router(profile, 64, entries, mlp, rng)
     tensors = router_tensors(router)
-    assert ("x", "avg_bits", *tensors) == portable.ROUTER_INPUTS + (portable.ROUTER_MLP_INPUTS if mlp else ())
-    node = helper.make_node("Router", ["x", "avg_bits", *tensors], ["depth"], domain=portable.DOMAIN)
+    assert ("x", "avg_bits", *tensors) == router_inputs(mlp)
+    node = helper.make_node("Router", ["x", "avg_bits", *tensors], ["depth"], domain=DOMAIN)
     inputs = {"x": (onnx.TensorProto.FLOAT, 3), "avg_bits": (onnx.TensorProto.FLOAT, 1)}
-    functions = portable.portable_functions(profile, 64, mlp=mlp)
+    functions = portable_functions(profile, 64, mlp=mlp)
     session = load(make_model([node], inputs, {"depth": (onnx.TensorProto.INT32, 2)}, tensors, functions))
 
     x = (rng.standard_normal((40, 64)) * np.exp(3 * rng.standard_normal((40, 1)))).astype(np.float32)
@@ -295,7 +297,7 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
     inputs = {"x": (onnx.TensorProto.FLOAT, 3), "routed_by": (onnx.TensorProto.FLOAT, 3)}
     inputs["avg_bits"] = (onnx.TensorProto.FLOAT, 1)
     outputs = {"y": (onnx.TensorProto.FLOAT, 3), "depth": (onnx.TensorProto.INT32, 2)}
-    functions = portable.portable_functions(profile, 64, mlp=mlp)
+    functions = portable_functions(profile, 64, mlp=mlp)
     session = load(make_model([node], inputs, outputs, weights | tensors, functions))
     x = rng.standard_normal((1, 12, 128)).astype(np.float32)
     by = rng.standard_normal((1, 12, 64)).astype(np.float32)
@@ -312,9 +314,9 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
 
 @pytest.mark.parametrize(("op", "wanted"), [("GatedSilu", gated_silu), ("GatedGelu", gated_gelu)])
 def test_gates_are_the_reference(op: str, wanted: Callable[[F32], Array]) -> None:
-    assert op in portable.GATES.values()
-    node = helper.make_node(op, ["x"], ["y"], domain=portable.DOMAIN)
-    functions = portable.portable_functions(SliceProfile.parse("8"), 64, mlp=False)
+    assert op in GATES.values()
+    node = helper.make_node(op, ["x"], ["y"], domain=DOMAIN)
+    functions = portable_functions(SliceProfile.parse("8"), 64, mlp=False)
     session = load(
         make_model([node], {"x": (onnx.TensorProto.FLOAT, 3)}, {"y": (onnx.TensorProto.FLOAT, 3)}, {}, functions)
     )
@@ -352,7 +354,7 @@ def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: Router
     for call in range(calls):
         depth, multiplied, following = f"depth_{call}", f"product_{call}", f"state_{call}"
         nodes += [
-            helper.make_node("Router", [state, "avg_bits", *tensors], [depth], domain=portable.DOMAIN),
+            helper.make_node("Router", [state, "avg_bits", *tensors], [depth], domain=DOMAIN),
             weighted_node("SlicedMatMul", [state, depth], multiplied, sliced, profile),
             helper.make_node("Tanh", [multiplied], [following]),
         ]
@@ -362,7 +364,7 @@ def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: Router
         {"indices": (onnx.TensorProto.INT64, 2), "avg_bits": (onnx.TensorProto.FLOAT, 1)},
         {state: (onnx.TensorProto.FLOAT, 3)} | {f"depth_{call}": (onnx.TensorProto.INT32, 2) for call in range(calls)},
         {**weights, **tensors},
-        portable.portable_functions(profile, sliced.group_size, mlp=router.w1 is not None),
+        portable_functions(profile, sliced.group_size, mlp=router.w1 is not None),
         opset=22,
     )
 
