@@ -1,10 +1,10 @@
 """One measurement for every side: the same windows of the same tokens, and the same formulas.
 
-Of each window, tokens 1 to context - 1 are predicted from those before them.  Per window are kept the mean
-negative log-likelihood, the mean Kullback-Leibler divergence from the float32 model's distribution (nats), and
-the share of positions where both find the same token most likely.  Windows are the unit of every standard
-error: tokens of one window are not independent.  A ratio of two perplexities is of the same windows, so its
-error is that of the paired differences d_w = m_w - r_w::
+In each window, tokens 1 to context - 1 are predicted from those before them.  For each window the module keeps three
+means over positions: the negative log-likelihood (nats), the Kullback-Leibler divergence from the float32 model's
+distribution (nats), and the share of positions where both models find the same token most likely.  Tokens of one
+window are not independent, so standard errors are over windows.  A ratio of two perplexities is measured on the same
+windows, so its error is that of the paired differences d_w = m_w - r_w::
 
     ratio  = exp(mean(d))
     stderr = ratio * sqrt(sum((d_w - mean(d))**2) / (W - 1) / W)
@@ -23,22 +23,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mbq_export.progress import StageReport
 from mbq_runtime.engine import Window
 from mbq_runtime.perplexity import Windows, estimate
 
 Forward = Callable[[Sequence[int]], Window]
-"""Tokens -> logits of every position, and the bits that were used."""
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all)."""
+"""From tokens to the logits of every position and the average bits used."""
 
 
 @dataclass(frozen=True)
 class Side:
     """One way to store the model's linear layers.
 
-    bits: what it is called after, or None; linear_bytes: from the average bits used, all that one token reads of
-    linear layers, the head among them, with scales, zeros and routers; block_bytes: the same without the head, or
-    None where the split depends on the token; head: how the head is stored, in words.
+    method: a name in ``rivals.METHODS``; name: its name in the table; bits: its nominal bits per weight, or None;
+    linear_bytes: from the average bits used, the bytes of linear layers that one token reads, with the head, scales,
+    zeros and routers; block_bytes: the same without the head, or None where the split depends on the token;
+    head: how the head is stored, in words; forward: runs the model.
     """
 
     method: str
@@ -52,7 +52,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Mean:
-    """value and its standard error, which a single window does not have."""
+    """A mean.
+
+    value: the mean; stderr: its standard error, or None for a single window.
+    """
 
     value: float
     stderr: float | None
@@ -60,7 +63,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Scores:
-    """One value for each window.  nll, divergence: nats; agreement: 0 to 1; bits: average used."""
+    """One value for each window.
+
+    nll, divergence: nats; agreement: 0 to 1; bits: average bits used.
+    """
 
     nll: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
@@ -69,21 +75,30 @@ class Scores:
 
     @property
     def ppl(self) -> Mean:
+        """The perplexity."""
         return _perplexity(self.nll)
 
     def ppl_over(self, other: Scores) -> Mean:
-        """This perplexity over that of ``other``, measured on the same windows."""
+        """This perplexity over another one.
+
+        Args:
+            other: measured on the same windows.
+        """
         return _perplexity([a - b for a, b in zip(self.nll, other.nll, strict=True)])
 
 
 def _perplexity(nll: Sequence[float]) -> Mean:
-    """Of windows, or of one model over another's when ``nll`` are the differences of theirs."""
+    """The perplexity of windows, or the ratio of two perplexities from the differences of their windows."""
     found = estimate(nll)
     return Mean(found.ppl, found.ppl_stderr)
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """The mean and its standard error over ``values``."""
+    """The mean and its standard error.
+
+    Args:
+        values: at least one.
+    """
     count = len(values)
     value = math.fsum(values) / count
     if count < 2:
@@ -92,12 +107,17 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 class Reference:
-    """The float32 model's log-probabilities on some windows, in a file: they may not fit in memory.
+    """The float32 model's log-probabilities, in a file because they may not fit in memory.
 
-    A context manager, which removes the file.  scores: the float32 model's own, against itself.
+    A context manager, which removes the file.  ``scores`` are the float32 model's own, against itself.
+
+    Args:
+        side: the float32 model.
+        windows: token ids of each window.
+        progress: called with the number of windows that are done, and of all windows.
     """
 
-    def __init__(self, side: Side, windows: Windows, progress: Progress) -> None:
+    def __init__(self, side: Side, windows: Windows, progress: StageReport) -> None:
         self.windows = windows
         self.scores = Scores()
         self._folder = TemporaryDirectory(prefix="mbq-compare-")
@@ -115,8 +135,13 @@ class Reference:
             _append(self.scores, window, expected, expected, bits)
             progress(done, len(windows))
 
-    def measure(self, side: Side, progress: Progress) -> Scores:
-        """Every window's scores under ``side``."""
+    def measure(self, side: Side, progress: StageReport) -> Scores:
+        """The scores of every window.
+
+        Args:
+            side: what is measured.
+            progress: called with the number of windows that are done, and of all windows.
+        """
         scores = Scores()
         for done, (window, stored) in enumerate(zip(self.windows, self._stored, strict=True), 1):
             logits, bits = side.forward(window)

@@ -1,8 +1,8 @@
 """A small task that needs no download: the last word of a sentence, from the paragraph before it.
 
-In the manner of LAMBADA: a paragraph is cut after a sentence of which the last word occurred before in the
-paragraph.  The answer counts when greedy decoding spells exactly that word, token by token.  It is a task of
-this project's own: its figures compare sides with each other, not with published ones.
+It follows LAMBADA.  A paragraph is cut after a sentence whose last word occurs earlier in the paragraph.  An answer
+is right when greedy decoding gives exactly that word, token by token.  The task is this project's own: its figures
+compare sides with each other, and not with published ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _SENTENCE_END = re.compile(r"(?<=[a-z])[.!?](?=\s|$)")
 
 @dataclass(frozen=True)
 class Passage:
-    """tokens: context and word together; answer: how many of the last are the word's."""
+    """A text whose last word is asked for.
+
+    tokens: the context and the word; answer: the number of tokens of the word; word: the word.
+    """
 
     tokens: list[int]
     answer: int
@@ -32,7 +35,14 @@ class Passage:
 
 
 def passages(text: str, tokenizer: Any, count: int, opening: list[int]) -> list[Passage]:
-    """At most ``count`` passages, spread evenly over the text; ``opening`` is put before each."""
+    """Passages spread evenly over a text.
+
+    Args:
+        text: paragraphs, with an empty line between them.
+        tokenizer: transformers' tokenizer of the model.
+        count: the most passages.
+        opening: tokens that are put before each passage.
+    """
     found = [cut for paragraph in re.split(r"\n\s*\n", text) if (cut := _cut(" ".join(paragraph.split())))]
     made = []
     for at in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int):
@@ -61,7 +71,13 @@ def _cut(paragraph: str) -> tuple[str, str] | None:
 
 
 def right(forward: Forward, passages: list[Passage], progress: Callable[[int, int], None]) -> list[bool]:
-    """For each passage, whether greedy decoding gives the word."""
+    """For each passage, whether greedy decoding gives the word.
+
+    Args:
+        forward: runs the model.
+        passages: the task.
+        progress: called with the number of passages that are done, and of all passages.
+    """
     answers = []
     for done, passage in enumerate(passages, 1):
         logits = forward(passage.tokens[:-1]).logits[-passage.answer :]
@@ -71,5 +87,10 @@ def right(forward: Forward, passages: list[Passage], progress: Callable[[int, in
 
 
 def accuracy(answers: list[bool]) -> Mean:
+    """The share of right answers.
+
+    Args:
+        answers: whether each answer is right.
+    """
     share = sum(answers) / len(answers)
     return Mean(share, math.sqrt(share * (1 - share) / len(answers)))

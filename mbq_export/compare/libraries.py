@@ -1,4 +1,4 @@
-"""Published methods, by the libraries that maintain them."""
+"""Published methods, run by the libraries that maintain them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from .library_worker import Request
 
 
 def write_inputs(checkpoint: Checkpoint, windows: NDArray[np.int64], folder: Path) -> None:
-    """The model as a Hugging Face folder, and the windows to calibrate on, for any number of requests."""
+    """Write what a library needs: the model as a Hugging Face folder, and windows to calibrate on.
+
+    Args:
+        checkpoint: the model.
+        windows: int64 [windows, context] tokens.
+        folder: an empty folder.
+    """
     from safetensors.torch import save_file
 
     model = folder / "model"
@@ -36,9 +42,17 @@ def write_inputs(checkpoint: Checkpoint, windows: NDArray[np.int64], folder: Pat
 
 
 def quantise(request: Request, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Decoded weights [N, K] and bytes of every layer that the library quantised.
+    """Quantise the model with a library.
 
-    folder: as ``write_inputs`` left it.  Raises ModelError with the library's last line when it fails.
+    Args:
+        request: the library and its settings.
+        folder: as ``write_inputs`` left it.
+
+    Returns:
+        By layer: decoded float32 weights [N, K], and the bytes that the layer takes.
+
+    Raises:
+        ModelError: the library fails; the message has its last line.
     """
     from safetensors.torch import load_file
 

@@ -1,8 +1,8 @@
-"""A quantisation library at work in a process of its own: ``python -m mbq_export.compare.library_worker FOLDER``.
+"""Runs a quantisation library in a process of its own: ``python -m mbq_export.compare.library_worker FOLDER``.
 
-These libraries change transformers and torch when imported, and print.  The folder holds ``model`` (Hugging
-Face), ``windows.npy`` (int64 [windows, context]) and ``request.json``; written are ``weights.safetensors``, each
-layer's weight [N, K] as the library decodes it, and ``sizes.json``, the bytes that it takes.
+These libraries change transformers and torch when they are imported, and they print.  The folder holds ``model``
+(Hugging Face), ``windows.npy`` (int64 [windows, context]) and ``request.json``.  The worker writes
+``weights.safetensors``, each layer's weight [N, K] as the library decodes it, and ``sizes.json``, the bytes of each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class Request:
+    """What a library is asked to do.
+
+    library: a key of ``LIBRARIES``; bits: bits per weight; group_size: weights per scale; seed: of random numbers.
+    """
+
     library: str
     bits: int
     group_size: int
@@ -95,7 +100,11 @@ LIBRARIES: dict[str, Callable[[Path, torch.Tensor, Request], Quantised]] = {"gpt
 
 
 def main(folder: Path) -> None:
-    """Do what the folder's request says."""
+    """Do what the request says.
+
+    Args:
+        folder: see above.
+    """
     from safetensors.torch import save_file
 
     request = Request(**json.loads((folder / "request.json").read_text()))

@@ -1,7 +1,7 @@
 """Files of llama.cpp: written from the checkpoint, quantised by the library, and read back tensor by tensor.
 
-Only weights are compared: a file's tensors are dequantised into the float32 model, so that activations, kernels
-and tokens are the same for every side.  The files hold no tokenizer; quantising needs none.
+Only weights are compared.  A file's tensors are dequantised into the float32 model, so that activations, kernels and
+tokens are the same for every side.  The files hold no tokenizer, because quantising needs none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
 def names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Each of the checkpoint's parameters to its tensor in a file."""
+    """The name of each parameter in a GGUF file.
+
+    Args:
+        checkpoint: the model.
+
+    Raises:
+        ModelError: llama.cpp has no tensor for a parameter.
+    """
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[_architecture(checkpoint)]
     table = gguf.get_tensor_name_map(arch, checkpoint.decoder.layers)
     found = {}
@@ -36,7 +43,15 @@ def names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def write_float32(checkpoint: Checkpoint, file: Path) -> None:
-    """The checkpoint as a GGUF file of float32 tensors.  Raises ModelError for a family that llama.cpp lacks."""
+    """Write the model as a GGUF file of float32 tensors.
+
+    Args:
+        checkpoint: the model.
+        file: where it is written.
+
+    Raises:
+        ModelError: llama.cpp does not know the model's family.
+    """
     d, config = checkpoint.decoder, checkpoint.model.config
     writer = gguf.GGUFWriter(file, _architecture(checkpoint))
     writer.add_block_count(d.layers)
@@ -61,9 +76,15 @@ def write_float32(checkpoint: Checkpoint, file: Path) -> None:
 
 
 def quantise(source: Path, file_type: str, out: Path) -> None:
-    """Write ``out`` as llama.cpp's ``file_type``.  Raises ModelError with what the library said.
+    """Quantise a GGUF file in a process of its own, because the library prints, and aborts when it fails.
 
-    In a process of its own: the library prints a line for each tensor, and what it cannot do it ends with an abort.
+    Args:
+        source: a GGUF file of float32 tensors.
+        file_type: one of ``FILE_TYPES``.
+        out: the file to write.
+
+    Raises:
+        ModelError: the library fails; the message has its last line.
     """
     command = [sys.executable, "-c", _QUANTISE, f"LLAMA_FTYPE_MOSTLY_{file_type}", str(source), str(out)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
@@ -82,7 +103,15 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), parameter
 
 
 def read_weights(file: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Of each module with a matrix: float32 [N, K] as the file decodes it, and the bytes it takes there."""
+    """Decode the matrices of a GGUF file.
+
+    Args:
+        file: the GGUF file.
+        checkpoint: the model that it was made from.
+
+    Returns:
+        By module: float32 weights [N, K], and the bytes that they take in the file.
+    """
     modules = {mapped: name for name, mapped in names(checkpoint).items()}
     weights, sizes = {}, {}
     for tensor in gguf.GGUFReader(file).tensors:

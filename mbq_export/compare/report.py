@@ -1,4 +1,4 @@
-"""A comparison's figures: rows, who wins against whom, and both as text."""
+"""The figures of a comparison: rows, duels, and both as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from .harness import Mean, Scores, Side, mean
 
 @dataclass(frozen=True)
 class Row:
-    """One side on one text.  last_word: accuracy, or None when there were no passages; zero_shot: lm-eval's figures
-    by task and metric; scores: of every window, so that any two rows can be paired later."""
+    """One side on one text.
+
+    method, name, bits, linear_bytes, block_bytes, head: see ``harness.Side``; bits_used: average bits used;
+    ppl: perplexity; over_fp: perplexity over the float32 model's; divergence: from the float32 model, in nats;
+    agreement: share of positions with the same most likely token; last_word: accuracy, or None without passages;
+    zero_shot: lm-eval's figures by task and metric; scores: of every window, so that any two rows can be paired.
+    """
 
     method: str
     name: str
@@ -35,6 +40,15 @@ class Row:
     def of(
         cls, side: Side, scores: Scores, reference: Scores, last_word: Mean | None, zero_shot: dict[str, float]
     ) -> Row:
+        """The row of a side.
+
+        Args:
+            side: what was measured.
+            scores: its scores.
+            reference: the float32 model's scores on the same windows.
+            last_word: accuracy, or None without passages.
+            zero_shot: lm-eval's figures by task and metric.
+        """
         used = mean(scores.bits).value
         return cls(
             side.method,
@@ -56,7 +70,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Duel:
-    """A budget of the bundle against a rival: the bundle's perplexity over the rival's, windows paired."""
+    """A budget of the bundle against a rival.
+
+    bundle, rival: names of the two sides; ppl_ratio: the bundle's perplexity over the rival's, with paired windows;
+    bytes_ratio: the bundle's bytes per token over the rival's.
+    """
 
     bundle: str
     rival: str
@@ -74,7 +92,10 @@ class Duel:
 
 @dataclass(frozen=True)
 class TextResult:
-    """All sides on one text."""
+    """All sides on one text.
+
+    name: the text's name; windows: how many were measured; rows: one per side.
+    """
 
     name: str
     windows: int
@@ -82,7 +103,7 @@ class TextResult:
 
     @property
     def duels(self) -> list[Duel]:
-        """Each budget of the bundle against the methods of as many bits, and against files of no more bytes."""
+        """Each budget of the bundle against the rivals of as many bits, and the files of no more bytes."""
         ours = [row for row in self.rows if row.method == "bundle"]
         rivals = [row for row in self.rows if row.method not in ("bundle", "fp32")]
         return [
@@ -94,7 +115,12 @@ class TextResult:
 
 
 def document(results: Sequence[TextResult], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything, for JSON.  facts: of the run, put first."""
+    """All figures, for JSON.
+
+    Args:
+        results: one per text.
+        facts: about the run; they are put first.
+    """
     return {
         **facts,
         "texts": [
@@ -110,7 +136,13 @@ def document(results: Sequence[TextResult], facts: dict[str, Any]) -> dict[str, 
 
 
 def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: int) -> str:
-    """Two tables for each text.  linear_weights: how many all linear layers have; block_weights: without the head."""
+    """Two tables for each text.
+
+    Args:
+        results: one per text.
+        linear_weights: number of weights in all linear layers.
+        block_weights: the same without the head.
+    """
     parts = []
     for result in results:
         tasks = sorted({task for row in result.rows for task in row.zero_shot})

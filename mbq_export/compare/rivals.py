@@ -1,4 +1,4 @@
-"""The sides of a comparison: one row for each method, each yielding its sides one after the other."""
+"""The sides of a comparison: one row for each method, which yields its sides one after the other."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ FP_BITS = 32
 
 @dataclass(frozen=True)
 class Bench:
-    """What every method is given.  calibration: int64 [windows, context] tokens; bits: of fixed-width methods;
-    bundle: a folder to measure at ``avg_bits``, or None; folder: to leave files in."""
+    """What every method is given.
+
+    checkpoint: the model; calibration: int64 [windows, context] tokens; group_size: weights per scale; bits: of
+    fixed-width methods; bundle: a folder to measure, or None; avg_bits: budgets of the bundle; seed: of random numbers;
+    folder: for files.
+    """
 
     checkpoint: Checkpoint
     calibration: NDArray[np.int64]
@@ -39,7 +43,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Method:
-    """sides: yields each while its weights are in the model; needs: (module, package) outside the export extra."""
+    """A way to store the model.
+
+    title: its name in the table; sides: yields each side while its weights are in the model; needs: (module,
+    package) of a library that the export extra does not install, or None.
+    """
 
     title: str
     sides: Callable[[Bench], Iterator[Side]]
@@ -47,11 +55,16 @@ class Method:
 
     @property
     def available(self) -> bool:
+        """Whether the library is installed."""
         return self.needs is None or importlib.util.find_spec(self.needs[0]) is not None
 
 
 def reference(bench: Bench) -> Side:
-    """The model as it is."""
+    """The float32 model.
+
+    Args:
+        bench: what every method is given.
+    """
     layers = weights.Layers.of(bench.checkpoint)
     block = 4 * weights.count(bench.checkpoint, layers.blocks)
     head = 4 * weights.count(bench.checkpoint, [layers.head])
@@ -62,7 +75,7 @@ def reference(bench: Bench) -> Side:
 def _with_blocks(
     bench: Bench, method: str, bits: int, blocks: Mapping[str, torch.Tensor], block_bytes: int
 ) -> Iterator[Side]:
-    """The side of which the blocks are quantised and the head is left alone, as these methods' files have it."""
+    """A side with quantised blocks and a float16 head, as the files of these methods have it."""
     checkpoint = bench.checkpoint
     head = weights.HALF_BYTES * weights.count(checkpoint, [weights.Layers.of(checkpoint).head])
     with weights.swapped(checkpoint, blocks):

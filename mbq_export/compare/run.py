@@ -1,17 +1,16 @@
-"""A whole comparison: refuse what cannot be done, then measure one side after the other."""
+"""A whole comparison: refuse early what would fail, then measure one side after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mbq_export.data import corpora, windows
 from mbq_export.model.checkpoint import Checkpoint, ModelSource, load, locate, read_config
-from mbq_export.progress import Report
+from mbq_export.progress import Report, staged
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import cut_windows, read_text
 
@@ -31,7 +30,16 @@ _BITS = range(2, 9)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for.  methods: None for all that are installed."""
+    """What the command line asks for.
+
+    model: as for an export; bundle: a bundle of this model, or None; data: names of texts, or files;
+    methods: names in ``rivals.METHODS``, or None for all that are installed; bits: of fixed-width methods;
+    avg_bits: budgets of the bundle; group_size: weights per scale; windows: of each text;
+    context: tokens in a window; calib_data: as for an export; calib_windows: windows to calibrate on;
+    last_words: passages of the task of last words; tasks: lm-eval's names;
+    lm_eval_limit: examples of each task, or None for all; lm_eval_path: a folder of more task files, or None;
+    seed: of random numbers.
+    """
 
     model: str
     bundle: Path | None
@@ -53,7 +61,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked comparison.  texts: by the name they were asked for; left_out: methods that are not installed."""
+    """A checked comparison.
+
+    settings: what was asked for; source: where the model lies; calibration: the text that methods calibrate on;
+    texts: by the name that was asked for; methods: names of those to measure; left_out: messages about methods that are
+    not installed.
+    """
 
     settings: Settings
     source: ModelSource
@@ -64,7 +77,15 @@ class Prepared:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Read the texts and refuse what would fail later.  Raises UsageError or ModelError."""
+    """Read the texts and refuse what would fail later.
+
+    Args:
+        settings: what is asked for.
+
+    Raises:
+        UsageError: a setting is unknown or does not fit the model.
+        ModelError: the model cannot be read.
+    """
     for bits in settings.bits:
         if bits not in _BITS:
             raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
@@ -91,16 +112,25 @@ def prepare(settings: Settings) -> Prepared:
 
 @dataclass(frozen=True)
 class Results:
-    """What is measured so far."""
+    """What is measured so far.
+
+    texts: one result per text; linear_weights: number of weights in all linear layers; block_weights: without the head.
+    """
 
     texts: list[report.TextResult]
     linear_weights: int
     block_weights: int
 
     def document(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """All figures, for JSON.
+
+        Args:
+            facts: about the run; they are put first.
+        """
         return report.document(self.texts, facts)
 
     def markdown(self) -> str:
+        """All figures, as tables."""
         return report.markdown(self.texts, self.linear_weights, self.block_weights)
 
 
@@ -114,7 +144,13 @@ class _Ground:
 
 
 def run(prepared: Prepared, folder: Path, progress: Report) -> Iterator[Results]:
-    """Measure, and yield the same results after every side.  folder: for files that may go afterwards."""
+    """Measure one side after the other, and yield the same results after each.
+
+    Args:
+        prepared: the comparison.
+        folder: for files that are not needed afterwards.
+        progress: told how far the work is.
+    """
     settings = prepared.settings
     progress("loading the model", 0, 1)
     checkpoint = load(prepared.source)
@@ -136,10 +172,9 @@ def run(prepared: Prepared, folder: Path, progress: Report) -> Iterator[Results]
     block_weights = weights.count(checkpoint, layers.blocks)
     original = reference(bench)
     with ExitStack() as stack:
-        grounds = [
-            _ground(prepared, checkpoint, name, content, original, stack, progress)
-            for name, content in prepared.texts.items()
-        ]
+        grounds = [_ground(prepared, checkpoint, name, original, progress) for name in prepared.texts]
+        for ground in grounds:
+            stack.enter_context(ground.reference)
         results = Results(
             [ground.result for ground in grounds],
             block_weights + weights.count(checkpoint, [layers.head]),
@@ -158,18 +193,16 @@ def _ground(
     prepared: Prepared,
     checkpoint: Checkpoint,
     name: str,
-    content: str,
     original: Side,
-    stack: ExitStack,
     progress: Report,
 ) -> _Ground:
-    settings, opening = prepared.settings, checkpoint.opening_tokens
+    settings, opening, content = prepared.settings, checkpoint.opening_tokens, prepared.texts[name]
     tokens = checkpoint.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     windows = cut_windows(tokens, settings.context, opening, settings.windows)
     if len(windows) < settings.windows:
         raise UsageError(f"--data {name}: it has {len(windows)} windows, {settings.windows} are asked for")
-    measured = stack.enter_context(Reference(original, windows, partial(progress, f"fp32 on {name}")))
     passages = last_word.passages(content, checkpoint.tokenizer, settings.last_words, opening)
+    measured = Reference(original, windows, staged(progress, f"measuring fp32 on {name}"))
     return _Ground(measured, passages, report.TextResult(name, len(windows), []))
 
 
@@ -178,8 +211,8 @@ def _add(prepared: Prepared, checkpoint: Checkpoint, side: Side, grounds: Sequen
     for ground in grounds:
         at = f"{side.name} on {ground.result.name}"
         fp = ground.reference.scores
-        scores = fp if side.method == "fp32" else ground.reference.measure(side, partial(progress, at))
-        answers = last_word.right(side.forward, ground.passages, partial(progress, f"last words, {at}"))
+        scores = fp if side.method == "fp32" else ground.reference.measure(side, staged(progress, f"measuring {at}"))
+        answers = last_word.right(side.forward, ground.passages, staged(progress, f"predicting last words: {at}"))
         found = last_word.accuracy(answers) if answers else None
         ground.result.rows.append(report.Row.of(side, scores, fp, found, zero_shot))
 

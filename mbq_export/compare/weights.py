@@ -1,4 +1,4 @@
-"""Other weights in the same model, and the plainest way to make them."""
+"""Puts other weights into a model, and rounds weights to nearest."""
 
 from __future__ import annotations
 
@@ -14,31 +14,49 @@ from mbq_runtime.engine import Window
 from .harness import Forward
 
 HALF_BYTES = 2
-"""Of a float16: what published files keep a scale, and the weights they leave alone, in."""
+"""Bytes of a float16, in which published files store scales and weights that are not quantised."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The names of a checkpoint's linear layers.  head: apart, for most methods leave it as it is."""
+    """Names of a model's linear layers.
+
+    blocks: those of all blocks; head: the one that makes logits, which most methods do not quantise.
+    """
 
     blocks: tuple[str, ...]
     head: str
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Layers:
+        """The layers of a model.
+
+        Args:
+            checkpoint: the model.
+        """
         head = checkpoint.decoder.head.sources[0]
         named = checkpoint.model.named_modules()
         return cls(tuple(n for n, m in named if isinstance(m, torch.nn.Linear) and n != head), head)
 
 
 def count(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """Weights in the linear layers of these names."""
+    """The number of weights in linear layers.
+
+    Args:
+        checkpoint: the model.
+        names: the layers.
+    """
     return sum(checkpoint.linear(name).weight.numel() for name in names)
 
 
 @contextmanager
 def swapped(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the context the named modules of the checkpoint hold ``weights``, each [N, K]; then their own again."""
+    """Put other weights into a model while the block runs.
+
+    Args:
+        checkpoint: the model.
+        weights: [N, K] by the name of the module.
+    """
     kept = {name: checkpoint.model.get_submodule(name).weight.data for name in weights}
     try:
         for name, weight in weights.items():
@@ -50,7 +68,12 @@ def swapped(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Iter
 
 
 def forward(checkpoint: Checkpoint, bits: float) -> Forward:
-    """The model as it stands when it is called."""
+    """The model with the weights that it has when it is called.
+
+    Args:
+        checkpoint: the model.
+        bits: average bits per weight, for the results.
+    """
 
     def run(tokens: Sequence[int]) -> Window:
         with torch.no_grad():
@@ -61,9 +84,14 @@ def forward(checkpoint: Checkpoint, bits: float) -> Forward:
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """float32 [N, K] rounded to ``2**bits`` levels between each group's ends, zero among them.
+    """Round weights to ``2**bits`` levels between the ends of each group.  Zero is one of the levels.
 
-    The scale is a float16 and the zero an integer of ``bits`` bits, as files of this kind have it.
+    The scale is a float16 and the zero point an integer of ``bits`` bits, as in the files of published methods.
+
+    Args:
+        weight: float32 [N, K].
+        bits: bits per weight.
+        group_size: weights per scale.
     """
     groups = weight.reshape(weight.shape[0], -1, group_size)
     top = 2**bits - 1
@@ -77,5 +105,11 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.
 
 
 def rounded_bytes(weights: int, bits: int, group_size: int) -> int:
-    """Bytes of that many weights: codes, and a float16 scale and a zero of ``bits`` bits for each group."""
+    """The bytes of rounded weights: codes, and for each group a float16 scale and a zero point of ``bits`` bits.
+
+    Args:
+        weights: number of weights.
+        bits: bits per weight.
+        group_size: weights per scale.
+    """
     return weights * bits // 8 + weights // group_size * (8 * HALF_BYTES + bits) // 8

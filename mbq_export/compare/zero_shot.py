@@ -1,4 +1,4 @@
-"""Zero-shot tasks of lm-eval, on any side: the library asks for log-likelihoods, a side gives logits."""
+"""Zero-shot tasks of lm-eval on any side: the library asks for log-likelihoods, and a side gives logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from .harness import Forward
 
 
 class SideModel(TemplateLM):  # type: ignore[misc]
-    """One side as lm-eval sees it; it scores given continuations and does not generate."""
+    """A side as lm-eval sees it.  It scores given continuations and does not generate.
+
+    Args:
+        forward: runs the side.
+        tokenizer: transformers' tokenizer of the model.
+        opening: tokens that are put before each text.
+        context: most tokens in a text.
+    """
 
     def __init__(self, forward: Forward, tokenizer: Any, opening: Sequence[int], context: int) -> None:
         super().__init__()
@@ -26,9 +33,15 @@ class SideModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            string: the text.
+        """
         return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -42,16 +55,44 @@ class SideModel(TemplateLM):  # type: ignore[misc]
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refuse tasks of rolling perplexity.
+
+        Args:
+            requests: not used.
+            disable_tqdm: not used.
+
+        Raises:
+            UsageError: always.
+        """
         raise UsageError("tasks of rolling perplexity are not run; the comparison measures perplexity itself")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Refuse tasks that generate.
+
+        Args:
+            requests: not used.
+            disable_tqdm: not used.
+
+        Raises:
+            UsageError: always.
+        """
         raise UsageError("tasks that generate are not run; choose tasks of multiple choice or log-likelihood")
 
 
 def evaluate(model: SideModel, tasks: Sequence[str], limit: int | None, include_path: str | None) -> dict[str, float]:
-    """lm-eval's figures, by "task metric".  include_path: a folder of task files besides the library's own.
+    """Run tasks.
 
-    Raises UsageError for a task that is not there or whose data cannot be had.
+    Args:
+        model: the side.
+        tasks: lm-eval's names.
+        limit: examples of each task, or None for all.
+        include_path: a folder of more task files, or None.
+
+    Returns:
+        lm-eval's figures by "task metric".
+
+    Raises:
+        UsageError: a task does not exist, or its data cannot be read.
     """
     try:
         found = simple_evaluate(
