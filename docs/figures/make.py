@@ -33,7 +33,7 @@ def heat() -> Figure:
     """Draw one hour of a bare Raspberry Pi 5 at 20 tokens/s: temperature above, budget below."""
     board, weights = find_board("pi5-bare"), SMOLLM2_135M
     named = contenders(("fixed 8", "auto"), weights.low_bits, weights.high_bits)
-    runs = [simulate(board, weights, name, policy, 1.0, DEMAND_TOKENS_PER_S) for name, policy in named]
+    runs = [simulate(board, weights, name, policy, hours=1.0, demand_tps=DEMAND_TOKENS_PER_S) for name, policy in named]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     temperature, budget = figure.subplots(2, sharex=True)
     for run, colour in zip(runs, (FIXED, FOLLOWING), strict=True):

@@ -1,3 +1,3 @@
-"""``mbq chat``: a conversation in a terminal."""
+"""The chat of ``mbq chat``: a conversation in a terminal."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What has been said, kept short enough for the model to read."""
+"""The messages of a conversation.  The oldest ones are dropped when the context is full."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ _REPLY_SHARE = 4  # a quarter of the context stays free for the reply
 
 
 class Conversation:
-    """Alternating messages of the user and the model, after the system's if there is one."""
+    """Messages of the user and the model in turn, after a system message if there is one.
+
+    Args:
+        engine: counts the tokens of the messages.
+        system: text of the system message; None: no system message.
+    """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
         self._engine = engine
@@ -22,12 +27,19 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
+        """All messages, each with ``role`` and ``content``."""
         return [*self._opening, *self._turns]
 
     def ask(self, text: str) -> int:
-        """Add the user's message and forget the oldest turns until all fits; returns how many were forgotten.
+        """Add a message of the user, then drop the oldest turns until the rest fits in the context.
 
-        The message itself stays, however long it is: the engine then says what does not fit.
+        The new message is never dropped.  If it is too long, the engine gives the error.
+
+        Args:
+            text: the message.
+
+        Returns:
+            Number of turns that were dropped.
         """
         self._turns.append({"role": "user", "content": text})
         room = self._engine.context_length - self._engine.context_length // _REPLY_SHARE
@@ -38,15 +50,20 @@ class Conversation:
         return forgotten
 
     def answer(self, text: str) -> None:
-        """Add the model's message, whole or as far as it came."""
+        """Add a message of the model.
+
+        Args:
+            text: the reply, complete or interrupted.
+        """
         self._turns.append({"role": "assistant", "content": text})
 
-    def take_back(self) -> None:
-        """Forget the user's last message if it was not answered."""
+    def drop_unanswered(self) -> None:
+        """Drop the last message of the user if it has no answer."""
         if self._turns and self._turns[-1]["role"] == "user":
             self._turns.pop()
 
     def reset(self) -> None:
+        """Drop all messages except the system message."""
         self._turns.clear()
 
     def _length(self) -> int:

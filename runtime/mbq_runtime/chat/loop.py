@@ -1,4 +1,4 @@
-"""Read, answer, repeat."""
+"""The loop of a chat: read a message or a command, answer it, repeat."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ PROMPT, MORE = ">>> ", "... "
 _FENCE = '"""'
 
 ReadLine = Callable[[str], str | None]
-"""Given what to prompt with, a line without its end, or None at the end of input."""
+"""Shows a prompt and reads one line, without its end.  Returns None at the end of input."""
 
 
 class Command(NamedTuple):
-    """argument: for the help; does: a method's name; returns whether the chat goes on."""
+    """One command of the chat.
+
+    argument: name of its argument in the help; help: one line for people; does: name of the method that runs it; the
+    method returns whether the chat continues.
+    """
 
     argument: str
     help: str
@@ -33,22 +37,32 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "/bits": Command("N|auto", "use N bits per weight from here on, or what the policy finds", "_set_bits"),
-    "/reset": Command("", "forget the conversation", "_reset"),
-    "/help": Command("", "this list", "_help"),
-    "/exit": Command("", "leave; so does Ctrl-D", "_exit"),
+    "/bits": Command("N|auto", "use N bits per weight from now on, or let the policy choose", "_set_bits"),
+    "/reset": Command("", "drop the conversation", "_reset"),
+    "/help": Command("", "show this list", "_help"),
+    "/exit": Command("", "end the chat; Ctrl-D does the same", "_exit"),
 }
 _ALIASES = {"/clear": "/reset", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 
 
 class Chat:
-    """One conversation.  options: of ``Engine.generate``, but for prompt and budget."""
+    """One chat in a terminal.
+
+    Args:
+        engine: a loaded engine.
+        bounded: the same engine, as the governor controls it.
+        governor: gives temperature, power and the reason of the budget.
+        screen: shows the conversation.
+        conversation: keeps the messages.
+        options: arguments of ``Engine.generate``, without prompt and budget.
+    """
 
     def __init__(
         self,
         engine: Engine,
         bounded: BoundedEngine,
         governor: Governor,
+        *,
         screen: Screen,
         conversation: Conversation,
         options: Mapping[str, Any],
@@ -57,19 +71,23 @@ class Chat:
         self._screen, self._conversation, self._options = screen, conversation, options
 
     def run(self, read: ReadLine) -> None:
-        """Until /exit or the end of input.  An interrupt ends a reply or a half-typed message, not the chat."""
+        """Run until /exit or the end of input.  Ctrl-C ends a reply or an unfinished message, not the chat.
+
+        Args:
+            read: reads one line of the user.
+        """
         goes_on = True
         while goes_on:
             try:
                 text = self._read(read)
                 goes_on = text is not None and self._respond(text)
             except KeyboardInterrupt:
-                # Wherever it falls: also while a reply is prepared, or between its last figure and the next prompt.
-                self._conversation.take_back()
-                self._screen.note("\n/exit or Ctrl-D to leave")
+                # This can happen at any time, also while a reply is prepared or its figures are shown.
+                self._conversation.drop_unanswered()
+                self._screen.note("\n/exit or Ctrl-D ends the chat")
 
     def _read(self, read: ReadLine) -> str | None:
-        """One message: a line, or all between two triple quotes."""
+        """One message: a line, or the text between two triple quotes.  None at the end of input."""
         line = read(PROMPT)
         if line is None or not line.lstrip().startswith(_FENCE):
             return line
@@ -82,7 +100,7 @@ class Chat:
         return text.partition(_FENCE)[0]
 
     def _respond(self, text: str) -> bool:
-        """Answer or obey; whether the chat goes on."""
+        """Answer a message or run a command.  Returns whether the chat continues."""
         word, _, argument = text.strip().partition(" ")
         if word.startswith("/"):
             return self._command(word, argument.strip())
@@ -93,7 +111,7 @@ class Chat:
     def _command(self, word: str, argument: str) -> bool:
         command = COMMANDS.get(_ALIASES.get(word, word))
         if command is None:
-            self._screen.note(f"{word}: no such command; /help lists them")
+            self._screen.note(f"{word}: no such command; /help shows all commands")
             return True
         goes_on: bool = getattr(self, command.does)(argument)
         return goes_on
@@ -118,7 +136,7 @@ class Chat:
     def _help(self, _: str) -> bool:
         for word, command in COMMANDS.items():
             self._screen.note(f"{word + ' ' + command.argument:<14}{command.help}")
-        self._screen.note(f"{_FENCE:<14}begins and ends a message of several lines")
+        self._screen.note(f"{_FENCE:<14}starts and ends a message of several lines")
         return True
 
     def _exit(self, _: str) -> bool:
@@ -127,13 +145,11 @@ class Chat:
     def _answer(self, text: str) -> None:
         forgotten = self._conversation.ask(text)
         if forgotten:
-            self._screen.note(
-                f"(the context is full: {forgotten} earlier turn{'s' if forgotten > 1 else ''} forgotten)"
-            )
+            self._screen.note(f"(the context is full: {forgotten} earlier turn{'s' if forgotten > 1 else ''} dropped)")
         try:
             reply = self._engine.generate(self._conversation.messages, **self._options)
         except MbqError as error:
-            self._conversation.take_back()
+            self._conversation.drop_unanswered()
             self._screen.note(str(error))
             return
         said = []
@@ -160,6 +176,6 @@ class Chat:
             f"{stats.tokens_per_s:.1f} tokens/s",
             f"{stats.avg_bits_used:.2f} bits",
             f"{temp_c:.0f} °C" if temp_c is not None else "temperature unknown",
-            "asked by you" if self._bounded.is_limiting else status.reason,
+            "set by you" if self._bounded.is_limiting else status.reason,
         )
         return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""The terminal: text as it comes, a status line below it, tokens in the colour of their bits."""
+"""The terminal of a chat: text of the reply, a status line below it, and a colour for the bits of each token."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# Few bits are warm, many are cool; read on dark and on light ground.
+# 256-colour codes from few bits (warm) to many bits (cool).  They are readable on dark and light backgrounds.
 _SCALE = (196, 208, 178, 71, 38, 33)
 _REDRAW_S = 0.2
-# A model's text must not move the cursor or retitle the window.
+# Text of the model must not move the cursor or change the title of the window.
 _HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 _SAVE, _RESTORE, _CLEAR_LINE = "\x1b7", "\x1b8", "\x1b[2K"
@@ -19,10 +19,16 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Screen:
-    """out: where the conversation goes; err: where figures and notes go.
+    """Writes a conversation to a terminal or a file.
 
-    terminal: whether out is one; without it the text goes out untouched and there is no status line.
-    colour: whether it may be coloured; bits: the range the colours span, None for no colours by bits.
+    Args:
+        out: the text of the conversation goes here.
+        err: figures and notes go here.
+        terminal: whether ``out`` is a terminal.  If not, the text is not changed and there is no status line.
+        colour: whether colours are allowed.
+        bits: lowest and highest bits per weight of the colours; None: no colours by bits.
+        size: returns columns and rows of the terminal.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -39,11 +45,11 @@ class Screen:
         self._out, self._err = out, err
         self._terminal, self._colour, self._bits = terminal, colour, bits if colour else None
         self._size, self._clock = size, clock
-        self._rows = 0  # of the terminal while its last row is kept for the status; 0: it is not
+        self._rows = 0  # rows of the terminal while the last one is used for the status; 0: it is not used
         self._drawn_s = 0.0
 
     def legend(self) -> str | None:
-        """The colours in use, or None."""
+        """A line that explains the colours; None without colours by bits."""
         if self._bits is None:
             return None
         low, high = self._bits
@@ -51,22 +57,38 @@ class Screen:
         return "bits: " + " ".join(self._painted(f"{bits:.1f}", bits) for bits in steps)
 
     def piece(self, text: str, bits: float) -> None:
+        """Write one piece of a reply.
+
+        Args:
+            text: the piece.
+            bits: average bits per weight of its tokens.
+        """
         if self._terminal:
             text = text.translate(_HARMLESS)
         self._out.write(self._painted(text, bits) if self._bits else text)
         self._out.flush()
 
     def line(self, text: str = "") -> None:
+        """Write a text and end the line.
+
+        Args:
+            text: the text.
+        """
         self._out.write(text + "\n")
         self._out.flush()
 
     def note(self, text: str) -> None:
+        """Write a line that is not part of the conversation.
+
+        Args:
+            text: the line, without its end.
+        """
         self._err.write((f"{_DIM}{text}{_PLAIN}" if self._colour else text) + "\n")
         self._err.flush()
 
     @contextmanager
     def with_status(self) -> Iterator[Callable[[str], None]]:
-        """Keep the last row for what the function it yields is given; redrawn five times a second at most."""
+        """Use the last row for a status line.  Yields a function that shows a text there, at most 5 times a second."""
         if not self._terminal:
             yield lambda text: None
             return
@@ -87,7 +109,7 @@ class Screen:
         if rows < 4:
             return
         if rows != self._rows:
-            # A line is made below the cursor, so that it is not on the row that is taken; then the others scroll alone.
+            # Move the cursor off the last row first.  Then only the other rows scroll.
             self._out.write(f"\n\x1b[A{_SAVE}\x1b[1;{rows - 1}r{_RESTORE}")
             self._rows = rows
         text = text[: columns - 1]

@@ -67,7 +67,9 @@ def command(
         if legend := screen.legend():
             screen.line(legend)
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        Chat(loaded, bounded, governor, screen, Conversation(loaded, system), options).run(_reader())
+        Chat(loaded, bounded, governor, screen=screen, conversation=Conversation(loaded, system), options=options).run(
+            _reader()
+        )
 
 
 def _reader() -> Any:

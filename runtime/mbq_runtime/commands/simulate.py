@@ -67,7 +67,7 @@ def command(
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})
     else:
         board = find_board(what)
-        runs = [simulate(board, weights, name, policy, hours, demand) for name, policy in named]
+        runs = [simulate(board, weights, name, policy, hours=hours, demand_tps=demand) for name, policy in named]
         title, limits_c = f"{board.name}: {board.help}", [board.throttle_c, board.hard_c]
     if plot is not None:
         draw(runs, title, limits_c, plot)

@@ -1,3 +1,3 @@
-"""``mbq serve``: a bundle behind OpenAI's API, with a page that shows the board.  Needs the extra ``serve``."""
+"""The server of ``mbq serve``: OpenAI's API for a bundle, and a monitor page.  It needs the extra ``serve``."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's API, health, metrics and the page that watches the board."""
+"""The routes of the server: OpenAI's API, health, metrics and the monitor page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mbq_runtime.engine import Engine
 
 _MIN_BODY_LIMIT = 1 << 20
-_BODY_BYTES_PER_TOKEN = 16  # no prompt that fits the context needs more, escapes counted
+_BODY_BYTES_PER_TOKEN = 16  # enough for each prompt that fits the context, escapes included
 _UPLOAD_S = 30.0
 _PAGE_HEADERS = {
     "Cache-Control": "no-store",
@@ -43,10 +43,17 @@ _PAGE_HEADERS = {
 
 
 class Server:
-    """A loaded engine, offered over HTTP: ``app`` is the ASGI application.
+    """A loaded engine behind HTTP.  ``app`` is the ASGI application.
 
-    bounded: the engine as ``governor`` sees it; budget: what requests may ask, within the bundle's;
-    queue_limit: requests that may wait beside the one that runs; host: the address listened to.
+    Args:
+        engine: a loaded engine.
+        bounded: the same engine, as the governor controls it.
+        governor: gives readings and the reason of the budget.
+        feed: the data of the monitor page.
+        budget: bits that requests can ask for, within the budget of the bundle.
+        queue_limit: number of requests that can wait while one runs.
+        host: address on which the server listens.
+        api_key: key that clients must send; None: no key.
     """
 
     def __init__(
@@ -147,11 +154,11 @@ class Server:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
-            message = f"model {name[:80]!r} is not here; this server has {self.model!r}"
+            message = f"model {name[:80]!r} is unknown; this server has {self.model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _read(self, request: Request) -> bytes:
-        """The body.  Raises ApiError when it is too large, too slow, or cut off."""
+        """The request body.  Raises ApiError when it is too large, too slow, or incomplete."""
         too_large = ApiError(413, f"the request body is larger than {self._body_limit} bytes", code="body_too_large")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._body_limit:
@@ -164,7 +171,7 @@ class Server:
                     if len(data) > self._body_limit:
                         raise too_large
         except TimeoutError:
-            raise ApiError(408, f"the request body did not come within {_UPLOAD_S:g} s") from None
+            raise ApiError(408, f"the request body did not arrive within {_UPLOAD_S:g} s") from None
         except ClientDisconnect:
             raise ApiError(400, "the request body was cut off") from None
         return bytes(data)
@@ -174,5 +181,5 @@ async def _refuse(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such path or method
         error = ApiError(error.status_code, error.detail, headers=error.headers)
     if not isinstance(error, ApiError):  # the server logs it
-        error = ApiError(500, "the server failed; its log says why", code="internal_error")
+        error = ApiError(500, "the server failed; its log has the reason", code="internal_error")
     return error.response()

@@ -1,4 +1,4 @@
-"""Who may ask: the key, and for servers without one, the manners a browser can be held to."""
+"""Access checks: the API key, or without a key, checks of the Host and Origin headers that browsers send."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
 
-OPEN_PATHS = frozenset({"/", "/health"})  # neither tells anything
+OPEN_PATHS = frozenset({"/", "/health"})  # neither gives any information
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Auth:
-    """ASGI middleware.
+    """ASGI middleware that refuses requests without access.
 
-    With a key, every path but the open ones wants ``Authorization: Bearer KEY``.  Without one, any
-    page in a browser on this machine could reach the server: requests that another site's page
-    sends are refused, and, when it listens to this machine alone, so are those that call it by
-    another name (which a page can make point here).
+    With a key, each path except the open ones needs ``Authorization: Bearer KEY``.  Without a key, each page in a
+    browser on this machine could reach the server.  Therefore requests from pages of other sites are refused.  When the
+    server listens only to this machine, requests with another host name are refused too, because a page can make such a
+    name point to this machine.
+
+    Args:
+        app: the application behind it.
+        api_key: the key; None: no key.
+        host: address on which the server listens.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, host: str) -> None:
@@ -30,6 +35,13 @@ class Auth:
         self._local = is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, or pass it to the application.
+
+        Args:
+            scope: the request, as in ASGI.
+            receive: gives the messages of the client.
+            send: sends messages to the client.
+        """
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], scope["path"], Headers(scope=scope))
@@ -47,20 +59,26 @@ class Auth:
             return
         host = headers.get("host", "")
         if self._local and not is_loopback(_name(host)):
-            raise ApiError(403, f"this server answers to localhost, not to {host!r}; start it with --api-key")
+            raise ApiError(
+                403, f"this server answers requests for localhost, not for {host!r}; start it with --api-key"
+            )
         origin = headers.get("origin")
         if origin is not None and method not in _SAFE_METHODS and origin.partition("://")[2] != host:
-            raise ApiError(403, f"a page of {origin} may not ask this server; start it with --api-key")
+            raise ApiError(403, f"a page of {origin} must not use this server; start it with --api-key")
 
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
-        # Digests are of one length and compared in constant time: neither tells how close a guess was.
+        # Digests have one length and are compared in constant time, so the time does not show how close a guess is.
         given = _digest(key.strip().encode("latin-1"))
         return hmac.compare_digest(given, self._digest or b"") and scheme.lower() == "bearer"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, a name or an address, is this machine and nothing else."""
+    """Whether a host is only this machine.
+
+    Args:
+        host: a name or an address.
+    """
     if host == "localhost":
         return True
     try:
@@ -70,7 +88,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """Without the port and the brackets of IPv6."""
+    """The host without its port, and without the brackets of IPv6."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 

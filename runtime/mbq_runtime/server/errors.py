@@ -1,4 +1,4 @@
-"""Refusals in the shape OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """status: of HTTP; param: the field at fault; code: a word for programs."""
+    """An error that the client gets.
+
+    Args:
+        status: HTTP status.
+        message: text for people.
+        param: name of the field that causes it; None: no field.
+        code: word for programs; None: no word.
+        headers: additional HTTP headers.
+    """
 
     def __init__(
         self,
@@ -26,8 +34,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def body(self) -> dict[str, Any]:
+        """The JSON object of the error."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        """The HTTP response of the error."""
         return JSONResponse(self.body(), self.status, self.headers)

@@ -1,4 +1,4 @@
-"""How the server meets the network: uvicorn, told only what differs from its defaults."""
+"""The settings of uvicorn that differ from its defaults."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import uvicorn
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_PARTING_S = 3  # for replies in the making when the server is told to stop
-# Longer than clients keep an idle connection (5 s in OpenAI's): the server must not be the one to close
-# it, or a request already on its way is lost.
+_PARTING_S = 3  # time for unfinished replies when the server stops
+# Longer than clients keep an idle connection (OpenAI's: 5 s).  If the server closes it first, a request that is on its
+# way is lost.
 _KEEP_ALIVE_S = 75
 
 
 def configure(app: ASGIApp) -> uvicorn.Config:
-    """For a server that is given its sockets."""
+    """Settings of a server that gets its sockets from the caller.
+
+    Args:
+        app: the ASGI application.
+    """
     return uvicorn.Config(
         app,
         loop="asyncio",

@@ -1,6 +1,6 @@
-"""``/metrics``: the server and the board, in Prometheus' text form.
+"""The data of ``/metrics``: server and board in the text format of Prometheus.
 
-A reading the board does not have is left out: absent, not zero.
+A reading that is unknown is left out.  It is never 0.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
     from .worker import Result, Worker
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_CLIENT_GONE = "499"  # as nginx writes it: no status was ever sent
+_CLIENT_GONE = "499"  # the status of nginx for a client that left before it got one
 
 
 class Metrics:
-    """One registry for each server.  paths: those that may become labels; others count as "other"."""
+    """The metrics of one server.
+
+    Args:
+        bounded: the engine, as the governor controls it.
+        governor: gives readings.
+        worker: gives counts of requests and tokens.
+        paths: paths that become labels; other paths are counted as "other".
+    """
 
     def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker, paths: Iterable[str]) -> None:
         self._paths = frozenset(paths)
@@ -32,7 +39,10 @@ class Metrics:
         self.registry.register(_Gauges(bounded, governor, worker))
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
-            "mbq_requests", "Requests answered, refused or left.", ("path", "status"), registry=self.registry
+            "mbq_requests",
+            "Requests that were answered, refused or abandoned.",
+            ("path", "status"),
+            registry=self.registry,
         )
         self.ttft = Histogram(
             "mbq_time_to_first_token_seconds", "From the start of a reply to its first token.",
@@ -40,12 +50,20 @@ class Metrics:
         )  # fmt: skip
 
     def reply(self, result: Result) -> None:
-        """Count a finished reply; from any thread."""
-        if result.ttft_s:  # one that was left in its prompt has no first token
+        """Count a finished reply.  It can be called from any thread.
+
+        Args:
+            result: figures of the reply.
+        """
+        if result.ttft_s:  # a reply that ended during its prompt has no first token
             self.ttft.observe(result.ttft_s)
 
     def counted(self, app: ASGIApp) -> ASGIApp:
-        """ASGI middleware that counts every request by path and status."""
+        """The application with a count of its requests.
+
+        Args:
+            app: the application.
+        """
 
         async def counting(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -68,6 +86,7 @@ class Metrics:
         return counting
 
     def text(self) -> bytes:
+        """All metrics in the text format."""
         return generate_latest(self.registry)
 
 
@@ -81,22 +100,30 @@ class _Gauges(Collector):
         gauges = (
             ("avg_bits", "Budget in force, average bits per weight.", self._bounded.avg_bits),
             ("threads", "Processor threads in use.", self._bounded.threads),
-            ("avg_bits_used", "Average bits per weight of late tokens.", status.avg_bits_used),
-            ("tokens_per_second", "Decoding speed of late.", status.tokens_per_s),
-            ("energy_joules_per_token", "Measured by the board's own sensor.", status.energy_j_per_token),
-            ("temperature_celsius", "Of the thermal zone nearest to its limit.", readings.temp_c),
-            ("throttle_temperature_celsius", "From which the board slows itself.", readings.throttle_temp_c),
+            ("avg_bits_used", "Average bits per weight of the last tokens.", status.avg_bits_used),
+            ("tokens_per_second", "Decoding speed of the last tokens.", status.tokens_per_s),
+            (
+                "energy_joules_per_token",
+                "Energy per token, measured by the board's own sensor.",
+                status.energy_j_per_token,
+            ),
+            ("temperature_celsius", "Temperature of the thermal zone nearest to its limit.", readings.temp_c),
+            (
+                "throttle_temperature_celsius",
+                "Temperature from which the board slows itself.",
+                readings.throttle_temp_c,
+            ),
             ("heat_throttled", "1 while heat slows the board.", readings.heat_throttled),
             ("undervoltage", "1 while the supply is too weak.", readings.undervoltage),
-            ("power_watts", "Drawn by what the board's sensor measures.", readings.power_w),
+            ("power_watts", "Power of the part that the board's sensor measures.", readings.power_w),
             ("battery_ratio", "Charge of the battery, 0 to 1.", readings.battery_fraction),
             ("discharging", "1 while the board runs on its battery.", readings.discharging),
-            ("replies_running", "Replies being made: 0 or 1.", worker.running),
+            ("replies_running", "Replies in progress: 0 or 1.", worker.running),
             ("requests_waiting", "Requests in the queue.", worker.waiting),
-            ("queue_limit", "Requests that may wait.", worker.limit),
+            ("queue_limit", "Requests that can wait.", worker.limit),
         )
         for name, text, value in gauges:
             if value is not None:
                 yield GaugeMetricFamily(f"mbq_{name}", text, value=float(value))
-        yield CounterMetricFamily("mbq_prompt_tokens", "Tokens of prompts read.", value=worker.prompt_tokens)
-        yield CounterMetricFamily("mbq_generated_tokens", "Tokens of replies made.", value=worker.tokens)
+        yield CounterMetricFamily("mbq_prompt_tokens", "Tokens of prompts.", value=worker.prompt_tokens)
+        yield CounterMetricFamily("mbq_generated_tokens", "Tokens of replies.", value=worker.tokens)

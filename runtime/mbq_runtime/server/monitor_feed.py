@@ -1,4 +1,4 @@
-"""The last minutes of the server, for those who watch: one sample a second and every budget change."""
+"""The data of the monitor page: one sample a second and each change of the budget, for the last minutes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ READINGS = (
 
 
 class MonitorFeed:
-    """Keeps a bounded past; any number of watchers follow it without being known to it.
+    """Keeps the last samples and events, and streams them to any number of clients.
 
-    model: its name; closing: whether the server is going down, at which streams end.
+    Args:
+        model: name of the model.
+        closing: returns whether the server stops; then the streams end.
     """
 
     def __init__(self, model: str, closing: Callable[[], bool] = lambda: False) -> None:
@@ -41,11 +43,19 @@ class MonitorFeed:
         self._changed = asyncio.Condition()
 
     def add_event(self, change: Event) -> None:
-        """Book a budget change, or a word about the sensors; from any thread."""
+        """Add an event of the governor.  It can be called from any thread.
+
+        Args:
+            change: the event.
+        """
         self._fresh.append({"time": change.time_s, "old": change.old, "new": change.new, "reason": change.reason})
 
     async def keep(self, sample: Callable[[], dict[str, Any]]) -> None:
-        """Take samples until cancelled."""
+        """Take one sample a second until the task is cancelled.
+
+        Args:
+            sample: returns the values of one sample.
+        """
         while True:
             async with self._changed:
                 self._add(self._samples, {"time": time.time(), **sample()})
@@ -55,7 +65,7 @@ class MonitorFeed:
             await asyncio.sleep(_PERIOD_S)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events {"model", "samples": [...], "events": [...]}: the past first, then what is new."""
+        """Server-sent events {"model", "samples": [...], "events": [...]}: first everything kept, then new entries."""
         seen = 0
         while not self._closing():
             new = {
@@ -73,18 +83,25 @@ class MonitorFeed:
 
 
 class FeedSampler:
-    """What a sample holds.  Readings are null when the board has no such sensor, tokens_per_s when idle."""
+    """Makes one sample.  A reading is null when it is unknown; tokens_per_s is null when no reply is made.
+
+    Args:
+        bounded: the engine, as the governor controls it.
+        governor: gives readings and the reason of the budget.
+        worker: gives the number of waiting requests.
+    """
 
     def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker) -> None:
         self._bounded, self._governor, self._worker = bounded, governor, worker
 
     def __call__(self) -> dict[str, Any]:
+        """The values of a sample of now."""
         status, worker = self._governor.status(), self._worker
         readings = asdict(status.readings)
         asked = self._bounded.is_limiting
         return {
             "avg_bits": self._bounded.avg_bits if asked else status.avg_bits,
-            "reason": "asked by the request" if asked else status.reason,
+            "reason": "set by the request" if asked else status.reason,
             "tokens_per_s": status.tokens_per_s,
             "avg_bits_used": status.avg_bits_used,
             "energy_j_per_token": status.energy_j_per_token,

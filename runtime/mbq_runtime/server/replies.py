@@ -1,4 +1,4 @@
-"""What a client gets: OpenAI's objects, whole or as server-sent events."""
+"""Replies in the format of OpenAI's API: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from .worker import Job, Result
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # or nginx keeps the tokens until the reply is whole
+    (b"x-accel-buffering", b"no"),  # without it nginx holds the tokens until the reply is complete
 ]
-_STALL_S = 30.0  # a client that takes nothing for so long is gone
+_STALL_S = 30.0  # a client that reads nothing for this long is gone
 
 
 class Shape:
-    """How one endpoint words one reply."""
+    """The format of one reply of one endpoint.
+
+    Args:
+        model: name of the model.
+    """
 
     PREFIX: ClassVar[str]
     OBJECT: ClassVar[str]
@@ -35,23 +39,40 @@ class Shape:
         self._same = {"id": f"{self.PREFIX}-{uuid4().hex}", "created": int(time.time()), "model": model}
 
     def first(self) -> dict[str, Any] | None:
-        """The choice that opens a stream, if there is one."""
+        """The choice of the first chunk of a stream; None: no such chunk."""
         return None
 
     def part(self, text: str) -> dict[str, Any]:
-        """The choice of a chunk with ``text``."""
+        """The choice of a chunk.
+
+        Args:
+            text: text of the chunk.
+        """
         raise NotImplementedError
 
     def whole(self, text: str) -> dict[str, Any]:
-        """The choice of a reply given at once."""
+        """The choice of a reply that is not streamed.
+
+        Args:
+            text: text of the reply.
+        """
         raise NotImplementedError
 
     def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The JSON object around choices.
+
+        Args:
+            kind: value of its field ``object``.
+            choices: the choices; missing fields get their default.
+            more: additional fields.
+        """
         filled = [{"index": 0, "logprobs": None, "finish_reason": None, **choice} for choice in choices]
         return {**self._same, "object": kind, "choices": filled, **more}
 
 
 class ChatShape(Shape):
+    """The format of /v1/chat/completions."""
+
     PREFIX, OBJECT, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self) -> dict[str, Any]:
@@ -65,6 +86,8 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
+    """The format of /v1/completions."""
+
     PREFIX, OBJECT, CHUNK = "cmpl", "text_completion", "text_completion"
 
     def part(self, text: str) -> dict[str, Any]:
@@ -74,7 +97,11 @@ class CompletionShape(Shape):
 
 
 def usage(result: Result) -> dict[str, Any]:
-    """OpenAI's counts, and: avg_bits, mean over the reply's tokens; energy_j, null without a power sensor."""
+    """OpenAI's counts, average bits per weight, speed, and energy in J (null without a power sensor).
+
+    Args:
+        result: figures of the reply.
+    """
     return {
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.completion_tokens,
@@ -87,17 +114,37 @@ def usage(result: Result) -> dict[str, Any]:
 
 
 def event(payload: Any) -> bytes:
+    """One server-sent event.
+
+    Args:
+        payload: its data, as values for JSON.
+    """
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 class Reply:
-    """The ASGI response to one job.  done is called when nobody waits for the job any more."""
+    """The ASGI response of one job.
+
+    Args:
+        job: the job.
+        shape: the format of the endpoint.
+        done: called with the job when the client has its reply or is gone.
+        stream: whether the reply is sent as server-sent events.
+        with_usage: whether a stream ends with a chunk of the counts.
+    """
 
     def __init__(self, job: Job, shape: Shape, done: Callable[[Job], None], *, stream: bool, with_usage: bool) -> None:
         self._job, self._shape, self._done = job, shape, done
         self._stream, self._with_usage = stream, with_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the reply.
+
+        Args:
+            scope: the request, as in ASGI.
+            receive: gives the messages of the client.
+            send: sends messages to the client.
+        """
         try:
             await while_connected(receive, self._answer(scope, receive, send))
         finally:
@@ -125,7 +172,7 @@ class Reply:
         try:
             async for text in self._job.pieces():
                 yield event(shape.envelope(shape.CHUNK, [shape.part(text)]))
-        except ApiError as error:  # the status line is long gone
+        except ApiError as error:  # the status was already sent
             yield event(error.body())
             return
         result = self._job.result
@@ -136,7 +183,12 @@ class Reply:
 
 
 async def send_events(send: Send, events: AsyncGenerator[bytes, None]) -> None:
-    """Send a stream.  Gives up, leaving the response unfinished, on a client that takes nothing for a while."""
+    """Send a stream of events.  It stops, without the end of the response, when the client reads nothing for 30 s.
+
+    Args:
+        send: sends messages to the client.
+        events: the events as bytes.
+    """
     try:
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
         async with aclosing(events):
@@ -149,7 +201,12 @@ async def send_events(send: Send, events: AsyncGenerator[bytes, None]) -> None:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do ``work``, but no longer than the client stays.  The request's body must have been read."""
+    """Run a task until it ends or the client disconnects.  The request body must be read before.
+
+    Args:
+        receive: gives the messages of the client.
+        work: the task.
+    """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -159,7 +216,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
     if not working.cancelled():
-        working.result()  # passes on what went wrong
+        working.result()  # raises the error of the task
 
 
 async def _disconnected(receive: Receive) -> None:

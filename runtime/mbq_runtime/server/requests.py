@@ -1,7 +1,7 @@
-"""What a client asks: the body of a completion request, checked field by field.
+"""The bodies of completion requests, checked field by field.
 
-Fields that change what a reply means and that this server does not have are refused unless they hold
-their neutral value; other unknown fields are ignored, as clients send many.
+Some fields of the API change the meaning of a reply, and this server does not support them.  They are refused unless
+they have their neutral value.  Other unknown fields are ignored, because clients send many.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mbq_runtime.bundle.manifest import Budget
 
 from .errors import ApiError
 
-_INT32 = 2**31  # the engine's whole numbers; the API's seeds are 64 bits wide
+_INT32 = 2**31  # limit of the engine's whole numbers; seeds of the API have 64 bits
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -40,7 +40,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """A message's content may come in parts; only parts of text can be read."""
+    """The text of a message.  It can come in parts, and all parts must be text."""
     if not isinstance(value, list):
         return value
     if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
@@ -58,7 +58,7 @@ def _one_prompt(value: Any) -> str | list[int]:
     raise ValueError("needed one text or one list of token ids")
 
 
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]  # matching is quadratic in its length
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]  # the time of matching grows with the square of the length
 
 
 class _Strict(BaseModel):
@@ -66,19 +66,22 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    """Options of a streamed reply."""
+
     include_usage: bool = False
 
 
 class Message(_Strict):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
 
 
 class Body(_Strict):
-    """Fields of both kinds of request; null means the default.
+    """Fields of both kinds of request.  null is the default.
 
-    avg_bits, min_bits, max_bits: the budget of this reply's tokens, or its bounds, in average bits
-    per weight.
+    avg_bits: budget of this reply, in average bits per weight; min_bits, max_bits: bounds of the budget.
     """
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
@@ -97,13 +100,17 @@ class Body(_Strict):
     max_bits: float | None = None
 
     def engine_prompt(self) -> str | list[int] | list[dict[str, str]]:
+        """The prompt for ``Engine.generate``."""
         raise NotImplementedError
 
     def token_limit(self) -> int | None:
+        """The highest number of tokens that the client asked for; None: no limit."""
         return self.max_tokens
 
 
 class ChatBody(Body):
+    """The body of /v1/chat/completions."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
@@ -116,7 +123,9 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the API's own
+    """The body of /v1/completions."""
+
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the default of the API
 
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
 
@@ -126,10 +135,13 @@ class CompletionBody(Body):
 
 @dataclass(frozen=True)
 class Order:
-    """A request the engine can be given.
+    """A request in the terms of the engine.
 
-    prompt: for ``Engine.generate``; options: its other arguments, but for the budget;
-    floor_bits, ceiling_bits: the request's own bounds of the budget, equal for a fixed one.
+    Args:
+        prompt: the prompt for ``Engine.generate``.
+        options: its other arguments, without the budget.
+        floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
+        ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
     """
 
     prompt: str | list[int] | list[dict[str, str]]
@@ -142,7 +154,15 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(kind: type[B], data: bytes) -> B:
-    """Raises ApiError (400) that names the field, for anything but a whole and meaningful request."""
+    """Read and check a request body.
+
+    Args:
+        kind: class of the body.
+        data: the body as JSON.
+
+    Raises:
+        ApiError: the body is not usable (status 400); the message names the field.
+    """
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:
@@ -152,12 +172,21 @@ def parse(kind: type[B], data: bytes) -> B:
         raise ApiError(400, f"{param or 'the request body'}: {reason}", param=param, code=first["type"]) from None
     for field, value in (body.model_extra or {}).items():
         if field in _NEUTRAL and value not in _NEUTRAL[field]:
-            raise ApiError(400, f"{field}: not offered here; leave it out", param=field, code="unsupported")
+            raise ApiError(400, f"{field}: not supported by this server; leave it out", param=field, code="unsupported")
     return body
 
 
 def order(body: Body, budget: Budget, context_length: int) -> Order:
-    """What ``body`` means to the engine.  Raises ApiError when its bits are outside ``budget``."""
+    """Translate a request for the engine.
+
+    Args:
+        body: the request.
+        budget: bits that requests can ask for.
+        context_length: context length of the engine, in tokens.
+
+    Raises:
+        ApiError: the bits are outside the budget.
+    """
     floor, ceiling = _bounds(body, budget)
     max_tokens = body.token_limit() or body.DEFAULT_MAX_TOKENS or context_length
     options = {
@@ -176,7 +205,7 @@ def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:
     for field in ("avg_bits", "min_bits", "max_bits"):
         value = getattr(body, field)
         if value is not None and not budget.min_bits <= value <= budget.max_bits:
-            needed = f"this server gives {budget.min_bits:g} to {budget.max_bits:g} bits"
+            needed = f"this server offers {budget.min_bits:g} to {budget.max_bits:g} bits"
             raise ApiError(400, f"{field} {value:g}: {needed}", param=field, code="bits_out_of_range")
     if body.avg_bits is not None:
         if body.min_bits is not None or body.max_bits is not None:

@@ -1,7 +1,7 @@
-"""The engine's own thread, the queue before it, and the way a reply travels back to the event loop.
+"""The thread of the engine, the queue of requests, and the transfer of a reply to the event loop.
 
-The engine gives one reply at a time.  A reply's text waits in its job for the client to take it, so a
-slow client neither stops the engine nor grows anything: what waits is never more than one reply.
+The engine makes one reply at a time.  The text of a reply waits in its job until the client reads it.  A slow client
+does not stop the engine, and at most one reply waits for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FAILED = "the engine failed; the server's log says why"
+FAILED = "the engine failed; the log of the server has the reason"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of a whole reply.  energy_j: None when no sensor measures power."""
+    """Figures of a complete reply.
+
+    Args:
+        finish_reason: why the reply ended: "stop" or "length".
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of tokens of the reply.
+        avg_bits: average bits per weight of its tokens.
+        tokens_per_s: decode speed.
+        ttft_s: time to the first token, in s.
+        energy_j: energy in J; None without a power sensor.
+    """
 
     finish_reason: str
     prompt_tokens: int
@@ -44,7 +54,11 @@ class Result:
 
 
 class Job:
-    """One reply, between the worker's thread and the event loop that made it."""
+    """One reply, on its way from the thread of the worker to the event loop.
+
+    Args:
+        order: the request.
+    """
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -57,7 +71,11 @@ class Job:
         self._end: Result | ApiError | None = None
 
     async def started(self) -> None:
-        """Wait until the engine has taken the prompt.  Raises ApiError when it does not."""
+        """Wait until the engine has accepted the prompt.
+
+        Raises:
+            ApiError: the engine refused it, or the request was cancelled.
+        """
         while not self._begun and self._end is None:
             await self._changed.wait()
             self._changed.clear()
@@ -65,9 +83,13 @@ class Job:
             raise self._end
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The reply's text, as much at a time as has come.  Raises ApiError when the engine fails."""
+        """The text of the reply.  Each piece is all the text that is ready.
+
+        Raises:
+            ApiError: the engine failed.
+        """
         while True:
-            end = self._end  # before the text: what comes after the end is nothing
+            end = self._end  # read before the text: no text follows the end
             text = "".join(self._waiting.popleft() for _ in range(len(self._waiting)))
             if text:
                 yield text
@@ -81,21 +103,32 @@ class Job:
 
     @property
     def result(self) -> Result:
-        """Of a reply whose pieces came to their end."""
+        """The figures of the reply; only after the last piece."""
         assert isinstance(self._end, Result)
         return self._end
 
-    # The worker's side, on its thread.
+    # The worker calls these on its thread.
 
     def begin(self) -> None:
+        """The engine has accepted the prompt."""
         self._begun = True
         self._notify()
 
     def put(self, text: str) -> None:
+        """Add a piece of the reply.
+
+        Args:
+            text: the piece.
+        """
         self._waiting.append(text)
         self._notify()
 
     def end(self, how: Result | ApiError) -> None:
+        """End the reply.
+
+        Args:
+            how: its figures, or the error.
+        """
         self._end = how
         self._notify()
 
@@ -104,10 +137,16 @@ class Job:
 
 
 class Worker:
-    """Context manager: runs the thread.
+    """Runs requests one after another on a thread of its own.  It is a context manager.
 
-    limit: how many requests may wait beside the one that runs; on_result: called on the worker's
-    thread after each reply, also one that was left; prompt_tokens, tokens: read and made so far.
+    ``on_result`` is called on this thread after each reply, also after an abandoned one.  ``prompt_tokens`` and
+    ``tokens`` count the tokens of prompts and replies so far.
+
+    Args:
+        engine: a loaded engine.
+        bounded: the same engine, as the governor controls it.
+        governor: gives the power.
+        limit: number of requests that can wait while one runs.
     """
 
     def __init__(self, engine: Engine, bounded: BoundedEngine, governor: Governor, limit: int) -> None:
@@ -137,19 +176,28 @@ class Worker:
 
     @property
     def waiting(self) -> int:
+        """Number of requests that wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> bool:
+        """Whether a reply is in progress."""
         return self._running is not None
 
     def submit(self, order: Order) -> Job:
-        """Queue a request; from an event loop.  Raises ApiError (429) when the queue is full."""
+        """Put a request into the queue.  Call it from an event loop.
+
+        Args:
+            order: the request.
+
+        Raises:
+            ApiError: the queue is full (status 429).
+        """
         with self._changed:
             if len(self._waiting) >= self.limit + (self._running is None):
                 raise ApiError(
                     429,
-                    f"{self.limit} requests are waiting already; try again later",
+                    f"{self.limit} requests are already waiting; try again later",
                     code="queue_full",
                     headers={"Retry-After": "1"},
                 )
@@ -159,7 +207,11 @@ class Worker:
             return job
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for it any more: it leaves the queue, or stops after its present pass."""
+        """Remove a job from the queue, or stop it after its current pass.
+
+        Args:
+            job: a job that no client waits for.
+        """
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
@@ -174,7 +226,7 @@ class Worker:
             except ApiError as error:
                 job.end(error)
             except Exception:
-                # Whatever it is, the next request deserves its answer.
+                # An error of one request must not stop the next one.
                 log.exception("a reply failed")
                 job.end(ApiError(500, FAILED, code="engine_failed"))
 
@@ -192,7 +244,7 @@ class Worker:
         with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
             try:
                 reply = self._engine.generate(order.prompt, **order.options)
-            except MbqError as error:  # the tokenizer's, the template's, or a length
+            except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
                 message = str(error).removeprefix(f"{self._engine.path}: ")
                 raise ApiError(400, message, code="invalid_prompt") from None
             with self._changed:

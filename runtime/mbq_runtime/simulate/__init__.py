@@ -1,1 +1,1 @@
-"""Policies tried out before a board is: closed-loop models of boards, and replays of recorded readings."""
+"""Tests of policies without a board: models of boards in a closed loop, and replays of recorded readings."""

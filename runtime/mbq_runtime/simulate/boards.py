@@ -1,8 +1,8 @@
-"""The boards that can be simulated: one row each, every figure with where it comes from.
+"""The boards that can be simulated: one row each, with the origin of every value.
 
-Marks in the comments: [m] measured with this project's kernels; [d] the maker's documents; [r] reported by
-others, not checked here; [e] our estimate.  No row has been compared with the board itself yet: the
-models show how a policy behaves, not how fast a board is.
+Origin of the values: [m] measured with the kernels of this project; [d] documents of the manufacturer; [r] reported by
+others, not checked here; [e] estimated.  No row was compared with its board yet.  The models show how a policy behaves.
+They do not show how fast a board is.
 """
 
 from __future__ import annotations
@@ -12,21 +12,31 @@ from dataclasses import dataclass
 from mbq_runtime.errors import UsageError
 
 OVERHEAD = 0.61
-"""Time of a token that does not follow the bits, over that of reading the weights at 8 bits.  [m] SmolLM2-135M on
-two cores of an AMD EPYC with AVX-512: 7.1 ms at 8 bits and 4.35 ms at 3, that is 2.7 ms and 0.55 ms for each bit."""
+"""Time of a token that does not depend on the bits, over the time to read the weights at 8 bits.  [m]"""
 
 
 @dataclass(frozen=True)
 class Board:
     """Parameters of one board.
 
-    read_gb_s: weights read per second at full clock; read_clock_share: share of the reading that
-    slows down with the clock.  idle_w, core_w: drawn when idle, and by busy cores at full clock on top;
-    core_exponent: how core power follows the clock (frequency times voltage squared); memory_pj: energy to
-    read one byte.  ambient_c; k_per_w: of the whole board to the air; tau_s: time constant of that;
-    die_k_per_w, die_tau_s: the same of the sensor above the board.  throttle_c: where the board
-    begins to lower its clock; hard_c: where the clock is down to least_clock (a share of the full one).
-    battery_wh: None on mains.
+    Args:
+        name: word that selects it.
+        help: one line for people.
+        read_gb_s: speed of reading weights at full clock, in GB/s.
+        read_clock_share: share of the reading time that depends on the clock, 0 to 1.
+        idle_w: power of the idle board, in W.
+        core_w: additional power of busy cores at full clock, in W.
+        core_exponent: exponent of the clock in the core power (frequency times voltage squared).
+        memory_pj: energy to read one byte, in pJ.
+        ambient_c: temperature of the air, in C.
+        k_per_w: thermal resistance from the board to the air, in K/W.
+        tau_s: time constant of the board's temperature, in s.
+        die_k_per_w: thermal resistance from the sensor to the board, in K/W.
+        die_tau_s: time constant of the sensor's temperature, in s.
+        throttle_c: temperature in C from which the board lowers its clock.
+        hard_c: temperature in C at which the clock is ``least_clock``.
+        least_clock: lowest clock over the full clock, 0 to 1.
+        battery_wh: energy of the battery, in Wh; None: mains.
     """
 
     name: str
@@ -49,8 +59,8 @@ class Board:
 
 
 _PI5 = {
-    "read_gb_s": 9.5,  # [r] 7B models of 4 GB at 2 tokens/s and a little more
-    "read_clock_share": 0.5,  # [e] four A76 are about as fast as their memory
+    "read_gb_s": 9.5,  # [r] 7B models of 4 GB at slightly more than 2 tokens/s
+    "read_clock_share": 0.5,  # [e] four A76 cores are about as fast as their memory
     "idle_w": 3.0,  # [r] 2.7 to 3.3 W at the plug
     "core_w": 6.0,  # [r] 9 to 10 W at the plug under llama.cpp
     "core_exponent": 2.2,  # [e] 0.72 V at 1.5 GHz, 0.95 V at 2.4 GHz
@@ -58,7 +68,7 @@ _PI5 = {
     "ambient_c": 25.0,
     "die_k_per_w": 1.2,  # [e]
     "die_tau_s": 3.0,  # [e]
-    "throttle_c": 80.0,  # [d] gradual from here
+    "throttle_c": 80.0,  # [d] gradual from this temperature
     "hard_c": 85.0,  # [d]
     "least_clock": 1.5 / 2.4,  # [d]
 }
@@ -73,14 +83,14 @@ BOARDS: dict[str, Board] = {
         Board(
             "orin-nano-15w",
             "Jetson Orin Nano in its 15 W mode, fan on, decoding on the CPU",
-            read_gb_s=25.0,  # [e] of 68 GB/s that the CPU cannot fill alone
+            read_gb_s=25.0,  # [e] of 68 GB/s; the CPU alone does not reach it
             read_clock_share=0.7,  # [e] 1.5 GHz cores, fast memory
             idle_w=4.5,  # [r]
             core_w=5.0,  # [e]
             core_exponent=2.2,  # [e]
             memory_pj=45.0,  # [e] LPDDR5
             ambient_c=25.0,
-            k_per_w=2.5,  # [e] [r] 67 to 71 C at 25 W, less at 15
+            k_per_w=2.5,  # [e] [r] 67 to 71 C at 25 W, lower at 15 W
             tau_s=150.0,  # [e]
             die_k_per_w=0.8,  # [e]
             die_tau_s=3.0,  # [e]
@@ -90,7 +100,7 @@ BOARDS: dict[str, Board] = {
         ),
         Board(
             "phone",
-            "A phone with four big cores, held by the temperature of its skin",
+            "A phone with four big cores, limited by the temperature of its skin",
             read_gb_s=25.0,  # [e] LPDDR5X, big cores only
             read_clock_share=0.6,  # [e]
             idle_w=1.0,  # [e] screen dimmed
@@ -100,7 +110,7 @@ BOARDS: dict[str, Board] = {
             ambient_c=25.0,
             k_per_w=4.5,  # [e] 4 W make a skin of 43 C
             tau_s=750.0,  # [e] 170 J/K
-            die_k_per_w=0.0,  # the skin itself is what counts
+            die_k_per_w=0.0,  # the sensor is the skin itself
             die_tau_s=3.0,
             throttle_c=41.0,  # [e]
             hard_c=47.0,  # [e] [r] about half the speed is lost within two long runs
@@ -110,7 +120,7 @@ BOARDS: dict[str, Board] = {
         Board(
             "laptop-battery",
             "A 15 W class laptop on battery",
-            read_gb_s=30.5,  # [m] the EPYC's, [e] that two DDR5 channels give as much
+            read_gb_s=30.5,  # [m] on an EPYC; [e] two DDR5 channels are as fast
             read_clock_share=0.5,  # [e]
             idle_w=5.0,  # [r]
             core_w=15.0,  # [d] its class
@@ -131,7 +141,17 @@ BOARDS: dict[str, Board] = {
 
 
 def find_board(name: str) -> Board:
-    """A row of ``BOARDS``.  Raises UsageError naming them."""
+    """A row of ``BOARDS``.
+
+    >>> find_board("pi5-fan").throttle_c
+    80.0
+
+    Args:
+        name: name of the board.
+
+    Raises:
+        UsageError: there is no such board.
+    """
     if name not in BOARDS:
         raise UsageError(f"board {name!r}: neither a file nor one of {', '.join(BOARDS)}")
     return BOARDS[name]

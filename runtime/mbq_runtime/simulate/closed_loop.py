@@ -1,4 +1,4 @@
-"""A policy and a board's model acting on each other, and what came of it."""
+"""A policy and the model of a board in a closed loop, and the figures of the run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,23 @@ from .boards import Board
 from .model import Stretch, Weights, advance, cold
 
 PERIOD_S = 1.0
-_NOISE_C = 0.5  # of a temperature sensor, standard deviation
+"""Time between two steps of the controller, in s."""
+_NOISE_C = 0.5  # standard deviation of a temperature sensor
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look.  bits: the budget; above: whether the board is above its throttle point."""
+    """The state at one step of the controller.
+
+    Args:
+        time_s: time since the start, in s.
+        bits: the budget, in average bits per weight.
+        temp_c: temperature in C; None is unknown.
+        above: whether the temperature is above the throttle point.
+        tokens_per_s: speed; None is unknown.
+        power_w: power in W; None is unknown.
+        reason: the cause of the budget, as text for people.
+    """
 
     time_s: float
     bits: float
@@ -34,18 +45,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """One policy over a stretch of time.  name: of the policy, as in "fixed 8"."""
+    """The course of one policy over time.
+
+    Args:
+        name: name of the policy, such as "fixed 8".
+        samples: one sample for each step of the controller.
+    """
 
     name: str
     samples: Sequence[Sample]
 
     @property
     def switches(self) -> list[float]:
-        """When the budget changed, in seconds."""
+        """The times at which the budget changed, in s."""
         return [after.time_s for before, after in pairwise(self.samples) if after.bits != before.bits]
 
     def figures(self) -> dict[str, float | None]:
-        """A row of the table: means and shares of the looks; None is unknown."""
+        """The figures of the run by name: means and shares over its samples; None is unknown."""
         speeds = [sample.tokens_per_s for sample in self.samples if sample.tokens_per_s is not None]
         powers = [sample.power_w for sample in self.samples if sample.power_w is not None]
         temps = [sample.temp_c for sample in self.samples if sample.temp_c is not None]
@@ -62,7 +78,22 @@ class PolicyRun:
 
 
 def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[tuple[str, Policy]]:
-    """(name, policy with bounds) for names as "auto" or "fixed 4".  Raises UsageError for others."""
+    """The policies to compare, with bounds.
+
+    >>> [policy.bounds for _, policy in contenders(["auto", "fixed 4"], low_bits=3.0, high_bits=8.0)]
+    [(3.0, 8.0), (4.0, 4.0)]
+
+    Args:
+        names: names such as "auto" or "fixed 4".
+        low_bits: floor of policies without a number, in average bits per weight.
+        high_bits: ceiling of policies without a number, in average bits per weight.
+
+    Returns:
+        Pairs of a name and a policy.
+
+    Raises:
+        UsageError: a name is not a policy, or its number is not usable.
+    """
     found = []
     for name in names:
         row, _, bits = name.partition(" ")
@@ -78,16 +109,25 @@ def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[
 
 
 def simulate(
-    board: Board, weights: Weights, name: str, policy: Policy, hours: float = 1.0, demand_tps: float | None = None
+    board: Board, weights: Weights, name: str, policy: Policy, *, hours: float = 1.0, demand_tps: float | None = None
 ) -> PolicyRun:
-    """The board decodes for ``hours`` under a policy that has bounds.  The same call gives the same run."""
+    """Let a board decode under a policy.  The same arguments give the same run.
+
+    Args:
+        board: the board.
+        weights: sizes of the model.
+        name: name of the run.
+        policy: a policy that has bounds.
+        hours: length of the run, in h.
+        demand_tps: speed that is asked for, in tokens/s; None: decode without pauses.
+    """
     noise = random.Random(0)
     state, samples = start(policy), []
     last = Stretch(cold(board), 0.0, 0.0, board.idle_w)
     for i in range(round(hours * 3600 / PERIOD_S)):
         readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C))
         state, bits, reason = step(state, readings, i * PERIOD_S, policy)
-        last = advance(board, weights, last.state, bits, PERIOD_S, demand_tps)
+        last = advance(board, weights, last.state, bits, seconds=PERIOD_S, demand_tps=demand_tps)
         die_c = last.state.die_c
         above = die_c > board.throttle_c
         samples.append(Sample(i * PERIOD_S, bits, die_c, above, last.tokens_per_s, last.power_w, reason))
@@ -95,7 +135,14 @@ def simulate(
 
 
 def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Readings:
-    """What the board's sensors would show."""
+    """The readings that the sensors of the board would give.
+
+    Args:
+        board: the board.
+        stretch: the last stretch of decoding.
+        time_s: time since the start, in s.
+        noise_c: error of the temperature sensor, in K.
+    """
     physical = stretch.state
     on_battery = physical.battery_wh is not None and board.battery_wh is not None
     return Readings(

@@ -1,4 +1,4 @@
-"""The physics of a board that decodes: speed, power, heat, the clock its own governor allows, battery."""
+"""The physics of a board that decodes: speed, power, heat, clock and battery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from .boards import OVERHEAD, Board
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the model that is decoded.  low_bits, high_bits: its budgets; a token reads fixed_bytes + bits * bit_bytes."""
+    """Sizes of the model that is decoded.  A token reads ``fixed_bytes + bits * bit_bytes``.
+
+    Args:
+        low_bits: lowest budget, in average bits per weight.
+        high_bits: highest budget, in average bits per weight.
+        fixed_bytes: bytes that a token reads at every budget.
+        bit_bytes: bytes that a token reads for each bit of the budget.
+    """
 
     low_bits: float
     high_bits: float
@@ -21,11 +28,20 @@ class Weights:
     bit_bytes: float
 
     def bytes_at(self, bits: float) -> float:
+        """Bytes of weights that a token reads.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
         return self.fixed_bytes + bits * self.bit_bytes
 
     @classmethod
     def of(cls, manifest: Manifest) -> Weights:
-        """A straight line through the least and the most the bundle's table tells."""
+        """The sizes of a bundle: a straight line through the first and the last row of its table.
+
+        Args:
+            manifest: the bundle's manifest.
+        """
         sizes = sorted((float(bits), size) for bits, size in manifest.weights.bytes_per_token.items())
         (low, least), (high, most) = sizes[0], sizes[-1]
         per_bit = (most - least) / (high - low) if high > low else most / high
@@ -33,12 +49,19 @@ class Weights:
 
 
 SMOLLM2_135M = Weights(low_bits=4.0, high_bits=8.0, fixed_bytes=8.41e6, bit_bytes=16.81e6)
-"""Slices 3,1,2,2 in groups of 64, head included; below 4 bits its text is no longer acceptable."""
+"""SmolLM2-135M with slices 3,1,2,2 in groups of 64, head included.  Its quality floor is 4 bits."""
 
 
 @dataclass(frozen=True)
 class BoardState:
-    """A board at one moment.  clock: allowed by its governor, of the full one; battery_wh: left, None on mains."""
+    """The state of a board at one moment.
+
+    Args:
+        body_c: temperature of the board, in C.
+        die_c: temperature at the sensor, in C.
+        clock: allowed clock over the full clock, 0 to 1.
+        battery_wh: energy left, in Wh; None: mains.
+    """
 
     body_c: float
     die_c: float
@@ -48,7 +71,14 @@ class BoardState:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What one stretch of decoding gives.  decode_tps: while it decodes; tokens_per_s: with its pauses."""
+    """Result of a short time of decoding.
+
+    Args:
+        state: state of the board after it.
+        decode_tps: speed without the pauses, in tokens/s.
+        tokens_per_s: speed with the pauses.
+        power_w: mean power, in W.
+    """
 
     state: BoardState
     decode_tps: float
@@ -57,21 +87,41 @@ class Stretch:
 
 
 def cold(board: Board) -> BoardState:
-    """After a night switched off."""
+    """The state of a board that was off for a long time.
+
+    Args:
+        board: the board.
+    """
     return BoardState(board.ambient_c, board.ambient_c, 1.0, board.battery_wh)
 
 
 def token_s(board: Board, weights: Weights, bits: float, clock: float) -> float:
-    """Seconds of one token."""
+    """Time of one token, in s.
+
+    Args:
+        board: the board.
+        weights: sizes of the model.
+        bits: the budget, in average bits per weight.
+        clock: clock over the full clock, 0 to 1.
+    """
     read_s = weights.bytes_at(bits) / (board.read_gb_s * 1e9)
     overhead_s = OVERHEAD * weights.bytes_at(8.0) / (board.read_gb_s * 1e9)
     return overhead_s / clock + read_s * (1 - board.read_clock_share + board.read_clock_share / clock)
 
 
 def advance(
-    board: Board, weights: Weights, state: BoardState, bits: float, seconds: float, demand_tps: float | None = None
+    board: Board, weights: Weights, state: BoardState, bits: float, *, seconds: float, demand_tps: float | None = None
 ) -> Stretch:
-    """``seconds`` (a few at most) of decoding at a budget, without pause or at ``demand_tps`` if that is slower."""
+    """Decode for a short time at one budget.
+
+    Args:
+        board: the board.
+        weights: sizes of the model.
+        state: state of the board before.
+        bits: the budget, in average bits per weight.
+        seconds: length of the time, a few s at most.
+        demand_tps: speed that is asked for, in tokens/s; None: decode without pauses.
+    """
     one_s = token_s(board, weights, bits, state.clock)
     share = 1.0 if demand_tps is None else min(demand_tps * one_s, 1.0)
     tokens_per_s = share / one_s
@@ -85,7 +135,15 @@ def advance(
 
 
 def allowed_clock(board: Board, die_c: float) -> float:
-    """The board's own governor: from full at the throttle point to the least at the hard limit."""
+    """The clock that the board allows: full up to the throttle point, then a straight line to the lowest clock.
+
+    Args:
+        board: the board.
+        die_c: temperature at the sensor, in C.
+
+    Returns:
+        Clock over the full clock, 0 to 1.
+    """
     over = min(max((die_c - board.throttle_c) / (board.hard_c - board.throttle_c), 0.0), 1.0)
     return 1 - over * (1 - board.least_clock)
 

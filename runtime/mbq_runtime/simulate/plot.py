@@ -1,4 +1,4 @@
-"""Temperature, budget and speed over time, one line for each policy."""
+"""A picture of temperature, budget and speed over time, with one line for each policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ _PANELS: tuple[tuple[str, Callable[[Sample], float | None]], ...] = (
 
 
 def draw(runs: Sequence[PolicyRun], title: str, limits_c: Sequence[float], path: Path) -> None:
-    """Write the picture.  limits_c: marked in the panel of temperatures.  Raises UsageError when it cannot be done."""
+    """Write the picture.
+
+    Args:
+        runs: one run for each policy.
+        title: title of the picture.
+        limits_c: temperatures in C that are marked with a line.
+        path: the file; its suffix is one of ``plotting.FORMATS``.
+
+    Raises:
+        UsageError: matplotlib is missing, or the file cannot be written.
+    """
     plotting.check(path)
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a policy would have done on readings that were recorded: a trace has its own course, whatever the budget."""
+"""Replay of recorded readings: what a policy would have done.  Its budget does not change the readings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ _FIELDS = {f.name for f in fields(Readings)}
 
 
 def read_trace(path: Path) -> list[Readings]:
-    """JSON lines as ``mbq sense --json --watch`` and ``mbq run --events`` write them, or of readings alone.
+    """Read recorded readings.
 
-    Raises UsageError that names the line.
+    Args:
+        path: JSON lines from ``mbq sense --json --watch`` or ``mbq run --events``, or lines of readings alone.
+
+    Raises:
+        UsageError: the file or a line cannot be used; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -40,7 +44,7 @@ def _readings(line: str, where: str) -> Readings:
         raise UsageError(f"{where}: not JSON ({error})") from None
     values = document.get("readings", document) if isinstance(document, Mapping) else None
     if not isinstance(values, Mapping) or not isinstance(values.get("time_s"), int | float):
-        raise UsageError(f'{where}: no readings with a "time_s"; needed lines as of mbq sense --json --watch')
+        raise UsageError(f'{where}: no readings with a "time_s"; needed lines from mbq sense --json --watch')
     kept: dict[str, Any] = {name: value for name, value in values.items() if name in _FIELDS}
     for name, value in kept.items():
         if not (value is None or isinstance(value, bool | int | float)):
@@ -49,13 +53,19 @@ def _readings(line: str, where: str) -> Readings:
 
 
 def replay(trace: Sequence[Readings], name: str, policy: Policy) -> PolicyRun:
-    """The budgets of a policy that has bounds over a recorded trace."""
+    """The budgets of a policy over recorded readings.
+
+    Args:
+        trace: the readings, in the order of time.
+        name: name of the run.
+        policy: a policy that has bounds.
+    """
     state, samples = start(policy), []
     for readings in trace:
         state, bits, reason = step(state, readings, readings.time_s, policy)
         limit_c, temp_c = readings.throttle_temp_c, readings.temp_c
         above = temp_c is not None and limit_c is not None and temp_c > limit_c
         at_s = readings.time_s - trace[0].time_s
-        # Speed and power were those of another budget.
+        # Speed and power were measured at another budget, so they are left out.
         samples.append(Sample(at_s, bits, temp_c, above or bool(readings.heat_throttled), None, None, reason))
     return PolicyRun(name, samples)

@@ -37,7 +37,9 @@ class Talk:
         self._out, self._notes = io.StringIO(), io.StringIO()
         screen = Screen(self._out, self._notes, terminal=False, colour=False)
         options = {"max_tokens": 20, "temperature": 0.0}
-        self._chat = Chat(engine, self.bounded, governor, screen, self.conversation, options)
+        self._chat = Chat(
+            engine, self.bounded, governor, screen=screen, conversation=self.conversation, options=options
+        )
 
     def say(self, *lines: str | type[BaseException]) -> tuple[str, str]:
         """Returns what came since the last time: (out, notes)."""
@@ -84,7 +86,7 @@ def test_bits_by_hand(talk: Talk) -> None:
     talk.bounded.avg_bits = 6.0
     _, notes = talk.say("/bits 4", "hello")
     assert notes.startswith("4 bits\n")
-    assert "4.10 bits, 61 °C, asked by you" in notes
+    assert "4.10 bits, 61 °C, set by you" in notes
     _, notes = talk.say("/bits auto", "hello")
     assert notes.startswith("6 bits\n")
     assert "6.10 bits, 61 °C, no pressure" in notes
@@ -111,7 +113,7 @@ def test_leaving(talk: Talk, word: str) -> None:
 def test_help_names_every_command_and_an_unknown_one_says_so(talk: Talk) -> None:
     _, notes = talk.say("/help")
     assert [line.split()[0] for line in notes.splitlines()] == [*COMMANDS, '"""']
-    assert talk.say("/nope", "") == ("", "/nope: no such command; /help lists them\n")
+    assert talk.say("/nope", "") == ("", "/nope: no such command; /help shows all commands\n")
 
 
 def test_a_message_of_several_lines(talk: Talk) -> None:
@@ -124,7 +126,7 @@ def test_a_message_of_several_lines(talk: Talk) -> None:
 def test_an_interrupt_at_the_prompt_does_not_leave(talk: Talk) -> None:
     out, notes = talk.say(KeyboardInterrupt, "hello")
     assert out == REPLY + "\n"
-    assert notes.startswith("\n/exit or Ctrl-D to leave\n")
+    assert notes.startswith("\n/exit or Ctrl-D ends the chat\n")
 
 
 def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, talk: Talk) -> None:
@@ -222,9 +224,9 @@ def test_on_a_terminal(bundle: Path) -> None:
     seen = ""
     # A signal that falls just before the terminal is waited for is noticed with the next one.
     chat.send_signal(signal.SIGINT)
-    until("Ctrl-D to leave", again=lambda: chat.send_signal(signal.SIGINT))
+    until("Ctrl-D ends the chat", again=lambda: chat.send_signal(signal.SIGINT))
     # A key typed before the prompt is there would be read by the terminal, not by the chat.
-    seen = seen.partition("Ctrl-D to leave")[2]
+    seen = seen.partition("Ctrl-D ends the chat")[2]
     until(">>> ")
     os.write(master, b"\x04")
     assert chat.wait(PATIENCE_S) == 0

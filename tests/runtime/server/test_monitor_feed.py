@@ -104,7 +104,7 @@ def test_a_request_s_own_bits_are_shown_as_such(running: Running) -> None:
     with running.bounded.within_bounds(4.0, 4.0):
         asked = running.server._sample()
     after = running.server._sample()
-    assert (asked["avg_bits"], asked["reason"]) == (4.0, "asked by the request")
+    assert (asked["avg_bits"], asked["reason"]) == (4.0, "set by the request")
     assert (after["avg_bits"], after["reason"]) == (6.0, "heat: 77 C")
 
 

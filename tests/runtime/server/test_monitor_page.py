@@ -64,7 +64,7 @@ def test_values_change_live_and_nothing_leaves_the_machine(page: playwright.Page
     for place, text in (
         ("#model", "tiny"), ("#link", "live"), ("#why", "full quality"), ("#events", "none yet"),
         ("#bits .value", "8.0"), ("#bits .note", "7.98"), ("#speed .value", "9.5"),
-        ("#temperature .value", "61.3"), ("#temperature .note", "slows itself at 80 °C"),
+        ("#temperature .value", "61.3"), ("#temperature .note", "slows down at 80 °C"),
         ("#power .value", "5.3"), ("#power .note", "0.55 J/token"),
     ):  # fmt: skip
         shows(page, place, text)

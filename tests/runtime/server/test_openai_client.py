@@ -152,7 +152,7 @@ def test_energy_is_power_over_the_reply_s_time(slow_engine: Engine, client: open
 
 
 def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="model 'huge' is not here; this server has 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model 'huge' is unknown; this server has 'tiny'"):
         client.chat.completions.create(model="huge", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="the prompt is 97 tokens long") as caught:
         client.completions.create(model="tiny", prompt="x" * 97)
@@ -162,7 +162,7 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"avg_bits": 9})
     assert caught.value.param == "avg_bits"
-    assert "this server gives 3 to 8 bits" in caught.value.message
+    assert "this server offers 3 to 8 bits" in caught.value.message
 
 
 def test_a_failure_in_mid_stream_reaches_the_client(

@@ -57,7 +57,7 @@ def test_it_serves_and_ends_on_interrupt(bundle: Path, tmp_path: Path) -> None:
         assert found.choices[0].message.content == REPLY
         assert found.usage is not None
         assert found.usage.model_dump()["avg_bits"] == pytest.approx(5.1, abs=0.01)
-        with pytest.raises(openai.BadRequestError, match="this server gives 4 to 8 bits"):
+        with pytest.raises(openai.BadRequestError, match="this server offers 4 to 8 bits"):
             client.completions.create(model="tiny", prompt="A", extra_body={"avg_bits": 3})
         metrics = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE_S)
         metrics.request("GET", "/metrics")

@@ -44,7 +44,7 @@ def test_the_clock_falls_between_the_two_limits() -> None:
 def test_heat_settles_where_what_goes_in_goes_out() -> None:
     state, tokens_per_s = cold(PI), 0.0
     for _ in range(1800):
-        stretch = advance(PI, SMOLLM2_135M, state, 8, 1.0)
+        stretch = advance(PI, SMOLLM2_135M, state, 8, seconds=1.0)
         state, tokens_per_s = stretch.state, stretch.tokens_per_s
     power_w = 3.0 + 6.0 + tokens_per_s * 142.89e6 * 60e-12
     assert stretch.power_w == pytest.approx(power_w)
@@ -56,21 +56,21 @@ def test_the_battery_loses_what_is_drawn() -> None:
     laptop = BOARDS["laptop-battery"]
     state, joules = cold(laptop), 0.0
     for _ in range(600):
-        stretch = advance(laptop, SMOLLM2_135M, state, 8, 1.0)
+        stretch = advance(laptop, SMOLLM2_135M, state, 8, seconds=1.0)
         state = stretch.state
         joules += stretch.power_w
     assert state.battery_wh == pytest.approx(50.0 - joules / 3600)
-    empty = advance(laptop, SMOLLM2_135M, BoardState(25.0, 25.0, 1.0, 0.0), 8, 1.0)
+    empty = advance(laptop, SMOLLM2_135M, BoardState(25.0, 25.0, 1.0, 0.0), 8, seconds=1.0)
     assert empty.state.battery_wh == 0.0
 
 
 def test_a_demand_below_the_speed_leaves_the_cores_idle_in_between() -> None:
-    flat_out = advance(PI, SMOLLM2_135M, cold(PI), 8, 1.0)
-    half = advance(PI, SMOLLM2_135M, cold(PI), 8, 1.0, demand_tps=flat_out.tokens_per_s / 2)
+    flat_out = advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0)
+    half = advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, demand_tps=flat_out.tokens_per_s / 2)
     assert half.tokens_per_s == pytest.approx(flat_out.tokens_per_s / 2)
     assert half.decode_tps == flat_out.decode_tps
     assert half.power_w - PI.idle_w == pytest.approx((flat_out.power_w - PI.idle_w) / 2)
-    assert advance(PI, SMOLLM2_135M, cold(PI), 8, 1.0, demand_tps=1e6) == flat_out
+    assert advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, demand_tps=1e6) == flat_out
 
 
 def test_weights_of_a_bundle() -> None:
