@@ -90,9 +90,12 @@ def _serve(arguments: list[str]) -> None:
 
 def _export_planned(arguments: list[str]) -> None:
     """Plan an export: model, text, targets and options are read as for the whole export."""
-    model = [] if "--model" in arguments or "-m" in arguments else ["--model", "path/to/model"]
-    readable = [word if not word.startswith("hf:") else "notes.txt" for word in arguments]
-    _invoke(exporter, [*readable, *model, *([] if "--dry-run" in readable else ["--dry-run"])])
+    given = [word if not word.startswith("hf:") else "notes.txt" for word in arguments]
+    tiny = {"--model": "path/to/model", "--calib-data": "notes.txt", "--dry-run": ""}
+    for option, value in tiny.items():
+        if option not in given:
+            given += filter(None, (option, value))
+    _invoke(exporter, given)
 
 
 def _export_parsed(arguments: list[str]) -> None:
