@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from .emit import Expr, bind, byte_table, const, intrin, load, reinterpret
-from .products import MatrixProducts, Products
 
 
 class Isa:
@@ -33,8 +32,8 @@ class Isa:
     row_blocks: ClassVar[int] = 1
     # How far ahead of their use weights are asked for, in bytes; 0 leaves that to the core.
     prefetch_bytes: ClassVar[int] = 0
-    # How several tokens are multiplied at once.
-    products: ClassVar[type[Products]] = Products
+    # Whether instructions multiply matrices of several tokens (``products.MatrixProducts``).
+    matrix_products: ClassVar[bool] = False
 
     @property
     def rows(self) -> int:
@@ -323,7 +322,7 @@ class NeonI8mm(NeonDotprod):
     """ARMv8.6: prefill by ``smmla``, which does twice the work of ``sdot``."""
 
     name = "neon-i8mm"
-    products = MatrixProducts
+    matrix_products = True
 
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (Vnni512(), AvxVnni(), Avx2(), NeonI8mm(), NeonDotprod(), Neon())}

@@ -21,7 +21,7 @@ from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, splat, store
 from .isa import Accumulator, Isa
 from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
-from .products import tree_sum
+from .products import products_of, tree_sum
 from .unpack import Operands, code_bytes, operands, tile_max_code
 
 # Bytes of the row blocks of a tile: one is 8 KB, one or two stay in the first cache.
@@ -241,7 +241,7 @@ class _Prefill:
                 at = plane_loader(isa, self.plan, self.planes, self.starts, step)
                 for r in range(isa.vectors):
                     for half, codes in enumerate(code_bytes(isa, self.plan, at(r))):
-                        for j, code in enumerate(isa.products.stored(codes)):
+                        for j, code in enumerate(products_of(isa).stored(codes)):
                             index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
                             store(self.tile, index, isa.vector_bytes, code)
 
@@ -292,7 +292,7 @@ class _Prefill:
         All bytes at once, so that a weight is loaded once for them.
         """
         isa = self.isa
-        products = isa.products(isa, count * self.width, vectors, max_code)
+        products = products_of(isa)(isa, count * self.width, vectors, max_code)
         for k in range(0, self.group, 16):
             at = bind((g * self.group + k) * ROW_BLOCK)
 

@@ -6,14 +6,12 @@ A run is one byte of every activation of a token; a token has as many as its act
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from .emit import Expr, bind, const, intrin, load, reinterpret
-
-if TYPE_CHECKING:
-    from .isa import Isa
+from .isa import Isa
 
 Codes = Callable[[int, int], Expr]
 """(quarter, row vector) -> the stored bytes of weights 4 * quarter .. 4 * quarter + 3 of 16."""
@@ -92,6 +90,15 @@ class MatrixProducts(Products):
             [bind(T.Shuffle(sums, [m % 2, 2 + m % 2, 4 + m % 2, 6 + m % 2])) for sums in self.lanes[m // 2]]
             for m in range(self.count)
         ]
+
+
+def products_of(isa: Isa) -> type[Products]:
+    """How an instruction set multiplies several tokens at once.
+
+    Args:
+        isa: instruction set.
+    """
+    return MatrixProducts if isa.matrix_products else Products
 
 
 def tree_sum(values: list[Expr]) -> Expr:
