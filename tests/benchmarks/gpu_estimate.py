@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _show(bundle: Path) -> None:
-    manifest, plan = bundle_manifest.read(bundle), gpu_plan.read(bundle)
+    manifest, plan = bundle_manifest.read(bundle), gpu_plan.read_plan(bundle)
     name = manifest.target.name
     gpu = TARGETS[name].gpu
     assert gpu is not None

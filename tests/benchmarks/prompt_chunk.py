@@ -56,10 +56,10 @@ def export(folder: Path, vocab: int) -> Path:
     checkpoint = write_checkpoint(folder / "model", "llama", vocab_size=vocab, **SHAPE)
     text = folder / "text.txt"
     text.write_text("The tide turns twice a day, and twice a day the boats leave the harbour. " * 400)
-    command = [sys.executable, "-m", "mbq_export.cli", "--model", str(checkpoint), "--output", str(folder / "bundles")]
+    command = [sys.executable, "-m", "mbq_export.cli", "--model", str(checkpoint), "--output", str(folder / "bundle")]
     command += ["--target", "host", "--method", "rtn", "--router", "norm", "--calib-data", str(text)]
     subprocess.run([*command, "--calib-tokens", "2048"], check=True)
-    return next((folder / "bundles").iterdir())
+    return folder / "bundle"
 
 
 def load(bundle: Path, chunk: int, threads: int | None) -> Engine:
@@ -114,7 +114,9 @@ def main() -> None:
     chunks = [int(part) for part in options.chunks.split(",")] if options.chunks else []
     with TemporaryDirectory() as name:
         folder = options.bundle or Path(name)
-        made = next(iter((folder / "bundles").glob("*")), None) or export(folder, options.vocab)
+        made = folder / "bundle"
+        if not (made / manifest.MANIFEST_NAME).is_file():
+            made = export(folder, options.vocab)
         measure(made, chunks or sorted({old_chunk(options.vocab), PROMPT_CHUNK}), options)
 
 

@@ -97,7 +97,7 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
 
 def test_the_plan_counts_what_a_depth_reads(bundles: Path) -> None:
     folder = bundles / "llama-webgpu"
-    manifest, plan = bundle_manifest.read(folder), gpu_plan.read(folder)
+    manifest, plan = bundle_manifest.read(folder), gpu_plan.read_plan(folder)
     check_contents(folder, manifest)
     planes = {
         depth: sum(size.weight_bytes[depth - 1] for size in plan.decode_launches if size.kernel.startswith("matmul"))
@@ -133,7 +133,7 @@ def test_compiled_binaries_are_kept_for_the_next_start(bundles: Path, binary_cac
     needs.gpu("opencl")
     device = opencl.Device()
     folder = bundles / "llama-android-adreno"
-    plan = gpu_plan.read(folder)
+    plan = gpu_plan.read_plan(folder)
     texts = {name: (folder / "gpu" / kernel.file).read_text() for name, kernel in plan.kernels.items()}
     device.compile(plan.kernels, texts, folder)
     (kept,) = binary_cache.rglob("*.clbin")

@@ -94,7 +94,9 @@ def test_two_matrices_do_not_share_one_tensor(tmp_path: Path) -> None:
 def test_weights_past_the_end_of_their_file(tmp_path: Path) -> None:
     found = save(tmp_path, arrays())
     short = [replace(e, size=e.size - 1) if e.name == "model.onnx.data" else e for e in found.files]
-    with pytest.raises(BundleError, match=r"head\.scales takes 448 bytes, but bytes \d+ to \d+ of model\.onnx\.data"):
+    with pytest.raises(
+        BundleError, match=r"head\.scales takes 448 bytes, but it has bytes \d+ to \d+ of model\.onnx\.data"
+    ):
         check_contents(tmp_path, replace(found, files=tuple(short)))
 
 

@@ -1,4 +1,4 @@
-"""Do the model's files hold what the manifest says they do?  Sizes and shapes, not values."""
+"""Compares the sizes and shapes in a bundle's files with its manifest.  Values are not looked at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import BundleError
-from . import gpu_plan
+from .gpu_plan import FOLDER, read_plan
 from .manifest import GPU_FILES, Linear, Manifest
 from .onnx_file import FLOAT16, UINT8, Tensor, initializers
 from .tensors import WEIGHTS, read_entries
@@ -19,16 +19,21 @@ _Kind = tuple[int, tuple[int, ...]]
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:
-    """Compare what each engine's files hold with the manifest's matrices.
+    """Compare the tensors of each engine's files with the manifest's matrices.
 
-    Raises BundleError naming the tensor or the matrix at fault.
+    Args:
+        folder: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Raises:
+        BundleError: a tensor is missing or has another shape; the message names it.
     """
     for engine in manifest.engines:
         _CHECKS[engine](folder, manifest)
 
 
 def _check_onnx(folder: Path, manifest: Manifest) -> None:
-    """The initialisers of ``model.onnx``, and the files that hold them."""
+    """Check the initialisers of ``model.onnx``, and their places in the files that hold them."""
     path = folder / "model.onnx"
     tensors = initializers(path)
     sizes = {entry.name: entry.size for entry in manifest.files}
@@ -54,7 +59,7 @@ def _check_tvm(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_plan(folder: Path, manifest: Manifest) -> None:
-    path, plan = folder / GPU_FILES[0], gpu_plan.read(folder)
+    path, plan = folder / GPU_FILES[0], read_plan(folder)
     sizes = {entry.name: entry.size for entry in manifest.files}
     for name, buffer in plan.buffers.items():
         if buffer.offset >= 0 and buffer.offset + buffer.bytes > sizes[GPU_FILES[1]]:
@@ -63,7 +68,7 @@ def _check_plan(folder: Path, manifest: Manifest) -> None:
                 f"{sizes[GPU_FILES[1]]} long; export the bundle again"
             )
     for kernel in plan.kernels.values():
-        if f"{gpu_plan.FOLDER}/{kernel.file}" not in sizes:
+        if f"{FOLDER}/{kernel.file}" not in sizes:
             raise BundleError(f"{path}: names {kernel.file}, which the manifest does not list; export the bundle again")
     for linear in manifest.weights.linears:
         for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
@@ -84,16 +89,23 @@ def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:
         return
     held = sizes.get(tensor.file, -1)
     if held < 0:
-        raise BundleError(f"{path}: {tensor.name} lies in {tensor.file}, which the manifest does not list")
+        raise BundleError(
+            f"{path}: {tensor.name} lies in {tensor.file}, which the manifest does not list; export the bundle again"
+        )
     if tensor.length != tensor.bytes or tensor.offset < 0 or tensor.offset + tensor.length > held:
         raise BundleError(
-            f"{path}: {tensor.name} takes {tensor.bytes} bytes, but bytes {tensor.offset} to "
-            f"{tensor.offset + tensor.length} of {tensor.file} ({held} long) are set aside for it; export again"
+            f"{path}: {tensor.name} takes {tensor.bytes} bytes, but it has bytes {tensor.offset} to "
+            f"{tensor.offset + tensor.length} of {tensor.file}, which is {held} long; export the bundle again"
         )
 
 
 def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
-    """Element type and shape of a matrix's planes and scales in the native layout."""
+    """Element type and shape of a matrix's planes and scales in the native layout.
+
+    Args:
+        linear: the matrix.
+        group_size: columns that share a scale.
+    """
     blocks = -(-linear.N // _ROW_BLOCK)
     planes = (blocks * _ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
     scales = (blocks, linear.K // group_size, 2, _ROW_BLOCK)

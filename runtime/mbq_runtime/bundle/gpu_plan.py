@@ -1,12 +1,14 @@
-"""What a bundle for a GPU says: kernels, buffers, and the launches that make a pass (``gpu/plan.json``).
+"""The plan of a bundle for a GPU (``gpu/plan.json``): kernels, buffers, and the launches of a pass.
 
-A plan is data: no position or token count appears in it.  Those lie in the buffer ``state``, which is
-written before each pass::
+A plan has no position and no token count.  Those are in the buffer ``state``, which the engine writes before each
+pass::
 
     int32 position, count, row, 0;  float32 thresholds [4];  int32 tokens [chunk]
 
-position: tokens in the cache before the pass; count: tokens of the pass; row: the one of them a next
-token is wanted for; thresholds: of each table of routers at the budget.
+position: tokens in the cache before the pass.
+count: tokens of the pass.
+row: the token of the pass that a next token is wanted for.
+thresholds: one for each table of routers, at the budget of the pass.
 """
 
 from __future__ import annotations
@@ -16,25 +18,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import GPU_FILES
-from mbq_runtime.bundle.schema import decode
-from mbq_runtime.errors import BundleError
+from ..errors import BundleError
+from .manifest import GPU_FILES
+from .schema import decode
 
 PLAN, WEIGHTS = GPU_FILES
 FOLDER = "gpu"
 
 STATE, RESULT, ROUTING, LOGITS = "state", "result", "routing", "logits"
 THRESHOLDS, TOKENS = 4, 8
-"""Where they begin in ``state``, in words."""
+"""Where thresholds and tokens begin in ``state``, in 32-bit words."""
 
 PROGRAMS = ("prompt", "token", "choose")
-"""Passes: over a chunk of a prompt, over one token, and the choice of the next token, which follows either."""
+"""A pass over a chunk of a prompt, a pass over one token, and the choice of the next token after either."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """file: its text, in which the function is ``NAME_kernel``; arguments: names of its buffers in the order
-    they are bound; items: of a work-group; local_bytes: memory a work-group shares."""
+    """A function that the device compiles.
+
+    file: name of its source text below ``gpu/``; the function there is ``NAME_kernel``.
+    arguments: names of its buffers, in the order in which they are bound.
+    items: work items in a work-group.
+    local_bytes: memory that a work-group shares.
+    """
 
     file: str
     arguments: tuple[str, ...]
@@ -44,20 +51,30 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Buffer:
-    """bytes: its size, or, of a cache, its size for each token of context; offset: where its content lies in
-    the weights' file, -1 for scratch memory and -2 for a cache."""
+    """Memory on the device.
+
+    bytes: size; of a cache: size for each token of context.
+    offset: place of its content in the weights' file; -1 for scratch memory, -2 for a cache.
+    """
 
     bytes: int
     offset: int
 
     @property
     def is_cache(self) -> bool:
+        """Whether its size grows with the context."""
         return self.offset == -2
 
 
 @dataclass(frozen=True)
 class Launch:
-    """grid: work-groups; buffers: one for each argument; weight_bytes: of weights read at each depth."""
+    """One run of a kernel.
+
+    kernel: its name.
+    grid: number of work-groups, [x, y].
+    buffers: name of a buffer for each argument.
+    weight_bytes: bytes of weights that it reads at each depth; empty for a kernel without weights.
+    """
 
     kernel: str
     grid: tuple[int, ...]
@@ -67,7 +84,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Table:
-    """How routers follow the budget: budgets, ascending, and the threshold of each."""
+    """How routers follow the budget.
+
+    budgets: average bits per weight, ascending.
+    thresholds: what a router's score must exceed for one more slice, at each of the budgets.
+    """
 
     budgets: tuple[float, ...]
     thresholds: tuple[float, ...]
@@ -75,8 +96,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the device must have.  buffer_bytes: of the largest buffer; group_items, local_bytes, bindings: of
-    the most demanding kernel."""
+    """What the device must have.
+
+    buffer_bytes: size of the largest buffer.
+    group_items: most work items in a work-group.
+    local_bytes: most memory that a work-group shares.
+    bindings: most buffers of a kernel.
+    """
 
     buffer_bytes: int
     group_items: int
@@ -86,7 +112,18 @@ class Needs:
 
 @dataclass(frozen=True)
 class Plan:
-    """chunk: prompt tokens of a pass; head_share: of the head's weights in all routed ones."""
+    """All of ``gpu/plan.json``.
+
+    dialect: language of the kernels: "opencl" or "wgsl".
+    chunk: prompt tokens of a pass.
+    vocab_size: logits of a token.
+    head_share: the head's share of all routed weights, from 0 to 1.
+    tables: of routers.
+    needs: what the device must have.
+    kernels: by name.
+    buffers: by name.
+    programs: launches by name, see ``PROGRAMS``.
+    """
 
     dialect: str
     chunk: int
@@ -99,16 +136,28 @@ class Plan:
     programs: Mapping[str, tuple[Launch, ...]]
 
     def bytes_per_token(self, depth: int) -> int:
-        """Of weights that the launches of one decoded token read when every router says ``depth``."""
+        """Bytes of weights that one decoded token reads when every router chooses the same depth.
+
+        Args:
+            depth: 1-based.
+        """
         return sum(launch.weight_bytes[depth - 1] for launch in self.decode_launches if launch.weight_bytes)
 
     @property
     def decode_launches(self) -> tuple[Launch, ...]:
+        """The launches of one decoded token."""
         return (*self.programs["token"], *self.programs["choose"])
 
 
-def read(folder: Path) -> Plan:
-    """The plan of the bundle in ``folder``.  Raises BundleError."""
+def read_plan(folder: Path) -> Plan:
+    """Read and check the plan of a bundle.
+
+    Args:
+        folder: folder of the bundle.
+
+    Raises:
+        BundleError: the plan cannot be read, or a launch names what is not there.
+    """
     path = folder / PLAN
     try:
         plan = decode(Plan, json.loads(path.read_bytes()), path)

@@ -1,7 +1,7 @@
 """What this machine's processor can do, and whether a bundle may run on it.
 
-``check`` comes before any native library is opened: an instruction the processor lacks ends the
-process without a word.  Names are those of ``/proc/cpuinfo``.
+``check`` must run before a native library is opened: an instruction that the processor lacks ends the process without
+a message.  Features have the names of ``/proc/cpuinfo``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ AuxiliaryValue = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Machine:
-    """arch: "aarch64", "x86_64" or what the system calls itself; features: names as in /proc/cpuinfo."""
+    """A processor.
+
+    arch: "aarch64", "x86_64", or the system's name for another.
+    features: names as in ``/proc/cpuinfo``.
+    """
 
     arch: str
     features: frozenset[str]
 
 
 class Requirement(Protocol):
-    """What a bundle asks of a machine; ``manifest.TargetFacts`` is one."""
+    """What a bundle needs of a machine; ``manifest.TargetFacts`` is one."""
 
     @property
     def name(self) -> str: ...
@@ -53,10 +57,15 @@ class Requirement(Protocol):
 def this_machine(
     root: Path = Path("/"), arch: str | None = None, auxiliary_value: AuxiliaryValue | None = None
 ) -> Machine:
-    """Describe the machine this process runs on.
+    """The machine that this process runs on.
 
-    On arm64 the kernel's own answer to the process (getauxval) is asked, which also holds in a
-    container and under user-mode emulation; on x86 ``root/proc/cpuinfo``.
+    On arm64 the features come from getauxval, which is also right in a container and under user-mode emulation.  On
+    x86 they come from ``proc/cpuinfo``.
+
+    Args:
+        root: folder that holds ``proc``.
+        arch: name of the architecture; None for this machine's.
+        auxiliary_value: stands in for getauxval; None for the C library's.
     """
     name = (arch or platform.machine()).lower()
     name = _ARCH_NAMES.get(name, name)
@@ -68,7 +77,12 @@ def this_machine(
 
 
 def problem(target: Requirement, machine: Machine) -> str | None:
-    """Why a bundle for ``target`` cannot run on ``machine``, in one line; None when it can."""
+    """Why a bundle cannot run on a machine, in one line; None when it can.
+
+    Args:
+        target: what the bundle needs.
+        machine: what there is.
+    """
     if target.arch == "any":
         return None
     needs = f"{target.arch}" + (f" with {', '.join(target.features)}" if target.features else "")
@@ -86,7 +100,15 @@ def problem(target: Requirement, machine: Machine) -> str | None:
 
 
 def check(target: Requirement, machine: Machine | None = None) -> None:
-    """Raises BundleError when code compiled for ``target`` must not be loaded on ``machine`` (default: this one)."""
+    """Refuse a bundle that cannot run on a machine.
+
+    Args:
+        target: what the bundle needs.
+        machine: what there is; None for this machine.
+
+    Raises:
+        BundleError: the architecture differs, or the processor lacks a feature.
+    """
     if found := problem(target, machine or this_machine()):
         raise BundleError(found)
 
@@ -105,7 +127,7 @@ def _arm64_features(auxiliary_value: AuxiliaryValue) -> frozenset[str]:
 
 
 def _cpuinfo_flags(path: Path) -> frozenset[str]:
-    """Flags every processor has; empty when the file cannot be read, so nothing is promised in vain."""
+    """Flags that all processors have; empty when the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""The bundle's table of contents: what ``manifest.json`` holds, and how it is read, written and verified.
+"""``manifest.json``, a bundle's table of contents: its fields, and how it is read, written and verified.
 
-The exporter writes it with ``file_entries`` and ``write``; the device reads it with ``read``,
-catches truncated files with ``check_sizes`` before any of them is opened, and ``verify`` compares
-every byte.  Each problem is one BundleError that names the file.
+The exporter writes it with ``file_entries`` and ``write``.  An engine reads it with ``read``, and finds truncated files
+with ``check_sizes`` before it opens one.  ``verify`` compares the hash of every file.  Each problem is a BundleError
+that names the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "opencl": {NATIVE_LAYOUT: GPU_FILES},
     "webgpu": {NATIVE_LAYOUT: GPU_FILES},
 }
-"""The layouts each engine reads, and the files it then cannot do without."""
+"""By engine and layout: the files that the bundle must have."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -47,7 +47,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model as it was exported.  parameters: how many weights; context_length: tokens."""
+    """The model as it was exported.
+
+    name: of the checkpoint.
+    architecture: class name in the checkpoint's configuration.
+    family: ``model_type`` in the checkpoint's configuration.
+    parameters: number of weights.
+    vocab_size: number of token ids.
+    hidden_size: width of the residual stream.
+    layers: decoder blocks.
+    context_length: tokens of prompt and reply together.
+    """
 
     name: str
     architecture: str
@@ -61,9 +71,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """The machine the bundle is for.
+    """The machine that the bundle is for.
 
-    engine: the engine that runs by default; features: names as in ``bundle.isa``.
+    name: of the target.
+    engine: the engine that runs by default.
+    arch: "aarch64", "x86_64" or "any".
+    cpu: the core that the compiler optimised for; "" for none.
+    features: instruction sets that the processor must have; names as in ``bundle.isa``.
     """
 
     name: str
@@ -75,14 +89,33 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class Budget:
-    """The range of average bits per weight the routers can hold."""
+    """The average bits per weight that the routers can hold.
+
+    min_bits: lowest budget.
+    max_bits: highest budget.
+    default_bits: the budget of an engine that is given none.
+
+    >>> Budget(3.0, 8.0, 8.0).check(4, "bundle")
+    4.0
+    >>> Budget(3.0, 8.0, 8.0).check(9, "bundle")
+    Traceback (most recent call last):
+    mbq_runtime.errors.UsageError: average bits 9: bundle takes a number from 3 to 8
+    """
 
     min_bits: float
     max_bits: float
     default_bits: float
 
     def check(self, avg_bits: float, where: str) -> float:
-        """Return ``avg_bits`` as a float.  Raises UsageError when it is not a number in the range."""
+        """Return a budget as a float.
+
+        Args:
+            avg_bits: average bits per weight.
+            where: the bundle, for the message.
+
+        Raises:
+            UsageError: ``avg_bits`` is not a number in the range.
+        """
         try:
             value = float(avg_bits)
         except (TypeError, ValueError):
@@ -96,7 +129,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class RouterFacts:
-    """kind: "static", "norm" or "mlp"; bytes: size of all routers' parameters."""
+    """The routers.
+
+    kind: "static", "norm" or "mlp".
+    bytes: size of all routers' parameters.
+    """
 
     kind: str
     bytes: int
@@ -104,7 +141,12 @@ class RouterFacts:
 
 @dataclass(frozen=True)
 class QualityPoint:
-    """asked_bits: the budget; avg_bits_used: what the routers made of it; perplexity: there, on held-back text."""
+    """Perplexity at one budget.
+
+    asked_bits: the budget.
+    avg_bits_used: average bits per weight that the routers then chose.
+    perplexity: on held-back text.
+    """
 
     asked_bits: float
     avg_bits_used: float
@@ -113,8 +155,12 @@ class QualityPoint:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the bundle is worth.  reference_perplexity: of the original model on the same text;
-    floor_bits: lowest average bits the exporter vouches for; curve: by rising budgets."""
+    """What the exporter measured.
+
+    reference_perplexity: of the original model, on the same text.
+    floor_bits: the quality floor: lowest average bits per weight that the exporter recommends.
+    curve: perplexity by rising budgets.
+    """
 
     reference_perplexity: float
     floor_bits: float
@@ -123,7 +169,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class Linear:
-    """One routed matrix, [N, K]."""
+    """One routed matrix.
+
+    name: of its unit and role.
+    N: rows, which are outputs.
+    K: columns, which are inputs.
+    """
 
     name: str
     N: int
@@ -132,10 +183,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a decoded token reads.
+    """The weights that a decoded token reads.
 
-    routed_parameters: weights that follow the budget; bytes_per_token: average bits (as text,
-    "3" or "3.5") -> bytes read per decoded token; linears: every routed matrix in graph order.
+    routed_parameters: number of weights that follow the budget.
+    bytes_per_token: bytes read for a decoded token, by average bits per weight (as text: "3" or "3.5").
+    linears: all routed matrices in graph order.
     """
 
     routed_parameters: int
@@ -145,7 +197,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of the bundle.  name: POSIX path relative to the folder; size: bytes; sha256: hex."""
+    """One file of the bundle.
+
+    name: POSIX path relative to the folder.
+    size: bytes.
+    sha256: 64 hexadecimal digits.
+    """
 
     name: str
     size: int
@@ -156,7 +213,21 @@ class FileEntry:
 class Manifest:
     """All of ``manifest.json`` but the two format fields.
 
-    activation_bits: of the integers a processor rounds activations to; a GPU leaves them as they are.
+    model: the model as it was exported.
+    target: the machine that the bundle is for.
+    slices: widths of the slices in bits, most significant first.
+    group_size: columns of a matrix that share a scale.
+    layout: "mbq16" (own kernels) or "nbits" (stock operators).
+    budget: average bits per weight that the routers can hold.
+    router: the routers.
+    weights: the weights that a decoded token reads.
+    calibration: settings of the export.
+    seed: random seed of the export.
+    tools: versions of the packages that made the bundle, by name.
+    files: all files but the manifest, by name.
+    quality: what the exporter measured.
+    engines: engines that can run the bundle.
+    activation_bits: width of the integers that a processor rounds activations to; a GPU does not round them.
     """
 
     model: ModelFacts
@@ -177,6 +248,7 @@ class Manifest:
 
     @property
     def profile(self) -> SliceProfile:
+        """The slices with their planes and depths."""
         return SliceProfile(self.slices)
 
     @property
@@ -186,16 +258,24 @@ class Manifest:
 
     @property
     def ops_library(self) -> str | None:
-        """The library that ONNX Runtime must load for the graph, if there is one."""
+        """The library that ONNX Runtime must load for the graph; None without one."""
         return OPS_LIBRARY if self.native and "onnx" in self.engines else None
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files but the manifest."""
         return sum(entry.size for entry in self.files)
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest:
-    """Read and validate ``folder/manifest.json``; no other file is opened.  Raises BundleError."""
+    """Read and check ``manifest.json``.  No other file is opened.
+
+    Args:
+        folder: folder of the bundle.
+
+    Raises:
+        BundleError: there is no manifest, or it is too new or broken.
+    """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -216,9 +296,14 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
-    """Write ``folder/manifest.json`` in one step: a reader sees the old file or the whole new one.
+    """Write ``manifest.json`` in one step: a reader sees the old file or the whole new one.
 
-    Raises BundleError for a manifest that ``read`` would refuse.
+    Args:
+        manifest: what is written.
+        folder: folder of the bundle.
+
+    Raises:
+        BundleError: ``read`` would refuse the manifest.
     """
     path = Path(folder) / MANIFEST_NAME
     _check_values(manifest, path)
@@ -229,7 +314,11 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
 
 
 def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
-    """Size and hash of every file below ``folder`` but the manifest, by name."""
+    """Size and hash of every file but the manifest, sorted by name.
+
+    Args:
+        folder: folder of the bundle.
+    """
     folder = Path(folder)
     entries = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -241,7 +330,15 @@ def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
 
 
 def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Every listed file is there and as long as it should be.  Costs one stat per file; raises BundleError."""
+    """Check that every listed file is there and has its size.  This takes one stat call per file.
+
+    Args:
+        folder: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Raises:
+        BundleError: a file is missing, or has another size.
+    """
     for entry in manifest.files:
         path = Path(folder) / entry.name
         try:
@@ -258,7 +355,18 @@ def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
 
 def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> Manifest:
-    """Compare every file with the manifest, byte by byte through its hash.  Raises BundleError."""
+    """Compare the size and hash of every file with the manifest.
+
+    Args:
+        folder: folder of the bundle.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The manifest.
+
+    Raises:
+        BundleError: a file is missing, differs, or is not listed.
+    """
     folder = Path(folder)
     manifest = read(folder)
     check_sizes(folder, manifest)
@@ -281,7 +389,7 @@ def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> 
 
 
 class _Reporting:
-    """A binary file that tells ``progress`` how far it has been read; what hashlib.file_digest needs of a file."""
+    """A binary file that reports to ``progress`` how much of it has been read.  hashlib.file_digest takes it."""
 
     def __init__(self, file: BinaryIO, start: int, total: int, progress: Progress | None) -> None:
         self._file, self._done, self._total, self._progress = file, start, total, progress
@@ -301,7 +409,10 @@ _HARMLESS = ("readme", "license", "notice", ".")
 
 
 def _check_unlisted(folder: Path, manifest: Manifest) -> None:
-    """An extra file may be picked up by the engine or the tokenizer; papers and dot files are not."""
+    """Refuse files that the manifest does not list: an engine or tokenizer may read them.
+
+    Licences, notices and dot files are let through.
+    """
     listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -406,7 +517,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """A name that cannot lead out of the bundle, on any system, and that is not the manifest itself."""
+    """Whether a name stays in the bundle on every system, and is not that of the manifest."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
     return plain and name not in (".", MANIFEST_NAME) and not any(c in name for c in "\\:\0")

@@ -1,7 +1,7 @@
-"""The few fields of an ONNX file that verification needs, read without the onnx package.
+"""Reads the initialisers of an ONNX file without the onnx package.
 
-An ONNX file is a protocol-buffers message: tagged fields, each a number or a run of bytes.  Only the
-graph's initialisers are looked at; weights kept in another file are named, not opened.
+An ONNX file is a protocol-buffers message: tagged fields, each a number or a run of bytes.  Weights in another file are
+named, not opened.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ UINT8, FLOAT16 = 2, 10
 
 @dataclass(frozen=True)
 class Tensor:
-    """One initialiser.  element_type: onnx.TensorProto.DataType; file: the name of the file that holds
-    its contents from ``offset`` on, "" when they are in the ONNX file itself."""
+    """One initialiser.
+
+    name: its name in the graph.
+    shape: its dimensions.
+    element_type: onnx.TensorProto.DataType.
+    file: name of the file that holds its content; "" for the ONNX file itself.
+    offset: place of the content in that file, in bytes.
+    length: size of the content, in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,12 +46,19 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """Size implied by shape and type."""
+        """Size that follows from shape and type."""
         return prod(self.shape) * ELEMENT_BYTES.get(self.element_type, 0)
 
 
 def initializers(path: Path) -> list[Tensor]:
-    """All initialisers of the graph in ``path``.  Raises BundleError when it is no ONNX file."""
+    """All initialisers of a graph.
+
+    Args:
+        path: ONNX file.
+
+    Raises:
+        BundleError: the file cannot be read or is no ONNX file.
+    """
     try:
         data = memoryview(path.read_bytes())
         return [

@@ -1,4 +1,4 @@
-"""JSON to frozen dataclasses, with errors that name the field."""
+"""Builds frozen dataclasses from JSON.  Errors name the field."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "text", Mapping:
 
 
 def decode(cls: type[T], document: object, path: Path) -> T:
-    """Build ``cls`` from parsed JSON.  Keys it does not know are ignored: a later minor version may add some.
+    """Build a dataclass from parsed JSON.
 
-    Fields may be int, float, str, Any, ``tuple[X, ...]``, ``Mapping[str, X]`` or dataclasses of these.
-    Raises BundleError naming ``path``, the field, the value seen and the kind needed.
+    Unknown keys are ignored: a later minor version may add some.
+
+    Args:
+        cls: dataclass whose fields are int, float, str, Any, ``tuple[X, ...]``, ``Mapping[str, X]`` or dataclasses of
+            these.
+        document: what a JSON reader returned.
+        path: file of the document, for messages.
+
+    Raises:
+        BundleError: a field is missing or of another type.
     """
     return cast(T, _value(cls, document, "", path))
 

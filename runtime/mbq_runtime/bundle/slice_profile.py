@@ -1,8 +1,8 @@
-"""Slice profiles: how the 8 bits of a weight code are cut into planes and depths.
+"""Slice profiles: how the 8 bits of a weight code are cut into slices.
 
-A weight is one 8-bit code.  A *slice* is the unit the router adds or leaves out; a *plane* is
-the unit of storage, 1 or 2 bits wide, most significant first.  A slice of three bits is stored
-as two planes (2 + 1).  Depth ``k`` reads the first ``k`` slices, that is a prefix of the planes.
+A weight is one 8-bit code.  A *slice* is what a router adds or leaves out.  A *plane* is what is stored: 1 or 2 bits of
+each code, most significant first.  A slice of three bits is stored as two planes (2 + 1).  Depth ``k`` reads the first
+``k`` slices, which is a prefix of the planes.
 
 >>> p = SliceProfile.parse("3,1,2,2")
 >>> p.plane_bits, p.depth_planes, p.depth_bits
@@ -21,9 +21,12 @@ CODE_BITS = 8
 
 @dataclass(frozen=True)
 class SliceProfile:
-    """Slice widths of one model, most significant first; they add up to 8 bits.
+    """Slice widths of one model.
 
-    Raises UsageError when a width is below 1, or the widths do not add up to 8.
+    slices: widths in bits, most significant first; each at least 1, and 8 in all.
+
+    Raises:
+        UsageError: a width is below 1, or the widths do not add up to 8.
     """
 
     slices: tuple[int, ...]
@@ -37,7 +40,14 @@ class SliceProfile:
 
     @classmethod
     def parse(cls, text: str) -> SliceProfile:
-        """Read ``"3,1,2,2"``.  Raises UsageError for anything that is not such a list."""
+        """Read a list of widths.
+
+        Args:
+            text: such as "3,1,2,2".
+
+        Raises:
+            UsageError: the text is no such list.
+        """
         try:
             return cls(tuple(int(part) for part in text.split(",")))
         except ValueError:

@@ -1,7 +1,7 @@
-"""The TVM engine's parameters: one safetensors file, which the device maps and a library reads by place.
+"""The parameters of the TVM engine: one safetensors file, which the engine maps and its library reads by position.
 
-Layout: uint64 length of the header, the header (JSON, padded with spaces so that the data start on a page), the
-tensors without gaps.  Kernels read whole cache lines: tensors whose size is a multiple of 64 come first.
+Layout: uint64 length of the header, the header, the tensors without gaps.  The header is JSON, padded with spaces so
+that the tensors start on a page.  Kernels read whole cache lines: tensors whose size is a multiple of 64 come first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ _MAX_HEADER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor.  dtype: safetensors' name ("U8", "F16", "F32"); place: bytes from the start of the file."""
+    """One tensor.
+
+    dtype: name in safetensors: "U8", "F16" or "F32".
+    shape: its dimensions.
+    place: bytes from the start of the file.
+    size: bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,7 +38,14 @@ class Entry:
 
 
 def plan(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Entry]:
-    """Where each tensor {name: (dtype, shape, bytes)} will lie, in the order they are written."""
+    """Choose the place of each tensor.
+
+    Args:
+        tensors: (dtype, shape, bytes) by name.
+
+    Returns:
+        Entries by name, in the order in which the tensors must be written.
+    """
     names = sorted(tensors, key=lambda name: tensors[name][2] % _LINE_BYTES != 0)
     entries, at = {}, 0
     for name in names:
@@ -44,13 +57,19 @@ def plan(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, E
 
 
 def write_header(entries: Mapping[str, Entry], file: BinaryIO) -> None:
+    """Write all that comes before the first tensor.
+
+    Args:
+        entries: what ``plan`` returned.
+        file: open for writing, at its start.
+    """
     first = min(e.place for e in entries.values())
     header = _header({name: Entry(e.dtype, e.shape, e.place - first, e.size) for name, e in entries.items()})
     file.write(struct.pack("<Q", len(header)) + header)
 
 
 def _header(entries: Mapping[str, Entry]) -> bytes:
-    """entries: places counted from the first tensor."""
+    """The padded header.  The places of ``entries`` are counted from the first tensor."""
     document = {
         name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.place, e.place + e.size]}
         for name, e in entries.items()
@@ -60,7 +79,14 @@ def _header(entries: Mapping[str, Entry]) -> bytes:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file, all within it.  Raises BundleError."""
+    """The tensors of a file, by name.
+
+    Args:
+        path: safetensors file.
+
+    Raises:
+        BundleError: the file cannot be read, is no safetensors file, or a tensor reaches past its end.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -26,7 +26,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
     found = manifest.read(bundle)
     problem = isa.problem(found.target, isa.this_machine())
-    plan = gpu_plan.read(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
+    plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
         facts = asdict(found)
         if plan is not None:

@@ -1,9 +1,21 @@
-"""Runs bundles: ``Engine`` on any kind of engine the bundle has, ``Session`` on plain ONNX Runtime."""
+"""Runs bundles: ``Engine`` on each kind of engine that a bundle has, ``Session`` on plain ONNX Runtime."""
 
 from __future__ import annotations
 
-from .engine import Engine, Window
-from .generation import Generation, GenerationStats
+from .engine import Engine, Passes, Prompt, Score, Window
+from .generation import FinishReason, Generation, GenerationStats, Sampling, TokenListener
 from .session import Session
 
-__all__ = ["Engine", "Generation", "GenerationStats", "Session", "Window"]
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "Generation",
+    "GenerationStats",
+    "Passes",
+    "Prompt",
+    "Sampling",
+    "Score",
+    "Session",
+    "TokenListener",
+    "Window",
+]

@@ -1,7 +1,7 @@
-"""What runs a bundle's model: one row for each kind of engine, and what ``Engine`` asks of them.
+"""The kinds of engine that run a bundle's model, and the interface that ``Engine`` uses.
 
-A new kind is a module here with a class ``Backend``, a row of ``ENGINES``, and a row of
-``mbq_runtime.bundle.manifest.ENGINE_FILES`` for the files it cannot do without.
+A new kind needs a module in this folder with a class ``Backend``, a row of ``ENGINES``, and a row of
+``mbq_runtime.bundle.manifest.ENGINE_FILES`` for the files that it must have.
 """
 
 from __future__ import annotations
@@ -21,57 +21,87 @@ from .tokenizer import Tokenizer
 
 
 class Run(Protocol):
-    """One context while it is being filled."""
+    """One context: the tokens so far, and their cache."""
 
     def append(self, tokens: NDArray[np.int32]) -> None:
-        """One pass over ``tokens`` [n], with the budget as it is now."""
+        """Run one pass, with the budget of this moment.
+
+        Args:
+            tokens: int32 [n], ids that are added to the context.
+        """
 
     def logits(self) -> NDArray[np.float32]:
-        """float32 [n, vocab]: of every token of the last pass.  Only where ``start`` was told ``every``."""
+        """float32 [n, vocab]: logits of every token of the last pass.  Only after ``start(every=True)``."""
 
     def bits_used(self) -> float:
-        """Average bits per weight of the last pass, over its tokens."""
+        """Average bits per weight of the last pass, mean over its tokens."""
 
     def next_token(self) -> int | None:
-        """Choose a token and append it, with a pass over the one before if that is still due; None when full."""
+        """Choose a token and add it; None when the context is full.
+
+        The pass over a chosen token runs when the next one is asked for.
+        """
 
 
 class Backend(Protocol):
-    """A loaded model.  Made with ``(path, manifest, threads)``; whatever the native side throws passes through."""
+    """A loaded model.  Errors of the native side pass through.
+
+    The class is called as ``Backend(path, manifest, threads)``: folder of the bundle, its manifest, and the number of
+    processor threads.
+    """
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer."""
 
     def start(self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False) -> Run:
-        """An empty context for ``length`` tokens.
+        """Begin an empty context.
 
-        budget: float32 [1], read anew in every pass; sampling: None for the likeliest token; every:
-        logits of all tokens will be asked for, not only a next token.
+        Args:
+            length: most tokens of the context.
+            budget: float32 [1], average bits per weight; read again in every pass.
+            sampling: how next tokens are chosen; None for the likeliest.
+            every: whether ``logits`` will be called.
         """
 
     def use_threads(self, count: int) -> bool:
-        """From now on, ``count`` of the threads it was made with; False where that cannot be changed."""
+        """Change the number of processor threads.
+
+        Args:
+            count: from 1 to the number that the backend was made with.
+
+        Returns:
+            False where the number cannot be changed.
+        """
 
 
 class Kind(NamedTuple):
-    """module: beside this one, holding ``Backend``; extra: the extra of mbq-export it comes with, or ""."""
+    """A kind of engine.
+
+    module: name in this folder; the module holds ``Backend``.
+    """
 
     module: str
-    extra: str
 
 
 ENGINES = {
-    "onnx": Kind("genai", ""),
-    "tvm": Kind("tvm", "tvm"),
-    "opencl": Kind("opencl", "opencl"),
-    "webgpu": Kind("webgpu", "webgpu"),
+    "onnx": Kind("genai"),
+    "tvm": Kind("tvm"),
+    "opencl": Kind("opencl"),
+    "webgpu": Kind("webgpu"),
 }
 
 
-def choose(manifest: Manifest, path: Path, wanted: str | None) -> str:
-    """The engine to run the bundle with: ``wanted``, or the bundle's own choice.
+def choose_engine(manifest: Manifest, path: Path, wanted: str | None) -> str:
+    """The kind of engine that will run a bundle: a key of ``ENGINES``.
 
-    Raises UsageError for one that does not exist, or that the bundle was not exported for.
+    Args:
+        manifest: the bundle's manifest.
+        path: folder of the bundle, for messages.
+        wanted: what was asked for; None for the bundle's default.
+
+    Raises:
+        UsageError: there is no such kind, or the bundle was not exported for it.
     """
     if wanted is None:
         return manifest.target.engine
@@ -85,7 +115,18 @@ def choose(manifest: Manifest, path: Path, wanted: str | None) -> str:
     return wanted
 
 
-def load(name: str, path: Path, manifest: Manifest, threads: int) -> Backend:
-    """Raises UsageError when a package is missing, BundleError when the model cannot be loaded."""
+def load_backend(name: str, path: Path, manifest: Manifest, threads: int) -> Backend:
+    """Load a bundle's model.
+
+    Args:
+        name: a key of ``ENGINES``.
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+        threads: processor threads.
+
+    Raises:
+        UsageError: a package is not installed.
+        BundleError: the model cannot be loaded.
+    """
     backend: Backend = import_module(f"{__package__}.{ENGINES[name].module}").Backend(path, manifest, threads)
     return backend

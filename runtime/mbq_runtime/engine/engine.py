@@ -1,4 +1,4 @@
-"""The engine that talks: a bundle, its tokenizer, and whatever runs its model."""
+"""``Engine``: a loaded bundle with its tokenizer, which makes replies and scores texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
-from . import backend
+from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
 from .imports import engine_errors
 from .load import open_bundle
@@ -28,43 +28,67 @@ from .threads import cores
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text, token ids, or a conversation: [{"role": "user", "content": "..."}, ...]."""
+"""Text, token ids, or a conversation such as [{"role": "user", "content": "Hello"}]."""
 
 _BUSY = "this engine is already generating; read that reply to its end, close() it, or load a second engine"
 
 
 class Score(NamedTuple):
-    """nll: mean negative log-likelihood in nats of tokens 1.. given those before; avg_bits_used: mean over tokens."""
+    """How well a model predicts a text.
+
+    nll: mean negative log-likelihood in nats of each token but the first, given those before it.
+    avg_bits_used: average bits per weight, mean over tokens.
+    """
 
     nll: float
     avg_bits_used: float
 
 
 class Window(NamedTuple):
-    """logits: float32 [S, vocab]; avg_bits_used: mean over the window's tokens."""
+    """The logits of a text.
+
+    logits: float32 [S, vocab].
+    avg_bits_used: average bits per weight, mean over tokens.
+    """
 
     logits: NDArray[np.float32]
     avg_bits_used: float
 
 
 class Passes(NamedTuple):
-    """seconds: of each pass; avg_bits_used: mean over all tokens."""
+    """Timed passes.
+
+    seconds: duration of each pass.
+    avg_bits_used: average bits per weight, mean over all tokens.
+    """
 
     seconds: tuple[float, ...]
     avg_bits_used: float
 
 
 class Engine:
-    """A loaded bundle.  Make one with ``Engine.load``; use ``avg_bits`` and ``generate``.
+    """A loaded bundle.  Make one with ``Engine.load``.
 
     One reply runs at a time.  ``avg_bits`` may be set from any thread at any time.
+
+    path: folder of the bundle.
+    manifest: the bundle's manifest.
+    name: kind of engine, a key of ``backend.ENGINES``.
+    threads, context: see ``load``.
+
+    >>> engine = Engine.load("my-bundle", threads=1)
+    >>> reply = engine.generate("Hello", max_tokens=4, avg_bits=8.0)
+    >>> reply.text()
+    'Hi, '
+    >>> reply.stats.finish_reason
+    'length'
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
         config = _read_config(path, manifest)
         self._threads = self._most_threads = threads or cores()
-        self._backend = backend.load(name, path, manifest, self._threads)
+        self._backend = load_backend(name, path, manifest, self._threads)
         self._context = int(config["model"]["context_length"])
         if context is not None:
             if not 2 <= context <= self._context:
@@ -73,7 +97,7 @@ class Engine:
         self._eos = frozenset(_ids(config["model"]["eos_token_id"]))
         self._chunk = int(config["search"]["chunk_size"])
         self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
-        # Read by the native side in every pass: a new budget is one float written, and nothing else.
+        # The native side reads it in every pass, so that a new budget costs one write.
         self._budget = np.array([manifest.budget.default_bits], np.float32)
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
@@ -89,19 +113,25 @@ class Engine:
         context: int | None = None,
         engine: str | None = None,
     ) -> Engine:
-        """Load the bundle in folder ``path``.
+        """Load a bundle.
 
-        threads: of the processor, None for one per core; avg_bits: the first budget, None for the
-        bundle's default; context: most tokens of prompt and reply together, which take memory, None
-        for all the bundle can; engine: a row of ``backend.ENGINES``, None for the bundle's choice.
-        Raises BundleError when it is incomplete or not for this machine, UsageError for a bad argument,
-        an engine that the bundle has not got, or one whose packages are not installed.
+        Args:
+            path: folder of the bundle.
+            threads: processor threads; None for one per big core.
+            avg_bits: first budget in average bits per weight; None for the bundle's default.
+            context: most tokens of prompt and reply together, which cost memory; None for the bundle's most.
+            engine: kind of engine, a key of ``backend.ENGINES``; None for the bundle's default.
+
+        Raises:
+            BundleError: the bundle is incomplete, or not for this machine.
+            UsageError: an argument is out of range, the bundle does not have the engine, or a package that the engine
+                needs is not installed.
         """
         folder, manifest = open_bundle(path, threads)
         if avg_bits is not None:
             manifest.budget.check(avg_bits, str(path))
         start_s = time.perf_counter()
-        loaded = cls(folder, manifest, backend.choose(manifest, folder, engine), threads, context)
+        loaded = cls(folder, manifest, choose_engine(manifest, folder, engine), threads, context)
         log.info(
             "%s: loaded in %.2f s by engine %s with %d threads, context %d, chunks of %d tokens",
             folder, time.perf_counter() - start_s, loaded.name, loaded.threads, loaded.context_length, loaded._chunk,
@@ -112,27 +142,38 @@ class Engine:
 
     @property
     def avg_bits(self) -> float:
-        """The budget: average bits per weight a token may use.  Setting it takes effect at the next token.
+        """The budget: average bits per weight that a token may use.  A new value takes effect at the next token.
 
-        Raises UsageError for a value outside the bundle's range.
+        A value outside the bundle's range raises UsageError.
         """
         return float(self._budget[0])
 
     @avg_bits.setter
     def avg_bits(self, value: float) -> None:
+        """Set the budget.
+
+        Args:
+            value: average bits per weight.
+        """
         self._budget[0] = self.manifest.budget.check(value, str(self.path))
 
     @property
     def threads(self) -> int:
-        """Processor threads in use.  Setting it takes effect within a token, in all engines of this bundle in the
-        process; portable bundles and GPU engines keep the number they have.
+        """Processor threads in use.
 
-        Raises UsageError for less than 1, or more than the engine was loaded with.
+        A new number takes effect within a token, in all engines of this bundle in the process.  Portable bundles and
+        GPU engines keep their number.  A number below 1, or above the one that the engine was loaded with, raises
+        UsageError.
         """
         return self._threads
 
     @threads.setter
     def threads(self, count: int) -> None:
+        """Set the number of threads.
+
+        Args:
+            count: from 1 to the number that the engine was loaded with.
+        """
         if not 1 <= count <= self._most_threads:
             raise UsageError(f"threads {count}: needed 1 to {self._most_threads}, with which the engine was loaded")
         if self._backend.use_threads(count):
@@ -145,12 +186,21 @@ class Engine:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the bundle can render a conversation."""
         return self._backend.tokenizer.has_chat_template
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of ``text``; with ``add_bos``, after the model's opening token if its tokenizer has one.
+        """The token ids of a text.
 
-        Raises UsageError for a text with a NUL character, at which the tokenizer would stop reading.
+        Args:
+            text: any text without a NUL character, at which the tokenizer would stop reading.
+            add_bos: put the model's opening token first, if its tokenizer has one.
+
+        Raises:
+            UsageError: the text has a NUL character.
+
+        >>> Engine.load("my-bundle").encode("AB")
+        [68, 69]
         """
         ids = self._backend.tokenizer.encode(text)
         return [*self.opening_tokens, *ids] if add_bos else ids
@@ -161,7 +211,14 @@ class Engine:
         return self._backend.tokenizer.opening_tokens
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The bundle's own rendering of a conversation, ready for the reply.  Raises BundleError when it has none."""
+        """Render a conversation by the bundle's chat template, ready for the reply.
+
+        Args:
+            messages: each with "role" and "content".
+
+        Raises:
+            BundleError: the bundle has no chat template.
+        """
         return self._backend.tokenizer.chat_prompt(messages)
 
     def generate(
@@ -177,13 +234,24 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Generation:
-        """Start a reply: iterate over what this returns for its text, see ``Generation``.
+        """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
 
-        prompt: text (as a user's message in the bundle's chat template, if it has one and ``chat``
-        is true; as it stands otherwise), token ids, or a list of messages; avg_bits: sets the
-        engine's budget, as the property does; the rest: see ``Sampling``.  The reply ends at
-        ``max_tokens``, an end token, a stop text or the end of the context.
-        Raises UsageError at once for a bad value or a prompt that is empty or too long.
+        Args:
+            prompt: text, token ids, or a list of messages.
+            max_tokens: most tokens of the reply, at least 1.
+            avg_bits: sets the engine's budget, as the property does; None leaves it.
+            chat: put a text into the bundle's chat template, if it has one, as a user's message.
+            temperature: 0 takes the likeliest token; a higher value is more varied.
+            top_k: choose among this many likeliest tokens; 0 among all.
+            top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
+            seed: repeats a varied reply; None for a different one each time.
+            stop: text or texts that end the reply and are not part of it.
+
+        Returns:
+            An iterator over the text of the reply.  Nothing runs until its first piece is asked for.
+
+        Raises:
+            UsageError: a value is out of range, or the prompt is empty or too long.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
@@ -222,7 +290,12 @@ class Engine:
             listener(seconds, bits)
 
     def logits(self, tokens: Sequence[int], avg_bits: float) -> Window:
-        """Logits at every position of ``tokens``, 1 to ``context_length`` ids; the engine's budget is left alone."""
+        """The logits of every token of a text.  The engine's budget does not change.
+
+        Args:
+            tokens: 1 to ``context_length`` ids.
+            avg_bits: budget in average bits per weight.
+        """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
         parts, bits = [], 0.0
@@ -232,9 +305,16 @@ class Engine:
         return Window(np.concatenate(parts), bits / len(tokens))
 
     def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
-        """How well the model predicts ``tokens`` at a budget; the engine's own budget is left alone.
+        """Measure how well the model predicts a text.  The engine's budget does not change.
 
-        tokens: 2 to ``context_length`` ids.  Memory: the logits of one pass, see ``scoring_chunk``.
+        Memory: the logits of one pass, see ``scoring_chunk``.
+
+        Args:
+            tokens: 2 to ``context_length`` ids.
+            avg_bits: budget in average bits per weight.
+
+        Raises:
+            BundleError: the logits are not finite.
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
@@ -248,7 +328,7 @@ class Engine:
         return Score(nll / (len(tokens) - 1), bits / len(tokens))
 
     def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
-        """(start, logits, bits used) of ``tokens`` chunk by chunk, in one context; logits are good until the next."""
+        """(start, logits, bits used) of each chunk of ``tokens``, in one context.  Logits are valid until the next."""
         budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
@@ -258,9 +338,11 @@ class Engine:
                 yield start, run.logits(), run.bits_used()
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
-        """Time a row of passes over random tokens: no tokenizer, no sampling, no end; the budget is left alone.
+        """Time passes over random tokens, without tokenizer and sampling.  The engine's budget does not change.
 
-        sizes: tokens that each pass adds to one context, as [128] for a prompt or [1] * 64 for decoding.
+        Args:
+            sizes: tokens that each pass adds to one context: [128] for a prompt, [1] * 64 for decoding.
+            avg_bits: budget in average bits per weight.
         """
         if not sizes or min(sizes) < 1 or sum(sizes) > self._context:
             raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
@@ -329,7 +411,7 @@ class Engine:
 
 
 class _Alone:
-    """Hold a lock that nobody waits for: a second user is told so."""
+    """Holds a lock that nobody waits for: a second user gets a UsageError."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -347,9 +429,9 @@ def _ids(value: int | Sequence[int]) -> list[int]:
 
 
 def _read_config(path: Path, manifest: Manifest) -> Any:
-    """genai_config.json, checked where this class relies on it.  Raises BundleError.
+    """The checked content of genai_config.json.  Raises BundleError.
 
-    The library it names is code that will run: none but the bundle's own is let through.
+    The library that it names is code that will run: only the bundle's own is accepted.
     """
     file = path / "genai_config.json"
     try:

@@ -1,4 +1,4 @@
-"""The ONNX engine: a bundle's graph on onnxruntime-genai."""
+"""The engine "onnx": a bundle's graph on onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from .tokenizer import Tokenizer
 
 
 class Backend:
-    """See ``backend.Backend``."""
+    """Runs a bundle's graph, see ``backend.Backend``.
+
+    path: folder of the bundle.
+    manifest: the bundle's manifest.
+    threads: processor threads.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
-        # The engine prints its own copy of every error it also throws; one is enough.
+        # At other levels the engine also prints each error that it throws.
         session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
         with engine_errors(f"{path}: the engine cannot load it"):
             overlaid = og.Config(str(path))
@@ -47,7 +52,7 @@ class Backend:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length, **options)
         generator = self._og.Generator(self._model, params)
-        # The generator keeps pointers to these arrays and reads them in every pass.
+        # The generator keeps pointers to these arrays, and reads them in every pass.
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)

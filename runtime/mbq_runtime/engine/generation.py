@@ -1,4 +1,4 @@
-"""One reply in the making: an iterator of text, and the figures that go with it."""
+"""One reply: an iterator over its text, and its figures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ _MAX_SEED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop.
+    """How tokens are chosen, and when a reply stops.
 
-    max_tokens: at least 1; temperature: 0 takes the likeliest token, higher is more varied;
-    top_k: choose among this many tokens, 0 among all; top_p: in (0, 1], 1 among all;
-    seed: None for a different reply each time; stop: texts that end the reply and are not part of it.
-    Raises UsageError for a value outside these.
+    max_tokens: most tokens of a reply, at least 1.
+    temperature: 0 takes the likeliest token; a higher value is more varied.
+    top_k: choose among this many likeliest tokens; 0 among all.
+    top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
+    seed: repeats a varied reply, 0 to 2147483647; None for a different one each time.
+    stop: texts that end a reply and are not part of it.
+
+    Raises:
+        UsageError: a value is out of range.
     """
 
     max_tokens: int = 128
@@ -46,7 +51,11 @@ class Sampling:
                 raise UsageError(f"{name} {value!r}: needed {needed}")
 
     def search_options(self, vocab_size: int) -> dict[str, bool | int | float]:
-        """The engine's names for these choices."""
+        """The options of onnxruntime-genai for these choices.
+
+        Args:
+            vocab_size: bounds ``top_k``.
+        """
         if self.temperature == 0:
             return {"do_sample": False}
         seed = {} if self.seed is None else {"random_seed": self.seed}
@@ -58,12 +67,14 @@ class Sampling:
 class GenerationStats:
     """Figures of a reply, so far or at its end.
 
-    tokens: ids of the reply, without the id that ended it; bits: for each pass that gave a token,
-    the average bits per weight it used (the ending pass included, so there may be one more than
-    tokens); prompt_bits: the same over the prompt's tokens; ttft_s: seconds from the start to the
-    first token; tokens_per_s: decoding speed, passes after the first token over their own seconds
-    (0 until there is one); finish_reason: "stop" (end token or stop text), "length", "closed" by
-    the caller, or None while it runs.
+    prompt_tokens: number of tokens in the prompt.
+    tokens: ids of the reply, without the id that ended it.
+    bits: average bits per weight of each pass that gave a token.  The pass that gave the end token counts, so there may
+        be one more than tokens.
+    prompt_bits: average bits per weight, mean over the prompt's tokens.
+    ttft_s: seconds from the start to the first token.
+    tokens_per_s: decoding speed: passes after the first token, divided by their seconds; 0 before there is one.
+    finish_reason: "stop" (end token or stop text), "length", "closed" (by the caller), or None while the reply runs.
     """
 
     prompt_tokens: int
@@ -76,13 +87,19 @@ class GenerationStats:
 
     @property
     def avg_bits_used(self) -> float:
-        """Mean over the passes that gave the reply's tokens; 0 before the first."""
+        """Average bits per weight, mean over the passes in ``bits``; 0 before the first."""
         return math.fsum(self.bits) / len(self.bits) if self.bits else 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One token: its id, the bits its pass used, its text (may be empty), and whether it ends the reply."""
+    """One token.
+
+    token: its id.
+    bits: average bits per weight of its pass.
+    text: its text; "" while a character is not complete.
+    ends: whether it is an end token.
+    """
 
     token: int
     bits: float
@@ -92,7 +109,17 @@ class Step:
 
 @dataclass
 class Record:
-    """What a running reply accumulates.  stopping: set by any thread, seen before the next pass."""
+    """The figures of a running reply.
+
+    prompt_tokens: number of tokens in the prompt.
+    tokens: ids of the reply so far.
+    bits: average bits per weight of each pass that gave a token.
+    prompt_bits: average bits per weight of the prompt so far, mean over all its tokens.
+    ttft_s: seconds to the first token.
+    decode_s: seconds of the passes after the first token.
+    finish_reason: why the reply ended; None while it runs.
+    stopping: set by any thread; the reply ends before its next pass.
+    """
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -104,6 +131,7 @@ class Record:
     stopping: bool = False
 
     def freeze(self) -> GenerationStats:
+        """The figures at this moment."""
         passes = len(self.bits) - 1
         return GenerationStats(
             self.prompt_tokens,
@@ -122,10 +150,21 @@ TokenListener = Callable[[float, float], None]
 
 
 class Generation:
-    """Iterate over it for the reply's text, piece by piece; ``stats`` holds the figures at any time.
+    """A reply: an iterator over pieces of its text.  ``Engine.generate`` makes it.
 
-    Nothing runs until the first piece is asked for.  An engine runs one at a time; a reply that is
-    dropped, closed or read to its end makes way for the next.
+    Nothing runs until the first piece is asked for.  An engine runs one reply at a time.  A reply that is read to its
+    end, closed or deleted frees the engine.
+
+    source: makes the steps of the reply.
+    prompt_tokens: number of tokens in the prompt.
+    stop: texts that end the reply.
+    tell: called after each token but the first.
+
+    >>> with Engine.load("my-bundle").generate("Hello", max_tokens=4) as reply:
+    ...     list(reply)
+    ['H', 'i', ',', ' ']
+    >>> len(reply.stats.tokens), reply.stats.avg_bits_used > 7.9
+    (4, True)
     """
 
     def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str], tell: TokenListener) -> None:
@@ -139,15 +178,15 @@ class Generation:
         return next(self._pieces)
 
     def text(self) -> str:
-        """Run to the end and return the pieces not yet taken as one text."""
+        """Run to the end, and return the rest of the text."""
         return "".join(self)
 
     def stop(self) -> None:
-        """From any thread: end the reply before its next token, or before the next part of a long prompt."""
+        """End the reply before its next token, or before the next part of a long prompt.  From any thread."""
         self._record.stopping = True
 
     def close(self) -> None:
-        """Stop here and free the engine; asking for more pieces then ends at once."""
+        """End the reply and free the engine.  There are no more pieces."""
         self._pieces.close()
         self._record.finish_reason = self._record.finish_reason or "closed"
 
@@ -159,11 +198,12 @@ class Generation:
 
     @property
     def stats(self) -> GenerationStats:
+        """The figures at this moment."""
         return self._record.freeze()
 
 
 def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: TokenListener) -> Generator[str, None, None]:
-    """Time the steps, book them in ``record``, and yield text that no stop text can still claim."""
+    """Run the steps, write their figures into ``record``, and yield text that cannot be part of a stop text."""
     held = ""
     steps = source(record)
     start_s = time.perf_counter()
@@ -194,7 +234,7 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
         else:
             record.finish_reason = "closed" if record.stopping else "length"
     finally:
-        steps.close()  # frees the engine before the last text goes out
+        steps.close()  # frees the engine before the last text is yielded
     if held:
         yield held
 

@@ -1,4 +1,4 @@
-"""Runs a launch plan on a device: what OpenCL and WebGPU have in common."""
+"""Runs a launch plan on a GPU: the common part of the engines "opencl" and "webgpu"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ _FLOAT32_MAX = np.float32(3e38)
 
 
 class Limits(NamedTuple):
-    """What a device has of ``gpu_plan.Needs``, in the same order."""
+    """What a device has.
+
+    buffer_bytes: size of the largest buffer.
+    group_items: most work items in a work-group.
+    local_bytes: most memory that a work-group shares.
+    bindings: most buffers of a kernel.
+    """
 
     buffer_bytes: int
     group_items: int
@@ -31,39 +37,92 @@ class Limits(NamedTuple):
 
 
 class Device(Protocol):
-    """A GPU and its queue: what is run, written and read happens in that order."""
+    """A GPU and its queue, which keeps the order of runs, writes and reads.
 
-    def __init__(self) -> None:
-        """Raises UsageError when the package or a driver is missing."""
+    Making one raises UsageError when the package or a driver is missing.
+    """
+
+    def __init__(self) -> None: ...
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the device and its driver."""
+
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> Limits:
+        """What the device has."""
 
     def compile(self, kernels: Mapping[str, Kernel], texts: Mapping[str, str], where: Path) -> None:
-        """Raises BundleError with the driver's log.  texts: by kernel."""
+        """Compile all kernels.
+
+        Args:
+            kernels: by name.
+            texts: source text by kernel name.
+            where: folder of the texts, for messages.
+
+        Raises:
+            BundleError: the driver refuses a kernel; the message has its log.
+        """
 
     def buffer(self, size: int, content: NDArray[np.generic] | None = None) -> Any:
-        """Memory of ``size`` bytes on the device, with ``content`` in it if there is any."""
+        """Allocate memory on the device.
+
+        Args:
+            size: bytes.
+            content: what is written into it; None for nothing.
+        """
 
     def prepare(self, launches: Sequence[Launch], kernels: Mapping[str, Kernel], buffers: Mapping[str, Any]) -> Any:
-        """What ``run`` takes."""
+        """Bind buffers to the kernels of a program.
 
-    def run(self, prepared: Any) -> None: ...
-    def write(self, buffer: Any, content: NDArray[np.generic]) -> None: ...
+        Args:
+            launches: the program.
+            kernels: by name.
+            buffers: what ``buffer`` returned, by name.
+
+        Returns:
+            What ``run`` takes.
+        """
+
+    def run(self, prepared: Any) -> None:
+        """Put a program into the queue.
+
+        Args:
+            prepared: what ``prepare`` returned.
+        """
+
+    def write(self, buffer: Any, content: NDArray[np.generic]) -> None:
+        """Write to the start of a buffer.
+
+        Args:
+            buffer: what ``buffer`` returned.
+            content: any array.
+        """
+
     def read(self, buffer: Any, content: NDArray[np.generic]) -> None:
-        """Fill ``content`` with the buffer's first bytes; waits for everything before."""
+        """Wait for all that is in the queue, and read from the start of a buffer.
+
+        Args:
+            buffer: what ``buffer`` returned.
+            content: the array that is filled.
+        """
 
 
 class DeviceBackend:
-    """See ``backend.Backend``.  device_type, dialect: what a subclass runs on, and the text it compiles."""
+    """Loads a bundle's plan onto a device, see ``backend.Backend``.
+
+    path: folder of the bundle.
+    manifest: the bundle's manifest.
+    threads: has no effect; the processor's part uses one thread.
+    """
 
     device_type: ClassVar[type[Device]]
+    """The device of a subclass."""
     dialect: ClassVar[str]
+    """Language of the kernels that it compiles, see ``gpu_plan.Plan``."""
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
-        plan = gpu_plan.read(path)
+        plan = gpu_plan.read_plan(path)
         if plan.dialect != self.dialect:
             raise BundleError(f"{path}: its kernels are {plan.dialect}, this engine compiles {self.dialect}")
         self.plan = plan
@@ -81,11 +140,27 @@ class DeviceBackend:
         self.tokenizer = Tokenizer(path)
 
     def use_threads(self, count: int) -> bool:
-        return False  # the processor's part is one thread's
+        """See ``backend.Backend``.
+
+        Args:
+            count: has no effect.
+        """
+        return False
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
     ) -> DeviceRun:
+        """See ``backend.Backend``.
+
+        Args:
+            length: most tokens of the context.
+            budget: float32 [1], average bits per weight; read again in every pass.
+            sampling: how next tokens are chosen; None for the likeliest.
+            every: whether ``logits`` will be called.
+
+        Raises:
+            UsageError: the device does not take buffers of that length.
+        """
         plan, limit = self.plan, self.device.limits.buffer_bytes
         caches = {name: buffer.bytes * length for name, buffer in plan.buffers.items() if buffer.is_cache}
         largest = max(caches.values(), default=0)
@@ -98,11 +173,23 @@ class DeviceBackend:
         programs = {
             name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
         }
-        return DeviceRun(plan, self.device, buffers, programs, length, budget, sampling, every)
+        return DeviceRun(
+            plan, self.device, buffers, programs, length=length, budget=budget, sampling=sampling, every=every
+        )
 
 
 class DeviceRun:
-    """See ``backend.Run``."""
+    """One context on a device, see ``backend.Run``.
+
+    plan: the bundle's plan.
+    device: where it runs.
+    buffers: all buffers of the plan, by name.
+    programs: what ``Device.prepare`` returned, by the name of the program.
+    length: most tokens of the context.
+    budget: float32 [1], average bits per weight; read again in every pass.
+    sampling: how next tokens are chosen; None for the likeliest.
+    every: whether ``logits`` will be called.
+    """
 
     def __init__(
         self,
@@ -110,6 +197,7 @@ class DeviceRun:
         device: Device,
         buffers: Mapping[str, Any],
         programs: Mapping[str, Any],
+        *,
         length: int,
         budget: NDArray[np.float32],
         sampling: Sampling | None,
@@ -117,7 +205,7 @@ class DeviceRun:
     ) -> None:
         self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
         self._length, self._budget, self._every = length, budget, every
-        # The likeliest token is found on the device; only sampling has to see the logits.
+        # The device finds the likeliest token.  Only sampling needs the logits.
         self._sampler = None if sampling is None or sampling.temperature == 0 else Sampler(sampling)
         self._position, self._count = 0, 0
         self._state = np.zeros(TOKENS + plan.chunk, np.int32)
@@ -126,6 +214,11 @@ class DeviceRun:
         self._logits: list[NDArray[np.float32]] = []
 
     def append(self, tokens: NDArray[np.int32]) -> None:
+        """Run passes over ``tokens``, as many as chunks of the plan are needed.
+
+        Args:
+            tokens: int32 [n], ids that are added to the context.
+        """
         self._logits, bits = [], 0.0
         for start in range(0, len(tokens), self._plan.chunk):
             part = tokens[start : start + self._plan.chunk]
@@ -141,12 +234,15 @@ class DeviceRun:
             self._choose(self._count - 1)
 
     def logits(self) -> NDArray[np.float32]:
+        """float32 [n, vocab]: logits of every token of the last ``append``."""
         return np.stack(self._logits)
 
     def bits_used(self) -> float:
+        """Average bits per weight of the last pass, mean over its tokens."""
         return self._bits
 
     def next_token(self) -> int | None:
+        """Choose a token and add it; None when the context is full."""
         if self._position + self._count + (self._due is not None) >= self._length:
             return None
         if self._due is not None:
@@ -159,7 +255,7 @@ class DeviceRun:
         return token
 
     def _pass(self, tokens: NDArray[np.int32]) -> None:
-        """Run the blocks over ``tokens``; a row of the residual stream is then ready for ``_choose``."""
+        """Run the blocks over ``tokens``.  ``_choose`` can then take a row of the residual stream."""
         self._position += self._count
         self._count, self._due = len(tokens), None
         state = self._state
@@ -177,13 +273,13 @@ class DeviceRun:
         self._device.run(self._programs["choose"])
 
     def _result(self) -> tuple[int, float]:
-        """The likeliest token and the bits its pass used."""
+        """The likeliest token, and the average bits per weight of its pass."""
         result = np.empty(2, np.int32)
         self._device.read(self._buffers[RESULT], result)
         return int(result[0]), float(result[1:].view(np.float32)[0])
 
     def _body_bits(self) -> float:
-        """Mean over the pass's tokens, the head left out: it is asked for the last token of a prompt alone."""
+        """Mean over the pass's tokens, without the head: it runs for the last token of a prompt alone."""
         routing = np.empty(2 * self._plan.chunk, np.int32)
         self._device.read(self._buffers[ROUTING], routing)
         used = routing.reshape(-1, 2)[: self._count, 1].view(np.float32)
@@ -196,7 +292,16 @@ class DeviceRun:
 
 
 def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:
-    """float32 [tables]: what a score must exceed for one more slice; at a table's ends none or all do."""
+    """The thresholds of all tables of routers at a budget.
+
+    Args:
+        plan: has the tables.
+        avg_bits: budget in average bits per weight.
+
+    Returns:
+        float32 [tables]: what a score must exceed for one more slice.  At the lowest budget of a table no score does,
+        at the highest every score does.
+    """
     found = []
     for table in plan.tables:
         at = np.interp(avg_bits, table.budgets, table.thresholds)
@@ -217,7 +322,7 @@ def _check_needs(plan: Plan, device: Device, path: Path) -> None:
 
 
 def _texts(plan: Plan, path: Path) -> dict[str, str]:
-    """The text of each kernel.  Raises BundleError."""
+    """The source text of each kernel.  Raises BundleError."""
     files: dict[str, str] = {}
     for kernel in plan.kernels.values():
         file = path / gpu_plan.FOLDER / kernel.file

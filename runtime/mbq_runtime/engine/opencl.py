@@ -1,4 +1,4 @@
-"""The OpenCL engine: a bundle's plan on whatever GPU (or CPU) the system's OpenCL offers."""
+"""The engine "opencl": a bundle's plan on a device of the system's OpenCL."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from mbq_runtime.bundle.gpu_plan import Kernel, Launch
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import UsageError
 
+from . import gpu
 from .gpu import DeviceBackend, Limits
 from .imports import does_not_compile
 
 
-class Device:
-    """The first GPU OpenCL lists, or its first device of any kind.  See ``gpu.Device``."""
+class Device(gpu.Device):
+    """The first GPU that OpenCL lists, or else its first device.  See ``gpu.Device``."""
 
     def __init__(self) -> None:
         try:
@@ -54,7 +55,7 @@ class Device:
         )
 
     def compile(self, kernels: Mapping[str, Kernel], texts: Mapping[str, str], where: Path) -> None:
-        """From the cache of binaries of this very driver and these texts, or by the driver, which fills it."""
+        # The cache has binaries of exactly this driver and these texts.
         source = "\n".join(dict.fromkeys(texts.values()))
         cached = cache_dir() / "opencl" / f"{_key(self.name, self._device.platform.version, source)}.clbin"
         self._program = self._from_binary(cached)
@@ -70,7 +71,7 @@ class Device:
         try:
             return self._cl.Program(self._context, [self._device], [cached.read_bytes()]).build()
         except (OSError, self._cl.Error):
-            return None  # none yet, or one the driver does not take back: compiled anew
+            return None  # there is none yet, or the driver refuses it
 
     def buffer(self, size: int, content: NDArray[np.generic] | None = None) -> Any:
         flags = self._cl.mem_flags
@@ -100,7 +101,7 @@ class Device:
 
 
 class Backend(DeviceBackend):
-    """See ``backend.Backend``."""
+    """Runs kernels of the dialect "opencl", see ``DeviceBackend``."""
 
     device_type = Device
     dialect = "opencl"
@@ -111,7 +112,7 @@ def _key(*parts: str) -> str:
 
 
 def _store(path: Path, binary: bytes) -> None:
-    """A cache that cannot be written is no reason to fail."""
+    """Write to the cache.  A cache that cannot be written is no error."""
     draft = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Choosing a token from logits, for engines that do not do it themselves."""
+"""Chooses a token from logits, for the engines that do not."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from .generation import Sampling
 
 
 class Sampler:
-    """Chooses one token after the other by ``sampling``; None takes the likeliest."""
+    """Chooses one token after another.
+
+    sampling: how; None for the likeliest token.
+
+    >>> Sampler(None).choose(np.array([0.1, 2.0, 0.3], np.float32))
+    1
+    """
 
     def __init__(self, sampling: Sampling | None) -> None:
         self._sampling = sampling or Sampling()
         self._random = np.random.default_rng(self._sampling.seed)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """logits: float32 [vocab]."""
+        """Choose a token.
+
+        Args:
+            logits: float32 [vocab].
+
+        Returns:
+            The token's id.
+        """
         s = self._sampling
         if s.temperature == 0:
             return int(logits.argmax())
@@ -26,7 +39,7 @@ class Sampler:
         scores = logits[likeliest].astype(np.float64) / s.temperature
         weights = np.exp(scores - scores[0])
         total = np.cumsum(weights)
-        # The fewest tokens whose probability reaches top_p.
+        # Keep the fewest tokens whose total probability reaches top_p.
         kept = int(np.searchsorted(total, s.top_p * total[-1])) + 1 if s.top_p < 1 else len(total)
         drawn = self._random.random() * total[min(kept, len(total)) - 1]
         return int(likeliest[min(int(np.searchsorted(total, drawn, side="right")), len(total) - 1)])

@@ -1,4 +1,4 @@
-"""The same model on plain ONNX Runtime, for those who want its logits."""
+"""``Session``: a bundle's graph on plain ONNX Runtime, for programs that need its logits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ from .threads import SHORT_SPINNING, cores, ops_threads
 
 
 class Session:
-    """A bundle's graph without tokenizer, sampling or memory of earlier tokens.
+    """A bundle's graph, without tokenizer, sampling or memory of earlier tokens.
 
-    threads: as in ``Engine.load``.  Raises BundleError and UsageError as ``Engine.load`` does.
+    path: folder of the bundle.
+    threads: processor threads; None for one per big core.
+
+    Raises:
+        BundleError: the bundle is incomplete, not for this machine, or has no ONNX graph.
+        UsageError: ``threads`` is below 1, or onnxruntime is not installed.
+
+    >>> Session("my-bundle").run([5, 6], avg_bits=4.0).logits.shape
+    (2, 264)
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
@@ -45,7 +53,15 @@ class Session:
         }
 
     def run(self, tokens: Sequence[int], avg_bits: float) -> Window:
-        """Logits for every position of ``tokens`` (ids, at least one), seen from an empty context."""
+        """The logits of every token of a text, in an empty context.
+
+        Args:
+            tokens: 1 to ``context_length`` ids.
+            avg_bits: budget in average bits per weight.
+
+        Raises:
+            UsageError: there are too many tokens, or the budget is out of range.
+        """
         if not 1 <= len(tokens) <= self.manifest.model.context_length:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self.manifest.model.context_length}")
         feeds = {

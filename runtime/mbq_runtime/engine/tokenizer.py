@@ -1,4 +1,4 @@
-"""Text to tokens and back, the same whatever runs the model."""
+"""``Tokenizer``: text to tokens and back, for every kind of engine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .imports import engine_errors, import_engine
 
 
 class Tokenizer:
-    """The tokenizer and chat template of the bundle in ``path``.
+    """The tokenizer and chat template of a bundle.
 
-    native: onnxruntime-genai's object where one is at hand, else it is made of the bundle's files.
+    path: folder of the bundle.
+    native: a tokenizer of onnxruntime-genai; None to make one of the bundle's files.
     """
 
     def __init__(self, path: Path, native: Any = None) -> None:
@@ -31,19 +32,34 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the bundle can render a conversation."""
         if (self.path / "chat_template.jinja").is_file():
             return True
         config = self.path / "tokenizer_config.json"
         return config.is_file() and "chat_template" in json.loads(config.read_bytes())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without opening tokens.  Raises UsageError for a text with a NUL character."""
+        """The token ids of a text, without opening tokens.
+
+        Args:
+            text: any text without a NUL character.
+
+        Raises:
+            UsageError: the text has a NUL character.
+        """
         _check_text(text)
         with engine_errors(f"{self.path}: the tokenizer failed"):
             return [int(token) for token in self._native.encode(text)]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation, ready for the reply.  Raises BundleError without a template."""
+        """Render a conversation, ready for the reply.
+
+        Args:
+            messages: each with "role" and "content".
+
+        Raises:
+            BundleError: the bundle has no chat template.
+        """
         if not self.has_chat_template:
             raise BundleError(f"{self.path}: the bundle has no chat template; pass the text with chat=False")
         for message in messages:
@@ -53,19 +69,19 @@ class Tokenizer:
         return text
 
     def stream(self) -> Callable[[int], str]:
-        """A function from a reply's tokens, one after the other, to their text; "" until a character is whole."""
+        """A function that takes the tokens of a reply in order, and returns the text that each one completes."""
         decode: Callable[[int], str] = self._native.create_stream().decode
         return decode
 
 
 def _check_text(text: str) -> None:
-    """The tokenizer takes C strings: what follows a NUL character would be lost without a word."""
+    """Refuse a NUL character: the tokenizer takes C strings, and would drop the text after it."""
     if "\0" in text:
         raise UsageError(f"text has a NUL character at position {text.index(chr(0))}; remove it")
 
 
 def _leading_token(tokenizer: Any) -> int | None:
-    """The token the tokenizer's files say every text begins with, if they say so."""
+    """The token that the tokenizer puts before every text, if there is one."""
     plain = list(tokenizer.encode("a"))
     tokenizer.update_options(add_special_tokens="true")
     full = list(tokenizer.encode("a"))

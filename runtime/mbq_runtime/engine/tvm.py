@@ -1,7 +1,7 @@
-"""The TVM engine: a decoder compiled to one library, run by TVM's runtime library without the compiler.
+"""The engine "tvm": a decoder compiled to one library, run by TVM's runtime library without its compiler.
 
-Of Python packages only ``tvm_ffi`` is imported; ``libtvm_runtime.so`` is taken from the folder of the
-package ``tvm``, which is not imported itself.
+The package ``tvm_ffi`` is imported.  ``libtvm_runtime.so`` is loaded from the folder of the package ``tvm``, which
+is not imported.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .tokenizer import Tokenizer
 
 _KEY_LANES = 16  # positions in a block of keys
 _RUNTIME = "libtvm_runtime.so"
-_CPU = 1  # DLPack's number of the device
-_POOLED = 2  # a memory pool: the VM keeps what it allocated for the next pass
+_CPU = 1  # number of the device in DLPack
+_POOLED = 2  # kind of memory: the VM keeps what it allocated for the next pass
 
 
 @cache
 def _tvm() -> Any:
-    """The package tvm_ffi, with TVM's runtime loaded behind it.  Raises UsageError naming what to install."""
+    """The package tvm_ffi, after TVM's runtime was loaded.  Raises UsageError, which says what to install."""
     try:
         import tvm_ffi
 
@@ -42,7 +42,7 @@ def _tvm() -> Any:
         libraries = [path for folder in folders if (path := Path(folder, "lib", _RUNTIME)).is_file()]
         if not libraries:
             raise ImportError(f"no {_RUNTIME} in the package tvm")
-        # Compiled code finds it among the process's global symbols.
+        # Compiled code looks it up among the global symbols of the process.
         ctypes.CDLL(str(libraries[0]), mode=ctypes.RTLD_GLOBAL)
     except (ImportError, OSError) as error:
         raise UsageError(f"the engine tvm cannot be loaded ({error}): pip install 'mbq-export[tvm]'") from None
@@ -50,7 +50,12 @@ def _tvm() -> Any:
 
 
 class Backend:
-    """See ``backend.Backend``."""
+    """Runs a bundle's decoder library, see ``backend.Backend``.
+
+    path: folder of the bundle.
+    manifest: the bundle's manifest.
+    threads: processor threads.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         self.ffi = _tvm()
@@ -64,18 +69,23 @@ class Backend:
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
             self.functions = {name: machine[name] for name in ("decode", "prefill", "score")}
-        # Copy on write, and nothing writes: the file is mapped, and pages that no depth reads stay on disk.
+        # The file is mapped: pages that no depth reads stay on disk.  Mode c, because DLPack wants a writable array.
         self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
-        # The same library once more, for what is no function of TVM's.
+        # mbq_set_threads is a plain C function, which TVM does not see.
         self._library = ctypes.CDLL(str(path / DECODER_LIBRARY))
         self.use_threads(threads)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer."""
         return Tokenizer(self._path)
 
     def share(self, array: NDArray[Any]) -> Any:
-        """The same memory as the compiled code takes it."""
+        """A DLPack view of an array, as compiled code takes it.
+
+        Args:
+            array: stays the owner of its memory.
+        """
         return self.ffi.from_dlpack(np.asarray(array))
 
     def use_threads(self, count: int) -> bool:
@@ -95,7 +105,7 @@ class _Run:
         b, blocks = backend, -(-length // _KEY_LANES)
         self._backend, self._length, self._sampler, self._every = backend, length, sampler, every
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        # Every matrix looks at the budget, and other threads may change it while a pass runs.
+        # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
         state: list[NDArray[Any]] = [
             self._past,
@@ -106,7 +116,7 @@ class _Run:
         ]
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
-        self._due: int | None = None  # chosen, and not yet passed over
+        self._due: int | None = None  # chosen; its pass has not run yet
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         count = len(tokens)
@@ -117,7 +127,7 @@ class _Run:
         self._past += count
 
     def logits(self) -> NDArray[np.float32]:
-        # Rows are padded to whole blocks.
+        # The compiled head pads rows to whole blocks.
         return np.asarray(np.from_dlpack(self._logits), np.float32)[:, : self._backend.vocab_size]
 
     def bits_used(self) -> float:

@@ -1,4 +1,4 @@
-"""The WebGPU engine: a bundle's plan on any driver of Vulkan, Metal or Direct3D, through wgpu."""
+"""The engine "webgpu": a bundle's plan on a driver for Vulkan, Metal or Direct3D, through wgpu."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.gpu_plan import Kernel, Launch
 from mbq_runtime.errors import UsageError
 
+from . import gpu
 from .gpu import DeviceBackend, Limits
 from .imports import does_not_compile
 
-# What a kernel may ask for beyond the defaults of the standard, as far as the adapter has it.
+# Limits that are raised from the standard's defaults to those of the adapter.
 _LIMITS = (
     "max-buffer-size", "max-storage-buffer-binding-size", "max-compute-workgroup-storage-size",
     "max-compute-invocations-per-workgroup", "max-compute-workgroup-size-x", "max-storage-buffers-per-shader-stage",
 )  # fmt: skip
 
 
-class Device:
-    """The adapter wgpu thinks fastest.  See ``gpu.Device``."""
+class Device(gpu.Device):
+    """The adapter with the highest performance, by wgpu's choice.  See ``gpu.Device``."""
 
     def __init__(self) -> None:
         try:
@@ -72,7 +73,7 @@ class Device:
         return self._device.create_buffer_with_data(data=content, usage=flags)
 
     def _last_group(self, index: int) -> Any:
-        """The uniform every kernel has behind its buffers: the number of its last work-group along x."""
+        """A uniform with the number of the last work-group along x.  It follows the buffers of every kernel."""
         if index not in self._last_groups:
             content = np.array([index, 0, 0, 0], np.uint32)
             usage = self._wgpu.BufferUsage.UNIFORM
@@ -111,7 +112,7 @@ class Device:
 
 
 class Backend(DeviceBackend):
-    """See ``backend.Backend``."""
+    """Runs kernels of the dialect "wgsl", see ``DeviceBackend``."""
 
     device_type = Device
     dialect = "wgsl"
