@@ -1,4 +1,4 @@
-"""A whole tiny model on OpenCL and on WebGPU: says what it says on the processor, and fails in one line."""
+"""A tiny model on OpenCL and on WebGPU returns what it returns on the processor, and fails in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTEXT = 128
 
 @pytest.fixture(autouse=True)
 def binary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Binaries of one test are of no use to another."""
+    """Each test has a cache of its own."""
     monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -82,7 +82,7 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
     assert np.linalg.norm(found.logits - want.logits) < 1e-3 * np.linalg.norm(want.logits)
     assert found.avg_bits_used == pytest.approx(want.avg_bits_used, abs=0.05)
 
-    # A new budget counts from the next token on.
+    # A new budget applies from the next token.
     reply = on_gpu.generate(PROMPT, max_tokens=12, avg_bits=8)
     for i, _ in enumerate(reply):
         if i == 3:

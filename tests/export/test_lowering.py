@@ -1,4 +1,4 @@
-"""A lowered decoder computes what transformers computes from the same decoded slices, for every family."""
+"""A lowered decoder of every family returns the logits of transformers with the same decoded weights."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def original_logits(checkpoint: Checkpoint) -> Logits:
 
 @pytest.fixture(scope="module")
 def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoint, NDArray[np.float32]]:
-    """The checkpoint with channels moved into the weights as calibration moves them, by factors from a
-    generator instead of measured ones; and what the head's columns were multiplied by."""
+    """The checkpoint with channels scaled as calibration scales them, but by random factors.
+
+    Returns also the factors of the head's columns.
+    """
     generator = torch.Generator().manual_seed(3)
     d = checkpoint.decoder
 
@@ -79,7 +81,7 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
 
 @pytest.fixture(scope="module")
 def calibrated(rescaled: tuple[Checkpoint, NDArray[np.float32]]) -> Calibrated:
-    """Every matrix rounded to nearest, under a router that spends more on tokens of more energy."""
+    """Every matrix rounded to nearest.  The router gives tokens with larger activations more bits."""
     checkpoint, head_scale = rescaled
     budgets = np.arange(3, 9, dtype=np.float32)
     steps = np.arange(PROFILE.depths - 1, dtype=np.float32)
@@ -98,7 +100,7 @@ def calibrated(rescaled: tuple[Checkpoint, NDArray[np.float32]]) -> Calibrated:
 def session(
     checkpoint: Checkpoint, calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory
 ) -> ort.InferenceSession:
-    """The portable graph, which also puts out the depth of every unit's every token."""
+    """The portable graph.  It also returns the depth of each token in each unit."""
     folder = tmp_path_factory.mktemp("graph")
     model, tensors = lower(checkpoint, calibrated, "nbits")
     for name in calibrated.units:
@@ -115,7 +117,7 @@ def _torch_logits(model: torch.nn.Module) -> Logits:
 def _run(
     session: ort.InferenceSession, tokens: list[int], bits: float, past: dict[str, NDArray[np.float32]] | None = None
 ) -> dict[str, NDArray[np.float32]]:
-    """One pass after those whose outputs are ``past``; outputs by name."""
+    """Run one pass.  past: outputs of the pass before it, None for the first.  Returns outputs by name."""
     caches = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
     feed: dict[str, NDArray[np.generic]] = {
         name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
@@ -139,7 +141,7 @@ def _relative_rms(a: Logits, b: Logits) -> float:
 def test_parts_and_norms_are_where_the_decoder_says(
     rescaled: tuple[Checkpoint, NDArray[np.float32]], original_logits: Logits
 ) -> None:
-    """Channels moved through a wrong norm or wrong rows would change what the model computes."""
+    """Scaling channels changes nothing.  It would, if the decoder named a wrong norm or wrong rows."""
     np.testing.assert_allclose(_torch_logits(rescaled[0].model), original_logits, rtol=1e-3, atol=1e-4)
 
 

@@ -1,9 +1,9 @@
-"""The portable functions under stock ONNX Runtime, with no library of our own, against the numpy definition.
+"""The portable functions under stock ONNX Runtime, without our library, against the numpy definition.
 
-Tolerances.  Activations are rounded to two int8 terms as ``two_terms`` does it, both in the function's own
-ops and inside MatMulNBits (``accuracy_level=4``), so only float32 summation separates the two
-(``FLOAT_ERROR``), but for an activation so near the middle of a step that float32 and float64 round
-it apart.  ``two_terms`` itself is held against the definition's rounding.
+Tolerances.  The bodies round activations to two int8 terms, as ``two_terms`` does, and MatMulNBits
+(``accuracy_level=4``) does not change them.  So only the order of float32 sums differs (``FLOAT_ERROR``).  One
+exception: float32 and float64 can round an activation apart that is near the middle of a step.  A test of its own
+compares ``two_terms`` with the definition's rounding.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def load(
 
 
 def random_sliced(n: int, k: int, group_size: int, rng: np.random.Generator) -> Sliced:
-    """Groups whose middle is off zero, so that an error in the group sums' term would show."""
+    """Groups whose mean is not zero: an error in the term of the group sums would show."""
     groups = (n, k // group_size)
     return Sliced(
         rng.integers(0, 256, (n, k), dtype=np.uint8),
@@ -120,7 +120,7 @@ def assert_close(actual: Array, wanted: Array, error: float = FLOAT_ERROR) -> No
 
 
 def two_terms(x: F32, group_size: int) -> Array:
-    """float64, the shape of x [M, K]: int8 in steps of a 127th of the group's peak, and once more what that leaves."""
+    """x [M, K] rounded to int8 in 127 steps of each group's peak, plus its error rounded likewise; float64 [M, K]."""
     groups = x.reshape(len(x), -1, group_size)
     total, rest = np.zeros(groups.shape), groups
     for _ in range(2):
@@ -238,7 +238,7 @@ def random_router(profile: SliceProfile, k: int, entries: int, mlp: bool, rng: n
 
 
 def router_tensors(router: RouterParams) -> dict[str, Array]:
-    """In the order of the op's inputs after x and avg_bits."""
+    """Tensors of a router, in the order of the op's inputs after x and avg_bits."""
     named = {
         "table": np.stack([router.budgets, router.thresholds]),
         "bias": router.bias,
@@ -286,7 +286,7 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
 @pytest.mark.parametrize("mlp", [False, True], ids=["norm", "mlp"])
 @pytest.mark.parametrize("slices", ["3,1,2,2", "8"])
 def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
-    """All rows are routed, the last ones of ``x`` multiplied: all, some or none of them."""
+    """All rows are routed.  ``x`` holds only the last of them: all, one or none."""
     profile = SliceProfile.parse(slices)
     rng = np.random.default_rng([mlp, *profile.slices])
     sliced, router = random_sliced(20, 128, 64, rng), random_router(profile, 64, 5, mlp, rng)
@@ -408,7 +408,7 @@ def test_a_hundred_calls_load() -> None:
 
 @pytest.mark.parametrize("slices", ["2,2,2,2", "3,1,2,2", "4,4", "8"])
 def test_optimised_graph_keeps_the_fast_form(slices: str, tmp_path: Path) -> None:
-    """What the int8 kernels need: level 4, constant weights and scales, and no explicit zero points."""
+    """The int8 kernels need level 4, constant weights and scales, and no explicit zero points."""
     profile = SliceProfile.parse(slices)
     sliced = random_sliced(32, 256, 64, np.random.default_rng(7))
     load(matmul_model(sliced, profile), save=tmp_path / "optimised.onnx")
@@ -426,7 +426,7 @@ def test_optimised_graph_keeps_the_fast_form(slices: str, tmp_path: Path) -> Non
 
 
 def fastest(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
-    """Seconds of the quickest of some runs."""
+    """Seconds of the fastest of 30 runs."""
     times = []
     for _ in range(30):
         start = time.perf_counter()
@@ -437,7 +437,7 @@ def fastest(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
 
 @pytest.mark.parametrize("slices", ["2,2,2,2", "3,1,2,2", "4,4", "8"])
 def test_no_slow_kernel(slices: str) -> None:
-    """A whole decode step's product stays within a few float products' time.
+    """The product of a decode step takes at most 12 times as long as a float32 product.
 
     Kernels that unpack to float on every call take 20 (one 8-bit slice) to 400 times (four 2-bit
     slices) as long as a float MatMul of the same shape; the int8 ones take 1 to 4 times as long.

@@ -1,4 +1,4 @@
-"""One model, two lowerings: what the compiled decoder says is what the ONNX graph and the original say."""
+"""The compiled decoder returns the logits of the ONNX graph and of the original model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from mbq_runtime.bundle.check import check_contents
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
 
-# Grouped heads and tied; biases, K no multiple of 128; norms over heads; windows, two rotations and norms behind.
+# In this order: grouped heads and a tied head; biases, and K that 128 does not divide; norms over heads;
+# windows, two rotations and post norms; a table of rotations of its own.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3-longrope")
 PROMPT = np.random.default_rng(5).integers(0, 256, 20).tolist()
 NEW_TOKENS = 20
-# Both round activations alike; what their float32 sums leave is a millionth, and now and then a step of rounding.
+# Both engines round activations alike.  Their float32 sums differ by a millionth, and rarely by a step of rounding.
 BETWEEN_ENGINES = 1e-3
-BETWEEN_ENGINES_8 = 3e-2  # there a step is 256 times as large
+BETWEEN_ENGINES_8 = 3e-2  # a step is 256 times as large
 ORIGINAL = 0.1  # eight-bit slices of random weights
 TIE = 1e-3
 
@@ -58,7 +59,7 @@ def test_both_engines_say_what_the_model_says(name: str, bundles: dict[str, tupl
     onnx, compiled = Engine.load(bundle, engine="onnx"), Engine.load(bundle, engine="tvm")
     assert Engine.load(bundle).name == "onnx"
 
-    # Step by step past a sliding window, in a cache written in place: what one pass says.
+    # Decode step by step, past a sliding window.  One pass over all tokens must agree.
     reply = compiled.generate(PROMPT, max_tokens=NEW_TOKENS, avg_bits=8)
     reply.text()
     said = reply.stats.tokens
@@ -89,7 +90,7 @@ def test_a_budget_changed_in_mid_generation(bundles: dict[str, tuple[Path, Path]
     changed = bits.index(3.0)
     assert bits[:changed] == pytest.approx([8.0] * changed)
     assert bits[changed:] == pytest.approx([3.0] * (len(bits) - changed))
-    assert 5 <= changed <= 8  # pieces of text may lag behind tokens
+    assert 5 <= changed <= 8  # a piece of text may come some tokens later
 
 
 def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]) -> None:
@@ -115,7 +116,7 @@ def test_a_bundle_for_tvm_alone(bundles: dict[str, tuple[Path, Path]], calibrati
 
 
 def test_activations_of_8_bits(bundles: dict[str, tuple[Path, Path]], calibration_text: Path, tmp_path: Path) -> None:
-    """In every form of the model, and near to those of 16 bits but not the same."""
+    """Logits of every engine are near to those of 16 bits, but not the same."""
     source, wide = bundles["llama"]
     export(source, tmp_path / "native", calibration_text, "--activations", "8", "--engine", "both")
     export(source, tmp_path / "portable", calibration_text, "--activations", "8", "--target", "portable")

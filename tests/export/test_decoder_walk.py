@@ -1,0 +1,125 @@
+"""The walk calls a builder once for each step of the model, in the model's order, and passes values on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from tiny_models import COMMON, MODELS
+from transformers import AutoConfig
+
+from mbq_export.calibrate import Calibrated, RoutedLinear
+from mbq_export.format.codes import Sliced
+from mbq_export.format.router import RouterParams
+from mbq_export.lower.decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from mbq_export.model.families import Decoder, describe
+from mbq_export.transforms.rotation import HeadInput
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+
+class Recorder(Builder[str]):
+    """A value is the text of how it was made; ``calls`` has one line a step."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.attentions: list[Attention] = []
+        self.factors = np.ones(1, np.float32)
+
+    def _made(self, value: str, what: str) -> str:
+        self.calls.append(f"{value} = {what}")
+        return value
+
+    def embed(self, embedding: Embedding) -> str:
+        if embedding.factors is not None:
+            self.factors = embedding.factors
+        return self._made("rows", f"embed {embedding.name}")
+
+    def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
+        self._made(norm.name, f"norm {residual} + {branch} for {feeds.unit.name}")
+        return norm.name, f"{norm.name}.sum"
+
+    def post_norm(self, branch: str, norm: Norm) -> str:
+        return self._made(norm.name, f"post_norm {branch}")
+
+    def linear(self, linear: RoutedLinear, x: str, routed_by: str) -> str:
+        return self._made(linear.unit.name, f"linear {x} by {routed_by}")
+
+    def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
+        self.attentions.append(attention)
+        return self._made(attention.name, f"attention {qkv} for {feeds.unit.name}")
+
+    def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
+        return self._made(gate.name, f"{gate.activation} {stacked} for {feeds.unit.name}")
+
+    def final_norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
+        return self.norm(residual, branch, norm, feeds)
+
+    def head_input(self, turn: HeadInput, x: str) -> str:
+        return self._made("turned", f"head_input {x}")
+
+    def logits(self, head: RoutedLinear, x: str, routed_by: str) -> str:
+        return self._made("logits", f"{head.unit.name} {x} by {routed_by}")
+
+
+def described(name: str, **changes: object) -> Decoder:
+    return describe(AutoConfig.for_model(**{"model_type": name, **COMMON, **MODELS[name], **changes}), name)
+
+
+def calibrated(decoder: Decoder) -> Calibrated:
+    """One code for each matrix: the walk does not read them."""
+    one = np.ones(1, np.float32)
+    sliced = Sliced(np.zeros((1, 1), np.uint8), np.ones((1, 1), np.float16), np.zeros((1, 1), np.float16))
+    router = RouterParams(one, one, one, one)
+    units = {unit.name: RoutedLinear(unit, sliced, None, router) for unit in decoder.units()}
+    scale = np.full(decoder.hidden_size, 2, np.float32)
+    return Calibrated(SliceProfile.parse("4,4"), 1, "norm", units, None if decoder.tied else sliced, scale)
+
+
+def walked(decoder: Decoder, calibration: Calibrated) -> Recorder:
+    recorder = Recorder()
+    walk_head(decoder, calibration, recorder, walk_blocks(decoder, calibration, recorder))
+    return recorder
+
+
+def test_the_steps_of_a_plain_decoder() -> None:
+    decoder = described("qwen2", num_hidden_layers=1, layer_types=["full_attention"])
+    recorder = walked(decoder, calibrated(decoder))
+    assert recorder.calls == [
+        "rows = embed head",
+        "layers.0.attn_norm = norm rows + None for layers.0.attn_in",
+        "layers.0.attn_in = linear layers.0.attn_norm by layers.0.attn_norm.sum",
+        "layers.0.attention = attention layers.0.attn_in for layers.0.attn_out",
+        "layers.0.attn_out = linear layers.0.attention by layers.0.attention",
+        "layers.0.mlp_norm = norm layers.0.attn_norm.sum + layers.0.attn_out for layers.0.mlp_in",
+        "layers.0.mlp_in = linear layers.0.mlp_norm by layers.0.mlp_norm.sum",
+        "layers.0.mlp.gated = silu layers.0.mlp_in for layers.0.mlp_out",
+        "layers.0.mlp_out = linear layers.0.mlp.gated by layers.0.mlp.gated",
+        "final_norm = norm layers.0.mlp_norm.sum + layers.0.mlp_out for head",
+        "logits = head final_norm by final_norm.sum",
+    ]
+    # Rows of a tied table are divided by what the head's columns were multiplied by.
+    assert (recorder.factors == 0.5).all()
+    assert recorder.attentions[0].head_norms is None
+
+
+def test_quirks_are_steps_or_facts_of_a_step() -> None:
+    decoder = described("gemma3_text")
+    recorder = walked(decoder, calibrated(decoder))
+    assert "layers.1.attn_post_norm = post_norm layers.1.attn_out" in recorder.calls
+    assert (
+        "layers.1.mlp_norm = norm layers.1.attn_norm.sum + layers.1.attn_post_norm for layers.1.mlp_in"
+        in recorder.calls
+    )
+    sliding, full = recorder.attentions
+    assert (sliding.window, full.window) == (16, None)
+    assert (sliding.rotary, full.rotary) == ("sliding_attention", "full_attention")
+    assert sliding.scale == 48**-0.5
+    assert full.head_norms is not None
+    assert [norm.source for norm in full.head_norms] == [f"model.layers.1.self_attn.{part}_norm" for part in "qk"]
+
+
+def test_a_table_of_its_own_and_a_turned_head() -> None:
+    decoder, one = described("qwen3"), np.ones((1, 1), np.float32)
+    recorder = walked(decoder, replace(calibrated(decoder), head_input=HeadInput(one, one, one[0])))
+    assert recorder.calls[0] == "rows = embed embedding"
+    assert recorder.calls[-2:] == ["turned = head_input final_norm", "logits = head turned by final_norm.sum"]
