@@ -133,7 +133,15 @@ _DECODE = {
     "llama_1b_decode": ("llama-1b decode", 0),
     "llama_1b_prompt_512": ("prompt of 512", 0),
 }
-_SHORT = ("mbq, 2 bits", "mbq, 4 bits", "mbq, 8 bits", "llama.cpp Q2_K", "llama.cpp Q4_0", "llama.cpp Q8_0")
+_SHORT = (
+    "mbq, 2 bits",
+    "mbq, 4 bits",
+    "mbq, 8 bits",
+    "llama.cpp Q2_K",
+    "llama.cpp Q4_0",
+    "llama.cpp Q6_K",
+    "llama.cpp Q8_0",
+)
 
 TABLES = {
     "reaches": Table("kl-divergence", _by_size(_columns(**_KL))),
