@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mbq_runtime.bundle.layout import NATIVE_LAYOUT
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from . import memory
@@ -78,7 +79,7 @@ class Plan:
         Args:
             avg_bits: average bits per weight.
         """
-        if self.layout == "mbq16":
+        if self.layout == NATIVE_LAYOUT:
             return avg_bits
         stored, at = 0.0, 0
         for width in self.profile.slices:

@@ -6,14 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import LOW_BITS, SMALLEST_ACTIVATION
 
 from .codes import F32, F64, I32, Sliced, decode
 
-LOW_BYTES = 256
+LOW_BYTES = 1 << LOW_BITS
 """Steps of an activation's low byte that make one of its high byte."""
-
-SMALLEST_ACTIVATION = np.float32(1e-30)
-"""A group whose largest activation is smaller counts as zero."""
 
 
 def quantize_activations(x: F32, group_size: int, bits: int = 16) -> tuple[NDArray[np.int16], F32]:
@@ -35,7 +33,7 @@ def quantize_activations(x: F32, group_size: int, bits: int = 16) -> tuple[NDArr
     m, k = x.shape
     groups = x.reshape(m, k // group_size, group_size).astype(np.float32)
     peak = np.abs(groups).max(axis=2)
-    peak = np.where(peak >= SMALLEST_ACTIVATION, peak, np.float32(0))
+    peak = np.where(peak >= np.float32(SMALLEST_ACTIVATION), peak, np.float32(0))
     step = (peak / np.float32(127 if bits == 8 else LOW_BYTES * 127)).astype(np.float32)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
     scaled = groups * inverse[:, :, None]

@@ -15,12 +15,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from .codes import F16, U8
-
-ROW_BLOCK = 16
-"""Rows of a block."""
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 

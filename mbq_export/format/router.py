@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codes import F16, F32, F64, I32
+from mbq_targets.constants import MEAN_SQUARE_EPS
 
-MEAN_SQUARE_EPS = 1e-12
-"""Added to the mean square of a router's input, so that its logarithm exists."""
+from .codes import F16, F32, F64, I32
 
 
 @dataclass(frozen=True)

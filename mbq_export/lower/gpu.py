@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.errors import ModelError
 from mbq_targets.gpu import attention as attention_kernels
 from mbq_targets.gpu import matmul, routing, sampling
@@ -28,7 +29,7 @@ from mbq_targets.machines import Gpu, Target
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import ROW_BLOCK, pack_planes, pack_scales
+from ..format.planes import pack_planes, pack_scales
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
 from ..transforms.rotation import HeadInput
@@ -69,7 +70,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Low
     """
     gpu, d = target.gpu, checkpoint.decoder
     assert gpu is not None
-    chunk, launches = gpu.tuning.chunk, Launches(calibrated.profile.depths)
+    chunk, launches = gpu.work_groups.chunk, Launches(calibrated.profile.depths)
     for name, numbers in (
         (STATE, TOKENS + chunk), (RESULT, 2), (ROUTING, 2 * chunk), ("order", chunk), (LOGITS, d.vocab_size)
     ):  # fmt: skip
@@ -101,7 +102,7 @@ class GpuBuilder(Builder[str]):
         self, checkpoint: Checkpoint, calibrated: Calibrated, gpu: Gpu, launches: Launches, *, tokens: int
     ) -> None:
         self.checkpoint, self.decoder = checkpoint, checkpoint.decoder
-        self.tuning, self.launches, self.tokens = gpu.tuning, launches, tokens
+        self.work_groups, self.launches, self.tokens = gpu.work_groups, launches, tokens
         self.profile, self.group_size = calibrated.profile, calibrated.group_size
         self.routed_parameters = sum(linear.parameters for linear in calibrated.units.values())
 
@@ -117,8 +118,8 @@ class GpuBuilder(Builder[str]):
             buffers["factors"] = self.launches.tensor("embedding.factors", factors)
             row_bytes += factors.nbytes
         kernel = matmul.gather(
-            f"gather_{self.tokens}", d.vocab_size, d.hidden_size, group, self.profile,
-            threads=self.tuning.token_threads, tokens=self.tokens, scaled=scaled,
+            f"gather_{self.tokens}", matmul.MatrixShape(d.vocab_size, d.hidden_size, group, self.profile),
+            self.work_groups.token_threads, self.tokens, scaled=scaled,
         )  # fmt: skip
         self.launches.launch(kernel, {**buffers, "x": x}, row_bytes)
         return x
@@ -127,8 +128,8 @@ class GpuBuilder(Builder[str]):
         return self._routed_norm(residual, branch, norm, feeds, last=False)
 
     def post_norm(self, branch: str, norm: Norm) -> str:
-        k, tokens = self.decoder.hidden_size, self.tokens
-        kernel = routing.plain_norm(f"post_norm_{tokens}", k, self.decoder.norm_eps, self.tuning.token_threads, tokens)
+        k, tokens, threads = self.decoder.hidden_size, self.tokens, self.work_groups.token_threads
+        kernel = routing.plain_norm(f"post_norm_{tokens}", k, self.decoder.norm_eps, threads, tokens)
         weight = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
         self.launches.launch(kernel, {"x": branch, "weight": weight}, 4 * k)
         return branch
@@ -156,12 +157,12 @@ class GpuBuilder(Builder[str]):
         name = f"attend_{tokens}{'' if attention.window is None else f'_window_{attention.window}'}"
         y = self.launches.scratch("attended", tokens * d.heads * d.head_dim)
         attend = attention_kernels.attend(
-            name, heads, attention.scale, attention.window, tokens=tokens, threads=self.tuning.attention_threads
+            name, heads, tokens, self.work_groups.attention_threads, scale=attention.scale, window=attention.window
         )
         self.launches.launch(attend, {"q": q, "y": y, **cache})
         k = d.heads * d.head_dim
         router, router_buffers, size = self._router(feeds)
-        route = routing.route(f"route_{tokens}", k, self.tuning.token_threads, tokens, router)
+        route = routing.route(f"route_{tokens}", k, self.work_groups.token_threads, tokens, router)
         self.launches.launch(route, {"x": y, **router_buffers}, size)
         return y
 
@@ -170,7 +171,12 @@ class GpuBuilder(Builder[str]):
         router, buffers, size = self._router(feeds)
         y = self.launches.scratch("gated", tokens * d.ffn_size)
         kernel = routing.gate(
-            f"gate_{tokens}", d.ffn_size, gate.activation, self.tuning.token_threads, tokens=tokens, router=router
+            f"gate_{tokens}",
+            d.ffn_size,
+            self.work_groups.token_threads,
+            tokens,
+            activation=gate.activation,
+            router=router,
         )
         self.launches.launch(kernel, {"stacked": stacked, "y": y, **buffers}, size)
         return y
@@ -179,7 +185,7 @@ class GpuBuilder(Builder[str]):
         return self._routed_norm(residual, branch, norm, feeds, last=True)
 
     def head_input(self, turn: HeadInput, x: str) -> str:
-        a, b, threads = len(turn.left), len(turn.right), self.tuning.token_threads
+        a, b, threads = len(turn.left), len(turn.right), self.work_groups.token_threads
         y = self.launches.scratch("turned", a * b)
         gain = self.launches.tensor("head_input.gain", turn.gain)
         steps: tuple[tuple[str, str, NDArray[np.float32], dict[str, str]], ...] = (
@@ -207,7 +213,8 @@ class GpuBuilder(Builder[str]):
             The buffer of the logits.
         """
         logits = self._linear(head, x, LOGITS)
-        kernel = sampling.argmax("argmax", self.decoder.vocab_size, self.tuning.token_threads, self.tuning.chunk)
+        groups = self.work_groups
+        kernel = sampling.argmax("argmax", self.decoder.vocab_size, groups.token_threads, groups.chunk)
         self.launches.launch(kernel, {"logits": logits, "result": RESULT})
         return logits
 
@@ -223,12 +230,12 @@ class GpuBuilder(Builder[str]):
         self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear, *, last: bool
     ) -> tuple[str, str]:
         """A norm and the router behind it.  last: of one token, which ``state`` names, in a chunk."""
-        k, tokens = self.decoder.hidden_size, self.tuning.chunk if last else self.tokens
+        k, tokens = self.decoder.hidden_size, self.work_groups.chunk if last else self.tokens
         router, buffers, size = self._router(feeds)
         y = self.launches.scratch("normed", k if last else tokens * k)
         kernel = routing.norm(
             f"norm_{'last' if last else tokens}{'_first' * (branch is None)}",
-            k, self.decoder.norm_eps, self.tuning.token_threads, tokens,
+            k, self.decoder.norm_eps, self.work_groups.token_threads, tokens,
             branch=branch is not None, router=router, last=last,
         )  # fmt: skip
         weight = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
@@ -265,15 +272,13 @@ class GpuBuilder(Builder[str]):
         self.launches.scratch(y, tokens * n)
         if tokens > 1:
             self.launches.launch(routing.order(f"order_{tokens}", tokens), {})
-        kernel = matmul.matmul(
-            f"matmul_{n}x{k}_{tokens}{'_bias' * bias}", n, k, self.group_size, self.profile,
-            tuning=self.tuning, tokens=tokens, bias=bias,
-        )  # fmt: skip
+        matrix = matmul.MatrixShape(n, k, self.group_size, self.profile)
+        kernel = matmul.matmul(f"matmul_{n}x{k}_{tokens}{'_bias' * bias}", matrix, self.work_groups, tokens, bias=bias)
         buffers = {"x": x, "y": y, **self._matrix(linear.unit.name, linear.sliced)}
         if linear.bias is not None:
             buffers["bias"] = self.launches.tensor(f"{linear.unit.name}.bias", linear.bias)
         depths = range(1, self.profile.depths + 1)
-        sizes = [matmul.weight_bytes(n, k, self.group_size, self.profile, depth) + 4 * n * bias for depth in depths]
+        sizes = [matmul.weight_bytes(matrix, depth) + 4 * n * bias for depth in depths]
         self.launches.launch(kernel, buffers, sizes)
         return y
 

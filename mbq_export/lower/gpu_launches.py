@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle import gpu_plan
-from mbq_runtime.bundle.tensors import PAGE_BYTES
+from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_targets.gpu.kernel import Kernel
 from mbq_targets.gpu.source import Source
 from mbq_targets.gpu.source import lower as to_text

@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..calibrate import Calibrated, RoutedLinear
@@ -55,7 +56,7 @@ def _pack_native(sliced: Sliced, profile: SliceProfile) -> dict[str, Array]:
     return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
 
 
-LAYOUTS = {"mbq16": Layout(_pack_native, portable=False), "nbits": Layout(pack_nbits, portable=True)}
+LAYOUTS = {NATIVE_LAYOUT: Layout(_pack_native, portable=False), PORTABLE_LAYOUT: Layout(pack_nbits, portable=True)}
 """By the layout's name in the manifest."""
 
 

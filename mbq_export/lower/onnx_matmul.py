@@ -21,9 +21,9 @@ from __future__ import annotations
 import onnx
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import SMALLEST_ACTIVATION
 
 from ..format.nbits import half_steps, packed_bits, step_ratios, weight_inputs
-from ..format.ops import SMALLEST_ACTIVATION
 from .onnx_text import floats, function, ints
 
 # accuracy_level of MatMulNBits: int8 activations.  Without them its 2-bit and 8-bit kernels are 100 times slower.
@@ -65,7 +65,7 @@ def _groups(group_size: int) -> str:
     grouping = Concat <axis = 0> (rows, groups, group)
     rest_1 = Reshape (flat_x, grouping)
     last = {ints(2)}
-    smallest = {floats(float(SMALLEST_ACTIVATION))}
+    smallest = {floats(SMALLEST_ACTIVATION)}
     levels = {floats(127)}
     """
 

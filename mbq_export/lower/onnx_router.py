@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import MEAN_SQUARE_EPS
 
-from ..format.router import MEAN_SQUARE_EPS
 from .onnx_text import floats, function, ints
 
 ROUTER_INPUTS = ("x", "avg_bits", "table", "bias", "norm_gain")

@@ -20,17 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from mbq_runtime.bundle.layout import KEY_LANES, ROW_BLOCK
 from mbq_runtime.bundle.tensors import Entry
 from mbq_targets.spec import KernelSpec
 
 from ..calibrate import Calibrated, RoutedLinear
-from ..format.planes import ROW_BLOCK
 from ..model.checkpoint import Checkpoint
 from ..transforms.rotation import HeadInput
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .tvm_weights import Array, collect, places
-
-_KEY_LANES = 16
 
 
 class Lowered(NamedTuple):
@@ -96,7 +94,7 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
         "past": ([1], "int64"),
         "avg_bits": ([1], "float32"),
         "used": ([1], "float32"),
-        "keys": ([d.layers, d.kv_heads, blocks, d.head_dim, _KEY_LANES], "float32"),
+        "keys": ([d.layers, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([d.layers, d.kv_heads, positions, d.head_dim], "float32"),
         "weights": ([max(entry.place + entry.size for entry in entries.values())], "uint8"),
     }

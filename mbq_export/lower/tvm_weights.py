@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
 from ..calibrate import Calibrated, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import ROW_BLOCK, pack_planes, pack_scales
+from ..format.planes import pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import MEAN_SQUARE_EPS
 
 from .. import processes
 from ..format.codes import Sliced
-from ..format.router import MEAN_SQUARE_EPS
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
 from ..model.blocks import lean_backward, require_finite
 from ..model.checkpoint import Checkpoint

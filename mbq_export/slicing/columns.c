@@ -6,7 +6,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { LANES = 16, MOST_DEPTHS = 8, MOST_COLUMNS = 128 };
+/* columns.py passes MBQ_CODE_BITS and MBQ_LARGEST_GROUP to the compiler. */
+enum { LANES = 16, MOST_DEPTHS = MBQ_CODE_BITS, MOST_COLUMNS = MBQ_LARGEST_GROUP };
 
 typedef float Lanes[LANES];
 

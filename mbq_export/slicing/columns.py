@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mbq_runtime.bundle.manifest import GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_targets.build import build_for_this_machine
 
@@ -194,5 +195,5 @@ def _compiled(device: torch.device) -> _Compiled | None:
     """None where torch's operations do the work."""
     if device.type != CPU:
         return None
-    library = build_for_this_machine(_SOURCE)
+    library = build_for_this_machine(_SOURCE, {"MBQ_CODE_BITS": CODE_BITS, "MBQ_LARGEST_GROUP": max(GROUP_SIZES)})
     return None if library is None else _Compiled(library)

@@ -14,14 +14,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_runtime.errors import BundleError, UsageError
 
 EXTERNAL_DATA = "model.onnx.data"
 INLINE_BYTES = 1024
 """Tensors up to this size are stored in model.onnx."""
-
-PAGE_BYTES = 4096
-"""External tensors start on a page.  Each is mapped by itself, and planes that are not read take no memory."""
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Builds the custom-op library of a target: kernels to an object, the shim beside it, one link.
+"""Builds the libraries of a target: TVM compiles the kernels, ziglang compiles the C code and links both.
 
-The compiler and linker come from pip (the ``ziglang`` package), so no system toolchain is needed
-and every target builds on every host.  A library depends on a ``KernelSpec`` and the target, not on
-the model: finished ones are kept in a cache.
+The compiler and the linker come from pip (the ``ziglang`` package). So no system toolchain is needed, and every target
+builds on every host. An op library depends on a ``KernelSpec`` and the target, not on the model. A cache keeps it.
 """
 
 from __future__ import annotations
@@ -14,18 +13,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mbq_runtime.bundle import layout
 from mbq_runtime.bundle.isa import this_machine
+from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BuildError
 
+from . import constants
 from .machines import Target, best_for
 from .spec import KernelSpec
 
 _ROOM = Path(__file__).parent
+_SHARED = (Path(__file__), Path(constants.__file__), Path(layout.__file__))
+"""Sources that every library depends on."""
 _SHIM = _ROOM / "ort_ops"
 _DRIVERS = _ROOM / "tvm_ops"
 _EXPORTS = ("RegisterCustomOps", "mbq_ops_build_info", "mbq_set_threads", "mbq_wake_threads")
@@ -33,14 +37,20 @@ _COMPILER_FLAGS = (
     "-shared", "-fPIC", "-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror",
     "-fno-sanitize=all", "-ffunction-sections", "-Wl,--gc-sections",
 )  # fmt: skip
-_TOOL_LINES = 6  # of a failing tool's output that an error repeats
+_TOOL_LINES = 6
+"""An error repeats this many lines of a failing tool's output."""
 
 
 def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
-    """Write the library of ``target`` to ``out`` (atomically).
+    """Write the custom-op library for ONNX Runtime.
 
-    Raises BuildError for a target without native library, or when a tool fails; the message ends with the tool's
-    last lines.
+    Args:
+        target: row of the table of machines, with a native library.
+        spec: slices, group size and activation bits of the model.
+        out: file to write. It is never seen half written.
+
+    Raises:
+        BuildError: the target has no native library, or a tool fails. The message ends with the tool's last lines.
     """
     if not target.native:
         raise BuildError(f"target {target.name}: it has no native library to build; choose another target")
@@ -54,7 +64,7 @@ def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
 
 
 def _cached(name: str, make: Callable[[Path], Path]) -> Path:
-    """The file of the cache with that name; where there is none yet, what ``make`` writes to the folder it is given."""
+    """A file of the cache. If it is missing, ``make`` writes it to the folder that it gets and returns its path."""
     cached = cache_dir() / name
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +74,7 @@ def _cached(name: str, make: Callable[[Path], Path]) -> Path:
 
 
 def _place(source: Path, destination: Path) -> None:
-    """Copy so that ``destination`` is never seen half written."""
+    """Copy a file by renaming a finished copy, so that ``destination`` is never seen half written."""
     with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as file:
         partial = Path(file.name)
     try:
@@ -75,32 +85,39 @@ def _place(source: Path, destination: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def build_for_this_machine(source: Path) -> Path | None:
-    """The library that one C file makes, for this machine alone; None for a machine that is no target.
+def build_for_this_machine(source: Path, defines: Mapping[str, int]) -> Path | None:
+    """Compile one C file for this machine and return the library. None if the machine is no native target.
 
-    Raises BuildError as ``build_ops_library`` does.
+    Args:
+        source: the C file.
+        defines: {macro: value} for the compiler.
+
+    Raises:
+        BuildError: as for ``build_ops_library``.
     """
     target = best_for(this_machine())
     if not target.native:
         return None
 
+    macros = tuple(f"-D{name}={value}" for name, value in defines.items())
+
     def make(folder: Path) -> Path:
         library = folder / "library.so"
-        # The same figures on every machine: no multiplication is one with the addition behind it.
-        flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off")
+        # Without contraction of a product and a sum into one instruction, every machine computes the same numbers.
+        flags = ("-O3", f"-mcpu={target.cpu.replace('-', '_')}", "-ffp-contract=off", *macros)
         _link(target, folder, [source], flags, library)
         return library
 
     try:
-        return _cached(f"here/{_key(target, source.read_text(), ())}.so", make)
+        return _cached(f"here/{_key(target, source.read_text() + ' '.join(macros), ())}.so", make)
     except OSError as error:
         raise BuildError(f"{source.name} for this machine: {error}; check space and permissions") from error
 
 
 def _key(target: Target, content: str, sources: tuple[str, ...]) -> str:
-    """Hash of everything a file is made from.  sources: patterns below this folder."""
+    """Hash of everything that a file is made from. sources: patterns below this folder."""
     digest = hashlib.sha256()
-    for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), Path(__file__)]):
+    for path in sorted([*(path for pattern in sources for path in _ROOM.glob(pattern)), *_SHARED]):
         source = path.read_bytes()
         digest.update(f"{path.name} {len(source)}\n".encode() + source)
     tools = [f"{name} {_version(name)}" for name in ("apache-tvm", "ziglang")]
@@ -116,10 +133,16 @@ def _version(package: str) -> str:
 
 
 def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> None:
-    """Write a whole decoder as one library: the Relax ``module``, and the kernels it calls.
+    """Write a whole decoder as one library: its Relax functions and the kernels that they call.
 
-    module: of functions and of the operations of ``tvm_ops``, for the same ``spec``.
-    Raises BuildError as ``build_ops_library`` does.
+    Args:
+        target: row of the table of machines, with a native library.
+        spec: slices, group size and activation bits of the model.
+        module: IRModule of Relax functions and of the operations of ``tvm_ops``, made for the same ``spec``.
+        out: file to write. It is never seen half written.
+
+    Raises:
+        BuildError: as for ``build_ops_library``.
     """
     import tvm
 
@@ -154,7 +177,7 @@ def _build(target: Target, spec: KernelSpec, folder: Path) -> Path:
 
 
 def _link(target: Target, folder: Path, inputs: list[Path], flags: tuple[str, ...], library: Path) -> None:
-    """C sources and object files to a library.  folder: where mbq_config.h is."""
+    """Compile and link C sources and object files to a library. folder: holds mbq_config.h."""
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, *_COMPILER_FLAGS, *flags]
     command += [f"-I{folder}", f"-I{_SHIM}", *map(str, inputs), "-lm", "-o", str(library)]
     zig_cache = str(cache_dir() / "zig")
@@ -169,10 +192,10 @@ def _last_lines(text: str) -> str:
 
 
 def _kernels(target: Target, spec: KernelSpec) -> Path:
-    """The kernels' object file, from the cache or compiled into it."""
+    """The object file of the kernels. It is compiled if the cache does not have it."""
 
     def make(folder: Path) -> Path:
-        # The compiler takes seconds to import, which a cached file does not need.
+        # A cached file must not wait for the import of the compiler, which takes seconds.
         from .kernels.isa import ISAS
         from .kernels.module import build_module
 
@@ -194,8 +217,15 @@ def _compiled(module: Any, target: Target) -> Any:
 
 
 def config_header(target: Target, spec: KernelSpec) -> str:
-    """``mbq_config.h``: what the shim must know about the kernels it is linked with."""
+    """The text of ``mbq_config.h``: every number that the C code shares with Python, as ``MBQ_NAME``.
+
+    Args:
+        target: row of the table of machines.
+        spec: slices, group size and activation bits of the model.
+    """
+    from .kernels import router
     from .kernels.activations import TILE_K
+    from .kernels.emit import LANES
     from .kernels.matmul import SCRATCH_BYTES
 
     def braces(values: tuple[int, ...]) -> str:
@@ -205,6 +235,15 @@ def config_header(target: Target, spec: KernelSpec) -> str:
     defines = {
         "GROUP": spec.group_size,
         "ACTIVATION_BYTES": spec.activation_bytes,
+        "CODE_BITS": CODE_BITS,
+        "ROW_BLOCK": layout.ROW_BLOCK,
+        "LANES": LANES,
+        "ROUTER_STEP": router.STEP,
+        "MAX_HIDDEN": constants.MAX_HIDDEN,
+        "MEAN_SQUARE_EPS": constants.MEAN_SQUARE_EPS,
+        "FEW_TOKENS": constants.FEW_TOKENS,
+        "MAX_THREADS": constants.MAX_THREADS,
+        "PIECES_PER_THREAD": constants.PIECES_PER_THREAD,
         "TILE_K": TILE_K,
         "SCRATCH_BYTES": SCRATCH_BYTES,
         "DEPTHS": profile.depths,

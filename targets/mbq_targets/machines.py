@@ -1,6 +1,6 @@
-"""The machines this project builds for: one row each.
+"""The machines that this project builds for, one row each. No other file lists targets.
 
-A new board is a new row; nothing else in the project lists targets.
+``docs/extending/board.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mbq_runtime.bundle.isa import Machine, this_machine
+from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from mbq_runtime.errors import UsageError
 
-from .gpu.work_groups import Tuning
+from .gpu.work_groups import WorkGroups
 
-_GLIBC = "gnu.2.28"  # the oldest the pip wheels of ONNX Runtime support
+_GLIBC = "gnu.2.28"
+"""The oldest C library that the wheels of ONNX Runtime support."""
 
 _DOTPROD = ("asimd", "asimddp")
 _AVX2 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm")
@@ -21,15 +23,18 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "a
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.  engine: what runs the bundle there.
+    """A kind of GPU.
 
-    For estimates alone, and 0 where there is no one chip: chip, an example; its memory bandwidth in GB/s,
-    from its maker's product page; its float32 rate in Gflop/s, lanes times clock times two.  Qualcomm and
-    MediaTek publish neither lanes nor clock, so those two rates are what reviewers derived.
+    engine: "opencl" or "webgpu", which runs the bundle.
+    work_groups: sizes of the work-groups of its kernels.
+    chip: an example, for estimates only. "" if the row has no single chip.
+    bandwidth_gb_s: memory bandwidth of the chip in GB/s, from its maker's product page. 0: unknown.
+    rate_gflop_s: float32 rate of the chip in Gflop/s: lanes times clock times two. Reviewers derived those of Qualcomm
+        and MediaTek, who publish neither number. 0: unknown.
     """
 
     engine: str
-    tuning: Tuning
+    work_groups: WorkGroups
     chip: str = ""
     bandwidth_gb_s: float = 0.0
     rate_gflop_s: float = 0.0
@@ -42,12 +47,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Target:
-    """What a machine is to the compiler and to the loader.
+    """A machine, as the compiler and the loader of bundles see it.
 
-    arch: "aarch64", "x86_64" or "any"; cpu, llvm_features: LLVM's names;
-    features: what the board must have, named as in /proc/cpuinfo; isa: a row of
-    ``kernels.isa.ISAS``, or "" for a target that has no native library; gpu: set where the model runs on
-    a GPU, whatever the processor is.
+    name: what ``--target`` takes.
+    arch: "aarch64", "x86_64", or "any" for a target without a native library.
+    cpu: LLVM's name of the core.
+    features: what the board must have, in the names of /proc/cpuinfo.
+    isa: a key of ``kernels.isa.ISAS``, or "" for a target without a native library.
+    description: one line for ``--help``.
+    llvm_features: LLVM's names of features that ``cpu`` does not imply.
+    gpu: the GPU that the model runs on, or None.
     """
 
     name: str
@@ -60,7 +69,11 @@ class Target:
     gpu: Gpu | None = None
 
     def engines(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """What a bundle for this target runs on where ``asked`` is: a GPU has an engine of its own."""
+        """The engines of a bundle for this target. A GPU has an engine of its own.
+
+        Args:
+            asked: the engines that the user asked for.
+        """
         return (self.gpu.engine,) if self.gpu else asked
 
     @property
@@ -70,29 +83,29 @@ class Target:
 
     @property
     def layout(self) -> str:
-        """How weights are stored: "mbq16" (planes for our kernels) or "nbits" (stock operators)."""
-        return "mbq16" if self.native or self.gpu else "nbits"
+        """How weights are stored: planes for our kernels, or operands of stock operators."""
+        return NATIVE_LAYOUT if self.native or self.gpu else PORTABLE_LAYOUT
 
     @property
     def triple(self) -> str:
-        """The linker's name of the platform, with the oldest C library the result runs on."""
+        """The linker's name of the platform, with the oldest C library that the result runs on."""
         return f"{self.arch}-linux-{_GLIBC}"
 
     @property
     def llvm(self) -> dict[str, object]:
-        """The kernel compiler's target description."""
+        """TVM's description of the machine."""
         target: dict[str, object] = {"kind": "llvm", "mtriple": f"{self.arch}-linux-gnu", "mcpu": self.cpu}
         if self.llvm_features:
             target["mattr"] = [f"+{feature}" for feature in self.llvm_features]
         return target
 
 
-# Tuned on paper, from what the makers say of their cores: a wave is 64 or 128 items on Adreno, 16 on Mali, 32 on
-# NVIDIA's; Mali has 64 registers an item at full occupancy, hence the small tile.
-_ADRENO = Tuning(rows=4, splits=16, tile=8, token_threads=64, attention_threads=64)
-_MALI = Tuning(rows=4, splits=16, tile=4, token_threads=64, attention_threads=64)
-_NVIDIA = Tuning(rows=4, splits=16, tile=8, token_threads=128, attention_threads=64)
-_ANY_GPU = Tuning(rows=4, splits=8, tile=4, token_threads=64, attention_threads=64)
+# From the makers' documents, not measured. A wave has 64 or 128 items on Adreno, 16 on Mali, 32 on NVIDIA. Mali has 64
+# registers per item at full occupancy, so its tile is small.
+_ADRENO = WorkGroups(rows=4, splits=16, tile=8, token_threads=64, attention_threads=64)
+_MALI = WorkGroups(rows=4, splits=16, tile=4, token_threads=64, attention_threads=64)
+_NVIDIA = WorkGroups(rows=4, splits=16, tile=8, token_threads=128, attention_threads=64)
+_ANY_GPU = WorkGroups(rows=4, splits=8, tile=4, token_threads=64, attention_threads=64)
 
 _ROWS = (
     Target(
@@ -125,7 +138,7 @@ _ROWS = (
         gpu=Gpu("opencl", _MALI, "RK3588, Mali-G610 MP4, LPDDR4X-4224", 33.8, 512),
     ),
     Target(
-        # Through Vulkan, which JetPack has; it has no OpenCL, and CUDA would need its compiler on the board.
+        # JetPack has Vulkan and no OpenCL. CUDA would need its compiler on the board.
         "jetson-orin-gpu", "any", "", (), "", "the GPU of Jetson Orin Nano, NX, AGX, through WebGPU on Vulkan",
         gpu=Gpu("webgpu", _NVIDIA, "Jetson Orin Nano 8GB", 68, 1280),
     ),
@@ -138,12 +151,16 @@ _ROWS = (
 
 TARGETS: dict[str, Target] = {target.name: target for target in _ROWS}
 
-# What "host" may become, the best first.
 _HOST_ORDER = ("x86-64-v4", "x86-64-v3-vnni", "x86-64-v3", "arm64-i8mm", "arm64", "rpi4")
+"""The targets that "host" chooses from, the fastest first."""
 
 
 def best_for(machine: Machine) -> Target:
-    """The fastest target ``machine`` can run; "portable" if it can run none of the native ones."""
+    """The fastest target that a machine can run: "portable" if it can run no native one.
+
+    Args:
+        machine: its architecture and features.
+    """
     for name in _HOST_ORDER:
         target = TARGETS[name]
         if target.arch == machine.arch and machine.features.issuperset(target.features):
@@ -152,9 +169,13 @@ def best_for(machine: Machine) -> Target:
 
 
 def resolve(name: str) -> Target:
-    """The target called ``name``; "host" is the best one for this machine.
+    """The target of that name.
 
-    Raises UsageError, naming the known targets.
+    Args:
+        name: a key of ``TARGETS``, or "host" for the best one for this machine.
+
+    Raises:
+        UsageError: no target has that name.
     """
     if name == "host":
         return best_for(this_machine())

@@ -1,4 +1,4 @@
-"""What a model asks of the kernels, besides the machine."""
+"""What the kernels of a model depend on, apart from the machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from mbq_runtime.errors import BuildError
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """group_size: weights per scale; activation_bits: of the integers that activations are rounded to.
+    """What the kernels of one model are compiled for.
 
-    Raises BuildError for a value without kernels.
+    profile: bits of each slice.
+    group_size: weights that share a scale.
+    activation_bits: bits of the integers that activations are rounded to.
+
+    Raises:
+        BuildError: no kernels exist for the group size or the activation bits.
     """
 
     profile: SliceProfile
@@ -31,6 +36,7 @@ class KernelSpec:
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes of a rounded activation."""
         return self.activation_bits // 8
 
     def __str__(self) -> str:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import click
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.kernels.isa import ISAS
-from mbq_targets.kernels.layout import ROW_BLOCK
 from mbq_targets.kernels.module import PREFIX, build_module, depth_plans
 from mbq_targets.machines import TARGETS, Target
 from mbq_targets.spec import KernelSpec

@@ -41,9 +41,9 @@ def _show(bundle: Path) -> None:
     print(f"\n{manifest.model.name} on {name} ({gpu.dialect}; {gpu.chip or 'no one chip'})")
     print(f"  {len(launches)} launches a token: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     print(
-        f"  matmul: work-groups of {gpu.tuning.matmul_threads} items "
-        f"({16 // gpu.tuning.rows} x {gpu.tuning.rows} rows, {gpu.tuning.splits} parts of K), "
-        f"{min(groups)} to {max(groups)} of them; prompt: {plan.chunk} tokens a pass in tiles of {gpu.tuning.tile}"
+        f"  matmul: work-groups of {gpu.work_groups.matmul_threads} items "
+        f"({16 // gpu.work_groups.rows} x {gpu.work_groups.rows} rows, {gpu.work_groups.splits} parts of K), "
+        f"{min(groups)} to {max(groups)} of them; prompt: {plan.chunk} tokens a pass in tiles of {gpu.work_groups.tile}"
     )
     full = plan.bytes_per_token(manifest.profile.depths)
     for depth, bits in enumerate(manifest.profile.depth_bits, 1):

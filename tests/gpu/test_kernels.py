@@ -16,10 +16,10 @@ from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.gpu import attention, matmul, sampling
 from mbq_targets.gpu import routing as rules
-from mbq_targets.gpu.work_groups import Tuning
+from mbq_targets.gpu.work_groups import WorkGroups
 
 PROFILES = [SliceProfile((3, 1, 2, 2)), SliceProfile((2, 2, 2, 2))]
-TUNINGS = [Tuning(4, 8, 8, 64, 32), Tuning(1, 4, 2, 32, 16), Tuning(2, 8, 4, 64, 64)]
+WORK_GROUPS = [WorkGroups(4, 8, 8, 64, 32), WorkGroups(1, 4, 2, 32, 16), WorkGroups(2, 8, 4, 64, 64)]
 CHUNK = 16
 # Float32 sums in another order than the definition's, of the sum of |terms|.
 RELATIVE = 2e-6
@@ -48,19 +48,21 @@ def exact_matmul(x: F32, depth: Any, sliced: Sliced, profile: SliceProfile) -> t
 
 
 @pytest.mark.parametrize(
-    ("profile", "tuning", "n", "k", "group"),
+    ("profile", "work_groups", "n", "k", "group"),
     [
-        (PROFILES[0], TUNINGS[0], 40, 576, 64),
-        (PROFILES[1], TUNINGS[0], 200, 256, 128),
-        (PROFILES[0], TUNINGS[1], 16, 96, 32),
-        (PROFILES[1], TUNINGS[2], 25, 192, 64),
+        (PROFILES[0], WORK_GROUPS[0], 40, 576, 64),
+        (PROFILES[1], WORK_GROUPS[0], 200, 256, 128),
+        (PROFILES[0], WORK_GROUPS[1], 16, 96, 32),
+        (PROFILES[1], WORK_GROUPS[2], 25, 192, 64),
     ],
 )
-def test_matmul_of_one_token(runner: Runner, profile: SliceProfile, tuning: Tuning, n: int, k: int, group: int) -> None:
+def test_matmul_of_one_token(
+    runner: Runner, profile: SliceProfile, work_groups: WorkGroups, n: int, k: int, group: int
+) -> None:
     rng = np.random.default_rng(n)
     sliced, bias = weight(rng, n, k, group), rng.standard_normal(n).astype(np.float32)
     x = rng.standard_normal((1, k)).astype(np.float32)
-    kernel = matmul.matmul("m", n, k, group, profile, tuning, 1, bias=True)
+    kernel = matmul.matmul("m", matmul.MatrixShape(n, k, group, profile), work_groups, 1, bias=True)
     for depth in range(1, profile.depths + 1):
         arrays = {"x": x, "routing": routing([depth]), **stored(sliced, profile), "bias": bias}
         # What deeper planes hold makes no difference.
@@ -73,8 +75,10 @@ def test_matmul_of_one_token(runner: Runner, profile: SliceProfile, tuning: Tuni
         assert np.abs(y - defined - bias).max() <= 2.0**-13 * size.max()
 
 
-@pytest.mark.parametrize(("profile", "tuning"), list(zip([*PROFILES, PROFILES[0]], TUNINGS, strict=True)))
-def test_matmul_of_a_chunk_with_a_depth_for_each_token(runner: Runner, profile: SliceProfile, tuning: Tuning) -> None:
+@pytest.mark.parametrize(("profile", "work_groups"), list(zip([*PROFILES, PROFILES[0]], WORK_GROUPS, strict=True)))
+def test_matmul_of_a_chunk_with_a_depth_for_each_token(
+    runner: Runner, profile: SliceProfile, work_groups: WorkGroups
+) -> None:
     rng = np.random.default_rng(1)
     n, k, group, count = 72, 320, 64, 13
     sliced = weight(rng, n, k, group)
@@ -85,7 +89,7 @@ def test_matmul_of_a_chunk_with_a_depth_for_each_token(runner: Runner, profile: 
         rules.order("o", CHUNK), {"routing": routing(depth), "state": now, "order": np.zeros(CHUNK, np.int32)}, "order"
     )
     np.testing.assert_array_equal(order[:count], np.argsort(depth[:count], kind="stable"))
-    kernel = matmul.matmul("m", n, k, group, profile, tuning, CHUNK)
+    kernel = matmul.matmul("m", matmul.MatrixShape(n, k, group, profile), work_groups, CHUNK)
     arrays = {"x": x, "routing": routing(depth), "order": order, "state": now, **stored(sliced, profile)}
     (y,) = runner(kernel, arrays | {"y": np.full((CHUNK, n), 7, np.float32)}, "y")
     want, size = exact_matmul(x, depth, sliced, profile)
@@ -102,7 +106,8 @@ def test_gather(runner: Runner, profile: SliceProfile) -> None:
     used = routing([1] * 4) + np.array([0, 5], np.int32)
     arrays = {"state": state(count=4, tokens=tokens), "factors": factors, "routing": used, **stored(sliced, profile)}
     arrays["x"] = np.zeros((4, k), np.float32)
-    x, cleared = runner(matmul.gather("g", n, k, group, profile, 32, 4, scaled=True), arrays, "x", "routing")
+    kernel = matmul.gather("g", matmul.MatrixShape(n, k, group, profile), 32, 4, scaled=True)
+    x, cleared = runner(kernel, arrays, "x", "routing")
     want = sliced_gather(tokens.astype(np.int64), sliced, profile, profile.depths) * factors
     np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
     assert (cleared[:, 1] == 0).all()
@@ -128,7 +133,8 @@ def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int)
 
 def router_arrays(params: RouterParams, profile: SliceProfile, share: float = 0.25) -> dict[str, Any]:
     shape = rules.RouterShape(profile, 0 if params.w1 is None else len(params.w1))
-    arrays: dict[str, Any] = {"parameters": shape.pack(share, 0, params.bias, params.norm_gain, params.b1, params.w2)}
+    packed = shape.pack(share, 0, params.bias, params.norm_gain, b1=params.b1, w2=params.w2)
+    arrays: dict[str, Any] = {"parameters": packed}
     return arrays if params.w1 is None else {**arrays, "w1": rules.pack_w1(params.w1)}
 
 
@@ -219,7 +225,7 @@ def test_gate_and_its_router(runner: Runner, activation: str) -> None:
         "stacked": stacked, "y": np.zeros((tokens, k), np.float32), "routing": routing(np.zeros(tokens)),
         "state": state(count=tokens, threshold=1.3, tokens=[0] * tokens), **router_arrays(params, profile),
     }  # fmt: skip
-    kernel = rules.gate("g", k, activation, 64, tokens, rules.RouterShape(profile, 0))
+    kernel = rules.gate("g", k, 64, tokens, activation=activation, router=rules.RouterShape(profile, 0))
     y, after = runner(kernel, arrays, "y", "routing")
     np.testing.assert_allclose(y, want, rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(after[:, 0], depth_by(params, want.astype(np.float32), 1.3))
@@ -269,7 +275,7 @@ def test_rotation_and_cache(runner: Runner, rotated: int, normed: bool) -> None:
 def test_attention(runner: Runner, heads: int, kv_heads: int, width: int, threads: int, window: int | None) -> None:
     rng = np.random.default_rng(8)
     shape, tokens, count, context = attention.Heads(heads, kv_heads, width, width), 4, 3, 50
-    kernel = attention.attend("a", shape, width**-0.5, window, tokens, threads)
+    kernel = attention.attend("a", shape, tokens, threads, scale=width**-0.5, window=window)
     q = rng.standard_normal((tokens, heads, width)).astype(np.float32) * 3
     keys, values = rng.standard_normal((2, context, kv_heads, width)).astype(np.float32)
     for position in (0, 37):

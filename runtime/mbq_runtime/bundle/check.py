@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ..errors import BundleError
 from .gpu_plan import FOLDER, read_plan
+from .layout import ROW_BLOCK
 from .manifest import GPU_FILES, Linear, Manifest
 from .onnx_file import FLOAT16, UINT8, Tensor, initializers
 from .tensors import WEIGHTS, read_entries
-
-_ROW_BLOCK = 16
 
 _Kind = tuple[int, tuple[int, ...]]
 """Element type and shape."""
@@ -106,9 +105,9 @@ def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
         linear: the matrix.
         group_size: columns that share a scale.
     """
-    blocks = -(-linear.N // _ROW_BLOCK)
-    planes = (blocks * _ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
-    scales = (blocks, linear.K // group_size, 2, _ROW_BLOCK)
+    blocks = -(-linear.N // ROW_BLOCK)
+    planes = (blocks * ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
+    scales = (blocks, linear.K // group_size, 2, ROW_BLOCK)
     return (UINT8, planes), (FLOAT16, scales)
 
 

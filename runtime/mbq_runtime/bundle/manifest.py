@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ..errors import BundleError, UsageError
+from .layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from .schema import decode
 from .slice_profile import SliceProfile
 from .tensors import WEIGHTS
@@ -28,13 +29,12 @@ FORMAT_VERSION = 1
 GROUP_SIZES = (32, 64, 128)
 ACTIVATION_BITS = (8, 16)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
-NATIVE_LAYOUT = "mbq16"
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
-    "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), "nbits": ("model.onnx",)},
+    "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), PORTABLE_LAYOUT: ("model.onnx",)},
     "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},
     "opencl": {NATIVE_LAYOUT: GPU_FILES},
     "webgpu": {NATIVE_LAYOUT: GPU_FILES},

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import BundleError
+from .layout import PAGE_BYTES
 
 WEIGHTS = "decoder.safetensors"
-PAGE_BYTES = 4096
 _LINE_BYTES = 64
 _MAX_HEADER_BYTES = 64 << 20
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
@@ -25,7 +26,6 @@ from .imports import engine_errors
 from .sampling import Sampler
 from .tokenizer import Tokenizer
 
-_KEY_LANES = 16  # positions in a block of keys
 _RUNTIME = "libtvm_runtime.so"
 _CPU = 1  # number of the device in DLPack
 _POOLED = 2  # kind of memory: the VM keeps what it allocated for the next pass
@@ -102,7 +102,7 @@ class _Run:
     def __init__(
         self, backend: Backend, length: int, budget: NDArray[np.float32], sampler: Sampler, every: bool
     ) -> None:
-        b, blocks = backend, -(-length // _KEY_LANES)
+        b, blocks = backend, -(-length // KEY_LANES)
         self._backend, self._length, self._sampler, self._every = backend, length, sampler, every
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
@@ -111,8 +111,8 @@ class _Run:
             self._past,
             self._budget_of_pass,
             self._used,
-            np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, _KEY_LANES), np.float32),
-            np.zeros((b.layers, b.kv_heads, blocks * _KEY_LANES, b.head_dim), np.float32),
+            np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32),
+            np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32),
         ]
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None

@@ -1,4 +1,4 @@
-"""Rotation, the cache of keys and values, and attention over it."""
+"""Rotation of queries and keys, the cache of keys and values, and attention over it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ _LOWEST = -3e38
 
 @dataclass(frozen=True)
 class Heads:
-    """heads, kv_heads: how many; head_dim: their width; rotated: how many of a head's first numbers turn."""
+    """The heads of an attention.
+
+    heads: query heads.
+    kv_heads: heads of keys and of values.
+    head_dim: width of a head.
+    rotated: how many of the first numbers of a head are rotated.
+    """
 
     heads: int
     kv_heads: int
@@ -38,15 +44,23 @@ class Heads:
 
     @property
     def all(self) -> int:
+        """Heads of queries, keys and values together."""
         return self.heads + 2 * self.kv_heads
 
 
 def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float | None = None) -> Kernel:
-    """qkv f32 [tokens, heads + 2 kv_heads, head_dim] -> q f32 [tokens, heads, head_dim], and keys and values to
-    their caches f32 [context, kv_heads, head_dim], at the pass's positions.
+    """Rotates queries and keys. Writes keys and values to their caches at the positions of the pass.
 
-    rotary: f32 [context, 2, rotated / 2], cos and sin.  norm_eps: of an RMS norm over each head of q and k before
-    they turn, norms: f32 [2, head_dim]; None for none.
+    Buffers: qkv float32 [tokens, heads + 2 kv_heads, head_dim]; rotary float32 [context, 2, rotated / 2], cos and sin;
+    norms float32 [2, head_dim]; q float32 [tokens, heads, head_dim]; keys and values float32
+    [context, kv_heads, head_dim].
+
+    Args:
+        name: the kernel's name.
+        shape: the heads.
+        tokens: rows.
+        threads: work-items for each head of a token.
+        norm_eps: added to the mean square in an RMS norm over each head of q and k before the rotation. None: no norm.
     """
     width, half = shape.head_dim, shape.rotated // 2
     buffers = {"qkv": ("float32", tokens * shape.all * width), "rotary": ("float32", ANY_SIZE)}
@@ -82,7 +96,7 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
                 return bind(v if factor is None else v * factor * of["norms"][part * width + i])
 
             def turned(i: Expr, part: int) -> None:
-                """The number i of a head of q (part 0) or k (part 1), to its place."""
+                """Write number i of a head of q (part 0) or k (part 1)."""
                 result = registers(1)
                 put(result, 0, value(i, part))
                 with when(i < shape.rotated):
@@ -97,7 +111,7 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
                 else:
                     put(of["keys"], (position * shape.kv_heads + head - shape.heads) * width + i, result[0])
 
-            # Behind the pass's last token there may be no room in the cache.
+            # The cache may have no room behind the last token of the pass.
             with when(token < of["state"][COUNT]), strided(item, width, threads) as i:
                 with when(head < shape.heads):
                     turned(i, 0)
@@ -110,12 +124,19 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
     return Kernel(name, grid, threads, body)
 
 
-def attend(name: str, shape: Heads, scale: float, window: int | None, tokens: int, threads: int) -> Kernel:
-    """q f32 [tokens, heads, head_dim], keys and values f32 [context, kv_heads, head_dim] -> y as q.
+def attend(name: str, shape: Heads, tokens: int, threads: int, *, scale: float, window: int | None) -> Kernel:
+    """q float32 [tokens, heads, head_dim], keys and values float32 [context, kv_heads, head_dim] -> y as q.
 
-    A work-group holds one head of one token and goes through the cache ``threads`` positions at a
-    time with a running maximum; then its items change from positions to columns of the result.
-    window: positions a token sees, itself included; None for all.
+    A work-group handles one head of one token. It reads the cache ``threads`` positions at a time and keeps a running
+    maximum. A work-item first computes the score of a position, then columns of the result.
+
+    Args:
+        name: the kernel's name.
+        shape: the heads.
+        tokens: rows.
+        threads: positions at a time, and work-items of a work-group.
+        scale: factor of q . k.
+        window: positions that a token sees, itself included. None: all.
     """
     width, quads = shape.head_dim, shape.head_dim // 4
     per_item = -(-width // threads)
@@ -143,7 +164,7 @@ def attend(name: str, shape: Heads, scale: float, window: int | None, tokens: in
             query, scores, shares = shared(quads, "float32x4"), shared(threads), shared(threads)
             with strided(item, quads, threads) as i:
                 put(query, i, q[(token * shape.heads + head) * quads + i])
-            running = registers(2)  # maximum, sum of exponentials
+            running = registers(2)  # the maximum, and the sum of exponentials
             put(running, 0, const(_LOWEST, "float32"))
             put(running, 1, const(0, "float32"))
             result = registers(per_item)
@@ -180,7 +201,7 @@ def attend(name: str, shape: Heads, scale: float, window: int | None, tokens: in
                 with T.serial(0, threads) as i:
                     share = bind(shares[i])
                     put(running, 1, running[1] + share)
-                    # Beyond the last position the cache holds anything, NaN too, which a share of 0 would keep.
+                    # Behind the last position the cache may hold NaN, and 0 times NaN is NaN.
                     row = bind(T.Select(at + i <= last, at + i, last) * shape.kv_heads + kv)
                     for c in range(per_item):
                         column = bind(item.thread + c * threads)

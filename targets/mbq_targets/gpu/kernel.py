@@ -1,4 +1,4 @@
-"""What the device kernels share: their frame, reductions over a work-group, and float16 in 32-bit words."""
+"""What the GPU kernels share: their frame, reductions over a work-group, and float16 in 32-bit words."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from tvm.tirx.script import builder as T
 
 from ..kernels.emit import Expr, bind, cast, const, reinterpret, splat
 
-# Words of the state buffer.
 POSITION, COUNT, ROW, THRESHOLDS, TOKENS = 0, 1, 2, 4, 8
-"""position: tokens in the cache before this pass; count: tokens of this pass; row: the one whose logits are
-wanted; then the threshold of each table (the bits of a float32) and the ids of the pass's tokens.
+"""Words of the buffer ``state``, int32.
 
-The buffer ``routing``, int32 [tokens, 2], goes with it: the depth the last router gave a token, and the bits
-all of them so far made it use, weighted by share (the bits of a float32)."""
+POSITION: tokens in the cache before this pass. COUNT: tokens of this pass. ROW: the token whose logits are wanted. From
+THRESHOLDS on: the threshold of each table, as the bits of a float32. From TOKENS on: the ids of the tokens.
+
+The buffer ``routing`` is int32 [tokens, 2]: the depth that the last router gave a token, and the bits that the token
+has used so far, weighted by the share of each matrix, as the bits of a float32."""
 
 MAX_TABLES = TOKENS - THRESHOLDS
+"""The most tables of thresholds of a model."""
 
-ANY_SIZE = 1 << 30  # elements of a buffer whose length is known only on the device
+ANY_SIZE = 1 << 30
+"""Elements of a buffer whose length is known only on the device."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel before it is lowered.  grid: work-groups; threads: items in each."""
+    """One kernel before it is lowered.
+
+    name: its function, without the suffix ``_kernel``.
+    grid: work-groups (x, y).
+    threads: work-items in each work-group.
+    """
 
     name: str
     grid: tuple[int, int]
@@ -38,7 +46,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Item:
-    """Where a work-item stands: work-group (x, y), and its number in the group."""
+    """The place of a work-item.
+
+    x: work-group along x.
+    y: work-group along y.
+    thread: number of the work-item in its work-group.
+    """
 
     x: Expr
     y: Expr
@@ -47,7 +60,14 @@ class Item:
 
 @contextmanager
 def frame(name: str, buffers: dict[str, tuple[str, int]], grid: tuple[int, int], threads: int) -> Iterator[Any]:
-    """A device function over ``buffers`` {name: (element type, elements)}; yields the buffers, then the item."""
+    """Open a device function. Yields its buffers, then the ``Item``.
+
+    Args:
+        name: the function's name.
+        buffers: {name: (element type, elements)}.
+        grid: work-groups (x, y).
+        threads: work-items in each.
+    """
     with T.prim_func():
         T.func_name(name)
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
@@ -61,28 +81,50 @@ def frame(name: str, buffers: dict[str, tuple[str, int]], grid: tuple[int, int],
 
 
 def registers(size: int, base: str = "float32") -> Any:
-    """Memory of the item; its index must be a constant for it to be registers."""
+    """Memory of a work-item. It is in registers if all indices are constants.
+
+    Args:
+        size: elements.
+        base: element type.
+    """
     return T.alloc_buffer((size,), base, scope="local")
 
 
 def shared(size: int, base: str = "float32") -> Any:
-    """Memory of the work-group."""
+    """Memory of a work-group.
+
+    Args:
+        size: elements.
+        base: element type.
+    """
     return T.alloc_buffer((size,), base, scope="shared")
 
 
 def barrier() -> None:
+    """Wait until all work-items of the group are here."""
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
+    """``if condition:``
+
+    Args:
+        condition: a boolean expression.
+    """
     with T.If(condition), T.Then():
         yield
 
 
 @contextmanager
 def strided(item: Item, size: int, threads: int) -> Iterator[Expr]:
-    """``for i in range(thread, size, threads)``"""
+    """``for i in range(thread, size, threads)``. Yields i.
+
+    Args:
+        item: the work-item.
+        size: where the range ends.
+        threads: work-items of the group.
+    """
     with T.serial(0, -(-size // threads)) as step:
         index = bind(step * threads + item.thread)
         if size % threads:
@@ -93,7 +135,13 @@ def strided(item: Item, size: int, threads: int) -> Iterator[Expr]:
 
 
 def reduce_sums(item: Item, threads: int, partial: list[Expr]) -> Any:
-    """Partial sums of each item -> their sums over the work-group, shared [len(partial)]."""
+    """Sums over the work-group: memory of the group, float32 [len(partial)].
+
+    Args:
+        item: the work-item.
+        threads: work-items of the group.
+        partial: float32 sums of the work-item.
+    """
     count = len(partial)
     parts, sums = shared(count * threads), shared(count)
     for i in range(count):
@@ -110,10 +158,14 @@ def reduce_sums(item: Item, threads: int, partial: list[Expr]) -> Any:
 
 
 def half_to_float(bits: Expr, lanes: int = 1) -> Expr:
-    """float32 of the float16 in the low 16 bits of uint32 words, exact, with no half type on the device.
+    """float32 of the float16 in the low 16 bits of uint32 words. It is exact and needs no half type on the device.
 
-    Arithmetic in place of a choice, so that it is the same for vectors; infinities and NaN, which no
-    bundle holds, come out as finite numbers.
+    It uses arithmetic instead of a selection, so it works on vectors. Infinities and NaN become finite numbers; no
+    bundle contains them.
+
+    Args:
+        bits: uint32 words.
+        lanes: words.
     """
 
     def word(value: int) -> Expr:
@@ -124,25 +176,42 @@ def half_to_float(bits: Expr, lanes: int = 1) -> Expr:
 
     exponent = bind((bits >> word(10)) & word(31))
     mantissa = bind(bits & word(1023))
-    # 112: what float32's exponent bias is above float16's.
+    # 112: the exponent bias of float32 minus that of float16.
     normal = bind(((exponent + word(112)) << word(23)) | (mantissa << word(13)))
     is_normal = bind(cast((exponent + word(31)) >> word(5), "float32", lanes))
-    # A subnormal number is not shifted into place: devices may flush small float32 numbers to zero on the way.
+    # A product converts subnormal numbers. Shifted bits would be small float32 numbers, which devices may clear.
     subnormal = cast(mantissa, "float32", lanes) * number(2.0**-24) * (number(1) - is_normal)
     sign = number(1) - number(2) * cast((bits >> word(15)) & word(1), "float32", lanes)
     return bind((bind(reinterpret(normal, "float32", lanes)) * is_normal + subnormal) * sign)
 
 
 def element(value: Expr, index: int, lanes: int) -> Expr:
+    """One element of a vector.
+
+    Args:
+        value: an expression of ``lanes`` elements.
+        index: which.
+        lanes: 1 for a scalar.
+    """
     return value if lanes == 1 else T.Shuffle([value], [index])
 
 
 def spread(value: Expr, lanes: int) -> Expr:
-    """``value`` in every lane."""
+    """A vector with the same value in each lane.
+
+    Args:
+        value: a scalar expression.
+        lanes: elements of the result.
+    """
     return value if lanes == 1 else splat(value, lanes)
 
 
 def module(kernels: list[Kernel]) -> Any:
+    """IRModule of the kernels.
+
+    Args:
+        kernels: kernels with different names.
+    """
     from tvm.script.ir_builder import ir as I
 
     with IRBuilder() as builder, I.ir_module():
@@ -152,4 +221,11 @@ def module(kernels: list[Kernel]) -> Any:
 
 
 def put(buffer: Any, index: Expr, value: Expr) -> None:
+    """``buffer[index] = value``
+
+    Args:
+        buffer: any buffer.
+        index: the element.
+        value: an expression of the buffer's element type.
+    """
     T.buffer_store(buffer, value, [index])

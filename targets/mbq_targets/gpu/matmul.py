@@ -1,28 +1,30 @@
 """The sliced matmul and the embedding's rows, from the planes as bundles store them (layout ``mbq16``).
 
-A 64-byte block of a plane is 16 consecutive 32-bit words, one a row, so neighbouring items that take
-neighbouring rows read whole cache lines: the CPUs' layout of planes needs no repacking.  Only a row's
-scale and offset are put side by side, two float16 in one word (``pair_scales``), because a device
-without half floats takes words apart.  An item holds ``rows`` rows, loads the words of its step once,
-joins the planes of the depth byte by byte (four weights an operation), and uses each weight for all
-tokens of a tile.  Planes behind the depth are never touched.
+A 64-byte block of a plane is 16 consecutive 32-bit words, one for each row. Neighbouring work-items take neighbouring
+rows and so read whole cache lines: the planes need no repacking. Only the scale and the offset of a row are packed into
+one word, two float16 (``pair_scales``), because a device without half floats can split a word. A work-item handles
+``rows`` rows. It loads the words of its step once, joins the planes of the depth (four weights per operation), and uses
+each weight for all tokens of a tile. It never reads planes beyond the depth.
 
-Activations are multiplied as float32: rounding them to int8 terms, as the definition does, serves
-CPUs' integer instructions.  The results differ by less than that rounding, 2**-15 of a group's peak.
+Activations are float32. The definition rounds them to integers, which only the integer instructions of processors need.
+The results differ by less than that rounding: 2**-15 of the largest value of a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..kernels.emit import Expr, bind, cast, const, dtype
+from ..kernels.layout import STEP
 from .kernel import (
     COUNT,
     TOKENS,
@@ -39,35 +41,80 @@ from .kernel import (
     strided,
     when,
 )
-from .work_groups import Tuning
+from .work_groups import WorkGroups
 
-ROW_BLOCK = 16
 Buffers = dict[str, Any]
 
-STEP = 32  # weights along K that an item unpacks at a time: one word of a 1-bit plane, two of a 2-bit plane
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """A sliced matrix.
+
+    n: rows.
+    k: columns.
+    group: weights that share a scale.
+    profile: bits of each slice.
+    """
+
+    n: int
+    k: int
+    group: int
+    profile: SliceProfile
+
+    @property
+    def buffers(self) -> tuple[int, int]:
+        """Words of the buffers ``planes`` and ``scales``."""
+        return plane_words(self.n, self.k), scale_words(self.n, self.k, self.group)
 
 
 def planes_of(profile: SliceProfile, depth: int) -> tuple[int, ...]:
-    """Widths in bits of the planes ``depth`` reads."""
+    """Width in bits of each plane that a depth reads.
+
+    Args:
+        profile: bits of each slice.
+        depth: 1-based.
+    """
     return profile.plane_bits[: profile.depth_planes[depth - 1]]
 
 
 def plane_words(n: int, k: int) -> int:
-    """32-bit words of all planes of an [n, k] matrix."""
+    """32-bit words of all planes of an [n, k] matrix.
+
+    Args:
+        n: rows.
+        k: columns.
+    """
     return -(-n // ROW_BLOCK) * ROW_BLOCK * k // 4
 
 
 def scale_words(n: int, k: int, group: int) -> int:
+    """32-bit words of the scales and offsets of an [n, k] matrix.
+
+    Args:
+        n: rows.
+        k: columns.
+        group: weights that share a scale.
+    """
     return -(-n // ROW_BLOCK) * (k // group) * ROW_BLOCK
 
 
-def weight_bytes(n: int, k: int, group: int, profile: SliceProfile, depth: int) -> int:
-    """Bytes of planes and scales that one pass over an [n, k] matrix reads at ``depth``."""
-    return plane_words(n, k) * 4 * profile.depth_bits[depth - 1] // 8 + scale_words(n, k, group) * 4
+def weight_bytes(matrix: MatrixShape, depth: int) -> int:
+    """Bytes of planes and scales that one pass over a matrix reads.
+
+    Args:
+        matrix: its sizes.
+        depth: 1-based.
+    """
+    planes, scales = matrix.buffers
+    return planes * 4 * matrix.profile.depth_bits[depth - 1] // 8 + scales * 4
 
 
 def pair_scales(scales: NDArray[np.float16]) -> NDArray[np.uint32]:
-    """float16 [blocks, groups, 2, 16] as bundles store them -> uint32 [blocks, groups, 16]: scale in the low half."""
+    """uint32 [blocks, groups, 16]: a row's scale in the low half of a word, its offset in the high half.
+
+    Args:
+        scales: float16 [blocks, groups, 2, 16], as bundles store them.
+    """
     pairs = np.ascontiguousarray(scales.transpose(0, 1, 3, 2))
     return pairs.view("<u4")[..., 0]
 
@@ -75,7 +122,7 @@ def pair_scales(scales: NDArray[np.float16]) -> NDArray[np.uint32]:
 def _step_words(planes: Any, bits: Sequence[int], n: int, k: int, at: Expr, row: Expr, rows: int) -> list[list[Expr]]:
     """[plane][half]: the words of ``rows`` rows, one load each.
 
-    planes: of vectors of ``rows`` words; at: row block * (k / STEP) + step; row: in units of ``rows``.
+    planes: buffer of vectors of ``rows`` words; at: row block * (k / STEP) + step; row: in units of ``rows``.
     """
     words, start = [], 0
     n16 = -(-n // ROW_BLOCK) * ROW_BLOCK
@@ -86,7 +133,7 @@ def _step_words(planes: Any, bits: Sequence[int], n: int, k: int, at: Expr, row:
 
 
 def _codes(words: list[list[Expr]], bits: Sequence[int], half: int, j: Expr, rows: int) -> Expr:
-    """uint32 x rows: four codes a word, of k = 16 * half + 4 * j + 0..3."""
+    """uint32 x rows: four codes per word, those of k = 16 * half + 4 * j + 0..3."""
     low, total = sum(bits), None
     for width, parts in zip(bits, words, strict=True):
         low -= width
@@ -114,17 +161,23 @@ def _values(codes: Expr, t: int, scale: Expr, offset: Expr, rows: int) -> Expr:
     return bind(cast(code, "float32", rows) * scale + offset)
 
 
-def matmul(
-    name: str, n: int, k: int, group: int, profile: SliceProfile, tuning: Tuning, tokens: int, bias: bool = False
-) -> Kernel:
-    """x f32 [tokens, k], routing i32 [tokens, 2] -> y f32 [tokens, n] (+ bias f32 [n]).
+def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int, *, bias: bool = False) -> Kernel:
+    """x float32 [tokens, k], routing int32 [tokens, 2] -> y float32 [tokens, n], plus bias float32 [n] if there is one.
 
-    tokens > 1: ``order`` i32 [tokens] lists tokens by depth, see ``routing.order``, so that nearly
-    every tile has one depth; a tile with several is worked on once for each.
+    For several tokens, ``order`` int32 [tokens] lists the tokens by depth (see ``routing.order``), so that nearly every
+    tile has one depth. A tile with several depths is computed once for each.
+
+    Args:
+        name: the kernel's name.
+        matrix: sizes of the weight.
+        work_groups: sizes of the work-groups.
+        tokens: rows of x. Several must be a multiple of the tile.
+        bias: add a bias.
     """
-    tile = min(tuning.tile, tokens)
+    n, k, group, profile = matrix.n, matrix.k, matrix.group, matrix.profile
+    tile = min(work_groups.tile, tokens)
     blocks, steps = -(-n // ROW_BLOCK), k // STEP
-    rows, splits, threads = tuning.rows, tuning.splits, tuning.matmul_threads
+    rows, splits, threads = work_groups.rows, work_groups.splits, work_groups.matmul_threads
     lanes = ROW_BLOCK // rows
     words, numbers = dtype("uint32", rows), dtype("float32", rows)
     buffers = {"x": ("float32x4", tokens * k // 4), "routing": ("int32", 2 * tokens)}
@@ -192,7 +245,7 @@ def matmul(
 
 
 def _tile_tokens(of: Buffers, item: Item, tokens: int, tile: int) -> tuple[list[Expr], list[Expr]]:
-    """The tokens of this work-group's tile and their depths; 0 for places behind the pass's last token."""
+    """The tokens of this work-group's tile and their depths. The depth is 0 behind the last token of the pass."""
     if tokens == 1:
         return [T.int32(0)], [bind(of["routing"][0])]
     count = bind(of["state"][COUNT])
@@ -204,13 +257,17 @@ def _tile_tokens(of: Buffers, item: Item, tokens: int, tile: int) -> tuple[list[
     return token, depth
 
 
-def gather(
-    name: str, n: int, k: int, group: int, profile: SliceProfile, threads: int, tokens: int, scaled: bool = False
-) -> Kernel:
-    """Rows of an [n, k] table at full depth for the tokens in ``state`` -> x f32 [tokens, k] (* factors f32 [k]).
+def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: bool = False) -> Kernel:
+    """Rows of a table at full depth for the tokens in ``state``: x float32 [tokens, k]. Clears the used bits.
 
-    Also clears the bits that ``routing`` says the tokens have used.
+    Args:
+        name: the kernel's name.
+        table: sizes of the table.
+        threads: work-items for each token.
+        tokens: rows of x.
+        scaled: multiply by factors float32 [k].
     """
+    n, k, group, profile = table.n, table.k, table.group, table.profile
     bits, steps = planes_of(profile, profile.depths), k // STEP
     buffers = {
         "state": ("int32", TOKENS + tokens),

@@ -1,7 +1,6 @@
 """Norms, gates and routers: the work that is done once for each token.
 
-One work-group holds a token.  A router needs two sums over the same numbers its norm or gate
-touches, so the three are one launch.
+One work-group handles a token. A router needs sums over the numbers that its norm or gate reads, so a kernel does both.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from tvm.tirx.script import builder as T
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
+from ..constants import MEAN_SQUARE_EPS
 from ..kernels.emit import Expr, bind, cast, const, reinterpret
 from .kernel import (
     COUNT,
@@ -37,12 +37,14 @@ from .kernel import (
     when,
 )
 
-MEAN_SQUARE_EPS = 1e-12
-
 
 @dataclass(frozen=True)
 class RouterShape:
-    """hidden: width of a learned router, a multiple of LEARNED_STEP, 0 for the norm rule."""
+    """A router.
+
+    profile: bits of each slice.
+    hidden: width of a learned router, a multiple of LEARNED_STEP. 0 for the norm rule.
+    """
 
     profile: SliceProfile
     hidden: int
@@ -53,17 +55,27 @@ class RouterShape:
 
     @property
     def steps(self) -> int:
-        """Scores: one for each depth but the first."""
+        """Scores: one for each depth except the first."""
         return self.profile.depths - 1
 
     @property
     def parameters(self) -> int:
+        """Numbers of the buffer ``parameters``."""
         return 2 + 2 * self.steps + self.hidden * (1 + self.steps)
 
     def pack(
-        self, share: float, table: int, bias: Floats, gain: Floats, b1: Floats | None, w2: Floats | None
+        self, share: float, table: int, bias: Floats, gain: Floats, *, b1: Floats | None, w2: Floats | None
     ) -> Floats:
-        """share: of this matrix in all routed weights; table: number of its thresholds; b1, w2: of a learned router."""
+        """The buffer ``parameters``, float32.
+
+        Args:
+            share: share of the matrix in all routed weights.
+            table: number of its table of thresholds.
+            bias: float32 [steps].
+            gain: float32 [steps].
+            b1: float32 [hidden], or None for the norm rule.
+            w2: float32 [steps, hidden], or None for the norm rule.
+        """
         parts = [np.array([share, table]), bias, gain]
         if self.hidden and b1 is not None and w2 is not None:
             parts += [b1, w2.reshape(-1)]
@@ -72,18 +84,18 @@ class RouterShape:
 
 Floats = NDArray[np.float32]
 Buffers = dict[str, Any]
-Visit = Callable[[Expr], Expr]
-"""From a column to its value, computed once."""
-
 
 LEARNED_STEP = 8
-"""The width of a learned router is a multiple of this: its weights are loaded as vectors of four pairs."""
+"""The width of a learned router is a multiple of this. Its weights are loaded as vectors of four pairs."""
 
 
 def pack_w1(w1: NDArray[np.float16]) -> NDArray[np.uint32]:
-    """float16 [hidden, k] -> uint32 [k, hidden / 2]: row h in the low half of word h, row h + hidden / 2 in the high.
+    """uint32 [k, hidden / 2]: row h of w1 in the low half of word h, row h + hidden / 2 in the high half.
 
-    An item reads all rows of its column at once, and neighbours what comes next.
+    A work-item reads all rows of its column together, and its neighbour reads the next column.
+
+    Args:
+        w1: float16 [hidden, k].
     """
     low, high = np.split(np.ascontiguousarray(w1.T), 2, axis=1)
     return np.ascontiguousarray(np.stack([low, high], axis=2)).view("<u4")[..., 0]
@@ -99,7 +111,7 @@ def _router_buffers(shape: RouterShape, k: int, tokens: int) -> dict[str, tuple[
 def _sums(
     item: Item, threads: int, k: int, shape: RouterShape | None, of: Buffers, visit: Callable[[Expr], Expr]
 ) -> Any:
-    """Sums over k of v * v, then of w1[h] * v; visit: column -> v."""
+    """Sums over k of v * v, then of w1[h] * v. visit: column -> v."""
     quads = shape.hidden // LEARNED_STEP if shape else 0
     squares, learned = registers(1), registers(max(2 * quads, 1), "float32x4")
     put(squares, 0, const(0, "float32"))
@@ -118,7 +130,7 @@ def _sums(
 
 
 def _decide(item: Item, k: int, shape: RouterShape, of: Buffers, sums: Any, token: Expr, place: Expr) -> None:
-    """The depth to row ``place`` of ``routing``, and its bits, weighted by share, to what ``token`` has used."""
+    """Write the depth to row ``place`` of ``routing``. Add its weighted bits to those that ``token`` has used."""
     parameters, steps, hidden = of["parameters"], shape.steps, shape.hidden
     with when(item.thread == 0):
         ms = bind(sums[0] * const(1 / k, "float32") + const(MEAN_SQUARE_EPS, "float32"))
@@ -155,11 +167,20 @@ def norm(
     name: str, k: int, eps: float, threads: int, tokens: int, *, branch: bool, router: RouterShape | None,
     last: bool = False,
 ) -> Kernel:  # fmt: skip
-    """RMS norm of the residual stream, after ``branch`` has been added to it, and the router behind it.
+    """Adds ``branch`` to the residual stream, takes the RMS norm, and routes by the input of the norm.
 
-    residual f32 [tokens, k] (in place), branch f32 [tokens, k], weight f32 [k] -> y f32 [tokens, k].
-    The router sees what goes into the norm.  last: only the row that ``state`` names is done, its
-    norm and depth go to row 0.
+    Buffers: residual float32 [tokens, k], in place; branch float32 [tokens, k]; weight float32 [k]; y float32
+    [tokens, k], the result.
+
+    Args:
+        name: the kernel's name.
+        k: hidden size.
+        eps: added to the mean square.
+        threads: work-items for each token.
+        tokens: rows of the residual stream.
+        branch: whether there is a branch to add.
+        router: the router behind the norm, or None.
+        last: compute only the row that ``state`` names, and write its norm and depth to row 0.
     """
     buffers = {"residual": ("float32", tokens * k)}
     if branch:
@@ -180,7 +201,7 @@ def norm(
                 if not branch:
                     return of["residual"][at]
                 v = bind(of["residual"][at] + of["branch"][at])
-                # The last norm is asked for once a row, and again where all logits are wanted: it must not add twice.
+                # The last norm runs once for each wanted row, so it must not change the residual stream.
                 if not last:
                     put(of["residual"], at, v)
                 return v
@@ -198,7 +219,15 @@ def norm(
 
 
 def plain_norm(name: str, k: int, eps: float, threads: int, tokens: int) -> Kernel:
-    """RMS norm in place: x f32 [tokens, k], weight f32 [k]."""
+    """RMS norm in place: x float32 [tokens, k], weight float32 [k].
+
+    Args:
+        name: the kernel's name.
+        k: hidden size.
+        eps: added to the mean square.
+        threads: work-items for each token.
+        tokens: rows of x.
+    """
     buffers = {"x": ("float32", tokens * k), "weight": ("float32", k)}
 
     def body() -> None:
@@ -217,7 +246,7 @@ def _silu(x: Expr) -> Expr:
 
 
 def _gelu_tanh(x: Expr) -> Expr:
-    # 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u)): no tanh, which overflows in some drivers.
+    # 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u)). The tanh of some drivers overflows.
     u = const(2 * 0.7978845608028654, "float32") * (x + const(0.044715, "float32") * x * x * x)
     return x / (const(1, "float32") + T.exp(const(0, "float32") - u))
 
@@ -225,8 +254,17 @@ def _gelu_tanh(x: Expr) -> Expr:
 ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
-def gate(name: str, k: int, activation: str, threads: int, tokens: int, router: RouterShape) -> Kernel:
-    """stacked f32 [tokens, 2 k], gate then up -> y f32 [tokens, k] = act(gate) * up, and the router of y."""
+def gate(name: str, k: int, threads: int, tokens: int, *, activation: str, router: RouterShape) -> Kernel:
+    """stacked float32 [tokens, 2 k], gate then up -> y float32 [tokens, k] = activation(gate) * up. Routes by y.
+
+    Args:
+        name: the kernel's name.
+        k: width of the MLP.
+        threads: work-items for each token.
+        tokens: rows.
+        activation: a key of ``ACTIVATIONS``.
+        router: the router of the next matrix.
+    """
     buffers = {"stacked": ("float32", tokens * 2 * k), "y": ("float32", tokens * k)}
     buffers |= _router_buffers(router, k, tokens)
 
@@ -247,7 +285,15 @@ def gate(name: str, k: int, activation: str, threads: int, tokens: int, router: 
 
 
 def route(name: str, k: int, threads: int, tokens: int, router: RouterShape) -> Kernel:
-    """The router of x f32 [tokens, k] alone."""
+    """Routes by x float32 [tokens, k].
+
+    Args:
+        name: the kernel's name.
+        k: width of x.
+        threads: work-items for each token.
+        tokens: rows.
+        router: the router.
+    """
     buffers = {"x": ("float32", tokens * k), **_router_buffers(router, k, tokens)}
 
     def body() -> None:
@@ -260,7 +306,12 @@ def route(name: str, k: int, threads: int, tokens: int, router: RouterShape) -> 
 
 
 def order(name: str, tokens: int) -> Kernel:
-    """routing -> order i32 [tokens]: the pass's tokens by depth, those of one depth in their order, the rest behind."""
+    """routing -> order int32 [tokens]: the tokens of the pass, sorted by depth (stable). Unused places come last.
+
+    Args:
+        name: the kernel's name.
+        tokens: the most tokens of a pass.
+    """
     buffers = {"routing": ("int32", 2 * tokens), "state": ("int32", TOKENS + tokens), "order": ("int32", tokens)}
 
     def body() -> None:

@@ -1,4 +1,4 @@
-"""From the last norm to a token: the turn of a rotated head's input, and the largest logit."""
+"""From the last norm to a token: the rotation of the head's input, and the largest logit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from .kernel import ROW, TOKENS, Kernel, barrier, frame, put, registers, shared,
 _LOWEST = -3e38
 
 
-def turn(name: str, a: int, b: int, side: str, threads: int, gain: bool = False) -> Kernel:
-    """x f32 [a, b] -> y f32 [a, b] = factor @ x (side "left", factor [a, a]) or x @ factor ("right", [b, b]),
-    then * gain f32 [a, b]."""
+def turn(name: str, a: int, b: int, side: str, threads: int, *, gain: bool = False) -> Kernel:
+    """x float32 [a, b] -> y float32 [a, b] = factor @ x or x @ factor.
+
+    Args:
+        name: the kernel's name.
+        a: rows.
+        b: columns.
+        side: "left" for factor float32 [a, a], "right" for factor float32 [b, b].
+        threads: work-items of a work-group.
+        gain: multiply the result by gain float32 [a, b].
+    """
     inner = a if side == "left" else b
     buffers = {"x": ("float32", a * b), "factor": ("float32", inner * inner)}
     if gain:
@@ -37,7 +45,14 @@ def turn(name: str, a: int, b: int, side: str, threads: int, gain: bool = False)
 
 
 def argmax(name: str, n: int, threads: int, chunk: int) -> Kernel:
-    """logits f32 [n] -> result i32 [2]: the first of the largest, and the bits used by the row ``state`` names."""
+    """logits float32 [n] -> result int32 [2]: the first largest logit, and the used bits of the row in ``state``.
+
+    Args:
+        name: the kernel's name.
+        n: logits.
+        threads: work-items.
+        chunk: the most tokens of a pass.
+    """
     buffers = {
         "logits": ("float32", n),
         "routing": ("int32", 2 * chunk),

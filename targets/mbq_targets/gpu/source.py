@@ -1,4 +1,4 @@
-"""Kernels to text: OpenCL C or WGSL, with what a runtime must know to launch them."""
+"""Lowers kernels to text, OpenCL C or WGSL, with what a runtime must know to launch them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from mbq_runtime.errors import BuildError
 
 from .kernel import Kernel, module
 
-# What TVM is asked for, and how it writes a kernel's buffers: their names, in the order they are bound.
 _DIALECTS: dict[str, tuple[str, re.Pattern[str]]] = {
     "opencl": ("opencl", re.compile(r"__global [\w ]+\*(?: restrict)? (\w+)_ptr")),
     "wgsl": ("webgpu", re.compile(r"@binding\(\d+\) var<storage, \w+> (\w+)_ptr")),
 }
-# Arrays of a work-group, of 32-bit numbers: lanes of a vector, and how many of them.
+"""{dialect: (TVM's name, pattern of a buffer's declaration)}. Buffers are declared in the order of binding."""
+
 _SHARED = {
     "opencl": re.compile(r"^\s*__local [a-z]+(\d*) \w+\[(\d+)\];", re.MULTILINE),
     "wgsl": re.compile(r"^var<workgroup> \w+ : array<(?:vec(\d)<)?\w+>?, (\d+)>;", re.MULTILINE),
 }
+"""Patterns of an array of 32-bit numbers that a work-group shares: lanes of a vector, and how many vectors."""
+
 _FUNCTION = re.compile(r"^// Function: (\w+)_kernel\n(?!//-+\n// Function)", re.MULTILINE)
 _PROTOTYPE = re.compile(r"^__kernel void [^{]*;\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """text: of one kernel, whose function is ``NAME_kernel``; arguments: names of its buffers, as they are bound;
-    local_bytes: what a work-group shares."""
+    """A kernel as text.
+
+    text: source of one kernel. Its function is ``NAME_kernel``.
+    arguments: names of its buffers, in the order they are bound.
+    local_bytes: memory that a work-group shares.
+    """
 
     text: str
     arguments: tuple[str, ...]
@@ -34,7 +40,15 @@ class Source:
 
 
 def lower(kernels: list[Kernel], dialect: str) -> dict[str, Source]:
-    """Text of every kernel by name.  dialect: "opencl" or "wgsl".  Raises BuildError."""
+    """The text of every kernel by name.
+
+    Args:
+        kernels: kernels with different names.
+        dialect: "opencl" or "wgsl".
+
+    Raises:
+        BuildError: TVM cannot lower a kernel.
+    """
     kind, buffers = _DIALECTS[dialect]
     try:
         text = _generate(kernels, kind)
@@ -55,10 +69,10 @@ def lower(kernels: list[Kernel], dialect: str) -> dict[str, Source]:
 
 
 def _generate(kernels: list[Kernel], kind: str) -> str:
-    """The text of all kernels as TVM's code generator ``kind`` writes it.
+    """The text of all kernels from TVM's code generator ``kind``.
 
-    Only the passes the generator cannot do without: the kernels bind every value once, and TVM's own pipeline
-    would write each bound expression out wherever it is used, a megabyte for one matmul.
+    Only the passes that the generator needs run. TVM's own pipeline would replace each use of a bound value by its
+    expression, which makes a megabyte of text for one matmul.
     """
     import tvm
     from tvm import tirx

@@ -1,17 +1,21 @@
-"""What differs between GPUs: numbers, one row for each."""
+"""The sizes of a GPU's work-groups."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
+
 
 @dataclass(frozen=True)
-class Tuning:
-    """Shapes of the work-groups.
+class WorkGroups:
+    """Sizes of work-groups, one row for each kind of GPU.
 
-    rows: weight rows an item holds, and so the words of one vector load (1, 2 or 4); splits: items that
-    share a row block along K; tile: tokens of a prompt that share an unpacked weight; token_threads: items
-    that work on one token in norms and routers; attention_threads: positions scored at a time;
+    rows: weight rows that a work-item handles: 1, 2 or 4. It loads their words as one vector.
+    splits: work-items that share a row block along K.
+    tile: tokens of a prompt that share an unpacked weight.
+    token_threads: work-items that handle one token in norms and routers.
+    attention_threads: positions that attention scores at a time.
     chunk: prompt tokens of a pass.
     """
 
@@ -24,4 +28,5 @@ class Tuning:
 
     @property
     def matmul_threads(self) -> int:
-        return 16 // self.rows * self.splits
+        """Work-items of a work-group in ``matmul``."""
+        return ROW_BLOCK // self.rows * self.splits

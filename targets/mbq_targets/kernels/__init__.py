@@ -1,6 +1,10 @@
-"""Kernels as TIR, one source for every instruction set.
+"""Kernels as TIR: one source for every instruction set.
 
-``layout`` decides, in plain Python, how the planes of a depth become dot-product operands;
-``isa`` holds what differs between instruction sets; ``matmul``, ``activations``, ``router`` and
-``gather`` emit the loops; ``module`` collects them for one ``KernelSpec``.
+* ``layout`` plans, in plain Python, how the planes of a depth become dot-product operands.
+* ``isa`` holds what differs between instruction sets.
+* ``matmul``, ``activations``, ``router``, ``gate`` and ``gather`` write the loops.
+* ``module`` collects the kernels of one ``KernelSpec``.
+
+Names: ``gemv`` multiplies one token, ``gemm`` many tokens of one depth, ``gather`` reads a row of a table. ``_dK`` is
+the depth the kernel is compiled for. ``quantize``, ``router_sums`` and ``gate_ACTIVATION`` serve all depths.
 """

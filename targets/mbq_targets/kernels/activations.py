@@ -1,38 +1,49 @@
-"""Activations to integers of one or two bytes, per token and group, bit for bit as the numpy reference does it."""
+"""Rounds activations to integers of one or two bytes, per token and group, bit for bit as the definition does."""
 
 from __future__ import annotations
 
 from tvm.tirx.script import builder as T
 
+from ..constants import LOW_BITS, SMALLEST_ACTIVATION
 from .emit import LANES, Expr, bind, cast, const, function, intrin, load, reinterpret, splat, store
 
-LOW_BITS = 8
-"""Of an activation's two bytes, the high one counts this power of two of the low one's units."""
-
 TILE_K = 512
-"""Weights along K of one tile of prefill, and activations of a token that lie side by side."""
-
-SMALLEST = 1e-30
-"""A group below this counts as zero: the inverse of its step would be infinite."""
+"""Weights along K of one tile of prefill. A token's activations lie in runs of the same length."""
 
 
 def chunks(groups: Expr, group: int) -> Expr:
-    """How many tiles ``groups`` groups span."""
+    """How many tiles the groups of a row span.
+
+    Args:
+        groups: groups along K.
+        group: weights of a group.
+    """
     return bind((groups + (TILE_K // group - 1)) // (TILE_K // group))
 
 
 def bytes_at(g: Expr, width: int, rows: Expr, group: int) -> list[Expr]:
-    """Where each byte of group ``g`` lies behind its token's first, high before low.
+    """Offset of each byte of a group's activations from the token's first byte, the high byte first.
 
-    q is [chunks][width][rows][TILE_K], width the bytes of an activation.  The activations of a tile are one run of
-    memory for all tokens: rows of K apart, which is often a power of two, would meet in a few sets of the cache.
+    q is int8 [chunks][width][rows][TILE_K]. The activations of a tile are one run of memory for all tokens. With rows K
+    bytes apart, often a power of two, tokens would compete for a few sets of the cache.
+
+    Args:
+        g: the group.
+        width: bytes of an activation.
+        rows: tokens in q.
+        group: weights of a group.
     """
     per_tile = TILE_K // group
     return [bind(((g // per_tile) * width + byte) * rows * TILE_K + (g % per_tile) * group) for byte in range(width)]
 
 
 def joined(of_bytes: list[Expr], lanes: int) -> Expr:
-    """int32 sums of products with each byte, high before low -> those with the integers."""
+    """Sums of products with two-byte integers, from the sums with each byte.
+
+    Args:
+        of_bytes: int32 sums for each byte, the high byte first.
+        lanes: lanes of each sum.
+    """
     total = of_bytes[0]
     for low in of_bytes[1:]:
         total = bind((total << const(LOW_BITS, "int32", lanes)) + low)
@@ -40,10 +51,15 @@ def joined(of_bytes: list[Expr], lanes: int) -> Expr:
 
 
 def quantize(group: int, width: int, name: str) -> None:
-    """One token: x f32 [groups * group] -> q i8, laid out as ``bytes_at`` says for ``rows`` tokens, step f32 [groups],
-    total f32 [groups] = step * sum of integers.
+    """Kernel: one token's activations to integers, by the rule of ``quantize_activations`` in ``mbq_export.format``.
 
-    An integer is one byte, or ``(high << LOW_BITS) + low``.
+    Kernel arguments: x float32 [groups * group]; q int8, laid out as in ``bytes_at`` for ``rows`` tokens; step float32
+    [groups]; total float32 [groups], step times the sum of the integers.
+
+    Args:
+        group: weights of a group.
+        width: bytes of an activation.
+        name: the function's symbol.
     """
     pointers = {"x": "float32", "q": "int8", "step": "float32", "total": "float32"}
     low_unit = float(1 << LOW_BITS)
@@ -53,13 +69,13 @@ def quantize(group: int, width: int, name: str) -> None:
         with T.serial(0, groups) as g:
             places = bytes_at(g, width, rows, group)
             values = [load(x, g * group + i, LANES) for i in range(0, group, LANES)]
-            # The bits of non-negative floats order as integers do: an integer maximum needs no NaN rules.
+            # Non-negative floats have the order of their bits, and an integer maximum has no NaN rules.
             sizes = [bind(reinterpret(v, "int32", LANES) & const(0x7FFFFFFF, "int32", LANES)) for v in values]
             largest = sizes[0]
             for size in sizes[1:]:
                 largest = bind(T.max(largest, size))
             peak = bind(reinterpret(intrin("int32", "llvm.vector.reduce.smax", largest), "float32", 1))
-            counts_as_zero = peak < const(SMALLEST, "float32")
+            counts_as_zero = peak < const(SMALLEST_ACTIVATION, "float32")
             zero, limit = const(0, "float32"), const(127, "float32")
             inverse = bind(T.Select(counts_as_zero, zero, limit / peak))
             one_step = bind(T.Select(counts_as_zero, zero, peak / const(steps, "float32")))
@@ -71,7 +87,7 @@ def quantize(group: int, width: int, name: str) -> None:
                 if width == 2:
                     rest = T.nearbyint((scaled - rounded) * const(low_unit, "float32", LANES))
                     low = bind(cast(bind(rest), "int32", LANES))
-                    # Half a step either way would make 128, which does not fit.
+                    # A rest of half a step gives 128, which does not fit a signed byte.
                     parts.append(bind(T.max(T.min(low, const(127, "int32", LANES)), const(-127, "int32", LANES))))
                 for at, part in zip(places, parts, strict=True):
                     store(q, at + i * LANES, LANES, cast(part, "int8", LANES))

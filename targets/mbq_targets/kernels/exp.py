@@ -1,4 +1,4 @@
-"""exp, and what is made of it, of float32 vectors: LLVM has none of its own."""
+"""exp, sigmoid and tanh of float32 vectors. LLVM has no vector form of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from tvm.tirx.script import builder as T
 
 from .emit import Expr, bind, cast, const, fma, reinterpret
 
-# exp(x) = 2**n * exp(r) with r = x - n * ln 2: ln 2 in two parts, and a polynomial after Cephes' expf.
+# exp(x) = 2**n * exp(r) with r = x - n * ln 2. ln 2 is in two parts. The polynomial is that of Cephes' expf.
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXP_RANGE = (-87.0, 88.0)
 
 
 def exp(x: Expr, lanes: int) -> Expr:
-    """exp of a float32 vector to 2 units in the last place; below -87 it is exp(-87)."""
+    """exp to 2 units in the last place. Below -87 the result is exp(-87), above 88 it is exp(88).
+
+    Args:
+        x: float32 vector.
+        lanes: its lanes.
+    """
 
     def c(value: float) -> Expr:
         return const(value, "float32", lanes)
@@ -31,10 +36,21 @@ def exp(x: Expr, lanes: int) -> Expr:
 
 
 def sigmoid(x: Expr, lanes: int) -> Expr:
+    """1 / (1 + exp(-x)).
+
+    Args:
+        x: float32 vector.
+        lanes: its lanes.
+    """
     one = const(1, "float32", lanes)
     return bind(one / (one + exp(const(0, "float32", lanes) - x, lanes)))
 
 
 def tanh(x: Expr, lanes: int) -> Expr:
-    """2 * sigmoid(2 x) - 1."""
+    """2 * sigmoid(2 x) - 1.
+
+    Args:
+        x: float32 vector.
+        lanes: its lanes.
+    """
     return fma(sigmoid(bind(x + x), lanes), const(2, "float32", lanes), const(-1, "float32", lanes))

@@ -1,4 +1,4 @@
-"""The gate of an MLP: an activation of one half of a row, times the other half."""
+"""The gate of an MLP: the activation of the first half of a row, times the second half."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {"silu": _silu, "gelu_tanh": _g
 
 
 def gate(activation: str, name: str) -> None:
-    """x f32 [2 F] -> y f32 [F].  F is a multiple of 16."""
+    """Kernel: x float32 [2 f] -> y float32 [f]. f is a multiple of 16.
+
+    Args:
+        activation: a key of ``ACTIVATIONS``.
+        name: the function's symbol.
+    """
     with function(name, {"x": "float32", "y": "float32"}, ("f",)) as (x, y, f), T.serial(0, f // LANES) as i:
         at = bind(i * LANES)
         store(y, at, LANES, ACTIVATIONS[activation](load(x, at, LANES)) * load(x, at + f, LANES))

@@ -1,18 +1,26 @@
-"""Rows of a table at one depth, as float32."""
+"""Reads a row of a table at one depth, as float32."""
 
 from __future__ import annotations
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
+
 from .emit import Expr, bind, cast, const, fma, function, load, reinterpret, splat, store
-from .layout import ROW_BLOCK, STEP, DepthPlan
+from .layout import STEP, DepthPlan
 from .matmul import plane_starts
 
 
 def gather(plan: DepthPlan, group: int, name: str) -> None:
-    """One row: y f32 [K] = value at the plan's depth of row ``row``; blocks: row blocks of the table.
+    """Kernel: y float32 [K] = the row ``row`` at the plan's depth.
 
-    A row is 4 bytes of every 64-byte block, so four codes are handled at a time inside a 32-bit word.
+    A row has 4 bytes of every 64-byte block, so the kernel handles four codes at a time in a 32-bit word.
+    Kernel arguments: planes uint8, scales float16: the table; blocks: its row blocks; groups: its groups along K.
+
+    Args:
+        plan: how the depth is read.
+        group: weights of a group.
+        name: the function's symbol.
     """
     pointers = {"planes": "uint8", "scales": "float16", "y": "float32"}
     steps = group // STEP
@@ -41,7 +49,7 @@ def gather(plan: DepthPlan, group: int, name: str) -> None:
 
 
 def _codes(plan: DepthPlan, words: list[list[Expr]], j: int) -> Expr:
-    """uint32 of the four codes k = 4j .. 4j + 3 of a step, from the words of every plane."""
+    """uint32: the four codes k = 4j .. 4j + 3 of a step, from the words of every plane."""
     low, total = plan.bits, const(0, "uint32")
     for bits, parts in zip(plan.plane_bits, words, strict=True):
         low -= bits

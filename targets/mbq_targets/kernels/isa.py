@@ -1,7 +1,7 @@
 """What differs between instruction sets: one class each, one row in ``ISAS``.
 
-All byte vectors are uint8 of ``vector_bytes`` lanes and hold, for ``vector_bytes / 4`` rows, the
-four weights t = 0..3 of each row; integer dot products come out as int32, one lane per row.
+A byte vector is uint8 of ``vector_bytes`` lanes. It holds, for ``vector_bytes / 4`` rows, the four weights t = 0..3 of
+each row. An integer dot product is int32, one lane per row.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from .emit import Expr, bind, byte_table, const, intrin, load, reinterpret
 
 
 class Isa:
-    """The operations the kernels are written in, in a form any vector unit has."""
+    """The operations that the kernels are written in. Any vector unit has a form of them."""
 
     name: ClassVar[str]
+    """As in ``machines.Target.isa``."""
     vector_bytes: ClassVar[int]
-    # Codes above 127 enter the dot product minus 128 (the instruction takes signed bytes).
+    """Bytes of a register."""
     signed: ClassVar[bool] = True
-    # Accumulators per result, taken in turn, so that a dot product's latency is hidden.
+    """The dot product takes signed bytes. Codes above 127 then enter it minus 128."""
     chains: ClassVar[int] = 1
-    # Row vectors worked on at a time: more share the activations' loads, fewer need registers.
+    """Accumulators per result. They take turns, which hides the latency of a dot product."""
     rows_together: ClassVar[int] = 1
-    # 2-bit fields joined into one operand at most: 4 makes whole bytes, 2 nibbles.
+    """Row vectors that one loop step handles. More share the loads of activations, and need more registers."""
     max_width: ClassVar[int] = 4
-    # Bytes of tokens' activations that share a loaded weight vector in prefill, at most.
+    """Most 2-bit fields that are joined into one operand: 4 make whole bytes, 2 make nibbles."""
     runs_together: ClassVar[int] = 2
-    # Row blocks that share a loaded activation in prefill.
+    """In prefill: most bytes of tokens' activations that share a loaded weight vector."""
     row_blocks: ClassVar[int] = 1
-    # How far ahead of their use weights are asked for, in bytes; 0 leaves that to the core.
+    """In prefill: row blocks that share a loaded activation."""
     prefetch_bytes: ClassVar[int] = 0
-    # Whether instructions multiply matrices of several tokens (``products.MatrixProducts``).
+    """How far ahead of their use weights are prefetched. 0: the core's own prefetcher does it."""
     matrix_products: ClassVar[bool] = False
+    """In prefill: multiply by ``smmla`` instead of dot products, see ``products``."""
 
     @property
     def rows(self) -> int:
@@ -46,49 +48,98 @@ class Isa:
         return 64 // self.vector_bytes
 
     def token_blocks(self, width: int) -> tuple[int, ...]:
-        """How many tokens of ``width`` bytes an activation are taken at a time in prefill, the most first."""
+        """How many tokens prefill multiplies at a time, the largest number first.
+
+        Args:
+            width: bytes of an activation.
+        """
         return tuple(tokens for tokens in (8, 4, 2, 1) if tokens * width <= self.runs_together)
 
     def mask(self, value: int) -> Expr:
+        """A byte vector of one value.
+
+        Args:
+            value: 0 to 255.
+        """
         return const(value, "uint8", self.vector_bytes)
 
-    # Bits that a shift moves over a byte's edge are unspecified; callers mask them.
-    # Here: 16-bit shifts, which x86 has and byte shifts it has not.
     def shl(self, v: Expr, n: int) -> Expr:
+        """Each byte shifted left. The low ``n`` bits of a byte are unspecified; the caller masks them.
+
+        Args:
+            v: byte vector.
+            n: bits.
+        """
         return self._shift(v, n, lambda a, b: a << b)
 
     def shr(self, v: Expr, n: int) -> Expr:
+        """Each byte shifted right. The high ``n`` bits of a byte are unspecified; the caller masks them.
+
+        Args:
+            v: byte vector.
+            n: bits.
+        """
         return self._shift(v, n, lambda a, b: a >> b)
 
     def _shift(self, v: Expr, n: int, op: Any) -> Expr:
+        # x86 has no shift of bytes.
         lanes = self.vector_bytes // 2
         wide = op(reinterpret(v, "uint16", lanes), const(n, "uint16", lanes))
         return bind(reinterpret(wide, "uint8", self.vector_bytes))
 
     def select(self, mask: int, ones: Expr, zeros: Expr) -> Expr:
-        """Bits of ``ones`` where the mask is set, of ``zeros`` elsewhere: one instruction on AVX-512 and NEON."""
+        """Bits of one vector or the other. This is one instruction on AVX-512 and NEON.
+
+        Args:
+            mask: the same for each byte.
+            ones: byte vector whose bits are taken where the mask is 1.
+            zeros: byte vector whose bits are taken where the mask is 0.
+        """
         return bind((ones & self.mask(mask)) | (zeros & self.mask(255 - mask)))
 
     def bits(self, v: Expr, mask: int) -> Expr:
+        """``v & mask``.
+
+        Args:
+            v: byte vector.
+            mask: the same for each byte.
+        """
         return bind(v & self.mask(mask))
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
-        """table[nibble] per byte; nibbles: uint8 vector of values below 16."""
+        """``table[nibble]`` per byte.
+
+        Args:
+            table: 16 bytes.
+            nibbles: byte vector of values below 16.
+        """
         raise NotImplementedError
 
     def split_pairs(self, v: Expr) -> list[tuple[Expr, int]]:
-        """Four 2-bit fields of packed bytes -> [(vector, e)] for j = 0..3; the value is field << e."""
+        """The four 2-bit fields of packed bytes: [(vector, e)] for j = 0..3, where the vector is the field << e.
+
+        Args:
+            v: byte vector.
+        """
         shifted = [v, self.shr(v, 2), self.shr(v, 4), self.shr(v, 6)]
         return [(self.bits(x, 3), 0) for x in shifted]
 
     def split_nibbles(self, v: Expr) -> list[tuple[Expr, int]]:
-        """Low and high nibble of packed bytes -> [(vector, e)] * 2."""
+        """The low and the high nibble of packed bytes: [(vector, e)] * 2, where the vector is the nibble << e.
+
+        Args:
+            v: byte vector.
+        """
         return [(self.bits(v, 15), 0), (self.bits(self.shr(v, 4), 15), 0)]
 
     def activations(self, q: Any, k: Expr) -> list[Expr]:
         """Four int8 vectors for weights k .. k + 15: four activations each, repeated for every row.
 
-        A 32-bit broadcast load each: x86 folds it into the dot product's memory operand.
+        Each is a 32-bit broadcast load, which x86 can use as the memory operand of the dot product.
+
+        Args:
+            q: int8 buffer of activations.
+            k: the first weight.
         """
         words = [load(q, k + 4 * j, 4) for j in range(4)]
         lanes = self.vector_bytes // 4
@@ -97,12 +148,21 @@ class Isa:
         ]
 
     def accumulator(self, max_code: int) -> Accumulator:
-        """A sum of dot products that starts at 0; max_code: the largest operand (above 127: see ``signed``)."""
+        """A sum of dot products that starts at 0.
+
+        Args:
+            max_code: the largest operand before 128 is subtracted, see ``signed``.
+        """
         raise NotImplementedError
 
 
 class Accumulator:
-    """Adds up byte dot products; ``result`` is int32, a lane per row."""
+    """A sum of byte dot products.
+
+    Args:
+        isa: instruction set.
+        max_code: the largest operand before 128 is subtracted.
+    """
 
     def __init__(self, isa: Isa, max_code: int) -> None:
         self.isa = isa
@@ -111,9 +171,16 @@ class Accumulator:
         self.total: Expr | None = None
 
     def add(self, codes: Expr, q: Expr) -> None:
+        """Add the dot product of each row.
+
+        Args:
+            codes: byte vector of weights.
+            q: int8 vector of activations.
+        """
         raise NotImplementedError
 
     def result(self) -> Expr:
+        """The sum: int32, one lane per row."""
         assert self.total is not None
         return self.total
 
@@ -125,7 +192,6 @@ class _Dot4(Accumulator):
     """One instruction: acc[row] += sum over t of code * q."""
 
     instruction: ClassVar[str]
-    code_type: ClassVar[str] = "int8"
 
     def add(self, codes: Expr, q: Expr) -> None:
         start = const(0, "int32", self.isa.rows) if self.total is None else self.total
@@ -138,7 +204,7 @@ class _VnniDot(_Dot4):
 
 
 class Vnni512(Isa):
-    """AVX-512 with VNNI: 16 rows in one register; ``vpdpbusd`` is unsigned x signed, so fields stay in place."""
+    """AVX-512 with VNNI: 16 rows in one register. ``vpdpbusd`` takes unsigned codes, so fields need no shift."""
 
     name = "vnni512"
     vector_bytes = 64
@@ -146,7 +212,7 @@ class Vnni512(Isa):
     chains = 2
     runs_together = 8
     row_blocks = 2
-    # Measured on Zen 5: alone, its prefetchers lose a quarter of the memory's speed with one plane, nothing with four.
+    # Zen 5 reads one plane at three quarters of its memory's speed without this.
     prefetch_bytes = 8192
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -167,7 +233,7 @@ class _AvxVnniDot(_Dot4):
 
 
 class AvxVnni(Vnni512):
-    """The same dot product in AVX2's registers: 8 rows in one."""
+    """The dot product of VNNI on AVX2's registers: 8 rows in one."""
 
     name = "avx-vnni"
     vector_bytes = 32
@@ -176,18 +242,28 @@ class AvxVnni(Vnni512):
     row_blocks = 1
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
+        """As ``Isa.lookup``.
+
+        Args:
+            table: 16 bytes.
+            nibbles: byte vector of values below 16.
+        """
         return bind(intrin("uint8x32", "llvm.x86.avx2.pshuf.b", byte_table(table, 32), nibbles))
 
     def accumulator(self, max_code: int) -> Accumulator:
+        """As ``Isa.accumulator``.
+
+        Args:
+            max_code: the largest operand before 128 is subtracted.
+        """
         return _AvxVnniDot(self, max_code)
 
 
 class _Avx2Dot(Accumulator):
-    """``vpmaddubsw`` adds two products in int16, saturating at 32767: as many of its results are added in
-    int16 as the largest code allows, then ``vpmaddwd`` widens.
+    """``vpmaddubsw`` adds two products in int16. ``vpmaddwd`` widens the int16 sum before it could exceed 32767.
 
-    Codes above 127 come minus 128; the instruction's unsigned operand is then |code| and the sign moves to q
-    (|q| <= 127, so 2 * 128 * 127 still fits).
+    Codes above 127 enter minus 128. The unsigned operand of the instruction is then |code|, and q gets the sign of the
+    code. |q| is at most 127, and 2 * 128 * 127 fits int16.
     """
 
     def __init__(self, isa: Isa, max_code: int) -> None:
@@ -224,7 +300,7 @@ class Avx2(Isa):
 
     name = "avx2"
     vector_bytes = 32
-    # Nibbles add up in int16 for eight steps, bytes for one: two dot products of nibbles are the cheaper.
+    # An int16 sum takes eight products of nibbles and one of bytes. Two dot products of nibbles cost less.
     max_width = 2
     rows_together = 2
     prefetch_bytes = 8192
@@ -237,7 +313,7 @@ class Avx2(Isa):
 
 
 class _NeonLongDot(Accumulator):
-    """``smull``/``smlal`` into int16 (one product per lane and step), ``sadalp`` before they could overflow."""
+    """``smull`` and ``smlal`` add products in int16. ``sadalp`` widens the sum before it could overflow."""
 
     def __init__(self, isa: Isa, max_code: int) -> None:
         super().__init__(isa, max_code)
@@ -281,8 +357,8 @@ class Neon(Isa):
         return bind(op(v, self.mask(n)))
 
     def split_pairs(self, v: Expr) -> list[tuple[Expr, int]]:
-        # Byte shifts bring in zeros, so the top field needs no mask.  Left in place, fields would need a sum for
-        # each place, and sums of two bytes' products already fill the registers.
+        # A byte shift brings in zeros, so the top field needs no mask. Fields that are not shifted need a sum for each
+        # position, and the registers are full with the sums of two-byte activations.
         middle = [(self.bits(self.shr(v, n), 3), 0) for n in (2, 4)]
         return [(self.bits(v, 3), 0), *middle, (self.shr(v, 6), 0)]
 
@@ -293,7 +369,12 @@ class Neon(Isa):
         return bind(intrin("uint8x16", "llvm.aarch64.neon.tbl1", byte_table(table, 16), nibbles))
 
     def activations(self, q: Any, k: Expr) -> list[Expr]:
-        """One 16-byte load; the lane goes into the dot product's by-element form."""
+        """As in ``Isa``, by one 16-byte load. The dot product's by-element form takes a lane of it.
+
+        Args:
+            q: int8 buffer of activations.
+            k: the first weight.
+        """
         four = bind(reinterpret(load(q, k, 16), "int32", 4))
         lanes = [T.broadcast(T.Shuffle([four], [j]), 4) for j in range(4)]
         return [bind(reinterpret(lane, "int8", 16)) for lane in lanes]
@@ -310,11 +391,16 @@ class NeonDotprod(Neon):
     """ARMv8.2 with ``sdot``."""
 
     name = "neon-dotprod"
-    # Left to itself LLVM unrolls over all four and spills.
+    # LLVM would unroll over all four and spill registers.
     rows_together = 2
     runs_together = 4
 
     def accumulator(self, max_code: int) -> Accumulator:
+        """As ``Isa.accumulator``.
+
+        Args:
+            max_code: the largest operand before 128 is subtracted.
+        """
         return _NeonDot(self, max_code)
 
 
@@ -326,3 +412,4 @@ class NeonI8mm(NeonDotprod):
 
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (Vnni512(), AvxVnni(), Avx2(), NeonI8mm(), NeonDotprod(), Neon())}
+"""By the name that a row of ``machines.TARGETS`` gives."""

@@ -1,13 +1,12 @@
 """From the planes of a depth to the operands of a dot product, as data.
 
-A byte of a 2-bit plane holds the fields of four weights, k = 4j + t for j = 0..3.  Adjacent
-planes are joined *before* the dot product, in the same packed shape: two planes become nibbles,
-four become whole codes, with one shift and one bit-select per step.  A depth of 8 bits then costs
-one dot product per 4 weights instead of four, and needs no accumulator per plane.
+A byte of a 2-bit plane holds the fields of four weights, k = 4j + t for j = 0..3. Neighbouring planes are joined
+*before* the dot product, in the same packed shape. Two planes become nibbles and four become whole codes, with one
+shift and one bit-select per step. A depth of 8 bits then costs one dot product per four weights instead of four, and
+needs no accumulator per plane.
 
-1-bit planes are first widened to that shape by a 16-entry byte look-up, in pairs when two are
-neighbours.  What is left is a list of *segments*: runs of up to four 2-bit fields, each four
-times the weight of the next.
+A 16-entry byte look-up first widens 1-bit planes to that shape, in pairs if two are neighbours. The result is a list
+of *segments*: runs of up to four 2-bit fields, each with four times the weight of the next.
 
 >>> plan = plan_depth((2, 1, 1, 2, 2), planes=3)  # profile 3,1,2,2 at depth 2: four bits
 >>> [(s.unit_log2, [f.planes for f in s.fields]) for s in plan.segments]
@@ -19,17 +18,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-ROW_BLOCK = 16
-# Weights along K that one unpacking step covers: the span of a 64-byte block of a 1-bit plane.
 STEP = 32
+"""Weights along K that one unpacking step covers: the span of a 64-byte block of a 1-bit plane."""
 
 
 @dataclass(frozen=True)
 class Field:
     """A 2-bit field built from one 2-bit plane, two 1-bit planes, or one 1-bit plane.
 
-    planes: indices of the planes, high one first; high: a lone bit sits in the field's bit 1.
-    unit_log2: weight of the field's bit 0, in codes of the depth.
+    planes: indices of the planes, the high one first.
+    two_bit: the field is one 2-bit plane.
+    high: a single 1-bit plane is in the field's bit 1.
+    unit_log2: log2 of the weight of the field's bit 0, in codes of the depth.
     """
 
     planes: tuple[int, ...]
@@ -40,27 +40,37 @@ class Field:
 
 @dataclass(frozen=True)
 class Segment:
-    """Up to four fields, each four times the next; ``width`` (1, 2 or 4) counts a zero field for three."""
+    """Up to four fields, each with four times the weight of the next.
+
+    fields: the most significant one first.
+    """
 
     fields: tuple[Field, ...]
 
     @property
     def width(self) -> int:
+        """Fields of the joined operand: 1, 2 or 4. Three fields get a fourth one of zeros."""
         return 4 if len(self.fields) == 3 else len(self.fields)
 
     @property
     def unit_log2(self) -> int:
-        """Weight of the joined value's bit 0, in codes of the depth."""
+        """Log2 of the weight of the joined value's bit 0, in codes of the depth."""
         return self.fields[-1].unit_log2 - 2 * (self.width - len(self.fields))
 
     @property
     def max_code(self) -> int:
+        """The largest joined value."""
         return int(4**self.width) - 1
 
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """How a depth is read.  bits: bits per weight; plane_bits: of the planes it reads."""
+    """How a depth is read.
+
+    bits: bits per weight.
+    plane_bits: width in bits of each plane that the depth reads.
+    segments: the operands that the planes are joined to.
+    """
 
     bits: int
     plane_bits: tuple[int, ...]
@@ -68,18 +78,22 @@ class DepthPlan:
 
     @property
     def unit_log2(self) -> int:
-        """Weight of bit 0 of the summed integer dot product, in codes of the depth (0 or negative)."""
+        """Log2 of the weight of bit 0 of the integer dot product, in codes of the depth: 0 or negative."""
         return min(segment.unit_log2 for segment in self.segments)
 
     @property
     def tile_unit_log2(self) -> int:
-        """The same for codes unpacked to one byte each: 0 where the padded code would not fit."""
+        """As ``unit_log2``, for codes unpacked to one byte each. 0 if the padded code does not fit a byte."""
         unit = min(self.unit_log2, 0)
         return unit if self.bits - unit <= 8 else 0
 
 
 def plane_offsets(plane_bits: tuple[int, ...]) -> tuple[int, ...]:
-    """Bits per weight stored before each plane: plane p starts at byte ``offset[p] * n16 * K / 8``."""
+    """Bits per weight that are stored before each plane. Plane p starts at byte ``offset[p] * n16 * K / 8``.
+
+    Args:
+        plane_bits: width in bits of each plane.
+    """
     return (0, *accumulate(plane_bits))[:-1]
 
 
@@ -96,7 +110,7 @@ def _fields(plane_bits: tuple[int, ...], bits: int) -> list[Field]:
             fields.append(Field((plane, plane + 1), False, False, low))
             plane += 1
         else:
-            # A lone bit goes where it continues the run: below a field, its upper place has the right weight.
+            # A single bit below a field continues the run if it is in bit 1.
             follows = bool(fields) and fields[-1].unit_log2 == low + 1
             fields.append(Field((plane,), False, follows, low - follows))
         plane += 1
@@ -106,7 +120,10 @@ def _fields(plane_bits: tuple[int, ...], bits: int) -> list[Field]:
 def plan_depth(plane_bits: tuple[int, ...], planes: int, max_width: int = 4) -> DepthPlan:
     """Plan the depth that reads the first ``planes`` of the planes of widths ``plane_bits``.
 
-    max_width: fields an instruction set joins at most, 4 (whole bytes) or 2 (nibbles).
+    Args:
+        plane_bits: width in bits of each stored plane.
+        planes: how many planes the depth reads.
+        max_width: fields that an instruction set joins at most: 4 (whole bytes) or 2 (nibbles).
     """
     used = plane_bits[:planes]
     bits = sum(used)

@@ -1,13 +1,13 @@
 """Sliced matrix product: ``y = x' @ w(depth).T`` for one depth, from its planes only.
 
-With C the joined code (a code in units of ``2**unit``, minus 128 where the ISA is signed), q the activations' integers
-in units of a and s = scale * 2**(2 - bits), a group adds to a row
+C is the joined code: a code in units of ``2**unit``, minus 128 if the instruction set takes signed bytes. q are the
+activations as integers in units of a, and s = scale * 2**(2 - bits). A group adds to a row
 
     a * s * 2**unit * dot(C, q)  +  (s * 2**unit * middle + offset) * a * sum(q)
 
-where ``middle`` is half a code plus whatever was subtracted.  Bytes of q, ``width`` of each, are multiplied; of two,
-the high ones' sum is shifted and the low ones' added: exact in 32 bits.  Both kernels work on row blocks of 16 and on
-groups, whose numbers are run-time values; only the group size is compiled in.
+where ``middle`` is half a code plus what was subtracted. The dot product takes the ``width`` bytes of q one by one. The
+sum of the high bytes is shifted and the sum of the low bytes added, which is exact in 32 bits. Both kernels work on row
+blocks of 16 and on groups. The numbers of blocks and groups are run-time values; only the group size is compiled in.
 """
 
 from __future__ import annotations
@@ -17,25 +17,41 @@ from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
+
 from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, splat, store
 from .isa import Accumulator, Isa
-from .layout import ROW_BLOCK, STEP, DepthPlan, plane_offsets
+from .layout import STEP, DepthPlan, plane_offsets
 from .products import products_of, tree_sum
 from .unpack import Operands, code_bytes, operands, tile_max_code
 
-# Bytes of the row blocks of a tile: one is 8 KB, one or two stay in the first cache.
 TILE_BYTES = 2 * ROW_BLOCK * TILE_K
-# Tokens and row blocks that are worked on together: activations of a tile are 128 KB then and sums 64 KB, which stay in
-# the second cache.
+"""Bytes of a tile of two row blocks. They stay in the first-level cache."""
+
 TOKENS_AT_ONCE = 128
+"""Tokens of one turn. Activations of a tile are then 128 KB, which stay in the second-level cache."""
+
 SUM_BLOCKS = 8
+"""Row blocks of one turn. Their sums are 64 KB, which stay in the second-level cache."""
+
 SCRATCH_BYTES = TILE_BYTES + 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
+"""Memory that the caller of ``gemm`` provides."""
+
 OFFSET = 128
+"""What codes lose if the instruction set takes signed bytes."""
 
 
 def plane_loader(isa: Isa, plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> Callable[..., Any]:
-    """(row vector) -> PlaneLoad for one step: ``step`` counts 32-weight steps from the start of each plane."""
+    """(row vector) -> ``unpack.PlaneLoad`` for one step.
+
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+        planes: uint8 buffer.
+        starts: byte at which each plane begins.
+        step: steps of 32 weights from the start of each plane.
+    """
 
     def at(vector: Expr) -> Callable[[int, int], Expr]:
         def read(plane: int, half: int) -> Expr:
@@ -49,27 +65,41 @@ def plane_loader(isa: Isa, plan: DepthPlan, planes: Any, starts: list[Expr], ste
 
 
 def plane_starts(plan: DepthPlan, blocks: Expr, groups: Expr, group: int) -> list[Expr]:
-    """Byte at which each plane begins."""
+    """Byte at which each plane begins.
+
+    Args:
+        plan: how the depth is read.
+        blocks: row blocks of the weight.
+        groups: groups along K.
+        group: weights of a group.
+    """
     area = blocks * groups * (ROW_BLOCK * group // 8)
     return [bind(area * offset) for offset in plane_offsets(plan.plane_bits)]
 
 
 def prefetch_step(plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> None:
-    """Ask for all of a step's weights, of all 16 rows of a block."""
+    """Prefetch the weights of a step, for all 16 rows of a block.
+
+    Args:
+        plan: how the depth is read.
+        planes: uint8 buffer.
+        starts: byte at which each plane begins.
+        step: steps of 32 weights from the start of each plane.
+    """
     for start, bits in zip(starts, plan.plane_bits, strict=True):
         for line in range(bits):
             prefetch(planes, start + (step * bits + line) * 64)
 
 
 class _RowDots:
-    """Integer dot products of one row vector over a group, whatever the segments and accumulators."""
+    """Integer dot products of one row vector over a group."""
 
     def __init__(self, isa: Isa, plan: DepthPlan) -> None:
         self.isa, self.plan = isa, plan
         self.accumulators: dict[tuple[int, int, int], Accumulator] = {}
 
     def add_step(self, halves: Operands, acts: list[Expr]) -> None:
-        """Add a step's operands, as ``unpack.operands`` gives them, times its eight activation vectors."""
+        """Add the operands of a step (see ``unpack.operands``) times its eight activation vectors."""
         for half, segments in enumerate(halves):
             for index, fields in enumerate(segments):
                 for j, (codes, exponent) in enumerate(fields):
@@ -80,7 +110,7 @@ class _RowDots:
                     self.accumulators[key].add(codes, acts[4 * half + j])
 
     def result(self) -> Expr:
-        """int32 dot product in units of ``2**plan.unit_log2``: every shift here is exact."""
+        """int32 dot product in units of ``2**plan.unit_log2``. Every shift is exact."""
         by_shift: dict[int, list[Expr]] = {}
         for (segment, exponent, _), accumulator in self.accumulators.items():
             shift = self.plan.segments[segment].unit_log2 - self.plan.unit_log2 - exponent
@@ -96,10 +126,18 @@ class _RowDots:
 
 
 def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
-    """One token: q i8 [K], step f32 [G], total f32 [G] (step * sum of q) -> y f32 [(end - begin) * 16].
+    """Kernel: the product of one token -> y float32 [(end - begin) * 16].
 
-    q: its first byte, of ``rows`` tokens' as ``activations.bytes_at`` says.
-    planes, scales: the whole weight's; blocks: its row blocks; [begin, end): those to compute.
+    Kernel arguments: q int8, the token's first byte, with ``rows`` tokens laid out as in ``activations.bytes_at``; step
+    float32 [groups]; total float32 [groups], step times the sum of q; planes uint8, scales float16, of the whole weight
+    with ``blocks`` row blocks; begin, end: the row blocks to compute.
+
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+        group: weights of a group.
+        width: bytes of an activation.
+        name: the function's symbol.
     """
     offset_at = 2.0**-plan.unit_log2 / 2
     shifts = [s.unit_log2 - plan.unit_log2 for s in plan.segments if s.max_code > 127]
@@ -159,7 +197,7 @@ def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
 
 
 class _Turn(NamedTuple):
-    """``tokens`` tokens from ``done`` on, times row blocks from ``begin + first`` on."""
+    """The product of ``tokens`` tokens from ``done`` on with row blocks from ``begin + first`` on."""
 
     done: Expr
     tokens: Expr
@@ -167,9 +205,9 @@ class _Turn(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """``wide`` row blocks from ``block`` of a turn on, times ``groups`` groups from ``first_group`` on.
+    """``wide`` row blocks from ``block`` of a turn on, and ``groups`` groups from ``first_group`` on.
 
-    scales_at: of each row block, where the scales of its first group lie.
+    scales_at: for each row block, where the scales of its first group are.
     """
 
     block: Expr
@@ -180,10 +218,11 @@ class _Tile(NamedTuple):
 
 
 class _Prefill:
-    """What the loops of ``gemm`` share.
+    """The loops of ``gemm`` and what they share.
 
-    Per turn of TOKENS_AT_ONCE tokens and SUM_BLOCKS row blocks, sums stay in scratch, f32 [SUM_BLOCKS][TOKENS_AT_ONCE]
-    [16]: in y, the rows of a block lie so far apart that they would meet in a few sets of the cache.
+    During a turn of TOKENS_AT_ONCE tokens and SUM_BLOCKS row blocks, sums are in scratch memory, float32
+    [SUM_BLOCKS][TOKENS_AT_ONCE][16]. In y, the rows of a block are far apart and would compete for a few sets of the
+    cache.
     """
 
     def __init__(self, isa: Isa, plan: DepthPlan, group: int, width: int, args: list[Any]) -> None:
@@ -194,7 +233,7 @@ class _Prefill:
         self.starts = plane_starts(plan, blocks, self.groups, group)
 
     def turn(self, done: Expr, first: Expr) -> None:
-        """All groups of a turn, from sums of zero to y."""
+        """Compute a turn: clear the sums, add all groups, write y."""
         isa, per_tile = self.isa, TILE_K // self.group
         tokens = bind(T.min(self.count - done, T.int64(TOKENS_AT_ONCE)))
         blocks = bind(T.min(self.end - self.begin - first, T.int64(SUM_BLOCKS)))
@@ -222,7 +261,7 @@ class _Prefill:
         bases = [bind((self.begin + turn.first + block + w) * self.groups + first_group) for w in range(wide)]
         self._unpack(bases, groups)
         tile = _Tile(block, wide, [bind(base * (2 * ROW_BLOCK)) for base in bases], first_group, groups)
-        # Callers cut their pieces so that a row block is seldom left over: less code will do for it.
+        # A single row block is rare, because callers cut pieces at pairs. It has only the loop for one token.
         taken: Expr = T.int64(0)
         for size in isa.token_blocks(self.width) if wide == isa.row_blocks else (1,):
             whole = bind((turn.tokens - taken) // size)
@@ -231,12 +270,12 @@ class _Prefill:
             taken = bind(taken + whole * size)
 
     def _unpack(self, bases: list[Expr], groups: Expr) -> None:
-        """bases: the first group of each row block, counted through the whole weight."""
+        """Unpack the tile. bases: the first group of each row block, counted over the whole weight."""
         isa, steps = self.isa, self.group // STEP
         for w, base in enumerate(bases):
             with T.serial(0, groups * steps) as s:
                 step = bind(base * steps + s)
-                if isa.prefetch_bytes:  # the next tile's
+                if isa.prefetch_bytes:  # of the next tile
                     prefetch_step(self.plan, self.planes, self.starts, step + len(bases) * self.groups * steps)
                 at = plane_loader(isa, self.plan, self.planes, self.starts, step)
                 for r in range(isa.vectors):
@@ -246,7 +285,7 @@ class _Prefill:
                             store(self.tile, index, isa.vector_bytes, code)
 
     def _tokens(self, turn: _Turn, tile: _Tile, count: int, at_token: Expr) -> None:
-        """Sums of ``count`` tokens from ``at_token`` of the turn on += the tile."""
+        """Add the product with the tile to the sums of ``count`` tokens from ``at_token`` of the turn on."""
         isa, plan, group = self.isa, self.plan, self.group
         max_code = tile_max_code(plan)
         unit = plan.tile_unit_log2
@@ -289,7 +328,7 @@ class _Prefill:
     def _dots(self, count: int, vectors: int, max_code: int, starts: list[Expr], g: Expr) -> list[list[Expr]]:
         """int32 [token and byte][row vector]: products with group ``g`` of the tile.
 
-        All bytes at once, so that a weight is loaded once for them.
+        All bytes are multiplied together, so that each weight is loaded once.
         """
         isa = self.isa
         products = products_of(isa)(isa, count * self.width, vectors, max_code)
@@ -304,17 +343,25 @@ class _Prefill:
 
 
 def _in_tile(isa: Isa, vector: int) -> int:
-    """Where a row vector of a tile's first four weights lies: blocks of 16 rows one after the other."""
+    """Where a row vector of the first four weights of a tile is. A tile holds one block of 16 rows after the other."""
     block, r = divmod(vector, isa.vectors)
     return block * ROW_BLOCK * TILE_K + r * isa.vector_bytes
 
 
 def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
-    """Many tokens of one depth; each row block is unpacked once per TILE_K weights and TOKENS_AT_ONCE tokens.
+    """Kernel: the product of many tokens of one depth. It unpacks a row block once for TOKENS_AT_ONCE tokens.
 
-    q: the first byte of the first token, of ``rows`` tokens' as ``activations.bytes_at`` says; step, total f32
-    [count, G]; tokens i32 [count]: the row m of each in y f32, where the values of block ``begin + i`` are
-    written at ``m * y_stride + 16 * i``; scratch: SCRATCH_BYTES.
+    Kernel arguments: q int8, the first byte of the first token, with ``rows`` tokens laid out as in
+    ``activations.bytes_at``; step, total float32 [count, groups], planes, scales, blocks, begin, end, as in
+    ``gemv``; tokens int32 [count]: the row m of each token in y float32; y_stride: block ``begin + i`` of row m is
+    written at ``m * y_stride + 16 * i``; scratch uint8 [SCRATCH_BYTES].
+
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+        group: weights of a group.
+        width: bytes of an activation.
+        name: the function's symbol.
     """
     pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8", "scales": "float16"}
     pointers |= {"y": "float32", "scratch": "uint8", "tokens": "int32"}

@@ -1,4 +1,4 @@
-"""All kernels of one library: an IRModule for an ISA and a model's needs."""
+"""All kernels of one library, as an IRModule."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ from .matmul import gemm, gemv
 from .router import router_sums
 
 PREFIX = "mbq_"
+"""The symbol of each kernel starts with it."""
 
 
 def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
-    """The plan of every depth, depth 1 first."""
+    """The plan of every depth, depth 1 first.
+
+    Args:
+        profile: bits of each slice.
+        max_width: fields that an instruction set joins at most, see ``plan_depth``.
+    """
     return [plan_depth(profile.plane_bits, planes, max_width) for planes in profile.depth_planes]
 
 
 def build_module(isa: Isa, spec: KernelSpec) -> Any:
-    """IRModule with mbq_quantize, mbq_router_sums, mbq_gate_<activation> and, for every depth d,
-    mbq_{gemv,gemm,gather}_d<d>."""
+    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, gemm_dD, gather_dD.
+
+    Args:
+        isa: instruction set.
+        spec: slices, group size and activation bits of the model.
+    """
     group, width = spec.group_size, spec.activation_bytes
     with module() as builder:
         quantize(group, width, f"{PREFIX}quantize")

@@ -1,6 +1,6 @@
 """Integer products of a tile's rows with several runs of bytes at once: the inner loops of prefill.
 
-A run is one byte of every activation of a token; a token has as many as its activations have bytes.
+A run is one byte of every activation of a token. A token has as many runs as its activations have bytes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from .isa import Isa
 Codes = Callable[[int, int], Expr]
 """(quarter, row vector) -> the stored bytes of weights 4 * quarter .. 4 * quarter + 3 of 16."""
 
-# From this many sums on, the latency of each dot product is hidden by the others'.
 _MANY = 8
+"""With this many sums, other dot products hide the latency of each one."""
 
 
 class Products:
-    """[run][row vector] sums, each by dot products with the bytes of one run.
+    """[run][row vector] sums, by dot products with the bytes of one run each.
 
-    ``stored`` tells how a tile's bytes are laid out for this kind.
+    Args:
+        isa: instruction set.
+        count: runs.
+        vectors: row vectors.
+        max_code: the largest code before 128 is subtracted.
     """
 
     def __init__(self, isa: Isa, count: int, vectors: int, max_code: int) -> None:
@@ -35,11 +39,21 @@ class Products:
 
     @staticmethod
     def stored(codes: list[Expr]) -> list[Expr]:
-        """Four vectors as ``unpack.code_bytes`` gives them -> as they stand in the tile."""
+        """The order in which the tile holds the bytes.
+
+        Args:
+            codes: four vectors of ``unpack.code_bytes``.
+        """
         return codes
 
     def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
-        """16 weights.  starts: where the bytes of each run begin."""
+        """Add the products of 16 weights.
+
+        Args:
+            codes: the stored bytes.
+            q: int8 buffer of activations.
+            starts: where the bytes of each run begin.
+        """
         acts = [self.isa.activations(q, start) for start in starts]
         for j in range(4):
             vectors = [codes(j, v) for v in range(self.vectors)]
@@ -53,9 +67,15 @@ class Products:
 
 
 class MatrixProducts(Products):
-    """By ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights], a lane per row and run; an odd run is its own pair.
+    """Sums by ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights]. An odd last run is multiplied twice.
 
-    Two stored vectors of 4 rows and 4 weights become one of rows 0 and 1 and one of rows 2 and 3, of 8 weights.
+    Two stored vectors of 4 rows and 4 weights become two vectors of 2 rows and 8 weights.
+
+    Args:
+        isa: instruction set with ``smmla``.
+        count: runs.
+        vectors: row vectors.
+        max_code: unused; the sums are int32.
     """
 
     _PAIRS = ([0, 4, 1, 5], [2, 6, 3, 7])
@@ -102,7 +122,11 @@ def products_of(isa: Isa) -> type[Products]:
 
 
 def tree_sum(values: list[Expr]) -> Expr:
-    """The sum, in pairs."""
+    """The sum, added in pairs.
+
+    Args:
+        values: at least one expression.
+    """
     while len(values) > 1:
         values = [bind(sum(values[i + 1 : i + 2], values[i])) for i in range(0, len(values), 2)]
     return values[0]

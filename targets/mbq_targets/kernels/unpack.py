@@ -8,14 +8,15 @@ from .emit import Expr, bind
 from .isa import Isa
 from .layout import DepthPlan, Field, Segment
 
-# Loads the vector of a plane: (plane, half) -> bytes of k = 16 * half .. ; a 1-bit plane has only half 0.
 PlaneLoad = Callable[[int, int], Expr]
-# [half][segment][j] -> (vector, e): the four operands of 16 weights; the value is the joined code << e.
+"""(plane, half) -> the plane's bytes of weights 16 * half .. 16 * half + 15. A 1-bit plane has only half 0."""
+
 Operands = list[list[list[tuple[Expr, int]]]]
+"""[half][segment][j] -> (vector, e): the four operands of 16 weights. The vector is the joined code << e."""
 
 
 def _spread(shift: int) -> tuple[int, ...]:
-    """Look-up table from 4 bits to 4 fields: bit j of the index goes to bit 2j + shift."""
+    """Look-up table from 4 bits to 4 fields: bit j of the index becomes bit 2j + shift."""
     return tuple(sum(((n >> j) & 1) << (2 * j + shift) for j in range(4)) for n in range(16))
 
 
@@ -23,7 +24,7 @@ LOW, HIGH = _spread(0), _spread(1)
 
 
 def _field_halves(isa: Isa, field: Field, load: PlaneLoad) -> list[Expr]:
-    """The 2-bit fields of k = 0..15 and k = 16..31, packed as a 2-bit plane packs them."""
+    """The 2-bit fields of k = 0..15 and k = 16..31, packed as in a 2-bit plane."""
     if field.two_bit:
         return [load(field.planes[0], half) for half in (0, 1)]
     tables = (HIGH, LOW) if len(field.planes) == 2 else (HIGH if field.high else LOW,)
@@ -46,7 +47,7 @@ def _bytes(isa: Isa, high: Expr, low: Expr) -> tuple[Expr, Expr]:
 
 
 def _operands(isa: Isa, segment: Segment, fields: list[Expr], offset: bool) -> list[tuple[Expr, int]]:
-    """Packed fields of 16 weights -> [(vector, e)] for j = 0..3; the value is the joined code << e."""
+    """Packed fields of 16 weights -> [(vector, e)] for j = 0..3. The vector is the joined code << e."""
     if segment.width == 1:
         return isa.split_pairs(fields[0])
     if segment.width == 2:
@@ -56,7 +57,7 @@ def _operands(isa: Isa, segment: Segment, fields: list[Expr], offset: bool) -> l
         return [(f0, e0), (f1, e1), (f2, e2), (f3, e3)]
     top = fields[0]
     if offset:
-        # Flipping the top bit of every field subtracts 128 from every byte, read as signed.
+        # With the top bit of each field inverted, each byte is smaller by 128 when it is read as signed.
         top = bind(top ^ isa.mask(0xAA))
     even, odd = _nibbles(isa, top, fields[1])
     if len(fields) == 4:
@@ -71,7 +72,11 @@ def _operands(isa: Isa, segment: Segment, fields: list[Expr], offset: bool) -> l
 def operands(isa: Isa, plan: DepthPlan, load: PlaneLoad, offset: bool) -> Operands:
     """The dot-product operands of one step and one row vector.
 
-    offset: subtract 128 from whole-byte codes (instructions that take signed bytes).
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+        load: loads the bytes of a plane.
+        offset: subtract 128 from whole-byte codes, for instructions that take signed bytes.
     """
     per_segment = [[_field_halves(isa, field, load) for field in segment.fields] for segment in plan.segments]
     return [
@@ -84,8 +89,15 @@ def operands(isa: Isa, plan: DepthPlan, load: PlaneLoad, offset: bool) -> Operan
 
 
 def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
-    """[half][j] -> uint8 vector of codes, in units of ``2**plan.tile_unit_log2``, minus 128 where the ISA is
-    signed and the largest does not fit."""
+    """[half][j] -> uint8 vector of codes in units of ``2**plan.tile_unit_log2``.
+
+    Codes are minus 128 if the instruction set takes signed bytes and the largest code exceeds 127.
+
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+        load: loads the bytes of a plane.
+    """
     unit = plan.tile_unit_log2
     result = []
     for half in operands(isa, plan, load, offset=False):
@@ -96,7 +108,7 @@ def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
                 value, exponent = fields[j]
                 shift = segment.unit_log2 - unit - exponent
                 if shift:
-                    # Exact in a byte: bits below are zero, bits above do not exist.
+                    # Exact: the bits that leave the byte are zero.
                     value = isa.shl(value, shift) if shift > 0 else isa.shr(value, -shift)
                 parts.append(value)
             code = parts[0]
@@ -110,5 +122,9 @@ def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
 
 
 def tile_max_code(plan: DepthPlan) -> int:
-    """The largest code ``code_bytes`` yields (before 128 is subtracted)."""
+    """The largest code of ``code_bytes``, before 128 is subtracted.
+
+    Args:
+        plan: how the depth is read.
+    """
     return int((2**plan.bits - 1) << -plan.tile_unit_log2)

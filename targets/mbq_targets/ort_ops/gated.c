@@ -2,8 +2,6 @@
 
 #include "ops.h"
 
-enum { LANES = 16 };
-
 typedef struct Gated {
   Node node;
   Kernel kernel;
@@ -29,8 +27,8 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   Tensor x;
   TRY(input(&op->node, context, 0, &x));
   const int64_t width = x.shape.rank ? x.shape.dims[x.shape.rank - 1] : 0;
-  if (width < 1 || width % (2 * LANES) != 0)
-    return fail(&op->node, "the last dimension of x is %lld, it must be a multiple of %d", (long long)width, 2 * LANES);
+  if (width < 1 || width % (2 * MBQ_LANES) != 0)
+    return fail(&op->node, "the last dimension of x is %lld, it must be a multiple of %d", (long long)width, 2 * MBQ_LANES);
   Job job = {.kernel = op->kernel, .x = x.data, .f = width / 2};
   TRY(check_rows(&op->node, "x", &x.shape, width, &job.rows));
   x.shape.dims[x.shape.rank - 1] = job.f;

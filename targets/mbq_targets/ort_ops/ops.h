@@ -9,7 +9,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { ROW_BLOCK = 16, MAX_RANK = 8, MAX_INPUTS = 11, NAME_BYTES = 128 };
+enum { MAX_RANK = 8, MAX_INPUTS = 11, NAME_BYTES = 128 };
 
 #define TRY(call)                     \
   do {                                \

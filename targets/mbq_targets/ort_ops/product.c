@@ -4,9 +4,6 @@
 
 #include "ops.h"
 
-/* Up to this many tokens of a depth go through the one-token kernel: unpacking a tile would cost more. */
-enum { FEW_TOKENS = 2 };
-
 #define GEMV(d) __tvm_ffi_mbq_gemv_d##d,
 #define GEMM(d) __tvm_ffi_mbq_gemm_d##d,
 static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
@@ -46,18 +43,18 @@ static void gemv_piece(void *data, size_t index) {
   const int64_t blocks = job->weight->blocks, n = job->weight->n;
   const int64_t begin = piece_start(blocks, job->pieces, index);
   int64_t end = piece_start(blocks, job->pieces, index + 1);
-  if (end == blocks && n % ROW_BLOCK != 0) {
-    float last[ROW_BLOCK];
+  if (end == blocks && n % MBQ_ROW_BLOCK != 0) {
+    float last[MBQ_ROW_BLOCK];
     gemv_blocks(job, job->kernel, 0, --end, blocks, last);
-    memcpy(job->y + end * ROW_BLOCK, last, (size_t)(n % ROW_BLOCK) * sizeof(float));
+    memcpy(job->y + end * MBQ_ROW_BLOCK, last, (size_t)(n % MBQ_ROW_BLOCK) * sizeof(float));
   }
-  if (begin < end) gemv_blocks(job, job->kernel, 0, begin, end, job->y + begin * ROW_BLOCK);
+  if (begin < end) gemv_blocks(job, job->kernel, 0, begin, end, job->y + begin * MBQ_ROW_BLOCK);
 }
 
 static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t end, float *y, int64_t stride) {
   const int64_t groups = job->weight->groups;
   for (int64_t d = 0, place = 0; d < MBQ_DEPTHS; place += job->count[d++])
-    if (job->count[d] <= FEW_TOKENS)
+    if (job->count[d] <= MBQ_FEW_TOKENS)
       for (int64_t i = place; i < place + job->count[d]; ++i)
         gemv_blocks(job, gemv[d], i, begin, end, y + job->tokens[i] * stride);
     else
@@ -73,12 +70,12 @@ static void gemm_piece(void *data, size_t index) {
   const int64_t begin = 2 * piece_start(pairs, job->pieces, index);
   int64_t end = 2 * piece_start(pairs, job->pieces, index + 1);
   if (end > blocks) end = blocks;
-  if (end == blocks && n % ROW_BLOCK != 0) {
-    gemm_blocks(job, scratch, --end, blocks, job->tail, ROW_BLOCK);
+  if (end == blocks && n % MBQ_ROW_BLOCK != 0) {
+    gemm_blocks(job, scratch, --end, blocks, job->tail, MBQ_ROW_BLOCK);
     for (int64_t m = 0; m < job->rows; ++m)
-      memcpy(job->y + m * n + end * ROW_BLOCK, job->tail + m * ROW_BLOCK, (size_t)(n % ROW_BLOCK) * sizeof(float));
+      memcpy(job->y + m * n + end * MBQ_ROW_BLOCK, job->tail + m * MBQ_ROW_BLOCK, (size_t)(n % MBQ_ROW_BLOCK) * sizeof(float));
   }
-  if (begin < end) gemm_blocks(job, scratch, begin, end, job->y + begin * ROW_BLOCK, n);
+  if (begin < end) gemm_blocks(job, scratch, begin, end, job->y + begin * MBQ_ROW_BLOCK, n);
 }
 
 static void quantize_row(const Job *job, int64_t row, int64_t place) {
@@ -99,7 +96,7 @@ static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) 
   job->kernel = gemv[depth - 1];
   quantize_row(job, 0, 0);
   /* Per group and row: the planes' bits and four bytes of scales. */
-  const int64_t bytes = w->blocks * w->groups * ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
+  const int64_t bytes = w->blocks * w->groups * MBQ_ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
   job->pieces = pieces_of(w->blocks, bytes);
   return parallel(context, job->pieces, gemv_piece, job);
 }
@@ -114,7 +111,7 @@ static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t
   job->quantize_pieces = pieces_of(job->rows, job->rows * w->k);
   TRY(parallel(context, job->quantize_pieces, quantize_piece, job));
   /* The kernel takes row blocks in pairs. */
-  job->pieces = pieces_of((w->blocks + 1) / 2, w->blocks * ROW_BLOCK * w->k * (job->rows / 2 + 1));
+  job->pieces = pieces_of((w->blocks + 1) / 2, w->blocks * MBQ_ROW_BLOCK * w->k * (job->rows / 2 + 1));
   return parallel(context, job->pieces, gemm_piece, job);
 }
 
@@ -130,14 +127,14 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
   /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
   const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
   const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);
-  const size_t bytes = groups * 8 + extra * (ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;
+  const size_t bytes = groups * 8 + extra * (MBQ_ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;
   char *own = NULL, *memory = thread_scratch(bytes);
   if (memory == NULL) memory = own = malloc(bytes);
   if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);
   job.step = (float *)memory;
   job.total = job.step + groups;
   job.tail = job.total + groups;
-  int32_t *tokens = (int32_t *)(job.tail + extra * ROW_BLOCK);
+  int32_t *tokens = (int32_t *)(job.tail + extra * MBQ_ROW_BLOCK);
   job.q = (int8_t *)(tokens + extra);
   OrtStatus *status = rows == 1 ? one_token(context, &job, depth[0]) : many_tokens(context, &job, depth, tokens);
   free(own);

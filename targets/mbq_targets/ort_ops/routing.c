@@ -5,8 +5,6 @@
 
 #include "ops.h"
 
-enum { LANES = 16, MAX_HIDDEN = 512, K_STEP = 32 };
-
 typedef struct Job {
   const Routing *routing;
   const float *x;
@@ -18,18 +16,18 @@ typedef struct Job {
 /* In four chains: the latency of one alone is a third of a router's time. */
 static double row_sum(const float *row) {
   double sum[4] = {0};
-  for (int i = 0; i < LANES; ++i) sum[i % 4] += row[i];
+  for (int i = 0; i < MBQ_LANES; ++i) sum[i % 4] += row[i];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 static int32_t depth_of(const Routing *by, const float *x) {
-  _Alignas(64) float sums[(1 + MAX_HIDDEN) * LANES];
-  double active[MAX_HIDDEN];
+  _Alignas(64) float sums[(1 + MBQ_MAX_HIDDEN) * MBQ_LANES];
+  double active[MBQ_MAX_HIDDEN];
   CALL(__tvm_ffi_mbq_router_sums, PTR(x), PTR(by->w1), PTR(sums), INT(by->k), INT(by->hidden));
-  const double mean_square = row_sum(sums) / (double)by->k + 1e-12;
+  const double mean_square = row_sum(sums) / (double)by->k + MBQ_MEAN_SQUARE_EPS;
   const double log_ms = log(mean_square), inverse = 1 / sqrt(mean_square);
   for (int64_t h = 0; h < by->hidden; ++h) {
-    const double pre = row_sum(sums + (1 + h) * LANES) * inverse + by->b1[h];
+    const double pre = row_sum(sums + (1 + h) * MBQ_LANES) * inverse + by->b1[h];
     active[h] = pre / (1 + (double)expf((float)-pre));
   }
   int32_t depth = 1;
@@ -77,10 +75,10 @@ static OrtStatus *read_hidden(const Node *node, const OrtKernelContext *context,
   if (!w1.present && !b1.present && !w2.present) return NULL;
   if (!w1.present || !b1.present || !w2.present) return fail(node, "w1, b1 and w2 go together");
   const int64_t hidden = w1.shape.rank == 2 ? w1.shape.dims[0] : -1;
-  if (hidden < 1 || hidden > MAX_HIDDEN || w1.shape.dims[1] != by->k || elements(&b1.shape) != hidden ||
+  if (hidden < 1 || hidden > MBQ_MAX_HIDDEN || w1.shape.dims[1] != by->k || elements(&b1.shape) != hidden ||
       elements(&w2.shape) != hidden * (by->depths - 1))
     return fail(node, "w1 must be [H, %lld] with H from 1 to %d, b1 [H], w2 [%d, H]; got H=%lld, b1 of %lld, w2 of %lld",
-                (long long)by->k, MAX_HIDDEN, by->depths - 1, (long long)hidden, (long long)elements(&b1.shape),
+                (long long)by->k, MBQ_MAX_HIDDEN, by->depths - 1, (long long)hidden, (long long)elements(&b1.shape),
                 (long long)elements(&w2.shape));
   by->w1 = w1.data, by->b1 = b1.data, by->w2 = w2.data, by->hidden = hidden;
   return NULL;
@@ -95,7 +93,7 @@ OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_
   TRY(input(node, context, first + 3, &gain));
   *by = (Routing){.bias = bias.data, .gain = gain.data};
   const int64_t more = elements(&bias.shape);
-  if (more < 0 || more > 7 || elements(&gain.shape) != more)
+  if (more < 0 || more >= MBQ_CODE_BITS || elements(&gain.shape) != more)
     return fail(node, "bias has %lld values and norm_gain %lld: both must have one per depth after the first, at most 7",
                 (long long)more, (long long)elements(&gain.shape));
   by->depths = (int32_t)more + 1;
@@ -104,8 +102,8 @@ OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_
   if (table.shape.rank != 2 || table.shape.dims[0] != 2 || table.shape.dims[1] < 1)
     return fail(node, "table must be [2, T] with T at least 1, it has %lld values", (long long)elements(&table.shape));
   by->k = shape->rank ? shape->dims[shape->rank - 1] : 0;
-  if (by->k < 1 || by->k % K_STEP != 0)
-    return fail(node, "the last dimension of %s is %lld, it must be a multiple of %d", what, (long long)by->k, K_STEP);
+  if (by->k < 1 || by->k % MBQ_ROUTER_STEP != 0)
+    return fail(node, "the last dimension of %s is %lld, it must be a multiple of %d", what, (long long)by->k, MBQ_ROUTER_STEP);
   TRY(read_hidden(node, context, hidden, by));
   const double bits = *(const float *)avg_bits.data;
   const int64_t count = table.shape.dims[1];

@@ -68,7 +68,7 @@ OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *na
 OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
   static const int64_t built[] = MBQ_SLICES;
   const size_t depths = sizeof built / sizeof built[0];
-  int64_t group, slices[8];
+  int64_t group, slices[MBQ_CODE_BITS];
   TRY(attribute(node, info, "group_size", &group));
   if (group != MBQ_GROUP)
     return fail(node, "group_size is %lld, this library was built for %d; build one for the model's group size",
@@ -123,11 +123,11 @@ OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, in
 }
 
 static OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales) {
-  const int64_t bytes = weight->blocks * ROW_BLOCK * weight->k;
+  const int64_t bytes = weight->blocks * MBQ_ROW_BLOCK * weight->k;
   if (elements(planes) != bytes)
     return fail(node, "planes holds %lld bytes, N=%lld and K=%lld need %lld; export the model again",
                 (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
-  const int64_t want[] = {weight->blocks, weight->groups, 2, ROW_BLOCK};
+  const int64_t want[] = {weight->blocks, weight->groups, 2, MBQ_ROW_BLOCK};
   if (scales->rank != 4 || memcmp(scales->dims, want, sizeof want) != 0)
     return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, 2, 16]; export the "
                 "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
@@ -144,7 +144,7 @@ OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first
       weight->k % MBQ_GROUP != 0)
     return fail(node, "N=%lld, K=%lld: N must be at least 1 and K a multiple of the group size %d",
                 (long long)weight->n, (long long)weight->k, MBQ_GROUP);
-  weight->blocks = (weight->n + ROW_BLOCK - 1) / ROW_BLOCK;
+  weight->blocks = (weight->n + MBQ_ROW_BLOCK - 1) / MBQ_ROW_BLOCK;
   weight->groups = weight->k / MBQ_GROUP;
   if (!node->known[first] || !node->known[first + 1]) return NULL;
   return check_weight(node, weight, &node->shapes[first], &node->shapes[first + 1]);

@@ -6,8 +6,6 @@
 
 enum {
   PIECE_BYTES = 24 << 10, /* below about a microsecond of work a launch does not pay */
-  PIECES_PER_THREAD = 3,  /* evens out cores of different speed without many launches */
-  MAX_THREADS = 64,
   SCRATCH_BYTES = 64 << 10 /* one token's activations up to K = 32768, whatever the group size */
 };
 
@@ -16,7 +14,7 @@ static atomic_int in_use, most_in_use; /* threads; 0: nobody has told */
 /* Share work out over this many of the session's threads from now on.  The highest number told so far is taken for
  * all that the session has. */
 EXPORT void mbq_set_threads(int threads) {
-  threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+  threads = threads < 1 ? 1 : threads > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : threads;
   if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
   atomic_store(&in_use, threads);
   if (threads > 1) mbq_wake_threads();
@@ -34,9 +32,9 @@ static int64_t most_pieces(void) {
   static int64_t processors; /* racing first calls store the same value */
   if (threads == 0 && processors == 0) {
     const long found = sysconf(_SC_NPROCESSORS_ONLN);
-    processors = found < 1 ? 1 : found > MAX_THREADS ? MAX_THREADS : found;
+    processors = found < 1 ? 1 : found > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : found;
   }
-  return PIECES_PER_THREAD * (threads > 0 ? threads : processors);
+  return MBQ_PIECES_PER_THREAD * (threads > 0 ? threads : processors);
 }
 
 size_t pieces_of(int64_t units, int64_t cost) {

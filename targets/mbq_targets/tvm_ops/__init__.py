@@ -1,6 +1,6 @@
-"""A decoder's operations as TIR, called by a Relax module: each is one function on whole tensors.
+"""The operations of a decoder as TIR. A Relax module calls them; each is one function on whole tensors.
 
-The sliced products, the activations' rounding, the router's sums and the embedding's rows are the
-functions of ``targets.kernels``, the same that the ONNX op library is built from; what is here
-shares them out over threads and does the rest of a decoder around them.
+Sliced products, rounding of activations, sums of routers and rows of the embedding are the kernels of
+``mbq_targets.kernels``, as in the ONNX op library. The functions here divide them among threads and do the rest of a
+decoder around them.
 """

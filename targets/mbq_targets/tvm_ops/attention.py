@@ -1,7 +1,7 @@
 """Grouped-query attention over a cache that every layer writes in place.
 
-Keys lie in blocks of 16 positions, ``[layer][head][position / 16][head_dim][position % 16]``, so that 16 scores are
-sums of whole vectors; values lie ``[layer][head][position][head_dim]``.
+Keys are in blocks of KEY_LANES positions: ``[layer][head][position / 16][head_dim][position % 16]``. 16 scores are then
+sums of whole vectors. Values are ``[layer][head][position][head_dim]``.
 """
 
 from __future__ import annotations
@@ -12,24 +12,35 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import KEY_LANES
+
 from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
 from ..kernels.exp import exp
 from .drivers import Tensor, driver, each, reduce, scratch, view
 
 SERIAL_SCORES = 4096
-"""Below this many scores a launch of threads would take longer than they do."""
+"""With fewer scores, a launch of threads takes longer than the scores."""
 
-_LANES_LOG2 = T.int64(LANES.bit_length() - 1)
+_KEY_LANES_LOG2 = T.int64(KEY_LANES.bit_length() - 1)
 
-_CHAINS = 4  # sums of products taken in turn, so that the latency of one is hidden by the others
+_CHAINS = 4
+"""Sums of products that take turns, which hides the latency of a multiply-add."""
 
-_NEVER = -1e30  # a score that no softmax sees
+_NEVER = -1e30
+"""A score whose exponential is 0."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """rotated: how many of a head's first numbers are rotated; norm_eps: of the norms over each head of q and k, None
-    where there are none; scale: multiplies q . k."""
+    """The attention of a decoder.
+
+    heads: query heads.
+    kv_heads: heads of keys and of values.
+    head_dim: width of a head.
+    rotated: how many of the first numbers of a head are rotated.
+    scale: factor of q . k.
+    norm_eps: added to the mean square in a norm over each head of q and k. None: no norm.
+    """
 
     heads: int
     kv_heads: int
@@ -40,11 +51,15 @@ class Attention:
 
 
 def attention(shape: Attention, name: str) -> None:
-    """qkv f32 [M, (heads + 2 kv_heads) * head_dim] -> out f32 [M, heads * head_dim].
+    """Operation: qkv float32 [M, (heads + 2 kv_heads) * head_dim] -> out float32 [M, heads * head_dim].
 
-    keys, values: the cache, with room for the M tokens, whose own are added; past: i64 [1], positions before the
-    first of the M; cos, sin, q_norm, k_norm: places in the weights; window: how many positions a token sees,
-    itself included.
+    Arguments: past int64 [1], positions before the first of the M tokens; keys and values, the cache, which must have
+    room for the M tokens and gets their keys and values; weights uint8; layer; cos, sin, q_norm, k_norm, places in the
+    weights in bytes; window, positions that a token sees, itself included.
+
+    Args:
+        shape: the heads.
+        name: the function's symbol.
     """
     tensors = {
         "qkv": ("float32", 2), "past": ("int64", 1), "keys": ("float32", 5), "values": ("float32", 4),
@@ -67,15 +82,17 @@ def attention(shape: Attention, name: str) -> None:
                 for d in range(0, s.head_dim, LANES):
                     value = load(turned, d, LANES) * const(s.scale, "float32", LANES)
                     store(queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
-            block, lane = bind(position >> _LANES_LOG2), bind(position & T.int64(LANES - 1))
+            block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
             with T.serial(0, T.int64(s.kv_heads)) as h:
                 turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norms[1], tables, position)
                 head = bind(layer * s.kv_heads + h)
                 with T.serial(0, T.int64(s.head_dim)) as d:
-                    store(keys.flat, ((head * blocks + block) * s.head_dim + d) * LANES + lane, 1, load(turned, d, 1))
+                    store(
+                        keys.flat, ((head * blocks + block) * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1)
+                    )
                 for d in range(0, s.head_dim, LANES):
                     value = load(qkv.flat, m * width + (s.heads + s.kv_heads + h) * s.head_dim + d, LANES)
-                    store(values.flat, (head * (blocks * LANES) + position) * s.head_dim + d, LANES, value)
+                    store(values.flat, (head * (blocks * KEY_LANES) + position) * s.head_dim + d, LANES, value)
 
         def attend(i: Expr) -> None:
             h = bind(T.truncdiv(i, rows))
@@ -95,7 +112,7 @@ def attention(shape: Attention, name: str) -> None:
 
 
 def _turn(s: Attention, x: Any, at: Expr, norm: Any, tables: list[Any], position: Expr) -> Any:
-    """One head at ``x[at]``, normed where the model has it, and rotated: in registers."""
+    """The head at ``x[at]``, with its norm and its rotation, in registers."""
     values = registers(s.head_dim, "float32")
     scale = None if s.norm_eps is None else bind(splat(_inverse_rms(x, at, s.head_dim, s.norm_eps), LANES))
     for d in range(0, s.head_dim, LANES):
@@ -123,14 +140,14 @@ def _attend(
     s: Attention, queries: Any, place: Expr, keys: Tensor, values: Tensor, head_blocks: Expr, first: Expr, last: Expr,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """One token and head over positions first .. last: softmax block by block, what was summed being rescaled
-    whenever a larger score comes."""
+    """One token and head over positions first .. last. The softmax goes block by block, and rescales its sums when
+    a score is larger than all before."""
     parts = range(0, s.head_dim, LANES)
     peak, weight = registers(1, "float32"), registers(LANES, "float32")
     chains = registers(_CHAINS * LANES, "float32")
     sums, acc = registers(LANES, "float32"), registers(s.head_dim, "float32")
-    # Through memory, here and below: what is read from it the compiler's simplifier leaves alone, which else puts
-    # every bound value into every use of it and takes minutes.
+    # Values go through memory, here and below. TVM's simplifier replaces each use of a bound value by its expression,
+    # which takes minutes, but it leaves loads alone.
     limits = registers(2, "int32")
     store(limits, 0, 1, cast(first, "int32", 1))
     store(limits, 1, 1, cast(last, "int32", 1))
@@ -138,10 +155,10 @@ def _attend(
     store(sums, 0, LANES, const(0, "float32", LANES))
     for d in parts:
         store(acc, d, LANES, const(0, "float32", LANES))
-    begin = bind(first >> _LANES_LOG2)
-    with T.serial(0, (last >> _LANES_LOG2) + 1 - begin) as i:
+    begin = bind(first >> _KEY_LANES_LOG2)
+    with T.serial(0, (last >> _KEY_LANES_LOG2) + 1 - begin) as i:
         block = bind(begin + i)
-        row = bind((head_blocks + block) * (s.head_dim * LANES))
+        row = bind((head_blocks + block) * (s.head_dim * KEY_LANES))
         for chain in range(0, _CHAINS * LANES, LANES):
             store(chains, chain, LANES, const(0, "float32", LANES))
         with T.serial(0, T.int64(s.head_dim // LANES)) as part:
@@ -152,11 +169,11 @@ def _attend(
                     chains,
                     chain,
                     LANES,
-                    fma(query, load(keys.flat, row + at * LANES, LANES), load(chains, chain, LANES)),
+                    fma(query, load(keys.flat, row + at * KEY_LANES, KEY_LANES), load(chains, chain, LANES)),
                 )
         sides = [load(chains, chain, LANES) + load(chains, chain + LANES, LANES) for chain in (0, 2 * LANES)]
         scores = bind(sides[0] + sides[1])
-        positions = bind(T.ramp(cast(block * LANES, "int32", 1), 1, LANES))
+        positions = bind(T.ramp(cast(block * KEY_LANES, "int32", 1), 1, KEY_LANES))
         low, high = (splat(load(limits, side, 1), LANES) for side in (0, 1))
         scores = bind(T.Select(positions >= low, scores, const(_NEVER, "float32", LANES)))
         scores = bind(T.Select(positions <= high, scores, const(_NEVER, "float32", LANES)))
@@ -168,10 +185,10 @@ def _attend(
         weights = exp(load(weight, 0, LANES) - splat(now, LANES), LANES)
         store(weight, 0, LANES, weights)
         store(sums, 0, LANES, fma(load(sums, 0, LANES), fade, weights))
-        value_row = bind((head_blocks + block) * (LANES * s.head_dim))
+        value_row = bind((head_blocks + block) * (KEY_LANES * s.head_dim))
         for d in parts:
             store(acc, d, LANES, load(acc, d, LANES) * fade)
-            for j in range(LANES):
+            for j in range(KEY_LANES):
                 value = load(values.flat, value_row + j * s.head_dim + d, LANES)
                 store(acc, d, LANES, fma(splat(load(weight, j, 1), LANES), value, load(acc, d, LANES)))
     inverse = bind(splat(T.float32(1) / reduce("fadd", load(sums, 0, LANES)), LANES))

@@ -1,4 +1,4 @@
-"""What the drivers are written with, on top of ``kernels.emit``."""
+"""Helpers for the operations, on top of ``kernels.emit``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,38 @@ from tvm.tirx.script import builder as T
 from ..kernels.emit import Expr, bind, cast
 
 PIECES = 24
-"""Pieces a product is cut into: two, three, four, six and eight threads get the same number each."""
+"""A product is cut into this many pieces, which two, three, four, six and eight threads share equally."""
 
 
 class Tensor(NamedTuple):
-    """An argument.  flat: all its elements in one row, without promise of alignment; shape: int64 each."""
+    """A tensor argument.
+
+    flat: buffer of all its elements, with no promise of alignment.
+    shape: int64 expressions.
+    """
 
     flat: Any
     shape: tuple[Expr, ...]
 
     def at(self, index: Expr) -> Expr:
-        """Pointer to an element."""
+        """Pointer to an element.
+
+        Args:
+            index: the element in ``flat``.
+        """
         return pointer(self.flat, index)
 
 
 @contextmanager
 def driver(name: str, tensors: dict[str, tuple[str, int]], integers: tuple[str, ...] = ()) -> Iterator[list[Any]]:
-    """A function of tensors {name: (element type, rank)}, then int64 numbers, then the tensors whose names begin
-    with "out": the order in which Relax passes them.  Yields them as they are given here.
+    """Open an operation. Yields its tensors, then its integers.
+
+    Relax passes first the tensors, then the integers, then the tensors whose names begin with "out".
+
+    Args:
+        name: the function's symbol.
+        tensors: {name: (element type, rank)}.
+        integers: names of the int64 arguments.
     """
     inputs = [key for key in tensors if not key.startswith("out")]
     outputs = [key for key in tensors if key.startswith("out")]
@@ -47,33 +61,64 @@ def driver(name: str, tensors: dict[str, tuple[str, int]], integers: tuple[str, 
 
 
 def view(pointer: Expr, base: str) -> Any:
-    """Elements of type ``base`` at ``pointer``."""
+    """A buffer at an address.
+
+    Args:
+        pointer: the address.
+        base: element type.
+    """
     return T.decl_buffer((1 << 40,), base, data=pointer)
 
 
 def scratch(count: Expr, base: str) -> Any:
-    """``count`` elements of the runtime's workspace, until the function ends."""
+    """Memory of the runtime's workspace, until the function ends.
+
+    Args:
+        count: elements.
+        base: element type.
+    """
     return T.alloc_buffer((count,), base, scope="global")
 
 
 def call(kernel: str, *args: Expr) -> None:
-    """One of the functions of ``kernels.module``, through ``kernels.c``."""
+    """Call a kernel through its C function in ``kernels.c``.
+
+    Args:
+        kernel: its name without prefix.
+        *args: its arguments.
+    """
     T.evaluate(T.call_extern("int32", f"mbq_call_{kernel}", *args))
 
 
 def pointer(buffer: Any, index: Expr) -> Expr:
-    """Where an element lies.  By its data variable: memory that is only ever named by ``address_of`` counts as unused,
-    and others get it too."""
+    """Pointer to an element.
+
+    It uses the buffer's data variable. TVM treats memory that only ``address_of`` names as unused and gives it away.
+
+    Args:
+        buffer: any buffer.
+        index: the element.
+    """
     size = DataType(str(buffer.dtype)).itemsize
     return bind(T.handle_add_byte_offset(buffer.data, index * T.int64(size)))
 
 
 def i64(value: Expr) -> Expr:
+    """As int64.
+
+    Args:
+        value: an integer expression.
+    """
     return cast(value, "int64", 1)
 
 
 def each(count: Expr, body: Callable[[Expr], None]) -> None:
-    """body(i) for i in [0, count), shared out over threads unless there is but one: a launch costs microseconds."""
+    """Run ``body(i)`` for i in [0, count) on all threads. A count of 1 needs no launch, which costs microseconds.
+
+    Args:
+        count: int64 expression.
+        body: writes the statements for one i.
+    """
     with T.If(count == T.int64(1)):
         with T.Then():
             body(T.int64(0))
@@ -82,6 +127,11 @@ def each(count: Expr, body: Callable[[Expr], None]) -> None:
 
 
 def reduce(operation: str, v: Expr) -> Expr:
-    """fadd or fmax over the lanes of a float32x16."""
+    """A scalar from the lanes of a vector.
+
+    Args:
+        operation: "fadd" or "fmax".
+        v: float32x16.
+    """
     start = [T.float32(0)] if operation == "fadd" else []
     return bind(T.call_llvm_pure_intrin("float32", f"llvm.vector.reduce.{operation}", *start, v))

@@ -1,4 +1,4 @@
-"""Router and sliced product in one: every token's depth, then its row of ``x`` times as many slices."""
+"""Router and sliced product in one operation: the depth of each token, then its row times that many slices."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
+from ..constants import FEW_TOKENS, MAX_HIDDEN, MEAN_SQUARE_EPS
 from ..kernels.activations import TILE_K, chunks
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
-from ..kernels.layout import ROW_BLOCK
 from ..kernels.matmul import SCRATCH_BYTES
 from ..spec import KernelSpec
 from .drivers import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
 
-MAX_HIDDEN = 512
-FEW_TOKENS = 2
-"""Up to this many tokens of a depth go through the one-token kernel: unpacking a tile would cost more."""
-
 NONE = -1
-"""Place of parameters that a matrix has not got."""
+"""The place of parameters that a matrix does not have."""
 
 FIELDS = (
     "planes", "scales", "bias", "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden",
     "parameters", "all_parameters",
 )  # fmt: skip
-"""The integers of ``linear``: places in the weights in bytes (NONE for parameters it has not got), entries of the
-budget table, hidden width of the router (0 for none), weights of this matrix and of all routed ones."""
+"""The integers of ``linear``.
+
+entries: entries of the budget table. hidden: hidden width of the router, 0 for the norm rule. parameters: weights of
+this matrix. all_parameters: weights of all routed matrices. The others are places in the weights in bytes, or NONE."""
 
 
 def linear(spec: KernelSpec, name: str) -> None:
-    """x f32 [M', K], routed_by f32 [M, K], avg_bits f32 [1], weights u8 [bytes], used f32 [1] -> out f32 [M', N16].
+    """Operation: x float32 [M', K], routed_by float32 [M, K] -> out float32 [M', N16].
 
-    M' is M, or less where only the last tokens are wanted; all M are routed.  N16: N rounded up to
-    whole row blocks; what is past N is 0.  used: grows by this matrix' share of the average bits.
+    M' is M, or less if only the last tokens are wanted. All M tokens are routed. N16 is N rounded up to whole row
+    blocks; columns past N are 0. Other arguments: avg_bits float32 [1]; weights uint8 [bytes]; used float32 [1], which
+    grows by this matrix's share of the average bits; the integers of ``FIELDS``.
+
+    Args:
+        spec: slices, group size and activation bits of the model.
+        name: the function's symbol.
     """
     tensors = {
         "x": ("float32", 2), "routed_by": ("float32", 2), "avg_bits": ("float32", 1), "weights": ("uint8", 1),
@@ -55,7 +59,7 @@ def _float64(buffer: Any, index: Expr) -> Expr:
 
 
 def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, at: dict[str, Expr], out: Any) -> None:
-    """out i32 [M]: depths, by the rule of ``slicing.reference.route``."""
+    """out int32 [M]: depths, by the rule of ``route`` in ``mbq_export.format``."""
     rows, k = x.shape
     table = view(weights.at(at["table"]), "float32")
     last = bind(at["entries"] - 1)
@@ -73,7 +77,7 @@ def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, 
 
 
 def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
-    """Linear between the entries around ``bits``, which lies within the table."""
+    """The threshold for a budget inside the table, linear between entries."""
     low = T.alloc_buffer((1,), "int64", scope="global")
     store(low, 0, 1, T.int64(0))
     with T.serial(1, entries - 1) as i, T.If(_float64(table, i) <= bits), T.Then():
@@ -87,7 +91,7 @@ def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
 def _depth(
     profile: SliceProfile, x: Expr, k: Expr, weights: Tensor, at: dict[str, Expr], threshold: Expr, out: Any, m: Expr
 ) -> None:
-    """One token's depth.  The long sums are a kernel's; the few numbers that follow are float64."""
+    """The depth of one token. A kernel computes the long sums. The few numbers that follow are float64."""
     hidden = at["hidden"]
     sums = T.alloc_buffer(((1 + MAX_HIDDEN) * LANES,), "float32", scope="global")
     call("router_sums", x, weights.at(at["w1"]), pointer(sums, 0), k, hidden)
@@ -100,7 +104,7 @@ def _depth(
         return value
 
     one = T.float64(1)
-    mean_square = bind(row_sum(T.int64(0)) / cast(k, "float64", 1) + T.float64(1e-12))
+    mean_square = bind(row_sum(T.int64(0)) / cast(k, "float64", 1) + T.float64(MEAN_SQUARE_EPS))
     log_square, inverse = bind(T.log(mean_square)), bind(one / T.sqrt(mean_square))
     bias, gain, b1, w2 = (view(weights.at(at[f]), "float32") for f in ("router_bias", "norm_gain", "b1", "w2"))
     steps = profile.depths - 1
@@ -136,7 +140,7 @@ def _count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at:
 def _product(
     spec: KernelSpec, x: Tensor, skipped: Expr, depth: Any, weights: Tensor, at: dict[str, Expr], out: Tensor
 ) -> None:
-    """skipped: tokens at the front of ``depth`` that ``x`` does not have."""
+    """The product. skipped: tokens at the front of ``depth`` that ``x`` does not have."""
     profile, group = spec.profile, spec.group_size
     rows, k = x.shape
     n = out.shape[1]
@@ -147,7 +151,7 @@ def _product(
     tokens, starts = _by_depth(profile, rows, skipped, depth)
 
     def activations(place: Expr) -> list[Expr]:
-        """Of one token: those of a depth stand side by side."""
+        """Pointers to the activations of one token. Tokens of one depth are neighbours."""
         return [pointer(q, place * TILE_K), pointer(step, place * groups), pointer(sums, place * groups)]
 
     def quantize(place: Expr) -> None:
@@ -158,7 +162,7 @@ def _product(
         call(f"gemv_d{d}", *activations(place), planes, scales, y, blocks, groups, rows, begin, end)
 
     each(rows, quantize)
-    # One token needs no tile.
+    # A single token needs no tile.
     scratches = scratch(T.min(rows - 1, T.int64(1)) * (PIECES * SCRATCH_BYTES), "uint8")
     with T.parallel(0, T.int64(PIECES)) as i:
         # The kernel of many tokens takes row blocks in pairs.
@@ -180,7 +184,7 @@ def _product(
 
 
 def _by_depth(profile: SliceProfile, rows: Expr, skipped: Expr, depth: Any) -> tuple[Any, Any]:
-    """tokens i32 [rows]: rows grouped by depth; starts i64 [depths + 1]: where each depth's begin."""
+    """(tokens int32 [rows], sorted by depth; starts int64 [depths + 1], where each depth begins)."""
     tokens = scratch(rows, "int32")
     starts = T.alloc_buffer((profile.depths + 1,), "int64", scope="global")
     count = T.alloc_buffer((1,), "int64", scope="global")

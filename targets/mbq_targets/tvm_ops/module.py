@@ -1,4 +1,4 @@
-"""All operations of one model's decoder: an IRModule for Relax to call by name."""
+"""All operations of one decoder, as an IRModule. Relax calls them by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from .pointwise import embed, gate, head_input, last, norm
 
 @dataclass(frozen=True)
 class Shape:
-    """What the operations must know of a model when they are compiled; the rest are numbers they are called with.
+    """What is compiled into the operations of a model. All other numbers are arguments.
 
-    activation: between gate and up, a key of ``pointwise.ACTIVATIONS``; head_input: sizes of the two factors of
-    the rotation of the head's input, or None.
+    spec: slices, group size and activation bits.
+    norm_eps: added to the mean square in RMS norms.
+    activation: of the gate, a key of ``kernels.gate.ACTIVATIONS``.
+    attention: the heads.
+    head_input: sizes of the two factors of the rotation of the head's input, or None.
     """
 
     spec: KernelSpec
@@ -28,7 +31,11 @@ class Shape:
 
 
 def build_module(shape: Shape) -> Any:
-    """IRModule with mbq_embed, norm, add_norm, last, linear, attention, gate, and head_input where it is needed."""
+    """IRModule with mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate, mbq_head_input.
+
+    Args:
+        shape: what is compiled in. Without ``head_input`` there is no mbq_head_input.
+    """
     with module() as builder:
         embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
         norm(shape.norm_eps, "mbq_norm", adds=False)

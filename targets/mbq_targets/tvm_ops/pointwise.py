@@ -1,4 +1,4 @@
-"""What stands between the matrices: embedding, norms, gate, and the head's input."""
+"""The operations between the matrices: embedding, norms, gate, and the rotation of the head's input."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..kernels.emit import LANES, Expr, bind, const, fma, load, registers, splat, store
-from ..kernels.layout import ROW_BLOCK
 from .drivers import call, driver, each, reduce, scratch, view
 
 
 def embed(profile: SliceProfile, group: int, name: str) -> None:
-    """ids i64 [M], weights u8, used f32 [1] -> out f32 [M, K]: rows of a table of ``rows`` at full depth, times the
-    float32 [K] at ``scale``.  used: set to 0, for the matrices to add to."""
+    """Operation: ids int64 [M] -> out float32 [M, K], rows of a table at full depth times float32 [K] at ``scale``.
+
+    Other arguments: weights uint8; used float32 [1], which is set to 0 before the matrices add to it; planes, scales,
+    scale, places in the weights in bytes; rows of the table.
+
+    Args:
+        profile: bits of each slice.
+        group: weights that share a scale.
+        name: the function's symbol.
+    """
     tensors = {"ids": ("int64", 1), "weights": ("uint8", 1), "used": ("float32", 1), "out": ("float32", 2)}
     with driver(name, tensors, ("planes", "scales", "scale", "rows")) as args:
         ids, weights, used, out, planes, scales, scale, rows = args
@@ -36,8 +44,13 @@ def embed(profile: SliceProfile, group: int, name: str) -> None:
 
 
 def norm(eps: float, name: str, *, adds: bool) -> None:
-    """x f32 [M, K], (branch f32 [M, K],) weights u8 -> (out_sum = x + branch,) out: the RMS norm of x + branch, times
-    the float32 [K] at ``weight``.  K is a multiple of 16."""
+    """Operation: x float32 [M, K] -> out, its RMS norm times float32 [K] at ``weight``. K is a multiple of 16.
+
+    Args:
+        eps: added to the mean square.
+        name: the function's symbol.
+        adds: take branch float32 [M, K] too, write out_sum = x + branch, and norm that.
+    """
     tensors = {"x": ("float32", 2), "weights": ("uint8", 1), "out": ("float32", 2)}
     if adds:
         tensors = {"x": ("float32", 2), "branch": ("float32", 2), "weights": ("uint8", 1), "out_sum": ("float32", 2),
@@ -70,7 +83,11 @@ def norm(eps: float, name: str, *, adds: bool) -> None:
 
 
 def last(name: str) -> None:
-    """x f32 [M, K] -> out f32 [M', K]: its last M' rows."""
+    """Operation: x float32 [M, K] -> out float32 [M', K], its last M' rows.
+
+    Args:
+        name: the function's symbol.
+    """
     with driver(name, {"x": ("float32", 2), "out": ("float32", 2)}) as (x, out):
         skipped = bind((x.shape[0] - out.shape[0]) * x.shape[1])
         with T.serial(0, out.shape[0] * out.shape[1] // LANES) as i:
@@ -78,16 +95,27 @@ def last(name: str) -> None:
 
 
 def gate(activation: str, name: str) -> None:
-    """x f32 [M, 2 F] -> out f32 [M, F]: activation of the first half, times the second."""
+    """Operation: x float32 [M, 2 F] -> out float32 [M, F], the activation of the first half times the second half.
+
+    Args:
+        activation: a key of ``kernels.gate.ACTIVATIONS``.
+        name: the function's symbol.
+    """
     with driver(name, {"x": ("float32", 2), "out": ("float32", 2)}) as (x, out):
         rows, f = out.shape
         each(rows, lambda m: call(f"gate_{activation}", x.at(m * (2 * f)), out.at(m * f), f))
 
 
 def head_input(left: int, right: int, name: str) -> None:
-    """x f32 [M, left * right], weights u8 -> out: ``x @ R.T * gain @ R`` with R = kron(L, R'), by its factors.
+    """Operation: x float32 [M, left * right] -> out = ``x @ R.T * gain @ R`` with R = kron(L, R'), by its factors.
 
-    Places: float32 L.T [left, left] and L, R' [right, right] and R'.T, gain [left * right].
+    Other arguments: weights uint8; places in it of float32 L.T [left, left], L, R' [right, right], R'.T and gain
+    [left * right].
+
+    Args:
+        left: size of L.
+        right: size of R'.
+        name: the function's symbol.
     """
     tensors = {"x": ("float32", 2), "weights": ("uint8", 1), "out": ("float32", 2)}
     with driver(name, tensors, ("left_back", "left", "right", "right_back", "gain")) as args:
@@ -97,7 +125,7 @@ def head_input(left: int, right: int, name: str) -> None:
 
         first, second = scratch(T.int64(width), "float32"), scratch(T.int64(width), "float32")
         with T.serial(0, x.shape[0]) as m:
-            # Each step sums rows of what it reads last, which lie one after the other.
+            # The inner loop of each step reads neighbouring numbers.
             _rows_of_left(left_table, x.flat, m * width, first, left, right)
             _rows_of_right(first, right_back, second, left, right)
             with T.serial(0, T.int64(width)) as i:
