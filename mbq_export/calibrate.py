@@ -1,175 +1,115 @@
-"""Checkpoint and text in; slices, routers and what they are worth out."""
+"""Calibration: a checkpoint and text in; slices, routers and their quality out.
+
+Lifecycle of ``calibrate``, with the names that the user sees:
+
+1. The loss of the original model on held-back text (``quality.reference``).
+2. Rotation of the weights (``transforms.rotation``), or "measuring activations" and smoothing
+   (``transforms.smoothing``).
+3. For a method without feedback: "rounding weights" (``slicing.rtn``).  Otherwise:
+
+   a. "recording teacher outputs", if slices are tuned (``tuning.teacher``);
+   b. "computing token weights" (``slicing.importance``);
+   c. "slicing blocks" (``slicing.by_block``);
+   d. "tuning scales", or for a base slice of two bits "tuning the base slice", "choosing residual slices", "fitting
+      routers for tuning" and "tuning with routers" (``tuning.tune``).
+
+4. "measuring slice gains" (``routing.slice_gains``).
+5. "fitting routers" of every kind, and "comparing routers" (``routing.select``).
+6. "measuring the quality curve" (``quality``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.manifest import QualityPoint
-from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_runtime.errors import UsageError
 
 from . import processes, quality
+from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
+from .context import Calibration
 from .format.codes import Sliced
-from .format.router import RouterParams
-from .memory import give_back
-from .methods import METHODS, PROVISIONAL_WINDOWS, SECOND, Recipe, tunings
+from .methods import PROVISIONAL_WINDOWS, TUNE_ROUTED, tunings
 from .model.blocks import fast_dtype
 from .model.checkpoint import Checkpoint
-from .model.families import Decoder, Unit
+from .model.router_inputs import Routing
 from .model.sliced_linear import values_at
-from .progress import Report, no_report
-from .routing import kinds, provisional, select
-from .routing.slice_gains import collect
+from .routing import kinds, select
+from .routing.slice_gains import measure_gains
 from .slicing import rtn
-from .slicing.by_block import choose_residuals, slice_model
+from .slicing.by_block import slice_model, slice_residuals
 from .slicing.importance import token_importance
-from .store import Store
-from .transforms.rotation import HeadInput, rotate
+from .transforms.rotation import rotate
 from .transforms.smoothing import smooth
-from .tuning.tune import Routing, Teacher, tune
-
-CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-
-_PROVISIONAL_KIND = "mlp"
-"""Of the routers that slices are tuned with, where ``recipe.router`` leaves the choice: most often the best."""
+from .tuning.teacher import Teacher
+from .tuning.tune import tune
 
 
-@dataclass(frozen=True)
-class RoutedLinear:
-    """A unit ready to be lowered.  bias: float32 [N] or None."""
+def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: NDArray[np.int64]) -> Calibrated:
+    """Slice every unit, select and fit routers, set the thresholds of all units together, and measure the curve.
 
-    unit: Unit
-    sliced: Sliced
-    bias: NDArray[np.float32] | None
-    router: RouterParams
+    The checkpoint's weights change in place, and those of its linear layers are released.  Several processes call it
+    with the same arguments, and each gets all results.
 
-    @property
-    def parameters(self) -> int:
-        return int(self.sliced.codes.size)
+    Args:
+        calibration: the checkpoint, the recipe, the store and the report.
+        fitted: int64 [windows, context] tokens that slices are fitted to.
+        held_back: int64 [windows, context] tokens.  Routers are fitted to the first half and measured on the second.
 
+    Returns:
+        The calibrated model.
 
-@dataclass(frozen=True)
-class Calibrated:
-    """units: by name, in the graph's order; embedding: None when the head's slices serve for it;
-    head_scale: float32 [hidden], what such a row of the head is divided by; head_input: what the head's
-    input goes through, or None; reference_perplexity: of the original, and curve: of this one by rising
-    budgets, on the same held-back text; routers: perplexity of every candidate by
-    average bits, its ratio to the shipped one's and the standard error of that, where they were compared."""
-
-    profile: SliceProfile
-    group_size: int
-    router_kind: str
-    units: dict[str, RoutedLinear]
-    embedding: Sliced | None
-    head_scale: NDArray[np.float32]
-    head_input: HeadInput | None = None
-    reference_perplexity: float = 0.0
-    curve: tuple[QualityPoint, ...] = ()
-    routers: select.Comparison = field(default_factory=dict)
-
-    def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
-        """float32 [hidden]: what a row of the embedding is multiplied by when it is read."""
-        factors = np.full(decoder.hidden_size, decoder.embedding_scale, np.float32)
-        return factors if self.embedding is not None else factors / self.head_scale
-
-
-def calibrate(
-    checkpoint: Checkpoint,
-    fitted: NDArray[np.int64],
-    held_back: NDArray[np.int64],
-    recipe: Recipe,
-    store: Store | None = None,
-    progress: Report = no_report,
-) -> Calibrated:
-    """Slice every unit, choose and fit its router, set the thresholds jointly, measure the curve.
-
-    fitted, held_back: int64 [windows, context] tokens; slices are fitted to the first, routers and
-    thresholds to one half of the second, and measured on the other half.  The checkpoint's weights
-    are changed in place, and those of its linear layers released.  ``recipe.group_size`` must divide every unit's K.
-    Several processes give the same arguments, and each is given all results.
-    Raises ModelError for weights or activations that are not finite, UsageError for fewer windows than processes.
+    Raises:
+        ModelError: a weight or an activation is not finite.
+        UsageError: there are fewer windows than processes.
     """
-
-    def stage(what: str) -> Callable[[int, int], None]:
-        give_back()
-        return lambda done, total: progress(what, done, total)
-
-    store = store or Store(None)
-    profile = recipe.profile
+    checkpoint, profile = calibration.checkpoint, calibration.profile
     routing_windows, measured_windows = np.array_split(held_back, 2)
-    reference = quality.reference(checkpoint, measured_windows)
-    slices, embedding, head_scale, head_input = _slices(checkpoint, fitted, recipe, store, stage)
+    original_nll = quality.reference(checkpoint, measured_windows)
+    weights = _slice(calibration, fitted)
     if checkpoint.decoder.tied:
-        head = slices[checkpoint.decoder.head.name]
-        table = values_at(head, profile, profile.depths, device=checkpoint.device) / checkpoint.on_device(head_scale)
-        checkpoint.model.get_input_embeddings().weight.copy_(table)
-    names = list(kinds.ROUTERS) if recipe.router == "auto" else [recipe.router]
-    stats = collect(
-        checkpoint, slices, profile, routing_windows, recipe.seed,
-        keep_inputs=any(kinds.ROUTERS[name].needs_inputs for name in names), progress=stage("measuring slices"),
-    )  # fmt: skip
-    fits = {}
-    for i, name in enumerate(names):
-        fits[name] = select.fit(name, stats, slices, profile, recipe.seed)
-        progress("fitting routers", i + 1, len(names))
-    kind, routers, compared = select.choose(
-        checkpoint, fits, slices, profile, recipe.seed, measured_windows, stage("comparing routers")
-    )
+        _embed_with_slices(calibration, weights)
+    selected = _select_routers(calibration, weights.slices, routing_windows, measured_windows)
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
-    cases = [select.case(routers, b) for b in bits]
     results = quality.measure(
-        checkpoint, slices, profile, measured_windows, cases, stage("measuring quality"), fast_dtype(checkpoint.device)
-    )
-    original = float(np.exp(reference.mean()))
-    curve = tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True))
+        calibration, weights.slices, measured_windows, [select.depths_at(selected.routers, b) for b in bits],
+        stage="measuring the quality curve", dtype=fast_dtype(checkpoint.device),
+    )  # fmt: skip
     linears = {
-        unit.name: RoutedLinear(unit, slices[unit.name], checkpoint.bias(unit), routers[unit.name])
+        unit.name: RoutedLinear(unit, weights.slices[unit.name], checkpoint.bias(unit), selected.routers[unit.name])
         for unit in checkpoint.decoder.units()
     }
     return Calibrated(
-        profile, recipe.group_size, kind, linears, embedding, head_scale, head_input, original, curve, compared
+        profile,
+        calibration.recipe.group_size,
+        selected.kind,
+        linears,
+        weights.embedding,
+        weights.head_scale,
+        weights.head_input,
+        float(np.exp(original_nll.mean())),
+        tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True)),
+        selected.comparison,
     )
 
 
-def quality_floor(calibrated: Calibrated, ratio: float) -> float:
-    """The lowest average bits with a perplexity of at most ``ratio`` times the original's.
+@dataclass(frozen=True)
+class _Weights:
+    """The sliced weights of a model.  slices: by unit name; the other fields are those of ``Calibrated``."""
 
-    Between the curve's points log perplexity is taken for linear; rounded up to 0.05 bits.
-    """
-    limit = np.log(ratio * calibrated.reference_perplexity)
-    bits = [point.avg_bits_used for point in calibrated.curve]
-    loss = np.log([point.perplexity for point in calibrated.curve])
-    grid = np.arange(bits[0], CODE_BITS + 0.025, 0.05)
-    good = np.interp(grid, bits, loss) <= limit
-    # From where on every budget is good; all of 8 bits where none is.
-    first = len(good) - int(np.argmin(good[::-1])) if not good.all() else 0
-    return round(float(grid[min(first, len(grid) - 1)]), 2)
+    slices: dict[str, Sliced]
+    embedding: Sliced | None
+    head_scale: NDArray[np.float32]
+    head_input: HeadInput | None
 
 
-def worth(calibrated: Calibrated, floor_ratio: float) -> tuple[float, float]:
-    """What slices are chosen by, the less the better: the quality floor, and the mean perplexity at 4 to 8 bits.
-
-    The first says how light a model may get; the second decides between equal ones.
-    """
-    bits = [point.avg_bits_used for point in calibrated.curve]
-    loss = np.log([point.perplexity for point in calibrated.curve])
-    mean = np.interp([b for b in CURVE_BITS if b >= 4], bits, loss).mean()
-    return quality_floor(calibrated, floor_ratio), round(float(np.exp(mean)), 4)
-
-
-def _slices(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    recipe: Recipe,
-    store: Store,
-    stage: Callable[[str], Callable[[int, int], None]],
-) -> tuple[dict[str, Sliced], Sliced | None, NDArray[np.float32], HeadInput | None]:
-    d, method = checkpoint.decoder, METHODS[recipe.method]
+def _slice(calibration: Calibration, windows: NDArray[np.int64]) -> _Weights:
+    checkpoint, method = calibration.checkpoint, calibration.method
+    d, group_size = checkpoint.decoder, calibration.recipe.group_size
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
     if len(hessian_windows) < processes.count():
         raise UsageError(
@@ -178,26 +118,25 @@ def _slices(
         )
     head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
     if method.feedback and not d.family.post_norms:
-        head_input = rotate(checkpoint, recipe.seed)
+        head_input = rotate(checkpoint, calibration.seed)
     else:
-        head_scale = smooth(checkpoint, hessian_windows, stage("measuring activations"))
-    embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), recipe.group_size, "embedding")
+        head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
+    embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
     if method.feedback:
-        slices = _fed_back(checkpoint, windows, hessian_windows, head_scale, recipe, store, stage)
+        slices = _slice_with_feedback(calibration, windows, hessian_windows, head_scale)
     else:
-        slices = _rounded(checkpoint, recipe.group_size, store, stage("slicing"))
-    return slices, embedding, head_scale, head_input
+        slices = _round(calibration)
+    return _Weights(slices, embedding, head_scale, head_input)
 
 
-def _rounded(
-    checkpoint: Checkpoint, group_size: int, store: Store, progress: Callable[[int, int], None]
-) -> dict[str, Sliced]:
+def _round(calibration: Calibration) -> dict[str, Sliced]:
+    progress, checkpoint, store = calibration.stage("rounding weights"), calibration.checkpoint, calibration.store
     slices: dict[str, Sliced] = {}
     units = list(checkpoint.decoder.units())
     for i, unit in enumerate(units):
         found = store.get(unit.name)
         if found is None:
-            rounded = rtn.slice_weight(checkpoint.weight(unit), group_size, unit.name)
+            rounded = rtn.slice_weight(checkpoint.weight(unit), calibration.recipe.group_size, unit.name)
             found = store.put(unit.name, {unit.name: rounded})
         slices |= found
         checkpoint.release(unit)
@@ -205,48 +144,61 @@ def _rounded(
     return slices
 
 
-def _fed_back(
-    checkpoint: Checkpoint,
+def _slice_with_feedback(
+    calibration: Calibration,
     windows: NDArray[np.int64],
     hessian_windows: NDArray[np.int64],
     head_scale: NDArray[np.float32],
-    recipe: Recipe,
-    store: Store,
-    stage: Callable[[str], Callable[[int, int], None]],
 ) -> dict[str, Sliced]:
-    """By error feedback, and tuned if that is asked for."""
-    profile, sweeps = recipe.profile, METHODS[recipe.method].sweeps
-    phases = tunings(recipe.method, profile, recipe.tuning_steps)
-    # As many windows as the longest of them has steps for.
-    heard = [steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items()]
-    teacher = Teacher(checkpoint, _spread(windows, max(heard)), stage("listening to the original")) if heard else None
-    importance = token_importance(checkpoint, hessian_windows, recipe.seed, store, stage("weighing tokens"))
-    slices = slice_model(
-        checkpoint, hessian_windows, importance, profile, recipe.group_size, sweeps, SECOND in phases, store,
-        stage("slicing blocks"),
-    )  # fmt: skip
+    """Slice with error feedback, then tune as the recipe says."""
+    phases = tunings(calibration.recipe.method, calibration.profile, calibration.recipe.tuning_steps)
+    # As many windows as the longest tuning takes.
+    taken = [steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items()]
+    teacher = Teacher(calibration, _spread(windows, max(taken))) if taken else None
+    importance = token_importance(calibration, hessian_windows)
+    slices = slice_model(calibration, hessian_windows, importance, keep_weights=TUNE_ROUTED in phases)
     if teacher is None:
         return slices
     for i, (phase, steps) in enumerate(phases.items()):
         routing: Routing | None = None
-        if phase == SECOND:
-            slices = choose_residuals(
-                checkpoint, hessian_windows, importance, slices, profile, sweeps, store, stage("choosing residuals")
-            )
-            routers = provisional.fit(
-                _PROVISIONAL_KIND if recipe.router == "auto" else recipe.router, checkpoint, slices, profile,
-                _spread(hessian_windows, max(PROVISIONAL_WINDOWS, processes.count())), recipe.seed, store,
-                stage("fitting provisional routers"),
-            )  # fmt: skip
-            routing = partial(select.case, routers)
+        if phase == TUNE_ROUTED:
+            slices = slice_residuals(calibration, hessian_windows, importance, slices)
+            count = max(PROVISIONAL_WINDOWS, processes.count())
+            routers = select.routers_for_tuning(calibration, slices, _spread(hessian_windows, count))
+            routing = partial(select.depths_at, routers)
         slices = tune(
-            checkpoint, teacher, slices, head_scale, profile, phase, routing, steps, recipe.seed + i, store,
-            stage(phase.name),
+            calibration, teacher, slices, phase, steps,
+            seed=calibration.seed + i, head_scale=head_scale, routing=routing,
         )  # fmt: skip
     return slices
 
 
+def _embed_with_slices(calibration: Calibration, weights: _Weights) -> None:
+    """Make a tied embedding what the bundle reads: rows of the head at full depth."""
+    checkpoint: Checkpoint = calibration.checkpoint
+    profile, head = calibration.profile, weights.slices[checkpoint.decoder.head.name]
+    table = values_at(head, profile, profile.depths, device=checkpoint.device)
+    checkpoint.model.get_input_embeddings().weight.copy_(table / checkpoint.on_device(weights.head_scale))
+
+
+def _select_routers(
+    calibration: Calibration,
+    slices: dict[str, Sliced],
+    fitted_windows: NDArray[np.int64],
+    measured_windows: NDArray[np.int64],
+) -> select.Selected:
+    wanted = calibration.recipe.router
+    names = list(kinds.ROUTERS) if wanted == "auto" else [wanted]
+    keep_inputs = any(kinds.ROUTERS[name].needs_inputs for name in names)
+    stats = measure_gains(calibration, slices, fitted_windows, keep_inputs=keep_inputs)
+    fitted = {}
+    for i, name in enumerate(names):
+        fitted[name] = select.fit_routers(calibration, name, stats, slices)
+        calibration.report("fitting routers", i + 1, len(names))
+    return select.select_kind(calibration, fitted, slices, measured_windows)
+
+
 def _spread(windows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most so many of int64 [windows, context], spread over them."""
+    """At most ``most`` of int64 [windows, context], evenly spread over them."""
     count = min(most, len(windows))
     return windows[np.arange(count) * len(windows) // count]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mbq_runtime.bundle.manifest import Manifest
     from mbq_runtime.bundle.slice_profile import SliceProfile
 
-    from .calibrate import Calibrated
+    from .calibrated import Calibrated
     from .methods import Recipe
     from .model.checkpoint import Checkpoint
     from .prepare import Prepared
@@ -157,7 +157,7 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
 class _Trial:
     """A model calibrated with one slice profile.
 
-    checkpoint: the model; calibrated: its slices and routers; worth: see ``calibrate.worth``; store: its finished
+    checkpoint: the model; calibrated: its slices and routers; worth: see ``calibrated.worth``; store: its finished
     steps on disk; tokens: tokens of text; held_back_tokens: tokens that routers were chosen on.
     """
 
@@ -170,7 +170,9 @@ class _Trial:
 
 
 def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> _Trial:
-    from .calibrate import calibrate, worth
+    from .calibrate import calibrate
+    from .calibrated import worth
+    from .context import Calibration
     from .data.windows import calibration_windows
     from .methods import CONTEXT_TOKENS, Recipe, held_back_windows
     from .model.checkpoint import load
@@ -189,7 +191,7 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
         progress(f"resuming after {store.finished} finished steps", 1, 1)
     if len(options.profiles) > 1:
         progress(f"calibrating with slices {profile}", 1, 1)
-    calibrated = calibrate(checkpoint, fitted, held_back, recipe, store, progress)
+    calibrated = calibrate(Calibration(checkpoint, recipe, store, progress), fitted, held_back)
     of_this = worth(calibrated, options.floor_ratio)
     return _Trial(checkpoint, calibrated, of_this, store, int(fitted.size), int(held_back.size))
 

@@ -1,4 +1,4 @@
-"""What a calibration can be asked for; nothing here needs torch."""
+"""Calibration methods, and the recipe of one calibration.  Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from dataclasses import dataclass, replace
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 CONTEXT_TOKENS = 512
-"""Length of a window of calibration text."""
+"""Length of a window of calibration text, in tokens."""
 
-_HELD_BACK_SHARE = 4
-"""One window is held back for this many that are fitted to."""
-_HELD_BACK_WINDOWS = 24
-"""No more are: they tell routers apart, and each costs a pass at every budget."""
+_FITTED_PER_HELD_BACK = 4
+"""Windows that are fitted to, for each window that is held back."""
+_MOST_HELD_BACK_WINDOWS = 24
+"""Each costs a pass at every budget when routers are compared."""
 
 PROVISIONAL_WINDOWS = 8
-"""What routers from before the last tuning are fitted to."""
+"""Windows that the routers for tuning are fitted to."""
 
 MLP_HIDDEN = 1
-"""Width of a learned router.  On SmolLM2-135M 16, 8, 4 and 2 gave the same perplexity within its standard error, and a
-token reads all of it."""
+"""Width of a learned router.  Every token reads all of its parameters."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """How one tuning goes about it (``slicing.tuning``).
+    """How scales and offsets are tuned end to end (``tuning.tune``).
 
-    name: of what the store keeps of it; focus: the depth, 1-based, that half of its steps are at, or all if ``alone``,
-    and None for half of them between the first two, and all where routers send them (``routing.provisional``);
-    windows_per_step: of text, at least one for each process; scale_rate: Adam's, for scales and offsets, in scales;
-    alike: whether the loss weighs depths alike, however small their divergence; scale_decay: of changes, for each unit
-    of the rate; next_twice: whether the depth behind the first gets two turns in place of one.
+    name: of the stage, and of its file in the store.
+    focus: depth (1-based) that gets half of the steps (all if `alone`).  None: half of the steps use budgets between
+        depths 1 and 2, and routers choose the depths in every step.
+    alone: whether only the focus gets steps.
+    windows_per_step: windows of text a step, at least one for each process.
+    scale_rate: Adam's learning rate for scales and offsets, in scales.
+    alike: whether the loss weighs all depths alike, whatever the size of their divergence.
+    scale_decay: decay of changes to scales and offsets, for each unit of the learning rate.
+    next_twice: whether the depth after the shallowest gets two turns of a round.
     """
 
     name: str
@@ -43,23 +46,30 @@ class Phase:
     next_twice: bool = False
 
 
-ONLY = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
-LONG = replace(ONLY, scale_decay=1.2, next_twice=True)
-"""Text that is read over and over is learned by heart: after 24 windows of it six times, 3 bits had 1.11 times the
-original's perplexity on them, and 1.36 on another text.  There decay does as much for 4 bits as six times the windows
-(1.102 to 1.094) and takes 1 % from 3 bits.  It leads back to the scales that 8 bits were given, so these need fewer
-turns."""
-FIRST = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
-SECOND = Phase("tuning again", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
+TUNE_SCALES = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
+"""The one tuning of a short calibration."""
+TUNE_SCALES_LONG = replace(TUNE_SCALES, scale_decay=1.2, next_twice=True)
+"""The one tuning of a long calibration.  Decay keeps the model from learning its text by heart."""
+TUNE_BASE_SLICE = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
+"""The first of two tunings, for a base slice of 2 bits."""
+TUNE_ROUTED = Phase("tuning with routers", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
+"""The second of two tunings, after residual slices were chosen for the tuned base slice."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How slices are found.  feedback: block by block with error feedback, on a rotated model where its
-    family allows that; else rounding to nearest.  hessian_windows: of the text, spread over it, that the feedback's
-    second moments are taken from; sweeps: of refinement behind the feedback; tuning_steps: of end-to-end tuning
-    behind all, on all of the text, each as ``phase`` says; calib_tokens: of text it takes; steps_of_two: where slices
-    begin with two bits, of a first and a second tuning in place of one."""
+    """How slices are made.
+
+    help: one line for the user.
+    feedback: whether slices are made block by block with error feedback, on a rotated model where the family allows
+        it; otherwise weights are rounded to nearest.
+    hessian_windows: windows of the text, evenly spread, that second moments of inputs are measured on.
+    sweeps: of refinement after the feedback.
+    tuning_steps: of end-to-end tuning on all of the text.
+    calib_tokens: tokens of calibration text.
+    phase: how slices are tuned, where one tuning is enough.
+    steps_of_two: tuning steps where slices begin with two bits, half of them before residual slices are chosen again.
+    """
 
     help: str
     feedback: bool
@@ -67,7 +77,7 @@ class Method:
     sweeps: int
     tuning_steps: int
     calib_tokens: int
-    phase: Phase = ONLY
+    phase: Phase = TUNE_SCALES
     steps_of_two: int = 0
 
 
@@ -79,42 +89,58 @@ METHODS = {
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",
-        True, 64, sweeps=6, tuning_steps=1100, calib_tokens=196608, phase=LONG, steps_of_two=500,
+        True, 64, sweeps=6, tuning_steps=1100, calib_tokens=196608, phase=TUNE_SCALES_LONG, steps_of_two=500,
     ),
 }  # fmt: skip
 
 
 AUTO_SLICES = ("3,1,2,2", "2,2,2,2")
-"""What ``--slices auto`` chooses from."""
+"""The profiles that ``--slices auto`` compares."""
 
 
 def tunings(method: str, profile: SliceProfile, steps: int | None) -> dict[Phase, int]:
-    """The tunings to come, in order, and how many steps each takes; steps: of all, None for the method's own.
+    """The tunings of a calibration, in order, each with its number of steps.
 
-    Between a first and a second one residuals are chosen anew (``sequential.choose_residuals``).
+    Between a first and a second tuning, residual slices are chosen again (``slicing.by_block.slice_residuals``).
+
+    Args:
+        method: a key of ``METHODS``.
+        profile: the bits of each slice.
+        steps: of all tunings together, or None for the method's own number.
     """
     of = METHODS[method]
     twice = of.steps_of_two > 0 and profile.min_bits < 3 and profile.depths > 2
     if steps is None:
         steps = of.steps_of_two if twice else of.tuning_steps
     if twice and steps > 1:
-        return {FIRST: steps - steps // 2, SECOND: steps // 2}
+        return {TUNE_BASE_SLICE: steps - steps // 2, TUNE_ROUTED: steps // 2}
     return {of.phase: steps} if steps else {}
 
 
 def held_back_windows(fitted: int) -> int:
-    """How many windows to hold back beside ``fitted`` to calibrate on."""
-    return max(2, min(fitted // _HELD_BACK_SHARE, _HELD_BACK_WINDOWS))
+    """How many windows of text to hold back.
+
+    Args:
+        fitted: windows that slices are fitted to.
+    """
+    return max(2, min(fitted // _FITTED_PER_HELD_BACK, _MOST_HELD_BACK_WINDOWS))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One calibration.  tuning_steps: of all, None for the method's own; router: a name in ``candidates.ROUTERS``, or
-    "auto": the best of them."""
+    """What is asked of one calibration.
+
+    profile: the bits of each slice.
+    group_size: weights that share a scale; it must divide K of every unit.
+    method: a key of ``METHODS``.
+    tuning_steps: of all tunings together, or None for the method's own number.
+    router: a key of ``kinds.ROUTERS``, or "auto" for the best of them.
+    seed: of all that is random.
+    """
 
     profile: SliceProfile
     group_size: int
-    method: str
-    tuning_steps: int | None
-    router: str
-    seed: int
+    method: str = "nested"
+    tuning_steps: int | None = None
+    router: str = "auto"
+    seed: int = 0

@@ -10,7 +10,7 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from . import memory
 from .format.nbits import packed_bits
-from .methods import CONTEXT_TOKENS, MLP_HIDDEN, ONLY, PROVISIONAL_WINDOWS, SECOND, Phase, held_back_windows
+from .methods import CONTEXT_TOKENS, MLP_HIDDEN, PROVISIONAL_WINDOWS, TUNE_ROUTED, TUNE_SCALES, Phase, held_back_windows
 from .model.families import Decoder
 
 SCALE_BYTES = 4
@@ -37,7 +37,7 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
-    tunings: Collection[Phase] = (ONLY,)
+    tunings: Collection[Phase] = (TUNE_SCALES,)
     """Every phase of tuning that slices may go through."""
     in_memory: bool = False
     """Whether the weights stay in memory however large they are.  Those on a GPU do, and those of a GGUF file, which
@@ -141,7 +141,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
 
     # Scales and offsets before and after tuning, their gradients, and Adam's two moments.
     tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
-    if SECOND in plan.tunings:
+    if TUNE_ROUTED in plan.tunings:
         # Residuals are chosen from the weights, and routers read the inputs of norms.
         tuned += weight_bytes * plan.routed_parameters + 2 * 4 * tokens * d.layers * d.hidden_size
     windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
@@ -161,7 +161,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
         "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
-        "fitting provisional routers": measuring + teacher + provisional if SECOND in plan.tunings else 0,
+        "fitting routers for tuning": measuring + teacher + provisional if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)

@@ -28,10 +28,9 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calibrate import Calibrated, RoutedLinear
+from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
 from ..model.families import Decoder
-from ..transforms.rotation import HeadInput
 
 V = TypeVar("V")
 """How a builder refers to an activation: a name in a graph, a variable, a buffer."""

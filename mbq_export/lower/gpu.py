@@ -27,12 +27,11 @@ from mbq_targets.gpu import matmul, routing, sampling
 from mbq_targets.gpu.kernel import MAX_TABLES, TOKENS
 from mbq_targets.machines import Gpu, Target
 
-from ..calibrate import Calibrated, RoutedLinear
+from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
 from ..format.planes import pack_planes, pack_scales
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
-from ..transforms.rotation import HeadInput
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .gpu_launches import Array, Launches
 

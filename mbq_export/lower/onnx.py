@@ -21,13 +21,12 @@ from onnx import TensorProto, helper
 from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..calibrate import Calibrated, RoutedLinear
+from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
 from ..format.nbits import pack_nbits
 from ..format.planes import pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
-from ..transforms.rotation import HeadInput
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .onnx_functions import GATES, portable_functions
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS

@@ -24,9 +24,8 @@ from mbq_runtime.bundle.layout import KEY_LANES, ROW_BLOCK
 from mbq_runtime.bundle.tensors import Entry
 from mbq_targets.spec import KernelSpec
 
-from ..calibrate import Calibrated, RoutedLinear
+from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..model.checkpoint import Checkpoint
-from ..transforms.rotation import HeadInput
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .tvm_weights import Array, collect, places
 

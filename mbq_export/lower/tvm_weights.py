@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
-from ..calibrate import Calibrated, RoutedLinear
+from ..calibrated import Calibrated, RoutedLinear
 from ..format.codes import Sliced
 from ..format.planes import pack_planes, pack_scales
 from ..model.checkpoint import Checkpoint

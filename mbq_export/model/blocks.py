@@ -1,31 +1,35 @@
-"""A decoder run block by block, with all windows going through one block before the next is touched.
+"""A decoder run block by block: all windows go through one block before the next block is touched.
 
-Only the block at hand needs its weights in fast memory, and what comes before it may already be sliced.
+So only one block needs its weights in fast memory, and the blocks before it may already be sliced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from mbq_runtime.errors import ModelError
 
-from ..memory import KEPT_ACTIVATION_BYTES, activation_bytes, fast_bytes
+from ..memory import fast_bytes
 from .checkpoint import Checkpoint
 from .families import Unit
 
 
 @cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware: twice as fast, and exact enough for gradients, for
-    what inputs are like on average, and for telling routers apart.  Else float32."""
+    """bfloat16 where the device multiplies it in hardware, else float32.
+
+    bfloat16 is twice as fast.  It is exact enough for gradients, for average inputs, and to compare routers.
+
+    Args:
+        device: where products are computed.
+    """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -34,12 +38,21 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Products in ``dtype``, bfloat16 or float32, while the block runs."""
+    """A context in which products are computed in ``dtype``.
+
+    Args:
+        dtype: bfloat16 or float32.
+        device: where products are computed.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def fast(device: torch.device) -> torch.autocast:
-    """Products in the device's ``fast_dtype`` while the block runs."""
+def fast_autocast(device: torch.device) -> torch.autocast:
+    """A context in which products are computed in the device's ``fast_dtype``.
+
+    Args:
+        device: where products are computed.
+    """
     return autocast(fast_dtype(device), device)
 
 
@@ -48,7 +61,12 @@ Hidden = torch.Tensor
 
 
 class Blocks:
-    """The blocks of a checkpoint's model for windows of ``context`` tokens, all of the same length."""
+    """The blocks of a checkpoint's model, for windows of one length.
+
+    Args:
+        checkpoint: the model.
+        context: tokens of every window.
+    """
 
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         self.checkpoint = checkpoint
@@ -56,7 +74,7 @@ class Blocks:
         self._arguments = self._observed_arguments(context)
 
     def _observed_arguments(self, context: int) -> list[dict[str, Any]]:
-        """What the model hands to each block besides the residual stream: masks, positions, rotations."""
+        """What the model passes to each block besides the residual stream: masks, positions, rotations."""
         seen: list[dict[str, Any]] = []
 
         def note(hidden: Hidden, **kwargs: Any) -> Hidden:
@@ -65,33 +83,54 @@ class Blocks:
 
         with ExitStack() as stack, torch.no_grad():
             for layer in self.layers:
-                stack.enter_context(_forward_is(layer, note))
+                stack.enter_context(replaced_forward(layer, note))
             tokens = torch.zeros(1, context, dtype=torch.long, device=self.checkpoint.device)
             self.checkpoint.model.model(tokens, use_cache=False)
         return seen
 
     def embed(self, windows: NDArray[np.int64]) -> list[Hidden]:
-        """int64 [windows, context] tokens -> the residual stream in front of the first block."""
+        """The residual stream before the first block.
+
+        Args:
+            windows: int64 [windows, context] tokens.
+        """
         with torch.no_grad():
             embedding, tokens = self.checkpoint.model.get_input_embeddings(), self.checkpoint.on_device(windows)
             return [embedding(window[None]) for window in tokens]
 
     def run(self, layer: int, hidden: Hidden) -> Hidden:
-        """One window through block ``layer``."""
+        """Run one window through one block.
+
+        Args:
+            layer: index of the block, 0-based.
+            hidden: float32 [1, context, hidden_size], the block's input.
+        """
         with torch.no_grad():
             output: Hidden = self.layers[layer](hidden, **self._arguments[layer])
         return output
 
     def final(self, hidden: Hidden) -> torch.Tensor:
-        """float32 [context, hidden_size]: the head's input."""
+        """The head's input.
+
+        Args:
+            hidden: float32 [1, context, hidden_size], the last block's output.
+
+        Returns:
+            float32 [context, hidden_size].
+        """
         with torch.no_grad():
             normed: torch.Tensor = self.checkpoint.model.model.norm(hidden)[0]
         return normed
 
 
 @contextmanager
-def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the block runs, a call of ``module`` is one of ``forward``."""
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the module's ``forward`` while the block runs.
+
+    Args:
+        module: the module to change.
+        forward: what a call of the module runs.
+    """
     vars(module)["forward"] = forward
     try:
         yield
@@ -100,25 +139,15 @@ def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def lean_backward(checkpoint: Checkpoint) -> Iterator[None]:
-    """For backward passes through all blocks: where a window's activations would take more than
-    ``KEPT_ACTIVATION_BYTES``, a block keeps its input alone and is run again when its turn comes."""
-    with ExitStack() as stack:
-        if activation_bytes(checkpoint.decoder) > KEPT_ACTIVATION_BYTES:
-            for layer in checkpoint.model.model.layers:
-                # Nothing in a block is random.
-                again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
-                stack.enter_context(_forward_is(layer, again))
-        yield
-
-
-@contextmanager
 def watching_inputs(
     checkpoint: Checkpoint, modules: Mapping[str, str], see: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """While the block runs, ``see`` is given the key and the input, [tokens, width], of each module that runs.
+    """Watch the inputs of modules while the block runs.
 
-    modules: names in the checkpoint, by key.
+    Args:
+        checkpoint: the model.
+        modules: names of modules in the model, by a key.
+        see: called with the key and the input, [tokens, width], each time such a module runs.
     """
     with ExitStack() as hooks:
         for key, name in modules.items():
@@ -131,14 +160,28 @@ def watching_inputs(
 
 
 def require_finite(name: str, values: torch.Tensor) -> None:
-    """Raises ModelError when what was made of the activations of unit ``name`` is not finite."""
+    """Refuse values that are NaN or infinite.
+
+    Args:
+        name: the unit or layer whose activations the values come from.
+        values: any shape.
+
+    Raises:
+        ModelError: a value is not finite.
+    """
     if not torch.isfinite(values).all():
         raise ModelError(f"{name}: the activations are NaN or infinite on the calibration text; the model is broken")
 
 
 @contextmanager
 def replaced(checkpoint: Checkpoint, unit: Unit, modules: list[torch.nn.Module]) -> Iterator[None]:
-    """The unit's layers, in order, stand aside for ``modules`` while the block runs."""
+    """Replace the layers of a unit while the block runs.
+
+    Args:
+        checkpoint: the model.
+        unit: the unit whose layers are replaced.
+        modules: one for each layer, in the unit's order.
+    """
     places = []
     try:
         for name, module in zip(unit.sources, modules, strict=True):

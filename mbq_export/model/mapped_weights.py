@@ -32,10 +32,11 @@ def in_file(loaded: Any, folder: Path) -> Any:
         ModelError: the folder has no room for 4 bytes per weight.
     """
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
     # Buffers such as Gemma's embedding scale were rounded to the dtype that ``loaded`` has; made anew they are exact.
     with init_empty_weights(include_buffers=False):
-        model = type(loaded)._from_config(loaded.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.generation_config = loaded.generation_config
     weights = dict(loaded.named_parameters())
     room = _room(sum(_aligned(weight.numel()) for weight in weights.values()), folder)

@@ -1,14 +1,13 @@
-"""What a router looks at.
+"""Router inputs: what the router of each unit looks at, and the depths that it chooses.
 
-A unit behind a norm is routed by what goes into the norm: the norm takes away how large a token's
-residual stream is, and that tells how much an error added to it matters.  Other units are routed by
-their own input.
+The router of a unit behind a norm looks at the norm's input.  The norm removes the size of a token's residual stream,
+and this size tells how much an error added to the stream matters.  Every other router looks at its unit's own input.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,11 +17,21 @@ from .checkpoint import Checkpoint
 from .families import Decoder, Unit
 
 Depths = Callable[[torch.Tensor], torch.Tensor]
-"""A unit's router input, float32 [tokens, width] -> int64 [tokens], depths from 1; both on the processor."""
+"""A unit's router input, float32 [tokens, width] -> depths, int64 [tokens], 1-based; both on the processor."""
+
+ModelDepths = Mapping[str, Depths]
+"""``Depths`` by unit name: one way to route a model."""
+
+Routing = Callable[[float], ModelDepths]
+"""From a budget in average bits to the way to route a model."""
 
 
 def norms_before(decoder: Decoder) -> dict[str, str]:
-    """The norm in front of each unit that has one, by unit name."""
+    """The norm before each unit that has one, by unit name.
+
+    Args:
+        decoder: the description of the model.
+    """
     found = {decoder.head.name: decoder.final_norm}
     for layer in range(decoder.layers):
         for role in ("attn_in", "mlp_in"):
@@ -31,7 +40,11 @@ def norms_before(decoder: Decoder) -> dict[str, str]:
 
 
 class RouterInputs:
-    """Remembers, while a model runs, what last went into each norm."""
+    """Keeps the last input of each norm while a model runs.
+
+    Args:
+        checkpoint: the model.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -40,21 +53,32 @@ class RouterInputs:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Watch the norms inside this block."""
+        """Watch the norms while the block runs."""
         with watching_inputs(self._checkpoint, self._norms, self._seen.__setitem__):
             yield
         self._seen.clear()
 
     def of(self, unit: Unit, x: torch.Tensor) -> torch.Tensor:
-        """float32 [tokens, width]: the router input of a unit whose own input is ``x`` [tokens, K]."""
+        """The router input of a unit.
+
+        Args:
+            unit: the unit.
+            x: float32 [tokens, K], the unit's own input.
+
+        Returns:
+            float32 [tokens, width].
+        """
         return self._seen[unit.name] if unit.name in self._norms else x
 
 
 class UnitDepths:
-    """Depths of a unit's tokens, for all of its layers: they are asked for once for each input, whichever layer comes
-    first.
+    """The depths of a unit's tokens, for all of its layers.  They are computed once for each input.
 
-    of_last: int64 [tokens], on the processor, of the last input.
+    of_last: int64 [tokens], on the processor: depths of the last input.
+
+    Args:
+        unit: the unit.
+        inputs: the router inputs of the model.
     """
 
     of_last: torch.Tensor
@@ -63,13 +87,24 @@ class UnitDepths:
         self._unit, self._inputs = unit, inputs
 
     def use(self, depths: Depths) -> None:
-        """Ask this of what comes from here on."""
+        """Set what chooses the depths from now on.
+
+        Args:
+            depths: the unit's router at some budget.
+        """
         self._depths = depths
-        # To know it again, not to keep it and all that it was made of.
+        # Weak reference: recognises the tensor without keeping its autograd graph alive.
         self._input: Callable[[], torch.Tensor | None] = lambda: None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """int64 [tokens], on the processor, of an input [..., tokens, K], the same object for every layer."""
+        """The depths of an input.
+
+        Args:
+            x: [..., tokens, K], the same object for every layer of the unit.
+
+        Returns:
+            int64 [tokens], on the processor.
+        """
         if x is not self._input():
             self._input = weakref.ref(x)
             seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))

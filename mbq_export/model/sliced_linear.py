@@ -1,6 +1,6 @@
-"""Linear layers that hold codes, a byte a weight, and make weights of them whenever they are needed.
+"""Linear layers that hold codes, one byte a weight, and compute their weights at each call.
 
-The backward pass makes them anew too: autograd would otherwise keep every layer's until then.
+The backward pass computes the weights again.  Otherwise autograd would keep the weights of every layer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ Layer = TypeVar("Layer", bound="SlicedLinear")
 
 
 def row_ranges(shape: Sequence[int], elements: int, among: slice = slice(None)) -> Iterator[slice]:
-    """All rows of a matrix [N, K], or those ``among`` them, in ranges of about so many elements."""
+    """Split the rows of a matrix into ranges.
+
+    Args:
+        shape: [N, K] of the matrix.
+        elements: about how many elements a range has.
+        among: which rows to split; all of them by default.
+    """
     rows = max(1, elements // shape[1])
     first, end, _ = among.indices(shape[0])
     return (slice(start, min(start + rows, end)) for start in range(first, end, rows))
 
 
 def _at_once(codes: torch.Tensor) -> int:
-    """Weights to make at once: in pieces that stay in a processor's cache, and on a GPU in great ones."""
+    """How many weights to compute at once: few on a processor, so that they stay in its cache, many on a GPU."""
     return _IN_CACHE if codes.device.type == "cpu" else WEIGHTS_AT_ONCE
 
 
@@ -46,7 +52,18 @@ def _step(bits: int) -> float:
 def weights(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """``format.codes.decode_f32`` as ``dtype`` [N, K]: codes uint8 [N, K], scale and offset float32 [N, groups]."""
+    """Weights at a depth, as ``format.codes.decode_f32`` defines them.
+
+    Args:
+        codes: uint8 [N, K].
+        scale: float32 [N, groups].
+        offset: float32 [N, groups].
+        bits: bits per weight of the depth.
+        dtype: of the result.
+
+    Returns:
+        [N, K] on the device of the codes.
+    """
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for rows in row_ranges(codes.shape, _at_once(codes)):
         cells = (codes[rows] >> (CODE_BITS - bits)).view(*scale[rows].shape, -1).float()
@@ -62,10 +79,20 @@ def values_at(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
 ) -> torch.Tensor:
-    """``dtype`` [N, K] on ``device``: the weights that ``depth`` (1-based) stands for.
+    """Weights of a matrix at a depth.
 
-    In memory of torch's own: a product's last bits may hang on how its operands' addresses are aligned, and
-    numpy's are as malloc has them that day.
+    torch allocates the result.  The last bits of a product can depend on the alignment of its operands, and numpy's
+    alignment varies from run to run.
+
+    Args:
+        sliced: a matrix [N, K].
+        profile: the bits of each slice.
+        depth: 1-based.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        [N, K].
     """
     arrays = sliced.codes, sliced.scale, sliced.offset
     codes, scale, offset = (torch.from_numpy(array).to(device) for array in arrays)
@@ -73,11 +100,11 @@ def values_at(
 
 
 Bits = int | torch.Tensor
-"""Of all tokens, or int64 [tokens] on the processor: of each."""
+"""Bits per weight: one number for all tokens, or int64 [tokens] on the processor."""
 
 
 def _by_bits(bits: Bits) -> Iterator[tuple[int, slice | torch.Tensor]]:
-    """The bits that occur, and which tokens have them."""
+    """The bits that occur, and the tokens that have them."""
     if isinstance(bits, int):
         yield bits, slice(None)
         return
@@ -125,7 +152,7 @@ class _Product(torch.autograd.Function):
 def _add_gradients(
     to_scale: torch.Tensor, to_offset: torch.Tensor, to_weight: torch.Tensor, codes: torch.Tensor, bits: int
 ) -> None:
-    """Onto gradients of scale and offset, float32 [N, groups], that of ``weights`` at ``bits``, [N, K]."""
+    """Add to the gradients of scale and offset, float32 [N, groups], what the weights' gradient [N, K] gives."""
     for rows in row_ranges(codes.shape, _at_once(codes)):
         by_group = to_weight[rows].float().view(*to_scale[rows].shape, -1)
         cells = (codes[rows] >> (CODE_BITS - bits)).view(by_group.shape).float()
@@ -134,7 +161,17 @@ def _add_gradients(
 
 
 class SlicedLinear(torch.nn.Module):
-    """A linear layer at the depths that ``bits`` names.  bias: float32 [N] on ``device``, or None."""
+    """A linear layer whose tokens use the depths that ``bits`` gives.
+
+    codes: uint8 [N, K] on the device.
+    bias: float32 [N] or None.
+    bits: bits per weight of the next call; all bits at first.
+
+    Args:
+        sliced: a matrix [N, K].
+        bias: float32 [N] on ``device``, or None.
+        device: where the layer computes.
+    """
 
     def __init__(self, sliced: Sliced, bias: torch.Tensor | None, device: torch.device = CPU) -> None:
         super().__init__()
@@ -146,17 +183,28 @@ class SlicedLinear(torch.nn.Module):
 
     @property
     def scale(self) -> torch.Tensor:
+        """float32 [N, groups]."""
         return self._scale
 
     @property
     def offset(self) -> torch.Tensor:
+        """float32 [N, groups]."""
         return self._offset
 
     def weight_at(self, bits: int) -> torch.Tensor:
-        """float32 [N, K]."""
+        """Weights at a depth, float32 [N, K].
+
+        Args:
+            bits: bits per weight of the depth.
+        """
         return weights(self.codes, self.scale, self.offset, bits, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, [..., tokens, N].
+
+        Args:
+            x: [..., tokens, K].
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -170,7 +218,16 @@ def sliced_layers(
     slices: Mapping[str, Sliced],
     kind: Callable[[Sliced, torch.Tensor | None, torch.device], Layer],
 ) -> Iterator[dict[str, list[Layer]]]:
-    """While the block runs, layers of ``kind`` stand in the place of all the checkpoint's; yields them by unit."""
+    """Replace all routed layers of the model while the block runs.
+
+    Args:
+        checkpoint: the model.
+        slices: by unit name.
+        kind: makes a layer of its slices, its bias and the device.
+
+    Yields:
+        The new layers by unit name.
+    """
     by_unit: dict[str, list[Layer]] = {}
     with ExitStack() as stack:
         for unit in checkpoint.decoder.units():

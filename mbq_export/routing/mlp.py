@@ -1,9 +1,8 @@
 """The learned router: a two-layer MLP that predicts what the next slice would change.
 
-It adds to the norm rule what the input's direction tells.  Its target is the logarithm of ``|dW x|**2``, the
-energy that a slice would add to this token's output, less what a line over ``log(mean(x**2))`` explains of it:
-unlike the slice's effect on the loss, that can be computed for every token without noise.  The input is
-``x`` scaled to unit mean square.
+It adds the input's direction to the norm rule.  Its target is the logarithm of ``|dW x|**2``, the energy that a slice
+would add to this token's output, less its regression on ``log(mean(x**2))``.  Unlike the slice's effect on the loss,
+this target has no noise.  The MLP's input is ``x`` scaled to unit mean square.
 """
 
 from __future__ import annotations
@@ -29,17 +28,31 @@ _LEARNING_RATE = 3e-3
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """w1: float16 [H, K]; b1: float32 [H]; w2: float32 [E - 1, H]."""
+    """Weights of the MLP.
+
+    w1: float16 [H, K].
+    b1: float32 [H].
+    w2: float32 [E - 1, H].
+    """
 
     w1: NDArray[np.float16]
     b1: F32
     w2: F32
 
 
-def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F32, MlpWeights]:
-    """float32 bias and norm_gain [E - 1], and the MLP.  ``stats.inputs`` must have been kept."""
+def train(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F32, MlpWeights]:
+    """Train the router of one unit.
+
+    Args:
+        stats: of the unit, with its router's inputs.
+        profile: the bits of each slice.
+        seed: of initial weights and batches.
+
+    Returns:
+        bias and norm_gain of ``RouterParams``, both float32 [E - 1], and the MLP.
+    """
     assert stats.inputs is not None
-    _, norm_gain = norm.fit(stats, profile, norm.slope(stats))
+    _, norm_gain = norm.rule(stats, profile, norm.slope(stats))
     mean_square = torch.from_numpy(stats.mean_square)
     x = torch.from_numpy(stats.inputs)
     target = _unexplained(torch.from_numpy(stats.change), mean_square)
@@ -62,7 +75,7 @@ def fit(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32, F
         stored = w1.half()
         learned = torch.nn.functional.silu(x.float() @ stored.float().T + b1) @ w2.T
         score = (learned + torch.from_numpy(norm_gain) * mean_square.log()[:, None]).double()
-        # On average a slice is worth what was measured, whatever was learned about single tokens.
+        # The average of a slice's scores is its measured gain.
         average = np.log(norm.average_gain(stats, profile)) - (score.logsumexp(0) - np.log(tokens)).numpy()
     return average.astype(np.float32), norm_gain, MlpWeights(stored.numpy(), b1.detach().numpy(), w2.detach().numpy())
 
@@ -73,5 +86,5 @@ def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tenso
     target -= target.mean(0)
     energy = mean_square.log()[:, None]
     energy -= energy.mean()
-    # Written out: torch.linalg.lstsq does not give the same bits twice.
+    # The closed form: torch.linalg.lstsq does not give the same bits in every run.
     return target - energy * ((energy * target).sum(0) / (energy**2).sum().clamp(min=1e-12))

@@ -1,8 +1,9 @@
-"""The norm rule: a slice's worth to a token is the unit's average worth, scaled by a power of the input's energy.
+"""The norm rule: the gain of a slice for a token is the unit's average gain, scaled by a power of the input's energy.
 
-``score = log(gain per bit and parameter) + beta * log(mean(x**2)) - log(average of mean(x**2)**beta)``: nothing
-is read but the router's input, and one threshold over all units is at once a static allocation between
-units and a choice between tokens.  With ``beta = 0`` only the static allocation is left.
+``score = log(gain per bit and parameter) + beta * log(mean(x**2)) - log(average of mean(x**2)**beta)``.
+
+It reads only the router's input.  One threshold over all units allocates bits between units and between tokens.  With
+``beta = 0`` it allocates between units only.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ _SMALLEST_GAIN = 1e-30
 
 
 def average_gain(stats: UnitStatistics, profile: SliceProfile) -> F64:
-    """Float64 [E - 1]: average loss removed by each further slice, per bit and parameter.
+    """Average loss that each further slice removes, per bit and parameter.
 
-    Made non-increasing by pooling neighbours (isotonic regression weighted by bits): where a later
-    slice is worth more than an earlier one, both are taken or left together.
+    It never increases from a slice to the next: isotonic regression, weighted by bits, pools neighbours.  So where a
+    later slice gains more than an earlier one, both are read or left together.
+
+    Args:
+        stats: of one unit.
+        profile: the bits of each slice.
+
+    Returns:
+        float64 [E - 1].
     """
     bits = np.diff(np.asarray(profile.depth_bits, np.float64))
     loss = stats.loss.astype(np.float64).mean(axis=0)
@@ -42,16 +50,18 @@ def average_gain(stats: UnitStatistics, profile: SliceProfile) -> F64:
 _NEWTON_STEPS = 20
 _LARGEST_SLOPE = 3.0
 _TRUST = 0.5
-"""What is kept of a fitted slope.  Losses are so heavy-tailed that a fit to a few thousand tokens overstates what an
-energy tells: on SmolLM2-135M the whole slope gave 1.046 times the original's perplexity at 5 bits, half of it 1.012,
-a quarter 1.015; at 4 bits 1.117, 1.084 and 1.099."""
+"""Share of a fitted slope that is used.  Losses have heavy tails, so a fit to a few thousand tokens overstates the
+effect of energy (docs/log.md)."""
 
 
 def slope(stats: UnitStatistics) -> float:
-    """beta: by which power of its input's energy a token's loss at the shallowest depth grows.
+    """beta: the power of its input's energy with which a token's loss at the shallowest depth grows.
 
-    The loss of a token is taken for exponentially distributed about ``exp(a + beta * log(mean(x**2)))``, which a
-    squared Gaussian's likelihood nearly is; a and beta are the likeliest, and ``_TRUST`` of beta is returned.
+    The model of a token's loss is an exponential distribution with mean ``exp(a + beta * log(mean(x**2)))``, which is
+    close to a squared Gaussian.  Newton's method finds the likeliest a and beta, and ``_TRUST`` of beta is used.
+
+    Args:
+        stats: of one unit.
     """
     log_energy = np.log(stats.mean_square.astype(np.float64))
     log_energy -= log_energy.mean()
@@ -68,8 +78,17 @@ def slope(stats: UnitStatistics) -> float:
     return _TRUST * float(np.clip(fitted[1], -_LARGEST_SLOPE, _LARGEST_SLOPE))
 
 
-def fit(stats: UnitStatistics, profile: SliceProfile, beta: float) -> tuple[F32, F32]:
-    """The rule of one unit: float32 bias [E - 1] and norm_gain [E - 1] of RouterParams."""
+def rule(stats: UnitStatistics, profile: SliceProfile, beta: float) -> tuple[F32, F32]:
+    """The norm rule of one unit.
+
+    Args:
+        stats: of the unit.
+        profile: the bits of each slice.
+        beta: power of the input's energy.
+
+    Returns:
+        bias and norm_gain of ``RouterParams``, both float32 [E - 1].
+    """
     spread = np.log(np.mean(stats.mean_square.astype(np.float64) ** beta))
     bias = np.log(average_gain(stats, profile)) - spread
     return bias.astype(np.float32), np.full(profile.depths - 1, beta, np.float32)

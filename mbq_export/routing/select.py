@@ -1,51 +1,64 @@
-"""Fits every kind of router, measures them at equal bits on held-back text, and takes the one that loses least.
+"""Fits every kind of router, measures the kinds at equal bits on held-back text, and selects the best.
 
 A router's own parameters count among its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.slice_profile import CODE_BITS
 
 from .. import processes, quality
+from ..calibrated import Comparison
+from ..context import Calibration
 from ..format.codes import Sliced
 from ..format.router import RouterParams, route, router_scores
 from ..model.blocks import fast_dtype
-from ..model.checkpoint import Checkpoint
-from ..model.router_inputs import Depths
+from ..model.router_inputs import Depths, ModelDepths
 from . import kinds, thresholds
-from .slice_gains import UnitStatistics
+from .slice_gains import UnitStatistics, measure_gains
 
 ABOVE_BASE_BITS = (0.5, 1.0, 2.0)
-"""How far over the base slice's bits are the budgets at which routers are compared: where bits are scarce."""
+"""Budgets at which routers are compared, in bits above the base slice: where bits are scarce."""
 
 RANDOM = "random"
-"""What is measured beside the kinds, and nothing ships."""
+"""Name of the random choice, which is measured beside the kinds of routers."""
 
 Routers = Mapping[str, RouterParams]
-"""By unit."""
+"""By unit name."""
 
 Losses = Mapping[str, NDArray[np.float64]]
 """float64 [budgets, windows] by kind of router: mean nats a token."""
 
-Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Figures by kind of router and average bits."""
+_TUNING_KIND = "mlp"
+"""The kind that slices are tuned with, unless the recipe names one: it is selected most often."""
+
+_TUNING_STEP = "routers for tuning"
 
 
-def fit(
-    kind: str, stats: dict[str, UnitStatistics], slices: Mapping[str, Sliced], profile: SliceProfile, seed: int
+def fit_routers(
+    calibration: Calibration, kind: str, stats: Mapping[str, UnitStatistics], slices: Mapping[str, Sliced]
 ) -> dict[str, RouterParams]:
-    """One kind of router for every unit, with its joint table of thresholds."""
-    of_kind = kinds.ROUTERS[kind].fit
+    """Fit one kind of router to every unit, with one table of thresholds for all.
+
+    Args:
+        calibration: the context.
+        kind: a key of ``kinds.ROUTERS``.
+        stats: by unit name.
+        slices: by unit name.
+
+    Returns:
+        Routers by unit name.
+    """
+    profile, fit = calibration.profile, kinds.ROUTERS[kind].fit
     own = list(stats)[processes.share(len(stats))]
-    fitted = processes.gathered(of_kind(stats[unit], profile, seed) for unit in own)
+    fitted = processes.gathered(fit(stats[unit], profile, calibration.seed) for unit in own)
     routers = dict(zip(stats, fitted, strict=True))
     scores = [_scores(routers[unit], of_unit) for unit, of_unit in stats.items()]
     found = thresholds.table(scores, [slices[unit].codes.size for unit in stats], profile)
@@ -61,8 +74,49 @@ def _scores(router: RouterParams, stats: UnitStatistics) -> NDArray[np.float64]:
     return np.asarray(router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * log_energy)
 
 
-def case(routers: Routers, avg_bits: float) -> quality.Case:
-    """The model routed so."""
+def routers_for_tuning(
+    calibration: Calibration, slices: dict[str, Sliced], windows: NDArray[np.int64]
+) -> dict[str, RouterParams]:
+    """Routers that choose the depths while slices are tuned, fitted before the tuning.
+
+    Args:
+        calibration: the context.  Routers that its store holds are not fitted again.
+        slices: by unit name.
+        windows: int64 [windows, context] tokens to fit to.
+
+    Returns:
+        Routers by unit name.
+
+    Raises:
+        ModelError: an activation is not finite.
+    """
+    kept = calibration.store.arrays(_TUNING_STEP)
+    if kept is None:
+        kind = _TUNING_KIND if calibration.recipe.router == "auto" else calibration.recipe.router
+        stats = measure_gains(
+            calibration, slices, windows,
+            keep_inputs=kinds.ROUTERS[kind].needs_inputs, stage="fitting routers for tuning",
+        )  # fmt: skip
+        kept = {
+            f"{unit}:{field.name}": getattr(router, field.name)
+            for unit, router in fit_routers(calibration, kind, stats, slices).items()
+            for field in fields(router)
+            if getattr(router, field.name) is not None
+        }
+        calibration.store.put_arrays(_TUNING_STEP, kept)
+    return {
+        unit: RouterParams(**{field.name: kept.get(f"{unit}:{field.name}") for field in fields(RouterParams)})  # type: ignore[arg-type]
+        for unit in slices
+    }
+
+
+def depths_at(routers: Routers, avg_bits: float) -> ModelDepths:
+    """The depths that routers choose at a budget.
+
+    Args:
+        routers: by unit name.
+        avg_bits: the budget, average bits per weight.
+    """
 
     def of(router: RouterParams) -> Depths:
         return lambda x: torch.from_numpy(route(x.numpy(), avg_bits, router)).long()
@@ -70,69 +124,101 @@ def case(routers: Routers, avg_bits: float) -> quality.Case:
     return {name: of(router) for name, router in routers.items()}
 
 
-def choose(
-    checkpoint: Checkpoint,
-    fits: Mapping[str, dict[str, RouterParams]],
+@dataclass(frozen=True)
+class Selected:
+    """The selected kind of router.
+
+    kind: a key of ``kinds.ROUTERS``.
+    routers: by unit name, with thresholds corrected for drift.
+    comparison: figures of every kind.
+    """
+
+    kind: str
+    routers: dict[str, RouterParams]
+    comparison: Comparison
+
+
+def select_kind(
+    calibration: Calibration,
+    fitted: Mapping[str, dict[str, RouterParams]],
     slices: Mapping[str, Sliced],
-    profile: SliceProfile,
-    seed: int,
     windows: NDArray[np.int64],
-    progress: Callable[[int, int], None],
-) -> tuple[str, dict[str, RouterParams], Comparison]:
-    """The kind with the lowest mean loss at ABOVE_BASE_BITS, its routers with thresholds corrected for drift, and what
-    each kind reached on int64 [windows, context]."""
-    bits = [profile.min_bits + more for more in ABOVE_BASE_BITS if profile.min_bits + more < CODE_BITS]
-    losses, used = measure(checkpoint, fits, slices, profile, seed, windows, bits, progress)
-    kind = min(fits, key=lambda name: float(losses[name].mean()))
-    shared = next(iter(fits[kind].values()))
+) -> Selected:
+    """Select the kind with the lowest mean loss at ``ABOVE_BASE_BITS``.
+
+    Args:
+        calibration: the context.
+        fitted: routers by kind.
+        slices: by unit name.
+        windows: int64 [windows, context] tokens to measure on.
+    """
+    lowest = calibration.profile.min_bits
+    bits = [lowest + more for more in ABOVE_BASE_BITS if lowest + more < CODE_BITS]
+    losses, used = measure_kinds(calibration, fitted, slices, windows, bits)
+    kind = min(fitted, key=lambda name: float(losses[name].mean()))
+    shared = next(iter(fitted[kind].values()))
     budgets = shared.budgets.astype(np.float64)
     drift = [realised - b for realised, b in zip(used[kind], bits, strict=True)]
-    drift_at = np.interp(budgets, [profile.min_bits, *bits, CODE_BITS], [0.0, *drift, 0.0])
+    drift_at = np.interp(budgets, [lowest, *bits, CODE_BITS], [0.0, *drift, 0.0])
     corrected = np.interp(budgets - drift_at, budgets, shared.thresholds).astype(np.float32)
-    routers = {unit: replace(router, thresholds=corrected) for unit, router in fits[kind].items()}
-    return kind, routers, comparison(losses, kind, bits)
+    routers = {unit: replace(router, thresholds=corrected) for unit, router in fitted[kind].items()}
+    return Selected(kind, routers, comparison(losses, kind, bits))
 
 
-def measure(
-    checkpoint: Checkpoint,
-    fits: Mapping[str, Routers],
+def measure_kinds(
+    calibration: Calibration,
+    fitted: Mapping[str, Routers],
     slices: Mapping[str, Sliced],
-    profile: SliceProfile,
-    seed: int,
     windows: NDArray[np.int64],
     bits: Sequence[float],
-    progress: Callable[[int, int], None],
 ) -> tuple[Losses, dict[str, list[float]]]:
-    """What every kind in ``fits``, and a random choice, lose at exactly ``bits``, those of routers among them; and the
-    bits of weights they took by kind, asked for ``bits`` without the routers'.
+    """Measure every kind of router and a random choice at equal bits, those of the routers included.
 
-    windows: int64 [windows, context].
+    Args:
+        calibration: the context.
+        fitted: routers by kind.
+        slices: by unit name.
+        windows: int64 [windows, context] tokens.
+        bits: budgets, average bits.
+
+    Returns:
+        Losses at exactly ``bits``; and by kind the bits of weights that it used when asked for ``bits``, without those
+        of its routers.
     """
-    random = kinds.random_depths(profile, seed)
-    names = [*fits, RANDOM]
-    cases = [
-        case(fits[name], b) if name in fits else {unit: random(b) for unit in slices} for name in names for b in bits
+    random = kinds.random_depths(calibration.profile, calibration.seed)
+    names = [*fitted, RANDOM]
+    cases: list[ModelDepths] = [
+        depths_at(fitted[name], b) if name in fitted else {unit: random(b) for unit in slices}
+        for name in names
+        for b in bits
     ]
-    # All agree at the ends, where there is nothing to choose.
-    ends = [{unit: random(b) for unit in slices} for b in (profile.min_bits, CODE_BITS)]
-    fast = fast_dtype(checkpoint.device)
-    results = quality.measure(checkpoint, slices, profile, windows, [*cases, *ends], progress, fast)
+    # All kinds agree at the ends, where there is nothing to choose.
+    ends = [{unit: random(b) for unit in slices} for b in (calibration.profile.min_bits, CODE_BITS)]
+    results = quality.measure(
+        calibration, slices, windows, [*cases, *ends],
+        stage="comparing routers", dtype=fast_dtype(calibration.checkpoint.device),
+    )  # fmt: skip
     lowest, highest = results[len(cases) :]
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
-    left = {name: np.array(bits) - (router_bits(fits[name], slices) if name in fits else 0) for name in names}
+    left = {name: np.array(bits) - (router_bits(fitted[name], slices) if name in fitted else 0) for name in names}
     losses = {name: _at_equal_bits([lowest, *of_kind, highest], left[name]) for name, of_kind in by_name.items()}
     return losses, {name: [result.avg_bits_used for result in of_kind] for name, of_kind in by_name.items()}
 
 
 def router_bits(routers: Routers, slices: Mapping[str, Sliced]) -> float:
-    """Bits of all routers' parameters for each weight: a token reads all of them."""
+    """Bits of all routers' parameters for each weight: a token reads all of them.
+
+    Args:
+        routers: by unit name.
+        slices: by unit name.
+    """
     return 8 * sum(router.bytes for router in routers.values()) / sum(sliced.codes.size for sliced in slices.values())
 
 
 def _at_equal_bits(results: list[quality.Measured], bits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [len(bits), windows]: mean nats a token at exactly ``bits``, by interpolation between what was realised.
+    """Mean nats a token at exactly ``bits``, float64 [len(bits), windows], by interpolation of the results.
 
-    Loss over bits is convex, so this is never less than the truth.
+    Loss over bits is convex, so this is an upper bound.
     """
     used = np.array([result.avg_bits_used for result in results])
     order = np.argsort(used)
@@ -141,7 +227,13 @@ def _at_equal_bits(results: list[quality.Measured], bits: NDArray[np.float64]) -
 
 
 def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Comparison:
-    """Perplexity of each kind, its ratio to the shipped one's, and the standard error of that over paired windows."""
+    """Perplexity of each kind, its ratio to the shipped kind's, and the ratio's standard error over paired windows.
+
+    Args:
+        losses: by kind of router.
+        shipped: the kind that ships.
+        bits: budgets of the losses, average bits.
+    """
 
     def compared(loss: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
         difference = loss - best

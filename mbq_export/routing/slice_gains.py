@@ -1,8 +1,8 @@
-"""What one more slice would be worth, per unit and per token, measured on the sliced model at full depth.
+"""Slice gains: what each further slice gains, by unit and token, measured on the sliced model at full depth.
 
-For a unit with input ``x`` and weight error ``dW_k = W_E - W_k`` at depth k, a token's predicted loss
-at depth k is ``0.5 * (g . dW_k x)**2``: the second-order term of the loss with the expected outer
-product of gradients ``g`` in place of the Hessian.
+For a unit with input ``x`` and weight error ``dW_k = W_E - W_k`` at depth k, the predicted loss of a token at depth k
+is ``0.5 * (g . dW_k x)**2``.  This is the second-order term of the loss, with the expected outer product of gradients
+``g`` in place of the Hessian.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.constants import MEAN_SQUARE_EPS
 
 from .. import processes
+from ..context import Calibration
 from ..format.codes import Sliced
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
-from ..model.blocks import lean_backward, require_finite
-from ..model.checkpoint import Checkpoint
+from ..model.blocks import require_finite
 from ..model.families import Unit
+from ..model.gradients import backpropagate_samples, lean_backward
 from ..model.router_inputs import RouterInputs
 from ..model.sliced_linear import SlicedLinear, sliced_layers, values_at
-from ..slicing.importance import backpropagate_samples
 
 F32 = NDArray[np.float32]
 
 _RARE_TOKENS = 0.01
-"""Share of a unit's tokens whose predicted losses are cut to the next lower.  A gradient drawn on a bad label meets an
-attention sink once in thousands of tokens, and a term of second order knows no bounds: of 6144 tokens of
-SmolLM2-135M two had thousands of nats each, all of what the first layers seemed to be worth.  Beside slices of
-2,2,2,2 bits a thousandth left perplexity 1.6 % higher at 3 bits and 1.1 % at 3.5; three hundredths were no better."""
+"""Share of a unit's tokens whose predicted losses are cut to the next lower one.  A few tokens have a second-order term
+without bounds, which would outweigh all others (docs/log.md)."""
 
 
 @dataclass
 class UnitStatistics:
-    """One unit over T calibration tokens, for E depths: all of them, or evenly spread ones where their inputs are kept
-    and would take more than ``ROUTER_INPUT_BYTES``.
+    """Statistics of one unit over T calibration tokens, for E depths.
 
-    mean_square: float32 [T], of the router's input; change: float32 [T, E - 1], squared norm of what slice
-    k + 1 adds to the output; loss: float32 [T, E], predicted loss at each depth (nats, relative to the last), without
-    the height of rare outliers;
-    inputs: float16 [T, width], the router's over the root of mean_square, kept only on request.
+    Where the inputs of all tokens would take more than ``ROUTER_INPUT_BYTES``, T is an even sample of them.
+
+    parameters: weights of the unit.
+    mean_square: float32 [T], of the router's input.
+    change: float32 [T, E - 1], squared norm of what slice k + 1 adds to the output.
+    loss: float32 [T, E], predicted loss at each depth in nats, relative to full depth, with rare outliers cut.
+    inputs: float16 [T, width], the router's input over the root of mean_square; None if it is not kept.
     """
 
     parameters: int
@@ -70,14 +70,14 @@ class _Recorder:
     done: int = 0
 
     def __post_init__(self, tokens: int) -> None:
-        # Made before any pass: what stays would otherwise lie between what goes, and hold its memory from the system.
+        # Allocate long-lived buffers first. Otherwise they are scattered and the heap cannot shrink.
         self.kept = {
             "mean_square": torch.empty(tokens),
             "change": torch.empty(tokens, self.profile.depths - 1),
             "loss": torch.empty(tokens, self.profile.depths),
         }
         if self.keep_inputs:
-            # Half the memory; a residual stream has values that float16 cannot hold, at unit mean square it has not.
+            # float16 holds the inputs because they are scaled to unit mean square.
             self.kept["inputs"] = torch.empty(tokens, self.sliced.codes.shape[1], dtype=torch.float16)
 
     def hook(self, name: str) -> Callable[..., None]:
@@ -92,7 +92,7 @@ class _Recorder:
         require_finite(self.unit.name, self.x)
         x = self.x[:: self.every]
         g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
-        # Weights at a depth are rebuilt each time: keeping them all would take the model E times over.
+        # Weights are rebuilt each time: to keep them would take E times the model's memory.
         depths = range(1, self.profile.depths + 1)
         outputs = [x @ values_at(self.sliced, self.profile, depth, device=x.device).T for depth in depths]
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
@@ -122,32 +122,50 @@ class _Recorder:
 
 
 def without_outliers(loss: F32) -> F32:
-    """float32 [T, E] with the highest ``_RARE_TOKENS`` of every column cut to its quantile there (winsorised)."""
+    """Cut the highest ``_RARE_TOKENS`` of every column to its quantile there (winsorisation).
+
+    Args:
+        loss: float32 [T, E].
+
+    Returns:
+        float32 [T, E].
+    """
     return np.minimum(loss, np.quantile(loss, 1 - _RARE_TOKENS, axis=0).astype(np.float32))
 
 
-def collect(
-    checkpoint: Checkpoint,
+def measure_gains(
+    calibration: Calibration,
     slices: dict[str, Sliced],
-    profile: SliceProfile,
     windows: NDArray[np.int64],
-    seed: int,
+    *,
     keep_inputs: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    stage: str = "measuring slice gains",
 ) -> dict[str, UnitStatistics]:
-    """Run int64 [windows, context] tokens forward and backward; statistics by unit name.
+    """Run the sliced model forward and backward at full depth, and measure what each slice gains.
 
-    ``slices`` holds every unit by name, at its full depth in these passes; the checkpoint's embedding and norms count
-    as they are.
-    Raises ModelError for activations that are not finite.
+    The embedding and the norms are the checkpoint's.
+
+    Args:
+        calibration: the context, with the checkpoint.
+        slices: of every unit, by unit name.
+        windows: int64 [windows, context] tokens.
+        keep_inputs: whether to keep the routers' inputs.
+        stage: name of the stage.
+
+    Returns:
+        Statistics by unit name.
+
+    Raises:
+        ModelError: an activation is not finite.
     """
-    generator = torch.Generator().manual_seed(seed + processes.index())
+    progress, checkpoint = calibration.stage(stage), calibration.checkpoint
+    generator = torch.Generator().manual_seed(calibration.seed + processes.index())
     own = windows[processes.share(len(windows))]
     router_inputs = RouterInputs(checkpoint)
     every = -(-router_input_bytes(checkpoint.decoder, windows.size) // ROUTER_INPUT_BYTES) if keep_inputs else 1
     tokens = len(own) * -(-windows.shape[1] // every)
     recorders = [
-        _Recorder(unit, slices[unit.name], profile, keep_inputs, every, router_inputs, tokens)
+        _Recorder(unit, slices[unit.name], calibration.profile, keep_inputs, every, router_inputs, tokens)
         for unit in checkpoint.decoder.units()
     ]
     with ExitStack() as hooks, router_inputs.recording():

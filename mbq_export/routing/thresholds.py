@@ -1,4 +1,4 @@
-"""From a budget in average bits to the threshold that realises it."""
+"""The table of thresholds: from a budget in average bits to the threshold that realises it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,37 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 BUDGET_STEP_BITS = 0.25
+"""Distance of the table's budgets, in average bits."""
 _MARGIN = 1.0
+"""Distance of the table's end thresholds from the outermost scores."""
 
 
 def budgets(profile: SliceProfile) -> F32:
-    """The budgets the table has entries for, in bits, from the lowest depth to 8."""
+    """The budgets of the table, from the lowest depth's bits to 8.
+
+    Args:
+        profile: the bits of each slice.
+
+    Returns:
+        float32 [T], average bits.
+    """
     steps = round((CODE_BITS - profile.min_bits) / BUDGET_STEP_BITS)
     return np.linspace(profile.min_bits, CODE_BITS, steps + 1, dtype=np.float32)
 
 
 def table(scores: list[F64], parameters: list[int], profile: SliceProfile) -> F32:
-    """One threshold per budget, shared by all units, so that the realised average is the budget.
+    """One threshold a budget, shared by all units, so that the realised average is the budget.
 
-    scores: per unit float64 [T, E - 1]; parameters: per unit.  Returns float32 [len(budgets)].
-    A slice is taken when its score and all earlier ones pass, that is when their running minimum
-    does: the threshold of a budget is a weighted quantile of those minima.
+    A slice is read when its score and all earlier ones are above the threshold, which is when their running minimum
+    is.  So the threshold of a budget is a weighted quantile of these minima.
+
+    Args:
+        scores: float64 [tokens, E - 1] of each unit.
+        parameters: weights of each unit.
+        profile: the bits of each slice.
+
+    Returns:
+        float32 [T], one for each of ``budgets``.
     """
     bits = np.diff(np.asarray(profile.depth_bits, np.float64))
     if not len(bits):

@@ -1,12 +1,12 @@
-"""Slices a model block by block, each block on the inputs that the sliced blocks before it produce.
+"""Slices a model block by block.  Each block gets the inputs that the sliced blocks before it produce.
 
-The windows go through the sliced part at different depths in turn, so a block sees the inputs it will
-see at every budget.
+The windows go through the sliced part at different depths in turn.  So a block sees the inputs of every budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,31 +15,161 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from .. import processes
+from ..context import Calibration
 from ..format.codes import F32, Sliced, joined
 from ..memory import WEIGHTS_AT_ONCE
-from ..model.blocks import Blocks, Hidden, fast, require_finite, watching_inputs
+from ..model.blocks import Blocks, Hidden, fast_autocast, require_finite, watching_inputs
 from ..model.checkpoint import Checkpoint
 from ..model.families import Unit
 from ..model.sliced_linear import row_ranges, values_at
-from ..store import Store
 from . import nested
 from .importance import Importance
 from .refine import refine
 
+_SliceRows = Callable[[str, slice, F32, torch.Tensor], Sliced]
+"""Slices some rows of a layer.  Takes the layer's name, the rows, their weights float32 [rows, K], and the second
+moments of the layer's inputs [K, K]."""
+
+
+def slice_model(
+    calibration: Calibration, windows: NDArray[np.int64], importance: Importance, *, keep_weights: bool = False
+) -> dict[str, Sliced]:
+    """Nested slices of every unit.
+
+    Blocks that the store holds are not sliced again.
+
+    Args:
+        calibration: the context.
+        windows: int64 [windows, context] tokens.
+        importance: weights of these tokens.
+        keep_weights: keep the checkpoint's weights, which are otherwise released block by block.
+
+    Returns:
+        Slices by unit name.
+
+    Raises:
+        ModelError: a weight or an activation is not finite.
+    """
+    profile, group_size = calibration.profile, calibration.recipe.group_size
+    sweeps = calibration.method.sweeps
+
+    def slice_rows(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
+        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
+        return refine(weight, hessian, fed_back, profile, sweeps)
+
+    walk = _Walk("slicing blocks", "{}", slice_rows, keep_weights)
+    return _slice_blocks(calibration, windows, importance, walk)
+
+
+def slice_residuals(
+    calibration: Calibration, windows: NDArray[np.int64], importance: Importance, slices: dict[str, Sliced]
+) -> dict[str, Sliced]:
+    """Choose the residual slices again for given scales, offsets and base slices.
+
+    It releases the weights that ``slice_model`` kept.
+
+    Args:
+        calibration: the context.
+        windows: int64 [windows, context] tokens.
+        importance: weights of these tokens.
+        slices: by unit name; their scales, offsets and base slices stay as they are.
+
+    Returns:
+        Slices by unit name.
+
+    Raises:
+        ModelError: a weight or an activation is not finite.
+    """
+    checkpoint, profile, sweeps = calibration.checkpoint, calibration.profile, calibration.method.sweeps
+    by_layer = {
+        name: slices[unit.name].rows(rows)
+        for unit in checkpoint.decoder.units()
+        for name, (_, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True)
+    }
+
+    def slice_rows(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
+        earlier, kept_bits = by_layer[name].rows(rows), profile.min_bits
+        group_size = earlier.group_size
+        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name, earlier=earlier, kept_bits=kept_bits)
+        return refine(weight, hessian, fed_back, profile, sweeps, kept_bits=kept_bits)
+
+    walk = _Walk("choosing residual slices", "{}.residuals", slice_rows, keep_weights=False)
+    return _slice_blocks(calibration, windows, importance, walk)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One walk over all blocks.
+
+    stage: its name; step: name of a block's step in the store, with ``{}`` for the block; slice_rows: how rows are
+    sliced; keep_weights: whether the checkpoint keeps its weights.
+    """
+
+    stage: str
+    step: str
+    slice_rows: _SliceRows
+    keep_weights: bool
+
+    def slice_unit(self, checkpoint: Checkpoint, unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
+        parts = []
+        for name in unit.sources:
+            whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
+            ranges = row_ranges(whole.shape, WEIGHTS_AT_ONCE, processes.share(len(whole)))
+            parts += processes.gathered(self.slice_rows(name, rows, whole[rows], hessian) for rows in ranges)
+        return joined(parts)
+
+
+def _slice_blocks(
+    calibration: Calibration, windows: NDArray[np.int64], importance: Importance, walk: _Walk
+) -> dict[str, Sliced]:
+    progress, checkpoint, store = calibration.stage(walk.stage), calibration.checkpoint, calibration.store
+    d = checkpoint.decoder
+    blocks = Blocks(checkpoint, windows.shape[1])
+    own = processes.share(len(windows))
+    hidden = blocks.embed(windows[own])
+    slices: dict[str, Sliced] = {}
+    for layer in range(d.layers):
+        units = list(d.layer_units(layer).values())
+        step = walk.step.format(d.block(layer))
+        found = store.get(step)
+        if found is None:
+            hessians = _hessians(blocks, layer, hidden, importance, own)
+            found = store.put(step, {unit.name: walk.slice_unit(checkpoint, unit, hessians) for unit in units})
+        linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
+        weights = [linear.weight.detach().clone() for linear in linears] if walk.keep_weights else []
+        hidden = _advance(blocks, layer, found, hidden, calibration.profile, own.start)
+        slices |= found
+        if walk.keep_weights:
+            with torch.no_grad():
+                for linear, weight in zip(linears, weights, strict=True):
+                    linear.weight.copy_(weight)
+        else:
+            for unit in units:
+                checkpoint.release(unit)
+        progress(layer + 1, d.layers + 1)
+    step = walk.step.format("head")
+    found = store.get(step)
+    if found is None:
+        (name,) = d.head.sources
+        seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
+        total = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
+        hessian = processes.summed(total) / windows.size
+        found = store.put(step, {d.head.name: walk.slice_unit(checkpoint, d.head, {name: hessian})})
+    if not walk.keep_weights:
+        checkpoint.release(d.head)
+    progress(d.layers + 1, d.layers + 1)
+    return slices | found
+
 
 def _hessians(
-    checkpoint: Checkpoint,
-    blocks: Blocks,
-    layer: int,
-    units: list[Unit],
-    hidden: list[Hidden],
-    importance: Importance,
-    windows: slice,
+    blocks: Blocks, layer: int, hidden: list[Hidden], importance: Importance, windows: slice
 ) -> dict[str, torch.Tensor]:
-    """Mean of ``x x.T``, weighted by importance, over the inputs that each layer sees inside the block.
+    """Second moments of the inputs of each layer in a block: mean of ``x x.T``, weighted by importance.
 
-    windows: which those in ``hidden`` are.  float64 [K, K] by the layer's name.
+    hidden: the residual streams of ``windows``.  Returns float64 [K, K] by the layer's name.
     """
+    checkpoint = blocks.checkpoint
+    units = checkpoint.decoder.layer_units(layer).values()
     sums: dict[str, torch.Tensor] = {}
     sources = {unit.name: unit.sources for unit in units}
 
@@ -49,7 +179,7 @@ def _hessians(
                 sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][windows][at])
 
     first = {unit.name: unit.sources[0] for unit in units}
-    with fast(checkpoint.device), watching_inputs(checkpoint, first, add):
+    with fast_autocast(checkpoint.device), watching_inputs(checkpoint, first, add):
         for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
             blocks.run(layer, window)
     for name, total in sums.items():
@@ -64,149 +194,23 @@ def _weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Ten
     return (weighted.T @ weighted).double()
 
 
-def write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
+def _advance(
+    blocks: Blocks, layer: int, slices: dict[str, Sliced], hidden: list[Hidden], profile: SliceProfile, first: int
+) -> list[Hidden]:
+    """Run the windows through a sliced block, window i at depth ``i % depths + 1``.  first: index of the first one."""
+    checkpoint, after = blocks.checkpoint, list(hidden)
+    for depth in range(1, profile.depths + 1):
+        for unit in checkpoint.decoder.layer_units(layer).values():
+            _write_depth(checkpoint, unit, slices[unit.name], profile, depth)
+        for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
+            with fast_autocast(checkpoint.device):
+                after[i] = blocks.run(layer, hidden[i])
+    return after
+
+
+def _write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
     """Put the unit's values at ``depth`` (1-based) into the checkpoint's layers."""
     values = values_at(sliced, profile, depth, device=checkpoint.device)
     with torch.no_grad():
         for layer, rows in checkpoint.layers(unit):
             layer.weight.copy_(values[rows])
-
-
-Slicing = Callable[[str, slice, F32, torch.Tensor], Sliced]
-"""Slices of a layer's weight: its name, rows, their weights float32 [rows, K], and its second moments [K, K]."""
-
-
-def slice_model(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    importance: Importance,
-    profile: SliceProfile,
-    group_size: int,
-    sweeps: int,
-    keep_weights: bool,
-    store: Store,
-    progress: Callable[[int, int], None],
-) -> dict[str, Sliced]:
-    """Nested slices of every unit by name.
-
-    windows: int64 [windows, context]; importance: of their tokens, by layer; sweeps: of refinement; keep_weights: or
-    else the checkpoint's weights are released as their slices are made.  Blocks that ``store`` already holds are
-    taken from it.
-    Raises ModelError for weights or activations that are not finite.
-    """
-
-    def sliced(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
-        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
-        return refine(weight, hessian, fed_back, profile, sweeps)
-
-    return _by_blocks(checkpoint, windows, importance, profile, sliced, keep_weights, "{}", store, progress)
-
-
-def choose_residuals(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    importance: Importance,
-    slices: dict[str, Sliced],
-    profile: SliceProfile,
-    sweeps: int,
-    store: Store,
-    progress: Callable[[int, int], None],
-) -> dict[str, Sliced]:
-    """The same scales, offsets and base slices, with the residual slices chosen anew for them.
-
-    The checkpoint's weights, which ``slice_model`` has kept, are released as this is done.  Arguments and errors are
-    those of ``slice_model``.
-    """
-    by_layer = {
-        name: slices[unit.name].rows(rows)
-        for unit in checkpoint.decoder.units()
-        for name, (_, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True)
-    }
-
-    def sliced(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
-        earlier, kept_bits = by_layer[name].rows(rows), profile.min_bits
-        fed_back = nested.slice_weight(weight, hessian, earlier.group_size, profile, name, earlier, kept_bits)
-        return refine(weight, hessian, fed_back, profile, sweeps, kept_bits)
-
-    return _by_blocks(checkpoint, windows, importance, profile, sliced, False, "{}.residuals", store, progress)
-
-
-def _by_blocks(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    importance: Importance,
-    profile: SliceProfile,
-    slicing: Slicing,
-    keep_weights: bool,
-    step: str,
-    store: Store,
-    progress: Callable[[int, int], None],
-) -> dict[str, Sliced]:
-    """step: the name of a block's step in the store, with ``{}`` for the block's."""
-
-    def sliced(unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
-        parts = []
-        for name in unit.sources:
-            whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
-            ranges = row_ranges(whole.shape, WEIGHTS_AT_ONCE, processes.share(len(whole)))
-            parts += processes.gathered(slicing(name, rows, whole[rows], hessian) for rows in ranges)
-        return joined(parts)
-
-    d = checkpoint.decoder
-    blocks = Blocks(checkpoint, windows.shape[1])
-    own = processes.share(len(windows))
-    hidden = blocks.embed(windows[own])
-    slices: dict[str, Sliced] = {}
-    for layer in range(d.layers):
-        units = list(d.layer_units(layer).values())
-        this_step = step.format(d.block(layer))
-        found = store.get(this_step)
-        if found is None:
-            hessians = _hessians(checkpoint, blocks, layer, units, hidden, importance, own)
-            found = store.put(this_step, {unit.name: sliced(unit, hessians) for unit in units})
-        linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
-        weights = [linear.weight.detach().clone() for linear in linears] if keep_weights else []
-        hidden = _advance(checkpoint, blocks, layer, units, found, hidden, profile, own.start)
-        slices |= found
-        if keep_weights:
-            with torch.no_grad():
-                for linear, weight in zip(linears, weights, strict=True):
-                    linear.weight.copy_(weight)
-        else:
-            for unit in units:
-                checkpoint.release(unit)
-        progress(layer + 1, d.layers + 1)
-    this_step = step.format("head")
-    found = store.get(this_step)
-    if found is None:
-        (name,) = d.head.sources
-        seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
-        total = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
-        hessian = processes.summed(total) / windows.size
-        found = store.put(this_step, {d.head.name: sliced(d.head, {name: hessian})})
-    if not keep_weights:
-        checkpoint.release(d.head)
-    progress(d.layers + 1, d.layers + 1)
-    return slices | found
-
-
-def _advance(
-    checkpoint: Checkpoint,
-    blocks: Blocks,
-    layer: int,
-    units: list[Unit],
-    found: dict[str, Sliced],
-    hidden: list[Hidden],
-    profile: SliceProfile,
-    first: int,
-) -> list[Hidden]:
-    """The windows behind the sliced block, window i at depth ``i % depths + 1``.  first: which one ``hidden`` begins
-    with."""
-    after = list(hidden)
-    for depth in range(1, profile.depths + 1):
-        for unit in units:
-            write_depth(checkpoint, unit, found[unit.name], profile, depth)
-        for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
-            with fast(checkpoint.device):
-                after[i] = blocks.run(layer, hidden[i])
-    return after

@@ -1,8 +1,7 @@
-"""The columns of a group, one after the other: a code for each weight, and what its error leaves to the next.
+"""The loops over the columns of a group: they choose the code of each weight.
 
-Small steps, and most of the time that slicing takes.  In torch's operations they work on any device; on the processor
-``columns.c`` does the same, and a layer is sliced in less than half of the time
-(``tests/benchmarks/slicing_columns.py``).
+Slicing spends most of its time here.  Torch's operations do the work on any device.  On the processor ``columns.c``
+does the same faster (``tests/benchmarks/slicing_columns.py`` measures it).
 """
 
 from __future__ import annotations
@@ -24,9 +23,12 @@ _SOURCE = Path(__file__).with_suffix(".c")
 
 
 def depth_weights(profile: SliceProfile, kept_bits: int = 0) -> tuple[float, ...]:
-    """How much a depth's error counts: the deep end most, whose cells are the smallest.
+    """How much the error of each depth counts.  Deep depths count most, because their cells are the smallest.
 
-    The more so where the first bits of codes are kept, and with them the shallow end.
+    Args:
+        profile: the bits of each slice.
+        kept_bits: how many of a code's first bits are kept.  If it is not 0, deep depths count even more, because
+            the shallow ones cannot change.
     """
     return tuple(2.0 ** ((bits - 3) / (1.25 if kept_bits else 2.5)) for bits in profile.depth_bits)
 
@@ -42,11 +44,18 @@ class _GridOfC(ctypes.Structure):
 
 
 class Grid:
-    """The cells of every depth, and how a code is chosen among them.  Its tensors are float32 [E, 1] on ``device``.
+    """The cells of every depth, and how a code is chosen among them.
 
-    steps: the width of a cell in cells of the base quantiser; counts: how much a depth's error counts; kept_bits: so
-    many of a code's first bits are never changed.
-    All steps and cells are powers of two: their inverses are exact, and a product is quicker than a quotient.
+    All steps and cells are powers of two, so their inverses are exact and products replace quotients.
+
+    steps: float32 [E, 1], width of a cell in cells of the base quantiser.
+    counts: float32 [E, 1], how much the error of a depth counts.
+    of_c: the same for ``columns.c``.
+
+    Args:
+        profile: the bits of each slice.
+        kept_bits: how many of a code's first bits never change.
+        device: of the tensors.
     """
 
     def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
@@ -56,7 +65,7 @@ class Grid:
         of_each = torch.tensor([steps, cells, counts]).to(device)[:, :, None]
         self.steps, self._cells, self.counts = of_each[0], of_each[1], of_each[2]
         self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells
-        # Of the codes to choose from: how many, where the first and the last cell begin, and how far their ends are.
+        # The codes to choose from: their number, where the first and the last cell begin, and the width of a cell.
         self._span = float(1 << (CODE_BITS - kept_bits))
         self._first, self._last = torch.zeros_like(self._cells), self._span - self._cells
         self._within = self._cells - 1
@@ -65,24 +74,44 @@ class Grid:
         self.of_c = _GridOfC(profile.depths, self._span, *of_c)
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32 codes [..., 1, N] or [N] -> their values at every depth, [..., E, N], in cells of the base."""
+        """Values of codes at every depth, in cells of the base quantiser.
+
+        Args:
+            codes: float32 [..., 1, N] or [N].
+
+        Returns:
+            float32 [..., E, N].
+        """
         values: torch.Tensor = (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
         return values
 
     def columns_in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
-        """uint8 codes [columns, N] -> as ``in_base_cells``, but [E, columns, N]."""
+        """As ``in_base_cells``, for several columns.
+
+        Args:
+            codes: uint8 [columns, N].
+
+        Returns:
+            float32 [E, columns, N].
+        """
         values: torch.Tensor = (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
         return values
 
     def best_code(self, wanted: torch.Tensor, code: torch.Tensor, candidate: bool) -> torch.Tensor:
-        """float32 [N] codes for float32 [E, N] wanted values, in cells of the base.
+        """The best code of each row.
 
-        code: float32 [N], what each has had so far; candidate: whether it may stay.
+        Args:
+            wanted: float32 [E, N], the wanted values in cells of the base quantiser.
+            code: float32 [N], the codes so far.
+            candidate: whether the code so far is a candidate.
+
+        Returns:
+            float32 [N].
         """
         first = (wanted * self._per_step).floor_().mul_(self._cells)
         if self._kept:
             lowest = (code / self._span).floor_().mul_(self._span)
-            # In this order: a cell may be wider than the span, and then begins no later.
+            # Maximum last: a cell may be wider than the span, and then it begins at its lowest code.
             first = torch.maximum(torch.minimum(first, lowest + self._last, out=first), lowest, out=first)
         else:
             first.clamp_(self._first, self._last)
@@ -99,15 +128,23 @@ def feed_back(
     grid: Grid,
     streams: torch.Tensor,
     factor: torch.Tensor,
+    codes: torch.Tensor,
+    *,
     scale: torch.Tensor,
     offset: torch.Tensor,
-    codes: torch.Tensor,
 ) -> torch.Tensor:
-    """Round every column and take its error, times its part in them, from those behind it in the group.
+    """Round the columns of a group in order, and feed the error of each into the columns after it.
 
-    streams: float32 [E, columns, N], what each depth wants, which stays as it is; factor: float32 [columns, columns],
-    upper triangular; scale, offset: float32 [N]; codes: uint8 [columns, N], written to.
-    Returns the errors, float32 as ``streams``, over the diagonal of ``factor``.
+    Args:
+        grid: the cells of every depth.
+        streams: float32 [E, columns, N], the weights that each depth wants.  They do not change.
+        factor: float32 [columns, columns], upper triangular.
+        codes: uint8 [columns, N], written to.
+        scale: float32 [N].
+        offset: float32 [N].
+
+    Returns:
+        float32 [E, columns, N]: the errors over the diagonal of ``factor``.
     """
     errors = torch.empty(streams.shape, device=streams.device)
     compiled = _compiled(streams.device)
@@ -126,26 +163,36 @@ def feed_back(
 
 
 def settle(
-    grid: Grid, own: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, values: torch.Tensor
+    grid: Grid,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    curvature: torch.Tensor,
+    scale: torch.Tensor,
+    pull: torch.Tensor,
 ) -> None:
-    """Give every column the best code while all others are held.
+    """Give the columns of a group, in order, the best codes while all other columns stay.
 
-    own: float32 [columns, columns], the curvature; scale: float32 [N]; pull: float32 [E, columns, N], minus half the
-    gradient of the error by each value, used up; codes: uint8 [columns, N], and values: float32 [E, columns, N], what
-    they stand for in cells of the base; both written to.
+    Args:
+        grid: the cells of every depth.
+        codes: uint8 [columns, N], written to.
+        values: float32 [E, columns, N], values of the codes in cells of the base quantiser, written to.
+        curvature: float32 [columns, columns].
+        scale: float32 [N].
+        pull: float32 [E, columns, N], minus half the gradient of the error by each value.  It is overwritten.
     """
     compiled = _compiled(pull.device)
     if compiled is not None:
-        compiled("settle", grid, codes, own.contiguous(), scale, pull, values)
+        compiled("settle", grid, codes, curvature.contiguous(), scale, pull, values)
         return
     inverse = _inverse(scale)
     for j in range(len(codes)):
-        wanted = values[:, j] + pull[:, j] * (inverse / own[j, j])
+        wanted = values[:, j] + pull[:, j] * (inverse / curvature[j, j])
         code = grid.best_code(wanted, codes[j].float(), candidate=True)
         codes[j] = code
         value = grid.in_base_cells(code)
         change = (value - values[:, j]).mul_(scale)
-        pull[:, j + 1 :].addcmul_(own[j, j + 1 :, None], change[:, None], value=-1)
+        pull[:, j + 1 :].addcmul_(curvature[j, j + 1 :, None], change[:, None], value=-1)
         values[:, j] = value
 
 
@@ -163,13 +210,13 @@ class _PartOfC(ctypes.Structure):
 
 
 class _Compiled:
-    """``columns.c``.  Threads share the rows, and no figure hangs on how many there are."""
+    """``columns.c``.  Threads share the rows, and their number does not change the result."""
 
     def __init__(self, library: Path) -> None:
         self._functions = ctypes.CDLL(str(library))
 
     def __call__(self, name: str, grid: Grid, codes: torch.Tensor, *others: torch.Tensor | int) -> None:
-        """Call a function for codes [columns, N] and what it takes besides: contiguous tensors, and integers."""
+        """Call function ``name`` for codes [columns, N], with its other arguments: contiguous tensors and integers."""
         function = getattr(self._functions, f"mbq_{name}")
         arguments = [
             ctypes.c_int64(other) if isinstance(other, int) else ctypes.c_void_p(other.data_ptr()) for other in others
@@ -192,7 +239,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @cache
 def _compiled(device: torch.device) -> _Compiled | None:
-    """None where torch's operations do the work."""
+    """The compiled loops for the device; None where torch's operations do the work."""
     if device.type != CPU:
         return None
     library = build_for_this_machine(_SOURCE, {"MBQ_CODE_BITS": CODE_BITS, "MBQ_LARGEST_GROUP": max(GROUP_SIZES)})

@@ -1,12 +1,13 @@
-"""Nested slicing: one code per weight, chosen so that the matrix is good at every depth at once.
+"""Nested slicing with error feedback: one code a weight, chosen so that the matrix is good at every depth.
 
-Columns are rounded one after the other and the error is fed forward into those not yet rounded, as
-GPTQ does (arXiv 2210.17323): with ``H`` the mean of ``x x.T`` over the layer's inputs and ``U`` the upper
-Cholesky factor of its inverse, rounding column j by an error ``e`` adds ``-e / U[j, j] * U[j, j+1:]`` to
-the rest.  A depth that cuts the code shorter makes errors of its own, so each depth has its own stream
-of compensated weights.  The code of a weight is the one of least weighted error over all streams among
-these: the code nearest to the deepest stream, and, for each shallower depth, the code nearest to the
-deepest stream within the cell that this depth would choose by itself.
+Columns are rounded one after the other.  The error of a column is fed into the columns that are not yet rounded, as
+GPTQ does (arXiv 2210.17323).  With ``H`` the mean of ``x x.T`` over the layer's inputs, and ``U`` the upper Cholesky
+factor of its inverse, an error ``e`` of column j adds ``-e / U[j, j] * U[j, j+1:]`` to the columns after it.
+
+Each depth cuts the code at another bit, so it has errors of its own, and its own stream of compensated weights.  A
+weight gets the code with the least weighted error over all streams.  The candidates are the code nearest to the
+deepest stream, and for each shallower depth the code nearest to the deepest stream within the cell that this depth
+alone would choose.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ from .columns import Grid, feed_back
 from .rtn import group_range
 
 DAMPING = 0.01
-"""Added to H's diagonal, as a share of its mean."""
+"""Added to the diagonal of H, as a share of the diagonal's mean."""
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
-    """float64 [K, K]: ``hessian`` with every direction given some curvature."""
+    """Add some curvature to every direction.
+
+    Args:
+        hessian: [K, K], second moments of a layer's inputs.
+
+    Returns:
+        float64 [K, K].
+    """
     result = hessian.double().clone()
     diagonal = result.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    # An input that was never active: any positive curvature leaves its column as it is.
+    # An input that was never active gets any positive curvature: its column then stays as it is.
     diagonal[diagonal == 0] = 1.0
     return result
 
@@ -48,20 +56,34 @@ def _inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def slice_weight(
-    weight: F32, hessian: torch.Tensor, group_size: int, profile: SliceProfile, name: str,
-    earlier: Sliced | None = None, kept_bits: int = 0,
-) -> Sliced:  # fmt: skip
-    """float32 [N, K] and float [K, K] -> Sliced.  K must be a multiple of ``group_size``.
+    weight: F32,
+    hessian: torch.Tensor,
+    group_size: int,
+    profile: SliceProfile,
+    name: str,
+    *,
+    earlier: Sliced | None = None,
+    kept_bits: int = 0,
+) -> Sliced:
+    """Slices of a weight matrix, by error feedback over all depths.
 
-    earlier: slices of which scales, offsets and the first ``kept_bits`` of codes are kept.  Worked on where
-    ``hessian`` is.
-    Raises ModelError when it is not finite or a weight is beyond the format's range.
+    Args:
+        weight: float32 [N, K].
+        hessian: [K, K], second moments of the layer's inputs.  Its device does the work.
+        group_size: weights that share a scale; it divides K.
+        profile: the bits of each slice.
+        name: of the layer, for errors.
+        earlier: slices whose scales, offsets and first ``kept_bits`` are kept, or None.
+        kept_bits: how many of each code's first bits are kept.
+
+    Raises:
+        ModelError: the second moments are not positive definite, or a weight is beyond the format's range.
     """
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
     device = hessian.device
     grid = Grid(profile, kept_bits, device)
-    # Columns first: a column of all streams is then one stretch of memory.
+    # Columns first: then a column of all rows is contiguous.
     streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(profile.depths, 1, 1)
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
     if earlier is not None:
@@ -78,7 +100,7 @@ def slice_weight(
         offsets.append(offset16)
         offset = torch.from_numpy(offset16.astype(np.float32)).to(device)
         scale = torch.from_numpy(scale16.astype(np.float32)).to(device)
-        errors = feed_back(grid, streams[:, group], factor[group, group], scale, offset, codes[group])
+        errors = feed_back(grid, streams[:, group], factor[group, group], codes[group], scale=scale, offset=offset)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
     return Sliced(codes.T.contiguous().cpu().numpy(), np.stack(scales, 1), np.stack(offsets, 1))

@@ -1,9 +1,9 @@
-"""Refines nested slices: each group's scale, offset and codes in turn, all else held.
+"""Refinement of nested slices, group by group: first scale and offset, then codes, while all other groups stay.
 
-What is lowered is ``sum over depths e of weight_e * tr((W - Q_e) H (W - Q_e).T)``, the error of the layer's
-output at every depth.  Scale and offset have a closed form (two unknowns a row and group), a code is the best
-of few candidates; both only ever lower the sum, up to rounding to float16.  Error feedback cannot do this: it
-settles a weight knowing nothing of how those behind it will be rounded.
+It minimises ``sum over depths e of weight_e * tr((W - Q_e) H (W - Q_e).T)``: the error of the layer's output at every
+depth.  Scale and offset have a closed form (two unknowns a row and group).  A code is the best of few candidates.
+Both steps only lower the sum, up to rounding to float16.  Error feedback cannot do this, because it fixes a weight
+before it knows how the weights after it are rounded.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from .columns import Grid, settle
 from .nested import damped
 
 ROWS = 4096
-"""Rows worked on at a time: what a group's columns hold of them then stays in the processor's cache."""
+"""Rows that are refined together.  A group of their columns fits the processor's cache."""
 
 
 def refine(
-    weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int, kept_bits: int = 0
+    weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int, *, kept_bits: int = 0
 ) -> Sliced:
-    """float32 [N, K], float [K, K] and slices of the weight -> better ones, after ``sweeps`` over all groups.
+    """Better slices of a weight matrix.
 
-    kept_bits: of each code, from its highest; where any are kept, scales and offsets are too.
-    Worked on where ``hessian`` is.
+    Args:
+        weight: float32 [N, K].
+        hessian: [K, K], second moments of the layer's inputs.  Its device does the work.
+        sliced: slices of the weight.
+        profile: the bits of each slice.
+        sweeps: passes over all groups.
+        kept_bits: how many of each code's first bits are kept.  If it is not 0, scales and offsets are kept too.
     """
     curvature = damped(hessian).float()
     parts = [
@@ -51,7 +56,7 @@ def _refine_rows(
     """weight: float32 [K, N]."""
     device = weight.device
     grid = Grid(profile, kept_bits, device)
-    # A copy even of a single row, which is contiguous either way round.
+    # A copy even of a single row, whose transpose is the same memory.
     codes = torch.from_numpy(sliced.codes).to(device).T.clone(memory_format=torch.contiguous_format)
     scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
     offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
@@ -69,10 +74,10 @@ def _refine_rows(
             pull = curvature[group] @ error
             values = grid.columns_in_base_cells(codes[group])
             if not kept_bits:
-                scale[g], offset[g] = _fit_group(values, own, pull, grid.counts, scale[g], offset[g])
+                scale[g], offset[g] = _best_affine(values, own, pull, grid.counts, scale[g], offset[g])
                 fitted = weight[group] - (scale[g] * values + offset[g])
                 pull += own @ (fitted - error[:, group])
-            settle(grid, own, scale[g], pull, codes[group], values)
+            settle(grid, codes[group], values, curvature=own, scale=scale[g], pull=pull)
             error[:, group] = weight[group] - (scale[g] * values + offset[g])
     return Sliced(
         codes.T.contiguous().cpu().numpy(),
@@ -81,7 +86,7 @@ def _refine_rows(
     )
 
 
-def _fit_group(
+def _best_affine(
     cells: torch.Tensor, own: torch.Tensor, pull: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor,
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -96,11 +101,11 @@ def _fit_group(
     by_scale = (counts * (cells * pull).sum(1)).sum(0)
     by_offset = (counts * pull.sum(1)).sum(0)
     determinant = scale_scale * offset_offset - scale_offset**2
-    # Where all weights of a group share a cell, scale and offset cannot be told apart.
+    # If all weights of a group share a cell, scale and offset are not determined.
     sound = determinant > 1e-6 * scale_scale * offset_offset
     change = torch.where(sound, (by_scale * offset_offset - by_offset * scale_offset) / determinant, 0.0)
     shift = torch.where(sound, (by_offset * scale_scale - by_scale * scale_offset) / determinant, 0.0)
-    # A scale is never negative, nor so small that its cells vanish.
+    # A scale stays positive, and large enough for its cells.
     usable = scale + change > 0.1 * scale
     return (
         torch.where(usable, scale + change, scale).half().float(),

@@ -1,15 +1,14 @@
-"""Rotates what flows between a decoder's matrices, so that no channel stands out when they are sliced.
+"""Rotation of the values between a decoder's matrices, so that no channel is an outlier when they are sliced.
 
-A rotation ``Q`` of the residual stream is fused into every matrix that reads it or writes to it, and
-one of each value head into v and o: the model's function stays the same and nothing is computed at
-run time (the idea of QuaRot, arXiv 2404.00456, and SpinQuant, arXiv 2405.16406).  A norm's gain
-does not commute with a rotation, so it moves into the matrices behind the norm first.  Two cases
-differ:
+A rotation ``Q`` of the residual stream is fused into every matrix that reads it or writes to it.  A rotation of each
+value head is fused into v and o.  The function of the model stays the same, and nothing is computed at run time (the
+idea of QuaRot, arXiv 2404.00456, and SpinQuant, arXiv 2405.16406).  A norm's gain does not commute with a rotation,
+so it first moves into the matrices behind the norm.  Two cases differ:
 
-* A head that is tied to the embedding cannot take the last norm's gain ``g``, which the embedding
-  must not have.  Its input is multiplied by ``Q.T diag(g) Q`` at run time instead.
-* A family with norms on what a block adds to the stream has gains that nothing can take: there the
-  residual stream is left alone.
+* A head that is tied to the embedding cannot take the last norm's gain ``g``, because the embedding must not have it.
+  Its input is multiplied by ``Q.T diag(g) Q`` at run time instead.
+* A family with norms on what a block adds to the stream has gains that no matrix can take.  Such a model is not
+  rotated.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ..calibrated import HeadInput
 from ..memory import WEIGHTS_AT_ONCE
 from ..model.checkpoint import Checkpoint
 from ..model.sliced_linear import row_ranges
@@ -30,10 +28,13 @@ _LARGEST_FACTOR = 128
 
 @dataclass(frozen=True)
 class Rotation:
-    """The orthogonal matrix ``Q = diag(sign) @ kron(left, right)``, float64, [n, n] with n = a * b.
+    """The orthogonal matrix ``Q = diag(sign) @ kron(left, right)``, float64 [n, n] with n = a * b.
 
-    sign: [n] of 1 and -1; left: [a, a]; right: [b, b].  A factored matrix costs n * (a + b)
-    multiplications where the full one costs n * n.
+    The factored matrix costs n * (a + b) multiplications, the full one n * n.
+
+    sign: float64 [n] of 1 and -1.
+    left: float64 [a, a].
+    right: float64 [b, b].
     """
 
     sign: torch.Tensor
@@ -42,7 +43,12 @@ class Rotation:
 
     @classmethod
     def random(cls, n: int, seed: int) -> Rotation:
-        """Hadamard factors where n has powers of two, a random orthogonal one for the rest of it."""
+        """A random rotation: Hadamard matrices for n's powers of two, a random orthogonal one for its odd factor.
+
+        Args:
+            n: width of the rotated vectors.
+            seed: of the random parts.
+        """
         generator = torch.Generator().manual_seed(seed)
         b = math.gcd(n, _LARGEST_FACTOR)
         sign = torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
@@ -50,16 +56,24 @@ class Rotation:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """float64 [n, n]."""
+        """The whole matrix, float64 [n, n]."""
         return self.sign[:, None] * torch.kron(self.left, self.right)
 
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight @ Q`` for a float64 weight [rows, n]."""
+        """``weight @ Q``.
+
+        Args:
+            weight: float64 [rows, n].
+        """
         split = (weight * self.sign).reshape(-1, len(self.left), len(self.right))
         return (self.left.T @ split @ self.right).reshape(weight.shape)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """``Q.T @ weight`` for a float64 weight [n, columns] or bias [n]."""
+        """``Q.T @ weight``.
+
+        Args:
+            weight: float64 [n, columns], or a bias [n].
+        """
         if weight.ndim == 1:
             return self.columns(weight[None])[0]
         return self.columns(weight.T.contiguous()).T
@@ -81,7 +95,10 @@ def _orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
 class RotatedNorm(torch.nn.Module):
     """The last norm of a rotated model whose head is tied: ``norm(x) @ kron.T @ diag(gain) @ kron``.
 
-    weight: float32 [n], the norm's own gain, 1 at first; gain: float32 [n], of the norm before the rotation.
+    Args:
+        norm: the model's last norm, whose gain is 1.
+        gain: float32 [n], the norm's gain before the rotation.
+        rotation: of the residual stream.
     """
 
     def __init__(self, norm: torch.nn.Module, gain: torch.Tensor, rotation: Rotation) -> None:
@@ -91,33 +108,32 @@ class RotatedNorm(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
+        """float32 [n]: the norm's own gain, which tuning changes."""
         weight = self.norm.weight
         assert isinstance(weight, torch.Tensor)
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The head's input.
+
+        Args:
+            x: float32 [..., n], the residual stream.
+        """
         split = self.norm(x).reshape(*x.shape[:-1], len(self.left), len(self.right))
         turned = (self.left @ split @ self.right.T).reshape(x.shape) * self.gain
         back: torch.Tensor = (self.left.T @ turned.reshape(split.shape) @ self.right).reshape(x.shape)
         return back
 
 
-@dataclass(frozen=True)
-class HeadInput:
-    """What stands between the last norm and a tied head: ``x @ kron.T * gain @ kron``.
-
-    left: float32 [a, a]; right: float32 [b, b]; gain: float32 [a * b].
-    """
-
-    left: NDArray[np.float32]
-    right: NDArray[np.float32]
-    gain: NDArray[np.float32]
-
-
 def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
-    """Rotate the checkpoint's weights in place; what a tied head's input goes through, or None.
+    """Rotate the checkpoint's weights in place.
 
-    The checkpoint's family must not have post norms.
+    Args:
+        checkpoint: the model, of a family without post norms.
+        seed: of the rotations.
+
+    Returns:
+        What the input of a tied head goes through at run time; None for a head that is not tied.
     """
     d, model = checkpoint.decoder, checkpoint.model
     stream, heads = Rotation.random(d.hidden_size, seed), Rotation.random(d.head_dim, seed + 1)
@@ -141,7 +157,7 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         if not d.tied:
             _absorb(checkpoint, d.final_norm, d.head.sources, stream)
             return None
-        # Two parameters from here on: the head will be sliced, the embedding is read from its slices.
+        # Two parameters from here on: the head is sliced, and the embedding is read from its slices.
         model.lm_head.weight = torch.nn.Parameter(table.clone(), requires_grad=False)
         gain = torch.from_numpy(checkpoint.norm(d.final_norm).copy())
         checkpoint.reset_norm(d.final_norm)
@@ -164,7 +180,7 @@ def _rotate_columns(weight: torch.Tensor, gain: torch.Tensor, stream: Rotation) 
 
 
 def _exact(weight: torch.Tensor) -> torch.Tensor:
-    """float64, on the processor: GPUs are slow at it, or cannot."""
+    """float64, on the processor: GPUs compute it slowly or not at all."""
     return weight.cpu().double()
 
 

@@ -13,7 +13,7 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
 
-from ..calibrate import Calibrated, quality_floor
+from ..calibrated import Calibrated, quality_floor
 from ..model.checkpoint import Checkpoint
 from ..plan import depth_budgets
 from ..prepare import Prepared

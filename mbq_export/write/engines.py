@@ -11,7 +11,7 @@ from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
 
-from ..calibrate import Calibrated
+from ..calibrated import Calibrated
 from ..lower import tvm as lower_tvm
 from ..lower import tvm_weights
 from ..model.checkpoint import Checkpoint

@@ -30,7 +30,7 @@ import torch
 from onnx import helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mbq_export.calibrate import Calibrated, RoutedLinear
+from mbq_export.calibrated import Calibrated, RoutedLinear
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_text import DOMAIN

@@ -22,16 +22,17 @@ from onnx import numpy_helper
 
 from mbq_export import quality
 from mbq_export.compare.run import TEXTS
+from mbq_export.context import Calibration
 from mbq_export.data import windows as text_windows
 from mbq_export.format.codes import Sliced
 from mbq_export.format.planes import unpack_planes, unpack_scales
 from mbq_export.format.router import RouterParams
-from mbq_export.methods import CONTEXT_TOKENS, METHODS
+from mbq_export.methods import CONTEXT_TOKENS, METHODS, Recipe
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.sliced_linear import values_at
 from mbq_export.progress import Progress
 from mbq_export.routing import kinds, select
-from mbq_export.routing.slice_gains import collect
+from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.transforms.rotation import rotate
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.manifest import read as read_manifest
@@ -111,16 +112,12 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
     original = float(np.exp(quality.reference(checkpoint, measured).mean()))
     slices = restore(checkpoint, manifest, tensors)
     with Progress(quiet=False) as progress:
-        stats = collect(
-            checkpoint, slices, profile, np.array_split(held, 2)[0], manifest.seed, keep_inputs=True,
-            progress=lambda done, total: progress("measuring slices", done, total),
-        )  # fmt: skip
-        fits = {kind: select.fit(kind, stats, slices, profile, manifest.seed) for kind in kinds.ROUTERS}
+        recipe = Recipe(profile, manifest.group_size, facts["method"], seed=manifest.seed)
+        calibration = Calibration(checkpoint, recipe, report=progress)
+        stats = measure_gains(calibration, slices, np.array_split(held, 2)[0], keep_inputs=True)
+        fits = {kind: select.fit_routers(calibration, kind, stats, slices) for kind in kinds.ROUTERS}
         fits[manifest.router.kind] = stored_routers(manifest, tensors)
-        losses, used = select.measure(
-            checkpoint, fits, slices, profile, manifest.seed, measured, budgets,
-            lambda done, total: progress("measuring routers", done, total),
-        )  # fmt: skip
+        losses, used = select.measure_kinds(calibration, fits, slices, measured, budgets)
     found = select.comparison(losses, manifest.router.kind, budgets)
     print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; the original: {original:.2f}")
     print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |")

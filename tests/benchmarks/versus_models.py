@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mbq_export.calibrate import Calibrated, RoutedLinear
+from mbq_export.calibrated import Calibrated, RoutedLinear
 from mbq_export.compare import llama_cpp_files
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import MLP_HIDDEN

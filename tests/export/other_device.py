@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from mbq_export import calibrate
+from mbq_export.calibrate import calibrate
+from mbq_export.calibrated import Calibrated
+from mbq_export.context import Calibration
 from mbq_export.format.codes import decode
 from mbq_export.methods import METHODS, Recipe
 from mbq_export.model import blocks
@@ -100,7 +102,7 @@ def other_device() -> Iterator[str]:
         yield "other:0"
 
 
-def _calibrated(model: str, method: str, device: str) -> calibrate.Calibrated:
+def _calibrated(model: str, method: str, device: str) -> Calibrated:
     checkpoint = load(locate(model), None, device)
     assert checkpoint.device.type == torch.device(device).type
     rng = np.random.default_rng(0)
@@ -108,13 +110,13 @@ def _calibrated(model: str, method: str, device: str) -> calibrate.Calibrated:
     # A base slice of two bits is what ``learned`` tunes twice.
     profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
     recipe = Recipe(profile, 32, method, {"rtn": 0, "nested": 3, "learned": 4}[method], "auto", 0)
-    return calibrate.calibrate(checkpoint, fitted, held_back, recipe)
+    return calibrate(Calibration(checkpoint, recipe), fitted, held_back)
 
 
 def main(model: str, method: str) -> None:
     """Print how far the weights at full depth are from each other, over their own size, and both quality curves."""
     blocks.fast_bytes = lambda: 4  # both in float32
-    calibrate.METHODS = {method: replace(METHODS[method], sweeps=1)}  # every op takes Python's time there
+    METHODS[method] = replace(METHODS[method], sweeps=1)  # every op takes Python's time there
     with sdpa_kernel(SDPBackend.MATH):
         here = _calibrated(model, method, "cpu")
     with other_device() as device:

@@ -13,34 +13,33 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export import processes, quality
+from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced, decode
-from mbq_export.methods import FIRST, ONLY, SECOND, Phase
+from mbq_export.methods import METHODS, TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, Phase, Recipe
 from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.router_inputs import Routing
 from mbq_export.routing import select
-from mbq_export.routing.slice_gains import collect
+from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.slicing import rtn
 from mbq_export.slicing.by_block import slice_model
-from mbq_export.store import Store
 from mbq_export.transforms.smoothing import smooth
-from mbq_export.tuning.tune import Routing, Teacher, tune
+from mbq_export.tuning.teacher import Teacher
+from mbq_export.tuning.tune import tune
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 GROUP_SIZE = 32
 
 
-def quiet(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
 def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     rng = np.random.default_rng(0)
     # Seven are not divided evenly, and some depths fall to one process alone.
     windows = rng.integers(0, checkpoint.decoder.vocab_size, (7, 32))
-    store = Store(None)
+    METHODS["nested"] = replace(METHODS["nested"], sweeps=1)
+    calibration = Calibration(checkpoint, Recipe(PROFILE, GROUP_SIZE))
     found = {"reference": quality.reference(checkpoint, windows), "head_scale": smooth(checkpoint, windows)}
     # Here a step of tuning takes the same two windows, however many processes there are.
-    teacher = Teacher(checkpoint, windows[:2], quiet)
+    teacher = Teacher(calibration, windows[:2])
     importance = {
         name: rng.uniform(0.5, 1.5, windows.shape).astype(np.float32)
         for unit in checkpoint.decoder.units()
@@ -51,25 +50,29 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
         for unit in checkpoint.decoder.units()
     }
-    fed_back = slice_model(checkpoint, windows, importance, PROFILE, GROUP_SIZE, 1, False, store, quiet)
+    fed_back = slice_model(calibration, windows, importance)
     found |= weights("sliced", fed_back)
     by_energy = dict.fromkeys(slices, halves)
-    routings: dict[Phase, Routing | None] = {ONLY: None, FIRST: None, SECOND: lambda avg_bits: by_energy}
+    routings: dict[Phase, Routing | None] = {
+        TUNE_SCALES: None,
+        TUNE_BASE_SLICE: None,
+        TUNE_ROUTED: lambda avg_bits: by_energy,
+    }
     for phase, routing in routings.items():
         slices = tune(
-            checkpoint, teacher, slices, np.ones(checkpoint.decoder.hidden_size, np.float32), PROFILE,
-            replace(phase, windows_per_step=2), routing, 4, 0, store, quiet,
+            calibration, teacher, slices, replace(phase, windows_per_step=2), 4,
+            seed=0, head_scale=np.ones(checkpoint.decoder.hidden_size, np.float32), routing=routing,
         )  # fmt: skip
         found |= weights(phase.name, slices)
-    stats = collect(checkpoint, slices, PROFILE, windows, 0, keep_inputs=True)
+    stats = measure_gains(calibration, slices, windows, keep_inputs=True)
     for name, of_unit in stats.items():
         assert of_unit.inputs is not None
         found |= {f"energy {name}": of_unit.mean_square, f"change {name}": of_unit.change, f"in {name}": of_unit.inputs}
         # Losses hang on labels that each process draws for itself: take something that does not.
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
-    routers = select.fit("norm", stats, slices, PROFILE, 0)
+    routers = select.fit_routers(calibration, "norm", stats, slices)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
-    (measured,) = quality.measure(checkpoint, slices, PROFILE, windows, [by_energy])
+    (measured,) = quality.measure(calibration, slices, windows, [by_energy])
     return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}
 
 

@@ -9,7 +9,7 @@ import pytest
 from exporting import digests, export, kill_once, run
 from tiny_models import write_checkpoint
 
-from mbq_export.calibrate import Calibrated, quality_floor, worth
+from mbq_export.calibrated import Calibrated, quality_floor, worth
 from mbq_export.format.codes import Sliced
 from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
@@ -47,10 +47,10 @@ def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path
     model = write_checkpoint(tmp_path / "model", "llama")
     options = ["--method", "learned", "--slices", "2,2,2,2", "--tune-steps", "42"]
     said = run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
-    assert "choosing residuals" in said
-    assert "tuning again" in said
+    assert "choosing residual slices" in said
+    assert "tuning with routers" in said
     work = tmp_path / "b" / ".model.2222.calibration"
-    for step in ("model.layers.1.residuals", "provisional routers", "tuning again"):
+    for step in ("model.layers.1.residuals", "routers for tuning", "tuning with routers"):
         kill_once(
             export(model, calibration_text, tmp_path / "b" / "bundle", *options), (work / f"{step}.safetensors").exists
         )

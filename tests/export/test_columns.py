@@ -30,7 +30,7 @@ def feeding_back(profile: SliceProfile, kept_bits: int) -> Loop:
 
     def loop() -> tuple[torch.Tensor, torch.Tensor]:
         given, found = streams.clone(), codes.clone()
-        errors = columns.feed_back(grid, streams, factor, scale, offset, found)
+        errors = columns.feed_back(grid, streams, factor, found, scale=scale, offset=offset)
         torch.testing.assert_close(streams, given, rtol=0, atol=0)
         if kept_bits:
             assert torch.equal(found >> (8 - kept_bits), codes >> (8 - kept_bits))
@@ -51,7 +51,7 @@ def settling(profile: SliceProfile, kept_bits: int) -> Loop:
 
     def loop() -> tuple[torch.Tensor, torch.Tensor]:
         found, values = codes.clone(), grid.columns_in_base_cells(codes)
-        columns.settle(grid, own, scale, pull.clone(), found, values)
+        columns.settle(grid, found, values, curvature=own, scale=scale, pull=pull.clone())
         torch.testing.assert_close(values, grid.columns_in_base_cells(found), rtol=0, atol=0)
         if kept_bits:
             assert torch.equal(found >> (8 - kept_bits), codes >> (8 - kept_bits))

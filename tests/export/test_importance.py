@@ -10,18 +10,22 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
+from mbq_export.context import Calibration
+from mbq_export.methods import Recipe
 from mbq_export.model import blocks
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.slicing import importance
 from mbq_export.slicing.importance import MAX_WEIGHT, token_importance
 from mbq_export.store import Store
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
 WINDOWS = np.random.default_rng(0).integers(0, 250, (3, 32))
 
 
 def weigh(checkpoint: Checkpoint, store: Store | None = None, seed: int = 0) -> importance.Importance:
-    return token_importance(checkpoint, WINDOWS, seed, store or Store(None), lambda done, total: None)
+    recipe = Recipe(SliceProfile((3, 1, 2, 2)), 64, seed=seed)
+    return token_importance(Calibration(checkpoint, recipe, store or Store(None)), WINDOWS)
 
 
 @pytest.fixture(params=["llama", "phi3"])

@@ -13,12 +13,12 @@ from tiny_models import write_checkpoint
 from torch.nn import functional
 
 from mbq_export.format.codes import Sliced, decode_f32
-from mbq_export.model import blocks, sliced_linear
-from mbq_export.model.blocks import lean_backward
+from mbq_export.model import gradients, sliced_linear
 from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.gradients import lean_backward
 from mbq_export.model.sliced_linear import Bits, SlicedLinear, sliced_layers
 from mbq_export.slicing import rtn
-from mbq_export.tuning.tune import _routed, _Tuned
+from mbq_export.tuning.tune import TunedLinear, budget_control
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((3, 1, 2, 2))
@@ -36,7 +36,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
     )
 
 
-@pytest.mark.parametrize("kind", [SlicedLinear, _Tuned])
+@pytest.mark.parametrize("kind", [SlicedLinear, TunedLinear])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLinear], depth: int) -> None:
     weight = kind(sliced, None).weight_at(PROFILE.depth_bits[depth - 1])
@@ -47,7 +47,7 @@ def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLi
     "bits", [*PROFILE.depth_bits, torch.full((21,), 4), torch.tensor([8, 3, 4] * 7), torch.tensor([6] * 20 + [3])]
 )
 def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> None:
-    layer = _Tuned(sliced, BIAS)
+    layer = TunedLinear(sliced, BIAS)
     layer.bits = bits
     x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True)
     wanted = (x, layer.scale_change, layer.offset_change)
@@ -84,7 +84,7 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
     window = torch.arange(1, 33)[None]
     routing, occurring = (lambda avg_bits: dict.fromkeys(slices, halves), {3, 8}) if routed else (None, {8})
 
-    def gradients() -> tuple[list[NDArray[np.float32]], int]:
+    def backward() -> tuple[list[NDArray[np.float32]], int]:
         runs = 0
 
         def count(*_: object) -> None:
@@ -92,9 +92,9 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
             runs += 1
 
         with (
-            sliced_layers(checkpoint, slices, _Tuned) as tuned,
+            sliced_layers(checkpoint, slices, TunedLinear) as tuned,
             lean_backward(checkpoint),
-            _routed(checkpoint, tuned, PROFILE, routing) as use_budget,
+            budget_control(checkpoint, tuned, PROFILE, routing) as use_budget,
         ):
             use_budget(8)
             counting = tuned["layers.0.mlp_in"][0].register_forward_hook(count)
@@ -106,10 +106,10 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
             assert {int(of_token) for of_unit in bits.values() for of_token in of_unit[0].unique()} == occurring
             return [layer.scale_change.grad.numpy() for parts in tuned.values() for layer in parts], runs
 
-    kept, runs = gradients()
+    kept, runs = backward()
     assert runs == 1
-    monkeypatch.setattr(blocks, "KEPT_ACTIVATION_BYTES", 0)
-    again, runs = gradients()
+    monkeypatch.setattr(gradients, "KEPT_ACTIVATION_BYTES", 0)
+    again, runs = backward()
     assert runs == 2
     assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
     assert all(np.abs(gradient).max() > 0 for gradient in kept)

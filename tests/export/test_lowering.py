@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import MODELS, write_checkpoint
 
-from mbq_export.calibrate import Calibrated, RoutedLinear
+from mbq_export.calibrated import Calibrated, RoutedLinear
 from mbq_export.format.codes import decode_f32
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower

@@ -30,7 +30,9 @@ import sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from mbq_export import calibrate, memory, methods, plan
+from mbq_export import memory, methods, plan
+from mbq_export.calibrate import calibrate
+from mbq_export.context import Calibration
 from mbq_export.model.checkpoint import load, locate
 from mbq_export.store import Store
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -47,13 +49,13 @@ def watch():
 model, work, memory.KEPT_WEIGHT_BYTES, method = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 threading.Thread(target=watch, daemon=True).start()
 profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
-calibrate.METHODS = {method: replace(methods.METHODS[method], sweeps=1)}
+methods.METHODS[method] = replace(methods.METHODS[method], sweeps=1)
 checkpoint = load(locate(model), None if memory.KEPT_WEIGHT_BYTES else work)
 rng = np.random.default_rng(0)
 fitted, held_back = (rng.integers(0, 8000, (windows, methods.CONTEXT_TOKENS)) for windows in (4, 2))
 planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size, methods.tunings(method, profile, 2))
 steps = Store(work / "steps", "wide")
-calibrate.calibrate(checkpoint, fitted, held_back, methods.Recipe(profile, 64, method, 2, "auto", 0), steps)
+calibrate(Calibration(checkpoint, methods.Recipe(profile, 64, method, 2), steps), fitted, held_back)
 print(peak, planned.peak_memory_bytes, checkpoint.parameters)
 """
 

@@ -86,7 +86,7 @@ def test_residuals_are_chosen_for_scales_that_only_the_base_slice_wanted(case: C
     profile = SliceProfile((2, 2, 2, 2))
     found = refine(weight, hessian, nested.slice_weight(weight, hessian, 64, profile, "layer"), profile, 1)
     moved = Sliced(found.codes, (found.scale * np.float16(0.96)).astype(np.float16), found.offset)
-    fed_back = nested.slice_weight(weight, hessian, 64, profile, "layer", moved, kept_bits=2)
+    fed_back = nested.slice_weight(weight, hessian, 64, profile, "layer", earlier=moved, kept_bits=2)
     chosen = refine(weight, hessian, fed_back, profile, 1, kept_bits=2)
     for name in ("scale", "offset"):
         np.testing.assert_array_equal(getattr(chosen, name), getattr(moved, name))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mbq_export.methods import FIRST, LONG, ONLY, SECOND, tunings
-from mbq_export.tuning import tune
+from mbq_export.methods import TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, TUNE_SCALES_LONG, tunings
+from mbq_export.tuning import teacher, tune
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 
@@ -23,34 +23,35 @@ class StandIn:
 def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
     profile = SliceProfile((2, 2, 2, 2))
     once, long, first, second = (
-        list(islice(tune.budget_order(profile, phase), 12)) for phase in (ONLY, LONG, FIRST, SECOND)
+        list(islice(tune.budget_order(profile, phase), 12))
+        for phase in (TUNE_SCALES, TUNE_SCALES_LONG, TUNE_BASE_SLICE, TUNE_ROUTED)
     )
     assert long == [2, 8, 2, 4, 2, 6, 2, 4, 2, 8, 2, 4]
     assert once == [2, 8, 2, 4, 2, 6] * 2
     assert first == [2] * 12
     assert second == [2.5, 8, 3, 2, 3.5, 4, 2.5, 6, 3, 8, 3.5, 2]
-    assert list(islice(tune.budget_order(SliceProfile((8,)), ONLY), 3)) == [8, 8, 8]
+    assert list(islice(tune.budget_order(SliceProfile((8,)), TUNE_SCALES), 3)) == [8, 8, 8]
 
 
 def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
     two, three = SliceProfile((2, 2, 2, 2)), SliceProfile((3, 1, 2, 2))
-    assert tunings("learned", two, None) == {FIRST: 250, SECOND: 250}
-    assert tunings("learned", two, 7) == {FIRST: 4, SECOND: 3}
-    assert tunings("learned", two, 1) == {LONG: 1}
-    assert tunings("learned", three, None) == {LONG: 1100}
-    assert tunings("nested", two, None) == {ONLY: 80}
+    assert tunings("learned", two, None) == {TUNE_BASE_SLICE: 250, TUNE_ROUTED: 250}
+    assert tunings("learned", two, 7) == {TUNE_BASE_SLICE: 4, TUNE_ROUTED: 3}
+    assert tunings("learned", two, 1) == {TUNE_SCALES_LONG: 1}
+    assert tunings("learned", three, None) == {TUNE_SCALES_LONG: 1100}
+    assert tunings("nested", two, None) == {TUNE_SCALES: 80}
     assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
 
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(teacher, "_TOKENS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(10, 50, generator=generator) for _ in range(2))
+    targets, student = (torch.randn(10, 50, generator=generator) for _ in range(2))
     values, gradients = [], []
     for divergence in (
-        lambda logits: tune._Divergence.apply(logits, StandIn(), teacher),
+        lambda logits: teacher.divergence(logits, StandIn(), targets),
         lambda logits: functional.kl_div(
-            logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+            logits.log_softmax(-1), targets.log_softmax(-1), log_target=True, reduction="batchmean"
         ),
     ):
         logits = student.clone().requires_grad_()

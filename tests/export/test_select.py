@@ -12,8 +12,11 @@ from tiny_models import COMMON, MODELS
 from transformers import AutoConfig
 
 from mbq_export import quality
+from mbq_export.calibrated import Comparison
+from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
+from mbq_export.methods import Recipe
 from mbq_export.model.families import describe
 from mbq_export.plan import Plan
 from mbq_export.routing import kinds, select
@@ -35,8 +38,8 @@ LEARNED = RouterParams(
 def straight(better_by: Sequence[float]) -> Any:
     """A model that loses a nat less for each bit, and kinds of routers, in turn, ``better_by`` less at any budget."""
 
-    def measure(*args: Any) -> list[quality.Measured]:
-        cases = args[4]
+    def measure(*args: Any, **kwargs: Any) -> list[quality.Measured]:
+        cases = args[3]
         of_kinds = [(b, gain) for gain in (*better_by, 0.0) for b in BITS]
         ends = [(2.0, 0.0), (8.0, 0.0)]
         assert len(cases) == len(of_kinds) + len(ends)
@@ -46,7 +49,7 @@ def straight(better_by: Sequence[float]) -> Any:
     return measure
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, select.Comparison]:
+def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, Comparison]:
     monkeypatch.setattr(quality, "measure", straight((0.0, learned_better_by)))
     monkeypatch.setattr(select, "fast_dtype", lambda device: None)
 
@@ -55,8 +58,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[s
 
     fits = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
     windows: NDArray[np.int64] = np.zeros((2, 8), np.int64)
-    kind, _, compared = select.choose(Anywhere(), fits, SLICES, PROFILE, 0, windows, lambda done, total: None)  # type: ignore[arg-type]
-    return kind, compared
+    calibration = Calibration(Anywhere(), Recipe(PROFILE, 64))  # type: ignore[arg-type]
+    selected = select.select_kind(calibration, fits, SLICES, windows)
+    return selected.kind, selected.comparison
 
 
 def test_the_bits_of_a_router_are_those_of_all_its_parameters_per_weight() -> None:
@@ -86,6 +90,6 @@ def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
         loss = -np.sort(-rng.uniform(size=(32, 4)).astype(np.float32), axis=1)
         x = rng.normal(size=(32, k)).astype(np.float16)
         stats[name] = UnitStatistics(n * k, loss[:, 0], loss[:, 1:], loss, x)
-    routers = select.fit(kind, stats, slices, PROFILE, 0)
+    routers = select.fit_routers(Calibration(None, Recipe(PROFILE, 64)), kind, stats, slices)  # type: ignore[arg-type]
     plan = Plan(decoder, PROFILE, 64, "mbq16", kind, 2048)
     assert sum(router.bytes for router in routers.values()) == plan.router_bytes

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
+from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced
+from mbq_export.methods import Recipe
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_export.model.sliced_linear import SlicedLinear, sliced_layers, values_at
-from mbq_export.routing.slice_gains import collect, without_outliers
+from mbq_export.routing.slice_gains import measure_gains, without_outliers
 from mbq_export.slicing import rtn
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -22,7 +24,7 @@ UNIT = "layers.0.mlp_out"
 
 
 def predicted_losses(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> NDArray[np.float64]:
-    """float64 [tokens, depths] of ``UNIT``, on the labels that ``collect`` draws with seed 0."""
+    """float64 [tokens, depths] of ``UNIT``, on the labels that ``measure_gains`` draws with seed 0."""
     generator, found = torch.Generator().manual_seed(0), []
     weights = [values_at(slices[UNIT], PROFILE, depth) for depth in range(1, PROFILE.depths + 1)]
     with sliced_layers(checkpoint, slices, SlicedLinear) as layers:
@@ -46,7 +48,7 @@ def test_losses_are_those_of_second_order_but_for_one_token_in_a_hundred(tmp_pat
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
-    found = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0)[UNIT].loss
+    found = measure_gains(Calibration(checkpoint, Recipe(PROFILE, 64)), slices, WINDOWS)[UNIT].loss
     expected = predicted_losses(checkpoint, slices)
     highest = np.quantile(expected, 0.99, axis=0)
     cut = (expected > highest).any(1)

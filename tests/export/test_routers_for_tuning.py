@@ -1,4 +1,4 @@
-"""The routers that slices are tuned with."""
+"""The routers that slices are tuned with: those of their kind, and kept in the store."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
+from mbq_export.context import Calibration
+from mbq_export.methods import Recipe
 from mbq_export.model.checkpoint import load, locate
-from mbq_export.routing import provisional, select
-from mbq_export.routing.slice_gains import collect
+from mbq_export.routing import select
+from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.slicing import rtn
 from mbq_export.store import Store
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -20,23 +22,23 @@ PROFILE = SliceProfile((2, 2, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 60))
 
 
-def quiet(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
 @pytest.mark.parametrize("kind", ["static", "mlp"])
 def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
     }
-    stats = collect(checkpoint, slices, PROFILE, WINDOWS, seed=0, keep_inputs=True)
-    expected = select.fit(kind, stats, slices, PROFILE, seed=0)
-    store = Store(tmp_path / "work", "inputs")
-    found = provisional.fit(kind, checkpoint, slices, PROFILE, WINDOWS, 0, store, quiet)
+    recipe = Recipe(PROFILE, 64, router=kind)
+
+    def calibration() -> Calibration:
+        return Calibration(checkpoint, recipe, Store(tmp_path / "work", "inputs"))
+
+    stats = measure_gains(calibration(), slices, WINDOWS, keep_inputs=True)
+    expected = select.fit_routers(calibration(), kind, stats, slices)
+    found = select.routers_for_tuning(calibration(), slices, WINDOWS)
     # Found again where they were kept, not by measuring.
-    monkeypatch.delattr(provisional, "collect")
-    again = provisional.fit(kind, checkpoint, slices, PROFILE, WINDOWS, 0, Store(tmp_path / "work", "inputs"), quiet)
+    monkeypatch.delattr(select, "measure_gains")
+    again = select.routers_for_tuning(calibration(), slices, WINDOWS)
     for routers in (found, again):
         assert set(routers) == set(slices)
         for unit, router in routers.items():

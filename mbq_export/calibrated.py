@@ -1,0 +1,134 @@
+"""The result of a calibration: what ``lower`` and ``write`` make a bundle of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+
+from .format.codes import Sliced
+from .format.router import RouterParams
+from .model.families import Decoder, Unit
+
+CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+"""Budgets of the quality curve, in average bits."""
+
+Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Figures of each kind of router: kind, then average bits, then the figure's name."""
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """What the input of a tied head goes through in a rotated model: ``x @ R.T * gain @ R``, ``R = kron(left, right)``.
+
+    left: float32 [a, a].
+    right: float32 [b, b].
+    gain: float32 [a * b].
+    """
+
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    gain: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RoutedLinear:
+    """A unit ready to be lowered.
+
+    unit: its name, place and source layers.
+    sliced: its slices, [N, K].
+    bias: float32 [N] or None.
+    router: the parameters of its router.
+    """
+
+    unit: Unit
+    sliced: Sliced
+    bias: NDArray[np.float32] | None
+    router: RouterParams
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the unit."""
+        return int(self.sliced.codes.size)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated model.
+
+    profile: the bits of each slice.
+    group_size: weights that share a scale.
+    router_kind: a name in ``kinds.ROUTERS``.
+    units: by name, in the graph's order.
+    embedding: None when the head's slices serve for it.
+    head_scale: float32 [hidden], what a row of the head is divided by to serve as a row of the embedding.
+    head_input: what the head's input goes through, or None.
+    reference_perplexity: of the original model on held-back text.
+    curve: perplexity of the calibrated model on the same text, by rising budgets.
+    routers: perplexity of each kind of router on this text, its ratio to the shipped kind's, and the ratio's standard
+        error.
+    """
+
+    profile: SliceProfile
+    group_size: int
+    router_kind: str
+    units: dict[str, RoutedLinear]
+    embedding: Sliced | None
+    head_scale: NDArray[np.float32]
+    head_input: HeadInput | None = None
+    reference_perplexity: float = 0.0
+    curve: tuple[QualityPoint, ...] = ()
+    routers: Comparison = field(default_factory=dict)
+
+    def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
+        """What a row of the embedding is multiplied by when it is read, float32 [hidden].
+
+        Args:
+            decoder: the description of the model.
+        """
+        factors = np.full(decoder.hidden_size, decoder.embedding_scale, np.float32)
+        return factors if self.embedding is not None else factors / self.head_scale
+
+
+def quality_floor(calibrated: Calibrated, ratio: float) -> float:
+    """The lowest budget from which on perplexity is acceptable.
+
+    Between the points of the curve, log perplexity is linear in bits.
+
+    Args:
+        calibrated: a calibrated model with its curve.
+        ratio: acceptable perplexity over the original's, 1 or more.
+
+    Returns:
+        Average bits, in steps of 0.05; 8 where no budget is acceptable.
+    """
+    limit = np.log(ratio * calibrated.reference_perplexity)
+    bits = [point.avg_bits_used for point in calibrated.curve]
+    loss = np.log([point.perplexity for point in calibrated.curve])
+    grid = np.arange(bits[0], CODE_BITS + 0.025, 0.05)
+    good = np.interp(grid, bits, loss) <= limit
+    # From this index on every budget is good.
+    first = len(good) - int(np.argmin(good[::-1])) if not good.all() else 0
+    return round(float(grid[min(first, len(grid) - 1)]), 2)
+
+
+def worth(calibrated: Calibrated, floor_ratio: float) -> tuple[float, float]:
+    """What slice profiles are compared by: less is better.
+
+    Args:
+        calibrated: a calibrated model with its curve.
+        floor_ratio: acceptable perplexity over the original's, 1 or more.
+
+    Returns:
+        The quality floor in average bits, and the geometric mean of perplexity at 4 to 8 bits, which decides between
+        equal floors.
+    """
+    bits = [point.avg_bits_used for point in calibrated.curve]
+    loss = np.log([point.perplexity for point in calibrated.curve])
+    mean = np.interp([b for b in CURVE_BITS if b >= 4], bits, loss).mean()
+    return quality_floor(calibrated, floor_ratio), round(float(np.exp(mean)), 4)

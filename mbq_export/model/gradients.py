@@ -1,0 +1,56 @@
+"""Backward passes through a decoder: of samples from its own predictions, and with little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from ..memory import KEPT_ACTIVATION_BYTES, activation_bytes
+from .blocks import replaced_forward
+from .checkpoint import Checkpoint
+
+
+def backpropagate_samples(checkpoint: Checkpoint, window: NDArray[np.int64], generator: torch.Generator) -> None:
+    """Run one window forward and backward, so that hooks see activations and gradients.
+
+    The loss is on labels drawn from the model's own predictions.  So the squares of gradients are the Fisher
+    information, and not an error of fit.
+
+    Args:
+        checkpoint: the model.
+        window: int64 [context] tokens.
+        generator: draws the labels, on the processor.
+    """
+    # Only the embedding's output needs a gradient: no weight does.
+    embedding = checkpoint.model.get_input_embeddings()
+    embedded = embedding(checkpoint.on_device(window)[None]).detach().requires_grad_()
+    logits = checkpoint.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+    with torch.no_grad():
+        # Drawn on the processor: the same seed gives the same labels on every device.
+        labels = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator)[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+
+
+@contextmanager
+def lean_backward(checkpoint: Checkpoint) -> Iterator[None]:
+    """Bound the memory of backward passes while the block runs.
+
+    Where a window's activations would take more than ``KEPT_ACTIVATION_BYTES``, a decoder block keeps only its input,
+    and the backward pass computes the block again.
+
+    Args:
+        checkpoint: the model whose blocks are changed.
+    """
+    with ExitStack() as stack:
+        if activation_bytes(checkpoint.decoder) > KEPT_ACTIVATION_BYTES:
+            for layer in checkpoint.model.model.layers:
+                # Nothing in a block is random.
+                again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+                stack.enter_context(replaced_forward(layer, again))
+        yield

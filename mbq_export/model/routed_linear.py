@@ -1,0 +1,76 @@
+"""Linear layers that hold their weights at every depth: each token uses those of its own depth."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..format.codes import Sliced
+from .checkpoint import Checkpoint
+from .families import Unit
+from .router_inputs import RouterInputs, UnitDepths
+from .sliced_linear import values_at
+
+
+class RoutedUnit:
+    """The layers of one unit, with the router that they share.
+
+    unit: the unit.
+    depths: chooses the depth of each token.
+    parameters: weights of the unit.
+    layers: modules that replace the unit's layers, in its order.
+
+    Args:
+        checkpoint: the model.
+        unit: the unit.
+        sliced: its slices, [N, K].
+        profile: the bits of each slice.
+        inputs: the router inputs of the model.
+        dtype: of the weights and products.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        unit: Unit,
+        sliced: Sliced,
+        profile: SliceProfile,
+        inputs: RouterInputs,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.unit, self.depths = unit, UnitDepths(unit, inputs)
+        self.parameters = sliced.codes.size
+        self._bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
+        depths = range(1, profile.depths + 1)
+        whole = [values_at(sliced, profile, depth, dtype, checkpoint.device) for depth in depths]
+        self.layers: list[torch.nn.Module] = [
+            _RoutedLayer([weight[rows] for weight in whole], linear.bias, self.depths)
+            for linear, rows in checkpoint.layers(unit)
+        ]
+
+    @property
+    def used_bits(self) -> float:
+        """Bits per weight of the last input, summed over its tokens."""
+        return float(self._bits[self.depths.of_last].sum())
+
+
+class _RoutedLayer(torch.nn.Module):
+    """weights: by depth, each [N, K]."""
+
+    def __init__(self, weights: list[torch.Tensor], bias: torch.Tensor | None, depths: UnitDepths) -> None:
+        super().__init__()
+        self.weights, self.bias, self.depths = weights, bias, depths
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., tokens, K] -> [..., tokens, N]."""
+        depth = self.depths.of(x).to(x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
+        for at, weight in enumerate(self.weights, 1):
+            rows = depth == at
+            if rows.any():
+                output[rows] = functional.linear(flat[rows], weight, self.bias)
+        return output.reshape(*x.shape[:-1], -1)
