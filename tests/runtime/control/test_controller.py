@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbq_runtime.control.controller import State, start, step
-from mbq_runtime.control.policy import POLICIES
+from mbq_runtime.control.policy import POLICIES, Policy
 from mbq_runtime.control.triggers import TRIGGERS
 from mbq_runtime.sensing.readings import Readings
 
@@ -62,6 +62,12 @@ WORSE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 AIMS = {"latency": {"min_tps": 16.0}, "lifetime": {"last_until_s": 1000 + 2 * 3600.0}}
 
 
+def policy_with(signal: str) -> Policy:
+    """The policy "auto", or else the first policy that uses the signal, with the goal that the signal needs."""
+    names = sorted(POLICIES, key=lambda name: name != "auto")
+    return policy(next(n for n in names if signal.split()[0] in POLICIES[n].bands), **AIMS.get(signal, {}))
+
+
 def test_every_signal_is_in_the_table() -> None:
     assert {name.split()[0] for name in WORSE} == set(TRIGGERS)
 
@@ -109,7 +115,7 @@ def test_a_policy_may_be_exchanged_at_any_time(first: Any, second: Any, history:
 def test_a_worse_reading_never_gives_a_higher_budget(signal: str, data: st.DataObject) -> None:
     """One step from the same past, however that went; and once more after it settled."""
     base, scale = WORSE[signal]
-    by = policy("auto", **AIMS.get(signal, {}))
+    by = policy_with(signal)
     state: State = start(by)
     steps = st.lists(st.tuples(st.integers(0, len(scale) - 1), st.floats(0.1, 30)), max_size=12)
     now = 1000.0
@@ -125,9 +131,9 @@ def test_a_worse_reading_never_gives_a_higher_budget(signal: str, data: st.DataO
 @pytest.mark.parametrize("signal", [name for name in WORSE if name not in ("latency", "lifetime", "pace")])
 def test_a_lasting_signal_leads_from_the_ceiling_to_the_floor(signal: str) -> None:
     base, scale = WORSE[signal]
-    budgets = []
+    by, budgets = policy_with(signal), []
     for level in scale:
-        last = [decision for _, decision in run(lambda _, level=level: replace(CALM, **base, **level), 60)][-1]  # type: ignore[misc]
+        *_, (_, last) = run(lambda _, level=level: replace(CALM, **base, **level), 60, by)  # type: ignore[misc]
         budgets.append(last.budget)
     assert budgets == sorted(budgets, reverse=True)
     assert (budgets[0], budgets[-1]) == (8.0, 3.0)

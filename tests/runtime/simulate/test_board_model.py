@@ -13,7 +13,7 @@ PI = BOARDS["pi5-fan"]
 
 
 def test_the_table_is_sound() -> None:
-    assert list(BOARDS) == ["pi5-bare", "pi5-fan", "orin-nano-15w", "phone", "laptop-battery"]
+    assert set(BOARDS) >= {"pi5-bare", "pi5-fan", "orin-nano-15w", "phone", "laptop-battery"}
     for board in BOARDS.values():
         assert board.ambient_c < board.throttle_c < board.hard_c
         assert 0 < board.least_clock < 1
