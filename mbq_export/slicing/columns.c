@@ -1,7 +1,7 @@
-/* The column loops of columns.py, compiled: what they compute is said there.
+/* The column loops of columns.py, compiled.  columns.py says what they compute.
  *
- * Rows are independent of each other, so a block of them goes through all columns of a group at once, one in each lane
- * of the vector unit, with all it needs in the first-level cache. */
+ * Rows are independent.  So a block of rows goes through all columns of a group, one row in each lane of the vector
+ * unit, and its data fits the first-level cache. */
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@ typedef float Lanes[LANES];
 /* As columns.Grid. */
 typedef struct Grid {
   int32_t depths;
-  float span; /* of the codes to choose from: how many */
+  float span; /* number of codes to choose from */
   float steps[MOST_DEPTHS], cells[MOST_DEPTHS], counts[MOST_DEPTHS];
 } Grid;
 
@@ -31,7 +31,7 @@ static inline void in_base_cells(const Grid *grid, int depth, const Lanes codes,
   for (int l = 0; l < LANES; ++l) values[l] = (floorf(codes[l] * per_cell) + 0.5f) * step;
 }
 
-/* Where the cells that a depth would choose by itself begin. */
+/* First codes of the cells that one depth alone would choose. */
 static inline void own_cells(const Grid *grid, int depth, const Lanes *wanted, const Lanes lowest, Lanes first) {
   const float per_step = 1 / grid->steps[depth], cell = grid->cells[depth], last = grid->span - cell;
   for (int l = 0; l < LANES; ++l) {
@@ -40,7 +40,7 @@ static inline void own_cells(const Grid *grid, int depth, const Lanes *wanted, c
   }
 }
 
-/* code: what each row has had so far, which may stay if `candidate`; then the best one. */
+/* code: in, the code of each row so far, a candidate if `candidate`; out, the best code. */
 static inline void best_code(const Grid *grid, const Lanes *wanted, bool candidate, Lanes code) {
   const int depths = grid->depths;
   const float per_span = 1 / grid->span;
@@ -72,7 +72,7 @@ static inline void best_code(const Grid *grid, const Lanes *wanted, bool candida
   for (int l = 0; l < LANES; ++l) code[l] = best[l];
 }
 
-/* The columns behind `from` less what each has in common with it, times `change`. */
+/* Subtracts `change`, times the factor of each column after `from`, from that column. */
 static inline void pass_on(const Grid *grid, Lanes (*rest)[MOST_COLUMNS], const float *common, int64_t from,
                            int64_t columns, const Lanes *change) {
   for (int e = 0; e < grid->depths; ++e)
@@ -82,7 +82,7 @@ static inline void pass_on(const Grid *grid, Lanes (*rest)[MOST_COLUMNS], const 
 
 static inline int lanes_used(int64_t row, int64_t end) { return end - row < LANES ? (int)(end - row) : LANES; }
 
-/* Lanes without a row hold 0. */
+/* Loads a block of rows.  Lanes without a row hold 0. */
 static inline void load_lanes(const float *source, int used, Lanes lanes) {
   for (int l = 0; l < LANES; ++l) lanes[l] = l < used ? source[l] : 0;
 }
@@ -103,7 +103,7 @@ static inline void invert(const Lanes scales, Lanes inverse) {
   for (int l = 0; l < LANES; ++l) inverse[l] = scales[l] > 0 ? 1 / scales[l] : 0;
 }
 
-/* depth_stride: of `source`, in numbers. */
+/* depth_stride: of `source`, in floats. */
 static inline void load(const Grid *grid, const Part *part, const float *source, int64_t depth_stride, int64_t row,
                         int used, Lanes (*block)[MOST_COLUMNS]) {
   for (int e = 0; e < grid->depths; ++e)
@@ -111,7 +111,7 @@ static inline void load(const Grid *grid, const Part *part, const float *source,
       load_lanes(source + e * depth_stride + k * part->rows + row, used, block[e][k]);
 }
 
-/* columns.feed_back.  depth_stride: of `streams`. */
+/* columns.feed_back.  depth_stride: of `streams`, in floats. */
 void mbq_feed_back(const Grid *grid, const Part *part, uint8_t *codes, const float *streams, int64_t depth_stride,
                    const float *factor, const float *scale, const float *offset, float *errors) {
   const int64_t columns = part->columns, rows = part->rows;
