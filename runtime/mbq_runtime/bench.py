@@ -1,14 +1,12 @@
-"""How fast a bundle is here, at several budgets, and what that costs in heat and energy.
+"""Measures a bundle's speed at several budgets, with the heat and energy of each.
 
-Tests are named as by llama-bench: pp128 reads a prompt of 128 tokens, tg64 writes 64 from an empty
-context, both over random tokens, without tokenizer and sampling.  Each is run once to warm up and
-then repeated; nothing is taken out of the repetitions.
+Workloads have the names of llama-bench: pp128 reads a prompt of 128 tokens, tg64 writes 64 tokens from an empty
+context.  Both use random tokens, without tokenizer and sampling.  Each runs once to warm up, and is then repeated.  No
+repetition is left out.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
@@ -20,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import tables
 from .engine import Engine
 from .sensing.readings import Readings
 
@@ -27,8 +26,16 @@ _PACKAGES = ("mbq-export", "onnxruntime", "onnxruntime-genai", "apache-tvm", "ap
 
 
 @dataclass(frozen=True)
-class Test:
-    """One line of the result: ``prompt`` tokens read, or ``new`` written; the other is 0."""
+class Workload:
+    """What is timed.
+
+    prompt: tokens of a prompt to read, or 0.
+    new: tokens to write, or 0; one of the two is 0.
+    bits: budget in average bits per weight.
+
+    >>> Workload(prompt=128, new=0, bits=4.0).name, Workload(prompt=0, new=2, bits=4.0).passes
+    ('pp128', [1, 1])
+    """
 
     prompt: int
     new: int
@@ -36,25 +43,42 @@ class Test:
 
     @property
     def name(self) -> str:
+        """Its name in llama-bench."""
         return f"pp{self.prompt}" if self.prompt else f"tg{self.new}"
 
     @property
     def tokens(self) -> int:
+        """Tokens read or written."""
         return self.prompt or self.new
 
     @property
     def passes(self) -> list[int]:
+        """Tokens of each pass."""
         return [self.prompt] if self.prompt else [1] * self.new
 
 
 @dataclass(frozen=True)
-class Row:
-    """A test's figures; fields that llama-bench's JSON has too bear its names.
+class BenchResult:
+    """The figures of a workload.  A field that llama-bench's JSON also has bears the same name.
 
-    avg_ns, stddev_ns: of a repetition; avg_ts, stddev_ts: tokens/s, mean and standard deviation
-    over repetitions (0 for a single one); power_w: mean of the readings after each repetition;
-    temp_c: the highest of them; slowed_by: what the board said slows it, "" for nothing.  None is
-    unknown: this machine has no such sensor.
+    test_time: start, ISO 8601, UTC.
+    model: name of the model.
+    model_size: bytes of the bundle.
+    model_n_params: number of weights.
+    n_threads: processor threads.
+    n_prompt: tokens read, or 0.
+    n_gen: tokens written, or 0.
+    test: name of the workload.
+    bits: budget in average bits per weight.
+    avg_bits_used: average bits per weight that the routers chose.
+    avg_ns, stddev_ns: nanoseconds of a repetition: mean, and standard deviation (0 for a single one).
+    avg_ts, stddev_ts: tokens/s: mean, and standard deviation (0 for a single repetition).
+    samples_ns: nanoseconds of each repetition.
+    samples_ts: tokens/s of each repetition.
+    power_w: mean of the readings after each repetition; None without a sensor.
+    energy_j_per_token: mean power times the time of a token; None without a sensor.
+    temp_c: highest of the readings after each repetition; None without a sensor.
+    slowed_by: "heat", "supply", "heat+supply" or "" for nothing, as the board reports; None when it does not report.
     """
 
     test_time: str
@@ -79,10 +103,18 @@ class Row:
     slowed_by: str | None
 
 
-def run(engine: Engine, threads: int, test: Test, repetitions: int, look: Callable[[], Readings]) -> Row:
-    """Run ``test`` once to warm up and ``repetitions`` times; raises UsageError when it does not fit the bundle.
+def run(engine: Engine, threads: int, test: Workload, repetitions: int, look: Callable[[], Readings]) -> BenchResult:
+    """Run a workload once to warm up, and then repeatedly.
 
-    threads: what the engine was loaded with; look: reads the board's sensors.
+    Args:
+        engine: a loaded bundle.
+        threads: processor threads that the engine was loaded with.
+        test: the workload.
+        repetitions: measured runs, at least 1.
+        look: reads the board's sensors.
+
+    Raises:
+        UsageError: the workload does not fit into the bundle's context, or the budget is out of range.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     used = engine.time_passes(test.passes, test.bits).avg_bits_used
@@ -95,7 +127,7 @@ def run(engine: Engine, threads: int, test: Test, repetitions: int, look: Callab
     power_w = statistics.fmean(p for p in powers if p is not None) if None not in powers else None
     temperatures = [r.temp_c for r in seen if r.temp_c is not None]
     model = engine.manifest.model
-    return Row(
+    return BenchResult(
         test_time=now,
         model=model.name,
         model_size=engine.manifest.total_bytes,
@@ -131,7 +163,12 @@ def _slowed(seen: Iterable[Readings]) -> str | None:
 
 
 def environment(look: Callable[[], Readings], root: Path = Path("/")) -> dict[str, Any]:
-    """The machine: board, processor, processors available, governor, system, versions, temperature at this moment."""
+    """Describe this machine: board, processor, system, versions, load, and temperature at this moment.
+
+    Args:
+        look: reads the board's sensors.
+        root: folder that holds ``sys`` and ``proc``.
+    """
     reading = look()
     return {
         "board": _text(root / "sys/firmware/devicetree/base/model"),
@@ -166,12 +203,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _markdown(rows: Sequence[Row], env: dict[str, Any]) -> str:
-    lines = [f"{name}: {_said(value)}" for name, value in env.items()]
-    lines += ["", "| " + " | ".join(heading for heading, _ in _COLUMNS) + " |"]
-    lines += ["| " + " | ".join("---" if heading in _WORDS else "---:" for heading, _ in _COLUMNS) + " |"]
-    lines += ["| " + " | ".join(show(row) for _, show in _COLUMNS) + " |" for row in rows]
-    return "\n".join(lines)
+def _markdown(rows: Sequence[BenchResult], env: dict[str, Any]) -> str:
+    above = [f"{name}: {_said(value)}" for name, value in env.items()]
+    cells = ([show(row) for _, show in _COLUMNS] for row in rows)
+    return "\n".join([*above, "", tables.markdown([heading for heading, _ in _COLUMNS], cells, words=_WORDS)])
 
 
 def _said(value: Any) -> str:
@@ -185,7 +220,7 @@ def _or_unknown(value: float | None, digits: int) -> str:
 
 
 _WORDS = ("model", "test", "slowed by")
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_COLUMNS: tuple[tuple[str, Callable[[BenchResult], str]], ...] = (
     ("model", lambda r: r.model),
     ("size", lambda r: f"{r.model_size / 2**20:.2f} MiB"),
     ("params", lambda r: f"{r.model_n_params / 1e6:.2f} M"),
@@ -201,18 +236,17 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
-def _json(rows: Sequence[Row], env: dict[str, Any]) -> str:
+def _json(rows: Sequence[BenchResult], env: dict[str, Any]) -> str:
     return json.dumps([{**asdict(row), "environment": env} for row in rows], indent=2, ensure_ascii=False)
 
 
-def _csv(rows: Sequence[Row], env: dict[str, Any]) -> str:
-    """One line a row; lists and the environment stay in JSON."""
-    text = io.StringIO()
+def _csv(rows: Sequence[BenchResult], env: dict[str, Any]) -> str:
+    """One line for each workload.  Lists, and the rest of the environment, are in JSON alone."""
     flat = [{k: v for k, v in asdict(row).items() if not isinstance(v, list)} for row in rows]
-    writer = csv.DictWriter(text, [*flat[0], "cpu", "cpus"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "cpu": env["cpu"], "cpus": env["cpus"]} for row in flat)
-    return text.getvalue().rstrip("\n")
+    return tables.comma_separated([*flat[0], "cpu", "cpus"], [[*row.values(), env["cpu"], env["cpus"]] for row in flat])
 
 
-FORMATS: dict[str, Callable[[Sequence[Row], dict[str, Any]], str]] = {"md": _markdown, "json": _json, "csv": _csv}
+Format = Callable[[Sequence[BenchResult], dict[str, Any]], str]
+"""(results, environment) -> text."""
+
+FORMATS: dict[str, Format] = {"md": _markdown, "json": _json, "csv": _csv}

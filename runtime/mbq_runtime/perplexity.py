@@ -1,18 +1,17 @@
-"""Perplexity over the windows of a text: how well a budget predicts what comes next.
+"""Perplexity over the windows of a text: how well a model predicts it at a budget.
 
-The text's tokens are cut into windows of ``context`` tokens that do not overlap; what is left over
-at the end is dropped, so every window weighs the same.  Where not all are wanted, those taken are spread
-evenly over the text: neighbours are of one article, and tell less than their number.  A model whose
-tokenizer puts an opening token before every text gets it before every window, within its ``context``
-tokens.  Of each window tokens 1 to context - 1 are predicted from those before them in the window.
-With m_w the mean negative log-likelihood of window w, in nats, over W windows::
+The tokens of the text are cut into windows of ``context`` tokens that do not overlap.  The rest at the end is dropped,
+so that every window has the same weight.  If fewer windows are wanted, they are spread evenly over the text: neighbours
+are alike, and tell less than their number.  If the tokenizer puts an opening token before every text, each window
+begins with it.  In each window, tokens 1 to context - 1 are predicted from the tokens before them.  With m_w the mean
+negative log-likelihood of window w in nats, over W windows::
 
     mean   = sum(m_w) / W
     ppl    = exp(mean)
     stderr = ppl * sqrt(sum((m_w - mean)**2) / (W - 1) / W)
 
-The standard error is over windows, not tokens: tokens of one window are not independent.  It carries
-the error of the mean over to the exponential (delta method), and needs two windows.
+The standard error is over windows and not over tokens: the tokens of a window are not independent.  It needs two
+windows.  The delta method takes the error of the mean through the exponential.
 """
 
 from __future__ import annotations
@@ -28,28 +27,38 @@ from .control.budget_trim import BudgetTrim
 from .errors import UsageError
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
-"""Where the ReferenceScorer ``window_nll`` is found, if the workstation side is installed."""
+"""The module of the workstation side that has a ReferenceScorer ``window_nll``."""
 
 Windows = Sequence[Sequence[int]]
 Scorer = Callable[[Sequence[int]], tuple[float, float]]
-"""One window's tokens -> (mean negative log-likelihood in nats, average bits used)."""
+"""(tokens of a window) -> (mean negative log-likelihood in nats, average bits used)."""
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 ReferenceScorer = Callable[[str, list[list[int]], Progress], list[float]]
-"""(model, windows, progress) -> each window's mean negative log-likelihood in nats."""
+"""(model, windows, progress) -> mean negative log-likelihood of each window in nats."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """ppl and its standard error; ``ppl_stderr`` is None when one window is all there is."""
+    """A perplexity.
+
+    ppl: its value.
+    ppl_stderr: standard error; None for a single window.
+    """
 
     ppl: float
     ppl_stderr: float | None
 
 
 @dataclass(frozen=True)
-class Row:
-    """One budget's line in the result."""
+class PerplexityResult:
+    """The perplexity at one budget.
+
+    bits: budget in average bits per weight.
+    avg_bits_used: average bits per weight that the routers chose, mean over windows.
+    ppl: perplexity.
+    ppl_stderr: its standard error; None for a single window.
+    """
 
     bits: float
     avg_bits_used: float
@@ -58,7 +67,14 @@ class Row:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in ``path``.  Raises UsageError when it cannot be read or is not UTF-8."""
+    """Read a text.
+
+    Args:
+        path: UTF-8 file.
+
+    Raises:
+        UsageError: the file cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -70,9 +86,19 @@ def read_text(path: Path) -> str:
 def cut_windows(
     tokens: Sequence[int], context: int, opening: Sequence[int] = (), limit: int | None = None
 ) -> list[list[int]]:
-    """Windows of ``context`` tokens, each beginning with ``opening``; no more than ``limit``, spread evenly.
+    """Cut a text into windows.
 
-    Raises UsageError when the tokens do not fill one.
+    Args:
+        tokens: ids of the text.
+        context: tokens of a window, at least 2.
+        opening: ids that each window begins with.
+        limit: most windows, which are spread evenly over the text; None for all.
+
+    Raises:
+        UsageError: the tokens do not fill a window.
+
+    >>> cut_windows(range(9), context=4, opening=[0])
+    [[0, 0, 1, 2], [0, 3, 4, 5], [0, 6, 7, 8]]
     """
     span = context - len(opening)
     if span < 1 or context < 2:
@@ -90,7 +116,14 @@ def cut_windows(
 
 
 def estimate(window_nll: Sequence[float]) -> Estimate:
-    """Perplexity and standard error from the windows' mean negative log-likelihoods (formulas above)."""
+    """Perplexity and its standard error, by the formulas above.
+
+    Args:
+        window_nll: mean negative log-likelihood of each window in nats, at least one.
+
+    >>> estimate([0.0, 0.0])
+    Estimate(ppl=1.0, ppl_stderr=0.0)
+    """
     count = len(window_nll)
     mean = math.fsum(window_nll) / count
     ppl = _exp(mean)
@@ -100,8 +133,15 @@ def estimate(window_nll: Sequence[float]) -> Estimate:
     return Estimate(ppl, ppl * math.sqrt(variance / count))
 
 
-def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | None = None) -> Row:
-    """Score every window at one budget."""
+def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | None = None) -> PerplexityResult:
+    """Score all windows at one budget.
+
+    Args:
+        windows: ids of each window.
+        bits: budget in average bits per weight, for the result.
+        score: scores a window.
+        progress: called with (windows done, windows in all).
+    """
     nll, used = [], []
     for done, window in enumerate(windows, 1):
         window_nll, window_bits = score(window)
@@ -110,13 +150,16 @@ def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | N
         if progress is not None:
             progress(done, len(windows))
     found = estimate(nll)
-    return Row(bits, math.fsum(used) / len(used), found.ppl, found.ppl_stderr)
+    return PerplexityResult(bits, math.fsum(used) / len(used), found.ppl, found.ppl_stderr)
 
 
 def held(score: Callable[[Sequence[int], float], tuple[float, float]], bits: float, budget: Budget) -> Scorer:
-    """A scorer that holds the average of bits over the windows, as a running engine does over its tokens.
+    """A scorer that holds the average of bits over the windows, as a governor does over tokens.
 
-    score: a window's tokens and the bits to ask for -> as a Scorer; budget: what may be asked for.
+    Args:
+        score: (tokens of a window, bits to ask for) -> the result of a Scorer.
+        bits: average bits per weight to hold.
+        budget: range of what may be asked for.
     """
     trim = BudgetTrim(bits)
 
@@ -132,7 +175,8 @@ def held(score: Callable[[Sequence[int], float], tuple[float, float]], bits: flo
 def load_reference() -> ReferenceScorer:
     """The function that scores windows with an original model.
 
-    Raises UsageError when the workstation side, which holds it, is not installed.
+    Raises:
+        UsageError: the workstation side, which has it, is not installed.
     """
     try:
         scorer: ReferenceScorer = import_module(REFERENCE_MODULE).window_nll

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mbq_runtime import Engine, bench, cli
-from mbq_runtime.bench import Test as Measure
+from mbq_runtime.bench import Workload
 from mbq_runtime.sensing.readings import Readings
 
 
@@ -50,7 +50,7 @@ def test_figures_by_hand() -> None:
         Readings(0.0, temp_c=t, power_w=w, heat_throttled=h, undervoltage=False)
         for t, w, h in ((61.0, 4.0, False), (65.5, 5.0, True), (63.0, 6.0, False))
     ]
-    row = bench.run(engine, 3, Measure(0, 4, 5.0), 3, looks(*seen))
+    row = bench.run(engine, 3, Workload(0, 4, 5.0), 3, looks(*seen))
     assert engine.asked == [([1, 1, 1, 1], 5.0)] * 4
     assert (row.test, row.n_prompt, row.n_gen, row.n_threads, row.bits) == ("tg4", 0, 4, 3, 5.0)
     assert row.samples_ts == pytest.approx([10.0, 5.0, 2.5])
@@ -64,14 +64,14 @@ def test_figures_by_hand() -> None:
 
 def test_a_prompt_is_one_pass() -> None:
     engine: Any = Paced(1.0, 0.5)
-    row = bench.run(engine, 1, Measure(128, 0, 8.0), 1, looks(Readings(0.0)))
+    row = bench.run(engine, 1, Workload(128, 0, 8.0), 1, looks(Readings(0.0)))
     assert engine.asked == [([128], 8.0)] * 2
     assert (row.test, row.avg_ts, row.stddev_ts, row.stddev_ns) == ("pp128", 2.0, 0.0, 0)
 
 
 def test_a_sensor_that_was_silent_once_gives_no_energy() -> None:
     engine: Any = Paced(1.0, 1.0, 1.0)
-    row = bench.run(engine, 1, Measure(8, 0, 8.0), 2, looks(Readings(0.0, power_w=5.0), Readings(0.0)))
+    row = bench.run(engine, 1, Workload(8, 0, 8.0), 2, looks(Readings(0.0, power_w=5.0), Readings(0.0)))
     assert (row.power_w, row.energy_j_per_token, row.temp_c) == (None, None, None)
 
 
@@ -85,7 +85,7 @@ def test_a_sensor_that_was_silent_once_gives_no_energy() -> None:
 def test_what_slowed_the_board(heat: bool | None, supply: bool | None, expected: str | None) -> None:
     engine: Any = Paced(1.0, 1.0)
     reading = Readings(0.0, heat_throttled=heat, undervoltage=supply)
-    assert bench.run(engine, 1, Measure(8, 0, 8.0), 1, looks(reading)).slowed_by == expected
+    assert bench.run(engine, 1, Workload(8, 0, 8.0), 1, looks(reading)).slowed_by == expected
 
 
 def test_environment_is_read_from_the_board(tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_markdown_is_a_table_below_the_environment(capsys: pytest.CaptureFixture
 def test_unknown_is_written_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     engine: Any = Paced(1.0, 1.0, 1.0, 1.0)
     rows = [
-        bench.run(engine, 1, Measure(8, 0, 8.0), 1, looks(Readings(0.0))),
+        bench.run(engine, 1, Workload(8, 0, 8.0), 1, looks(Readings(0.0))),
         bench.run(
-            engine, 1, Measure(8, 0, 8.0), 1, looks(Readings(0.0, power_w=5.0, temp_c=60.0, heat_throttled=False))
+            engine, 1, Workload(8, 0, 8.0), 1, looks(Readings(0.0, power_w=5.0, temp_c=60.0, heat_throttled=False))
         ),
     ]
     env = {"cpu": "a", "cpus": 2, "board": None}

@@ -128,7 +128,7 @@ def test_perplexity_with_a_reference(
     assert code == 0
     assert json.loads(out)["reference_ppl"] == pytest.approx(6.0)
     code, out, _ = run(capsys, *args)
-    assert out.splitlines()[-1].split() == ["reference", "6.000", "+-", "0.000"]
+    assert out.splitlines()[-1].split() == ["reference", "6.000", "0.000"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""One module per ``mbq`` command; each holds ``command`` and imports what is heavy when it runs."""
+"""One module for each subcommand of ``mbq``.  It has ``command``, and imports heavy modules only when that runs."""

@@ -17,12 +17,12 @@ N = TypeVar("N", int, float)
 
 @click.command("bench")
 @bundle_argument
-@click.option("-p", "--n-prompt", default="512", help="Prompt lengths to read, as 128,512; 0 for none.")
+@click.option("-p", "--n-prompt", default="512", help="Prompt lengths to read, such as 128,512; 0 for none.")
 @click.option("-n", "--n-gen", default="128", help="Tokens to write; 0 for none.")
-@click.option("-r", "--repetitions", type=int, default=5, help="Measured runs of each test, after one to warm up.")
-@click.option("--bits", help="Budgets, as 2,4,8.  [default: the bundle's]")
-@click.option("-t", "--threads", help="Processor threads, as 2,4.  [default: one per core]")
-@click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", help="Form of the result.")
+@click.option("-r", "--repetitions", type=int, default=5, help="Measured runs of each workload, after one to warm up.")
+@click.option("--bits", help="Budgets, such as 4,6,8.  [default: the bundle's]")
+@click.option("-t", "--threads", help="Processor threads, such as 2,4.  [default: one per big core]")
+@click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", help="Format of the result.")
 @engine_option
 def command(
     bundle: Path,
@@ -36,9 +36,9 @@ def command(
 ) -> None:
     """Measure how fast the bundle in folder BUNDLE reads prompts and writes tokens.
 
-    Options and tests are those of llama-bench: pp is prompt reading, tg is writing, over random
-    tokens, mean ± standard deviation.  W, J/token, °C and what slows the board come from its own
-    sensors, right after each run, and are unknown where it has none.
+    Options and workloads are those of llama-bench: pp reads a prompt, tg writes tokens, over random tokens.  Speeds are
+    mean ± standard deviation.  W, J/token, °C and what slows the board come from its sensors, right after each run.
+    They are unknown where the board has no sensor.
     """
     prompts, lengths = _counts("-p", n_prompt, int), _counts("-n", n_gen, int)
     if repetitions < 1:
@@ -55,14 +55,14 @@ def command(
     from mbq_runtime.engine.threads import cores
     from mbq_runtime.sensing.sensors import Sensors
 
-    tests = [bench.Test(p, 0, b) for b in budgets for p in prompts if p]
-    tests += [bench.Test(0, n, b) for b in budgets for n in lengths if n]
-    rows: list[bench.Row] = []
+    tests = [bench.Workload(p, 0, b) for b in budgets for p in prompts if p]
+    tests += [bench.Workload(0, n, b) for b in budgets for n in lengths if n]
+    rows: list[bench.BenchResult] = []
     sensors = Sensors()
     env = bench.environment(sensors.read)
     for count in _counts("-t", threads, int) if threads else [cores()]:
         loaded = Engine.load(bundle, threads=count, engine=engine)
-        with progress_line(f"{count} threads") as progress:
+        with progress_line(f"measuring with {count} threads") as progress:
             for i, test in enumerate(tests):
                 progress(i, len(tests))
                 rows.append(bench.run(loaded, count, test, repetitions, sensors.read))

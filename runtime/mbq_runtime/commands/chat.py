@@ -17,9 +17,9 @@ from .steering import Steering, steered, steering_options
 
 @click.command("chat")
 @bundle_argument
-@click.option("--system", help="What the model is told about itself before the conversation.")
+@click.option("--system", help="System message, before the conversation.")
 @click.option("--max-tokens", type=int, default=512, help="Longest reply, in tokens.")
-@click.option("--temperature", type=float, default=0.7, help="0 takes the likeliest token; higher is more varied.")
+@click.option("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: more varied.")
 @click.option("--top-p", type=float, default=0.95, help="Choose among the likeliest tokens of this total probability.")
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
@@ -40,10 +40,9 @@ def command(
     threads: int | None,
     **steering: Any,
 ) -> None:
-    """Talk with the bundle in folder BUNDLE.
+    """Chat with the bundle in folder BUNDLE.
 
-    Replies go to stdout, figures to stderr.  /help lists what can be typed besides messages; Ctrl-C
-    stops a reply.
+    Replies go to stdout, figures to stderr.  /help lists the commands that can be typed.  Ctrl-C stops a reply.
     """
     from mbq_runtime.chat.conversation import Conversation
     from mbq_runtime.chat.loop import Chat
@@ -73,10 +72,10 @@ def command(
 
 
 def _reader() -> Any:
-    """Lines from a person, with editing and history, or from a file or pipe, without a prompt."""
+    """A function that reads a line: with editing and history from a terminal, without a prompt from a file or pipe."""
     if not sys.stdin.isatty():
         return lambda prompt: line.rstrip("\n") if (line := sys.stdin.readline()) else None
-    import readline  # noqa: F401  what makes input() edit
+    import readline  # noqa: F401  input() then has editing and history
 
     def read(prompt: str) -> str | None:
         try:

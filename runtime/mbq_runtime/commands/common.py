@@ -1,4 +1,4 @@
-"""What the commands share: arguments, lists of numbers, and progress on a terminal."""
+"""Common parts of the commands: arguments, lists of numbers, and the progress line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,37 @@ V = TypeVar("V")
 
 
 def bundle_argument(function: F) -> F:
+    """Add the argument BUNDLE.
+
+    Args:
+        function: a command; it gets ``bundle``, a Path.
+    """
     return click.argument("bundle", type=click.Path(path_type=Path))(function)
 
 
 def json_option(function: F) -> F:
+    """Add the option --json.
+
+    Args:
+        function: a command; it gets ``as_json``, a bool.
+    """
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
 
 
 def listed(option: str, text: str, kind: Callable[[str], V]) -> list[V]:
-    """What ``option`` was given, with commas between.  Raises UsageError for a part that ``kind`` refuses."""
+    """Read a list of numbers with commas between.
+
+    Args:
+        option: name of the option, for the message.
+        text: such as "2,4,8".
+        kind: makes a value of each part; raises ValueError for a bad one.
+
+    Raises:
+        UsageError: a part is bad.
+
+    >>> listed("--bits", "2, 4.5", float)
+    [2.0, 4.5]
+    """
     try:
         return [kind(part.strip()) for part in text.split(",")]
     except ValueError:
@@ -33,17 +55,34 @@ def listed(option: str, text: str, kind: Callable[[str], V]) -> list[V]:
 
 
 def threads_option(function: F) -> F:
-    return click.option("--threads", type=int, help="Processor threads.  [default: one per core]")(function)
+    """Add the option --threads.
+
+    Args:
+        function: a command; it gets ``threads``, an int or None.
+    """
+    return click.option("--threads", type=int, help="Processor threads.  [default: one per big core]")(function)
 
 
 def engine_option(function: F) -> F:
-    help = "What runs the model, where the bundle has several.  [default: the bundle's choice]"
+    """Add the option --engine.
+
+    Args:
+        function: a command; it gets ``engine``, a str or None.
+    """
+    help = "Kind of engine that runs the model.  [default: the bundle's]"
     return click.option("--engine", metavar="NAME", help=help)(function)
 
 
 @contextmanager
 def progress_line(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function for (done, total) that redraws one line on stderr; silent when that is no terminal."""
+    """Show progress in one line on stderr, which is removed at the end.  Shows nothing when stderr is no terminal.
+
+    Args:
+        label: start of the line: what is being done.
+
+    Yields:
+        A function of (done, total).
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

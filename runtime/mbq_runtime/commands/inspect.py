@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mbq_runtime import tables
 from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
 
 from .common import bundle_argument, json_option
@@ -37,9 +38,7 @@ def command(bundle: Path, as_json: bool) -> None:
         return
     here = "yes" if problem is None else f"no: {problem}"
     lines = [*_lines(found), *_gpu_lines(found, plan)] if plan else [*_lines(found), ("runs here", here)]
-    width = max(len(label) for label, _ in lines)
-    for label, value in lines:
-        click.echo(f"{label:<{width}}  {value}")
+    click.echo(tables.pairs(lines))
 
 
 _SOFTWARE = {
@@ -49,7 +48,7 @@ _SOFTWARE = {
 
 
 def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
-    """What the device must have; whether it has, the engine says when it is loaded."""
+    """What the device must have.  The engine checks it when it loads the bundle."""
     needs, launches = plan.needs, plan.decode_launches
     cache = sum(buffer.bytes for buffer in plan.buffers.values() if buffer.is_cache)
     fixed = sum(buffer.bytes for buffer in plan.buffers.values() if not buffer.is_cache)

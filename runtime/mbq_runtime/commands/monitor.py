@@ -26,7 +26,7 @@ _UNKNOWN = "-"
 def command(url: str, api_key: str | None, in_browser: bool) -> None:
     """Watch a running mbq serve at URL: its budget, speed, heat and power, and why the budget changed.
 
-    URL is also the address of the same as a page.  [default: http://127.0.0.1:8080]
+    A browser shows the same at URL.  [default: http://127.0.0.1:8080]
     """
     url = url.rstrip("/")
     if in_browser:
@@ -71,7 +71,7 @@ def _clock(time_s: float) -> str:
 
 
 def _show(text: str, terminal: bool, *, stays: bool) -> None:
-    """On a terminal the newest sample is redrawn in place, and what stays is written above it."""
+    """Print a line.  On a terminal, the newest sample is redrawn in place below the lines that stay."""
     if terminal:
         width = os.get_terminal_size().columns
         text = "\r\x1b[K" + (text if stays else text[: width - 1])
@@ -79,9 +79,9 @@ def _show(text: str, terminal: bool, *, stays: bool) -> None:
 
 
 def _follow(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
-    """What the server tells, as it comes.  Raises UsageError when it cannot be reached."""
+    """The server's messages as they come.  Raises UsageError when it cannot be reached."""
     request = urllib.request.Request(f"{url}/live", headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # boards are near
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a board is not behind a proxy
     try:
         with opener.open(request, timeout=_TIMEOUT_S) as answer:
             for line in answer:

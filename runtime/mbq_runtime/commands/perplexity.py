@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from mbq_runtime import tables
 from mbq_runtime.bundle.manifest import Budget
 from mbq_runtime.errors import UsageError
 
@@ -21,12 +22,11 @@ from .common import bundle_argument, engine_option, json_option, listed, progres
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="UTF-8 text to predict.")
 @click.option("--bits", help="Budgets, such as 3,4,6,8.  [default: every whole number the bundle takes]")
 @click.option("--context", type=int, default=512, help="Tokens in a window.")
-@click.option("--max-windows", type=int, help="Use so many windows, spread over the text.  [default: all]")
+@click.option("--max-windows", type=int, help="Use this many windows, spread over the text.  [default: all]")
 @click.option(
     "--hold-bits",
     is_flag=True,
-    help="Correct from window to window what is asked for, so that the bits used are the budget; a running engine does "
-    "from token to token.",
+    help="Correct the budget from window to window, so that the bits used hold it, as a governor does for tokens.",
 )
 @click.option("--reference", metavar="MODEL", help="Measure this original model too (needs mbq-export[export]).")
 @engine_option
@@ -46,12 +46,12 @@ def command(
 ) -> None:
     """Measure how well the bundle in folder BUNDLE predicts a text, at several budgets.
 
-    Perplexity over windows of --context tokens that do not overlap; +- is its standard error over windows.
+    The windows have --context tokens each and do not overlap.  +- is the standard error over windows.
     """
     from mbq_runtime import perplexity
     from mbq_runtime.bundle import manifest
 
-    # All that can be refused is, before the long work.
+    # Refuse bad arguments before the long work.
     text = perplexity.read_text(data)
     budget = manifest.read(bundle).budget
     budgets = (
@@ -71,11 +71,11 @@ def command(
     rows = []
     for value in budgets:
         score = perplexity.held(loaded.score, value, budget) if hold_bits else partial(loaded.score, avg_bits=value)
-        with progress_line(f"{value:g} bits") as progress:
+        with progress_line(f"scoring at {value:g} bits") as progress:
             rows.append(perplexity.measure(windows, value, score, progress))
     reference_ppl: perplexity.Estimate | None = None
     if reference and reference_nll:
-        with progress_line(reference) as progress:
+        with progress_line(f"scoring {reference}") as progress:
             reference_ppl = perplexity.estimate(reference_nll(reference, windows, progress))
     if as_json:
         result = {
@@ -87,15 +87,14 @@ def command(
         click.echo(json.dumps(result))
         return
     click.echo(f"{len(windows)} windows of {context} tokens from {data}")
-    click.echo(f"{'bits':>9}  {'bits used':>9}  {'perplexity':>10}")
-    for row in rows:
-        click.echo(f"{row.bits:9.2f}  {row.avg_bits_used:9.3f}  {_figure(row.ppl, row.ppl_stderr)}")
+    lines = [(f"{row.bits:.2f}", f"{row.avg_bits_used:.3f}", *_figures(row.ppl, row.ppl_stderr)) for row in rows]
     if reference_ppl:
-        click.echo(f"{'reference':>9}  {'':9}  {_figure(reference_ppl.ppl, reference_ppl.ppl_stderr)}")
+        lines.append(("reference", "", *_figures(reference_ppl.ppl, reference_ppl.ppl_stderr)))
+    click.echo(tables.aligned(("bits", "bits used", "perplexity", "+-"), lines))
 
 
-def _figure(ppl: float, stderr: float | None) -> str:
-    return f"{ppl:10.3f}" + ("" if stderr is None else f" +- {stderr:.3f}")
+def _figures(ppl: float, stderr: float | None) -> tuple[str, str]:
+    return f"{ppl:.3f}", "unknown" if stderr is None else f"{stderr:.3f}"
 
 
 def _whole_budgets(budget: Budget) -> list[float]:

@@ -17,8 +17,8 @@ from .steering import Steering, steered, steering_options
 @bundle_argument
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, default=128, help="Longest reply, in tokens.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
-@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; higher is more varied.")
+@click.option("--raw", is_flag=True, help="Continue the prompt, without the chat template.")
+@click.option("--temperature", type=float, default=0.0, help="0: the likeliest token; higher: more varied.")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest tokens of this total probability.")
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
@@ -42,8 +42,7 @@ def command(
 ) -> None:
     """Answer PROMPT with the bundle in folder BUNDLE.
 
-    The reply goes to stdout as it comes, one line of figures to stderr.  PROMPT may be - to read it
-    from stdin.
+    The reply goes to stdout token by token, and a line of figures to stderr.  If PROMPT is -, it is read from stdin.
     """
     from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine

@@ -9,11 +9,12 @@ from dataclasses import asdict
 
 import click
 
+from mbq_runtime import tables
 from mbq_runtime.sensing import Kind, Readings, Sensors, Signal, aggregate, power
 
 from .common import json_option
 
-# Rates are known from the second look on, and slow sensors have answered by then.
+# A rate needs two looks, and a slow sensor needs time to answer.
 _BETWEEN_LOOKS_S = 1.0
 _HEADER = ("what", "name", "value", "limit", "age", "from")
 
@@ -22,10 +23,10 @@ _HEADER = ("what", "name", "value", "limit", "age", "from")
 @json_option
 @click.option("--watch", is_flag=True, help="Look again every second until interrupted.")
 def command(as_json: bool, watch: bool) -> None:
-    """Show what this machine tells of its heat, clocks, power, battery and load.
+    """Show this machine's heat, clocks, power, battery and load.
 
-    Every signal with the file it comes from, then what is missing or unknown and why, then the readings
-    that are made of them.  With --json --watch: one object a line.
+    First every signal with the file that it comes from, then signals that are unknown or missing and why, then the
+    readings that are made of them.  With --json --watch: one object a line.
     """
     sensors = Sensors()
     sensors.signals()
@@ -48,9 +49,7 @@ def _facts(signal: Signal) -> dict[str, object]:
 
 
 def _page(signals: list[Signal], readings: Readings) -> Iterable[str]:
-    known = [_HEADER, *(_row(one) for one in signals if one.value is not None)]
-    widths = [max(len(row[i]) for row in known) for i in range(len(_HEADER))]
-    yield from (_line(row, widths) for row in known)
+    yield tables.aligned(_HEADER, [_row(one) for one in signals if one.value is not None], words=_HEADER)
     for title, missing in (("unknown", False), ("not on this machine", True)):
         rows = [(one.name if missing else f"{one.kind}: {one.name}", f"{one.source}: {one.problem}")
                 for one in signals if one.value is None and (one.kind is Kind.MISSING) is missing]  # fmt: skip
@@ -64,9 +63,8 @@ def _page(signals: list[Signal], readings: Readings) -> Iterable[str]:
 
 def _section(title: str, rows: list[tuple[str, str]]) -> Iterable[str]:
     if rows:
-        width = max(len(name) for name, _ in rows)
         yield f"\n{title}"
-        yield from (f"  {name:<{width}}  {text}" for name, text in rows)
+        yield tables.pairs(rows, indent="  ")
 
 
 def _row(one: Signal) -> tuple[str, ...]:
@@ -75,11 +73,7 @@ def _row(one: Signal) -> tuple[str, ...]:
     return one.kind, one.name, _quantity(one.value or 0.0, one.unit), limits, f"{one.age_s:.1f} s", source
 
 
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-# How units are shown that are not just written after the number.
+# Units that are not simply written after the number.
 _SHOWN: dict[str, Callable[[float], str]] = {
     "share": lambda value: f"{100 * value:.1f} %",
     "flag": lambda value: "yes" if value else "no",

@@ -16,19 +16,18 @@ from mbq_runtime.errors import UsageError
 from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 
-_CONTEXT = 4096  # what a request without max_tokens may fill is memory taken at once
+_CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
 
-# A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes the engine's thread gives
-# it up only to who has waited this long: with Python's 5 ms, longer than many a pass, the event loop
-# starves and a reply streams in a few lumps.
+# A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes, a thread gets the lock only after it
+# has waited this long.  Python's default of 5 ms is longer than many passes: the event loop would get no turn.
 _SWITCH_S = 1e-4
 
 
 @click.command("serve")
 @bundle_argument
-@click.option("--host", default="127.0.0.1", help="Address to listen to; 0.0.0.0 for every network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
-@click.option("--api-key", envvar="MBQ_API_KEY", help="Ask clients for this key; better set as MBQ_API_KEY.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 for a free one.")
+@click.option("--api-key", envvar="MBQ_API_KEY", help="Key that clients must send; better set as MBQ_API_KEY.")
 @click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
 @click.option(
     "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
@@ -47,7 +46,7 @@ def command(
     threads: int | None,
     **steering: Any,
 ) -> None:
-    """Offer the bundle in folder BUNDLE over HTTP, as OpenAI's API does, with a page that shows the board at /.
+    """Serve the bundle in folder BUNDLE over HTTP with the API of OpenAI, and show the board on a page at /.
 
     A request may set avg_bits, or bound them by min_bits and max_bits.
     """
@@ -66,7 +65,7 @@ def command(
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty; leave it out, or give a key")
     with ExitStack() as stack:
-        # Before the model is loaded: a port that is taken should not cost that time.
+        # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
@@ -93,7 +92,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # the rest repeats the address
-        raise UsageError(f"cannot listen to {host} port {port} ({reason}); choose another") from None
+        raise UsageError(f"cannot listen on {host} port {port} ({reason}); choose another") from None
 
 
 def _shown(host: str) -> str:

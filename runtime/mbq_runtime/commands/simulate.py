@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mbq_runtime import tables
+
 from .common import json_option
 
 if TYPE_CHECKING:
@@ -74,19 +76,15 @@ def command(
     if as_json:
         click.echo(json.dumps({"what": title, "runs": {run.name: run.figures() for run in runs}}))
         return
-    click.echo("\n".join([title, *_table(runs)]))
+    click.echo(f"{title}\n{_table(runs)}")
 
 
-def _table(runs: Sequence[PolicyRun]) -> list[str]:
-    rows = [["policy", *(heading for _, heading, _ in _COLUMNS)]]
+def _table(runs: Sequence[PolicyRun]) -> str:
+    rows = []
     for run in runs:
         figures = run.figures()
         rows.append([run.name, *(_cell(figures[name], form) for name, _, form in _COLUMNS)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return tables.aligned(["policy", *(heading for _, heading, _ in _COLUMNS)], rows, words=["policy"])
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""The options by which a user says how the budget follows the board, and the governor made of them."""
+"""The options for how the budget follows the board, and the governor that they make."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ _POLICY = "How bits follow the board: fixed, auto, quality, battery, cool.  [def
 
 @dataclass(frozen=True)
 class Steering:
-    """The options as given; None is not given."""
+    """The options of a command; None for an option that is not given.
+
+    policy: name of a policy.
+    bits: fixed budget in average bits per weight.
+    min_bits: lowest budget.
+    max_bits: highest budget.
+    min_tps: tokens per second to hold.
+    last_until: when the battery must still hold, such as "18:00" or "2.5h".
+    events: file that gets budget changes as JSON lines.
+    """
 
     policy: str | None = None
     bits: float | None = None
@@ -39,7 +48,11 @@ class Steering:
     events: Path | None = None
 
     def make(self) -> Policy:
-        """Raises UsageError for what does not go together."""
+        """The policy that the options describe.
+
+        Raises:
+            UsageError: the options contradict each other.
+        """
         from mbq_runtime.control.policy import find_policy, seconds_until
 
         policy = find_policy(self.policy or ("auto" if self.bits is None else "fixed"))
@@ -67,14 +80,18 @@ class Steered(NamedTuple):
 
 
 def steering_options(function: F) -> F:
-    """Adds the options; the command takes them as ``**options`` and makes ``Steering(**options)`` of them."""
+    """Add the options.
+
+    Args:
+        function: a command; it takes them as ``**options`` and makes ``Steering(**options)``.
+    """
     options = (
         click.option("--policy", metavar="NAME", help=_POLICY),
-        click.option("--bits", type=float, help="Always use this many average bits per weight."),
-        click.option("--min-bits", type=float, help="Never fewer.  [default: the bundle's]"),
-        click.option("--max-bits", type=float, help="Never more.  [default: the bundle's]"),
-        click.option("--min-tps", type=float, help="Tokens per second to hold, at the cost of bits."),
-        click.option("--last-until", metavar="TIME", help="When the battery must still hold: 18:00, 2.5h, 40min."),
+        click.option("--bits", type=float, help="Fixed budget in average bits per weight."),
+        click.option("--min-bits", type=float, help="Lowest budget in average bits.  [default: the bundle's]"),
+        click.option("--max-bits", type=float, help="Highest budget in average bits.  [default: the bundle's]"),
+        click.option("--min-tps", type=float, help="Tokens per second to hold; the budget falls to hold them."),
+        click.option("--last-until", metavar="TIME", help="Until when the battery must last: 18:00, 2.5h, 40min."),
         click.option("--events", type=click.Path(path_type=Path), help="Append budget changes here, as JSON lines."),
     )
     for option in reversed(options):
@@ -84,7 +101,19 @@ def steering_options(function: F) -> F:
 
 @contextmanager
 def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None] | None = None) -> Iterator[Steered]:
-    """The engine under a running governor.  Raises UsageError when the bundle cannot do what is asked."""
+    """Run a governor for an engine while the block lasts.
+
+    Args:
+        engine: a loaded bundle.
+        steering: the options of the command.
+        on_event: called for every event of the governor.
+
+    Yields:
+        The engine behind bounds, and its governor.
+
+    Raises:
+        UsageError: the options contradict each other, or the bundle cannot hold the budget.
+    """
     from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import JsonLines
     from mbq_runtime.control.governor import Governor

@@ -12,14 +12,14 @@ from .common import bundle_argument, progress_line
 @click.command("verify")
 @bundle_argument
 def command(bundle: Path) -> None:
-    """Check the bundle in folder BUNDLE: every file's size and hash, and the weights' sizes.
+    """Check the bundle in folder BUNDLE: size and hash of every file, and the shapes of the weights.
 
-    Says too whether it runs on this machine, which is not a fault of the bundle.
+    A note says if the bundle does not run on this machine, which is no fault of the bundle.
     """
     from mbq_runtime.bundle import isa, manifest
     from mbq_runtime.bundle.check import check_contents
 
-    with progress_line("hashing") as progress:
+    with progress_line("comparing hashes") as progress:
         found = manifest.verify(bundle, progress)
     check_contents(bundle, found)
     click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")

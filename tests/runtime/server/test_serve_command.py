@@ -155,7 +155,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], bundle: Path) 
     ("args", "message"),
     [
         (["--api-key", " "], "--api-key is empty"),
-        (["--host", "no.such.host.invalid"], "cannot listen to no.such.host.invalid"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--bits", "2"], "2"),
         (["--policy", "wild"], "policy 'wild': needed one of fixed, auto"),
         (["--bits", "4", "--policy", "auto"], "--bits fixes the budget"),
