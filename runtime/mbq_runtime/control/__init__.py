@@ -15,10 +15,13 @@ A policy and a controller step are pure, so a program can try them on made-up re
 
 A governor does this with real sensors and a loaded engine:
 
+>>> from mbq_runtime import Engine
 >>> from mbq_runtime.control import Governor
 >>> from mbq_runtime.sensing import Sensors
->>> with Governor(engine, Sensors(), find_policy("auto")):                     # doctest: +SKIP
+>>> engine = Engine.load("my-bundle")
+>>> with Governor(engine, Sensors(), find_policy("auto")):
 ...     print(engine.generate("Tell me a story").text())
+Hi, wörld!
 """
 
 from __future__ import annotations

@@ -160,6 +160,7 @@ class Generation:
     stop: texts that end the reply.
     tell: called after each token but the first.
 
+    >>> from mbq_runtime import Engine
     >>> with Engine.load("my-bundle").generate("Hello", max_tokens=4) as reply:
     ...     list(reply)
     ['H', 'i', ',', ' ']
