@@ -1,7 +1,7 @@
-"""A device for tests: tensors that are not on the processor as far as torch and its callers can tell.
+"""A device for tests: for torch and its callers, its tensors are not on the processor.
 
 The numbers are in a CPU tensor inside.  As a GPU would, the device refuses to hand them to numpy, and to mix with CPU
-tensors other than single numbers.  Run as a script, it calibrates a model here and there, and says what came of it.
+tensors other than single numbers.  Run as a script, it calibrates a model here and there, and prints the differences.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INDEXED_FROM_ANYWHERE = {aten.index.Tensor, aten.index_put.default, aten.index_
 
 
 class OtherTensor(torch.Tensor):
-    """``inner`` as it would be on the other device."""
+    """A tensor on the other device, with its numbers in ``inner``."""
 
     inner: torch.Tensor
 
@@ -55,7 +55,7 @@ class OtherTensor(torch.Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One op: on the tensors inside, with its result back outside."""
+    """Run one op on the inner tensors and wrap its result."""
     if func is aten._fused_sdp_choice.default:
         return 0  # attention by its formula
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -81,7 +81,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Everywhere(TorchDispatchMode):
-    """Ops that make tensors on the device have none of its tensors among their arguments."""
+    """Catches ops that create tensors on the device, which have none of its tensors as arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -107,16 +107,16 @@ def _calibrated(model: str, method: str, device: str) -> Calibrated:
     assert checkpoint.device.type == torch.device(device).type
     rng = np.random.default_rng(0)
     fitted, held_back = (rng.integers(0, checkpoint.decoder.vocab_size, (4, 32)) for _ in range(2))
-    # A base slice of two bits is what ``learned`` tunes twice.
+    # ``learned`` tunes a base slice of two bits twice.
     profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
     recipe = Recipe(profile, 32, method, {"rtn": 0, "nested": 3, "learned": 4}[method], "auto", 0)
     return calibrate(Calibration(checkpoint, recipe), fitted, held_back)
 
 
 def main(model: str, method: str) -> None:
-    """Print how far the weights at full depth are from each other, over their own size, and both quality curves."""
+    """Print relative differences of the weights at full depth, and both quality curves."""
     blocks.fast_bytes = lambda: 4  # both in float32
-    METHODS[method] = replace(METHODS[method], sweeps=1)  # every op takes Python's time there
+    METHODS[method] = replace(METHODS[method], sweeps=1)  # every op on that device runs in Python
     with sdpa_kernel(SDPBackend.MATH):
         here = _calibrated(model, method, "cpu")
     with other_device() as device:

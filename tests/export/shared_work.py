@@ -1,4 +1,4 @@
-"""What processes share of a calibration, done by this one or, started by ``torchrun``, by several: arrays to compare.
+"""The shared work of a calibration, done by one process or, with ``torchrun``, by several: arrays to compare.
 
 A script: MODEL OUTPUT.npz, which the first process writes.
 """
@@ -33,19 +33,19 @@ GROUP_SIZE = 32
 
 def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     rng = np.random.default_rng(0)
-    # Seven are not divided evenly, and some depths fall to one process alone.
+    # Seven windows: the shares differ in size, and some depths occur in one process only.
     windows = rng.integers(0, checkpoint.decoder.vocab_size, (7, 32))
     METHODS["nested"] = replace(METHODS["nested"], sweeps=1)
     calibration = Calibration(checkpoint, Recipe(PROFILE, GROUP_SIZE))
     found = {"reference": quality.reference(checkpoint, windows), "head_scale": smooth(checkpoint, windows)}
-    # Here a step of tuning takes the same two windows, however many processes there are.
+    # Two windows, so a step takes the same ones with any number of processes.
     teacher = Teacher(calibration, windows[:2])
     importance = {
         name: rng.uniform(0.5, 1.5, windows.shape).astype(np.float32)
         for unit in checkpoint.decoder.units()
         for name in unit.sources
     }
-    # From here on with slices that no sum is in, and that are therefore the same everywhere.
+    # From here on the slices are rounded ones.  They contain no sums, so they are the same with any process count.
     slices = {
         unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
         for unit in checkpoint.decoder.units()
@@ -68,7 +68,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     for name, of_unit in stats.items():
         assert of_unit.inputs is not None
         found |= {f"energy {name}": of_unit.mean_square, f"change {name}": of_unit.change, f"in {name}": of_unit.inputs}
-        # Losses hang on labels that each process draws for itself: take something that does not.
+        # Each process draws its own labels, so losses differ.  Replace them by values that do not depend on labels.
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
     routers = select.fit_routers(calibration, "norm", stats, slices)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}

@@ -1,4 +1,4 @@
-"""The whole calibration on a tiny model: resumed after a kill, deterministic, better than rounding."""
+"""The whole calibration on a tiny model: it resumes after a kill, and the same inputs give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 @pytest.mark.slow
 def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
-    # Eight blocks, so that there is something to kill between.
+    # Eight blocks, so that there are steps to kill between.
     model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
     options = ["--tune-steps", "42", "--router", "norm"]
     run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
@@ -72,7 +72,7 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
         assert all(of_bits["over_shipped"] == 1 for of_bits in routers[facts.router.kind].values())
         assert 3 <= quality.floor_bits <= 8
         ratios[method] = [point.perplexity / quality.reference_perplexity for point in quality.curve]
-    # Random weights predict nothing, so no budget can lose or gain much.
+    # A random model predicts nothing, so no budget changes its perplexity much.
     assert all(0.9 < ratio < 1.1 for of_method in ratios.values() for ratio in of_method)
 
 
@@ -86,7 +86,7 @@ def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path
     assert facts.slices == SliceProfile.parse(chosen).slices
     assert f"Slices {chosen} are written" in said
     assert all(f"Slices {slices}: floor {tried[slices]['floor_bits']:g} bits" in said for slices in tried)
-    # The bundle is the one that these slices give by themselves, and nothing of the other is left.
+    # The bundle equals the one that these slices give alone.  Nothing of the other profile is left.
     run(export(model, calibration_text, tmp_path / "out" / "alone", "--slices", chosen, "--tune-steps", "4"))
     alone, auto = digests(tmp_path / "out" / "alone"), digests(tmp_path / "out" / "auto")
     assert {name: alone[name] for name in alone if name != "manifest.json"}.items() <= auto.items()

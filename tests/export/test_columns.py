@@ -20,7 +20,7 @@ Loop = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 def feeding_back(profile: SliceProfile, kept_bits: int) -> Loop:
     generator = torch.Generator().manual_seed(0)
     grid = Grid(profile, kept_bits, torch.device("cpu"))
-    # As the columns of a wider matrix lie in it; the first row is of a group whose weights are all the same.
+    # Strided as columns of a wider matrix.  The first row is a group of equal weights.
     streams = torch.randn(profile.depths, 3 * SIZE, ROWS, generator=generator)[:, SIZE : 2 * SIZE]
     factor = torch.randn(SIZE, SIZE, generator=generator).mul_(0.2).triu(1) + torch.eye(SIZE)
     scale = torch.rand(ROWS, generator=generator) + 0.5
@@ -70,7 +70,7 @@ def test_compiled_loops_choose_the_codes_of_torchs_operations(
     codes, others = loop()
     monkeypatch.setattr(columns, "_compiled", lambda device: None)
     expected_codes, expected = loop()
-    # Of two codes as good as each other a sum that rounds otherwise takes the other one; all behind it differ then.
+    # Between two equally good codes a sum that rounds differently takes the other, and all later ones differ.
     same = (codes == expected_codes).all(0)
     assert same.sum() >= ROWS - 2
     torch.testing.assert_close(others[..., same], expected[..., same], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Calibrating on another device than the processor: every tensor has to be where the model is."""
+"""Calibration on another device than the processor: every tensor must be where the model is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with other_device() as device:
 
 
 def script(*arguments: str) -> str:
-    """In a process of its own: torch cannot be told to forget a device."""
+    """Run Python in a process of its own, because torch cannot forget a device.  Returns its stdout."""
     done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -47,7 +47,7 @@ def test_the_other_device_refuses_what_a_gpu_would() -> None:
     ("family", "method", "codes", "first_codes", "perplexity"),
     [
         pytest.param("llama", "nested", 0.15, 0.01, 0.03, marks=pytest.mark.slow),
-        # Wider cells, and twice as many steps to come apart in.
+        # Wider cells and twice as many steps give larger differences.
         pytest.param("llama", "learned", 0.15, 0.05, 0.1, marks=pytest.mark.slow),
         ("gemma3_text", "rtn", 1e-4, 1e-4, 1e-4),
         ("phi3", "rtn", 1e-4, 1e-4, 1e-4),
@@ -56,10 +56,10 @@ def test_the_other_device_refuses_what_a_gpu_would() -> None:
 def test_a_calibration_there_is_one_here(
     tmp_path: Path, family: str, method: str, codes: float, first_codes: float, perplexity: float
 ) -> None:
-    """codes, first_codes, perplexity: how far weights, those of the first block, and curves may be apart."""
+    """codes, first_codes, perplexity: limits of relative differences of weights, the first block's weights, curves."""
     model = write_checkpoint(tmp_path / "model", family)
     found = json.loads(script("other_device.py", str(model), method))
-    # Sums in another order: a code on the edge of its cell may fall to the other side, which feedback spreads.
+    # Sums have another order, so a code at the edge of its cell may change, and feedback spreads this.
     assert max(found["apart"].values()) < codes
     assert all(apart < first_codes for unit, apart in found["apart"].items() if unit.startswith("layers.0."))
     assert found["there"] == pytest.approx(found["here"], rel=perplexity)

@@ -93,7 +93,7 @@ def test_constant_and_zero_groups_keep_their_value() -> None:
 def test_activations_round_to_two_bytes() -> None:
     x = np.array([[0.0, 1.0, -2.0, 0.5, 1.001] + [0.0] * 27 + [0.0] * 32], np.float32)
     q, step = quantize_activations(x, 32)
-    # 63.5 high bytes are 64 and a low one of -128, clipped; 31.75 are 32 less 64 low ones.
+    # 63.5 is 64 high and -128 low, clipped to -127.  31.75 is 32 high and -64 low.
     assert list(q[0, :5]) == [0, 64 * 256 - 127, -32512, 32 * 256 - 64, 16272]
     np.testing.assert_allclose(step, [[2 / 32512, 0]])
     assert (q[0, 32:] == 0).all()
@@ -111,7 +111,7 @@ def test_matmul_and_gather_follow_decode() -> None:
     rng = np.random.default_rng(4)
     sliced = rtn.slice_weight(rng.normal(size=(40, 128)).astype(np.float32), 64, "w")
     x = rng.integers(-127, 128, (4, 128)).astype(np.float32)
-    x[:, ::64] = 127  # every step is 1: the activations are their own integers
+    x[:, ::64] = 127  # every step is 1, so the activations equal their integers
     depth = np.array([1, 4, 2, 4], np.int32)
     y = sliced_matmul(x, depth, sliced, profile)
     for row, d in enumerate(depth):
@@ -128,7 +128,7 @@ def test_router_takes_prefixes_only_and_obeys_the_ends() -> None:
         thresholds=np.array([2, 0, -4], np.float32),
     )
     x = np.exp(np.array([[-1.0], [0.5], [3.0]], np.float32)) * np.ones((3, 32), np.float32)
-    # Scores: 2 * log scale + bias. The third slice's high score never helps where the second fails.
+    # Scores: 2 * log scale + bias.  The third slice's high score does not count where the second fails.
     np.testing.assert_array_equal(route(x, 4.0, router), [1, 2, 4])
     assert threshold_at(6.0, router) == pytest.approx(-2.0)
     np.testing.assert_array_equal(route(x, 2.0, router), [1, 1, 1])

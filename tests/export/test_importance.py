@@ -1,4 +1,4 @@
-"""How much tokens count in a layer, against torch's own gradients, one layer and one window at a time."""
+"""Token weights against torch's own gradients, one layer and one window at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 
 
 def squares(checkpoint: Checkpoint, layer: str) -> NDArray[np.float32]:
-    """float32 [windows, context]: mean squares of the gradient by the layer's output, on the same labels."""
+    """Mean squares of the gradient by the layer's output, on the same labels, float32 [windows, context]."""
     generator, found = torch.Generator().manual_seed(0), []
     outputs: list[torch.Tensor] = []
     handle = checkpoint.linear(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -75,7 +75,7 @@ def test_weights_are_taken_from_a_store_that_holds_them(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = weigh(checkpoint, Store(tmp_path / "store", "inputs"))
-    monkeypatch.delattr(importance, "backpropagate_samples")  # not once more
+    monkeypatch.delattr(importance, "backpropagate_samples")  # it must not be called again
     again = weigh(checkpoint, Store(tmp_path / "store", "inputs"))
     assert again.keys() == first.keys()
     for name in first:

@@ -1,4 +1,4 @@
-"""Layers that make their weights of codes: what they say and hand back, against torch on plain weights."""
+"""Layers that compute their weights from codes: outputs and gradients against torch on plain weights."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
             checkpoint.model(window, use_cache=False).logits.square().mean().backward()
             counting.remove()
             bits = {name: [torch.as_tensor(layer.bits) for layer in parts] for name, parts in tuned.items()}
-            # One choice for all layers of a unit.
+            # All layers of a unit have the same depths.
             assert all(torch.equal(of_part, of_unit[0]) for of_unit in bits.values() for of_part in of_unit)
             assert {int(of_token) for of_unit in bits.values() for of_token in of_unit[0].unique()} == occurring
             return [layer.scale_change.grad.numpy() for parts in tuned.values() for layer in parts], runs

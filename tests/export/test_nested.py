@@ -1,4 +1,4 @@
-"""Error feedback over all depths: better than rounding where bits are few, in the metric of the layer's inputs."""
+"""Error feedback over all depths and refinement: smaller output errors than rounding at shallow depths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Case = tuple[NDArray[np.float32], torch.Tensor]
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    """A weight [96, 256] and the covariance of correlated inputs, a few of them large."""
+    """A weight [96, 256], and the second moments of correlated inputs with a few large channels."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 256)) @ rng.normal(size=(256, 256)) * np.exp(rng.normal(size=256))
     return rng.normal(size=(96, 256)).astype(np.float32), torch.from_numpy(x.T @ x / len(x))
@@ -61,13 +61,13 @@ def test_refinement_lowers_the_error_of_every_depth(case: Case, slices: tuple[in
             for sliced in found
         ]
     )
-    # The metric is damped and float16 rounds, so a single depth may be off by a little, never by this much.
+    # The metric is damped and float16 rounds, so the limits leave some room.
     assert (errors[1] < 0.9 * errors[0]).all()
     assert (errors[2] < 0.95 * errors[1]).all()
 
 
 def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
-    """Weights that the deepest depth holds exactly: that depth stays exact, and so does a group that is constant."""
+    """Weights that full depth represents exactly stay exact, also in a constant group."""
     rng = np.random.default_rng(1)
     profile = SliceProfile((8,))
     sliced = Sliced(
@@ -98,17 +98,17 @@ def test_residuals_are_chosen_for_scales_that_only_the_base_slice_wanted(case: C
     assert after[1] < 0.5 * before[1]
 
 
-def test_rows_do_not_hang_on_their_neighbours(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_each_other(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = SliceProfile((3, 1, 2, 2))
     found = nested.slice_weight(*case, 64, profile, "layer")
     whole = refine(*case, found, profile, 1)
     monkeypatch.setattr("mbq_export.slicing.refine.ROWS", 40)
     parts = refine(*case, found, profile, 1)
-    assert (whole.codes != parts.codes).mean() < 0.01  # products of other widths round otherwise
+    assert (whole.codes != parts.codes).mean() < 0.01  # products of another width round differently
 
 
 def test_slices_that_are_given_stay_as_they_are(case: Case) -> None:
-    """Of a single row, whose transpose is the same stretch of memory."""
+    """For a single row, whose transpose is the same memory."""
     weight, hessian = case[0][:1], case[1]
     profile = SliceProfile((3, 1, 2, 2))
     given = nested.slice_weight(weight, hessian, 64, profile, "layer")

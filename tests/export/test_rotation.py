@@ -1,4 +1,4 @@
-"""Rotations leave what a model computes as it is, and spread what stands out."""
+"""Rotations do not change what a model computes, and they spread outlier channels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_rotated_model_computes_the_same(name: str, tmp_path: Path) -> None:
         after = checkpoint.model(TOKENS).logits
     torch.testing.assert_close(after, before, atol=1e-4 * float(before.abs().max()), rtol=0)
     assert (head_input is not None) == checkpoint.decoder.tied
-    # Something did turn.
+    # The weights did rotate.
     assert np.abs(checkpoint.weight(checkpoint.decoder.head) - weight).max() > 0.1 * np.abs(weight).max()
 
 

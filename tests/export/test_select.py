@@ -1,4 +1,4 @@
-"""Which router ships: at equal bits, its own among them."""
+"""Selection of the router that ships, at equal bits, those of the router included."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEARNED = RouterParams(
 
 
 def straight(better_by: Sequence[float]) -> Any:
-    """A model that loses a nat less for each bit, and kinds of routers, in turn, ``better_by`` less at any budget."""
+    """A stand-in for ``quality.measure``.  Loss falls by one nat a bit; kind i loses ``better_by[i]`` less."""
 
     def measure(*args: Any, **kwargs: Any) -> list[quality.Measured]:
         cases = args[3]

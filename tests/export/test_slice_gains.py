@@ -1,4 +1,4 @@
-"""What routers are fitted to, against torch's own gradients, and against losses that a few tokens spoil."""
+"""Slice gains against torch's own gradients, and with outlier tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tuning derives by hand against what torch derives by itself."""
+"""The order of budgets, the phases of methods, and the divergence with its gradient against torch's own."""
 
 from __future__ import annotations
 
