@@ -1,4 +1,4 @@
-"""Every board is read as it is: names, values, units, files, limits; and what it lacks is said."""
+"""Each imitated board gives its names, values, units, files and limits, and its missing sensors are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file of every board broken in every way, one at a time: never an exception, a stall or a wrong value."""
+"""Each file of each board is broken in each way: there is never an exception, a wait or a wrong value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def healthy(machine: Machine) -> dict[Key, float]:
 
 
 def measured(board: Board, values: dict[Key, float]) -> list[str]:
-    """Files of which the board's values come."""
+    """The files that give the values of a board."""
     return [path for path in board.files if path != TERMUX and any(source == path for _, _, source in values)]
 
 
@@ -38,7 +38,7 @@ def device(path: str) -> str:
 
 
 def concerned(source: str, broken: str) -> bool:
-    """Whether a signal from ``source`` may be unknown because of the broken file: they are read together."""
+    """Whether a signal from ``source`` can be unknown because of the broken file.  Some files are read together."""
     folder = device(broken)
     return (
         (folder.startswith("/sys") and (device(source) == folder or source.startswith(folder + "/")))
@@ -51,7 +51,7 @@ def concerned(source: str, broken: str) -> bool:
 
 
 def check(signals: list[Signal], before: dict[Key, float], broken: str) -> None:
-    """Of the broken file nothing is known; the rest is as it was or unknown, and other devices are untouched."""
+    """The values of the broken file are unknown.  Other values of its device are unchanged or unknown."""
     now = known(signals)
     believed = [key for key in now if key[2] == broken]
     assert not believed

@@ -1,4 +1,4 @@
-"""A sensor that never answers, answers late, comes and goes: the caller is not held up, the others are there."""
+"""A sensor that never answers, answers late, or comes and goes: the caller does not wait; other sensors are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def of(signals: list[Signal], path: str) -> list[Signal]:
 
 
 def test_hanging_from_the_start(machine: Machine) -> None:
-    """Each file in turn: the call returns, the other devices are read, this one is waited for."""
+    """For each file that hangs: the call returns, other devices are read, and this one is read later."""
     before = healthy(machine)
     for file in measured(machine.board, before):
         machine.smash(file, hang)
@@ -39,7 +39,7 @@ def test_hanging_from_the_start(machine: Machine) -> None:
 
 
 def others_answer(machine: Machine, file: str) -> list[Signal]:
-    """The signals once all sensors have answered that do not wait for the file."""
+    """The signals after all sensors answered that do not need the file."""
     return machine.until(lambda signals: not any(waits(one) and not concerned(one.source, file) for one in signals))
 
 
@@ -178,7 +178,7 @@ def test_a_mailbox_that_hangs_leaves_the_rest(tmp_path: Path) -> None:
 
 
 def test_many_callers_at_once(tmp_path: Path) -> None:
-    """All see whole readings, and no sensor is read by two of them at a time."""
+    """Each thread gets complete readings, and no sensor is read by two threads at the same time."""
     inside, most = 0, 0
     mailbox, lock = Mailbox(0), threading.Lock()
 

@@ -1,4 +1,4 @@
-"""This very machine, whatever it is."""
+"""The sensors of the machine that runs the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single readers, and the ways signals become readings, where a whole board would not show them."""
+"""Single probes, and the ways signals become readings, where a whole board does not show them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PATIENCE_S = 60.0
 
 
 class Talk:
-    """A chat with a script instead of a person.  out, notes: what was written where."""
+    """A chat with scripted input.  out: the conversation; notes: the notes."""
 
     def __init__(self, engine: Engine, **readings: Any) -> None:
         self.bounded = BoundedEngine(engine)
@@ -42,7 +42,7 @@ class Talk:
         )
 
     def say(self, *lines: str | type[BaseException]) -> tuple[str, str]:
-        """Returns what came since the last time: (out, notes)."""
+        """Type lines.  Returns the new text of (out, notes)."""
         script: Iterator[str | type[BaseException]] = iter(lines)
 
         def read(_: str) -> str | None:
@@ -150,7 +150,7 @@ def test_an_interrupt_ends_the_reply_and_keeps_what_was_said(engine: Engine, tal
 def test_an_interrupt_beside_a_reply_does_not_leave(
     engine: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the reply begins, the message is taken back; behind its last token, the reply stays."""
+    """An interrupt before the reply drops the message; an interrupt after the last token keeps the reply."""
 
     def interrupted(*_: object, **__: object) -> None:
         monkeypatch.undo()
@@ -195,7 +195,7 @@ def test_from_a_pipe_to_a_pipe(bundle: Path) -> None:
 
 
 def test_on_a_terminal(bundle: Path) -> None:
-    """A real one: colours, a status line, Ctrl-C at the prompt, Ctrl-D to leave."""
+    """A real terminal: colours, a status line, Ctrl-C at the prompt, Ctrl-D to end."""
     master, slave = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
     chat = subprocess.Popen(
@@ -205,7 +205,7 @@ def test_on_a_terminal(bundle: Path) -> None:
     seen = ""
 
     def until(words: str, again: Callable[[], object] = lambda: None) -> None:
-        """again: what a person does after a second without an answer."""
+        """Wait for a text.  again: called after each second without it."""
         nonlocal seen
         end_s = time.monotonic() + PATIENCE_S
         while words not in seen:

@@ -1,4 +1,4 @@
-"""What a terminal shows, in a terminal emulator."""
+"""The screen of a chat, in a terminal emulator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS, ROWS = 40, 10
 
 
 class Terminal:
-    """A screen's output, as an emulated terminal shows it."""
+    """The output of a screen, as an emulated terminal shows it."""
 
     def __init__(self, **options: object) -> None:
         self.columns, self.rows = COLUMNS, ROWS
@@ -35,7 +35,7 @@ class Terminal:
         return [line.rstrip() for line in self._emulator.display]
 
     def past(self) -> list[str]:
-        """Lines that have scrolled away."""
+        """The lines that scrolled off the screen."""
         width = range(COLUMNS)
         return ["".join(line[i].data for i in width).rstrip() for line in self._emulator.history.top]
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the controller's tests."""
+"""A board, a bundle and a controller for the tests of control."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALM = Readings(
     available_memory_bytes=10**9,
     tokens_per_s=20.0,
 )
-"""A board with every sensor and no trouble."""
+"""Readings of a board that has every sensor and no limit near."""
 
 
 def policy(name: str = "auto", **changes: object) -> Policy:
@@ -43,7 +43,7 @@ def policy(name: str = "auto", **changes: object) -> Policy:
 def run(
     readings_at: Callable[[float], Readings], seconds: float, by: Policy | None = None, period_s: float = 0.5
 ) -> Iterator[tuple[float, Decision]]:
-    """(time, decision) of a controller that looks every ``period_s`` at what a function of the time shows."""
+    """Yield (time, decision) of a controller.  Every ``period_s`` it gets readings from a function of the time."""
     by = by or policy()
     state = start(by)
     for i in range(round(seconds / period_s) + 1):
@@ -53,7 +53,7 @@ def run(
 
 
 def changes(decisions: Iterator[tuple[float, Decision]]) -> list[tuple[float, float]]:
-    """(time, new budget) of every change after the start at 8 bits."""
+    """(time, new budget) of each change after the start at 8 bits."""
     found, last = [], 8.0
     for at, decision in decisions:
         if decision.budget != last:

@@ -1,4 +1,4 @@
-"""Bounds between a governor and its engine, and a reply's own figures."""
+"""The bounds of an engine under a governor, and the figures of a reply."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_follow_tells_bits_and_tokens_of_each_piece(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("powers", "energy_j"), [([2.0] * 9, 16.0), ([2.0, None, 2.0], None), ([4.0, 1.0], 11.0)])
 def test_follow_counts_energy_of_the_engine_s_time_only(powers: list[float | None], energy_j: float | None) -> None:
-    """Each look at the clock is a second later; the reader takes a hundred between two pieces."""
+    """The clock moves 1 s at each call; the reader takes 100 s between two pieces."""
     now_s, at = 0.0, iter([*powers, *[powers[-1]] * 20])
 
     def clock() -> float:

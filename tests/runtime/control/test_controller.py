@@ -113,7 +113,7 @@ def test_a_policy_may_be_exchanged_at_any_time(first: Any, second: Any, history:
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_worse_reading_never_gives_a_higher_budget(signal: str, data: st.DataObject) -> None:
-    """One step from the same past, however that went; and once more after it settled."""
+    """Two steps from the same state after a random history: the worse reading must not give more bits."""
     base, scale = WORSE[signal]
     by = policy_with(signal)
     state: State = start(by)
@@ -140,7 +140,7 @@ def test_a_lasting_signal_leads_from_the_ceiling_to_the_floor(signal: str) -> No
     assert last.reason.startswith(signal.split()[0])
 
 
-def test_nothing_presses_nothing_changes() -> None:
+def test_without_pressure_the_budget_does_not_change() -> None:
     assert changes(run(lambda _: CALM, 3600, period_s=1)) == []
 
 
@@ -165,7 +165,7 @@ def test_a_burst_of_load_is_no_reason() -> None:
 
 
 def test_a_flapping_load_makes_the_rises_rarer() -> None:
-    """30 s of load, 30 s without: a rise that was too early doubles the time of calm that the next one needs."""
+    """30 s of load, then 30 s without: a rise that is too early doubles the next calm time."""
     found = changes(run(lambda at: replace(CALM, foreign_cpu_fraction=0.5 * (at % 60 < 30)), 1800))
     rises = [at for at, bits in found if bits == 8.0]
     assert rises[0] < 60
@@ -219,7 +219,7 @@ def test_a_clock_that_jumps_changes_nothing() -> None:
 
 
 def test_rising_heat_is_seen_coming() -> None:
-    """Half a degree a second: at 72 C this board is 16 s from its limit."""
+    """The temperature rises 0.5 C a second: at 72 C the board is 16 s from its limit."""
     found = changes(run(lambda at: replace(CALM, temp_c=min(60 + 0.2 * at, 79.9)), 120))
     at, _ = found[0]
     assert 72 <= 60 + 0.2 * at < 75, "before the band of 5 C begins"
@@ -251,7 +251,7 @@ def test_a_battery_counts_only_while_it_is_drained() -> None:
 
 
 def tokens_per_s(bits: float) -> float:
-    """A model whose token takes 40 ms and 10 ms for each bit."""
+    """A model whose token takes 40 ms plus 10 ms for each bit."""
     return 1 / (0.04 + 0.01 * bits)
 
 
@@ -268,7 +268,7 @@ def test_the_budget_settles_where_the_speed_is_the_one_asked_for(goal: float, ex
 
 
 def test_a_battery_that_must_last_lowers_the_budget_until_it_does() -> None:
-    """40 Wh for 5 hours allow 8 W; this board draws 4 W and half a watt for each bit."""
+    """40 Wh for 5 hours allow 8 W; this board uses 4 W plus 0.5 W for each bit."""
     by = policy("auto", last_until_s=5 * 3600.0)
     state, left_wh = start(by), 40.0
     powers = []

@@ -35,7 +35,7 @@ class StandIn:
 
 
 class Board:
-    """Sensors that show what they are told to."""
+    """Sensors that give the readings of the test."""
 
     def __init__(self, readings: Readings = CALM) -> None:
         self.readings = readings
@@ -53,7 +53,7 @@ class Clock:
 
 
 def looks(governor: Governor, clock: Clock, seconds: float) -> Status:
-    """Let time pass, two looks a second."""
+    """Advance the clock, with two looks a second."""
     for _ in range(round(2 * seconds)):
         clock.now_s += 0.5
         status = governor.tick()
@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_file_not_the_reply(caplog: pytest.LogCaptureFixtur
 
 
 def test_with_the_real_engine(engine: Engine) -> None:
-    """The engine tells its tokens by itself, and a change reaches a reply that is under way."""
+    """The engine reports its tokens by itself, and a change applies to a reply in progress."""
     board = Board()
     with Governor(engine, board, AUTO) as governor:
         reply = engine.generate(CIRCLE, max_tokens=80, chat=False)
@@ -238,7 +238,7 @@ BUDGETS = [float(np.float32(bits)) for bits in (3.0, 3.7, 4.1, 5.3, 6.9, 8.0)]
 
 
 def hammer(set_bits: Callable[[float], None], generate: Callable[[], None]) -> int:
-    """Set 1,000 budgets from another thread while ``generate`` runs again and again; returns how many were set."""
+    """Set 1,000 budgets from another thread while ``generate`` runs repeatedly.  Returns the number of budgets set."""
     done = threading.Event()
     count = 0
 
@@ -290,7 +290,7 @@ def test_a_thousand_changes_under_plain_onnxruntime(bundle: Path) -> None:
 
 
 class Threading(StandIn):
-    """With threads; ``able``: whether their number can be changed."""
+    """An engine with threads.  able: whether their number can be changed."""
 
     def __init__(self, able: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The options of run, chat and serve, and what becomes of them."""
+"""The options of run, chat and serve that control the budget."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ maybe = st.none() | st.floats()
 
 
 def counts(left_at: Callable[[float], float | None], seconds: float, most: int = 2, cpus: int = 2) -> list[int]:
-    """Threads at every half second, where other programs leave so many of the processors."""
+    """The number of threads every 0.5 s, for given free processors."""
     threads, found = Threads.of(most, cpus), []
     for i in range(round(2 * seconds)):
         left = left_at(i / 2)
@@ -66,7 +66,7 @@ def test_load_near_the_edge_does_not_make_threads_come_and_go() -> None:
 
 
 def test_a_limit_counts_as_processors_that_are_gone_and_keeps_pressing_on_bits() -> None:
-    """On one thread a limit of one processor stops nothing any more, and is there all the same."""
+    """With one thread a limit of one processor no longer stops the engine, but the limit is still there."""
     limited = replace(CALM, available_cpus=1.0, cgroup_throttled_fraction=0.0)
     threads = Threads.of(4, 4)
     for _ in range(20):

@@ -25,7 +25,7 @@ def client(running: Running) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def slow_engine(engine: Engine) -> Iterator[Engine]:
-    """The same engine, each of whose tokens takes SLOW_S."""
+    """The same engine, but each token takes SLOW_S."""
 
     def wait(seconds: float, bits: float) -> None:
         time.sleep(SLOW_S)

@@ -1,4 +1,4 @@
-"""A real server on a real port, in this process, so that tests can look at both of its sides."""
+"""A real server on a real port in this process, so that tests see the client and the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOW_S = 0.05
 
 @dataclass
 class Steered:
-    """What ``Governor.status`` tells, as far as the server reads it."""
+    """The fields of ``Governor.status`` that the server reads."""
 
     avg_bits: float = 8.0
     reason: str = "no pressure"
@@ -37,7 +37,7 @@ class Steered:
 
 
 class HandGovernor:
-    """A governor whose every reading the test sets, so that pages and figures can be checked to the digit."""
+    """A governor whose readings the test sets, so that pages and figures can be checked exactly."""
 
     def __init__(self, bounded: BoundedEngine) -> None:
         self._bounded = bounded
@@ -47,7 +47,7 @@ class HandGovernor:
         return self._status
 
     def set(self, *, avg_bits: float | None = None, **changes: Any) -> None:
-        """Status fields and readings by name."""
+        """Set fields of the status and readings by name."""
         names = Readings.__dataclass_fields__
         readings = {k: v for k, v in changes.items() if k in names and k != "tokens_per_s"}
         rest = {k: v for k, v in changes.items() if k not in readings}
@@ -69,7 +69,7 @@ class Running:
 
     @property
     def tasks(self) -> int:
-        """Tasks of the server's event loop."""
+        """Number of tasks in the event loop of the server."""
         return len(asyncio.all_tasks(self.loop))
 
     def settled(self, idle_tasks: int) -> bool:
@@ -79,7 +79,7 @@ class Running:
 
 @contextmanager
 def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: Any) -> Iterator[Running]:
-    """port: 0 for a free one; options: of ``Server``."""
+    """Run a server.  port: 0 for a free one; options: arguments of ``Server``."""
     bounded = BoundedEngine(engine)
     governor = HandGovernor(bounded)
     feed = MonitorFeed(engine.manifest.model.name, lambda: runner.should_exit)

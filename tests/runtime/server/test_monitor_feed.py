@@ -1,4 +1,4 @@
-"""What watchers are told: the metrics, and the stream behind the page."""
+"""The metrics, and the stream behind the monitor page."""
 
 from __future__ import annotations
 

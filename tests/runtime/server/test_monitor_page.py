@@ -1,4 +1,4 @@
-"""The page in a real browser, on a phone's and a desk's width, with every other host out of reach."""
+"""The monitor page in a real browser, in the width of a phone and of a desktop, without access to other hosts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def browser() -> Iterator[playwright.Browser]:
 
 @pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
 def page(browser: playwright.Browser, request: pytest.FixtureRequest) -> Iterator[playwright.Page]:
-    """A page whose every request and complaint is on record, as ``page.asked`` and ``page.complaints``."""
+    """A page that records its requests in ``page.asked`` and its errors in ``page.complaints``."""
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     found = context.new_page()
@@ -107,7 +107,7 @@ def test_it_fits_and_its_parts_are_seen(page: playwright.Page, running: Running)
 
 
 def colours(png: bytes) -> int:
-    """How many there are: a blank page has one."""
+    """The number of colours; a blank page has one."""
     return len(Image.open(BytesIO(png)).convert("RGB").getcolors(1 << 24) or ())
 
 

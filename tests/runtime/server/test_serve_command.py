@@ -1,4 +1,4 @@
-"""``mbq serve`` and ``mbq monitor`` as a user runs them, with this machine's own sensors."""
+"""``mbq serve`` and ``mbq monitor`` as a user runs them, with the sensors of this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MBQ = [sys.executable, "-m", "mbq_runtime.cli"]
 
 @contextmanager
 def mbq_serve(bundle: Path, *args: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Its address and process."""
+    """Yield the address and the process of a server."""
     command = [*MBQ, "serve", str(bundle), "--port", "0", "--threads", "1", *args]
     served = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}

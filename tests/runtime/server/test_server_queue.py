@@ -1,4 +1,4 @@
-"""Many clients, slow ones and some that leave: everyone gets their own answer or a refusal, and nothing is left."""
+"""Many clients, some slow and some that leave: each one gets its own answer or an error, and no task is left over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLIENTS, REQUESTS_EACH, QUEUE = 50, 6, 8
 
 
 def completion(running: Running, *, stream: bool = False, **fields: Any) -> http.client.HTTPConnection:
-    """A request under way; ``getresponse`` waits for the answer."""
+    """Send a request; ``getresponse`` waits for the answer."""
     body = {"prompt": "xA", "temperature": 0, "max_tokens": 40, "stream": stream, **fields}
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -43,7 +43,7 @@ def text(connection: http.client.HTTPConnection) -> str:
 
 @pytest.fixture
 def idle(running: Running) -> Iterator[int]:
-    """Tasks of the server with nothing to do; afterwards it is back there, and no thread is left over."""
+    """Number of tasks of the idle server.  After the test it must be the same, and no thread is left over."""
     wait_for(lambda: running.tasks > 0)
     tasks, threads = running.tasks, threading.active_count()
     yield tasks
@@ -209,7 +209,7 @@ def test_stopping_the_server_ends_replies_and_streams(slow_engine: Engine) -> No
 
 
 def test_memory_stays_flat_under_many_clients(bundle: Path) -> None:
-    """The short form of the benchmark, which a server process of its own must pass."""
+    """The short form of the benchmark, against a server in its own process."""
     soak = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
     command = [sys.executable, str(soak), str(bundle), "--seconds", "10", "--queue", "8"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)

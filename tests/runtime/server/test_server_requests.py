@@ -1,4 +1,4 @@
-"""Whatever arrives, the answer is a status below 500 in OpenAI's error shape, and the next request is served."""
+"""Any request gets a status below 500 in the error format of OpenAI, and the next request is served."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAY_A = [{"role": "user", "content": "A"}]
 
 @pytest.fixture(scope="module")
 def running(loaded: Engine) -> Iterator[Running]:
-    """One server for all: it must outlive them."""
+    """One server for all requests; it must survive them."""
     with serve(loaded) as found:
         yield found
 

@@ -21,7 +21,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Four minutes: cool, hot for one minute, cool again."""
+    """A trace of four minutes: cool, hot for one minute, cool again."""
     path = tmp_path / "trace.jsonl"
     looks = (
         Readings(5000.0 + i, temp_c=79.9 if 60 <= i < 120 else 50.0, throttle_temp_c=80.0, heat_throttled=False)

@@ -1,4 +1,4 @@
-"""One hour on every board: what the policies promise."""
+"""One simulated hour on each board: the policies do what they promise."""
 
 from __future__ import annotations
 
