@@ -1,4 +1,4 @@
-"""A robot needs an answer in time: speed is held at the cost of bits, and the clock has the last word.
+"""Answer within a deadline: the policy lowers bits to hold the speed, and the reply is closed when the time is over.
 
 python examples/robot_deadline.py bundles/smollm2-135m-host
 """

@@ -1,4 +1,4 @@
-"""Lower the precision in the middle of a reply, from another thread, without reloading anything.
+"""Lower the precision in the middle of a reply, from another thread, without loading anything again.
 
 python examples/switch_bits.py bundles/smollm2-135m-host
 """
@@ -14,7 +14,7 @@ PROMPT = "Tell me about the sea."
 
 
 def main() -> None:
-    """Print the reply, then the average bits each token used."""
+    """Print a reply, and then the average bits per weight of each token."""
     engine = Engine.load(sys.argv[1])
     low = engine.manifest.budget.min_bits
     reply = engine.generate(PROMPT, max_tokens=48, avg_bits=engine.manifest.budget.max_bits)

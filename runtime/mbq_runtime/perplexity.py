@@ -25,6 +25,7 @@ from pathlib import Path
 from .bundle.manifest import Budget
 from .control.budget_trim import BudgetTrim
 from .errors import UsageError
+from .progress import Progress
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
 """The module of the workstation side that has a ReferenceScorer ``window_nll``."""
@@ -32,10 +33,8 @@ REFERENCE_MODULE = "mbq_export.reference_ppl"
 Windows = Sequence[Sequence[int]]
 Scorer = Callable[[Sequence[int]], tuple[float, float]]
 """(tokens of a window) -> (mean negative log-likelihood in nats, average bits used)."""
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all)."""
 ReferenceScorer = Callable[[str, list[list[int]], Progress], list[float]]
-"""(model, windows, progress) -> mean negative log-likelihood of each window in nats."""
+"""(model, windows, progress by windows) -> mean negative log-likelihood of each window in nats."""
 
 
 @dataclass(frozen=True)

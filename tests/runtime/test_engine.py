@@ -477,7 +477,7 @@ def test_stop_ends_a_long_prompt_between_its_chunks(engine: Engine, monkeypatch:
             reply.stop()
         return 8.0
 
-    monkeypatch.setattr(genai._Run, "bits_used", bits_used)
+    monkeypatch.setattr(genai._Context, "bits_used", bits_used)
     assert reply.text() == ""
     assert len(passes) == 3
     assert reply.stats.tokens == ()
@@ -526,13 +526,13 @@ def test_only_scoring_runs_in_the_smaller_chunks(engine: Engine, monkeypatch: py
     from mbq_runtime.engine import genai
 
     sizes: list[int] = []
-    append = genai._Run.append
+    append = genai._Context.append
 
-    def counted(run: genai._Run, tokens: NDArray[np.int32]) -> None:
+    def counted(run: genai._Context, tokens: NDArray[np.int32]) -> None:
         sizes.append(len(tokens))
         append(run, tokens)
 
-    monkeypatch.setattr(genai._Run, "append", counted)
+    monkeypatch.setattr(genai._Context, "append", counted)
     before = engine.score(ids("A" * 16), 4.0)
     monkeypatch.setattr(engine, "_scoring_chunk", 4)
     after = engine.score(ids("A" * 16), 4.0)

@@ -1,10 +1,9 @@
 """A bundle small enough to build in a test, and real enough for the engine to load and run.
 
-The tokenizer has three special tokens and one token per byte.  The decoder is an embedding, one
-grouped-query attention and a head that knows by heart which token follows which: after a newline it
-says "Hi, wörld!" and ends; A to G follow each other in a circle.  Logits grow with the budget, and
-``avg_bits_used`` is the budget plus a thousandth of the step's mean token id, so that tests can tell
-steps apart.
+The tokenizer has three special tokens and one token per byte.  The decoder is an embedding, one grouped-query attention
+and a head with a fixed successor for each token: after a newline it says "Hi, wörld!" and ends; A to G follow each
+other in a circle.  Logits grow with the budget.  ``avg_bits_used`` is the budget plus a thousandth of the mean token id
+of the pass, so that tests can tell passes apart.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ..errors import BundleError, UsageError
+from ..progress import Progress
 from .layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from .schema import decode
 from .slice_profile import SliceProfile
@@ -40,9 +41,6 @@ ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "webgpu": {NATIVE_LAYOUT: GPU_FILES},
 }
 """By engine and layout: the files that the bundle must have."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)

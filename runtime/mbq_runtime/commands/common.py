@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from mbq_runtime.errors import UsageError
+from mbq_runtime.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
@@ -74,14 +75,14 @@ def engine_option(function: F) -> F:
 
 
 @contextmanager
-def progress_line(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress_line(label: str) -> Iterator[Progress]:
     """Show progress in one line on stderr, which is removed at the end.  Shows nothing when stderr is no terminal.
 
     Args:
         label: start of the line: what is being done.
 
     Yields:
-        A function of (done, total).
+        A function that redraws the line.
     """
     if not sys.stderr.isatty():
         yield lambda done, total: None

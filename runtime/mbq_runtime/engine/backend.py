@@ -20,8 +20,8 @@ from .generation import Sampling
 from .tokenizer import Tokenizer
 
 
-class Run(Protocol):
-    """One context: the tokens so far, and their cache."""
+class Context(Protocol):
+    """The tokens so far, and their cache."""
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         """Run one pass, with the budget of this moment.
@@ -54,7 +54,9 @@ class Backend(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer."""
 
-    def start(self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False) -> Run:
+    def start(
+        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
+    ) -> Context:
         """Begin an empty context.
 
         Args:
@@ -75,7 +77,7 @@ class Backend(Protocol):
         """
 
 
-class Kind(NamedTuple):
+class EngineKind(NamedTuple):
     """A kind of engine.
 
     module: name in this folder; the module holds ``Backend``.
@@ -85,10 +87,10 @@ class Kind(NamedTuple):
 
 
 ENGINES = {
-    "onnx": Kind("genai"),
-    "tvm": Kind("tvm"),
-    "opencl": Kind("opencl"),
-    "webgpu": Kind("webgpu"),
+    "onnx": EngineKind("genai"),
+    "tvm": EngineKind("tvm"),
+    "opencl": EngineKind("opencl"),
+    "webgpu": EngineKind("webgpu"),
 }
 
 

@@ -332,10 +332,10 @@ class Engine:
         budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
-            run = self._backend.start(len(ids), budget, None, every=True)
+            context = self._backend.start(len(ids), budget, None, every=True)
             for start in range(0, len(ids), self._scoring_chunk):
-                run.append(ids[start : start + self._scoring_chunk])
-                yield start, run.logits(), run.bits_used()
+                context.append(ids[start : start + self._scoring_chunk])
+                yield start, context.logits(), context.bits_used()
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
         """Time passes over random tokens, without tokenizer and sampling.  The engine's budget does not change.
@@ -350,13 +350,13 @@ class Engine:
         ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
         seconds, bits, start = [], 0.0, 0
         with self._alone(), engine_errors(f"{self.path}: a pass failed"):
-            run = self._backend.start(len(ids), budget, None)
+            context = self._backend.start(len(ids), budget, None)
             for size in sizes:
                 begin_s = time.perf_counter()
                 for at in range(start, start + size, self._chunk):
                     chunk = ids[at : min(at + self._chunk, start + size)]
-                    run.append(chunk)
-                    bits += run.bits_used() * len(chunk)
+                    context.append(chunk)
+                    bits += context.bits_used() * len(chunk)
                 seconds.append(time.perf_counter() - begin_s)
                 start += size
         return Passes(tuple(seconds), bits / len(ids))
@@ -396,18 +396,18 @@ class Engine:
     def _steps(self, prompt: NDArray[np.int32], sampling: Sampling, record: Record) -> Generator[Step, None, None]:
         length = min(self._context, len(prompt) + sampling.max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
-            run = self._backend.start(length, self._budget, sampling)
+            context = self._backend.start(length, self._budget, sampling)
             # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
             for start in range(0, len(prompt), self._chunk):
                 if record.stopping:
                     return
                 chunk = prompt[start : start + self._chunk]
-                run.append(chunk)
-                record.prompt_bits += run.bits_used() * len(chunk) / len(prompt)
+                context.append(chunk)
+                record.prompt_bits += context.bits_used() * len(chunk) / len(prompt)
             decode = self._backend.tokenizer.stream()
-            while not record.stopping and (token := run.next_token()) is not None:
+            while not record.stopping and (token := context.next_token()) is not None:
                 ends = token in self._eos
-                yield Step(token, run.bits_used(), "" if ends else decode(token), ends)
+                yield Step(token, context.bits_used(), "" if ends else decode(token), ends)
 
 
 class _Alone:

@@ -47,7 +47,7 @@ class Backend:
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> _Run:
+    ) -> _Context:
         options = {"do_sample": False} if sampling is None else sampling.search_options(self._vocab_size)
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length, **options)
@@ -56,10 +56,10 @@ class Backend:
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)
-        return _Run(generator, scored, every)
+        return _Context(generator, scored, every)
 
 
-class _Run:
+class _Context:
     def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
         self._generator, self._scored, self._every = generator, scored, every
 

@@ -149,7 +149,7 @@ class DeviceBackend:
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> DeviceRun:
+    ) -> DeviceContext:
         """See ``backend.Backend``.
 
         Args:
@@ -173,13 +173,13 @@ class DeviceBackend:
         programs = {
             name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
         }
-        return DeviceRun(
+        return DeviceContext(
             plan, self.device, buffers, programs, length=length, budget=budget, sampling=sampling, every=every
         )
 
 
-class DeviceRun:
-    """One context on a device, see ``backend.Run``.
+class DeviceContext:
+    """One context on a device, see ``backend.Context``.
 
     plan: the bundle's plan.
     device: where it runs.

@@ -94,11 +94,11 @@ class Backend:
 
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> _Run:
-        return _Run(self, length, budget, Sampler(sampling), every)
+    ) -> _Context:
+        return _Context(self, length, budget, Sampler(sampling), every)
 
 
-class _Run:
+class _Context:
     def __init__(
         self, backend: Backend, length: int, budget: NDArray[np.float32], sampler: Sampler, every: bool
     ) -> None:
