@@ -109,12 +109,12 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "avg_bits and min_bits": (CHAT, chat(avg_bits=6, min_bits=5), "avg_bits", "leave out"),
     "model is a number": (CHAT, chat(model=1), "model", "valid string"),
     "unknown model": (CHAT, chat(model="x" * 1000), "model", "this server has 'tiny'"),
-    "two replies": (CHAT, chat(n=2), "n", "not offered"),
-    "tools": (CHAT, chat(tools=[{"type": "function"}]), "tools", "not offered"),
-    "logprobs": (CHAT, chat(logprobs=True), "logprobs", "not offered"),
-    "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not offered"),
-    "penalty": (CHAT, chat(presence_penalty=0.5), "presence_penalty", "not offered"),
-    "echo": (COMPLETIONS, completion(echo=True), "echo", "not offered"),
+    "two replies": (CHAT, chat(n=2), "n", "not supported"),
+    "tools": (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    "logprobs": (CHAT, chat(logprobs=True), "logprobs", "not supported"),
+    "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    "penalty": (CHAT, chat(presence_penalty=0.5), "presence_penalty", "not supported"),
+    "echo": (COMPLETIONS, completion(echo=True), "echo", "not supported"),
 }  # fmt: skip
 
 
