@@ -11,14 +11,14 @@ enum { LANES = 16, MOST_DEPTHS = MBQ_CODE_BITS, MOST_COLUMNS = MBQ_LARGEST_GROUP
 
 typedef float Lanes[LANES];
 
-/* As columns.Grid. */
+/* The fields of columns.Grid. */
 typedef struct Grid {
   int32_t depths;
   float span; /* number of codes to choose from */
   float steps[MOST_DEPTHS], cells[MOST_DEPTHS], counts[MOST_DEPTHS];
 } Grid;
 
-/* Which rows of a group to work on.  Arrays hold all: [depths, columns, rows], codes [columns, rows], scales [rows]. */
+/* The rows of a group to compute. Arrays hold all rows: [depths, columns, rows], codes [columns, rows], scales [rows]. */
 typedef struct Part {
   int64_t rows, columns, begin, end;
 } Part;

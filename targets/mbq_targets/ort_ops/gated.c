@@ -1,4 +1,5 @@
-/* GatedSilu, GatedGelu (x f32 [..., 2 F]) -> y f32 [..., F]: an activation of the first half, times the second. */
+/* GatedSilu, GatedGelu (x f32 [..., 2 F]) -> y f32 [..., F]: the activation of the first half times
+ * the second half. */
 
 #include "ops.h"
 

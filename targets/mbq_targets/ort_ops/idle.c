@@ -1,12 +1,12 @@
-/* Keeps a session's threads asleep while only one is in use.
+/* Keeps the threads of a session asleep while only one is in use.
  *
- * The runtime has no call for that.  Its own operators share work out to all threads, waking them and letting them spin:
- * beside another program, or under a limit, that takes the time of the one that works.  A thread inside one of our
- * loops is neither woken nor given anything to wait for, so the others are held in one, asleep, until they are wanted.
- * A thread of ours takes them there, for a loop returns to its caller when all of it has run.
+ * ONNX Runtime has no call for that. Its own operators divide work among all threads, so all of them wake and spin. Beside
+ * another program, or under a limit of processor time, they then slow down the thread that works. ONNX Runtime does not
+ * wake a thread that is inside one of our parallel loops. So the other threads run such a loop, which sleeps until they
+ * are needed. A thread of this library starts the loop, because a loop returns only when all of its pieces are done.
  *
- * When no operator has run for a while they are let go, and taken again by the next one.  A session that ends waits for
- * its threads: mbq_wake_threads is for the moment before. */
+ * When no operator has run for PATIENCE_NS, the loop ends. The next operator starts it again. A session waits for its
+ * threads when it ends: call mbq_wake_threads before that. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 
 #include <errno.h>
@@ -19,13 +19,13 @@
 enum { PATIENCE_NS = 20 * 1000 * 1000 };
 
 static struct {
-  atomic_uint calls; /* of hold_others: somebody works */
-  atomic_bool held;  /* a loop is under way; changed with `mutex` locked, as all that follows */
+  atomic_uint calls; /* counts calls of hold_others */
+  atomic_bool held;  /* the loop runs; changed only with `mutex` locked, as all fields below */
   pthread_mutex_t mutex;
   pthread_cond_t changed;
-  const OrtKernelContext *context; /* good until somebody is inside */
+  const OrtKernelContext *context; /* valid until a thread is inside the loop */
   size_t threads, inside;
-  bool awake; /* those inside leave */
+  bool awake; /* the threads inside must leave */
 } idle = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 static void sleep_piece(void *data, size_t index) {
@@ -60,7 +60,7 @@ void hold_others(const OrtKernelContext *context) {
   atomic_fetch_add_explicit(&idle.calls, 1, memory_order_relaxed);
   if (atomic_load_explicit(&idle.held, memory_order_relaxed)) return;
   pthread_mutex_lock(&idle.mutex);
-  idle.threads = threads_if_alone(); /* asked again: who changes it wakes them afterwards */
+  idle.threads = threads_if_alone(); /* read with the lock: a thread that changes it calls mbq_wake_threads after */
   pthread_t holder;
   if (!atomic_load(&idle.held) && idle.threads > 1) {
     idle.context = context, idle.inside = 0, idle.awake = false;
@@ -73,7 +73,7 @@ void hold_others(const OrtKernelContext *context) {
   pthread_mutex_unlock(&idle.mutex);
 }
 
-/* Let the sleeping threads go, and wait until they have gone; the next operator may take them again. */
+/* End the loop, and wait until its threads have left. The next operator may start it again. */
 EXPORT void mbq_wake_threads(void) {
   pthread_mutex_lock(&idle.mutex);
   idle.awake = true;

@@ -1,4 +1,4 @@
-/* The library's entry points, and what the op tables have in common. */
+/* The entry points of the library, and the fields that all op tables share. */
 #include <limits.h>
 #include <stdlib.h>
 
@@ -40,7 +40,7 @@ OrtStatus *infer_shape(const OrtInferContext *context, size_t from, size_t to, i
   }
   if (last >= 0) dims[rank - 1] = last, names[rank - 1] = "";
   for (size_t i = 0; i < rank; ++i)
-    if (dims[i] < 0 && names[i][0] == '\0') return NULL; /* unknown and unnamed: cannot be said */
+    if (dims[i] < 0 && names[i][0] == '\0') return NULL; /* neither a size nor a name: no shape to set */
   TRY(OrtCreateShapeInfo(&out));
   OrtStatus *status = OrtSetElementType(out, type);
   if (status == NULL) status = OrtSetDimensions(out, dims, rank);
@@ -50,22 +50,22 @@ OrtStatus *infer_shape(const OrtInferContext *context, size_t from, size_t to, i
   return status;
 }
 
-/* The kernels report a wrong argument type this way; the shim never passes one. */
+/* The kernels call these for an argument of the wrong type, which this library never passes. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
   (void)kind, (void)parts, (void)count;
 }
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { (void)kind, (void)message; }
 
-/* "key=value" words separated by spaces: what the library was built for. */
+/* What the library was built for: "key=value" words separated by spaces. */
 EXPORT const char *mbq_ops_build_info(void) { return MBQ_BUILD_INFO; }
 
 EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   OrtApi *api = base->GetApi(ORT_VERSION);
-  if (api == NULL) return NULL; /* a runtime before 1.17: the model's own functions are used */
+  if (api == NULL) return NULL; /* ONNX Runtime before 1.17 then reports the ops as unknown */
   ort_api = api;
   static const OrtCustomOp *const ops[] = {&mbq_router_op, &mbq_matmul_op, &mbq_routed_matmul_op, &mbq_gather_op,
                                            &mbq_gated_silu_op, &mbq_gated_gelu_op};
-  OrtCustomOpDomain *domain; /* the runtime keeps it for the session's life */
+  OrtCustomOpDomain *domain; /* ONNX Runtime keeps it until the session ends */
   TRY(OrtCreateCustomOpDomain("ai.mbq", &domain));
   for (size_t i = 0; i < sizeof ops / sizeof ops[0]; ++i) TRY(OrtCustomOpDomain_Add(domain, ops[i]));
   return OrtAddCustomOpDomain(options, domain);

@@ -1,4 +1,4 @@
-/* What the ops share: errors, tensors, work sharing, and the compiled kernels. */
+/* What the ops share: errors, tensors, division of work, and the compiled kernels. */
 #ifndef MBQ_OPS_H
 #define MBQ_OPS_H
 
@@ -24,32 +24,32 @@ typedef struct Shape {
   int64_t dims[MAX_RANK];
 } Shape;
 
-/* The part of every kernel's state that names the node and remembers its constant inputs: asking for them in
- * every call would take longer than some ops' work. */
+/* The first part of the state of each op: its name and its constant inputs. To ask ONNX Runtime for them in every call
+ * would take longer than some ops do. */
 typedef struct Node {
   const char *op;
   char name[NAME_BYTES];
-  size_t inputs; /* that the node has */
+  size_t inputs; /* how many the node has */
   bool known[MAX_INPUTS];
   Shape shapes[MAX_INPUTS];
-  void *data[MAX_INPUTS]; /* stays where it is for the session's life */
+  void *data[MAX_INPUTS]; /* valid until the session ends */
 } Node;
 
 typedef struct Tensor {
-  bool present; /* false: an optional input left out */
+  bool present; /* false: an absent optional input */
   void *data;   /* may be NULL for an empty tensor */
   Shape shape;
 } Tensor;
 
-/* A status whose message starts with the op and the node's name. */
+/* An error status. Its message starts with the op and the name of the node. */
 OrtStatus *fail(const Node *node, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Name the node and read its constant inputs. */
+/* Set the node's name and read its constant inputs. */
 OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info);
-/* A kernel's state, `bytes` at `op`, to memory of its own. */
+/* Copy the state of an op, `bytes` at `op`, to new memory. */
 OrtStatus *keep(const Node *node, const void *op, size_t bytes, void **kernel);
 OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value);
-/* Refuse a node whose slices or group_size are not the ones the kernels were compiled for. */
+/* Refuse a node whose slices or group_size differ from those that the kernels were compiled for. */
 OrtStatus *check_format(const Node *node, const OrtKernelInfo *info);
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor);
@@ -58,7 +58,7 @@ int64_t elements(const Shape *shape);
 /* The last dimension must be k; *rows is the product of the others. */
 OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, int64_t k, int64_t *rows);
 
-/* Shape of a sliced weight [n, k] as stored. */
+/* Sizes of a sliced weight [n, k]: row blocks and groups along K. */
 typedef struct Weight {
   int64_t n, k, blocks, groups;
 } Weight;
@@ -66,7 +66,7 @@ typedef struct Stored {
   const uint8_t *planes;
   const void *scales;
 } Stored;
-/* `first`: the input of the planes; the scales are the next.  What is constant is checked once, by weight_init. */
+/* `first`: the input of the planes; the scales are the next input. weight_init checks constant weights once. */
 OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first, Weight *weight);
 OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
                        Stored *stored);
@@ -78,12 +78,12 @@ typedef struct Routing {
   const void *w1;
   int64_t k, hidden;
   int32_t depths; /* E */
-  int32_t fixed;  /* every token's depth when the budget is at an end of the table, else 0 */
+  int32_t fixed;  /* the depth of all tokens if the budget is at an end of the table, else 0 */
   double threshold;
 } Routing;
 
-/* Reads and checks the inputs from `first` (avg_bits) on and from `hidden` (w1, may be left out) on.
- * shape, what: of the rows that are routed, and their name in messages. */
+/* Read and check the inputs from `first` (avg_bits) on, and from `hidden` (w1, may be absent) on.
+ * shape, what: shape of the rows that are routed, and their name in messages. */
 OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden, const char *what,
                         const Shape *shape, Routing *by);
 OrtStatus *route(const OrtKernelContext *context, const Routing *by, const float *x, int64_t rows, int32_t *depth);
@@ -94,22 +94,22 @@ OrtStatus *route(const OrtKernelContext *context, const Routing *by, const float
 OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *weight, const Stored *stored,
                     const float *x, int64_t rows, const int32_t *depth, float *y);
 
-/* ---- work sharing (work.c) ---- */
+/* ---- division of work (work.c) ---- */
 
-/* Pieces to cut a job of `units` units and `cost` bytes of work into: 1 when a launch would not pay. */
+/* The number of pieces for a job of `units` units and `cost` bytes of work. 1: too little work for a launch. */
 size_t pieces_of(int64_t units, int64_t cost);
 OrtStatus *parallel(const OrtKernelContext *context, size_t pieces, void (*run)(void *, size_t), void *data);
 static inline int64_t piece_start(int64_t units, size_t pieces, size_t index) {
   return units * (int64_t)index / (int64_t)pieces;
 }
 
-/* How many threads the session has, if one of several is in use; else 0. */
+/* How many threads the session has, if only one of several is in use; else 0. */
 size_t threads_if_alone(void);
-/* Put the session's other threads to sleep, and let them go again (idle.c). */
+/* Put the other threads of the session to sleep; end their sleep (idle.c). */
 void hold_others(const OrtKernelContext *context);
 void mbq_wake_threads(void);
 
-/* A buffer of the calling thread, good until its next call; NULL if `bytes` is more than it has. */
+/* Memory of the calling thread, valid until its next call. NULL if `bytes` exceeds it. */
 void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
@@ -117,7 +117,7 @@ void *thread_scratch(size_t bytes);
 extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op,
     mbq_gated_gelu_op;
 
-/* Fields every op fills in the same way. */
+/* Fields that are the same for every op. */
 const char *any_provider(const OrtCustomOp *op);
 int required(const OrtCustomOp *op, size_t index);
 int default_memory(const OrtCustomOp *op, size_t index);
@@ -127,7 +127,7 @@ int one(const OrtCustomOp *op);
 int highest_version(const OrtCustomOp *op);
 void free_kernel(void *kernel);
 enum { DROPPED = -1, HALF = -2 };
-/* An output has the shape of an input, its last dimension replaced (>= 0), appended (append), DROPPED or HALF as long. */
+/* Set the shape of an output: that of an input with its last dimension replaced (>= 0), appended, DROPPED or halved. */
 OrtStatus *infer_shape(const OrtInferContext *context, size_t in, size_t out, int type, int64_t last, bool append);
 OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value);
 

@@ -1,7 +1,7 @@
 /* The part of ONNX Runtime's C interface that a custom-op library needs, at API version 17.
  *
- * The interface is a table of functions whose positions never change, so only the slots used here are
- * named; ORT_FN(index, type) reads one.  Every runtime since 1.17 serves version 17.
+ * The interface is a table of functions whose positions never change. Only the functions used here have a name.
+ * ORT_FN(index, type) reads one. ONNX Runtime provides version 17 since 1.17.
  */
 #ifndef MBQ_ORT_ABI_H
 #define MBQ_ORT_ABI_H
@@ -18,11 +18,11 @@ typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct OrtShapeInfo OrtShapeInfo; /* OrtTensorTypeAndShapeInfo */
 typedef struct OrtKernelInfo OrtKernelInfo;
 typedef struct OrtKernelContext OrtKernelContext;
-typedef struct OrtInferContext OrtInferContext; /* OrtInferContext */
+typedef struct OrtInferContext OrtInferContext;
 typedef struct OrtOpAttr OrtOpAttr;
 typedef struct OrtCustomOp OrtCustomOp;
 
-typedef void *const OrtApi; /* the table, seen as an array of pointers */
+typedef void *const OrtApi; /* the table, as an array of pointers */
 
 typedef struct OrtApiBase {
   OrtApi *(*GetApi)(uint32_t version);

@@ -1,4 +1,4 @@
-/* The sliced product itself: activations to bytes, then kernels over pieces of the matrix. */
+/* The sliced product: it rounds the activations to bytes, then runs kernels on pieces of the matrix. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,8 +10,8 @@ static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
 static const Kernel gemm[] = {MBQ_EACH_DEPTH(GEMM)};
 static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
 
-/* One call, shared by its pieces; a piece is a range of row blocks.  Tokens of one depth stand side by side in q, step and
- * total: a token's place there is not its row. */
+/* One call. Its pieces share it; a piece is a range of row blocks. Tokens of one depth are neighbours in q, step and
+ * total, so the place of a token there is not its row. */
 typedef struct Job {
   const Weight *weight;
   const uint8_t *planes;
@@ -28,7 +28,7 @@ typedef struct Job {
   size_t quantize_pieces;
   const int32_t *tokens; /* the row of each place */
   int64_t count[MBQ_DEPTHS];
-  float *tail; /* [rows, 16]: the last block when N is no multiple of 16 */
+  float *tail; /* [rows, 16]: the last block if N is not a multiple of 16 */
 } Job;
 
 static void gemv_blocks(const Job *job, Kernel kernel, int64_t place, int64_t begin, int64_t end, float *y) {
@@ -95,7 +95,7 @@ static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) 
   const Weight *w = job->weight;
   job->kernel = gemv[depth - 1];
   quantize_row(job, 0, 0);
-  /* Per group and row: the planes' bits and four bytes of scales. */
+  /* Per group and row: the bits of the planes and four bytes of scales. */
   const int64_t bytes = w->blocks * w->groups * MBQ_ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
   job->pieces = pieces_of(w->blocks, bytes);
   return parallel(context, job->pieces, gemv_piece, job);
@@ -110,7 +110,7 @@ static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t
   job->tokens = tokens;
   job->quantize_pieces = pieces_of(job->rows, job->rows * w->k);
   TRY(parallel(context, job->quantize_pieces, quantize_piece, job));
-  /* The kernel takes row blocks in pairs. */
+  /* The kernel handles row blocks in pairs. */
   job->pieces = pieces_of((w->blocks + 1) / 2, w->blocks * MBQ_ROW_BLOCK * w->k * (job->rows / 2 + 1));
   return parallel(context, job->pieces, gemm_piece, job);
 }
@@ -124,7 +124,7 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
       return fail(node, "depth[%lld] is %d, slices %s allow 1 to %d", (long long)m, depth[m], MBQ_SLICES_TEXT,
                   MBQ_DEPTHS);
   Job job = {.weight = w, .planes = stored->planes, .scales = stored->scales, .x = x, .y = y, .rows = rows};
-  /* One allocation, laid out by falling alignment: step, total, tail, tokens, q. */
+  /* One allocation. The parts are in the order of their alignment, the largest first: step, total, tail, tokens, q. */
   const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
   const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);
   const size_t bytes = groups * 8 + extra * (MBQ_ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;

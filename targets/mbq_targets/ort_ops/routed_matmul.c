@@ -2,8 +2,8 @@
  *              norm_gain f32 [E-1], planes u8, scales f16 [, w1 f16 [H, R], b1 f32 [H], w2 f32 [E-1, H]])
  *     -> y f32 [..., M', N], depth i32 [..., M].
  *
- * Router and SlicedMatMul in one: a node less for every matrix of a decoded token.  M' is M, or less where only the
- * last rows are wanted; all M are routed. */
+ * Routes each token and multiplies its row at that depth. M' is M, or less if only the last rows are wanted. All M tokens
+ * are routed. */
 
 #include "ops.h"
 

@@ -1,6 +1,6 @@
-/* Every token's depth: the rule, its parameters and their checks.
+/* The depth of each token: the rule, its parameters and their checks.
  *
- * The long sums are a kernel's; the few scalars per token are done here in double precision. */
+ * A kernel computes the long sums. This file computes the few scalars of a token in double precision. */
 #include <math.h>
 
 #include "ops.h"
@@ -13,7 +13,7 @@ typedef struct Job {
   size_t pieces;
 } Job;
 
-/* In four chains: the latency of one alone is a third of a router's time. */
+/* Four sums take turns, which hides the latency of an addition. */
 static double row_sum(const float *row) {
   double sum[4] = {0};
   for (int i = 0; i < MBQ_LANES; ++i) sum[i % 4] += row[i];
@@ -54,7 +54,7 @@ OrtStatus *route(const OrtKernelContext *context, const Routing *routing, const 
   return parallel(context, job.pieces, piece, &job);
 }
 
-/* The threshold for a budget between the table's ends, linear between entries. */
+/* The threshold for a budget inside the table, linear between entries. */
 static double threshold_at(double bits, const float *budgets, const float *thresholds, int64_t count) {
   int64_t low = 0, high = count - 1;
   while (high - low > 1) {

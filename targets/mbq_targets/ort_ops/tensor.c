@@ -30,7 +30,7 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
   node->op = op;
   size_t size = sizeof node->name;
   OrtStatus *status = OrtGetNodeName(info, node->name, &size);
-  if (status != NULL) { /* longer than the buffer: the message does without */
+  if (status != NULL) { /* the name is longer than the buffer */
     OrtReleaseStatus(status);
     strcpy(node->name, "?");
   }
@@ -39,7 +39,7 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
     int constant = 0;
     const OrtValue *value = NULL;
     status = OrtGetConstantInput(info, i, &constant, &value);
-    if (status != NULL) { /* an optional input left out */
+    if (status != NULL) { /* an absent optional input */
       OrtReleaseStatus(status);
       continue;
     }
@@ -85,7 +85,7 @@ OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
 }
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor) {
-  if (index >= node->inputs) { /* an optional input at the end */
+  if (index >= node->inputs) { /* an absent optional input at the end */
     *tensor = (Tensor){0};
     return NULL;
   }
@@ -139,7 +139,7 @@ OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first
   TRY(check_format(node, info));
   TRY(attribute(node, info, "N", &weight->n));
   TRY(attribute(node, info, "K", &weight->k));
-  /* The limits keep every byte offset far inside 64 bits. */
+  /* With these limits every byte offset fits 64 bits. */
   if (weight->n < 1 || weight->n > INT32_MAX || weight->k < MBQ_GROUP || weight->k > INT32_MAX ||
       weight->k % MBQ_GROUP != 0)
     return fail(node, "N=%lld, K=%lld: N must be at least 1 and K a multiple of the group size %d",
@@ -155,7 +155,7 @@ OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t
   Tensor planes, scales;
   TRY(input(node, context, first, &planes));
   TRY(input(node, context, first + 1, &scales));
-  /* Constant weights were checked when the session was made. */
+  /* weight_init has checked constant weights. */
   if (!node->known[first] || !node->known[first + 1]) TRY(check_weight(node, weight, &planes.shape, &scales.shape));
   *stored = (Stored){planes.data, scales.data};
   return NULL;

@@ -1,18 +1,18 @@
-/* Sharing work over the session's own threads, and per-thread memory. */
+/* Divides work among the session's threads, and provides memory for each thread. */
 #include <stdatomic.h>
 #include <unistd.h>
 
 #include "ops.h"
 
 enum {
-  PIECE_BYTES = 24 << 10, /* below about a microsecond of work a launch does not pay */
-  SCRATCH_BYTES = 64 << 10 /* one token's activations up to K = 32768, whatever the group size */
+  PIECE_BYTES = 24 << 10, /* about a microsecond of work; a launch costs more than a smaller piece */
+  SCRATCH_BYTES = 64 << 10 /* activations of one token up to K = 32768, for any group size */
 };
 
-static atomic_int in_use, most_in_use; /* threads; 0: nobody has told */
+static atomic_int in_use, most_in_use; /* threads; 0: not set */
 
-/* Share work out over this many of the session's threads from now on.  The highest number told so far is taken for
- * all that the session has. */
+/* Divide work among this many of the session's threads from now on. The largest number so far counts as all threads that
+ * the session has. */
 EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : threads;
   if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
@@ -27,9 +27,9 @@ size_t threads_if_alone(void) {
 
 static int64_t most_pieces(void) {
   const int threads = atomic_load_explicit(&in_use, memory_order_relaxed);
-  /* No more pieces than threads keeps the session's others out of it. */
+  /* With no more pieces than threads, the session's other threads get none. */
   if (threads > 0 && threads < atomic_load_explicit(&most_in_use, memory_order_relaxed)) return threads;
-  static int64_t processors; /* racing first calls store the same value */
+  static int64_t processors; /* simultaneous first calls store the same value */
   if (threads == 0 && processors == 0) {
     const long found = sysconf(_SC_NPROCESSORS_ONLN);
     processors = found < 1 ? 1 : found > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : found;

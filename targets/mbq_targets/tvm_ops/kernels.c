@@ -1,5 +1,5 @@
-/* The kernels as plain C functions, for the drivers: TVM's code generator declares a packed function anew wherever it
- * is called, each time under another name, so that only one call of each would find it. */
+/* The kernels as plain C functions, for the operations of this folder. TVM's code generator declares a packed function
+ * under a new name at each call, so the linker would find only one of the calls. */
 #include "kernels.h"
 
 typedef const void *P;

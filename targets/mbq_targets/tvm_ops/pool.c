@@ -1,8 +1,8 @@
-/* The threads a decoder's parallel loops run on.
+/* The threads that run the parallel loops of a decoder.
  *
- * TVM's own pool gives every thread a fixed share and waits for all of them: where another program keeps a core, each
- * of a token's hundred loops waits for a thread that does not run.  Here pieces are taken one by one by whoever runs,
- * the calling thread among them, and nobody waits for a thread that has taken none. */
+ * TVM's own pool gives each thread a fixed share and waits for all threads. If another program occupies a core, each of
+ * the hundred loops of a token waits for a thread that does not run. In this pool each running thread, also the caller,
+ * takes pieces one by one, and no thread waits for one that has taken none. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -14,7 +14,7 @@
 
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
-enum { SPINS = 3000 }; /* about a tenth of a millisecond: longer than what lies between two loops */
+enum { SPINS = 3000 }; /* about a tenth of a millisecond: longer than the time between two loops */
 #else
 #define PAUSE() __asm__ volatile("yield")
 enum { SPINS = 30000 };
@@ -26,7 +26,7 @@ typedef struct Environment {
 } Environment;
 typedef int (*Body)(int task, Environment *environment, void *data);
 
-/* Which loop, how many pieces it has, and how many are taken: one word, so that taking one is one exchange. */
+/* The loop, how many pieces it has, and how many are taken. One word, so that a thread takes a piece by one exchange. */
 typedef uint64_t Ticket;
 #define TICKET(loop, count, next) ((Ticket)(uint32_t)(loop) << 32 | (Ticket)(count) << 16 | (Ticket)(next))
 #define COUNT(ticket) ((int)((ticket) >> 16 & 0xffff))
@@ -35,7 +35,7 @@ typedef uint64_t Ticket;
 static struct {
   _Atomic Ticket ticket;
   atomic_int done, failed, sleepers, threads;
-  Body body; /* with data: of the ticket's loop, and unchanged until all its pieces are done */
+  Body body; /* body and data belong to the ticket's loop. They change only when all its pieces are done. */
   void *data;
   uint32_t loop;
   int started;
@@ -44,9 +44,9 @@ static struct {
 } pool = {.threads = 1, .busy = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
 
-extern void *__TVMBackendParallelLaunch; /* what compiled loops call through; the loader sets it to TVM's */
+extern void *__TVMBackendParallelLaunch; /* compiled loops call this; the loader sets it to TVM's function */
 
-/* Take a piece and run it; false when there is none. */
+/* Take a piece and run it. false: no piece is left. */
 static bool run_one(void) {
   Ticket ticket = atomic_load(&pool.ticket);
   do
@@ -85,7 +85,7 @@ static void *work(void *index) {
 static int launch(Body body, void *data, int tasks) {
   (void)tasks;
   const int threads = atomic_load(&pool.threads), count = threads * MBQ_PIECES_PER_THREAD;
-  if (threads == 1 || pthread_mutex_trylock(&pool.busy) != 0) { /* busy: another engine's loop; this one goes alone */
+  if (threads == 1 || pthread_mutex_trylock(&pool.busy) != 0) { /* another engine's loop runs: run this one without threads */
     Environment environment = {NULL, 1};
     return body(0, &environment, data);
   }
@@ -105,8 +105,8 @@ static int launch(Body body, void *data, int tasks) {
   return failed ? -1 : 0;
 }
 
-/* Run loops on this many threads, the caller's among them: loops that start from now on.  First called once the
- * library is loaded, by one thread; later by any, with no higher number. */
+/* Run the loops that start from now on with this many threads, the caller included. The first call is by one thread, after
+ * the library is loaded. Later calls are by any thread, with no larger number. */
 EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : threads;
   for (; pool.started < threads - 1; ++pool.started) {
