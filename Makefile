@@ -1,13 +1,22 @@
-# Two commands do everything: `make demo` and `make test`.
+# `make demo` shows the product; `make test-quick` (2 minutes) and `make test` (20 minutes) test it, on two cores.
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLES ?= bundles
+WHEELS ?= $(HOME)/.cache/mbq-export-tests/wheels
 PROMPT ?= Tell me about the sea.
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-real test-rest system-packages lint clean
+# What the quick tier leaves out: exports of the real model, emulated boards, and whatever compiles much.
+QUICK := not slow and not heavy
+# Two runs of pytest share the two cores, so each multiplies on one.
+FIRST := tests/sensing tests/runtime
+SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
+
+.PHONY: demo test test-quick test-quick-first test-quick-second test-real test-rest coverage bench dist \
+    system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 	$(BIN)/mbq run $(BUNDLES)/smollm2-135m-host "$(PROMPT)" --max-tokens 48
@@ -16,27 +25,54 @@ demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 	$(BIN)/mbq-export --target arm64 --target host --output $(BUNDLES) --force
 
-# Two at a time, of which each multiplies on one core: most of what tests do is on one anyway.
-test: $(VENV)/.dev system-packages
+# Each tier first installs what it needs, which is not part of its time.
+test-quick: $(VENV)/.dev
+	$(MAKE) --jobs=2 --output-sync=line test-quick-first test-quick-second
+
+test: $(VENV)/.dev $(VENV)/.rivals system-packages
 	$(MAKE) --jobs=2 --output-sync=line test-real test-rest lint
 
-test-real test-rest: export OMP_NUM_THREADS := 1
+test-quick-first test-quick-second test-real test-rest: export OMP_NUM_THREADS := 1
 
-# The real model, here and on emulated boards; its exports take longest.
+test-quick-first: $(VENV)/.dev
+	$(PYTEST) -m "$(QUICK)" $(FIRST)
+
+test-quick-second: $(VENV)/.dev
+	$(PYTEST) -m "$(QUICK)" $(SECOND)
+
+# The real model, here and on emulated boards.  Its exports take longest; finished ones are kept for the next run.
 test-real: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/arm64 tests/e2e
+	$(PYTEST) tests/arm64 tests/e2e
 
 test-rest: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore=tests/arm64 --ignore=tests/e2e
+	$(PYTEST) --ignore=tests/arm64 --ignore=tests/e2e
+
+# Shares of lines that each package's tests run, those in subprocesses too.
+coverage: $(VENV)/.dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(COVERAGE_TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# Speed: all benchmarks print the machine and time all sides in one run.  docs/results.md has the commands of the rest.
+bench: $(VENV)/.dev $(BUNDLES)/smollm2-135m-arm64/manifest.json
+	$(BIN)/mbq bench $(BUNDLES)/smollm2-135m-host
+	$(BIN)/python tests/benchmarks/decode_by_bits.py $(BUNDLES)/smollm2-135m-host
+
+# A wheel and a source distribution, each installed into a bare environment and tried.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/tools/smoke_dist.py dist
 
 system-packages:
 	@# The monitor page is tested in a real browser, where there is one or it can be had.
 	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
-	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped"
+	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped, or fail where CI is set"
 	@# Kernels for GPUs are tested on drivers that run on the processor.
 	@dpkg -s pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1 > /dev/null 2>&1 || { apt-get update && \
 	    apt-get install --yes --no-install-recommends pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1; } \
-	    > /dev/null 2>&1 || echo "no PoCL or lavapipe: the tests of GPU kernels are skipped"
+	    > /dev/null 2>&1 || echo "no PoCL or lavapipe: the tests of GPU kernels are skipped, or fail where CI is set"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,5 +93,13 @@ $(VENV)/.dev: $(VENV)/.export
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+# Libraries that `mbq-export compare` measures beside a bundle.  That of llama.cpp is compiled, which takes 10 minutes,
+# and its wheel is kept; nothing of it depends on the processor.
+$(VENV)/.rivals: $(VENV)/.dev
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps \
+	    --wheel-dir $(WHEELS) --find-links $(WHEELS) -c constraints.txt llama-cpp-python
+	$(PIP) --find-links $(WHEELS) llama-cpp-python lm-eval auto-round
+	touch $@
+
 clean:
-	rm -rf build *.egg-info $(BUNDLES)
+	rm -rf build dist *.egg-info $(BUNDLES)

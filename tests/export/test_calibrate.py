@@ -17,6 +17,8 @@ from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.manifest import QualityPoint
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.slow
 def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:

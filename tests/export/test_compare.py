@@ -14,11 +14,13 @@ from click.testing import CliRunner
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.compare import last_word, llama_cpp_files, report, rivals, weights
+from mbq_export.compare import last_word, report, rivals, weights
 from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
 from mbq_export.model.checkpoint import Checkpoint, load, locate
 from mbq_runtime.engine import Window
-from mbq_runtime.errors import ModelError, UsageError
+from mbq_runtime.errors import UsageError
+
+pytestmark = pytest.mark.heavy
 
 WINDOWS = [[0, 1, 2], [2, 0, 1]]
 SENTENCE = "The boats leave the harbour when the tide turns and the wind allows it. "
@@ -166,13 +168,6 @@ def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
     )
     assert len(rows["fp32"]["scores"]["nll"]) == 3
     assert (tmp_path / "out" / "table.md").read_text() == done.stdout
-
-
-def test_what_llama_cpp_refuses(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF, but not really")
-    with pytest.raises(ModelError, match=r"llama.cpp could not write Q4_0: .*; leave it out with --methods"):
-        llama_cpp_files.quantise(tmp_path / "broken.gguf", "Q4_0", tmp_path / "out.gguf")
 
 
 def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from tiny_models import write_checkpoint
 
 from mbq_export import devices
 
+pytestmark = pytest.mark.heavy
+
 HERE = Path(__file__).parent
 
 MISUSES = """

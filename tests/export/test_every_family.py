@@ -14,6 +14,8 @@ from mbq_export.model.checkpoint import load, locate
 from mbq_runtime import Engine
 from mbq_runtime.engine import Session
 
+pytestmark = pytest.mark.heavy
+
 EXPORTS = [
     *((name, "portable") for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3")),
     ("gemma3_text", "host"),

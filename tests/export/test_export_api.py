@@ -19,6 +19,8 @@ from mbq_export.routing.kinds import ROUTERS
 from mbq_runtime.bundle import manifest
 from mbq_runtime.errors import UsageError
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

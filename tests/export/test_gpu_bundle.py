@@ -24,6 +24,8 @@ from mbq_runtime.engine import opencl
 from mbq_runtime.engine.gpu import DeviceBackend, Limits, thresholds
 from mbq_targets.gpu.matmul import scale_words
 
+pytestmark = pytest.mark.heavy
+
 TARGETS = {"opencl": "android-adreno", "webgpu": "webgpu"}
 PROMPT = np.random.default_rng(5).integers(0, 256, 64).tolist()  # two chunks
 CONTEXT = 128

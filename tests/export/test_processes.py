@@ -15,6 +15,8 @@ from mbq_export import methods
 from mbq_export.model.blocks import fast_dtype
 from mbq_runtime.bundle import manifest
 
+pytestmark = pytest.mark.heavy
+
 WORK = Path(__file__).with_name("shared_work.py")
 
 

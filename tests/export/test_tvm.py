@@ -20,6 +20,8 @@ from mbq_runtime.bundle.check import check_contents
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
 
+pytestmark = pytest.mark.heavy
+
 # In this order: grouped heads and a tied head; biases, and K that 128 does not divide; norms over heads;
 # windows, two rotations and post norms; a table of rotations of its own.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3-longrope")

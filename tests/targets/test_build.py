@@ -19,6 +19,8 @@ from mbq_targets.build import build_ops_library
 from mbq_targets.machines import TARGETS
 from mbq_targets.spec import KernelSpec
 
+pytestmark = pytest.mark.heavy
+
 PROFILE = SliceProfile((3, 1, 2, 2))
 MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
 # The C library's own files: its threads are in one of their own before glibc 2.34, which targets are linked for.

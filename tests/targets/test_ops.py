@@ -17,6 +17,8 @@ from mbq_export.format.ops import round_activations
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
+pytestmark = pytest.mark.heavy
+
 # What the kernels are compiled for matters to each instruction set; all group sizes to the machine's best.
 FEW = [
     ("2,2,2,2", 64, 16),

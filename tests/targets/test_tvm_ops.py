@@ -23,6 +23,8 @@ from mbq_targets.tvm_ops.attention import Attention
 from mbq_targets.tvm_ops.linear import FIELDS
 from mbq_targets.tvm_ops.module import Shape, build_module
 
+pytestmark = pytest.mark.heavy
+
 PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
 SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
