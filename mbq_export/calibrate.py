@@ -33,7 +33,7 @@ from . import processes, quality
 from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
 from .context import Calibration
 from .format.codes import Sliced
-from .methods import PROVISIONAL_WINDOWS, TUNE_ROUTED, tunings
+from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tunings
 from .model.blocks import fast_dtype
 from .model.checkpoint import Checkpoint
 from .model.router_inputs import Routing
@@ -163,7 +163,7 @@ def _slice_with_feedback(
         routing: Routing | None = None
         if phase == TUNE_ROUTED:
             slices = slice_residuals(calibration, hessian_windows, importance, slices)
-            count = max(PROVISIONAL_WINDOWS, processes.count())
+            count = max(TUNING_ROUTER_WINDOWS, processes.count())
             routers = select.routers_for_tuning(calibration, slices, _spread(hessian_windows, count))
             routing = partial(select.depths_at, routers)
         slices = tune(

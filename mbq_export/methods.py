@@ -14,7 +14,7 @@ _FITTED_PER_HELD_BACK = 4
 _MOST_HELD_BACK_WINDOWS = 24
 """Each costs a pass at every budget when routers are compared."""
 
-PROVISIONAL_WINDOWS = 8
+TUNING_ROUTER_WINDOWS = 8
 """Windows that the routers for tuning are fitted to."""
 
 MLP_HIDDEN = 1

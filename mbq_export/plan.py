@@ -10,7 +10,15 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from . import memory
 from .format.nbits import packed_bits
-from .methods import CONTEXT_TOKENS, MLP_HIDDEN, PROVISIONAL_WINDOWS, TUNE_ROUTED, TUNE_SCALES, Phase, held_back_windows
+from .methods import (
+    CONTEXT_TOKENS,
+    MLP_HIDDEN,
+    TUNE_ROUTED,
+    TUNE_SCALES,
+    TUNING_ROUTER_WINDOWS,
+    Phase,
+    held_back_windows,
+)
 from .model.families import Decoder
 
 SCALE_BYTES = 4
@@ -147,9 +155,9 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
     windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
     measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
-    inputs, provisional = (
+    inputs, for_tuning = (
         min(memory.router_input_bytes(d, of), memory.ROUTER_INPUT_BYTES)
-        for of in (measured, PROVISIONAL_WINDOWS * tokens)
+        for of in (measured, TUNING_ROUTER_WINDOWS * tokens)
     )
     measuring = after + kept + seen + 4 * head + 4 * (depths + 4) * logits
     return {
@@ -161,7 +169,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
         "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
-        "fitting routers for tuning": measuring + teacher + provisional if TUNE_ROUTED in plan.tunings else 0,
+        "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..methods import MLP_HIDDEN as HIDDEN
+from ..methods import MLP_HIDDEN
 from . import norm
 from .slice_gains import UnitStatistics
 
@@ -59,9 +59,9 @@ def train(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32,
 
     generator = torch.Generator().manual_seed(seed)
     tokens, k = x.shape
-    w1 = (torch.randn(HIDDEN, k, generator=generator) / k**0.5).requires_grad_()
-    b1 = torch.zeros(HIDDEN, requires_grad=True)
-    w2 = torch.zeros(target.shape[1], HIDDEN, requires_grad=True)
+    w1 = (torch.randn(MLP_HIDDEN, k, generator=generator) / k**0.5).requires_grad_()
+    b1 = torch.zeros(MLP_HIDDEN, requires_grad=True)
+    w2 = torch.zeros(target.shape[1], MLP_HIDDEN, requires_grad=True)
     offset = target.mean(0).clone().requires_grad_()
     optimizer = torch.optim.AdamW([w1, b1, w2, offset], lr=_LEARNING_RATE, weight_decay=1e-2)
     for _ in range(_STEPS):
