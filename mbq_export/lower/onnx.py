@@ -10,12 +10,11 @@ a text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
@@ -29,11 +28,10 @@ from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .onnx_functions import GATES, portable_functions
+from .onnx_graph import Array, Graph
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
 
 MS = "com.microsoft"
-
-Array = NDArray[np.generic]
 
 SCORED = "scored"
 """Input that asks for logits of that many of the last tokens."""
@@ -102,68 +100,6 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, acti
         graph, opset_imports=opsets, functions=functions, ir_version=10, producer_name="mbq-export"
     )
     return Lowered(model, builder.graph.tensors)
-
-
-@dataclass
-class Graph:
-    """A graph that is being written.
-
-    nodes: in the order in which they run; tensors: constants by name.
-    """
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    tensors: dict[str, Array] = field(default_factory=dict)
-
-    def tensor(self, name: str, value: Array) -> str:
-        """Add a constant, or replace the one of this name by the same value.
-
-        Args:
-            name: of the tensor.
-            value: any shape and dtype.
-
-        Returns:
-            The name.
-        """
-        self.tensors[name] = np.ascontiguousarray(value)
-        return name
-
-    def numbers(self, name: str, *values: int) -> str:
-        """Add a constant vector.
-
-        Args:
-            name: of the tensor.
-            *values: become int64 [len(values)].
-
-        Returns:
-            The name.
-        """
-        return self.tensor(name, np.array(values, np.int64))
-
-    def node(
-        self,
-        op: str,
-        inputs: list[str],
-        name: str,
-        domain: str = "",
-        outputs: list[str] | None = None,
-        **attributes: Any,
-    ) -> str:
-        """Add a node.
-
-        Args:
-            op: type of the node.
-            inputs: names; "" for an input that is left out.
-            name: of the node.
-            domain: of the op.
-            outputs: names; the node's own name by default.
-            **attributes: of the node.
-
-        Returns:
-            The name of the first output.
-        """
-        outputs = outputs or [name]
-        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
 
 
 class OnnxBuilder(Builder[str]):
