@@ -11,13 +11,13 @@ from mbq_runtime import Engine
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A runnable bundle; not to be changed."""
+    """A runnable bundle.  A test must not change it."""
     return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture
 def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
-    """The same, to be broken."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 

@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
 
 
 class Paced:
-    """An engine whose passes take a known time, and which keeps a record of what it was asked."""
+    """An engine whose passes take a known time, and that records its calls."""
 
     def __init__(self, *seconds_per_token: float) -> None:
         self.manifest = SimpleNamespace(

@@ -28,7 +28,7 @@ def arrays() -> dict[str, NDArray[np.generic]]:
 
 
 def save(folder: Path, tensors: dict[str, NDArray[np.generic]]) -> manifest.Manifest:
-    """A graph of initialisers alone, the big ones in a file of their own, and its manifest."""
+    """Write a graph that has only initialisers, with the big ones in another file, and its manifest."""
     protos = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
     graph = helper.make_graph([], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])], protos)
     model = helper.make_model(graph)

@@ -168,7 +168,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
 
 
 def foreign(folder: Path) -> None:
-    """Make a bundle one for a machine nobody has."""
+    """Change a bundle's target to a machine that does not exist."""
     write_manifest(folder, replace(facts(), target=manifest.TargetFacts("t", "onnx", "aarch64", "c", ("nonesuch",))))
 
 

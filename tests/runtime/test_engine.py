@@ -113,7 +113,7 @@ def test_budget_set_from_another_thread_holds_from_the_next_token(engine: Engine
 
 
 def test_free_running_thread_changes_the_budget_of_a_running_reply(engine: Engine) -> None:
-    """No hand-shake: a controller at its own pace gets its budget in before the reply ends."""
+    """Without a hand-shake, a new budget of another thread takes effect before the reply ends."""
     done = threading.Event()
     seen = threading.Event()
 
@@ -276,7 +276,7 @@ def test_load_with_bad_arguments(bundle: Path) -> None:
 
 
 def _limit_to(root: Path, quota_us: int) -> None:
-    """A tree with a control group of version 2 around this process."""
+    """Write the files of a control group (version 2) that holds this process."""
     for path, text in {
         "proc/self/cgroup": "0::/box\n",
         "proc/self/mountinfo": "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
@@ -311,7 +311,7 @@ def test_a_thread_for_each_big_core(
 
 
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to itself onnxruntime-genai would use fewer."""
+    """Without a number, onnxruntime-genai would use fewer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 9})
     for cpu, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
@@ -352,7 +352,7 @@ def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
     ],
 )
 def test_engine_configuration_must_fit_the_manifest(bundle_copy: Path, field: str, value: object, message: str) -> None:
-    """Above all, it may not name code the manifest does not vouch for."""
+    """The configuration must not name a library that the manifest does not list."""
     file = bundle_copy / "genai_config.json"
     config = json.loads(file.read_text())
     *parents, last = field.split(".")

@@ -14,7 +14,7 @@ from mbq_runtime.bundle import manifest
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files with the right names and any contents, and their manifest."""
+    """Write files with the right names and any content, and their manifest."""
     path = tmp_path / "bundle"
     (path / "lib").mkdir(parents=True)
     for name in ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "lib/libmbq_ops.so"):
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, where: str, value: Any) -> None:
-    """Set one field of manifest.json, ``...`` removes it; ``where`` is a dotted path."""
+    """Set a field of manifest.json.  where: dotted path; value: ``...`` removes the field."""
     path = folder / "manifest.json"
     document = json.loads(path.read_text())
     *parents, last = [int(part) if part.isdigit() else part for part in where.split(".")]

@@ -73,7 +73,7 @@ def test_held_bits_are_the_budget_on_average() -> None:
     assert asked == pytest.approx([4.0, *[4.2] * 7])
     assert row.bits == 4.0
     assert row.avg_bits_used == pytest.approx(4.0 - 0.2 / 8)
-    # A short window tells less, and what the bundle does not take is never asked for.
+    # A short window corrects less.  A budget outside the bundle's range is never asked for.
     asked.clear()
     measure([[0] * 20] * 2, 4.0, held(score, 4.0, budget))
     assert asked == pytest.approx([4.0, 4.02])

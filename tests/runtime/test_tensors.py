@@ -1,4 +1,4 @@
-"""The file a compiled decoder reads its parameters from, by place."""
+"""The file from which a compiled decoder reads its parameters, by position."""
 
 from __future__ import annotations
 

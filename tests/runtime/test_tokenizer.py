@@ -1,4 +1,4 @@
-"""The engine reads the tokenizer files transformers writes, and reads them as transformers does."""
+"""The engine gives the same tokens as transformers for tokenizer files that transformers wrote."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def smollm2() -> Any:
 
 
 def gemma() -> Any:
-    """Gemma's kind of tokenizer, words with their space in front and bytes where there is no word, on a small scale."""
+    """A small tokenizer of Gemma's kind: words with the space before them, and bytes where there is no word."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trained.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
@@ -71,7 +71,7 @@ def original(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The tiny model with this tokenizer, its files as they were saved."""
+    """The tiny bundle with this tokenizer's files."""
     folder = write_bundle(tmp_path_factory.mktemp("tokenizer") / "bundle")
     original.save_pretrained(folder)
     write_manifest(folder)
