@@ -38,9 +38,9 @@ def _apply(block: Block, repository: Path) -> int:
     path = repository / heading.strip("# ").partition(",")[0]
     before = "\n".join(line[1:] for line in lines if line[:1] != "+")
     after = "\n".join(line[1:] for line in lines if line[:1] != "-")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    assert text.count(before) == 1 or not text, f"{block.page}:{block.line}: {path.name} has no such lines, or two"
-    path.write_text(text.replace(before, after) if text else after + "\n", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{block.page}:{block.line}: {path.name} has no such lines, or has them twice"
+    path.write_text(text.replace(before, after), encoding="utf-8")
     return sum(line[:1] in ("+", "-") for line in lines)
 
 
