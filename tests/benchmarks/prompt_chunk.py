@@ -51,7 +51,7 @@ def export(folder: Path, vocab: int) -> Path:
         folder: where the checkpoint and the bundle are written.
         vocab: size of the vocabulary.
     """
-    from tiny_models import write_checkpoint
+    from tiny_models import write_checkpoint  # type: ignore[import-not-found]
 
     checkpoint = write_checkpoint(folder / "model", "llama", vocab_size=vocab, **SHAPE)
     text = folder / "text.txt"
@@ -96,8 +96,8 @@ def measure(bundle: Path, chunks: list[int], options: argparse.Namespace) -> Non
                 seconds[chunk].append(taken)
     print(json.dumps(environment(Sensors().read)))
     print(f"{options.prompt} tokens, vocabulary {engine.manifest.model.vocab_size}, {engine.threads} threads")
-    for chunk, taken in seconds.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
+    for chunk, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
         print(f"chunk {chunk:4}  {middle:7.3f} s ({low:.3f} to {high:.3f})  {options.prompt / middle:8.1f} tokens/s")
 
 
