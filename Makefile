@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # What the quick tier leaves out: exports of the real model, emulated boards, and whatever compiles much.
 QUICK := not slow and not heavy
 # Two runs of pytest share the two cores, so each multiplies on one.
-FIRST := tests/sensing tests/runtime
+FIRST := tests/runtime
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
 
 .PHONY: demo test test-quick test-quick-first test-quick-second test-real test-rest coverage bench dist \
@@ -77,6 +77,7 @@ system-packages:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/tools/check_docs.py
 	$(BIN)/mypy
 	@# Benchmarks are no package and no test runs them: their types tell when what they call has changed.
 	cd tests/benchmarks && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml *.py
