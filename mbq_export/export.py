@@ -175,7 +175,7 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     from .context import Calibration
     from .data.windows import calibration_windows
     from .methods import CONTEXT_TOKENS, Recipe, held_back_windows
-    from .model.checkpoint import load
+    from .model.loading import load
 
     options, plan = prepared.options, prepared.plan
     loading = staged(progress, "loading the model")

@@ -16,8 +16,9 @@ from mbq_runtime.errors import UsageError
 from . import devices
 from .data.windows import TextSource, open_source
 from .methods import METHODS, tunings
-from .model.checkpoint import ModelSource, locate, read_config
 from .model.families import Decoder
+from .model.loading import check_tokens, read_config
+from .model.source import ModelSource, locate
 from .options import Options
 from .plan import Plan
 
@@ -62,6 +63,7 @@ def prepare(options: Options) -> Prepared:
     _check_numbers(options, calib_tokens)
     source = locate(options.model)
     decoder = read_config(source)
+    check_tokens(source, decoder)
     group_size = choose_group_size(decoder, options.group_size)
     phases = {phase for profile in options.profiles for phase in tunings(options.method, profile, options.tune_steps)}
     plans = {

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .model.checkpoint import load, locate
+from .model.loading import load
+from .model.source import locate
 
 
 def window_nll(

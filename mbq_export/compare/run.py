@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mbq_export.data import corpora, windows
-from mbq_export.model.checkpoint import Checkpoint, ModelSource, load, locate, read_config
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load, read_config
+from mbq_export.model.source import ModelSource, locate
 from mbq_export.progress import Report, staged
 from mbq_runtime.errors import UsageError
 from mbq_runtime.perplexity import cut_windows, read_text

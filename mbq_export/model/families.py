@@ -292,12 +292,13 @@ def _supported() -> str:
 _WITHOUT_LOWERING = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
-def describe(config: Any, where: str) -> Decoder:
+def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
     """The description of a model.
 
     Args:
         config: transformers' config of the model.
         where: the model's name, for errors.
+        tied: whether the loaded model's head is its embedding.  None: what the config says.
 
     Raises:
         ModelError: the family, or a feature of the model, has no lowering.
@@ -334,7 +335,7 @@ def describe(config: Any, where: str) -> Decoder:
         vocab_size=config.vocab_size,
         context_length=_context_length(config),
         norm_eps=config.rms_norm_eps,
-        tied=config.tie_word_embeddings,
+        tied=config.tie_word_embeddings if tied is None else tied,
         activation=ACTIVATIONS[activation],
         attention_scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
         layer_kinds=tuple(kinds),

@@ -15,6 +15,7 @@ from mbq_targets.spec import KernelSpec
 
 from ..calibrated import Calibrated, quality_floor
 from ..model.checkpoint import Checkpoint
+from ..model.stop_tokens import stop_token_ids
 from ..plan import depth_budgets
 from ..prepare import Prepared
 from ..progress import Report, no_report
@@ -68,12 +69,9 @@ def write_bundle(
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """Every token id that ends a reply, of the generation config, the tokenizer and the config."""
-    seen: list[int] = []
-    for owner in (checkpoint.model.generation_config, checkpoint.tokenizer, checkpoint.model.config):
-        ids = getattr(owner, "eos_token_id", None)
-        seen += [ids] if isinstance(ids, int) else (ids or [])
-    return [i for i in dict.fromkeys(seen) if i < checkpoint.decoder.vocab_size]
+    """Every token id that ends a reply, of the configs and of the chat template."""
+    owners = [checkpoint.model.generation_config, checkpoint.tokenizer, checkpoint.model.config]
+    return stop_token_ids(checkpoint.tokenizer, owners, checkpoint.decoder.vocab_size)
 
 
 def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, ...]) -> dict[str, Any]:

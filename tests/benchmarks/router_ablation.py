@@ -28,8 +28,10 @@ from mbq_export.format.codes import Sliced
 from mbq_export.format.planes import unpack_planes, unpack_scales
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import CONTEXT_TOKENS, METHODS, Recipe
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
 from mbq_export.model.sliced_linear import values_at
+from mbq_export.model.source import locate
 from mbq_export.progress import Progress
 from mbq_export.routing import kinds, select
 from mbq_export.routing.slice_gains import measure_gains

@@ -27,7 +27,8 @@ from mbq_export.calibrated import Calibrated, RoutedLinear
 from mbq_export.compare import llama_cpp_files
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import MLP_HIDDEN
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.options import Options
 from mbq_export.prepare import prepare
 from mbq_export.routing import thresholds

@@ -13,7 +13,8 @@ import pytest
 from mbq_export.data import corpora
 from mbq_export.data.windows import calibration_windows, open_source
 from mbq_export.methods import CONTEXT_TOKENS
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime import Engine
 from mbq_runtime.bundle import manifest
 from mbq_runtime.engine import Session

@@ -26,7 +26,8 @@ from mbq_export.context import Calibration
 from mbq_export.format.codes import decode
 from mbq_export.methods import METHODS, Recipe
 from mbq_export.model import blocks
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 aten = torch.ops.aten

@@ -16,8 +16,10 @@ from mbq_export import processes, quality
 from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced, decode
 from mbq_export.methods import METHODS, TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, Phase, Recipe
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
 from mbq_export.model.router_inputs import Routing
+from mbq_export.model.source import locate
 from mbq_export.routing import select
 from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.slicing import rtn

@@ -16,7 +16,9 @@ from tiny_models import write_checkpoint
 from mbq_export.cli import command
 from mbq_export.compare import last_word, report, rivals, weights
 from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime.engine import Window
 from mbq_runtime.errors import UsageError
 

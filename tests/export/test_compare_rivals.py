@@ -15,7 +15,9 @@ from tiny_models import write_checkpoint
 
 from mbq_export.compare import libraries, llama_cpp_files
 from mbq_export.compare.library_worker import Request
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime.engine import Window
 from mbq_runtime.errors import ModelError, UsageError
 

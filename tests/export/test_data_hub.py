@@ -13,7 +13,9 @@ import pytest
 from tiny_models import write_checkpoint
 
 from mbq_export.data.windows import calibration_windows, open_source
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime.errors import UsageError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

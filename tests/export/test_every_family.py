@@ -10,7 +10,8 @@ import torch
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime import Engine
 from mbq_runtime.engine import Session
 

@@ -13,7 +13,9 @@ from tiny_models import write_checkpoint
 from mbq_export.context import Calibration
 from mbq_export.methods import Recipe
 from mbq_export.model import blocks
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.slicing import importance
 from mbq_export.slicing.importance import MAX_WEIGHT, token_importance
 from mbq_export.store import Store

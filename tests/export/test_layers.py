@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from mbq_export.format.codes import Sliced, decode_f32
 from mbq_export.model import gradients, sliced_linear
-from mbq_export.model.checkpoint import load, locate
 from mbq_export.model.gradients import lean_backward
+from mbq_export.model.loading import load
 from mbq_export.model.sliced_linear import Bits, SlicedLinear, sliced_layers
+from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.tuning.tune import TunedLinear, budget_control
 from mbq_runtime.bundle.slice_profile import SliceProfile

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mbq_export import memory
 from mbq_export.cli import command
 from mbq_export.methods import METHODS
-from mbq_export.model.checkpoint import load, locate
 from mbq_export.model.families import describe
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.plan import Plan
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
@@ -33,7 +34,8 @@ import numpy as np
 from mbq_export import memory, methods, plan
 from mbq_export.calibrate import calibrate
 from mbq_export.context import Calibration
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.store import Store
 from mbq_runtime.bundle.slice_profile import SliceProfile
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import MODELS, write_checkpoint
 
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.transforms.rotation import Rotation, rotate
 
 TOKENS = torch.tensor([np.random.default_rng(1).integers(0, 256, 40).tolist()])

@@ -11,7 +11,8 @@ from tiny_models import write_checkpoint
 
 from mbq_export.context import Calibration
 from mbq_export.methods import Recipe
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.routing import select
 from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.slicing import rtn

