@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # What the quick tier leaves out: exports of the real model, emulated boards, and whatever compiles much.
 QUICK := not slow and not heavy
 # Two runs of pytest share the two cores, so each multiplies on one.
-FIRST := tests/runtime
+FIRST := tests/sensing tests/runtime
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
 
 .PHONY: demo test test-quick test-quick-first test-quick-second test-real test-rest coverage bench dist \
@@ -96,7 +96,7 @@ $(VENV)/.dev: $(VENV)/.export
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-# Libraries that `mbq-export compare` measures beside a bundle.  That of llama.cpp is compiled, which takes 10 minutes,
+# Libraries that `mbq-export compare` measures beside a bundle.  That of llama.cpp is compiled once,
 # and its wheel is kept; nothing of it depends on the processor.
 $(VENV)/.rivals: $(VENV)/.dev
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps \

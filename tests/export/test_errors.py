@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

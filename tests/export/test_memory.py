@@ -138,6 +138,7 @@ def test_a_model_in_a_file_is_the_same_model(tmp_path: Path, family: str) -> Non
     assert outside.parameters == inside.parameters
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_model_in_a_file_becomes_the_same_bundle(
     tmp_path: Path, calibration_text: Path, family: str, monkeypatch: pytest.MonkeyPatch
