@@ -20,6 +20,7 @@ from mbq_targets.spec import KernelSpec
 
 # Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
 RELATIVE = 1e-6
+DICTATED_WIDTH = 32
 
 Inputs = Mapping[str, tuple[int, Sequence[Any]]]  # name: (element type, shape)
 Runs = list[dict[str, dict[str, Any]]]
@@ -57,11 +58,22 @@ def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
     return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
 
 
+def dictating(depths: int) -> RouterParams:
+    """A router of the norm rule that gives the rows of ``dictated`` their depths."""
+    steps = np.arange(depths - 1, dtype=np.float32)
+    ends, nothing = np.array([0, 16], np.float32), np.zeros(2, np.float32)
+    return RouterParams(-(steps + 0.5), np.ones_like(steps), budgets=ends, thresholds=nothing)
+
+
+def dictated(depth: I32) -> dict[str, Any]:
+    """The inputs routed_by and avg_bits with which a router of ``dictating`` chooses these depths, [...]."""
+    rows = np.exp((depth.astype(np.float32) - 1) / 2)  # the logarithm of the mean square is depth - 1
+    return {"routed_by": np.repeat(rows[..., None], DICTATED_WIDTH, axis=-1), "avg_bits": np.ones(1, np.float32)}
+
+
 def matmul_model(sliced: Sliced, profile: SliceProfile, constants: dict[str, Any], **changes: Any) -> onnx.ModelProto:
-    n, k = sliced.codes.shape
-    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), **changes}
-    inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "depth": (TensorProto.INT32, ["b", "s"])}
-    return op_model("SlicedMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", n]), **attrs)
+    """A node RoutedMatMul whose depths are ``dictated``."""
+    return routed_model(sliced, profile, dictating(profile.depths), DICTATED_WIDTH, constants, **changes)
 
 
 def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> F32:
@@ -97,7 +109,13 @@ def matmul_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec) -> R
         x = activations(rng, len(depth), k, group)
         y = sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
         tolerance = matmul_tolerance(x, depth, sliced, spec)
-        runs.append({"in": {"x": x[None], "depth": depth[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance[None]}})
+        runs.append(
+            {
+                "in": {"x": x[None], **dictated(depth[None])},
+                "out": {"y": y[None], "depth": depth[None]},
+                "tol": {"y": tolerance[None], "depth": 0},
+            }
+        )
     return runs
 
 
@@ -150,11 +168,6 @@ def router_constants(router: RouterParams) -> dict[str, Any]:
     return constants
 
 
-def router_model(router: RouterParams, k: int) -> onnx.ModelProto:
-    inputs: Inputs = {"x": (TensorProto.FLOAT, ["b", "s", k]), "avg_bits": (TensorProto.FLOAT, [1])}
-    return op_model("Router", inputs, router_constants(router), (TensorProto.INT32, ["b", "s"]))
-
-
 def clear_tokens(rng: np.random.Generator, router: RouterParams, k: int, bits: float, tokens: int) -> tuple[F32, I32]:
     """Up to ``tokens`` rows [M, k] that are not near the threshold, and their depths [M]."""
     x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
@@ -164,21 +177,17 @@ def clear_tokens(rng: np.random.Generator, router: RouterParams, k: int, bits: f
     return x32, route(x32, bits, router)
 
 
-def router_runs(rng: np.random.Generator, router: RouterParams, k: int) -> Runs:
-    """Budgets below, at, between and above the table's ends."""
-    runs: Runs = []
-    for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
-        for tokens in (1, 60):
-            x, want = clear_tokens(rng, router, k, bits, tokens)
-            feeds = {"x": x[None], "avg_bits": np.array([bits], np.float32)}
-            runs.append({"in": feeds, "out": {"y": want[None]}, "tol": {"y": 0}})
-    return runs
-
-
-def routed_model(sliced: Sliced, profile: SliceProfile, router: RouterParams, width: int) -> onnx.ModelProto:
+def routed_model(
+    sliced: Sliced,
+    profile: SliceProfile,
+    router: RouterParams,
+    width: int,
+    weights: dict[str, Any] | None = None,
+    **changes: Any,
+) -> onnx.ModelProto:
     """Node RoutedMatMul with outputs y and depth.  width: of what the router looks at."""
     n, k = sliced.codes.shape
-    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices)}
+    attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), **changes}
     inputs: Inputs = {
         "x": (TensorProto.FLOAT, ["b", "s", k]),
         "routed_by": (TensorProto.FLOAT, ["b", "t", width]),
@@ -187,7 +196,7 @@ def routed_model(sliced: Sliced, profile: SliceProfile, router: RouterParams, wi
     routing = router_constants(router)
     rules = {name: routing[name] for name in ("table", "bias", "norm_gain")}
     learned = {name: value for name, value in routing.items() if name not in rules}
-    constants = {**rules, **stored(sliced, profile), **learned}
+    constants = {**rules, **(stored(sliced, profile) if weights is None else weights), **learned}
     model = op_model("RoutedMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", n]), **attrs)
     model.graph.node[0].output.append("depth")
     model.graph.output.append(helper.make_tensor_value_info("depth", TensorProto.INT32, ["b", "t"]))
@@ -195,11 +204,11 @@ def routed_model(sliced: Sliced, profile: SliceProfile, router: RouterParams, wi
 
 
 def routed_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, router: RouterParams, width: int) -> Runs:
-    """One token and many, all of them multiplied, the last ones, or none."""
+    """Budgets below, at, between and above the table's ends.  One token and many: all multiplied, the last, or none."""
     k, group = sliced.codes.shape[1], sliced.group_size
     runs: Runs = []
-    for bits in (1.0, 3.3, 9.0):
-        for tokens, rows in ((1, 1), (30, 30), (30, 4), (30, 0)):
+    for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
+        for tokens, rows in ((1, 1), (60, 4)) if bits != 3.3 else ((1, 1), (30, 30), (30, 4), (30, 0)):
             by, depth = clear_tokens(rng, router, width, bits, tokens)
             rows = min(rows, len(by))
             x = activations(rng, rows, k, group)
@@ -262,6 +271,5 @@ def prepare(folder: Path, spec: KernelSpec, seed: int = 0) -> None:
         save_case(folder, name, model, runs)
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):
         router = router_params(rng, profile.depths, k, hidden)
-        save_case(folder, f"router_h{hidden}", router_model(router, k), router_runs(rng, router, k))
         runs = routed_runs(rng, sliced, spec, router, k)
         save_case(folder, f"routed_h{hidden}", routed_model(sliced, profile, router, k), runs)

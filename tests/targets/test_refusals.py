@@ -10,14 +10,14 @@ import onnx
 import op_cases
 import op_check
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from op_libraries import Build, runnable
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
 PROFILE = SliceProfile((2, 2, 2, 2))
-OPS = r"(RoutedMatMul|SlicedMatMul|SlicedGather|Router|GatedSilu) \""
+OPS = r"(RoutedMatMul|SlicedGather|GatedSilu) \""
 N, K, GROUP = 40, 128, 64
 
 
@@ -60,7 +60,7 @@ def test_attributes(tmp_path: Path, built: Path, weight: Any, attributes: dict[s
     model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE), **attributes)
     text = refused(tmp_path, built, model)
     assert message in text
-    assert 'SlicedMatMul "SlicedMatMul_node"' in text
+    assert 'RoutedMatMul "RoutedMatMul_node"' in text
 
 
 def test_planes_too_short(tmp_path: Path, built: Path, weight: Any) -> None:
@@ -78,35 +78,38 @@ def test_scales_of_another_shape(tmp_path: Path, built: Path, weight: Any) -> No
 
 def test_planes_given_at_run_time_are_checked_too(tmp_path: Path, built: Path, weight: Any) -> None:
     constants = op_cases.stored(weight, PROFILE)
-    inputs: op_cases.Inputs = {
-        "x": (TensorProto.FLOAT, [1, K]),
-        "depth": (TensorProto.INT32, [1]),
-        "planes": (TensorProto.UINT8, ["bytes"]),
+    given = {
+        "x": np.ones((1, 1, K), np.float32),
+        **op_cases.dictated(np.ones((1, 1), np.int32)),
+        **op_cases.router_constants(op_cases.dictating(PROFILE.depths)),
+        "planes": constants["planes"][:-64],
     }
+    inputs = {name: (helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in given.items()}
     attrs = {"N": N, "K": K, "group_size": GROUP, "slices": [2, 2, 2, 2]}
     scales = {"scales": constants["scales"]}
-    model = op_cases.op_model("SlicedMatMul", inputs, scales, (TensorProto.FLOAT, [1, N]), **attrs)
-    feeds = {"x": np.ones((1, K), np.float32), "depth": np.ones(1, np.int32), "planes": constants["planes"][:-64]}
-    assert "planes holds 6080 bytes" in refused(tmp_path, built, model, feeds)
+    model = op_cases.op_model("RoutedMatMul", inputs, scales, (TensorProto.FLOAT, [1, 1, N]), **attrs)
+    model.graph.node[0].output.append("depth")
+    assert "planes holds 6080 bytes" in refused(tmp_path, built, model, given)
 
 
-@pytest.mark.parametrize("bad", [0, -1, 5, 2**31 - 1])
+@pytest.mark.parametrize("bad", [5, 8])
 def test_depth_out_of_range(tmp_path: Path, built: Path, weight: Any, bad: int) -> None:
-    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
-    feeds = {"x": np.ones((1, 2, K), np.float32), "depth": np.array([[1, bad]], np.int32)}
+    """A router of more depths than the weight has slices."""
+    model = op_cases.routed_model(weight, PROFILE, op_cases.dictating(8), op_cases.DICTATED_WIDTH)
+    feeds = {"x": np.ones((1, 2, K), np.float32), **op_cases.dictated(np.array([[1, bad]], np.int32))}
     assert f"depth[1] is {bad}, slices 2,2,2,2 allow 1 to 4" in refused(tmp_path, built, model, feeds)
 
 
-def test_depth_count_must_match(tmp_path: Path, built: Path, weight: Any) -> None:
-    model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
-    feeds = {"x": np.ones((1, 3, K), np.float32), "depth": np.ones((1, 2), np.int32)}
-    assert "depth has 2 values, x has 3 rows" in refused(tmp_path, built, model, feeds)
+def test_router_of_too_many_depths(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.routed_model(weight, PROFILE, op_cases.dictating(9), op_cases.DICTATED_WIDTH)
+    feeds = {"x": np.ones((1, 1, K), np.float32), **op_cases.dictated(np.ones((1, 1), np.int32))}
+    assert "bias has 8 values and norm_gain 8: both must have one per depth" in refused(tmp_path, built, model, feeds)
 
 
 def test_width_of_x(tmp_path: Path, built: Path, weight: Any) -> None:
     model = op_cases.matmul_model(weight, PROFILE, op_cases.stored(weight, PROFILE))
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "k"
-    feeds = {"x": np.ones((1, 1, 64), np.float32), "depth": np.ones((1, 1), np.int32)}
+    feeds = {"x": np.ones((1, 1, 64), np.float32), **op_cases.dictated(np.ones((1, 1), np.int32))}
     assert "the last dimension of x is 64, it must be 128" in refused(tmp_path, built, model, feeds)
 
 
@@ -124,15 +127,15 @@ def test_gather_index(tmp_path: Path, built: Path, weight: Any, index: int) -> N
     assert f"index {index} is outside the table's {N} rows" in refused(tmp_path, built, model, feeds)
 
 
-def test_router_shapes(tmp_path: Path, built: Path) -> None:
-    rng = np.random.default_rng(0)
-    router = op_cases.router_params(rng, 4, K, 8)
-    feeds = {"x": np.ones((1, 1, 96), np.float32), "avg_bits": np.array([3], np.float32)}
-    model = op_cases.router_model(router, K)
-    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "k"
+def test_router_shapes(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.routed_model(weight, PROFILE, op_cases.router_params(np.random.default_rng(0), 4, K, 8), K)
+    model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "k"
+    feeds = {
+        "x": np.ones((1, 1, K), np.float32),
+        "routed_by": np.ones((1, 1, 96), np.float32),
+        "avg_bits": np.array([3], np.float32),
+    }
     assert "w1 must be [H, 96]" in refused(tmp_path, built, model, feeds)
-    feeds["x"] = np.ones((1, 1, 100), np.float32)
-    assert "the last dimension of x is 100, it must be a multiple of 32" in refused(tmp_path, built, model, feeds)
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 4), (2, 1)])

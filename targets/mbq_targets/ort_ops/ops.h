@@ -49,8 +49,6 @@ OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info);
 /* Copy the state of an op, `bytes` at `op`, to new memory. */
 OrtStatus *keep(const Node *node, const void *op, size_t bytes, void **kernel);
 OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *name, int64_t *value);
-/* Refuse a node whose slices or group_size differ from those that the kernels were compiled for. */
-OrtStatus *check_format(const Node *node, const OrtKernelInfo *info);
 
 OrtStatus *input(const Node *node, const OrtKernelContext *context, size_t index, Tensor *tensor);
 OrtStatus *output(OrtKernelContext *context, size_t index, const Shape *shape, void **data);
@@ -83,8 +81,8 @@ typedef struct Routing {
 } Routing;
 
 /* Read and check the inputs from `first` (avg_bits) on, and from `hidden` (w1, may be absent) on.
- * shape, what: shape of the rows that are routed, and their name in messages. */
-OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden, const char *what,
+ * shape: of the rows that are routed. */
+OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden,
                         const Shape *shape, Routing *by);
 OrtStatus *route(const OrtKernelContext *context, const Routing *by, const float *x, int64_t rows, int32_t *depth);
 
@@ -114,8 +112,7 @@ void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
 
-extern const OrtCustomOp mbq_router_op, mbq_matmul_op, mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op,
-    mbq_gated_gelu_op;
+extern const OrtCustomOp mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op, mbq_gated_gelu_op;
 
 /* Fields that are the same for every op. */
 const char *any_provider(const OrtCustomOp *op);

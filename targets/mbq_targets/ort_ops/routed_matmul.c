@@ -24,7 +24,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   int64_t rows, routed;
   TRY(input(node, context, X, &x));
   TRY(input(node, context, ROUTED_BY, &by));
-  TRY(routing_open(node, context, ROUTING, HIDDEN, "routed_by", &by.shape, &routing));
+  TRY(routing_open(node, context, ROUTING, HIDDEN, &by.shape, &routing));
   TRY(weight_open(node, context, PLANES, w, &stored));
   TRY(check_rows(node, "x", &x.shape, w->k, &rows));
   TRY(check_rows(node, "routed_by", &by.shape, routing.k, &routed));

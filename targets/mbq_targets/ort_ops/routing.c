@@ -84,7 +84,7 @@ static OrtStatus *read_hidden(const Node *node, const OrtKernelContext *context,
   return NULL;
 }
 
-OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden, const char *what,
+OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden,
                         const Shape *shape, Routing *by) {
   Tensor avg_bits, table, bias, gain;
   TRY(input(node, context, first, &avg_bits));
@@ -103,7 +103,8 @@ OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_
     return fail(node, "table must be [2, T] with T at least 1, it has %lld values", (long long)elements(&table.shape));
   by->k = shape->rank ? shape->dims[shape->rank - 1] : 0;
   if (by->k < 1 || by->k % MBQ_ROUTER_STEP != 0)
-    return fail(node, "the last dimension of %s is %lld, it must be a multiple of %d", what, (long long)by->k, MBQ_ROUTER_STEP);
+    return fail(node, "the last dimension of routed_by is %lld, it must be a multiple of %d", (long long)by->k,
+                MBQ_ROUTER_STEP);
   TRY(read_hidden(node, context, hidden, by));
   const double bits = *(const float *)avg_bits.data;
   const int64_t count = table.shape.dims[1];

@@ -65,7 +65,8 @@ OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *na
   return fail(node, "attribute %s is missing or not an integer", name);
 }
 
-OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
+/* Refuse a node whose slices or group_size differ from those that the kernels were compiled for. */
+static OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
   static const int64_t built[] = MBQ_SLICES;
   const size_t depths = sizeof built / sizeof built[0];
   int64_t group, slices[MBQ_CODE_BITS];
