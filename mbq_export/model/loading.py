@@ -6,7 +6,7 @@ What is wrong with a model is said in one line, and what can be seen without the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -155,17 +155,41 @@ def _check_values(source: ModelSource, name: str, parameter: torch.Tensor) -> No
         )
 
 
-def _from_gguf(source: ModelSource, config: Any) -> Any:
+def _empty_model(config: Any) -> Any:
+    """The model of a config, in float32.  Only its parameters are empty: buffers are computed from the config."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    # Buffers are small, and are computed from the config: only parameters stay empty.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    file = _gguf(source)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _from_gguf(source: ModelSource, config: Any) -> Any:
+    model, file = _empty_model(config), _gguf(source)
     load_weights(model, file)
     tokenizer_of(file)  # reads the keys of the tokenizer
     file.refuse_unread()
+    return model
+
+
+def _from_float8(source: ModelSource, config: Any) -> Any:
+    if source.local is None:
+        raise ModelError(f"{source.name}: float8 weights are read from a folder; download the model and give that")
+    del config.quantization_config
+    model, weights = _empty_model(config), float32_weights(weight_files(source.local), source.name)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    _check_names(
+        source,
+        config,
+        missing=wanted.keys() - weights.keys() - tied,
+        mismatched={name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape},
+        unexpected=weights.keys() - wanted.keys(),
+    )
+    for name in wanted.keys() & weights.keys():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weights[name], requires_grad=False))
+    model.tie_weights()
     return model
 
 
@@ -173,39 +197,48 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    if getattr(config, "quantization_config", None):
+        return _from_float8(source, config)
     transformers_logging.disable_progress_bar()
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
-    arguments: dict[str, Any] = {"config": config, "dtype": torch.float32 if weights_folder is None else "auto"}
-    if getattr(config, "quantization_config", None):
-        if source.local is None:
-            raise ModelError(f"{source.name}: float8 weights are read from a folder; download the model, and give it")
-        del config.quantization_config
-        arguments["state_dict"] = float32_weights(weight_files(source.local), source.name)
-        arguments["dtype"] = torch.float32
-    model, report = _loaded(source, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments)
-    absent = sorted(report["missing_keys"])
-    if absent:
+    dtype = torch.float32 if weights_folder is None else "auto"
+    model, report = _loaded(
+        source, AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype, output_loading_info=True
+    )
+    mismatched = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
+    _check_names(
+        source,
+        config,
+        missing=set(report["missing_keys"]),
+        mismatched=mismatched,
+        unexpected=set(report["unexpected_keys"]),
+    )
+    return model
+
+
+def _check_names(
+    source: ModelSource, config: Any, *, missing: Set[str], mismatched: Set[str], unexpected: Set[str]
+) -> None:
+    """Refuse files whose weights are not those of the model."""
+    if missing:
         raise ModelError(
-            f"{source.name}: {len(absent)} weights are missing, the first is {absent[0]}; download the model again"
+            f"{source.name}: {len(missing)} weights are missing, the first is {min(missing)}; download the model again"
         )
-    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
     if mismatched:
-        raise ModelError(f"{source.name}: weight {mismatched[0]} has another shape than config.json says")
-    unused = sorted(name for name in report["unexpected_keys"] if not _UNEXPECTED_BUT_IRRELEVANT.search(name))
+        raise ModelError(
+            f"{source.name}: weight {min(mismatched)} has another shape than config.json says; download both again"
+        )
+    unused = sorted(name for name in unexpected if not _UNEXPECTED_BUT_IRRELEVANT.search(name))
     if unused:
         raise ModelError(
             f"{source.name}: {len(unused)} weights are in the files that a {config.model_type} model of this "
             f"config.json does not use, the first is {unused[0]}; the bundle would ignore them: check config.json"
         )
-    return model
 
 
 def _loaded(source: ModelSource, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """What a transformers loader returns.  Its errors become a ModelError of one line."""
     try:
-        if "state_dict" in kwargs:
-            kwargs = {"pretrained_model_name_or_path": None, **kwargs}
-            return loader(**kwargs, trust_remote_code=False)
         return loader(**source.load_args, **kwargs)
     except (MbqError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
         raise

@@ -11,8 +11,13 @@ from .file import GgufFile
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 """Tensors with the rotation factors of longrope."""
 
-_NO_WINDOW_IN_FILE = {"mistral-7b-v0.1": 4096, "mistral-7b-instruct-v0.1": 4096}
-"""Sliding windows of models whose GGUF does not hold them, by model name (the published config.json)."""
+_MISTRAL_7B_V01 = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "max_position_embeddings": 32768,
+}  # fmt: skip
+_MISTRAL_7B_V01_WINDOW = 4096
+"""Mistral 7B v0.1 (published config.json) and its descendants: their GGUF does not hold the window.  Later versions
+have no window, and another rope_theta."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,8 @@ def _longrope(file: GgufFile, original: int | None, attention: float | None) -> 
 
 
 def _llama(file: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
-    window = file.get("{arch}.attention.sliding_window", int) or _window_by_name(file)
     found: dict[str, Any] = {"rope_parameters": _rotation(file, values["head_dim"])}
+    window = file.get("{arch}.attention.sliding_window", int) or _missing_window(values, found["rope_parameters"])
     biases = _biases(file)
     if window:
         if biases:
@@ -228,13 +233,10 @@ def _biases(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _window_by_name(file: GgufFile) -> int | None:
+def _missing_window(values: dict[str, Any], rope: dict[str, Any]) -> int | None:
     """The window of a published model whose file does not hold it."""
-    basename, version = (file.get(f"general.{key}", str, "") or "" for key in ("basename", "version"))
-    finetune, label = (file.get(f"general.{key}", str, "") or "" for key in ("finetune", "size_label"))
-    name = (file.get("general.name", str, "") or "").lower().replace(" ", "-").replace("_", "-")
-    built = "-".join(part for part in (basename, label, finetune, version) if part).lower()
-    return next((window for known, window in _NO_WINDOW_IN_FILE.items() if known in (name.split("/")[-1], built)), None)
+    same = all(values[key] == value for key, value in _MISTRAL_7B_V01.items())
+    return _MISTRAL_7B_V01_WINDOW if same and rope["rope_theta"] == 10000.0 else None
 
 
 def _qwen(file: GgufFile, values: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def load_weights(model: Any, file: GgufFile) -> None:
             continue  # ``refuse_unread`` names it: the model has no such parameter
         if values.shape != wanted[name]:
             raise file.fault(f"weight {name} has shape {list(values.shape)}; {list(wanted[name])} is needed")
-        _set(model, name, torch.from_numpy(np.ascontiguousarray(values)))
+        _set(model, name, torch.from_numpy(np.array(values, np.float32)))
         found.add(name)
     model.tie_weights()
     absent = sorted(wanted.keys() - found - _tied(model, wanted))
@@ -132,7 +132,7 @@ def _divide_frequencies(model: Any, file: GgufFile) -> None:
     """
     if not file.has(ROTATION_FACTORS):
         return
-    factors = torch.from_numpy(file.tensor(ROTATION_FACTORS))
+    factors = torch.from_numpy(file.tensor(ROTATION_FACTORS).copy())
     rotary = model.model.rotary_emb
     frequencies = getattr(rotary, "inv_freq", None)
     if frequencies is None or frequencies.shape != factors.shape:
