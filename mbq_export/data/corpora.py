@@ -78,27 +78,3 @@ def technical() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def read(path: Path) -> str:
-    """The text of a file.
-
-    Args:
-        path: a UTF-8 text file.
-
-    Raises:
-        UsageError: the file is missing, empty or not UTF-8.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"calibration file {path}: cannot be read ({error.strerror}); give a UTF-8 text file"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"calibration file {path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first"
-        ) from None
-    if not text.strip():
-        raise UsageError(f"calibration file {path}: it is empty; give a text file of a few hundred kilobytes")
-    return text

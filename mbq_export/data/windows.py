@@ -7,7 +7,6 @@ separate part for each.  Of all other data, the last quarter of the windows is h
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,29 +20,16 @@ from numpy.typing import NDArray
 from mbq_runtime.errors import UsageError
 
 from . import corpora
+from .documents import Document, messages_of, read_documents
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Checkpoint
 
 DATASET_PREFIX = "hf:"
-CHAT_SUFFIX = ".jsonl"
 HELD_BACK_SHARE = 4
 """One window in this many is held back."""
 _SPREAD = 4
 """A dataset is read up to this many times the needed tokens, because it may be larger than the disk."""
-
-Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text or a conversation.
-
-    content: the text, or the messages of the conversation; where: how an error names the document.
-    """
-
-    content: str | Messages
-    where: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ def open_source(data: str | None) -> TextSource:
     """Open the data that ``--calib-data`` names.
 
     Args:
-        data: a text file, a ``.jsonl`` file of conversations, or ``hf:DATASET``.  None: the packaged Wikipedia text.
+        data: a file, as ``documents.read_documents`` takes it, or ``hf:DATASET``.  None: the packaged Wikipedia text.
 
     Raises:
         UsageError: the data cannot be read, or has the wrong format.
@@ -74,9 +60,7 @@ def open_source(data: str | None) -> TextSource:
     if data.startswith(DATASET_PREFIX):
         return TextSource(data, _dataset(data.removeprefix(DATASET_PREFIX)))
     path = Path(data).expanduser()
-    content = corpora.read(path)
-    documents = _conversations(path, content) if path.suffix == CHAT_SUFFIX else [Document(content, str(path))]
-    return TextSource(path.name, documents)
+    return TextSource(path.name, read_documents(path))
 
 
 def calibration_windows(
@@ -158,40 +142,6 @@ def _render(checkpoint: Checkpoint, document: Document) -> str:
         ) from None
 
 
-def _conversations(path: Path, content: str) -> list[Document]:
-    documents = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"calibration file {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: not JSON ({error.msg}); needed: one object on each line") from None
-        documents.append(Document(_messages(_field(entry, "messages", where), where), where))
-    return documents
-
-
-def _field(entry: Any, name: str, where: str) -> Any:
-    if not isinstance(entry, dict) or name not in entry:
-        raise UsageError(
-            f"{where}: no field {name!r}; "
-            'a line looks like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
-        )
-    return entry[name]
-
-
-def _messages(found: Any, where: str) -> Messages:
-    if not isinstance(found, list) or not found:
-        raise UsageError(f"{where}: field 'messages' is {found!r:.40}; needed: a list of messages")
-    for i, message in enumerate(found):
-        for name in ("role", "content"):
-            value = _field(message, name, f"{where}, message {i + 1}")
-            if not isinstance(value, str):
-                raise UsageError(f"{where}, message {i + 1}: field {name!r} is {value!r:.40}; needed: a string")
-    return [{"role": message["role"], "content": message["content"]} for message in found]
-
-
 def _dataset(name: str) -> Iterator[Document]:
     """Rows of ``PATH[:CONFIG[:SPLIT[:COLUMN]]]`` in the dataset's order.  An empty part means the default.
 
@@ -224,7 +174,7 @@ def _rows(row: dict[str, Any] | None, rest: Iterator[dict[str, Any]], column: st
     number = 1
     while row is not None:
         value, at = row[column], f"{where}, row {number}"
-        yield Document(value + "\n" if isinstance(value, str) else _messages(value, at), at)
+        yield Document(value + "\n" if isinstance(value, str) else messages_of(value, at), at)
         with _fetching(where):
             row = next(rest, None)
         number += 1

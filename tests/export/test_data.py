@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from tiny_models import write_checkpoint
 
 from mbq_export.data import corpora
+from mbq_export.data.documents import WHOLE_BYTES, read_documents
 from mbq_export.data.windows import calibration_windows, open_source
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
@@ -100,7 +103,7 @@ def test_chats_go_through_the_template(checkpoint: Checkpoint, tmp_path: Path) -
     ("line", "parts"),
     [
         ("{'messages': []}", ["not JSON", "one object"]),
-        ('{"text": "hello"}', ["no field 'messages'", '"role"']),
+        ('{"txt": "hello"}', ["no field 'messages'", "it has txt", '"role"']),
         ('["messages"]', ["no field 'messages'"]),
         ('{"messages": []}', ["field 'messages' is []"]),
         ('{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}', ["message 2", "no field 'role'"]),
@@ -131,7 +134,16 @@ def test_chats_need_a_template_that_takes_them(checkpoint: Checkpoint, tmp_path:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [(b"", "empty"), (b"  \n", "empty"), ("naïve".encode("latin-1"), "byte 2 is not UTF-8"), (None, "cannot be read")],
+    [
+        (b"", "empty"),
+        (b"  \n", "empty"),
+        ("naïve".encode("latin-1"), "byte 2 is not UTF-8"),
+        (None, "cannot be read"),
+        ("text".encode("utf-16"), "UTF-16, which is not read"),
+        (b"PK\x03\x04rest", "a zip archive"),
+        (b"\x1f\x8brest", "gzip"),
+        (b"a\0b", "byte 1 is zero"),
+    ],
 )
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_a_file_that_is_no_text(tmp_path: Path, content: bytes | None, part: str, suffix: str) -> None:
@@ -141,6 +153,83 @@ def test_a_file_that_is_no_text(tmp_path: Path, content: bytes | None, part: str
     with pytest.raises(UsageError, match=part) as caught:
         open_source(str(file))
     assert str(file) in str(caught.value)
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    {"instruction": "Q", "input": "", "output": "A"},
+]
+SAID = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", "bom.jsonl", "data.json"])
+@pytest.mark.parametrize("row", [*ROWS, {"text": "plain"}], ids=["openai", "sharegpt", "roles", "alpaca", "text"])
+def test_rows_of_the_kinds_that_other_tools_read(tmp_path: Path, kind: str, row: dict[str, object]) -> None:
+    file = tmp_path / f"rows{kind}"
+    rows = [row, row]
+    if kind == ".parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), file)
+    elif kind.endswith(".jsonl"):
+        mark = "\ufeff" if kind.startswith("bom") else ""
+        file.write_text(mark + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        file.write_text(json.dumps({"data": rows} if kind.startswith("data") else rows), encoding="utf-8")
+    documents = list(read_documents(file))
+    assert [document.content for document in documents] == [SAID if "text" not in row else "plain\n"] * 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("\ufeffThe tide", encoding="utf-8")
+    assert [document.content for document in read_documents(file)] == ["The tide"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "columns"])
+def test_a_parquet_file_that_is_not_whole_or_has_no_text(tmp_path: Path, harm: str) -> None:
+    from pyarrow import Table, parquet
+
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(Table.from_pylist([{"label": 3}] * 500), file)
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UsageError, match="not a whole Parquet file" if harm == "cut" else "it has label"):
+        read_documents(file)
+
+
+def test_a_long_text_is_read_in_parts_from_all_over_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """10 GB of which almost all is a hole: what is read is a small share, and a hole is no text."""
+    file = tmp_path / "long.txt"
+    words = numbered(125).replace(" ", "\n")
+    with file.open("w") as out:
+        for _ in range(20 * WHOLE_BYTES // len(words)):
+            out.write(words)
+    tracemalloc.start()
+    fitted, held_back = calibration_windows(checkpoint, open_source(str(file)), 40, 10, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (fitted.shape, held_back.shape) == ((40, 512), (10, 512))
+    assert peak < 8 * WHOLE_BYTES * 8  # ids of a part as Python numbers; the whole file would take twenty times that
+    starts = [
+        int(document.where.rpartition(" ")[2]) for document, _ in zip(read_documents(file), range(4), strict=False)
+    ]
+    assert max(starts) - min(starts) > 10 * WHOLE_BYTES
+    with file.open("r+b") as out:
+        out.truncate(10 << 30)
+    with pytest.raises(UsageError, match="is zero: no text"):
+        list(read_documents(file))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "fifo"])
+def test_a_device_is_no_file(tmp_path: Path, path: str) -> None:
+    if path == "fifo":
+        path = str(tmp_path / "fifo")
+        os.mkfifo(path)
+    with pytest.raises(UsageError, match="not a regular file"):
+        open_source(path)
 
 
 def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
