@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbq_runtime.engine import Engine
@@ -18,10 +19,13 @@ class Conversation:
     Args:
         engine: counts the tokens of the messages.
         system: text of the system message; None: no system message.
+        template_kwargs: variables of the chat template.
     """
 
-    def __init__(self, engine: Engine, system: str | None = None) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: Engine, system: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self._engine, self._template_kwargs = engine, template_kwargs
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
 
@@ -67,4 +71,4 @@ class Conversation:
         self._turns.clear()
 
     def _length(self) -> int:
-        return len(self._engine.encode(self._engine.chat_prompt(self.messages)))
+        return len(self._engine.encode(self._engine.chat_prompt(self.messages, self._template_kwargs)))

@@ -11,7 +11,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, engine_option, threads_option
+from .common import bundle_argument, engine_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 
 
@@ -23,6 +23,7 @@ from .steering import Steering, steered, steering_options
 @click.option("--top-p", type=float, default=0.95, help="Choose among the likeliest tokens of this total probability.")
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
+@template_kwargs_option
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
 @steering_options
 @engine_option
@@ -35,6 +36,7 @@ def command(
     top_p: float,
     top_k: int,
     seed: int | None,
+    template_kwargs: dict[str, Any] | None,
     show_bits: bool,
     engine: str | None,
     threads: int | None,
@@ -65,10 +67,16 @@ def command(
         )
         if legend := screen.legend():
             screen.line(legend)
-        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        Chat(loaded, bounded, governor, screen=screen, conversation=Conversation(loaded, system), options=options).run(
-            _reader()
-        )
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        options["template_kwargs"] = template_kwargs
+        conversation = Conversation(loaded, system, template_kwargs)
+        Chat(loaded, bounded, governor, screen=screen, conversation=conversation, options=options).run(_reader())
 
 
 def _reader() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,30 @@ def engine_option(function: F) -> F:
     """
     help = "Kind of engine that runs the model.  [default: the bundle's]"
     return click.option("--engine", metavar="NAME", help=help)(function)
+
+
+def template_kwargs_option(function: F) -> F:
+    """Add the option --chat-template-kwargs.
+
+    Args:
+        function: a command; it gets ``template_kwargs``, a dict or None.
+    """
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+        try:
+            given = None if value is None else json.loads(value)
+        except (ValueError, RecursionError):
+            given = ()
+        if given is not None and not isinstance(given, dict):
+            raise UsageError(
+                f"--chat-template-kwargs {value!r}: expected a JSON object such as '{{\"enable_thinking\": false}}'"
+            )
+        return given
+
+    return click.option(
+        "--chat-template-kwargs", "template_kwargs", metavar="JSON", callback=read,
+        help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+    )(function)  # fmt: skip
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import bundle_argument, engine_option, json_option, threads_option
+from .common import bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 
 
@@ -22,6 +22,7 @@ from .steering import Steering, steered, steering_options
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest tokens of this total probability.")
 @click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
 @click.option("--seed", type=int, help="Repeat a varied reply.")
+@template_kwargs_option
 @steering_options
 @engine_option
 @threads_option
@@ -35,6 +36,7 @@ def command(
     top_p: float,
     top_k: int,
     seed: int | None,
+    template_kwargs: dict[str, Any] | None,
     engine: str | None,
     threads: int | None,
     as_json: bool,
@@ -51,8 +53,9 @@ def command(
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
-            text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
+            text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            template_kwargs=template_kwargs,
+        )  # fmt: skip
         pieces = []
         with generation:
             for piece in generation:

@@ -23,11 +23,12 @@ from .generation import Generation, Record, Sampling, Step, TokenListener
 from .imports import engine_errors
 from .load import open_bundle
 from .score import mean_nll, scoring_chunk
+from .template import Message
 from .threads import cores
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation such as [{"role": "user", "content": "Hello"}]."""
 
 _BUSY = "this engine is already generating; read that reply to its end, close() it, or load a second engine"
@@ -193,11 +194,11 @@ class Engine:
         """The token ids of a text.
 
         Args:
-            text: any text without a NUL character, at which the tokenizer would stop reading.
+            text: any text.
             add_bos: put the model's opening token first, if its tokenizer has one.
 
         Raises:
-            UsageError: the text has a NUL character.
+            UsageError: the text has half a character, which UTF-8 cannot express.
 
         >>> Engine.load("my-bundle").encode("AB")
         [68, 69]
@@ -210,16 +211,18 @@ class Engine:
         """What the tokenizer puts before every text: [bos] or nothing."""
         return self._backend.tokenizer.opening_tokens
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render a conversation by the bundle's chat template, ready for the reply.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", and what else the template knows.
+            template_kwargs: variables of the template, such as ``enable_thinking``, ``tools`` or ``documents``.
 
         Raises:
-            BundleError: the bundle has no chat template.
+            BundleError: the bundle has no chat template, or one that fails or takes too much time or memory.
+            UsageError: the template refuses the conversation, or has no such variable.
         """
-        return self._backend.tokenizer.chat_prompt(messages)
+        return self._backend.tokenizer.chat_prompt(messages, template_kwargs)
 
     def generate(
         self,
@@ -233,6 +236,7 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
 
@@ -246,6 +250,7 @@ class Engine:
             top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
             seed: repeats a varied reply; None for a different one each time.
             stop: text or texts that end the reply and are not part of it.
+            template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
 
         Returns:
             An iterator over the text of the reply.  Nothing runs until its first piece is asked for.
@@ -255,7 +260,7 @@ class Engine:
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
-        tokens = self._prompt_tokens(prompt, chat)
+        tokens = self._prompt_tokens(prompt, chat, template_kwargs)
         if avg_bits is not None:
             self.avg_bits = avg_bits
         return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops, self._tell)
@@ -361,16 +366,21 @@ class Engine:
                 start += size
         return Passes(tuple(seconds), bits / len(ids))
 
-    def _prompt_tokens(self, prompt: Prompt, chat: bool) -> NDArray[np.int32]:
+    def _prompt_tokens(
+        self, prompt: Prompt, chat: bool, template_kwargs: Mapping[str, Any] | None
+    ) -> NDArray[np.int32]:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise UsageError("the prompt is empty; give some text")
             if chat and self.has_chat_template:
-                ids = self.encode(self.chat_prompt([{"role": "user", "content": prompt}]))
-            else:
-                ids = self.encode(prompt, add_bos=True)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.encode(self.chat_prompt(prompt))  # type: ignore[arg-type]
+                prompt = [{"role": "user", "content": prompt}]
+        if prompt and isinstance(prompt[0], Mapping):
+            ids = self.encode(self.chat_prompt(prompt, template_kwargs))  # type: ignore[arg-type]
+        elif template_kwargs:
+            names = ", ".join(template_kwargs)
+            raise UsageError(f"template_kwargs {names}: no chat template renders this prompt; leave them out")
+        elif isinstance(prompt, str):
+            ids = self.encode(prompt, add_bos=True)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
         if not ids:
@@ -404,10 +414,11 @@ class Engine:
                 chunk = prompt[start : start + self._chunk]
                 context.append(chunk)
                 record.prompt_bits += context.bits_used() * len(chunk) / len(prompt)
-            decode = self._backend.tokenizer.stream()
+            stream, left = self._backend.tokenizer.stream(), length - len(prompt)
             while not record.stopping and (token := context.next_token()) is not None:
-                ends = token in self._eos
-                yield Step(token, context.bits_used(), "" if ends else decode(token), ends)
+                ends, left = token in self._eos, left - 1
+                text = "" if ends else stream.add(token)
+                yield Step(token, context.bits_used(), text if left and not ends else text + stream.rest(), ends)
 
 
 class _Alone:

@@ -33,7 +33,7 @@ class Backend:
             overlaid = og.Config(str(path))
             overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(overlaid)
-            self.tokenizer = Tokenizer(path, og.Tokenizer(self._model))
+        self.tokenizer = Tokenizer(path)
         self._threads = ops_threads(self, path, manifest)
         self.use_threads(threads)
         self._og = og

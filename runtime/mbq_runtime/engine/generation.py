@@ -97,7 +97,7 @@ class Step:
 
     token: its id.
     bits: average bits per weight of its pass.
-    text: its text; "" while a character is not complete.
+    text: the text that it completes; with the last token of a reply, also what was not complete.
     ends: whether it is an end token.
     """
 
@@ -217,15 +217,16 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
             else:
                 record.ttft_s = spent_s
             record.bits.append(step.bits)
-            if step.ends:
-                record.finish_reason = "stop"
-                break
-            record.tokens.append(step.token)
+            if not step.ends:
+                record.tokens.append(step.token)
             held += step.text
             cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
             if cut >= 0:
                 record.finish_reason = "stop"
                 held = held[:cut]
+                break
+            if step.ends:
+                record.finish_reason = "stop"
                 break
             ready = len(held) - _claimed(held, stop)
             if ready:

@@ -1,90 +1,151 @@
-"""``Tokenizer``: text to tokens and back, for every kind of engine."""
+"""``Tokenizer``: text to tokens and back, for every kind of engine.
+
+The library is that of Hugging Face, which also reads the tokenizer at the export: a bundle's tokens are the model's.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mbq_runtime.errors import BundleError, UsageError
 
-from .imports import engine_errors, import_engine
+from .template import ChatTemplate, Message
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not yet a character
 
 
 class Tokenizer:
     """The tokenizer and chat template of a bundle.
 
     path: folder of the bundle.
-    native: a tokenizer of onnxruntime-genai; None to make one of the bundle's files.
+
+    Raises:
+        BundleError: a file of the tokenizer cannot be read.
+        UsageError: the package tokenizers is not installed.
     """
 
-    def __init__(self, path: Path, native: Any = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        with engine_errors(f"{path}: the tokenizer cannot be loaded"):
-            self._native = native or import_engine("onnxruntime_genai").Tokenizer(str(path))
-            self._bos = _leading_token(self._native)
+        self._native = _read(path / "tokenizer.json")
+        self._template = ChatTemplate(path)
+        self._special = frozenset(i for i, token in self._native.get_added_tokens_decoder().items() if token.special)
+        names = (self._native.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._bytes = frozenset(token for token in names if token is not None)
 
-    @property
+    @cached_property
     def opening_tokens(self) -> list[int]:
-        """What the tokenizer puts before every text: [bos] or nothing."""
-        return [] if self._bos is None else [self._bos]
+        """What the tokenizer puts before every text: often [bos], or nothing."""
+        plain = self.encode("a")
+        full = self._native.encode("a", add_special_tokens=True).ids
+        opening = full[: len(full) - len(plain)]
+        return list(opening) if full[len(opening) :] == plain else []
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle can render a conversation."""
-        if (self.path / "chat_template.jinja").is_file():
-            return True
-        config = self.path / "tokenizer_config.json"
-        return config.is_file() and "chat_template" in json.loads(config.read_bytes())
+        return self._template.exists
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without opening tokens.
 
         Args:
-            text: any text without a NUL character.
+            text: any text.
 
         Raises:
-            UsageError: the text has a NUL character.
+            UsageError: the text has half a character, which UTF-8 cannot express.
         """
-        _check_text(text)
-        with engine_errors(f"{self.path}: the tokenizer failed"):
-            return [int(token) for token in self._native.encode(text)]
+        if half := _SURROGATE.search(text):
+            code = ord(half[0])
+            raise UsageError(f"text has U+{code:04X}, half a character, at position {half.start()}; remove it")
+        return list(self._native.encode(text, add_special_tokens=False).ids)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """Render a conversation, ready for the reply.
 
         Args:
             messages: each with "role" and "content".
+            options: variables of the template.
 
         Raises:
-            BundleError: the bundle has no chat template.
+            BundleError: the bundle has no chat template, or one that fails or takes too much time or memory.
+            UsageError: the template refuses the conversation, or does not know an option.
         """
-        if not self.has_chat_template:
-            raise BundleError(f"{self.path}: the bundle has no chat template; pass the text with chat=False")
-        for message in messages:
-            _check_text(message.get("content", ""))
-        with engine_errors(f"{self.path}: chat_template.jinja cannot be rendered"):
-            text: str = self._native.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
+        return self._template.render(messages, options)
+
+    def stream(self) -> TextStream:
+        """The text of a reply, token by token."""
+        return TextStream(self._native, self._special, self._bytes)
+
+
+class TextStream:
+    """Decodes the tokens of one reply as they come.  The pieces together are the text of all tokens decoded at once.
+
+    Text waits while it may still change: after an incomplete character, and after a token of one byte.  Where a run of
+    such tokens is not UTF-8, the decoder replaces all of it.
+
+    Args:
+        native: a tokenizer of the package tokenizers.
+        special: ids that have no text.
+        bytes: ids of tokens that stand for one byte, in vocabularies with byte fallback.
+    """
+
+    def __init__(self, native: Any, special: frozenset[int], bytes: frozenset[int]) -> None:
+        self._native, self._special, self._bytes = native, special, bytes
+        # Decoders look at the tokens before: the last ones that gave text stay in the window.
+        self._window: list[int] = []
+        self._given = 0  # tokens of the window whose text is given
+        self._given_text = ""
+
+    def add(self, token: int) -> str:
+        """The text that a token completes, often "".
+
+        Args:
+            token: its id.
+        """
+        if token in self._special:
+            return ""
+        self._window.append(token)
+        if token in self._bytes:
+            return ""
+        text = self._decode()
+        return "" if text.endswith(_INCOMPLETE) else self._take(text)
+
+    def rest(self) -> str:
+        """The text that still waits.  Incomplete characters are replaced, as nothing will complete them."""
+        return self._take(self._decode())
+
+    def _take(self, text: str) -> str:
+        new = text[len(self._given_text) :]
+        if new:
+            del self._window[: self._given]
+            self._given, self._given_text = len(self._window), self._decode()
+        return new
+
+    def _decode(self) -> str:
+        text: str = self._native.decode(self._window, skip_special_tokens=True)
         return text
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes the tokens of a reply in order, and returns the text that each one completes."""
-        decode: Callable[[int], str] = self._native.create_stream().decode
-        return decode
 
-
-def _check_text(text: str) -> None:
-    """Refuse a NUL character: the tokenizer takes C strings, and would drop the text after it."""
-    if "\0" in text:
-        raise UsageError(f"text has a NUL character at position {text.index(chr(0))}; remove it")
-
-
-def _leading_token(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before every text, if there is one."""
-    plain = list(tokenizer.encode("a"))
-    tokenizer.update_options(add_special_tokens="true")
-    full = list(tokenizer.encode("a"))
-    tokenizer.update_options(add_special_tokens="false")
-    opening = full[: len(full) - len(plain)]
-    return int(opening[0]) if opening and full[len(opening) :] == plain else None
+def _read(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer as Native
+    except ImportError as error:
+        raise UsageError(f"tokenizers cannot be imported ({error}): pip install tokenizers") from None
+    try:
+        native = Native.from_buffer(file.read_bytes())
+    # The library raises Exception itself, and a BaseException where its own code fails.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(
+            f"{file}: the tokenizer cannot be loaded: {reason}; check the files with mbq verify"
+        ) from None
+    native.no_padding()
+    native.no_truncation()
+    return native

@@ -103,20 +103,33 @@ class Body(_Strict):
         """The prompt for ``Engine.generate``."""
         raise NotImplementedError
 
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return {}
+
     def token_limit(self) -> int | None:
         """The highest number of tokens that the client asked for; None: no limit."""
         return self.max_tokens
 
 
 class ChatBody(Body):
-    """The body of /v1/chat/completions."""
+    """The body of /v1/chat/completions.
+
+    chat_template_kwargs: variables of the chat template; reasoning_effort: the variable of that name.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
     def engine_prompt(self) -> list[dict[str, str]]:
         system = {"developer": "system"}
         return [{"role": system.get(m.role, m.role), "content": m.content} for m in self.messages]
+
+    def template_kwargs(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -197,6 +210,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "top_k": body.top_k or 0,
         "seed": None if body.seed is None else body.seed % _INT32,
         "stop": tuple(body.stop or ()),
+        "template_kwargs": body.template_kwargs(),
     }
     return Order(body.engine_prompt(), options, floor, ceiling)
 
