@@ -119,9 +119,7 @@ class ChatTemplate:
             known = ", ".join(name for name in answer["names"] if name not in {*self._special, "messages"})
             raise UsageError(f"{what} has no variable {answer['unknown']!r}, only {known or 'none'}; leave it out")
         if "broken" in answer:
-            raise BundleError(
-                f"{what} cannot be rendered: {answer['broken']}; export the model again or use no template"
-            )
+            raise BundleError(f"{what} cannot be rendered: {answer['broken']}; use no template (mbq run --raw)")
         raise TemplateLimitError(f"{what} {answer['limit']}; do not trust it; use no template (mbq run --raw)")
 
 
