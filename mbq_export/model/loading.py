@@ -22,6 +22,7 @@ from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
 from .mapped_weights import in_file
 from .source import ModelSource, read_json, weight_files
 from .stop_tokens import check_rows, check_stop
+from .text_check import check_text
 
 _UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Stored by old versions of transformers, which compute it since."""
@@ -49,6 +50,8 @@ def read_config(source: ModelSource) -> Decoder:
 def check_tokens(source: ModelSource, decoder: Decoder) -> None:
     """Refuse a model that could not be talked to: no tokenizer, ids without rows, nothing that ends a reply.
 
+    So is one whose prompts or tokens would differ on the board.
+
     Args:
         source: where the model lies.
         decoder: its description.
@@ -57,6 +60,7 @@ def check_tokens(source: ModelSource, decoder: Decoder) -> None:
         ModelError: as said.
     """
     tokenizer = read_tokenizer(source)
+    check_text(tokenizer, source.name)
     check_rows(tokenizer, decoder.vocab_size, source.name)
     check_stop(tokenizer, [*_generation_config(source), tokenizer, _config(source)], decoder.vocab_size, source.name)
 

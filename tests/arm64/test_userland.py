@@ -22,7 +22,8 @@ from userland import _build_once as build_once
 
 pytestmark = pytest.mark.slow
 
-MAX_WHEELS_MB, MAX_UNPACKED_MB = 60, 180
+# Of it, tokenizers with the packages that it asks for: 10 and 34 MB.
+MAX_WHEELS_MB, MAX_UNPACKED_MB = 66, 200
 WORKSTATION_ONLY = {"torch", "transformers", "apache-tvm", "apache-tvm-ffi", "ziglang", "onnx", "accelerate"}
 
 # Features that kernels choose by, per core: those it must have and those it must not.

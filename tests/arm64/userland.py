@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -166,10 +167,13 @@ class Userland:
         input: str | None,
         emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        command = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, root / "usr/bin/python3.11", *args]
+        python = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, root / "usr/bin/python3.11"]
+        command = [*python, *args]
         environment = {
             "HOME": "/nonexistent",
             "LANG": "C.UTF-8",
+            # A process that starts another one, such as the renderer of chat templates, needs the emulator for it.
+            "MBQ_PYTHON": shlex.join(map(str, python)),
             "ORT_DISABLE_TELEMETRY": "1",
             "PATH": "/usr/bin:/bin",
             "PYTHONDONTWRITEBYTECODE": "1",

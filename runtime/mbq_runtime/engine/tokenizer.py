@@ -32,7 +32,7 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._native = _read(path / "tokenizer.json")
-        self._template = ChatTemplate(path)
+        self.template = ChatTemplate(path)
         self._special = frozenset(i for i, token in self._native.get_added_tokens_decoder().items() if token.special)
         names = (self._native.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._bytes = frozenset(token for token in names if token is not None)
@@ -48,7 +48,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle can render a conversation."""
-        return self._template.exists
+        return self.template.exists
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without opening tokens.
@@ -75,7 +75,7 @@ class Tokenizer:
             BundleError: the bundle has no chat template, or one that fails or takes too much time or memory.
             UsageError: the template refuses the conversation, or does not know an option.
         """
-        return self._template.render(messages, options)
+        return self.template.render(messages, options)
 
     def stream(self) -> TextStream:
         """The text of a reply, token by token."""

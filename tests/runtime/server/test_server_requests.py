@@ -5,11 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_templates import HOSTILE
 from serving import Running, serve
+from tiny_bundle import write_manifest
 
 from mbq_runtime import Engine
 from mbq_runtime.server import app
@@ -75,7 +79,6 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "content is null": (CHAT, message(None), "messages.0.content", "valid string"),
     "a picture": (CHAT, message([{"type": "image_url", "image_url": {}}]), "messages.0.content", "parts of type text"),
     "parts that are not objects": (CHAT, message([1]), "messages.0.content", "parts of type text"),
-    "NUL character": (CHAT, message("A\0B"), None, "NUL character at position 1"),
     "too long": (CHAT, message("A" * 500), None, "tokens long"),
     "no prompt": (COMPLETIONS, b"{}", "prompt", "required"),
     "empty prompt": (COMPLETIONS, completion(prompt=""), None, "the prompt is empty"),
@@ -111,6 +114,9 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "unknown model": (CHAT, chat(model="x" * 1000), "model", "this server has 'tiny'"),
     "two replies": (CHAT, chat(n=2), "n", "not supported"),
     "tools": (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    "template variables in a list": (CHAT, chat(chat_template_kwargs=[1]), "chat_template_kwargs", "an object"),
+    "unknown template variable": (CHAT, chat(chat_template_kwargs={"think": True}), None, "no variable 'think'"),
+    "effort without a use": (CHAT, chat(reasoning_effort="low"), None, "no variable 'reasoning_effort'"),
     "logprobs": (CHAT, chat(logprobs=True), "logprobs", "not supported"),
     "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     "penalty": (CHAT, chat(presence_penalty=0.5), "presence_penalty", "not supported"),
@@ -139,6 +145,33 @@ def test_neutral_and_unknown_fields_are_let_through(running: Running) -> None:
     )  # fmt: skip
     status, found = ask(running, CHAT, body)
     assert (status, found["object"]) == (200, "chat.completion")
+
+
+def with_template(folder: Path, template: str) -> Engine:
+    (folder / "chat_template.jinja").write_text(template)
+    write_manifest(folder)
+    return Engine.load(folder, threads=1)
+
+
+def test_variables_reach_the_template(bundle_copy: Path) -> None:
+    template = "{{ messages[0].content * (repeats or 1) ~ reasoning_effort }}"
+    with serve(with_template(bundle_copy, template)) as running:
+        tokens = []
+        for fields in ({}, {"reasoning_effort": "high"}, {"chat_template_kwargs": {"repeats": 5}}):
+            status, found = ask(running, CHAT, chat(max_tokens=1, **fields))
+            assert status == 200, found
+            tokens.append(found["usage"]["prompt_tokens"])
+        assert tokens == [1, 5, 5]
+
+
+def test_a_hostile_template(bundle_copy: Path) -> None:
+    with serve(with_template(bundle_copy, HOSTILE["nested ranges"])) as running:
+        start_s = time.perf_counter()
+        status, found = ask(running, CHAT, chat())
+        assert time.perf_counter() - start_s < 4
+        assert (status, found["error"]["code"]) == (400, "invalid_prompt")
+        assert "the chat template takes longer than 1.5 s" in found["error"]["message"]
+        assert still_answers(running)
 
 
 def test_a_huge_body_is_refused_before_it_is_read(running: Running) -> None:
