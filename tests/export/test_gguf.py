@@ -227,6 +227,33 @@ def test_texts_open_with_bos_as_llama_cpp_opens_them(llama: Path, tmp_path: Path
     assert (tokenizer_of(open_gguf(path))("tide")["input_ids"][0] == 398) != opens
 
 
+def pieces(path: Path, text: str) -> list[str]:
+    tokenizer = tokenizer_of(open_gguf(path))
+    return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "cuts"),
+    [
+        ("smollm", "a\n\n345 don't", ["a", "ĊĊ", "3", "4", "5", "Ġdon", "'t"]),
+        ("gpt-2", "a\n\n345 don't", ["a", "Ċ", "Ċ", "345", "Ġdon", "'t"]),
+        ("llama-bpe", "a\n\n3456 DON'T", ["a", "ĊĊ", "345", "6", "ĠDON", "'T"]),
+        ("qwen2", "a\n\n345 DON'T", ["a", "ĊĊ", "3", "4", "5", "ĠDON", "'T"]),
+        ("gpt-4o", "aBc don't 3456", ["a", "Bc", "Ġdon't", "Ġ", "345", "6"]),
+        ("tekken", "aBc don't 345", ["a", "Bc", "Ġdon", "'t", "Ġ", "3", "4", "5"]),
+    ],
+)
+def test_text_is_cut_as_the_published_tokenizers_cut_it(
+    llama: Path, tmp_path: Path, pre: str, text: str, cuts: list[str]
+) -> None:
+    assert pieces(edited(llama, tmp_path / "pre.gguf", tokenizer__ggml__pre=pre), text) == cuts
+
+
+def test_qwen_normalises_text(llama: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(open_gguf(edited(llama, tmp_path / "pre.gguf", tokenizer__ggml__pre="qwen2")))
+    assert tokenizer("e\u0301")["input_ids"] == tokenizer("\u00e9")["input_ids"]
+
+
 def test_a_window_that_the_file_does_not_hold(llama: Path, tmp_path: Path) -> None:
     """Mistral 7B v0.1 and its descendants attend through a window, which the converter drops."""
     shape = {"embedding_length": 4096, "feed_forward_length": 14336, "block_count": 32}
