@@ -108,6 +108,7 @@ def test_signatures() -> None:
     generate = inspect.signature(Engine.generate).parameters
     assert list(generate) == [
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
+        "template_kwargs",
     ]  # fmt: skip
     load = inspect.signature(Engine.load).parameters
     assert list(load) == ["path", "threads", "avg_bits", "context", "engine"]
