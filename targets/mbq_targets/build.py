@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from mbq_runtime.errors import BuildError
 from . import constants
 from .machines import Target, best_for
 from .spec import KernelSpec
+
+log = logging.getLogger(__name__)
 
 _ROOM = Path(__file__).parent
 _SHARED = (Path(__file__), Path(constants.__file__), Path(layout.__file__))
@@ -64,25 +67,43 @@ def build_ops_library(target: Target, spec: KernelSpec, out: Path) -> None:
 
 
 def _cached(name: str, make: Callable[[Path], Path]) -> Path:
-    """A file of the cache. If it is missing, ``make`` writes it to the folder that it gets and returns its path."""
-    cached = cache_dir() / name
-    if not cached.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
-            _place(make(Path(folder)), cached)
-    return cached
+    """A file of the cache, with its SHA-256 in its name. A missing or damaged file is made again.
+
+    name: folder, key and suffix. make: writes the file to the folder that it gets, and returns its path.
+    """
+    wanted = cache_dir() / name
+    for entry in wanted.parent.glob(f"{wanted.stem}-*{wanted.suffix}"):
+        if entry.stem.rpartition("-")[2] == _sha256(entry):
+            return entry
+        log.warning("%s: damaged; it is made again", entry)
+        entry.unlink(missing_ok=True)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mbq-build-") as folder:
+        made = make(Path(folder))
+        entry = wanted.with_stem(f"{wanted.stem}-{_sha256(made)}")
+        _place(made, entry)
+    return entry
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _place(source: Path, destination: Path) -> None:
     """Copy a file by renaming a finished copy, so that ``destination`` is never seen half written."""
     with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as file:
         partial = Path(file.name)
-    try:
-        shutil.copyfile(source, partial)
-        partial.chmod(0o755)
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            with source.open("rb") as content:
+                shutil.copyfileobj(content, file)
+            # After a loss of power, a name must not stand for a file that was not written.
+            file.flush()
+            os.fsync(file.fileno())
+            partial.chmod(0o755)
+            partial.replace(destination)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def build_for_this_machine(source: Path, defines: Mapping[str, int]) -> Path | None:

@@ -98,6 +98,34 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.listdir(tmp_path / "out") == ["lib.so"]
 
 
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
+    "one bit": lambda data: data[:3] + bytes([data[3] ^ 1]) + data[4:],
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_damaged_entry_of_the_cache_is_made_again(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    built = []
+
+    def make(folder: Path) -> Path:
+        built.append(folder)
+        (folder / "x.so").write_bytes(b"a library")
+        return folder / "x.so"
+
+    entry = build_room._cached("ops/key.so", make)
+    entry.write_bytes(DAMAGE[damage](entry.read_bytes()))
+    again = build_room._cached("ops/key.so", make)
+    assert again.read_bytes() == b"a library"
+    assert build_room._cached("ops/key.so", make) == again
+    assert len(built) == 2
+    assert os.listdir(again.parent) == [again.name]
+
+
 def test_portable_has_no_library(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="target portable: it has no native library to build"):
         build_ops_library(TARGETS["portable"], KernelSpec(PROFILE, 64), tmp_path / "x.so")
