@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -132,8 +133,8 @@ def test_errors_leave_the_worker_alive(written: Any) -> None:
 
 def test_long_conversations_are_honest(written: Any) -> None:
     template = written("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}")
-    messages = [{"role": "user", "content": "日本語 " * 200}] * 1000
-    assert len(template.render(messages)) > 800_000
+    messages = [{"role": "user", "content": "日本語 " * 200}] * 5000
+    assert len(template.render(messages)) > 4_000_000
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -180,6 +181,35 @@ def test_a_worker_that_died_is_started_again(written: Any) -> None:
     process.kill()
     process.wait()
     assert template.render(USER) == "A"
+
+
+def test_the_time_limit_holds_where_the_program_ignores_its_signal(written: Any) -> None:
+    template = written(HOSTILE["nested ranges"])
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        with pytest.raises(TemplateLimitError, match=r"takes longer than 1.5 s"):
+            template.render(USER)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_huge_template(written: Any) -> None:
+    with pytest.raises(BundleError, match="the chat template default is longer than 1048576"):
+        written("a" * 2_000_000)
+    assert len(written("{# " + "a" * 1_000_000 + "#}b").render(USER)) == 1
+
+
+def test_a_chat_goes_on_after_a_refusal(bundle_copy: Path) -> None:
+    """Also when the next message is refused while the chat counts tokens."""
+    refusing = "{% if messages[-1].content == 'Hi' %}{{ raise_exception('not ' ~ messages | length) }}{% endif %}A"
+    _engine(bundle_copy, refusing)
+    command = [sys.executable, "-m", "mbq_runtime.cli", "chat", str(bundle_copy), "--max-tokens", "2"]
+    done = subprocess.run(command, input="a\nHi\nb\n", capture_output=True, encoding="utf-8", check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("refuses the conversation: not 3") == 1
+    assert done.stderr.count("2 tokens, ") == 2
 
 
 def test_no_worker(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:

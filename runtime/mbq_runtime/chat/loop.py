@@ -143,10 +143,11 @@ class Chat:
         return False
 
     def _answer(self, text: str) -> None:
-        forgotten = self._conversation.ask(text)
-        if forgotten:
-            self._screen.note(f"(the context is full: {forgotten} earlier turn{'s' if forgotten > 1 else ''} dropped)")
         try:
+            forgotten = self._conversation.ask(text)
+            if forgotten:
+                turns = "turns" if forgotten > 1 else "turn"
+                self._screen.note(f"(the context is full: {forgotten} earlier {turns} dropped)")
             reply = self._engine.generate(self._conversation.messages, **self._options)
         except MbqError as error:
             self._conversation.drop_unanswered()

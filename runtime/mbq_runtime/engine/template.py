@@ -34,6 +34,8 @@ _SPARE_CHARS = 1 << 18
 _COPIES = 8
 """Most times that a template may repeat what it is given."""
 
+_SOURCE_BYTES = 1 << 20
+"""Most bytes of a template.  Those of published models have up to 20 thousand."""
 _EXTRA_TEMPLATES = "additional_chat_templates"
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -57,6 +59,10 @@ class ChatTemplate:
         self.path = path
         config = _read_config(path / "tokenizer_config.json")
         self._sources = dict(_sources(path, config))
+        for name, source in self._sources.items():
+            if len(source) > _SOURCE_BYTES:
+                what = f"the chat template {name} is longer than {_SOURCE_BYTES} characters"
+                raise BundleError(f"{path}: {what}; it is not one of a published model: remove it")
         self._special = dict(_special_tokens(config))
         self._worker = _Worker()
 
@@ -232,7 +238,8 @@ def _sources(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     for name, file in files.items():
         if file.is_file():
             try:
-                yield name, file.read_text(encoding="utf-8")
+                with file.open("rb") as opened:
+                    yield name, opened.read(_SOURCE_BYTES + 1).decode()
             except (OSError, ValueError) as error:
                 raise BundleError(f"{file}: unreadable ({error}); check the files with mbq verify") from None
 

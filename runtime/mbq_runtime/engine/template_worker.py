@@ -28,7 +28,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 _MEMORY_BYTES = 64 << 20
-"""What a request may use, besides the interpreter and jinja2 (about 25 MB)."""
+"""What a request may use, besides the interpreter and jinja2 (about 25 MB), and besides copies of what it brings."""
+_COPIES = 16
 _MESSAGE_CHARS = 200
 
 
@@ -154,12 +155,10 @@ def _line(error: Exception) -> str:
     return shown[:_MESSAGE_CHARS]
 
 
-def _limit_memory() -> None:
+def _memory_bytes() -> int:
+    """The address space of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES,) * 2)
-    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-        resource.setrlimit(kind, (0, 0))
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(seconds: float) -> None:
@@ -173,9 +172,16 @@ def main(seconds: float) -> None:
     warm = {"template": "{% generation %}{{ a | tojson }}{% endgeneration %}", "most_chars": 9}
     templates.answer({**warm, "variables": {"a": 0}, "options": {}})
     _strftime_now("%d")
-    _limit_memory()
+    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(kind, (0, 0))
+    # The program that started this one may ignore or block the signal.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    used, most = _memory_bytes(), resource.getrlimit(resource.RLIMIT_AS)[1]
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        limit = used + _MEMORY_BYTES + _COPIES * len(line)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
         try:
             answer = json.dumps(templates.answer(json.loads(line)))
         except MemoryError:
