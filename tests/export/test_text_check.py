@@ -89,7 +89,7 @@ def test_a_hostile_template_is_not_given_to_transformers(checkpoint: Path, tmp_p
     for file in checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
     source, start_s = locate(str(tmp_path)), time.perf_counter()
-    with pytest.raises(ModelError, match=r"cannot be used: the chat template takes longer than 1.5 s"):
+    with pytest.raises(ModelError, match=r"cannot be used: the chat template takes too long"):
         check_tokens(source, read_config(source))
     assert time.perf_counter() - start_s < 10
 

@@ -188,7 +188,7 @@ def test_the_time_limit_holds_where_the_program_ignores_its_signal(written: Any)
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     try:
-        with pytest.raises(TemplateLimitError, match=r"takes longer than 1.5 s"):
+        with pytest.raises(TemplateLimitError, match=r"takes too long"):
             template.render(USER)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])

@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
 """One message: "role" and "content", and what else the template knows, such as "tool_calls"."""
 
 RENDER_S = 1.5
-"""Most seconds for one conversation.  Templates of published models need a few milliseconds."""
+"""Most seconds for one conversation; more on a slow processor.  Templates of published models need milliseconds."""
 _HANG_S = 30.0
 """After this the worker is ended from outside: it did not start, or it is stopped."""
 _SPARE_CHARS = 1 << 18
@@ -211,7 +211,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
     if process.returncode == -signal.SIGALRM:
-        return f"takes longer than {RENDER_S:g} s"
+        return f"takes too long (the limit is {RENDER_S:g} s, more on a slow processor)"
     return f"ends the process that renders it (status {process.returncode})"
 
 

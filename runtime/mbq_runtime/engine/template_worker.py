@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from datetime import datetime
 from typing import Any
 
@@ -30,6 +31,8 @@ from jinja2.utils import Namespace
 _MEMORY_BYTES = 64 << 20
 """What a request may use, besides the interpreter and jinja2 (about 25 MB), and besides copies of what it brings."""
 _COPIES = 16
+_STARTS = 4
+"""A request may take this many times the processor time that the start took: a slow board needs longer to compile."""
 _MESSAGE_CHARS = 200
 
 
@@ -165,7 +168,7 @@ def main(seconds: float) -> None:
     """Answer requests until the input ends.
 
     Args:
-        seconds: time of one request; the process ends by SIGALRM after it.
+        seconds: time of one request, at least; the process ends by SIGALRM after it.
     """
     templates = _Templates()
     # What is imported or compiled at the first use must not count in the first request.
@@ -177,6 +180,7 @@ def main(seconds: float) -> None:
     # The program that started this one may ignore or block the signal.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    seconds = max(seconds, _STARTS * time.process_time())
     used, most = _memory_bytes(), resource.getrlimit(resource.RLIMIT_AS)[1]
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)

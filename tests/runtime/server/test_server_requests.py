@@ -170,7 +170,7 @@ def test_a_hostile_template(bundle_copy: Path) -> None:
         status, found = ask(running, CHAT, chat())
         assert time.perf_counter() - start_s < 4
         assert (status, found["error"]["code"]) == (400, "invalid_prompt")
-        assert "the chat template takes longer than 1.5 s" in found["error"]["message"]
+        assert "the chat template takes too long" in found["error"]["message"]
         assert still_answers(running)
 
 
