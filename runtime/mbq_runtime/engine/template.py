@@ -29,7 +29,7 @@ RENDER_S = 1.5
 """Most seconds for one conversation; more on a slow processor.  Templates of published models need milliseconds."""
 _HANG_S = 30.0
 """After this the worker is ended from outside: it did not start, or it is stopped."""
-_SPARE_CHARS = 1 << 18
+_SPARE_CHARS = 1 << 16
 """Most characters that a template may add of its own."""
 _COPIES = 8
 """Most times that a template may repeat what it is given."""

@@ -137,7 +137,7 @@ def _read(file: Path) -> Any:
     except ImportError as error:
         raise UsageError(f"tokenizers cannot be imported ({error}): pip install tokenizers") from None
     try:
-        native = Native.from_buffer(file.read_bytes())
+        native = Native.from_file(str(file))
     # The library raises Exception itself, and a BaseException where its own code fails.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
