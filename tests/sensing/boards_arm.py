@@ -307,3 +307,27 @@ RK3588 = Board(
     },
     missing=("known limit of the board", "power supplies", "Raspberry Pi throttle bits"),
 )  # fmt: skip
+
+_BOXED_NOW, _BOXED_LATER = linux(4, 0.1, 1.5)
+PI_5_IN_A_CONTAINER = Board(  # no device tree, no firmware; the kernel has no trip but the critical one
+    files={
+        **_BOXED_NOW,
+        "/proc/cpuinfo": "processor\t: 3\nCPU part\t: 0xd0b\n\nRevision\t: d04170\nSerial\t\t: 0123456789abcdef\n"
+                         "Model\t\t: Raspberry Pi 5 Model B Rev 1.0",
+        "/proc/self/cgroup": "0::/",
+        "/proc/self/mountinfo": "640 612 0:29 / /sys/fs/cgroup ro - cgroup2 cgroup rw",
+        **zone(0, "cpu-thermal", 84200, ("critical", 110000)),
+        **clocks(0, "0 1 2 3", 2400000, 2400000, 2400000),
+    },
+    later=_BOXED_LATER,
+    signals=(
+        Expected(Kind.HEAT, "cpu-thermal", 84.2, "C", f"{ZONES}0/temp", None, 110.0),
+        Expected(Kind.HEAT_LIMIT, "firmware slows from", 80.0, "C", "/proc/cpuinfo"),
+        *load_signals(4, 0.1),
+    ),
+    readings={
+        "temp_c": 84.2, "throttle_temp_c": 80.0, "critical_temp_c": 110.0, "cpu_freq_fraction": 1.0,
+        **load_readings(4, 0.1),
+    },
+    missing=("Raspberry Pi throttle bits", "power supplies"),
+)  # fmt: skip

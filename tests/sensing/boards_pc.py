@@ -208,3 +208,36 @@ BARE_VM = Board(
     readings=load_readings(2, 0.4),
     missing=("throttle counters of x86", "thermal zones", "cooling devices", "hwmon chips", "power supplies"),
 )  # fmt: skip
+
+_LXC_NOW, _LXC_LATER = linux(4, 0.25, 1.5, allowed="12-15")
+PROXMOX_LXC = Board(  # the mask has the numbers of the host; lxcfs numbers the processors from 0
+    files={
+        **_LXC_NOW,
+        "/proc/self/cgroup": "0::/", "/proc/self/mountinfo": f"640 612 0:29 / {_V2} rw - cgroup2 cgroup2 rw",
+    },
+    later=_LXC_LATER,
+    signals=load_signals(4, 0.25),
+    readings=load_readings(4, 0.25),
+    missing=("thermal zones", "power supplies"),
+)  # fmt: skip
+
+_GAME_NOW, _GAME_LATER = linux(8, 0.3, 1.5)
+LAPTOP_ON_MAINS_WITH_A_GAMEPAD = Board(  # old drivers give a gamepad's battery no scope
+    files={
+        **_GAME_NOW, **own_group(),
+        **folder(f"{_SUPPLY}/AC", type="Mains", online=1),
+        **folder(f"{_SUPPLY}/BAT0", type="Battery", present=1, status="Full", capacity=100,
+                 energy_full=50000000, energy_now=50000000, power_now=0, voltage_now=12600000),
+        **folder(f"{_SUPPLY}/sony_controller_battery_a4:53:85:01:02:03", type="Battery", present=1,
+                 status="Discharging", capacity=12),
+    },
+    later=_GAME_LATER,
+    signals=(
+        Expected(Kind.DISCHARGING, "BAT0", 0, "flag", f"{_SUPPLY}/BAT0/status"),
+        Expected(Kind.BATTERY, "BAT0", 1, "share", f"{_SUPPLY}/BAT0/energy_now"),
+        *load_signals(8, 0.3),
+    ),
+    readings={
+        "discharging": False, "battery_fraction": 1.0, "battery_energy_wh": 50.0, **load_readings(8, 0.3),
+    },
+)  # fmt: skip

@@ -218,5 +218,5 @@ def test_a_reader_that_breaks_is_one_unknown_signal(tmp_path: Path) -> None:
     sensors = Sensors(build(tmp_path, PI_5.files), Clock(), Commands({}), broken)
     signals = settled(sensors)
     (bits,) = [one for one in signals if one.kind is Kind.THROTTLE_BITS]
-    assert bits.problem == "ZeroDivisionError: nobody has thought of this"
+    assert bits.problem == "it has a form that is not known; mbq -v shows more"
     assert aggregate(signals, 0).temp_c == 82.3

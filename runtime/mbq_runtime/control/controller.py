@@ -65,6 +65,7 @@ class State:
         cause: name of the trigger that last lowered the budget; "" when none did.
         tracks: the signals that are known, by trigger name.
         best_tps: best speed in tokens/s, by budget.
+        best_clock: highest share of the clock that was allowed so far; None when it was never known.
         notices: messages about sensors from this step.
         told: names of the sensors about which a notice was given.
     """
@@ -81,6 +82,7 @@ class State:
     cause: str = ""
     tracks: Mapping[str, Track] = field(default_factory=dict)
     best_tps: Mapping[float, float] = field(default_factory=dict)
+    best_clock: float | None = None
     notices: tuple[str, ...] = ()
     told: frozenset[str] = frozenset()
 
@@ -154,7 +156,8 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
     sandboxed = "heat" not in state.tracks and "cpu" not in state.tracks
     # Fewer bits are never slower, so a speed that was reached at more bits is possible here too.
     best_tps = max((tps for bits, tps in state.best_tps.items() if bits >= state.bits), default=None)
-    at = Situation(readings, policy, state.now_s or 0.0, state.bits, best_tps, sandboxed)
+    clock = max(filter(None, (state.best_clock, readings.cpu_freq_fraction)), default=None)
+    at = Situation(readings, policy, state.now_s or 0.0, state.bits, best_tps, clock, sandboxed)
     tracks, notices, told = dict(state.tracks), [], set(state.told)
     for name in policy.bands:
         trigger, track = TRIGGERS[name], tracks.get(name)
@@ -176,7 +179,8 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
     best = state.best_tps
     if readings.tokens_per_s is not None and readings.tokens_per_s > best.get(state.bits, 0.0):
         best = {**best, state.bits: readings.tokens_per_s}
-    return replace(state, tracks=tracks, notices=tuple(notices), told=frozenset(told), best_tps=best)
+    notes = {"notices": tuple(notices), "told": frozenset(told)}
+    return replace(state, tracks=tracks, best_tps=best, best_clock=clock, **notes)
 
 
 def _smoothed(

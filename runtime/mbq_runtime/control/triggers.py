@@ -21,6 +21,7 @@ class Situation:
         now_s: time in s, on the clock of ``policy.last_until_s``.
         bits: the budget now, in average bits per weight.
         best_tps: best speed so far at this budget or a higher one, in tokens/s; None when there is none.
+        best_clock: highest share of the clock that was allowed so far; None when it was never known.
         sandboxed: whether neither the heat nor the load of this board was ever known.
     """
 
@@ -29,6 +30,7 @@ class Situation:
     now_s: float
     bits: float
     best_tps: float | None
+    best_clock: float | None
     sandboxed: bool
 
     def pressure_at(self, bits: float) -> float:
@@ -89,12 +91,26 @@ def _supply(at: Situation) -> float | None:
     return None if at.readings.undervoltage is None else float(at.readings.undervoltage)
 
 
+_WARM_C = 70.0  # a board whose limit is unknown does not slow itself below this temperature
+_NEAR_LIMIT_C = 15.0
+
+
 def _clock(at: Situation) -> float | None:
-    """The share of the clock that the board does not allow.  It is used only where heat throttling is unknown."""
+    """The share of the clock that heat takes away.  It is used only where heat throttling is unknown.
+
+    The limit of the clock can also be the user's own setting.  A setting does not depend on the temperature, so the
+    limit of a cool board does not count.  Without a temperature only a limit that fell counts.
+    """
     r = at.readings
     if r.heat_throttled is not None:
         return 0.0
-    return None if r.cpu_freq_fraction is None else 1 - r.cpu_freq_fraction
+    if r.cpu_freq_fraction is None:
+        return None
+    if r.temp_c is None:
+        return 1 - r.cpu_freq_fraction / max(at.best_clock or 0.0, r.cpu_freq_fraction, 1e-3)
+    limit_c = _limit_c(r)
+    warm_c = _WARM_C if limit_c is None else limit_c - _NEAR_LIMIT_C
+    return 0.0 if r.temp_c < warm_c else 1 - r.cpu_freq_fraction
 
 
 def _battery(at: Situation) -> float | None:

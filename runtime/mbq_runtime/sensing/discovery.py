@@ -34,7 +34,7 @@ class SensorKind(NamedTuple):
 SENSOR_KINDS = (
     SensorKind("thermal zones", ThermalZone, ("/sys/class/thermal",), r"thermal_zone\d+"),
     SensorKind("cooling devices", CoolingDevice, ("/sys/class/thermal",), r"cooling_device\d+"),
-    SensorKind("known limits of the board", BoardLimit, ("/sys/firmware/devicetree/base",)),
+    SensorKind("known limits of the board", BoardLimit, ("/sys/firmware/devicetree/base", "/proc/cpuinfo")),
     SensorKind(
         "Raspberry Pi throttle bits",
         lambda host, _: raspberry.ThrottleBits(host, raspberry.MAILBOX),

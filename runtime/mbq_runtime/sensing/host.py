@@ -103,6 +103,14 @@ class Host:
         except OSError as error:
             raise reason(error) from error
 
+    def device(self, path: str) -> str:
+        """The path of the device that a link of /sys/class leads to, without ``root``.
+
+        Args:
+            path: the link, below ``root``.
+        """
+        return os.path.realpath(self.root + path).removeprefix(os.path.realpath(self.root or "/").rstrip("/"))
+
     def exists(self, path: str) -> bool:
         """Whether a file or folder exists.
 

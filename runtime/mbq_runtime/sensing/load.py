@@ -78,8 +78,10 @@ class ProcessorTime(Probe):
         try:
             columns = self.host.text(_STAT).rpartition(")")[2].split()
             return (int(columns[11]) + int(columns[12])) / _TICKS_PER_S
-        except (Unreadable, IndexError, ValueError) as error:
+        except Unreadable as error:
             raise Unreadable(f"load of this program is unknown: {_STAT}: {error}") from error
+        except (IndexError, ValueError):
+            raise Unreadable(f"load of this program is unknown: {_STAT}: not the times of a process") from None
 
 
 class Pressure(Probe):
@@ -125,6 +127,9 @@ class Memory(Probe):
 def allowed_cpus(host: Host) -> frozenset[int]:
     """Numbers of the processors that are in the affinity mask of this process and online.
 
+    In a container of LXC the mask has the numbers of the host, and the online processors are numbered from 0.  They are
+    those of the mask then.
+
     Args:
         host: the machine.
 
@@ -134,8 +139,13 @@ def allowed_cpus(host: Host) -> frozenset[int]:
     found = re.search(r"^Cpus_allowed_list:\s*(\S+)$", host.text(_STATUS), re.M)
     if not found:
         raise Unreadable(f"{_STATUS}: no line Cpus_allowed_list")
+    allowed, online = _numbers(found[1], _STATUS), _numbers(host.text(_ONLINE), _ONLINE)
+    if not online:
+        raise Unreadable(f"{_ONLINE}: no processor")
     # The mask of a virtual machine also has processors that can be added later.
-    return _numbers(found[1], _STATUS) & _numbers(host.text(_ONLINE), _ONLINE)
+    common = allowed & online
+    renumbered = not common or (len(allowed) == len(online) and allowed != online)
+    return online if renumbered else common
 
 
 def _numbers(ranges: str, file: str) -> frozenset[int]:

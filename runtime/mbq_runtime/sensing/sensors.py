@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from .host import Host, Ioctl, NotFitted, RunCommand, Unreadable, run_command
 from .probe import Probe
 from .readings import Readings
 from .signal import Kind, Signal
+
+log = logging.getLogger(__name__)
 
 # A call returns after at most _PATIENCE_S.  A sensor that takes longer than _SLOW_S continues in its own thread, and
 # another thread reads the rest.
@@ -125,8 +128,9 @@ class Sensors:
         except Unreadable as error:
             problem = str(error)
             blank = probe.unknown(problem)
-        except Exception as error:  # an unexpected sensor must not end a conversation
-            problem = f"{type(error).__name__}: {error}"
+        except Exception:  # an unexpected sensor must not end a conversation
+            log.info("%s could not be read", probe.path, exc_info=True)
+            problem = "it has a form that is not known; mbq -v shows more"
             blank = probe.unknown(problem)
         _, before = self._heard.get(probe, (0.0, []))
         return [replace(one, value=None, problem=problem) for one in before] or blank

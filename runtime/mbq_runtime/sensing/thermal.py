@@ -21,7 +21,20 @@ _TRIP_C = (30, 150)
 _SELDOM_S = 60.0
 
 # The firmware of these boards slows the processor at temperatures that no file gives.
-_KNOWN_LIMITS_C = {"brcm,bcm2711": 80.0, "brcm,bcm2712": 80.0, "raspberrypi,3-model-b-plus": 60.0}
+_KNOWN_LIMITS_C = {
+    "brcm,bcm2835": 80.0,
+    "brcm,bcm2836": 80.0,
+    "brcm,bcm2837": 80.0,
+    "brcm,bcm2711": 80.0,
+    "brcm,bcm2712": 80.0,
+    "raspberrypi,3-model-b-plus": 60.0,
+}
+# The same boards by the line Model of /proc/cpuinfo, the first row that fits.  Containers hide the device tree.
+_KNOWN_MODELS_C = (
+    (re.compile(r"Raspberry Pi 3 Model (A|B) Plus", re.I), 60.0),
+    (re.compile(r"Raspberry Pi\b"), 80.0),
+)
+_DEVICE_TREE, _CPUINFO = "/sys/firmware/devicetree/base/compatible", "/proc/cpuinfo"
 
 
 @dataclass(frozen=True)
@@ -152,10 +165,24 @@ class BoardLimit(Probe):
     shown = "known limit of the board"
 
     def look(self) -> list[Signal]:
-        compatible = self.host.text(f"{self.path}/compatible").split("\0")
+        try:
+            compatible = self.host.text(_DEVICE_TREE).split("\0")
+        except Absent:
+            return [self._by_model()]
         limits = [(celsius, part) for part, celsius in _KNOWN_LIMITS_C.items() if part in compatible]
         if not limits:
             raise NotFitted("no limit is known for this board")
         celsius, part = min(limits)
-        note = f"known for every {part}, not read from this board"
-        return [signal(self.kind, "firmware slows from", celsius, f"{self.path}/compatible", note=note)]
+        return [self._known(celsius, part, _DEVICE_TREE)]
+
+    def _by_model(self) -> Signal:
+        """The limit of the board that /proc/cpuinfo names.  Raises Unreadable."""
+        model = re.search(r"^Model\s*: *(.+)$", self.host.text(_CPUINFO), re.M)
+        for form, celsius in _KNOWN_MODELS_C:
+            if model and form.match(model[1]):
+                return self._known(celsius, model[1], _CPUINFO)
+        raise NotFitted("no limit is known for this board")
+
+    def _known(self, celsius: float, board: str, source: str) -> Signal:
+        note = f"known for every {board}, not read from this board"
+        return signal(self.kind, "firmware slows from", celsius, source, note=note)
