@@ -179,8 +179,8 @@ def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
     best = state.best_tps
     if readings.tokens_per_s is not None and readings.tokens_per_s > best.get(state.bits, 0.0):
         best = {**best, state.bits: readings.tokens_per_s}
-    notes = {"notices": tuple(notices), "told": frozenset(told)}
-    return replace(state, tracks=tracks, best_tps=best, best_clock=clock, **notes)
+    state = replace(state, best_tps=best, best_clock=clock)
+    return replace(state, tracks=tracks, notices=tuple(notices), told=frozenset(told))
 
 
 def _smoothed(
