@@ -22,7 +22,7 @@ from userland import _build_once as build_once
 
 pytestmark = pytest.mark.slow
 
-# Of it, tokenizers with the packages that it asks for: 10 and 34 MB.
+# Of it, tokenizers with the packages that it asks for: 10 and 34 MB packed and unpacked.
 MAX_WHEELS_MB, MAX_UNPACKED_MB = 66, 200
 WORKSTATION_ONLY = {"torch", "transformers", "apache-tvm", "apache-tvm-ffi", "ziglang", "onnx", "accelerate"}
 
