@@ -2,7 +2,8 @@
 
 In each window, tokens 1 to context - 1 are predicted from those before them.  For each window the module keeps three
 means over positions: the negative log-likelihood (nats), the Kullback-Leibler divergence from the float32 model's
-distribution (nats), and the share of positions where both models find the same token most likely.  Tokens of one
+distribution (nats), and the share of positions where both models find the same token most likely.  It keeps the
+divergence of each token too, for percentiles (see ``mbq_runtime.fidelity``).  Tokens of one
 window are not independent, so standard errors are over windows.  A ratio of two perplexities is measured on the same
 windows, so its error is that of the paired differences d_w = m_w - r_w::
 
@@ -12,7 +13,6 @@ windows, so its error is that of the paired differences d_w = m_w - r_w::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mbq_export.progress import StageReport
 from mbq_runtime.engine import Window
+from mbq_runtime.fidelity import Mean, compare_tokens
 from mbq_runtime.perplexity import Windows, estimate
 
 Forward = Callable[[Sequence[int]], Window]
@@ -51,27 +51,18 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean.
-
-    value: the mean; stderr: its standard error, or None for a single window.
-    """
-
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
 class Scores:
     """One value for each window.
 
-    nll, divergence: nats; agreement: 0 to 1; bits: average bits used.
+    nll, divergence: mean over tokens in nats; agreement: 0 to 1; bits: average bits used;
+    token_divergence: float64 [context - 1] nats.
     """
 
     nll: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
     bits: list[float] = field(default_factory=list)
+    token_divergence: list[NDArray[np.float64]] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def ppl(self) -> Mean:
@@ -93,21 +84,8 @@ def _perplexity(nll: Sequence[float]) -> Mean:
     return Mean(found.ppl, found.ppl_stderr)
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """The mean and its standard error.
-
-    Args:
-        values: at least one.
-    """
-    count = len(values)
-    value = math.fsum(values) / count
-    if count < 2:
-        return Mean(value, None)
-    return Mean(value, math.sqrt(math.fsum((v - value) ** 2 for v in values) / (count - 1) / count))
-
-
 class Reference:
-    """The float32 model's log-probabilities, in a file because they may not fit in memory.
+    """The float32 model's logits, in a file because they may not fit in memory.
 
     A context manager, which removes the file.  ``scores`` are the float32 model's own, against itself.
 
@@ -121,17 +99,16 @@ class Reference:
         self.windows = windows
         self.scores = Scores()
         self._folder = TemporaryDirectory(prefix="mbq-compare-")
-        file = Path(self._folder.name) / "log_probabilities.f32"
+        file = Path(self._folder.name) / "logits.f32"
         self._stored: list[NDArray[np.float32]] = []
         offset = 0
         for done, window in enumerate(windows, 1):
             logits, bits = side.forward(window)
-            expected = _log_softmax(logits[:-1])
+            expected = np.ascontiguousarray(logits[:-1], np.float32)
             with file.open("ab") as sink:
-                expected.numpy().tofile(sink)
-            shape = (expected.shape[0], expected.shape[1])
-            self._stored.append(np.memmap(file, np.float32, "r", offset, shape))
-            offset += expected.numel() * 4
+                expected.tofile(sink)
+            self._stored.append(np.memmap(file, np.float32, "r", offset, expected.shape))
+            offset += expected.nbytes
             _append(self.scores, window, expected, expected, bits)
             progress(done, len(windows))
 
@@ -145,7 +122,7 @@ class Reference:
         scores = Scores()
         for done, (window, stored) in enumerate(zip(self.windows, self._stored, strict=True), 1):
             logits, bits = side.forward(window)
-            _append(scores, window, _log_softmax(logits[:-1]), torch.from_numpy(np.array(stored)), bits)
+            _append(scores, window, logits[:-1], stored, bits)
             progress(done, len(self.windows))
         return scores
 
@@ -157,15 +134,13 @@ class Reference:
         self._folder.cleanup()
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> torch.Tensor:
-    """float32 [S, V] -> float32 [S, V]."""
-    return torch.log_softmax(torch.from_numpy(logits), dim=-1)
-
-
-def _append(scores: Scores, window: Sequence[int], found: torch.Tensor, expected: torch.Tensor, bits: float) -> None:
-    """found, expected: log-probabilities float32 [S - 1, V] of tokens 1 to S - 1."""
-    targets = torch.tensor(window[1:])[:, None]
-    scores.nll.append(-float(found.gather(1, targets).double().mean()))
-    scores.divergence.append(float((expected.exp() * (expected - found)).sum(dim=1).double().mean()))
-    scores.agreement.append(float((found.argmax(dim=1) == expected.argmax(dim=1)).double().mean()))
+def _append(
+    scores: Scores, window: Sequence[int], found: NDArray[np.float32], expected: NDArray[np.float32], bits: float
+) -> None:
+    """found, expected: logits float32 [S - 1, V] of tokens 1 to S - 1."""
+    tokens = compare_tokens(found, expected, window[1:])
+    scores.nll.append(float(tokens.nll.mean()))
+    scores.divergence.append(float(tokens.divergence.mean()))
+    scores.agreement.append(float(tokens.same_top.mean()))
     scores.bits.append(bits)
+    scores.token_divergence.append(tokens.divergence)

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .harness import Forward, Mean
+from mbq_runtime.fidelity import Mean
+
+from .harness import Forward
 
 MIN_WORDS, MAX_WORDS = 30, 150
 _MIN_LETTERS = 4

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mbq_runtime import tables
+from mbq_runtime import fidelity, tables
+from mbq_runtime.fidelity import Mean, mean
 
-from .harness import Mean, Scores, Side, mean
+from .harness import Scores, Side
 
 
 @dataclass(frozen=True)
 class Row:
-    """One side on one text.
+    """One side on one text, or on all of them.
 
     method, name, bits, linear_bytes, block_bytes, head: see ``harness.Side``; bits_used: average bits used;
-    ppl: perplexity; over_fp: perplexity over the float32 model's; divergence: from the float32 model, in nats;
+    ppl: perplexity; over_fp: perplexity over the float32 model's; divergence: from the float32 model, in nats
+    a token; divergence_p99, divergence_p999: 99 % and 99.9 % of the tokens diverge less;
     agreement: share of positions with the same most likely token; last_word: accuracy, or None without passages;
     zero_shot: lm-eval's figures by task and metric; scores: of every window, so that any two rows can be paired.
     """
@@ -28,6 +31,8 @@ class Row:
     ppl: Mean
     over_fp: Mean
     divergence: Mean
+    divergence_p99: float
+    divergence_p999: float
     agreement: Mean
     last_word: Mean | None
     zero_shot: dict[str, float]
@@ -50,6 +55,7 @@ class Row:
             zero_shot: lm-eval's figures by task and metric.
         """
         used = mean(scores.bits).value
+        divergence = fidelity.divergence(scores.token_divergence)
         return cls(
             side.method,
             side.name,
@@ -57,7 +63,9 @@ class Row:
             used,
             scores.ppl,
             scores.ppl_over(reference),
-            mean(scores.divergence),
+            divergence.mean,
+            divergence.p99,
+            divergence.p999,
             mean(scores.agreement),
             last_word,
             zero_shot,
@@ -114,6 +122,62 @@ class TextResult:
         ]
 
 
+def mean_over(results: Sequence[TextResult]) -> TextResult:
+    """All sides on all texts together.
+
+    Every text has the same number of windows, so every text has the same weight.  Percentiles are over the tokens of
+    all texts.  A ratio of perplexities is the geometric mean of the texts' ratios.
+
+    Args:
+        results: one per text, of the same sides in the same order; at least one.
+    """
+    sides = [_mean_row(rows) for rows in zip(*(result.rows for result in results), strict=True)]
+    return TextResult(f"mean of {len(results)} texts", sum(result.windows for result in results), sides)
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    """The row of one side, from its rows on each text."""
+    scores = _joined([row.scores for row in rows])
+    divergence = fidelity.divergence(scores.token_divergence)
+    return replace(
+        rows[0],
+        bits_used=mean(scores.bits).value,
+        ppl=scores.ppl,
+        over_fp=_geometric_mean([row.over_fp for row in rows]),
+        divergence=Mean(divergence.mean.value, _mean_stderr([row.divergence.stderr for row in rows])),
+        divergence_p99=divergence.p99,
+        divergence_p999=divergence.p999,
+        agreement=Mean(mean(scores.agreement).value, _mean_stderr([row.agreement.stderr for row in rows])),
+        last_word=None,
+        linear_bytes=round(mean([row.linear_bytes for row in rows]).value),
+        scores=scores,
+    )
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(
+        [v for part in parts for v in part.nll],
+        [v for part in parts for v in part.divergence],
+        [v for part in parts for v in part.agreement],
+        [v for part in parts for v in part.bits],
+        [v for part in parts for v in part.token_divergence],
+    )
+
+
+def _geometric_mean(ratios: Sequence[Mean]) -> Mean:
+    """The geometric mean of ratios of different texts, with the error of their logarithms."""
+    value = math.exp(mean([math.log(ratio.value) for ratio in ratios]).value)
+    relative = [None if ratio.stderr is None else ratio.stderr / ratio.value for ratio in ratios]
+    stderr = _mean_stderr(relative)
+    return Mean(value, None if stderr is None else value * stderr)
+
+
+def _mean_stderr(errors: Sequence[float | None]) -> float | None:
+    """The standard error of the mean over texts.  The texts are given, so only their own errors count."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
+
+
 def document(results: Sequence[TextResult], facts: dict[str, Any]) -> dict[str, Any]:
     """All figures, for JSON.
 
@@ -121,22 +185,22 @@ def document(results: Sequence[TextResult], facts: dict[str, Any]) -> dict[str, 
         results: one per text.
         facts: about the run; they are put first.
     """
-    return {
-        **facts,
-        "texts": [
-            {
-                "name": result.name,
-                "windows": result.windows,
-                "rows": [asdict(row) for row in result.rows],
-                "duels": [{**asdict(duel), "verdict": duel.verdict} for duel in result.duels],
-            }
-            for result in results
-        ],
-    }
+    found = {**facts, "texts": [_result(result) for result in results]}
+    if len(results) > 1:
+        found["mean"] = _result(mean_over(results))
+    return found
+
+
+def _result(result: TextResult) -> dict[str, Any]:
+    rows = [asdict(row) for row in result.rows]
+    for row in rows:
+        del row["scores"]["token_divergence"]  # thousands of numbers a row; the percentiles stay
+    duels = [{**asdict(duel), "verdict": duel.verdict} for duel in result.duels]
+    return {"name": result.name, "windows": result.windows, "rows": rows, "duels": duels}
 
 
 def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: int) -> str:
-    """Two tables for each text.
+    """Two tables for each text, and for the mean over texts.
 
     Args:
         results: one per text.
@@ -144,7 +208,7 @@ def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: 
         block_weights: the same without the head.
     """
     parts = []
-    for result in results:
+    for result in [*results, mean_over(results)] if len(results) > 1 else results:
         tasks = sorted({task for row in result.rows for task in row.zero_shot})
         rows = [_cells(row, linear_weights, block_weights, tasks) for row in result.rows]
         parts.append(f"### {result.name}, {result.windows} windows\n")
@@ -159,8 +223,8 @@ def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: 
 
 
 _HEADINGS = [
-    "side", "bits used", "perplexity", "over fp32", "KL, nats", "top-1 agreement", "last word", "MB a token",
-    "bits a weight", "in blocks", "head",
+    "side", "bits used", "perplexity", "over fp32", "KL, nats", "99 % KL", "99.9 % KL", "same top", "last word",
+    "MB a token", "bits a weight", "in blocks", "head",
 ]  # fmt: skip
 _DUEL_HEADINGS = ["bundle", "rival", "ratio", "bytes", "the bundle is"]
 
@@ -172,6 +236,8 @@ def _cells(row: Row, linear_weights: int, block_weights: int, tasks: Sequence[st
         _figure(row.ppl, 3),
         _figure(row.over_fp, 3),
         _figure(row.divergence, 4),
+        f"{row.divergence_p99:.4f}",
+        f"{row.divergence_p999:.4f}",
         _figure(row.agreement, 3),
         "" if row.last_word is None else _figure(row.last_word, 3),
         f"{row.linear_bytes / 1e6:.1f}",

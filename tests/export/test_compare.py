@@ -15,12 +15,13 @@ from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
 from mbq_export.compare import last_word, report, rivals, weights
-from mbq_export.compare.harness import Mean, Reference, Scores, Side, mean
+from mbq_export.compare.harness import Reference, Scores, Side
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_runtime.engine import Window
 from mbq_runtime.errors import UsageError
+from mbq_runtime.fidelity import Mean
 
 pytestmark = pytest.mark.heavy
 
@@ -78,7 +79,30 @@ def test_ratio_has_the_error_of_paired_differences() -> None:
     assert ratio.value == pytest.approx(math.exp(0.4 / 3))
     assert ratio.stderr == pytest.approx(math.exp(0.4 / 3) * np.std([0.1, 0.2, 0.1], ddof=1) / math.sqrt(3))
     assert ratio.stderr < 0.1 * a.ppl.stderr / a.ppl.value, "windows differ more than sides do"
-    assert mean([2.0]) == Mean(2.0, None)
+
+
+def test_mean_over_texts() -> None:
+    p, q = fixed("p", [0.5, 0.25, 0.25], "fp32", 32), fixed("q", [0.2, 0.6, 0.2])
+    texts = []
+    for name, windows in (("a", WINDOWS), ("b", [[1, 1, 1], [1, 2, 2]])):
+        with Reference(p, windows, quiet) as reference:
+            rows = [report.Row.of(s, reference.measure(s, quiet), reference.scores, None, {}) for s in (p, q)]
+        texts.append(report.TextResult(name, 2, rows))
+    both = report.mean_over(texts)
+    assert (both.name, both.windows) == ("mean of 2 texts", 4)
+    own, other = both.rows
+    ratios = [text.rows[1].over_fp for text in texts]
+    assert (own.over_fp.value, own.divergence.value, own.divergence_p999, own.agreement.value) == (1, 0, 0, 1)
+    assert other.over_fp.value == pytest.approx(math.sqrt(ratios[0].value * ratios[1].value))
+    relative = math.hypot(*(ratio.stderr / ratio.value for ratio in ratios if ratio.stderr is not None)) / 2
+    assert other.over_fp.stderr == pytest.approx(other.over_fp.value * relative)
+    kl = 0.5 * math.log(0.5 / 0.2) + 0.25 * math.log(0.25 / 0.6) + 0.25 * math.log(0.25 / 0.2)
+    assert other.divergence.value == other.divergence_p99 == pytest.approx(kl)
+    assert other.agreement.value == 0
+    written = report.document(texts, {})
+    assert [row["name"] for row in written["mean"]["rows"]] == ["p", "q"]
+    assert "token_divergence" not in json.dumps(written)
+    assert "### mean of 2 texts, 4 windows" in report.markdown(texts, 1, 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
