@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,6 +18,7 @@ from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
 from .export import export
+from .lines import one_line
 from .methods import AUTO_SLICES, METHODS
 from .options import ENGINE_CHOICES, GROUP_SIZE_CHOICES, ROUTER_CHOICES, Options
 from .progress import Progress
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from mbq_runtime.bundle.manifest import Manifest
 
     from .prepare import Prepared
+
+log = logging.getLogger("mbq_export.cli")
 
 SHOWN_BITS = ("2", "3", "4", "6", "8")
 """Average bits that the closing table states bytes per token for."""
@@ -321,19 +325,61 @@ def _megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
 
+class _EndedBySignal(BaseException):
+    """SIGTERM or SIGHUP, as an exception: temporary folders are removed on its way up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, _: object) -> None:
+    raise _EndedBySignal(number)
+
+
+def _catch_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup has the latter ignored.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _ignore_signals() -> None:
+    """Nothing is left to interrupt.  A signal while Python ends would print a trace."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> None:
-    """Run the command.  An error is printed as one line and its exit code is returned; 130 when interrupted."""
+    """Run the command.
+
+    An error is printed as one line and its exit code is returned; 128 and the signal's number when a signal ended it.
+    With ``-v`` the log has the trace of an error.
+    """
+    _catch_signals()
     try:
         command(standalone_mode=False)
-    except MbqError as error:
-        click.echo(f"mbq-export: error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _ignore_signals()
     except click.ClickException as error:
-        click.echo(f"mbq-export: error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("mbq-export: interrupted; run the same command again to go on from here", err=True)
-        sys.exit(130)
+        _fail(error, error.format_message(), 2)
+    except MbqError as error:
+        _fail(error, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _fail(error, f"interrupted; {_GO_ON}", 128 + signal.SIGINT, kind="")
+    except _EndedBySignal as error:
+        _fail(error, f"ended by {signal.Signals(error.number).name}; {_GO_ON}", 128 + error.number, kind="")
+    except Exception as error:
+        _fail(error, f"a fault of mbq-export: {type(error).__name__}: {error}; report it with the trace of -v", 1)
+
+
+_GO_ON = "run the same command again to go on from here"
+
+
+def _fail(error: BaseException, message: str, code: int, kind: str = "error: ") -> NoReturn:
+    _ignore_signals()
+    log.info("%s", message, exc_info=error)
+    click.echo(f"mbq-export: {kind}{one_line(message)}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,7 +92,8 @@ def export(
     Raises:
         UsageError: an argument is unknown, or does not fit the model, the target or this machine.
         ModelError: the model is missing, broken or of a family that has no lowering.
-        BundleError: a bundle cannot be written.  An unfinished bundle leaves nothing behind.
+        BundleError: a bundle cannot be written.  The unfinished bundle is removed; finished steps of the calibration
+            are kept for the next run.
         BuildError: a kernel library cannot be compiled.
     """
     options = Options.of(
@@ -130,8 +132,33 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
         The manifest of each output.  Of several processes, only the first has any.
 
     Raises:
-        MbqError: the export fails.  An unfinished bundle leaves nothing behind.
+        MbqError: the export fails, or another export writes one of its folders.  Finished steps of the calibration
+            are kept for the next run.
     """
+    with ExitStack() as names:
+        _reserve(prepared, names)
+        return _run(prepared, progress)
+
+
+def _reserve(prepared: Prepared, names: ExitStack) -> None:
+    """Keep all folders of an export for it, until ``names`` is closed.  The first of several processes does so."""
+    from . import processes
+    from .locks import locked
+    from .store import remove_stale
+    from .write.files import reserved
+
+    if processes.index():
+        return
+    for output in prepared.options.outputs:
+        names.enter_context(reserved(output, prepared.options.force))
+    for profile in prepared.options.profiles:
+        folder = _store_folder(prepared, profile)
+        names.enter_context(locked(folder))
+        if processes.count() == 1:
+            remove_stale(folder)
+
+
+def _run(prepared: Prepared, progress: Report) -> dict[Path, Manifest]:
     from . import processes
     from .write.bundle import write_bundle
 
@@ -196,8 +223,14 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     return _Trial(checkpoint, calibrated, of_this, store, int(fitted.size), int(held_back.size))
 
 
+def _store_folder(prepared: Prepared, profile: SliceProfile) -> Path:
+    """Where finished steps of a calibration are kept: beside the first bundle, under a hidden name."""
+    first = next(iter(prepared.options.outputs))
+    return first.parent / f".{prepared.source.name}.{str(profile).replace(',', '')}.calibration"
+
+
 def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: NDArray[np.int64]) -> Store:
-    """The finished steps of this calibration: beside the first bundle, under a hidden name."""
+    """The finished steps of this calibration."""
     from hashlib import sha256
 
     from .methods import METHODS
@@ -207,9 +240,7 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     for name, parameter in checkpoint.model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().numpy())
-    first = next(iter(prepared.options.outputs))
-    name = f".{prepared.source.name}.{str(recipe.profile).replace(',', '')}.calibration"
-    return Store(first.parent / name, digest.hexdigest())
+    return Store(_store_folder(prepared, recipe.profile), digest.hexdigest())
 
 
 def _facts(prepared: Prepared, trials: list[_Trial], best: _Trial) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import UsageError
 from mbq_targets.machines import Target, resolve
 
+from .lines import one_line
 from .methods import AUTO_SLICES, METHODS
 
 ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
@@ -19,6 +21,11 @@ ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
 
 ROUTER_CHOICES = ("auto", "static", "norm", "mlp")
 GROUP_SIZE_CHOICES = ("auto", *map(str, GROUP_SIZES))
+
+
+_SEEDS = 1 << 63
+_MOST = 10**9
+"""More steps, or tokens, than any export can use."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,18 @@ class Options:
         ):
             if value not in known:
                 raise UsageError(f"{option} {value!r} is not known; choose one of: {', '.join(map(str, known))}")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"--seed {one_line(str(self.seed), 24)}: a whole number from 0 to 2^63 - 1 is needed")
+        if not 1 <= self.floor_ratio < math.inf:
+            raise UsageError(
+                f"--floor-ratio {self.floor_ratio:g}: 1 or more, and finite, is needed; 1.25 is the default"
+            )
+        if self.tune_steps is not None and not 0 <= self.tune_steps <= _MOST:
+            raise UsageError(f"--tune-steps {one_line(str(self.tune_steps), 24)}: a number from 0 to {_MOST} is needed")
+        if self.calib_tokens is not None and self.calib_tokens > _MOST:
+            raise UsageError(f"--calib-tokens {one_line(str(self.calib_tokens), 24)}: at most {_MOST} are needed")
+        for output in self.outputs:
+            _check_path(output)
 
     @classmethod
     def of(
@@ -106,6 +125,16 @@ class Options:
             group_size=str(group_size),
             **rest,
         )
+
+
+def _check_path(output: Path) -> None:
+    """Refuse a name that no folder can have."""
+    try:
+        output.exists()
+        if not output.name:
+            raise UsageError(f"--output {output}: it names no folder; give a name, such as bundles/mine")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {one_line(str(output), 80)}: {error}; choose another --output") from None
 
 
 def _output_folders(output: Path | None, model: str, targets: dict[str, Target]) -> dict[Path, Target]:

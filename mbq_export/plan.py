@@ -69,8 +69,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of weights: the routed ones, and the embedding where it is not the head.  Norms do not count."""
-        d = self.decoder
-        return self.routed_parameters + (0 if d.tied else d.vocab_size * d.hidden_size)
+        return self.decoder.parameters
 
     def bytes_per_token(self, avg_bits: float) -> int:
         """Bytes of weights that one decoded token reads.

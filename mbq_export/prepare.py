@@ -15,7 +15,9 @@ from mbq_runtime.errors import UsageError
 
 from . import devices
 from .data.windows import TextSource, open_source
+from .lines import one_line
 from .methods import METHODS, tunings
+from .model.boundary import reading
 from .model.families import Decoder
 from .model.loading import check_tokens, read_config
 from .model.source import ModelSource, locate
@@ -61,7 +63,8 @@ def prepare(options: Options) -> Prepared:
     """
     calib_tokens = _calib_tokens(options)
     _check_numbers(options, calib_tokens)
-    source = locate(options.model)
+    with reading(one_line(options.model, 80), "the model"):
+        source = locate(options.model)
     decoder = read_config(source)
     check_tokens(source, decoder)
     group_size = choose_group_size(decoder, options.group_size)
@@ -91,8 +94,6 @@ def _check_numbers(options: Options, calib_tokens: int) -> None:
     if calib_tokens < 1:
         default = METHODS[options.method].calib_tokens
         raise UsageError(f"--calib-tokens {calib_tokens}: at least 1 is needed; {default} is the default")
-    if not options.floor_ratio >= 1:
-        raise UsageError(f"--floor-ratio {options.floor_ratio:g}: 1 or more is needed; 1.25 is the default")
     if options.tune_steps and not METHODS[options.method].tuning_steps:
         raise UsageError(f"--tune-steps {options.tune_steps}: the method {options.method} tunes nothing; leave it out")
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from glob import escape
 from hashlib import file_digest
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def _slices(arrays: Arrays) -> dict[str, Sliced]:
         name: Sliced(arrays[f"{name}:codes"], arrays[f"{name}:scale"], arrays[f"{name}:offset"])  # type: ignore[arg-type]
         for name in sorted(names)
     }
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the folders that further processes of a killed export left behind.
+
+    Args:
+        folder: the first process's, of an export that has one process alone.
+    """
+    for stale in folder.parent.glob(f"{escape(folder.name)}.[0-9]*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -159,7 +160,19 @@ class Checkpoint:
             float32 cos and sin [context, rotated / 2].  ``rotated`` is how many of a head's first channels are rotated:
             all of them, except in some Phi-3 models.
         """
-        ids = torch.arange(self.decoder.context_length, device=self.device)[None]
+        return self.rotary_at(kind, range(self.decoder.context_length))
+
+    def rotary_at(self, kind: str, places: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Rows of the table of rotations.
+
+        Args:
+            kind: the kind of layers, see ``Decoder.rotary_kind``.
+            places: positions in the context.
+
+        Returns:
+            float32 cos and sin [places, rotated / 2].
+        """
+        ids = torch.tensor(places, device=self.device)[None]
         of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
         cos, sin = self.model.model.rotary_emb(torch.zeros(1, device=self.device), ids, **of_kind)
         half = cos.shape[-1] // 2

@@ -182,6 +182,12 @@ class Decoder:
         }
         return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
+        of_units = self.layers * sum(n * k for n, k in self.role_shapes.values())
+        return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+
     def block(self, layer: int) -> str:
         """The name of a block's module.
 
@@ -292,6 +298,24 @@ def _supported() -> str:
 _WITHOUT_LOWERING = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
+def check_family(model_type: str, architectures: Any, where: str) -> Family:
+    """The family of a model.
+
+    Args:
+        model_type: as config.json has it.
+        architectures: as config.json has them, or None.
+        where: the model's name, for errors.
+
+    Raises:
+        ModelError: the family has no lowering.
+    """
+    family, named = FAMILIES.get(model_type), architectures or []
+    if family is None or not isinstance(named, list) or any(name != family.architecture for name in named):
+        seen = ", ".join(map(str, named)) if isinstance(named, list) and named else model_type
+        raise ModelError(f"{where}: architecture {seen} is not supported; supported: {_supported()}")
+    return family
+
+
 def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
     """The description of a model.
 
@@ -303,11 +327,7 @@ def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
     Raises:
         ModelError: the family, or a feature of the model, has no lowering.
     """
-    family = FAMILIES.get(config.model_type)
-    architectures = getattr(config, "architectures", None) or []
-    if family is None or any(a != family.architecture for a in architectures):
-        seen = ", ".join(architectures) or config.model_type
-        raise ModelError(f"{where}: architecture {seen} is not supported; supported: {_supported()}")
+    family = check_family(config.model_type, getattr(config, "architectures", None), where)
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
     if activation not in ACTIVATIONS:
         raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")

@@ -6,21 +6,25 @@ What is wrong with a model is said in one line, and what can be seen without the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Set
+import tempfile
+from collections.abc import Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from mbq_runtime.errors import MbqError, ModelError
+from mbq_runtime.errors import ModelError
 
+from .boundary import reading
 from .checkpoint import Checkpoint
-from .families import Decoder, describe
+from .config_schema import check_values
+from .families import Decoder, check_family, describe
 from .float8 import FLOAT8, float32_weights, is_float8
 from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
 from .mapped_weights import in_file
-from .source import ModelSource, read_json, weight_files
+from .source import ModelSource, read_json, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
 from .text_check import check_text
 
@@ -44,7 +48,39 @@ def read_config(source: ModelSource) -> Decoder:
     Raises:
         ModelError: the model cannot be read, or has no lowering.
     """
-    return describe(_config(source), source.name)
+    with reading(source.name, _config_file(source)):
+        decoder = describe(_config(source), source.name)
+    check_size(source, decoder)
+    return decoder
+
+
+def check_size(source: ModelSource, decoder: Decoder) -> None:
+    """Refuse a config that describes far more weights than the files hold, before the plan counts on it.
+
+    A few weights that are missing are named when the files are loaded.
+
+    Args:
+        source: where the model lies.
+        decoder: its description.
+
+    Raises:
+        ModelError: as said.
+    """
+    if source.gguf is not None:
+        stored = _gguf(source).stored_weights
+    elif source.local is not None:
+        stored = stored_weights(source.local)
+    else:
+        return
+    if decoder.parameters > 2 * stored:
+        raise ModelError(
+            f"{source.name}: {_config_file(source)} describes {decoder.parameters} weights, the files hold {stored}; "
+            "give a config and weights that belong together"
+        )
+
+
+def _config_file(source: ModelSource) -> str:
+    return "config.json" if source.gguf is None else "metadata"
 
 
 def check_tokens(source: ModelSource, decoder: Decoder) -> None:
@@ -60,9 +96,11 @@ def check_tokens(source: ModelSource, decoder: Decoder) -> None:
         ModelError: as said.
     """
     tokenizer = read_tokenizer(source)
-    check_text(tokenizer, source.name)
-    check_rows(tokenizer, decoder.vocab_size, source.name)
-    check_stop(tokenizer, [*_generation_config(source), tokenizer, _config(source)], decoder.vocab_size, source.name)
+    with reading(source.name, "tokenizer"):
+        check_text(tokenizer, source.name)
+        check_rows(tokenizer, decoder.vocab_size, source.name)
+    owners = [*_generation_config(source), tokenizer, _config(source)]
+    check_stop(tokenizer, owners, decoder.vocab_size, source.name)
 
 
 def read_tokenizer(source: ModelSource) -> Any:
@@ -74,11 +112,12 @@ def read_tokenizer(source: ModelSource) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    if source.gguf is not None:
-        return tokenizer_of(_gguf(source))
-    from transformers import AutoTokenizer
+    with reading(source.name, "tokenizer"):
+        if source.gguf is not None:
+            return tokenizer_of(_gguf(source))
+        from transformers import AutoTokenizer
 
-    return _loaded(source, AutoTokenizer.from_pretrained)
+        return AutoTokenizer.from_pretrained(**source.load_args)
 
 
 def _generation_config(source: ModelSource) -> list[Any]:
@@ -92,12 +131,17 @@ def _generation_config(source: ModelSource) -> list[Any]:
 
 def _config(source: ModelSource) -> Any:
     if source.gguf is not None:
-        return config_of(_gguf(source))
+        config = config_of(_gguf(source))
+        check_values(config.to_dict(), f"{source.name}: metadata")
+        return config
     from transformers import AutoConfig
 
     if source.local is not None:
-        _check_config(read_json(source.local / "config.json"), source.name)
-    config = _loaded(source, AutoConfig.from_pretrained)
+        values = read_json(source.local / "config.json")
+        _check_config(values, source.name)
+        if isinstance(values.get("model_type"), str):
+            check_family(values["model_type"], values.get("architectures"), source.name)
+    config = AutoConfig.from_pretrained(**source.load_args)
     _check_config(config.to_dict(), source.name)
     return config
 
@@ -109,7 +153,10 @@ def _check_config(values: dict[str, Any], name: str) -> None:
             f"{name}: config.json has an auto_map, which names code of the checkpoint; code of a checkpoint is never "
             "run: use a version of the model that transformers supports by itself"
         )
+    check_values(values, f"{name}: config.json")
     quantization = values.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{name}: config.json: quantization_config is no object; download it again")
     if quantization and not is_float8(dict(quantization)):
         method = quantization.get("quant_method", "an unknown method")
         raise ModelError(f"{name}: already quantised (quantization_config: {method}); give the original model")
@@ -127,20 +174,43 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
         ModelError: the model cannot be read, has no lowering, holds weights that it would not use, or has a weight
             that is not finite.
     """
-    config = _config(source)
-    decoder = describe(config, source.name)
-    model = _from_gguf(source, config) if source.gguf is not None else _from_safetensors(source, config, weights_folder)
-    for name, parameter in model.named_parameters():
-        _check_values(source, name, parameter)
-    decoder = describe(config, source.name, tied=_is_tied(model))
-    if weights_folder is not None:
-        model = in_file(model, weights_folder)
-    tokenizer = read_tokenizer(source)
+    with reading(source.name, "the model"):
+        config, model = _float32_model(source, weights_folder)
+        decoder = describe(config, source.name, tied=_is_tied(model))
+        tokenizer = read_tokenizer(source)
     try:
         model.eval().requires_grad_(False).to(device)
     except torch.OutOfMemoryError:
         raise ModelError(f"{source.name}: its weights do not fit the memory of {device}; use --device cpu") from None
-    return Checkpoint(source, decoder, model, tokenizer)
+    checkpoint = Checkpoint(source, decoder, model, tokenizer)
+    _check_tables(checkpoint)
+    return checkpoint
+
+
+def _float32_model(source: ModelSource, weights_folder: Path | None) -> tuple[Any, Any]:
+    """Config and model, with weights that are all finite."""
+    config = _config(source)
+    describe(config, source.name)
+    model = _from_gguf(source, config) if source.gguf is not None else _from_safetensors(source, config, weights_folder)
+    for name, parameter in model.named_parameters():
+        _check_values(source, name, parameter)
+    return config, model if weights_folder is None else in_file(model, weights_folder)
+
+
+def _check_tables(checkpoint: Checkpoint) -> None:
+    """Refuse now what would fail when the bundle is written: rotations, and the generation config."""
+    decoder, name = checkpoint.decoder, checkpoint.source.name
+    with reading(name, "generation_config.json"), tempfile.TemporaryDirectory(prefix="mbq-generation-") as folder:
+        checkpoint.model.generation_config.save_pretrained(folder)
+    with reading(name, "rotary parameters"):
+        for kind in {decoder.rotary_kind(layer) for layer in range(decoder.layers)}:
+            last = checkpoint.rotary_at(kind, [0, decoder.context_length - 1])
+            width = 2 * last[0].shape[1]
+            if width > decoder.head_dim or not all(np.isfinite(table).all() for table in last):
+                raise ModelError(
+                    f"{name}: its rotations of {kind} have width {width} and may be infinite; finite ones of at most "
+                    f"{decoder.head_dim} are needed: check rope_parameters"
+                )
 
 
 def _is_tied(model: Any) -> bool:
@@ -206,9 +276,10 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
     transformers_logging.disable_progress_bar()
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
     dtype = torch.float32 if weights_folder is None else "auto"
-    model, report = _loaded(
-        source, AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype, output_loading_info=True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **source.load_args, config=config, dtype=dtype, output_loading_info=True
     )
+    model, report = loaded
     mismatched = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
     _check_names(
         source,
@@ -238,15 +309,3 @@ def _check_names(
             f"{source.name}: {len(unused)} weights are in the files that a {config.model_type} model of this "
             f"config.json does not use, the first is {unused[0]}; the bundle would ignore them: check config.json"
         )
-
-
-def _loaded(source: ModelSource, loader: Callable[..., Any], **kwargs: Any) -> Any:
-    """What a transformers loader returns.  Its errors become a ModelError of one line."""
-    try:
-        return loader(**source.load_args, **kwargs)
-    except (MbqError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        raise
-    # transformers and the libraries below it raise whatever they meet in a damaged checkpoint.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{source.name}: transformers cannot load it: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,12 @@ PACKAGED: dict[str, Callable[[], Path]] = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 """A folder has one of these when it has a tokenizer."""
+
+
+_LONGEST_HEADER = 100_000_000
+"""Most bytes of a safetensors header, as the safetensors package has it."""
+
+_LARGEST_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -130,24 +137,41 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _check_whole(path: Path) -> None:
-    """Refuse a safetensors file that is cut off, or a git-lfs pointer in its place."""
+def stored_weights(folder: Path) -> int:
+    """Number of weights in the safetensors files of a model folder, by their headers.
+
+    Args:
+        folder: a local model folder.
+
+    Raises:
+        ModelError: a file is not whole.
+    """
+    return sum(math.prod(shape) for path in weight_files(folder) for shape in _check_whole(path))
+
+
+def _check_whole(path: Path) -> list[list[int]]:
+    """Shapes of all tensors of a safetensors file.  Refuses one that is cut off, or a git-lfs pointer in its place."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
             raise ModelError(f"{path}: a git-lfs pointer, not the file itself; run git lfs pull, or download it again")
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 0 < length <= min(size - 8, 1 << 28):
+        if len(start) < 8 or not 0 < length <= min(size - 8, _LONGEST_HEADER):
             raise ModelError(f"{path}: not a safetensors file ({size} bytes); download it again")
         try:
             header = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for entry in tensors]
+            shapes = [[int(side) for side in entry["shape"]] for entry in tensors]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
             raise ModelError(f"{path}: its header is no list of tensors; download it again") from None
     needed = 8 + length + max(ends, default=0)
     if size < needed:
         raise ModelError(f"{path}: cut off: {size} bytes long, {needed} are needed; download it again")
+    if any(side < 0 for shape in shapes for side in shape):
+        raise ModelError(f"{path}: its header has a tensor of negative size; download it again")
+    return shapes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,6 +183,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file holds no JSON object.
     """
+    if path.stat().st_size > _LARGEST_JSON_BYTES:
+        raise ModelError(f"{path}: larger than {_LARGEST_JSON_BYTES >> 20} MB; download it again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

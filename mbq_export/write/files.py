@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,49 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_runtime.errors import BundleError, UsageError
 
+from ..locks import locked
+
 EXTERNAL_DATA = "model.onnx.data"
 INLINE_BYTES = 1024
 """Tensors up to this size are stored in model.onnx."""
+
+
+@contextmanager
+def reserved(output: Path, force: bool) -> Iterator[None]:
+    """Keep a bundle's name for this export while the block runs, and remove what a killed export left behind.
+
+    Args:
+        output: the bundle's folder.
+        force: whether an existing bundle is replaced.
+
+    Raises:
+        UsageError: another export writes ``output``, or it exists and is not to be replaced.
+        BundleError: the folder around ``output`` cannot be written.
+    """
+    with locked(output):
+        old = _old(output)
+        if old.exists() and not output.exists():
+            # A kill between the two renames of a replacement.
+            os.rename(old, output)
+        for stale in (old, _draft(output)):
+            shutil.rmtree(stale, ignore_errors=True)
+        _check_place(output, force)
+        yield
+
+
+def _draft(output: Path) -> Path:
+    return output.with_name(f".{output.name}.part")
+
+
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")
+
+
+def _check_place(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UsageError(f"{output}: it exists; choose another --output, or --force to replace it")
+    if output.exists() and not (output / "manifest.json").is_file():
+        raise UsageError(f"{output}: it is not a bundle, --force does not replace it; choose another --output")
 
 
 @contextmanager
@@ -29,40 +68,38 @@ def writing(output: Path, force: bool) -> Iterator[Path]:
     An existing bundle stays as it is until the new one is complete.
 
     Args:
-        output: the bundle's folder.
+        output: the bundle's folder, ``reserved`` by the caller.
         force: whether an existing bundle is replaced.
 
     Raises:
         UsageError: ``output`` exists and is not to be replaced, or is not a bundle.
         BundleError: writing fails, for example on a full disk.
     """
-    if output.exists() and not force:
-        raise UsageError(f"{output}: it exists; choose another --output, or --force to replace it")
-    if output.exists() and not (output / "manifest.json").is_file():
-        raise UsageError(f"{output}: it is not a bundle, --force does not replace it; choose another --output")
-    draft: Path | None = None
+    _check_place(output, force)
+    draft = _draft(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700, parents=True)
         yield draft
         draft.chmod(0o755)
         _swap(draft, output)
     except OSError as error:
-        where = error.filename or output
+        where, reason = error.filename or output, error.strerror or error
+        shutil.rmtree(draft, ignore_errors=True)
+        left = f"{draft} is left, remove it" if draft.exists() else "the unfinished bundle was removed"
         raise BundleError(
-            f"{output}: writing failed at {where} ({error.strerror or error}); nothing was left behind; "
-            "free some space or choose another --output"
+            f"{output}: writing failed at {where} ({reason}); {left}; free some space and run the same command again, "
+            "or choose another --output"
         ) from error
     finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _swap(draft: Path, output: Path) -> None:
     if not output.exists():
         os.rename(draft, output)
         return
-    old = output.with_name(f".{output.name}.old")
+    old = _old(output)
     shutil.rmtree(old, ignore_errors=True)
     os.rename(output, old)
     try:

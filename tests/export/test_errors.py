@@ -146,7 +146,7 @@ def test_calibration_files(model: Path, tmp_path: Path) -> None:
 def test_disk_full_in_the_middle(model: Path, calibration_text: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for the end of the disk: both come as an OSError of a write."""
     args = ("--model", model, "--calib-data", calibration_text)
-    for method, part in (("rtn", "nothing was left behind"), ("nested", "run the same command again")):
+    for method, part in (("rtn", "the unfinished bundle was removed"), ("nested", "run the same command again")):
         done = export(tmp_path, *args, "--method", method, limit_bytes=200_000)
         assert done.returncode == 4
         assert "writing failed" in done.stderr

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..config_schema import check_values
 from .file import GgufFile
 
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -116,6 +117,8 @@ def _uniform(value: Any) -> int:
 def _shape(file: GgufFile) -> dict[str, Any]:
     """What all architectures say alike."""
     heads = file.need("{arch}.attention.head_count", _uniform)
+    if heads < 1:
+        raise file.fault(f"{file.architecture}.attention.head_count is {heads}; 1 or more are needed")
     hidden = file.need("{arch}.embedding_length", int)
     head_dim = file.get("{arch}.attention.key_length", int, hidden // heads)
     values_dim = file.get("{arch}.attention.value_length", int, head_dim)
@@ -127,7 +130,7 @@ def _shape(file: GgufFile) -> dict[str, Any]:
     said = file.get("{arch}.vocab_size", int, rows)
     if said != rows:
         raise file.fault(f"{file.architecture}.vocab_size is {said}, the embedding has {rows} rows; they must be equal")
-    return {
+    found = {
         "num_hidden_layers": file.need("{arch}.block_count", int),
         "max_position_embeddings": file.need("{arch}.context_length", int),
         "hidden_size": hidden,
@@ -139,6 +142,9 @@ def _shape(file: GgufFile) -> dict[str, Any]:
         "vocab_size": rows,
         "tie_word_embeddings": not file.has("output.weight"),
     }
+    # Before a list is made of that many layers.
+    check_values(found, f"{file.path.name}: metadata, by its names in config.json")
+    return found
 
 
 def _stop_tokens(file: GgufFile) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,11 @@ class GgufFile:
     def tensor_names(self) -> list[str]:
         """Names of all tensors, in the file's order."""
         return list(self._tensors)
+
+    @property
+    def stored_weights(self) -> int:
+        """Number of weights in all tensors."""
+        return sum(math.prod(self.shape(name)) for name in self._tensors)
 
     def has(self, name: str) -> bool:
         """Whether the file has the tensor.
