@@ -19,6 +19,10 @@ class UsageError(MbqError):
     exit_code = 2
 
 
+class PromptTooLongError(UsageError):
+    """The prompt leaves no room for a reply in the context."""
+
+
 class ModelError(MbqError):
     """A checkpoint is missing or broken, or the exporter does not support it."""
 

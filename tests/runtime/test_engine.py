@@ -310,6 +310,46 @@ def test_a_thread_for_each_big_core(
     assert cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
 
 
+def test_long_stop_texts_cost_little(engine: Engine) -> None:
+    """The replies are cycles of A to G, so the first stop text may begin at every seventh character."""
+    whole = engine.generate("A", chat=False, max_tokens=60).text()
+    begun = time.perf_counter()
+    stops = ["x" * 10**6, whole[:50] + "x" * 10**6, whole[1:] + "x" * 10**6, "é" * 10**6]
+    assert engine.generate("A", chat=False, max_tokens=60, stop=stops).text() == whole
+    assert time.perf_counter() - begun < 2
+
+
+def test_a_reply_is_closed_from_another_thread(engine: Engine) -> None:
+    def slow(seconds: float, bits: float) -> None:
+        time.sleep(0.05)
+
+    engine.add_listener(slow)
+    try:
+        for _ in range(3):
+            reply = engine.generate("A", chat=False, max_tokens=60)
+            reader = threading.Thread(target=reply.text)
+            reader.start()
+            while len(reply.stats.tokens) < 2:
+                time.sleep(0.001)
+            reply.close()
+            reader.join()
+            assert reply.stats.finish_reason == "closed"
+            assert len(reply.stats.tokens) < 30
+            assert list(reply) == []
+    finally:
+        engine.remove_listener(slow)
+    assert engine.generate("A", chat=False, max_tokens=3).text() == "BCD"  # the engine is free
+
+
+def test_a_listener_can_close_the_reply(engine: Engine) -> None:
+    reply = engine.generate("A", chat=False, max_tokens=60)
+    engine.add_listener(close := lambda seconds, bits: reply.close())
+    assert len(reply.text()) <= 2
+    engine.remove_listener(close)
+    assert reply.stats.finish_reason == "closed"
+    assert engine.generate("A", chat=False, max_tokens=3).text() == "BCD"
+
+
 def test_a_thread_for_each_core(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a number, onnxruntime-genai would use fewer."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 9})

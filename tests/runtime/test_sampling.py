@@ -46,3 +46,14 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
 def test_a_seed_repeats() -> None:
     first, second = (Sampler(Sampling(temperature=1.0, seed=7)) for _ in range(2))
     assert [first.choose(LOGITS) for _ in range(50)] == [second.choose(LOGITS) for _ in range(50)]
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-30, 9.9e-6])
+def test_tiny_temperatures_take_the_likeliest(temperature: float) -> None:
+    assert drawn(20, temperature=temperature) == {1: 1.0}
+    assert Sampling(temperature=temperature).search_options(5) == {"do_sample": False}
+
+
+def test_the_lowest_temperature_that_draws_is_finite() -> None:
+    with np.errstate(all="raise", under="ignore"):
+        assert drawn(20, temperature=1e-5) == {1: 1.0}

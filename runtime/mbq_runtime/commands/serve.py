@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from contextlib import ExitStack
@@ -28,6 +29,9 @@ _SWITCH_S = 1e-4
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 for a free one.")
 @click.option("--api-key", envvar="MBQ_API_KEY", help="Key that clients must send; better set as MBQ_API_KEY.")
+@click.option(
+    "--allow-origin", multiple=True, metavar="ORIGIN", help="Web page that may use the server, as https://chat.example."
+)
 @click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
 @click.option(
     "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
@@ -40,6 +44,7 @@ def command(
     host: str,
     port: int,
     api_key: str | None,
+    allow_origin: tuple[str, ...],
     queue: int,
     context: int | None,
     engine: str | None,
@@ -64,6 +69,11 @@ def command(
 
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty; leave it out, or give a key")
+    for origin in allow_origin:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(
+                f"--allow-origin {origin!r}: needed an origin such as https://chat.example, without a path"
+            )
     with ExitStack() as stack:
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
@@ -75,7 +85,7 @@ def command(
         server = Server(
             loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
-            queue_limit=queue, host=host, api_key=api_key,
+            queue_limit=queue, host=host, api_key=api_key, origins=allow_origin,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.manifest import Manifest
-from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 
 from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
@@ -245,7 +245,7 @@ class Engine:
             max_tokens: most tokens of the reply, at least 1.
             avg_bits: sets the engine's budget, as the property does; None leaves it.
             chat: put a text into the bundle's chat template, if it has one, as a user's message.
-            temperature: 0 takes the likeliest token; a higher value is more varied.
+            temperature: below 1e-5 takes the likeliest token; a higher value is more varied.
             top_k: choose among this many likeliest tokens; 0 among all.
             top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
             seed: repeats a varied reply; None for a different one each time.
@@ -386,7 +386,7 @@ class Engine:
         if not ids:
             raise UsageError("the prompt is empty; give some text, or at least one token")
         if len(ids) >= self._context:
-            raise UsageError(
+            raise PromptTooLongError(
                 f"the prompt is {len(ids)} tokens long; with room for a reply the bundle takes at most "
                 f"{self._context - 1}; shorten it"
             )

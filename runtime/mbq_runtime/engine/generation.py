@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from mbq_runtime.errors import UsageError
 FinishReason = Literal["stop", "length", "closed"]
 
 _MAX_SEED = 2**31 - 1
+MIN_TEMPERATURE = 1e-5
+"""Temperatures below this one take the likeliest token: the scores divided by them leave the range of a float."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Sampling:
     """How tokens are chosen, and when a reply stops.
 
     max_tokens: most tokens of a reply, at least 1.
-    temperature: 0 takes the likeliest token; a higher value is more varied.
+    temperature: below 1e-5 takes the likeliest token; a higher value is more varied.
     top_k: choose among this many likeliest tokens; 0 among all.
     top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
     seed: repeats a varied reply, 0 to 2147483647; None for a different one each time.
@@ -50,13 +54,18 @@ class Sampling:
             if not holds:
                 raise UsageError(f"{name} {value!r}: needed {needed}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < MIN_TEMPERATURE
+
     def search_options(self, vocab_size: int) -> dict[str, bool | int | float]:
         """The options of onnxruntime-genai for these choices.
 
         Args:
             vocab_size: bounds ``top_k``.
         """
-        if self.temperature == 0:
+        if self.is_greedy:
             return {"do_sample": False}
         seed = {} if self.seed is None else {"random_seed": self.seed}
         top_k = min(self.top_k, vocab_size)
@@ -170,13 +179,15 @@ class Generation:
 
     def __init__(self, source: StepSource, prompt_tokens: int, stop: Sequence[str], tell: TokenListener) -> None:
         self._record = Record(prompt_tokens)
+        self._turn = threading.RLock()  # held by the thread that runs the steps
         self._pieces = _pieces(source, self._record, stop, tell)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._turn:
+            return next(self._pieces)
 
     def text(self) -> str:
         """Run to the end, and return the rest of the text."""
@@ -187,8 +198,15 @@ class Generation:
         self._record.stopping = True
 
     def close(self) -> None:
-        """End the reply and free the engine.  There are no more pieces."""
-        self._pieces.close()
+        """End the reply and free the engine.  There are no more pieces.
+
+        From any thread: while another thread waits for a piece, this waits until that piece is there.
+        """
+        self._record.stopping = True
+        with self._turn:
+            # A listener calls on the thread that runs the steps.  The reply then ends before its next token.
+            if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:
+                self._pieces.close()
         self._record.finish_reason = self._record.finish_reason or "closed"
 
     def __enter__(self) -> Generation:
@@ -243,4 +261,14 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
 
 def _claimed(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of ``text`` may be the beginning of a stop text."""
-    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return max((_overlap(text, one) for one in stop), default=0)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``, and is not all of it."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
+    return 0

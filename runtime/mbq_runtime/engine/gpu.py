@@ -206,7 +206,7 @@ class DeviceContext:
         self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
         self._length, self._budget, self._every = length, budget, every
         # The device finds the likeliest token.  Only sampling needs the logits.
-        self._sampler = None if sampling is None or sampling.temperature == 0 else Sampler(sampling)
+        self._sampler = None if sampling is None or sampling.is_greedy else Sampler(sampling)
         self._position, self._count = 0, 0
         self._state = np.zeros(TOKENS + plan.chunk, np.int32)
         self._due: int | None = None

@@ -31,13 +31,13 @@ class Sampler:
             The token's id.
         """
         s = self._sampling
-        if s.temperature == 0:
+        if s.is_greedy:
             return int(logits.argmax())
         count = min(s.top_k or len(logits), len(logits))
         likeliest = np.argpartition(-logits, count - 1)[:count] if count < len(logits) else np.arange(len(logits))
         likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-        scores = logits[likeliest].astype(np.float64) / s.temperature
-        weights = np.exp(scores - scores[0])
+        scores = logits[likeliest].astype(np.float64)
+        weights = np.exp((scores - scores[0]) / s.temperature)
         total = np.cumsum(weights)
         # Keep the fewest tokens whose total probability reaches top_p.
         kept = int(np.searchsorted(total, s.top_p * total[-1])) + 1 if s.top_p < 1 else len(total)

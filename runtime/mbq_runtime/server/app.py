@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from mbq_runtime.bundle.manifest import Budget
 
-from .auth import Auth
+from .auth import Auth, PlainPaths, cors
 from .errors import ApiError
 from .metrics import CONTENT_TYPE, Metrics
 from .monitor_feed import FeedSampler, MonitorFeed
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _MIN_BODY_LIMIT = 1 << 20
 _BODY_BYTES_PER_TOKEN = 16  # enough for each prompt that fits the context, escapes included
 _UPLOAD_S = 30.0
+_LAST_WORDS_S = 2.0  # time for unfinished replies when the server stops; then each gets a closing error
+_CLOSING_POLL_S = 0.2
 _PAGE_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
@@ -54,6 +57,7 @@ class Server:
         queue_limit: number of requests that can wait while one runs.
         host: address on which the server listens.
         api_key: key that clients must send; None: no key.
+        origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Server:
         queue_limit: int,
         host: str = "127.0.0.1",
         api_key: str | None = None,
+        origins: Sequence[str] = (),
     ) -> None:
         self.model = engine.manifest.model.name
         self.worker = Worker(engine, bounded, governor, queue_limit)
@@ -89,18 +94,31 @@ class Server:
         self.app = Starlette(
             routes=routes,
             lifespan=self._lifespan,
-            middleware=[Middleware(self.metrics.counted), Middleware(Auth, api_key=api_key, host=host)],
+            middleware=[
+                Middleware(PlainPaths),
+                Middleware(self.metrics.counted),
+                *([Middleware(CORSMiddleware, **cors(origins))] if origins else []),
+                Middleware(Auth, api_key=api_key, host=host, origins=origins),
+            ],
             exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _refuse},
         )
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        sampling = asyncio.create_task(self._feed.keep(self._sample))
+        tasks = [asyncio.create_task(self._feed.keep(self._sample)), asyncio.create_task(self._close_in_time())]
         with self.worker:
             yield
-            sampling.cancel()
-            with suppress(asyncio.CancelledError):
-                await sampling
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _close_in_time(self) -> None:
+        """End unfinished replies soon after the server was told to stop.  uvicorn ends the lifespan after them."""
+        while not self._feed.closing:
+            await asyncio.sleep(_CLOSING_POLL_S)
+        await asyncio.sleep(_LAST_WORDS_S)
+        self.worker.close()
 
     async def _page(self, _: Request) -> Response:
         page = files(__package__).joinpath("page.html").read_bytes()
@@ -177,8 +195,11 @@ class Server:
         return bytes(data)
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # no such path or method
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        served = ", ".join(dict.fromkeys(route.path for route in request.app.routes))
+        error = ApiError(404, f"nothing is served at {request.url.path[:80]!r}; served are {served}", code="not_found")
+    if isinstance(error, HTTPException):  # no such method
         error = ApiError(error.status_code, error.detail, headers=error.headers)
     if not isinstance(error, ApiError):  # the server logs it
         error = ApiError(500, "the server failed; its log has the reason", code="internal_error")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,9 +29,11 @@ class Auth:
         app: the application behind it.
         api_key: the key; None: no key.
         host: address on which the server listens.
+        origins: origins whose pages may use the server without a key; "*" for every page.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, host: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, host: str, origins: Sequence[str] = ()) -> None:
+        self._origins = frozenset(origins)
         self._app = app
         self._digest = None if api_key is None else _digest(api_key.encode())
         self._local = is_loopback(host)
@@ -63,14 +67,50 @@ class Auth:
                 403, f"this server answers requests for localhost, not for {host!r}; start it with --api-key"
             )
         origin = headers.get("origin")
-        if origin is not None and method not in _SAFE_METHODS and origin.partition("://")[2] != host:
-            raise ApiError(403, f"a page of {origin} must not use this server; start it with --api-key")
+        if origin is None or method in _SAFE_METHODS or self._origins & {origin, "*"}:
+            return
+        if origin.partition("://")[2] != host:
+            raise ApiError(
+                403, f"a page of {origin[:80]} must not use this server; start it with --allow-origin {origin[:80]}"
+            )
 
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         # Digests have one length and are compared in constant time, so the time does not show how close a guess is.
         given = _digest(key.strip().encode("latin-1"))
         return hmac.compare_digest(given, self._digest or b"") and scheme.lower() == "bearer"
+
+
+class PlainPaths:
+    """ASGI middleware that merges slashes in paths, and removes the last one: /v1//models/ is /v1/models.
+
+    Args:
+        app: the application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on.
+
+        Args:
+            scope: the request, as in ASGI.
+            receive: gives the messages of the client.
+            send: sends messages to the client.
+        """
+        if scope["type"] == "http":
+            scope = {**scope, "path": "/" + "/".join(filter(None, scope["path"].split("/")))}
+        await self._app(scope, receive, send)
+
+
+def cors(origins: Sequence[str]) -> dict[str, Any]:
+    """Arguments of Starlette's CORSMiddleware, which answers the preflight of browsers before the key is checked.
+
+    Args:
+        origins: see ``Auth``.
+    """
+    return {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
 
 
 def is_loopback(host: str) -> bool:

@@ -9,7 +9,8 @@ import uvicorn
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_PARTING_S = 3  # time for unfinished replies when the server stops
+# Time for unfinished replies when the server stops.  ``Server`` ends them earlier; a pass of the engine can be slow.
+_PARTING_S = 10
 # Longer than clients keep an idle connection (OpenAI's: 5 s).  If the server closes it first, a request that is on its
 # way is lost.
 _KEEP_ALIVE_S = 75

@@ -50,6 +50,11 @@ class MonitorFeed:
         """
         self._fresh.append({"time": change.time_s, "old": change.old, "new": change.new, "reason": change.reason})
 
+    @property
+    def closing(self) -> bool:
+        """Whether the server stops."""
+        return self._closing()
+
     async def keep(self, sample: Callable[[], dict[str, Any]]) -> None:
         """Take one sample a second until the task is cancelled.
 

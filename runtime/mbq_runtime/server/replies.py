@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -21,6 +21,9 @@ EVENT_STREAM = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # without it nginx holds the tokens until the reply is complete
 ]
+_PROMPT_S = 0.5  # a refusal within this time has its own status; after it, the headers of a stream are sent
+_COMMENT_S = 3.0  # longest silence of a stream
+_COMMENT = b": the reply is on its way\n\n"
 _STALL_S = 30.0  # a client that reads nothing for this long is gone
 
 
@@ -152,10 +155,13 @@ class Reply:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._job.started()
             if self._stream:
-                await send_events(send, self._events())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PROMPT_S):
+                        await self._job.started()
+                await send_events(send, _with_comments(self._events()))
                 return
+            await self._job.started()
             text = "".join([piece async for piece in self._job.pieces()])
             result = self._job.result
             choice = {**self._shape.whole(text), "finish_reason": result.finish_reason}
@@ -180,6 +186,23 @@ class Reply:
         if self._with_usage:
             yield event(shape.envelope(shape.CHUNK, [], usage=usage(result)))
         yield b"data: [DONE]\n\n"
+
+
+async def _with_comments(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The events, and a comment whenever there was none for a time, so that clients and proxies keep waiting."""
+    async with aclosing(events):
+        while True:
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while not (await asyncio.wait({coming}, timeout=_COMMENT_S))[0]:
+                    yield _COMMENT
+                found = await coming
+            finally:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+            if found is None:
+                return
+            yield found
 
 
 async def send_events(send: Send, events: AsyncGenerator[bytes, None]) -> None:

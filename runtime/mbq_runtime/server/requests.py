@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from mbq_runtime.bundle.manifest import Budget
 
@@ -29,6 +29,75 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
     "response_format": (None, {"type": "text"}),
+    # Other servers' names for what changes a reply.
+    "repetition_penalty": (None, 1),
+    "repeat_penalty": (None, 1),
+    "repeat_last_n": (None, 0),
+    "length_penalty": (None, 1),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "dry_multiplier": (None, 0),
+    "xtc_probability": (None, 0),
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "typ_p": (None, 1),
+    "tfs_z": (None, 1),
+    "top_a": (None, 0),
+    "top_n_sigma": (None, -1, 0),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "mirostat": (None, 0),
+    "mirostat_mode": (None, 0),
+    "dynatemp_range": (None, 0),
+    "smoothing_factor": (None, 0),
+    "penalty_alpha": (None, 0),
+    "guidance_scale": (None, 1),
+    "num_beams": (None, 1),
+    "use_beam_search": (None, False),
+    "do_sample": (None, True),
+    "samplers": (None, []),
+    "temperature_last": (None, False),
+    "json_schema": (None, {}),
+    "grammar": (None, ""),
+    "structured_outputs": (None, {}),
+    "guided_json": (None, {}),
+    "guided_regex": (None, ""),
+    "guided_choice": (None, []),
+    "guided_grammar": (None, ""),
+    "regex": (None, ""),
+    "ebnf": (None, ""),
+    "format": (None, ""),
+    "options": (None, {}),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "ignore_eos": (None, False),
+    "min_tokens": (None, 0),
+    "min_new_tokens": (None, 0),
+    "max_new_tokens": (None, -1),
+    "n_predict": (None, -1),
+    "num_predict": (None, -1),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "banned_tokens": (None, []),
+    "custom_token_bans": (None, ""),
+    "truncate_prompt_tokens": (None, -1),
+    "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True),
+    "chat_template": (None, ""),
+    "documents": (None, []),
+    "prompt_logprobs": (None, 0),
+    "lora": (None, []),
+    "prediction": (None,),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+    "function_call": (None, "none", "auto"),
+    "thinking": (None,),
+    "enable_thinking": (None,),
+    "verbosity": (None, "medium"),
+    "skip_special_tokens": (None, True),
+    "add_special_tokens": (None, True),
+    "n_probs": (None, 0),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -48,6 +117,11 @@ def _as_text(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
+def _no_limit(value: Any) -> Any:
+    """-1 is another server's word for no limit."""
+    return _INT32 - 1 if value == -1 else value
+
+
 def _one_prompt(value: Any) -> str | list[int]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
@@ -58,7 +132,8 @@ def _one_prompt(value: Any) -> str | list[int]:
     raise ValueError("needed one text or one list of token ids")
 
 
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]  # the time of matching grows with the square of the length
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_no_limit)]
 
 
 class _Strict(BaseModel):
@@ -77,6 +152,18 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_turn(cls, data: Any) -> Any:
+        """Clients send null as the content of an assistant's empty turn."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("tool_calls") or data.get("function_call"):
+            raise ValueError("tool calls are not supported")
+        if data.get("role") == "assistant" and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
+
 
 class Body(_Strict):
     """Fields of both kinds of request.  null is the default.
@@ -89,9 +176,9 @@ class Body(_Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Limit = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=_INT32)] | None = None
     seed: int | None = None
     stop: Annotated[list[_Stop] | None, Field(max_length=16), BeforeValidator(_as_list)] = None
@@ -119,7 +206,7 @@ class ChatBody(Body):
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: _Limit = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
@@ -205,7 +292,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
     options = {
         "chat": isinstance(body, ChatBody),
         "max_tokens": min(max_tokens, context_length),
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": 0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
         "top_p": body.top_p or 1.0,
         "top_k": body.top_k or 0,
         "seed": None if body.seed is None else body.seed % _INT32,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mbq_runtime.control.metered_reply import MeteredReply
-from mbq_runtime.errors import MbqError
+from mbq_runtime.errors import MbqError, PromptTooLongError
 
 from .errors import ApiError
 from .requests import Order
@@ -158,7 +158,7 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closing = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name="mbq-engine", daemon=True)
 
     def __enter__(self) -> Worker:
@@ -166,12 +166,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._closing = True
-            running = self._running
-            self._changed.notify()
-        if running is not None:
-            self.cancel(running)
+        self.close()
         self._thread.join()
 
     @property
@@ -194,6 +189,8 @@ class Worker:
             ApiError: the queue is full (status 429).
         """
         with self._changed:
+            if self._closing:
+                raise _stopping()
             if len(self._waiting) >= self.limit + (self._running is None):
                 raise ApiError(
                     429,
@@ -218,6 +215,16 @@ class Worker:
                 self._waiting.remove(job)
             if job.reply is not None:
                 job.reply.stop()
+
+    def close(self) -> None:
+        """End every request: those that wait at once, the running one before its next token.  From any thread."""
+        with self._changed:
+            self._closing = True
+            while self._waiting:
+                self._waiting.popleft().end(_stopping())
+            if self._running is not None:
+                self.cancel(self._running)
+            self._changed.notify()
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -244,6 +251,8 @@ class Worker:
         with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
             try:
                 reply = self._engine.generate(order.prompt, **order.options)
+            except PromptTooLongError as error:
+                raise ApiError(400, str(error), code="context_length_exceeded") from None
             except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
                 message = str(error).removeprefix(f"{self._engine.path}: ")
                 raise ApiError(400, message, code="invalid_prompt") from None
@@ -269,4 +278,10 @@ class Worker:
             metered.energy_j,
         )
         self.on_result(result)
+        if self._closing and stats.finish_reason == "closed":
+            raise _stopping()
         return result
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server stops; send the request again later", code="server_stopping")

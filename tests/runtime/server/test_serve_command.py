@@ -155,6 +155,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], bundle: Path) 
     ("args", "message"),
     [
         (["--api-key", " "], "--api-key is empty"),
+        (["--allow-origin", "chat.example/"], "--allow-origin 'chat.example/': needed an origin"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--bits", "2"], "2"),
         (["--policy", "wild"], "policy 'wild': needed one of fixed, auto"),

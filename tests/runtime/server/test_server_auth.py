@@ -108,3 +108,34 @@ def test_a_key_makes_names_and_origins_irrelevant(keyed: Running) -> None:
 )
 def test_is_loopback(host: str, expected: bool) -> None:
     assert auth.is_loopback(host) is expected
+
+
+def preflight(running: Running, origin: str) -> tuple[int, str | None]:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    connection.request("OPTIONS", "/v1/chat/completions", headers=asked)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers["Access-Control-Allow-Origin"]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_pages_of_allowed_origins_can_use_the_server(engine: Engine, key: str | None) -> None:
+    page = "https://chat.example"
+    with serve(engine, api_key=key, origins=(page,)) as running:
+        assert preflight(running, page) == (200, page)  # browsers send no key with it
+        assert preflight(running, "https://evil.example")[1] is None
+        headers: dict[str, str | bytes] = {"Origin": page, "Authorization": f"Bearer {key}".encode()}
+        assert status(running, "/v1/completions", headers, "POST")[0] == 400  # no body: let in, then refused
+        if key:
+            assert status(running, "/v1/completions", {"Origin": page}, "POST")[0] == 401
+        else:
+            assert status(running, "/v1/completions", {"Origin": "https://evil.example"}, "POST")[0] == 403
+
+
+def test_a_page_that_is_refused_is_told_what_helps(running: Running) -> None:
+    found, body = status(running, "/v1/completions", {"Origin": "https://chat.example"}, "POST")
+    assert found == 403
+    assert "--allow-origin https://chat.example" in body

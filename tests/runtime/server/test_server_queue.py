@@ -208,6 +208,55 @@ def test_stopping_the_server_ends_replies_and_streams(slow_engine: Engine) -> No
     assert not any(thread.name == "mbq-engine" for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_the_stop_of_the_server_cuts_ends_with_an_error(
+    slow_engine: Engine, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(slow_engine) as running:
+        requests = [completion(running, max_tokens=90, stream=stream) for _ in range(2)]
+        wait_for(lambda: running.server.worker.tokens >= 2 and running.server.worker.waiting == 1)
+    for request in requests:
+        answer = request.getresponse()
+        assert answer.status == (200 if stream else 503)
+        last = answer.read().decode().strip().split("\n\n")[-1].removeprefix("data: ")
+        assert json.loads(last)["error"]["code"] == "server_stopping"
+        request.close()
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+def test_a_short_reply_ends_whole_when_the_server_stops(slow_engine: Engine) -> None:
+    with serve(slow_engine) as running:
+        request = completion(running, max_tokens=20)
+        wait_for(lambda: running.server.worker.tokens >= 2)
+    assert text(request) == ("ABCDEFG" * 3)[1:21]
+
+
+def test_a_stream_that_waits_has_its_headers_and_comments(slow_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "_COMMENT_S", 0.2)
+    with serve(slow_engine) as running:
+        first = completion(running, max_tokens=60)
+        wait_for(lambda: running.server.worker.running)
+        waits = completion(running, stream=True, max_tokens=3)
+        answer = waits.getresponse()  # the headers
+        assert running.server.worker.waiting == 1
+        assert [answer.readline() for _ in range(4)] == [b": the reply is on its way\n", b"\n"] * 2
+        assert running.server.worker.waiting == 1
+        rest = answer.read().decode()
+        chunks = [json.loads(line[6:]) for line in rest.split("\n\n") if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "BCD"
+        waits.close()
+        text(first)
+
+
+def test_a_client_of_openai_reads_past_the_comments(slow_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "_COMMENT_S", 0.01)
+    with serve(slow_engine) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=9, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == "BCDEFGABC"
+        client.close()
+
+
 def test_memory_stays_flat_under_many_clients(bundle: Path) -> None:
     """The short form of the benchmark, against a server in its own process."""
     soak = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"

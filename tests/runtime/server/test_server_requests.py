@@ -76,7 +76,6 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "no role": (CHAT, b'{"messages": [{"content": "A"}]}', "messages.0.role", "required"),
     "unknown role": (CHAT, message("A", "tool"), "messages.0.role", "'user'"),
     "content is a number": (CHAT, message(5), "messages.0.content", "valid string"),
-    "content is null": (CHAT, message(None), "messages.0.content", "valid string"),
     "a picture": (CHAT, message([{"type": "image_url", "image_url": {}}]), "messages.0.content", "parts of type text"),
     "parts that are not objects": (CHAT, message([1]), "messages.0.content", "parts of type text"),
     "too long": (CHAT, message("A" * 500), None, "tokens long"),
@@ -96,7 +95,6 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "temperature above 2": (CHAT, chat(temperature=2.1), "temperature", "less than or equal to 2"),
     "temperature not a number": (CHAT, b'{"messages": [], "temperature": NaN}', "temperature", "finite"),
     "temperature infinite": (CHAT, b'{"messages": [], "temperature": 1e999}', "temperature", "finite"),
-    "top_p 0": (CHAT, chat(top_p=0), "top_p", "greater than 0"),
     "top_k below 0": (CHAT, chat(top_k=-1), "top_k", "greater than or equal to 0"),
     "seed is text": (CHAT, chat(seed="x"), "seed", "valid integer"),
     "stop is a number": (CHAT, chat(stop=3), "stop", "valid array"),
@@ -120,6 +118,19 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "logprobs": (CHAT, chat(logprobs=True), "logprobs", "not supported"),
     "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     "penalty": (CHAT, chat(presence_penalty=0.5), "presence_penalty", "not supported"),
+    "null of a user": (CHAT, message(None), "messages.0.content", "valid string"),
+    "a call of a tool": (
+        CHAT, json.dumps({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}).encode(),
+        "messages.0", "tool calls are not supported",
+    ),
+    "max_tokens -2": (CHAT, chat(max_tokens=-2), "max_tokens", "greater than or equal to 1"),
+    **{f"{field} under another name": (CHAT, chat(**{field: value}), field, "not supported") for field, value in (
+        ("repetition_penalty", 1.1), ("repeat_penalty", 1.1), ("min_p", 0.05), ("typical_p", 0.9), ("mirostat", 2),
+        ("json_schema", {"type": "object"}), ("grammar", "root ::= 'a'"), ("guided_json", {"type": "object"}),
+        ("structured_outputs", {"choice": ["a"]}), ("ignore_eos", True), ("min_tokens", 5), ("n_predict", 5),
+        ("max_new_tokens", 5), ("stop_token_ids", [1]), ("do_sample", False), ("function_call", {"name": "f"}),
+        ("dry_multiplier", 0.8), ("chat_template", "{{ 1 }}"), ("documents", [{"text": "a"}]), ("verbosity", "low"),
+    )},
     "echo": (COMPLETIONS, completion(echo=True), "echo", "not supported"),
 }  # fmt: skip
 
@@ -145,6 +156,44 @@ def test_neutral_and_unknown_fields_are_let_through(running: Running) -> None:
     )  # fmt: skip
     status, found = ask(running, CHAT, body)
     assert (status, found["object"]) == (200, "chat.completion")
+
+
+def test_values_that_other_servers_take(running: Running) -> None:
+    _, free = ask(running, CHAT, chat(temperature=0))
+    for field in ("max_tokens", "max_completion_tokens"):
+        _, found = ask(running, CHAT, chat(temperature=0, **{field: -1}))
+        assert found["choices"] == free["choices"]
+    _, found = ask(running, COMPLETIONS, completion(prompt="xA", temperature=0, max_tokens=-1))
+    assert found["usage"]["completion_tokens"] > 16
+    for _ in range(3):
+        _, found = ask(running, COMPLETIONS, completion(prompt="xA", top_p=0, max_tokens=3))
+        assert found["choices"][0]["text"] == "BCD"
+    turns = [*SAY_A, {"role": "assistant", "content": None}, *SAY_A]
+    counts = set()
+    for turn in (turns, [{**one, "content": one["content"] or ""} for one in turns]):
+        status, found = ask(running, CHAT, json.dumps({"messages": turn, "max_tokens": 1}).encode())
+        assert status == 200, found
+        counts.add(found["usage"]["prompt_tokens"])
+    assert len(counts) == 1
+
+
+def test_a_prompt_longer_than_the_context_has_the_code_of_openai(running: Running) -> None:
+    for path, body in ((CHAT, message("A" * 500)), (COMPLETIONS, completion(prompt="A" * 500))):
+        status, found = ask(running, path, body)
+        assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("path", ["/v1//models", "/v1/models/", "//v1/models//", "/v1/models//tiny"])
+def test_slashes_are_merged(running: Running, path: str) -> None:
+    assert ask(running, path, b"", "GET")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/responses", "/api/tags", "/models", "/v1"])
+def test_a_path_that_is_not_served_lists_what_is(running: Running, path: str) -> None:
+    status, found = ask(running, path, b"{}")
+    assert (status, found["error"]["code"]) == (404, "not_found")
+    for served in (path, CHAT, COMPLETIONS, "/v1/models"):
+        assert served in found["error"]["message"]
 
 
 def with_template(folder: Path, template: str) -> Engine:
