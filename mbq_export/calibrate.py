@@ -2,9 +2,9 @@
 
 Lifecycle of ``calibrate``, with the names that the user sees:
 
-1. The loss of the original model on held-back text (``quality.reference``).
+1. The loss of the original model on held-back text (``quality.reference``), and its logits on a check prompt.
 2. Rotation of the weights (``transforms.rotation``), or "measuring activations" and smoothing
-   (``transforms.smoothing``).
+   (``transforms.smoothing``).  The logits must stay as they were (``check``).
 3. For a method without feedback: "rounding weights" (``slicing.rtn``).  Otherwise:
 
    a. "recording teacher outputs", if slices are tuned (``tuning.teacher``);
@@ -15,7 +15,7 @@ Lifecycle of ``calibrate``, with the names that the user sees:
 
 4. "measuring slice gains" (``routing.slice_gains``).
 5. "fitting routers" of every kind, and "comparing routers" (``routing.select``).
-6. "measuring the quality curve" (``quality``).
+6. "measuring the quality curve" (``quality``), and the logits of the sliced model (``check``).
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from mbq_runtime.errors import UsageError
 
 from . import processes, quality
 from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
+from .check import check_sliced, check_transformed
 from .context import Calibration
 from .format.codes import Sliced
 from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tunings
 from .model.blocks import fast_dtype
 from .model.checkpoint import Checkpoint
+from .model.recording import Recording, check_prompt, record, record_sliced
 from .model.router_inputs import Routing
 from .model.sliced_linear import values_at
 from .routing import kinds, select
@@ -64,13 +66,14 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         The calibrated model.
 
     Raises:
-        ModelError: a weight or an activation is not finite.
+        ModelError: a weight or an activation is not finite, or the sliced model is not the model that was loaded.
         UsageError: there are fewer windows than processes.
     """
     checkpoint, profile = calibration.checkpoint, calibration.profile
     routing_windows, measured_windows = np.array_split(held_back, 2)
     original_nll = quality.reference(checkpoint, measured_windows)
-    weights = _slice(calibration, fitted)
+    original = record(checkpoint, check_prompt(checkpoint, fitted))
+    weights = _slice(calibration, fitted, original)
     if checkpoint.decoder.tied:
         _embed_with_slices(calibration, weights)
     selected = _select_routers(calibration, weights.slices, routing_windows, measured_windows)
@@ -79,6 +82,8 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         calibration, weights.slices, measured_windows, [select.depths_at(selected.routers, b) for b in bits],
         stage="measuring the quality curve", dtype=fast_dtype(checkpoint.device),
     )  # fmt: skip
+    sliced = record_sliced(checkpoint, weights.slices, weights.embedding, profile, original.prompt)
+    check_sliced(original, sliced)
     linears = {
         unit.name: RoutedLinear(unit, weights.slices[unit.name], checkpoint.bias(unit), selected.routers[unit.name])
         for unit in checkpoint.decoder.units()
@@ -94,6 +99,7 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         float(np.exp(original_nll.mean())),
         tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True)),
         selected.comparison,
+        sliced,
     )
 
 
@@ -107,7 +113,7 @@ class _Weights:
     head_input: HeadInput | None
 
 
-def _slice(calibration: Calibration, windows: NDArray[np.int64]) -> _Weights:
+def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recording) -> _Weights:
     checkpoint, method = calibration.checkpoint, calibration.method
     d, group_size = checkpoint.decoder, calibration.recipe.group_size
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
@@ -121,6 +127,7 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64]) -> _Weights:
         head_input = rotate(checkpoint, calibration.seed)
     else:
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
+    check_transformed(original, record(checkpoint, original.prompt))
     embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
     if method.feedback:
         slices = _slice_with_feedback(calibration, windows, hessian_windows, head_scale)

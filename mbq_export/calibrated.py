@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from .format.codes import Sliced
 from .format.router import RouterParams
 from .model.families import Decoder, Unit
+
+if TYPE_CHECKING:
+    from .model.recording import Recording
 
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Budgets of the quality curve, in average bits."""
@@ -72,6 +76,7 @@ class Calibrated:
     curve: perplexity of the calibrated model on the same text, by rising budgets.
     routers: perplexity of each kind of router on this text, its ratio to the shipped kind's, and the ratio's standard
         error.
+    recording: what the model computes at full depth, for the check of the bundle; None: the bundle is not checked.
     """
 
     profile: SliceProfile
@@ -84,6 +89,7 @@ class Calibrated:
     reference_perplexity: float = 0.0
     curve: tuple[QualityPoint, ...] = ()
     routers: Comparison = field(default_factory=dict)
+    recording: Recording | None = None
 
     def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
         """What a row of the embedding is multiplied by when it is read, float32 [hidden].

@@ -1,0 +1,253 @@
+"""What a model computes on a check prompt, and where another form of the model first computes something else.
+
+An export has four forms of one model: the checkpoint as it was loaded, the checkpoint after its weights were
+transformed, the same with sliced weights, and the bundle.  Each is recorded, and each is compared with the one before.
+So an error is found in the step that makes it, and a step that should change nothing has a small limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..format.codes import Sliced
+from .blocks import watching_inputs
+from .checkpoint import Checkpoint
+from .families import Decoder
+from .sliced_linear import SlicedLinear, sliced_layers, values_at
+
+LAST_TOKENS = 32
+"""Tokens of the prompt's end whose values are kept.  They see the whole prompt."""
+
+PROMPT_TOKENS = 300
+"""Length of a prompt that needs not be longer."""
+
+_MOST_WORK = 1e12
+"""Most tokens times parameters of a prompt that is longer than PROMPT_TOKENS.  It bounds the time."""
+
+_TIE = 10.0
+"""Two tokens are tied if their logits differ by less than this many times the limit, in standard deviations."""
+
+_SMALLEST = 1e-30
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a model computes at the last tokens of a prompt.
+
+    prompt: int64 [tokens].
+    logits: float32 [last, vocab].
+    streams: float32 [last, hidden] by place: the residual stream behind the embedding, and behind each attention and
+        each MLP, in the order of the model.
+    """
+
+    prompt: NDArray[np.int64]
+    logits: F32
+    streams: dict[str, F32]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two forms of a model differ first.
+
+    place: "embedding", a block's attention or MLP such as "layers.0 attention", or "head".
+    error: relative error of the logits.
+    other_tokens: tokens of the prompt's end whose likeliest next token is another one.
+    """
+
+    place: str
+    error: float
+    other_tokens: int
+
+    def __str__(self) -> str:
+        said = f"the logits are off by {self.error:.3g} of their size"
+        if self.other_tokens:
+            said += f", {self.other_tokens} of the likeliest next tokens are others"
+        return f"the first difference is in {self.place} ({said})"
+
+
+def stream_places(decoder: Decoder) -> dict[str, str]:
+    """The norms that read the residual stream.
+
+    Args:
+        decoder: the model.
+
+    Returns:
+        The norm's name in the checkpoint, by the place that writes the stream right before it.
+    """
+    places, place = dict[str, str](), "embedding"
+    for layer in range(decoder.layers):
+        for role, part in (("attn_in", "attention"), ("mlp_in", "MLP")):
+            places[place] = decoder.input_norm(layer, role)
+            place = f"layers.{layer} {part}"
+    places[place] = decoder.final_norm
+    return places
+
+
+def prompt_length(checkpoint: Checkpoint) -> int:
+    """Tokens of the check prompt: past every window and original context, if the model's size allows it.
+
+    Args:
+        checkpoint: the model.
+    """
+    d = checkpoint.decoder
+    edges = [window for layer in range(d.layers) if (window := d.window(layer)) is not None]
+    rope = getattr(checkpoint.model.config, "rope_parameters", None) or {}
+    edges += [int(rope.get("original_max_position_embeddings") or 0)]
+    # The last tokens are all past the edge.
+    passing = [edge + LAST_TOKENS for edge in edges if (edge + LAST_TOKENS) * checkpoint.parameters <= _MOST_WORK]
+    return min(d.context_length, max([PROMPT_TOKENS, *passing]))
+
+
+def check_prompt(checkpoint: Checkpoint, text: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The prompt that every form of the model is recorded on.
+
+    Args:
+        checkpoint: the model.
+        text: int64 tokens of any shape; a short text is repeated.
+
+    Returns:
+        int64 [tokens].
+    """
+    return np.resize(text.reshape(-1), prompt_length(checkpoint))
+
+
+def record(checkpoint: Checkpoint, prompt: NDArray[np.int64]) -> Recording:
+    """Run the checkpoint's model as it is.
+
+    Args:
+        checkpoint: the model.
+        prompt: int64 [tokens].
+    """
+    last = min(LAST_TOKENS, len(prompt))
+    streams: dict[str, F32] = {}
+
+    def see(place: str, x: torch.Tensor) -> None:
+        streams[place] = x[-last:].float().cpu().numpy().copy()
+
+    with watching_inputs(checkpoint, stream_places(checkpoint.decoder), see), torch.no_grad():
+        tokens = checkpoint.on_device(prompt)[None]
+        logits = checkpoint.model(tokens, use_cache=False, logits_to_keep=last).logits[0]
+    return Recording(prompt, logits.float().cpu().numpy(), streams)
+
+
+def record_sliced(
+    checkpoint: Checkpoint,
+    slices: Mapping[str, Sliced],
+    embedding: Sliced | None,
+    profile: SliceProfile,
+    prompt: NDArray[np.int64],
+) -> Recording:
+    """Run the checkpoint's model with sliced weights, at full depth.
+
+    Args:
+        checkpoint: the model.  Its linear layers are replaced meanwhile.
+        slices: by unit name.
+        embedding: slices of the embedding, or None to leave it as it is.
+        profile: the bits of each slice.
+        prompt: int64 [tokens].
+    """
+    with sliced_layers(checkpoint, slices, SlicedLinear), _embedded(checkpoint, embedding, profile, prompt):
+        return record(checkpoint, prompt)
+
+
+@contextmanager
+def _embedded(
+    checkpoint: Checkpoint, embedding: Sliced | None, profile: SliceProfile, prompt: NDArray[np.int64]
+) -> Iterator[None]:
+    """Put the slices' values into the rows of the embedding that the prompt reads, while the block runs."""
+    if embedding is None:
+        yield
+        return
+    used = np.unique(prompt)
+    table, rows = checkpoint.model.get_input_embeddings().weight, checkpoint.on_device(used)
+    with torch.no_grad():
+        before = table[rows].clone()
+        table[rows] = values_at(embedding.rows(used), profile, profile.depths, table.dtype, checkpoint.device)
+        try:
+            yield
+        finally:
+            table[rows] = before
+
+
+def relative_error(expected: F32, found: F32) -> float:
+    """Root mean square of the difference over that of the expected values.
+
+    Args:
+        expected: float32, any shape.
+        found: float32, the same shape.
+    """
+    size = max(float(np.linalg.norm(expected)), _SMALLEST)
+    # A value that is not finite is an error without bound.
+    return float(np.nan_to_num(np.linalg.norm(found - expected) / size, nan=np.inf))
+
+
+def difference(
+    expected: Recording, logits: F32, streams: Mapping[str, F32], *, limit: float, rotated: bool = False
+) -> Difference | None:
+    """Where another form of a model differs first.
+
+    Args:
+        expected: of one form.
+        logits: float32 [last, vocab] of the other form.
+        streams: of the other form, as in ``Recording``; empty if they are not known.
+        limit: largest relative error of the logits, and of what a block adds to the stream.
+        rotated: whether the streams may be rotated against each other.  Then their products between tokens are
+            compared, which a rotation does not change.
+
+    Returns:
+        None where the forms are the same: the logits are within the limit, and so are the likeliest tokens.
+    """
+    found = logits_difference(expected.logits, logits)
+    others = _other_tokens(expected.logits, logits, limit)
+    if found <= limit and not others:
+        return None
+    return Difference(_first_place(expected.streams, streams, limit, rotated), found, others)
+
+
+def logits_difference(expected: F32, found: F32) -> float:
+    """Relative error of logits, without what all logits of a token have in common.
+
+    Args:
+        expected: float32 [tokens, vocab].
+        found: float32 [tokens, vocab].
+    """
+    return relative_error(_centred(expected), _centred(found))
+
+
+def _centred(logits: F32) -> F32:
+    return np.asarray(logits - logits.mean(1, keepdims=True))
+
+
+def _other_tokens(expected: F32, found: F32, limit: float) -> int:
+    """How many tokens have another likeliest next token, ties left out."""
+    chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
+    return int(((expected.max(1) - chosen) > _TIE * limit * expected.std(1)).sum())
+
+
+def _first_place(expected: Mapping[str, F32], found: Mapping[str, F32], limit: float, rotated: bool) -> str:
+    """The first place that adds something else to the stream; the head if all add the same."""
+    if not found:
+        return "a place that this engine does not show"
+    for (place, here), there in zip(_added(expected).items(), _added(found).values(), strict=True):
+        if rotated:
+            here, there = here @ here.T, there @ there.T
+        if relative_error(here, there) > limit:
+            return place
+    return "head"
+
+
+def _added(streams: Mapping[str, F32]) -> dict[str, F32]:
+    """What each place adds to the stream.  An earlier difference hardly shows in it."""
+    values = list(streams.values())
+    before = [np.zeros_like(values[0]), *values[:-1]]
+    return {place: after - start for place, after, start in zip(streams, values, before, strict=True)}
