@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_export.data import corpora, windows
+from mbq_export.data import texts, windows
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load, read_config
 from mbq_export.model.source import ModelSource, locate
@@ -19,13 +19,6 @@ from mbq_runtime.perplexity import cut_windows, read_text
 from . import last_word, report, weights
 from .harness import Reference, Side
 from .rivals import METHODS, Bench, reference
-
-TEXTS: dict[str, Callable[[], str]] = {
-    "wikipedia": lambda: corpora.wikipedia("evaluation"),
-    "news": corpora.news,
-    "technical": corpora.technical,
-}
-"""Packaged texts by name; none of them is calibrated on."""
 
 _BITS = range(2, 9)
 
@@ -66,14 +59,14 @@ class Prepared:
     """A checked comparison.
 
     settings: what was asked for; source: where the model lies; calibration: the text that methods calibrate on;
-    texts: by the name that was asked for; methods: names of those to measure; left_out: messages about methods that are
-    not installed.
+    texts: by the name that was asked for, None for one that the model writes; methods: names of those to measure;
+    left_out: messages about methods that are not installed.
     """
 
     settings: Settings
     source: ModelSource
     calibration: windows.TextSource
-    texts: dict[str, str]
+    texts: dict[str, str | None]
     methods: list[str]
     left_out: list[str]
 
@@ -95,7 +88,7 @@ def prepare(settings: Settings) -> Prepared:
     for name, (_, width) in read_config(source).unit_shapes().items():
         if width % settings.group_size:
             raise UsageError(f"--group-size {settings.group_size} does not divide K = {width} of {name}")
-    texts = {name: TEXTS[name]() if name in TEXTS else read_text(Path(name)) for name in settings.data}
+    contents = {name: _text(name) for name in texts.expanded(settings.data)}
     methods, left_out = [], []
     for name in settings.methods or METHODS:
         if name not in METHODS:
@@ -109,7 +102,13 @@ def prepare(settings: Settings) -> Prepared:
         raise UsageError("; ".join(left_out))
     if settings.tasks:
         _lm_eval()
-    return Prepared(settings, source, windows.open_source(settings.calib_data), texts, methods, left_out)
+    return Prepared(settings, source, windows.open_source(settings.calib_data), contents, methods, left_out)
+
+
+def _text(name: str) -> str | None:
+    if name in texts.SAID:
+        return None
+    return texts.PACKAGED[name]() if name in texts.PACKAGED else read_text(Path(name))
 
 
 @dataclass(frozen=True)
@@ -199,6 +198,8 @@ def _ground(
     progress: Report,
 ) -> _Ground:
     settings, opening, content = prepared.settings, checkpoint.opening_tokens, prepared.texts[name]
+    if content is None:
+        content = texts.SAID[name](checkpoint, progress)
     tokens = checkpoint.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     windows = cut_windows(tokens, settings.context, opening, settings.windows)
     if len(windows) < settings.windows:
