@@ -29,7 +29,7 @@ _CALIBRATION = {"calibrated", "context", "format", "memory", "methods", "model",
 ROOMS = {
     "format": set[str](),
     "model": {"format", "memory"},
-    "data": {"model"},
+    "data": {"model", "progress"},
     "transforms": _CALIBRATION,
     "slicing": _CALIBRATION | {"devices"},
     "tuning": _CALIBRATION,
