@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,29 @@ def test_this_machine_is_described() -> None:
     always = {"x86_64": "sse2", "aarch64": "asimd"}
     if machine.arch in always:
         assert always[machine.arch] in machine.features
+
+
+@pytest.mark.parametrize(
+    ("config", "shown", "words"),
+    [
+        ({}, "64-bit Python with glibc", None),
+        ({"SIZEOF_VOID_P": 4, "SOABI": "cpython-311-arm-linux-gnueabihf"}, "32-bit Python with glibc", "64-bit system"),
+        ({"SOABI": "cpython-312-aarch64-linux-musl"}, "64-bit Python with musl", "need glibc"),
+        (
+            {"SOABI": "cpython-312", "HOST_GNU_TYPE": "x86_64-alpine-linux-musl"},
+            "64-bit Python with musl",
+            "need glibc",
+        ),
+    ],
+)
+def test_a_system_without_engines(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, object], shown: str, words: str | None
+) -> None:
+    real = sysconfig.get_config_var
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda key: config.get(key, real(key)))
+    machine = arm(CORTEX_A76)
+    assert shown in str(machine)
+    problem = isa.problem(ARM64, machine)
+    assert problem is None if words is None else words in str(problem)
+    # Distributions with musl can have an engine of their own, which runs stock operators.
+    assert (isa.problem(PORTABLE, machine) is None) == ("32" not in shown)

@@ -7,7 +7,9 @@ a message.  Features have the names of ``/proc/cpuinfo``.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +39,37 @@ class Machine:
 
     arch: "aarch64", "x86_64", or the system's name for another.
     features: names as in ``/proc/cpuinfo``.
+    pointer_bits: of Python: 64, or 32 also where a 64-bit kernel runs a 32-bit system.
+    libc: C library of Python: "glibc" or "musl".
     """
 
     arch: str
     features: frozenset[str]
+    pointer_bits: int = 64
+    libc: str = "glibc"
+
+    @property
+    def lacks(self) -> str | None:
+        """What the engines miss on this system, in one line; None when nothing is missing."""
+        if self.pointer_bits != 64:
+            return (
+                f"this Python is a {self.pointer_bits}-bit program, and the engines need 64 bits; "
+                "install a 64-bit system, such as the 64-bit Raspberry Pi OS"
+            )
+        if self.libc != "glibc":
+            return (
+                f"this Python uses the C library {self.libc}, and the engines and kernels need glibc; "
+                "use a container of Debian or Ubuntu"
+            )
+        return None
+
+    def __str__(self) -> str:
+        """The machine in words.
+
+        >>> str(Machine("aarch64", frozenset(), 32))[:31]
+        'aarch64, 32-bit Python with gli'
+        """
+        return f"{self.arch}, {self.pointer_bits}-bit Python with {self.libc}"
 
 
 class Requirement(Protocol):
@@ -73,7 +102,10 @@ def this_machine(
         "aarch64": lambda: _arm64_features(auxiliary_value or _getauxval),
         "x86_64": lambda: _cpuinfo_flags(root / "proc/cpuinfo"),
     }
-    return Machine(name, readers.get(name, frozenset)())
+    pointer_bytes = sysconfig.get_config_var("SIZEOF_VOID_P") or 8
+    builds = (str(sysconfig.get_config_var(key)) for key in ("SOABI", "HOST_GNU_TYPE", "MULTIARCH"))
+    libc = "musl" if any("musl" in build for build in builds) else "glibc"
+    return Machine(name, readers.get(name, frozenset)(), 8 * int(pointer_bytes), libc)
 
 
 def problem(target: Requirement, machine: Machine) -> str | None:
@@ -83,6 +115,8 @@ def problem(target: Requirement, machine: Machine) -> str | None:
         target: what the bundle needs.
         machine: what there is.
     """
+    if machine.lacks and (target.arch != "any" or machine.pointer_bits != 64):
+        return machine.lacks
     if target.arch == "any":
         return None
     needs = f"{target.arch}" + (f" with {', '.join(target.features)}" if target.features else "")
@@ -111,6 +145,21 @@ def check(target: Requirement, machine: Machine | None = None) -> None:
     """
     if found := problem(target, machine or this_machine()):
         raise BundleError(found)
+
+
+def mount_problem(folder: Path) -> str | None:
+    """Why the libraries of a bundle cannot be loaded from where it lies, in one line; None when they can.
+
+    Args:
+        folder: folder of the bundle.
+    """
+    try:
+        flags = os.statvfs(folder).f_flag
+    except OSError:
+        return None
+    if not flags & os.ST_NOEXEC:
+        return None
+    return f"{folder} lies on a noexec mount, from which no library can be loaded; copy it elsewhere"
 
 
 def _getauxval(kind: int) -> int:

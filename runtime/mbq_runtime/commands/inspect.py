@@ -15,6 +15,7 @@ from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
 from .common import bundle_argument, json_option
 
 if TYPE_CHECKING:
+    from mbq_runtime.bundle import isa
     from mbq_runtime.bundle.gpu_plan import Plan
 
 
@@ -26,7 +27,8 @@ def command(bundle: Path, as_json: bool) -> None:
     from mbq_runtime.bundle import gpu_plan, isa, manifest
 
     found = manifest.read(bundle)
-    problem = isa.problem(found.target, isa.this_machine())
+    machine = isa.this_machine()
+    problem = isa.problem(found.target, machine) or (isa.mount_problem(bundle) if found.native else None)
     plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
         facts = asdict(found)
@@ -37,7 +39,9 @@ def command(bundle: Path, as_json: bool) -> None:
         )
         return
     here = "yes" if problem is None else f"no: {problem}"
-    lines = [*_lines(found), *_gpu_lines(found, plan)] if plan else [*_lines(found), ("runs here", here)]
+    lines = [*_lines(found), *(_gpu_lines(found, plan) if plan else ()), ("machine", _machine_line(machine))]
+    if problem or not plan:
+        lines.append(("runs here", here))
     click.echo(tables.pairs(lines))
 
 
@@ -45,6 +49,11 @@ _SOFTWARE = {
     "opencl": "OpenCL 1.2 or newer (the GPU's driver), pip install 'mbq-export[opencl]'",
     "webgpu": "a driver for Vulkan, Metal or Direct3D 12, pip install 'mbq-export[webgpu]'",
 }
+
+
+def _machine_line(machine: isa.Machine) -> str:
+    """This machine, and what the engines miss on it."""
+    return f"{machine}; {machine.lacks}" if machine.lacks else str(machine)
 
 
 def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:

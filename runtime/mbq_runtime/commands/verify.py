@@ -23,5 +23,6 @@ def command(bundle: Path) -> None:
         found = manifest.verify(bundle, progress)
     check_contents(bundle, found)
     click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")
-    if problem := isa.problem(found.target, isa.this_machine()):
+    here = isa.problem(found.target, isa.this_machine())
+    if problem := here or (isa.mount_problem(bundle) if found.native else None):
         click.echo(f"note: {problem}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mbq_runtime.bundle.isa import check
+from mbq_runtime.bundle.isa import check, mount_problem
 from mbq_runtime.bundle.manifest import Manifest, check_sizes, read
-from mbq_runtime.errors import UsageError
+from mbq_runtime.errors import BundleError, UsageError
 
 
 def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Path, Manifest]:
@@ -21,7 +21,7 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
         The bundle's absolute path, and its manifest.
 
     Raises:
-        BundleError: the bundle is incomplete, too new, or not for this machine.
+        BundleError: the bundle is incomplete, too new, not for this machine, or on a noexec mount.
         UsageError: ``threads`` is below 1.
     """
     if threads is not None and threads < 1:
@@ -30,4 +30,6 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
     manifest = read(path)
     check_sizes(path, manifest)
     check(manifest.target)
+    if manifest.native and (problem := mount_problem(path)):
+        raise BundleError(problem)
     return path.resolve(), manifest
