@@ -12,6 +12,10 @@ negative log-likelihood of window w in nats, over W windows::
 
 The standard error is over windows and not over tokens: the tokens of a window are not independent.  It needs two
 windows.  The delta method takes the error of the mean through the exponential.
+
+With the original model beside it, the module measures KL divergence and the share of the same first choice too (see
+``fidelity``).  A ratio of two perplexities is exp(mean(d)) of the paired differences d_w of their windows, so most of
+the difference between windows leaves its error.
 """
 
 from __future__ import annotations
@@ -21,20 +25,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .bundle.manifest import Budget
 from .control.budget_trim import BudgetTrim
+from .engine.score import mean_nll
 from .errors import UsageError
+from .fidelity import TokenFidelity, divergence, mean
 from .progress import Progress
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
-"""The module of the workstation side that has a ReferenceScorer ``window_nll``."""
+"""The module of the workstation side that has a ReferenceLoader ``load_logits``."""
 
 Windows = Sequence[Sequence[int]]
 Scorer = Callable[[Sequence[int]], tuple[float, float]]
 """(tokens of a window) -> (mean negative log-likelihood in nats, average bits used)."""
-ReferenceScorer = Callable[[str, list[list[int]], Progress], list[float]]
-"""(model, windows, progress by windows) -> mean negative log-likelihood of each window in nats."""
+Logits = Callable[[Sequence[int]], NDArray[np.float32]]
+"""(tokens of a window) -> float32 [S, V] logits of every token."""
+ReferenceLoader = Callable[[str], Logits]
+"""(model, as ``mbq-export --model`` takes it) -> its logits."""
+ScorerAgainst = Callable[[Sequence[int]], tuple[TokenFidelity, float]]
+"""(tokens of a window) -> the comparison with the original, average bits used."""
+_Scored = TypeVar("_Scored")
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,30 @@ class PerplexityResult:
     avg_bits_used: float
     ppl: float
     ppl_stderr: float | None
+
+
+@dataclass(frozen=True)
+class ReferencedResult(PerplexityResult):
+    """The perplexity at one budget, and how far the model is from the original.
+
+    ppl_ratio: perplexity over the original's.
+    ppl_ratio_stderr: its standard error, from paired windows; None for a single window.
+    kl: mean KL divergence from the original in nats a token.
+    kl_stderr: its standard error; None for a single window.
+    kl_p99: KL divergence that 99 % of the tokens stay below, in nats.
+    kl_p999: KL divergence that 99.9 % of the tokens stay below, in nats.
+    same_top: share of tokens with the same first choice, 0 to 1.
+    same_top_stderr: its standard error; None for a single window.
+    """
+
+    ppl_ratio: float
+    ppl_ratio_stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    kl_p99: float
+    kl_p999: float
+    same_top: float
+    same_top_stderr: float | None
 
 
 def read_text(path: Path) -> str:
@@ -123,13 +162,9 @@ def estimate(window_nll: Sequence[float]) -> Estimate:
     >>> estimate([0.0, 0.0])
     Estimate(ppl=1.0, ppl_stderr=0.0)
     """
-    count = len(window_nll)
-    mean = math.fsum(window_nll) / count
-    ppl = _exp(mean)
-    if count < 2:
-        return Estimate(ppl, None)
-    variance = math.fsum((m - mean) ** 2 for m in window_nll) / (count - 1)
-    return Estimate(ppl, ppl * math.sqrt(variance / count))
+    found = mean(window_nll)
+    ppl = _exp(found.value)
+    return Estimate(ppl, None if found.stderr is None else ppl * found.stderr)
 
 
 def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | None = None) -> PerplexityResult:
@@ -152,39 +187,112 @@ def measure(windows: Windows, bits: float, score: Scorer, progress: Progress | N
     return PerplexityResult(bits, math.fsum(used) / len(used), found.ppl, found.ppl_stderr)
 
 
-def held(score: Callable[[Sequence[int], float], tuple[float, float]], bits: float, budget: Budget) -> Scorer:
+def measure_against(
+    windows: Windows,
+    scorers: Sequence[tuple[float, ScorerAgainst]],
+    original: Logits,
+    progress: Progress | None = None,
+) -> tuple[Estimate, list[ReferencedResult]]:
+    """Score all windows at several budgets beside the original model.
+
+    A window is scored at every budget before the next one, so that the original's logits of one window are in memory.
+
+    Args:
+        windows: ids of each window.
+        scorers: (budget in average bits per weight, what scores a window at it) of each budget.
+        original: the original's logits, see ``last_kept``.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        The original's perplexity, and the result of each budget.
+    """
+    own: list[float] = []
+    found: list[list[tuple[TokenFidelity, float]]] = [[] for _ in scorers]
+    for done, window in enumerate(windows, 1):
+        for scored, (_, score) in zip(found, scorers, strict=True):
+            scored.append(score(window))  # refuses another vocabulary
+        own.append(mean_nll(original(window)[:-1], np.asarray(window[1:], np.int64)))
+        if progress is not None:
+            progress(done, len(windows))
+    rows = [_referenced(bits, scored, own) for (bits, _), scored in zip(scorers, found, strict=True)]
+    return estimate(own), rows
+
+
+def _referenced(bits: float, scored: Sequence[tuple[TokenFidelity, float]], own: Sequence[float]) -> ReferencedResult:
+    """scored: of each window; own: the original's mean negative log-likelihood of each window."""
+    nll = [float(tokens.nll.mean()) for tokens, _ in scored]
+    ppl, ratio = estimate(nll), estimate([a - b for a, b in zip(nll, own, strict=True)])
+    kl = divergence([tokens.divergence for tokens, _ in scored])
+    same_top = mean([float(tokens.same_top.mean()) for tokens, _ in scored])
+    return ReferencedResult(
+        bits,
+        mean([used for _, used in scored]).value,
+        ppl.ppl,
+        ppl.ppl_stderr,
+        ratio.ppl,
+        ratio.ppl_stderr,
+        kl.mean.value,
+        kl.mean.stderr,
+        kl.p99,
+        kl.p999,
+        same_top.value,
+        same_top.stderr,
+    )
+
+
+def last_kept(logits: Logits) -> Logits:
+    """The same logits.  Those of the last window are kept, so that the model runs once for all budgets.
+
+    Args:
+        logits: runs the model.
+    """
+    kept: tuple[tuple[int, ...], NDArray[np.float32]] | None = None
+
+    def remembered(window: Sequence[int]) -> NDArray[np.float32]:
+        nonlocal kept
+        if kept is None or kept[0] != tuple(window):
+            kept = None  # frees the old logits before the new ones are made
+            kept = (tuple(window), logits(window))
+        return kept[1]
+
+    return remembered
+
+
+def held(
+    score: Callable[[Sequence[int], float], tuple[_Scored, float]], bits: float, budget: Budget
+) -> Callable[[Sequence[int]], tuple[_Scored, float]]:
     """A scorer that holds the average of bits over the windows, as a governor does over tokens.
 
     Args:
-        score: (tokens of a window, bits to ask for) -> the result of a Scorer.
+        score: (tokens of a window, bits to ask for) -> what is measured, average bits used.
         bits: average bits per weight to hold.
         budget: range of what may be asked for.
     """
     trim = BudgetTrim(bits)
 
-    def scored(window: Sequence[int]) -> tuple[float, float]:
+    def scored(window: Sequence[int]) -> tuple[_Scored, float]:
         nonlocal trim
-        nll, used = score(window, trim.request(budget.min_bits, budget.max_bits))
+        found, used = score(window, trim.request(budget.min_bits, budget.max_bits))
         trim = trim.after(used, len(window))
-        return nll, used
+        return found, used
 
     return scored
 
 
-def load_reference() -> ReferenceScorer:
-    """The function that scores windows with an original model.
+def load_reference() -> ReferenceLoader:
+    """The function that loads an original model.
 
     Raises:
         UsageError: the workstation side, which has it, is not installed.
     """
     try:
-        scorer: ReferenceScorer = import_module(REFERENCE_MODULE).window_nll
+        loader: ReferenceLoader = import_module(REFERENCE_MODULE).load_logits
     except ImportError as error:
         raise UsageError(
             f"a reference model needs the workstation side, which is not installed ({error}): "
             "pip install 'mbq-export[export]'"
         ) from None
-    return scorer
+    return loader
 
 
 def _exp(value: float) -> float:

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
 import mbq_runtime
 from mbq_runtime import Engine, cli, perplexity
 from mbq_runtime.bundle import manifest
+from mbq_runtime.fidelity import compare_tokens
 from mbq_runtime.sensing.readings import Readings
 
 HEAVY = ("onnxruntime", "onnxruntime_genai", "torch", "numpy", "transformers", "tvm", "onnx", "mbq_export")
@@ -116,19 +118,36 @@ def test_perplexity_json(capsys: pytest.CaptureFixture[str], bundle: Path, loade
 
 
 def test_perplexity_with_a_reference(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, loaded: Engine, tmp_path: Path
 ) -> None:
     module = ModuleType(perplexity.REFERENCE_MODULE)
-    module.window_nll = lambda model, windows, progress: [math.log(6)] * len(windows)  # type: ignore[attr-defined]
+    module.load_logits = lambda model: lambda tokens: loaded.logits(tokens, 8.0).logits  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, perplexity.REFERENCE_MODULE, module)
     data = tmp_path / "text.txt"
-    data.write_text("A" * 70)
-    args = ("perplexity", bundle, "--data", data, "--bits", "8", "--context", 32, "--reference", "some/model")
+    data.write_text("ABCDEFGABCD hello\n" * 20)
+    args = ("perplexity", bundle, "--data", data, "--bits", "8,3", "--context", 32, "--reference", "some/model")
     code, out, _ = run(capsys, *args, "--json")
     assert code == 0
-    assert json.loads(out)["reference_ppl"] == pytest.approx(6.0)
-    code, out, _ = run(capsys, *args)
-    assert out.splitlines()[-1].split() == ["reference", "6.000", "0.000"]
+    found = json.loads(out)
+    same, other = found["rows"]
+    assert same["ppl"] == pytest.approx(found["reference_ppl"])
+    assert same["ppl_ratio"] == pytest.approx(1)
+    assert (same["kl"], same["kl_p99"], same["kl_p999"], same["same_top"]) == (0, 0, 0, 1), "it is its own reference"
+    assert other["ppl_ratio"] == pytest.approx(other["ppl"] / found["reference_ppl"])
+    tokens = loaded.encode(data.read_text())
+    windows = perplexity.cut_windows(tokens, 32, loaded.opening_tokens)
+    pairs = [[loaded.logits(window, bits).logits[:-1] for bits in (3, 8)] for window in windows]
+    kl = [compare_tokens(*pair, window[1:]).divergence for pair, window in zip(pairs, windows, strict=True)]
+    assert other["kl"] == pytest.approx(sum(map(sum, kl)) / (31 * len(windows)))
+    assert 0 <= other["kl"] <= other["kl_p99"] <= other["kl_p999"]
+    code, out, _ = run(capsys, *args, "--hold-bits")
+    assert out.splitlines()[1].split()[-3:] == ["same", "top", "+-"]
+    assert out.splitlines()[2].split()[-6:] == ["0.0000", "0.0000", "0.0000", "0.0000", "1.000", "0.000"]
+    assert out.splitlines()[-1].split()[:2] == ["reference", f"{found['reference_ppl']:.3f}"]
+    module.load_logits = lambda model: lambda tokens: np.zeros((len(tokens), 7), np.float32)  # type: ignore[attr-defined]
+    code, _, err = run(capsys, *args)
+    assert code != 0
+    assert "the reference has 7 words in its vocabulary" in err
 
 
 @pytest.mark.parametrize(

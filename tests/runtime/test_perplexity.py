@@ -7,11 +7,13 @@ from dataclasses import astuple
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from mbq_runtime import UsageError, perplexity
 from mbq_runtime.bundle.manifest import Budget
-from mbq_runtime.perplexity import cut_windows, estimate, held, measure
+from mbq_runtime.fidelity import TokenFidelity, compare_tokens
+from mbq_runtime.perplexity import cut_windows, estimate, held, last_kept, measure, measure_against
 
 
 def test_windows_do_not_overlap_and_drop_the_rest() -> None:
@@ -98,6 +100,49 @@ def test_reference_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_reference_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType(perplexity.REFERENCE_MODULE)
-    module.window_nll = lambda model, windows, progress: [0.5] * len(windows)  # type: ignore[attr-defined]
+    module.load_logits = lambda model: lambda tokens: np.full((len(tokens), 3), 0.5)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, perplexity.REFERENCE_MODULE, module)
-    assert perplexity.load_reference()("m", [[1], [2]], lambda done, total: None) == [0.5, 0.5]
+    assert (perplexity.load_reference()("m")([1, 2]) == 0.5).all()
+
+
+def test_logits_of_the_last_window_are_kept() -> None:
+    asked: list[list[int]] = []
+
+    def logits(tokens: Sequence[int]) -> np.ndarray:
+        asked.append(list(tokens))
+        return np.full((len(tokens), 2), len(asked), np.float32)
+
+    kept = last_kept(logits)
+    assert [kept(window)[0, 0] for window in ([1], [1], [2], [1])] == [1, 1, 2, 3]
+    assert asked == [[1], [2], [1]]
+
+
+def test_measure_against_by_hand() -> None:
+    p, q = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2]], np.float32))
+    windows, calls = [[0, 1, 2], [2, 0, 1]], []
+
+    def original(window: Sequence[int]) -> np.ndarray:
+        return np.tile(p, (len(window), 1))
+
+    def score(found: np.ndarray, used: float) -> perplexity.ScorerAgainst:
+        def scored(window: Sequence[int]) -> tuple[TokenFidelity, float]:
+            calls.append((used, tuple(window)))
+            rows = np.tile(found, (len(window) - 1, 1))
+            return compare_tokens(rows, original(window)[:-1], window[1:]), used
+
+        return scored
+
+    scorers = [(8.0, score(p, 8.0)), (4.0, score(q, 4.1))]
+    reference, (same, other) = measure_against(windows, scorers, original)
+    assert calls == [(used, tuple(window)) for window in windows for used in (8.0, 4.1)], "the window is the outer loop"
+    own = [math.log(4), math.log(8) / 2]
+    assert astuple(reference) == pytest.approx(astuple(estimate(own)))
+    assert astuple(same) == pytest.approx((8.0, 8.0, *astuple(reference), 1, 0, 0, 0, 0, 0, 1, 0))
+    assert same.kl_p999 == 0.0
+    nll = [-(math.log(0.6) + math.log(0.2)) / 2] * 2
+    kl = 0.5 * math.log(0.5 / 0.2) + 0.25 * math.log(0.25 / 0.6) + 0.25 * math.log(0.25 / 0.2)
+    ratio = estimate([a - b for a, b in zip(nll, own, strict=True)])
+    expected = (4.0, 4.1, *astuple(estimate(nll)), *astuple(ratio), kl, 0, kl, kl, 0, 0)
+    assert astuple(other) == pytest.approx(expected, abs=1e-6)
+    _, (alone,) = measure_against(windows[:1], scorers[:1], original)
+    assert (alone.kl_stderr, alone.ppl_ratio_stderr, alone.same_top_stderr) == (None, None, None)

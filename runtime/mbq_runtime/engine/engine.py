@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
+from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
 from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
@@ -331,6 +332,37 @@ class Engine:
         if not math.isfinite(nll):
             raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
         return Score(nll / (len(tokens) - 1), bits / len(tokens))
+
+    def score_against(
+        self, tokens: Sequence[int], avg_bits: float, original: NDArray[np.float32]
+    ) -> tuple[TokenFidelity, float]:
+        """Compare the model with the original that it was made of, on a text.  The engine's budget does not change.
+
+        Args:
+            tokens: 2 to ``context_length`` ids, S of them.
+            avg_bits: budget in average bits per weight.
+            original: the original model's logits on the same tokens, float32 [S, vocab].
+
+        Returns:
+            The comparison at the S - 1 positions before a token, and the average bits used.
+
+        Raises:
+            UsageError: the original has another vocabulary.
+        """
+        if not 2 <= len(tokens) <= self._context:
+            raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
+        parts, bits = [], 0.0
+        for start, logits, used in self._passes(tokens, avg_bits):
+            if original.shape != (len(tokens), logits.shape[1]):
+                raise UsageError(
+                    f"{self.path}: the reference has {original.shape[1]} words in its vocabulary, the bundle has "
+                    f"{logits.shape[1]}; give the model that the bundle was made of"
+                )
+            targets = tokens[start + 1 : start + 1 + len(logits)]
+            if targets:
+                parts.append(compare_tokens(logits[: len(targets)], original[start:][: len(targets)], targets))
+            bits += used * len(logits)
+        return TokenFidelity(*(np.concatenate(part) for part in zip(*parts, strict=True))), bits / len(tokens)
 
     def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
         """(start, logits, bits used) of each chunk of ``tokens``, in one context.  Logits are valid until the next."""
