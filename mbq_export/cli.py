@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -194,7 +196,11 @@ command.add_command(compare)
 
 
 def _show_log(verbose: int) -> None:
-    if verbose:
+    # transformers' own remarks go to stderr with the log alone.
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+    else:
         logging.basicConfig(format=_LOG_FORMAT)
         for package in ("mbq_export", "mbq_targets", "mbq_runtime"):
             logging.getLogger(package).setLevel(_LOG_LEVELS[min(verbose, len(_LOG_LEVELS) - 1)])

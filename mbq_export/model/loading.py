@@ -126,7 +126,17 @@ def _generation_config(source: ModelSource) -> list[Any]:
     if folder is None or source.gguf is not None or not (folder / "generation_config.json").is_file():
         return []
     values = read_json(folder / "generation_config.json")
+    with reading(source.name, "generation_config.json"):
+        from transformers import GenerationConfig
+
+        _check_saved(GenerationConfig.from_pretrained(folder))
     return [type("GenerationValues", (), {"eos_token_id": values.get("eos_token_id")})()]
+
+
+def _check_saved(generation_config: Any) -> None:
+    """Save it as a bundle does: transformers refuses some values only then."""
+    with tempfile.TemporaryDirectory(prefix="mbq-generation-") as folder:
+        generation_config.save_pretrained(folder)
 
 
 def _config(source: ModelSource) -> Any:
@@ -174,7 +184,7 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
         ModelError: the model cannot be read, has no lowering, holds weights that it would not use, or has a weight
             that is not finite.
     """
-    with reading(source.name, "the model"):
+    with reading(source.name, "weights"):
         config, model = _float32_model(source, weights_folder)
         decoder = describe(config, source.name, tied=_is_tied(model))
         tokenizer = read_tokenizer(source)
@@ -200,8 +210,8 @@ def _float32_model(source: ModelSource, weights_folder: Path | None) -> tuple[An
 def _check_tables(checkpoint: Checkpoint) -> None:
     """Refuse now what would fail when the bundle is written: rotations, and the generation config."""
     decoder, name = checkpoint.decoder, checkpoint.source.name
-    with reading(name, "generation_config.json"), tempfile.TemporaryDirectory(prefix="mbq-generation-") as folder:
-        checkpoint.model.generation_config.save_pretrained(folder)
+    with reading(name, "generation config"):
+        _check_saved(checkpoint.model.generation_config)
     with reading(name, "rotary parameters"):
         for kind in {decoder.rotary_kind(layer) for layer in range(decoder.layers)}:
             last = checkpoint.rotary_at(kind, [0, decoder.context_length - 1])
