@@ -25,6 +25,8 @@ from urllib.request import urlopen
 import click
 import pytest
 from click.testing import CliRunner
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from pages import ROOT, Block, python_blocks, shell_commands
 from tiny_models import write_checkpoint
 
@@ -208,6 +210,33 @@ def _service(arguments: list[str]) -> None:
     assert arguments == ["daemon-reload"] or (ROOT / "examples" / f"{arguments[-1]}.service").is_file()
 
 
+_BOARD_PACKAGES = {"python3-venv", "python3-pip", "proot-distro"}
+
+
+def _system_package(arguments: list[str]) -> None:
+    """Nothing to run here: the command changes the system.  Only known packages are installed."""
+    assert arguments == ["update"] or (arguments[0] == "install" and set(arguments[1:]) <= _BOARD_PACKAGES)
+
+
+def _proot(arguments: list[str]) -> None:
+    """Nothing to run here: the command exists on phones only."""
+    assert arguments in (["install", "debian"], ["login", "debian"])
+
+
+def _pip_uv(arguments: list[str]) -> None:
+    assert arguments == []
+
+
+def _uv(arguments: list[str]) -> None:
+    """The Python is one that the project supports, and the wheel is the one that is built."""
+    if arguments[0] == "venv":
+        assert arguments[1] == "--python"
+        assert Version(arguments[2]) in SpecifierSet(PROJECT["requires-python"])
+        return
+    assert arguments[0] == "pip"
+    _pip([word for word in arguments[1:] if word not in ("--python", "mbq-env")])
+
+
 def _copied(arguments: list[str]) -> None:
     """Nothing to run here: the command needs a board.  What it copies is named as elsewhere on the page."""
     *_, source, destination = arguments
@@ -244,7 +273,11 @@ ROWS = (
     Row(r"mbq-export ", _export_planned),
     Row(r"torchrun ", _torchrun),
     Row(r"make ", _make),
+    Row(r"python3 -m pip install --user uv$", _pip_uv),
     Row(r"(python3? -m )?pip ", _pip),
+    Row(r"(sudo apt|apt|pkg) ", _system_package),
+    Row(r"proot-distro ", _proot),
+    Row(r"~/\.local/bin/uv ", _uv),
     Row(r"python3? (?=-m venv )", _venv),
     Row(r"\. ", _activate),
     Row(r"(\.venv/bin/)?python (?=docs/tables\.py)", _tables),
