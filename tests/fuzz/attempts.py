@@ -61,17 +61,18 @@ class Ended:
         return ""
 
 
-def attempt(arguments: list[str]) -> Ended:
+def attempt(arguments: list[str], folder: Path) -> Ended:
     """Run ``mbq-export`` in a fork of this process, which has the libraries loaded, and verify the bundle.
 
     Args:
         arguments: of the command; the bundle is at the last ``--output``.
+        folder: the current folder of the command.
     """
     with tempfile.TemporaryFile() as said:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _child(arguments, said.fileno())
+            _child(arguments, folder, said.fileno())
         status = None
         while time.monotonic() - started < EXPORT_LIMIT_S:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -88,9 +89,10 @@ def attempt(arguments: list[str]) -> Ended:
     return Ended(None if status is None else os.waitstatus_to_exitcode(status), text, seconds)
 
 
-def _child(arguments: list[str], stderr: int) -> None:
+def _child(arguments: list[str], folder: Path, stderr: int) -> None:
     code = 1
     try:
+        os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
         os.dup2(stderr, 2)
@@ -206,7 +208,7 @@ def run_cases(numbers: range, seed: int) -> Report:
             folder = work / str(number)
             folder.mkdir()
             kind, arguments = make_case(number, seed, folder, work / "originals")
-            ended = attempt(arguments)
+            ended = attempt(arguments, folder)
             if ended.code != 0:
                 report.slowest_s = max(report.slowest_s, ended.seconds)
             (report.accepted if ended.code == 0 else report.refused)[kind] += 1
