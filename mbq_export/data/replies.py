@@ -37,7 +37,7 @@ many."""
 _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
 _SEED = 0
-_BATCH = 16
+_BATCH = 24
 _FORMAT = 1
 """Goes into the hash.  It rises when the replies would change."""
 
@@ -91,24 +91,30 @@ def _key(checkpoint: Checkpoint, chats: object) -> str:
 
 
 def _answered(checkpoint: Checkpoint, chats: Sequence[Any], report: Report, what: str) -> list[Messages]:
-    """All chats with the model's replies, in as many rounds as give enough tokens."""
+    """All chats with the model's replies.  Chats are begun again until there are enough tokens."""
+    batches = [chats[start : start + _BATCH] for start in range(0, len(chats), _BATCH)]
     said: list[Messages] = []
     tokens = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        for _ in range(_MOST_ROUNDS):
-            for start in range(0, len(chats), _BATCH):
-                part = [_opened(chat) for chat in chats[start : start + _BATCH]]
-                while asked := [chat for chat in part if chat.turns]:
-                    for chat in asked:
-                        chat.messages.append({"role": "user", "content": chat.turns.pop(0)})
-                    _reply(checkpoint, asked)
-                said += [chat.messages for chat in part]
-                tokens += sum(len(_ids(checkpoint, _rendered(checkpoint, chat.messages))) for chat in part)
-                report(what, min(tokens, _ENOUGH_TOKENS), _ENOUGH_TOKENS)
-            if tokens >= _ENOUGH_TOKENS:
+        for done in range(_MOST_ROUNDS * len(batches)):
+            if done >= len(batches) and tokens >= _ENOUGH_TOKENS:
                 break
+            part = _continued(checkpoint, batches[done % len(batches)])
+            said += part
+            tokens += sum(len(_ids(checkpoint, _rendered(checkpoint, messages))) for messages in part)
+            report(what, min(tokens, _ENOUGH_TOKENS), _ENOUGH_TOKENS)
     return said
+
+
+def _continued(checkpoint: Checkpoint, chats: Sequence[Any]) -> list[Messages]:
+    """A batch of chats with the model's replies."""
+    part = [_opened(chat) for chat in chats]
+    while asked := [chat for chat in part if chat.turns]:
+        for chat in asked:
+            chat.messages.append({"role": "user", "content": chat.turns.pop(0)})
+        _reply(checkpoint, asked)
+    return [chat.messages for chat in part]
 
 
 def _opened(chat: Any) -> _Chat:
