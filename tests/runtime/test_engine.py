@@ -383,12 +383,19 @@ def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
     ("field", "value", "message"),
     [
         ("model.decoder.session_options.custom_ops_library", "/tmp/other.so", "custom_ops_library is '/tmp/other.so'"),
-        ("model.decoder.session_options.custom_ops_library", "lib/libmbq_ops.so", "needed None"),
+        ("model.decoder.session_options.custom_ops_library", "lib/libmbq_ops.so", "which mbq-export does not write"),
         ("model.decoder.filename", "../model.onnx", "filename is '../model.onnx', needed 'model.onnx'"),
         ("model.context_length", 1000, "context_length is 1000, needed 96"),
         ("model.vocab_size", 7, "vocab_size is 7, needed 264"),
-        ("model.eos_token_id", ..., "incomplete or unreadable"),
-        ("search.chunk_size", ..., "incomplete or unreadable"),
+        ("model.eos_token_id", ..., "model.eos_token_id is missing"),
+        ("model.eos_token_id", None, "model.eos_token_id is None, needed a list"),
+        ("search.chunk_size", ..., "search.chunk_size is missing"),
+        ("search.chunk_size", 0, "search.chunk_size is 0, needed 1 to"),
+        ("search.chunk_size", "8", "search.chunk_size is '8', needed a whole number"),
+        ("model.decoder.head_size", 32, r"past_key_values.0.key has shape \[0, 2, 0, 16\], needed 2 heads of 32"),
+        ("model.draft", {"filename": "x.onnx"}, "model.draft is .* which mbq-export does not write"),
+        ("model.decoder.session_options.enable_profiling", "/tmp/p", "enable_profiling is '/tmp/p'"),
+        ("model.decoder.session_options.provider_options", [{"x": {}}], r"provider_options is .*, needed \[\]"),
     ],
 )
 def test_engine_configuration_must_fit_the_manifest(bundle_copy: Path, field: str, value: object, message: str) -> None:

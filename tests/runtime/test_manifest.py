@@ -159,14 +159,30 @@ def test_verify_finds_one_flipped_bit(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "matters"),
-    [("vocab.json", True), ("lib/other.so", True), ("README.md", False), ("LICENSE", False), (".git/config", False)],
+    [
+        ("README.md", False),
+        ("LICENSE", False),
+        ("NOTICE", False),
+        ("vocab.json", True),
+        ("lib/other.so", True),
+        (".git/config", True),
+        (".so", True),
+        ("readme.so", True),
+        ("LICENSE.so", True),
+        ("license", True),
+        ("lib/LICENSE", True),
+    ],
 )
 def test_verify_minds_unlisted_files_an_engine_may_read(folder: Path, name: str, matters: bool) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("x")
+    found = manifest.read(folder)
     if not matters:
+        manifest.check_unlisted(folder, found)
         manifest.verify(folder)
         return
+    with pytest.raises(BundleError, match=f"{name}: not listed in the manifest"):
+        manifest.check_unlisted(folder, found)
     with pytest.raises(BundleError, match=f"{name}: not listed in the manifest"):
         manifest.verify(folder)
 

@@ -1,4 +1,8 @@
-"""Compares the sizes and shapes in a bundle's files with its manifest.  Values are not looked at."""
+"""Checks that a bundle is whole and asks for nothing that a bundle does not need.
+
+No native code runs here.  ``mbq verify``, ``mbq inspect`` and every engine call ``check_bundle`` before they use a
+bundle.  It compares sizes and shapes in the files with the manifest.  The values of weights are not looked at.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,43 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import BundleError
+from .genai_config import Settings, read_settings
 from .gpu_plan import FOLDER, read_plan
 from .layout import ROW_BLOCK
-from .manifest import GPU_FILES, Linear, Manifest
-from .onnx_file import FLOAT16, UINT8, Tensor, initializers
+from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
+from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
+from .reading import check_text
 from .tensors import WEIGHTS, read_entries
 
 _Kind = tuple[int, tuple[int, ...]]
 """Element type and shape."""
+
+
+_TEXTS = frozenset({"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"})
+_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft", "ai.mbq"})
+"""Of operators.  The bundle's own library has those of ``ai.mbq``, or a portable graph has them as functions."""
+
+
+def check_bundle(folder: Path, manifest: Manifest) -> Settings:
+    """Check all of a bundle but the hashes of its files.
+
+    Args:
+        folder: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Returns:
+        The checked values of ``genai_config.json``.
+
+    Raises:
+        BundleError: a file is missing, not listed, not a regular file, or does not say what the manifest says.
+    """
+    check_sizes(folder, manifest)
+    check_unlisted(folder, manifest)
+    settings = read_settings(folder, manifest)
+    for name in _TEXTS & {entry.name for entry in manifest.files}:
+        check_text(folder / name)
+    _check_engines(folder, manifest, settings)
+    return settings
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:
@@ -27,14 +60,20 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a tensor is missing or has another shape; the message names it.
     """
+    _check_engines(folder, manifest, None)
+
+
+def _check_engines(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
     for engine in manifest.engines:
-        _CHECKS[engine](folder, manifest)
+        _CHECKS[engine](folder, manifest, settings)
 
 
-def _check_onnx(folder: Path, manifest: Manifest) -> None:
+def _check_onnx(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
     """Check the initialisers of ``model.onnx``, and their places in the files that hold them."""
     path = folder / "model.onnx"
-    tensors = initializers(path)
+    graph = read_graph(path)
+    _check_reach(path, graph, manifest)
+    tensors = graph.initializers
     sizes = {entry.name: entry.size for entry in manifest.files}
     for tensor in tensors:
         _check_extent(path, tensor, sizes)
@@ -42,23 +81,34 @@ def _check_onnx(folder: Path, manifest: Manifest) -> None:
         _check_packed(path, tensors, manifest)
     else:
         _check_codes(path, tensors, manifest)
+    if settings is not None:
+        _check_cache_inputs(path, graph, manifest, settings)
 
 
-def _check_tvm(folder: Path, manifest: Manifest) -> None:
+def _check_tvm(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
     path = folder / WEIGHTS
     entries = read_entries(path)
+    for name, entry in entries.items():
+        if name.endswith(_ROTARY):
+            _check_rotary(path, name, entry.shape, manifest)
+            _check_rotated(path, name, entry.shape, settings)
     for linear in manifest.weights.linears:
         for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
-            entry = entries.get(f"{linear.name}.{what}")
-            if entry is None or entry.shape != shape:
+            found = entries.get(f"{linear.name}.{what}")
+            if found is None or found.shape != shape:
                 raise BundleError(
-                    f"{path}: {linear.name}.{what} has shape {list(entry.shape) if entry else 'none'}, needed "
+                    f"{path}: {linear.name}.{what} has shape {list(found.shape) if found else 'none'}, needed "
                     f"{list(shape)} ({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
                 )
 
 
-def _check_plan(folder: Path, manifest: Manifest) -> None:
+def _check_plan(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
     path, plan = folder / GPU_FILES[0], read_plan(folder)
+    if plan.vocab_size != manifest.model.vocab_size:
+        raise BundleError(
+            f"{path}: vocab_size is {plan.vocab_size}, needed {manifest.model.vocab_size} as in the manifest; "
+            "export the bundle again"
+        )
     sizes = {entry.name: entry.size for entry in manifest.files}
     for name, buffer in plan.buffers.items():
         if buffer.offset >= 0 and buffer.offset + buffer.bytes > sizes[GPU_FILES[1]]:
@@ -81,6 +131,53 @@ def _check_plan(folder: Path, manifest: Manifest) -> None:
 
 
 _CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm, "opencl": _check_plan, "webgpu": _check_plan}
+
+
+_ROTARY = (".cos", ".sin")
+_KEY_VALUE = ("key", "value")
+
+
+def _check_reach(path: Path, graph: Graph, manifest: Manifest) -> None:
+    """Refuse a graph that reaches for more than a decoder needs, or whose tables end before the context does."""
+    if graph.outside:
+        raise BundleError(f"{path}: {graph.outside}; do not trust the bundle, export it again")
+    if unknown := sorted(graph.domains - _DOMAINS):
+        raise BundleError(f"{path}: has operators of {unknown[0][:80]!r}; do not trust the bundle, export it again")
+    size = path.stat().st_size
+    for tensor in graph.initializers:
+        if not tensor.file and math.prod(tensor.shape) > size:
+            raise BundleError(f"{path}: {tensor.name[:80]} is larger than the file; export the bundle again")
+        if tensor.name in graph.attention_tables:
+            _check_rotary(path, tensor.name, tensor.shape, manifest)
+
+
+def _check_rotary(path: Path, name: str, shape: tuple[int, ...], manifest: Manifest) -> None:
+    """A table has a row for each position of the context."""
+    rows, needed = shape[0] if len(shape) == 2 else 0, manifest.model.context_length
+    if rows < needed:
+        raise BundleError(
+            f"{path}: {name} has {rows} positions, context_length of the manifest is {needed}; export the bundle again"
+        )
+
+
+def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: Settings) -> None:
+    """The graph takes a cache of the heads that genai_config.json gives to the engine."""
+    for name in (f"past_key_values.{layer}.{part}" for layer in range(manifest.model.layers) for part in _KEY_VALUE):
+        shape = graph.inputs.get(name, ())
+        if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, settings.head_dim):
+            raise BundleError(
+                f"{path}: {name} has shape {list(shape) or 'none'}, needed {settings.kv_heads} heads of "
+                f"{settings.head_dim} as genai_config.json says; export the bundle again"
+            )
+
+
+def _check_rotated(path: Path, name: str, shape: tuple[int, ...], settings: Settings | None) -> None:
+    """A table is not wider than half a head.  The library itself refuses a cache of other heads."""
+    if settings is not None and 2 * shape[-1] > settings.head_dim:
+        raise BundleError(
+            f"{path}: {name} rotates {2 * shape[-1]} numbers of a head, which has {settings.head_dim} "
+            "as genai_config.json says; export the bundle again"
+        )
 
 
 def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:

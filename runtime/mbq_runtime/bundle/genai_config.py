@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from .manifest import OPS_LIBRARY
+from ..errors import BundleError, ModelError
+from .manifest import OPS_LIBRARY, Manifest
+from .reading import read_json
+from .schema import decode
+
+FILE = "genai_config.json"
 
 PROMPT_CHUNK = 128
 """Prompt tokens of one pass.
@@ -16,6 +22,9 @@ Longer passes were measured to gain little: see docs/log.md."""
 
 # Families the engine knows by name; any other decoder runs under its generic name.
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+_MOST_BYTES = 1 << 20
+_MOST_CHUNK = 8192  # tokens
 
 
 def genai_config(
@@ -101,3 +110,170 @@ def genai_config(
             "chunk_size": PROMPT_CHUNK,
         },
     }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of ``genai_config.json`` that the manifest does not have.
+
+    heads: query heads of a block.
+    kv_heads: key and value heads of a block.
+    head_dim: width of a head.
+    eos_token_ids: ids that end a reply.
+    bos_token_id: id that opens a text, or None.
+    pad_token_id: id that fills a batch.
+    chunk_size: prompt tokens of one pass.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    chunk_size: int
+
+    def document(self, manifest: Manifest) -> dict[str, Any]:
+        """What ``genai_config.json`` says for these values.  Nothing else is given to an engine.
+
+        Args:
+            manifest: the bundle's manifest.
+        """
+        model = manifest.model
+        written = genai_config(
+            family=model.family,
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            layers=model.layers,
+            hidden_size=model.hidden_size,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            eos_token_ids=self.eos_token_ids,
+            bos_token_id=self.bos_token_id,
+            pad_token_id=self.pad_token_id,
+            native=manifest.ops_library is not None,
+        )
+        written["search"]["chunk_size"] = self.chunk_size
+        return written
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class _Model:
+    eos_token_id: tuple[int, ...]
+    decoder: _Decoder
+
+
+@dataclass(frozen=True)
+class _Search:
+    chunk_size: int
+
+
+@dataclass(frozen=True)
+class _Document:
+    model: _Model
+    search: _Search
+
+
+def read_settings(folder: Path, manifest: Manifest) -> Settings:
+    """Read ``genai_config.json``.  Each value must be one that the exporter writes.
+
+    Args:
+        folder: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Raises:
+        BundleError: a value is missing, is out of range, or is one that the exporter does not write.
+    """
+    path = folder / FILE
+    document = read_json(path, _MOST_BYTES)
+    found = decode(_Document, document, path)
+    model, decoder = document["model"], found.model.decoder
+    settings = Settings(
+        heads=decoder.num_attention_heads,
+        kv_heads=decoder.num_key_value_heads,
+        head_dim=decoder.head_size,
+        eos_token_ids=found.model.eos_token_id,
+        bos_token_id=_token_id(path, model, "bos_token_id"),
+        pad_token_id=_token_id(path, model, "pad_token_id"),
+        chunk_size=found.search.chunk_size,
+    )
+    _check(path, settings, manifest)
+    if difference := next(_differences(document, settings.document(manifest), ""), None):
+        raise BundleError(f"{path}: {difference}; export the bundle again")
+    return settings
+
+
+def _token_id(path: Path, model: Mapping[str, Any], name: str) -> int | None:
+    value = model.get(name)
+    if value is not None and type(value) is not int:
+        raise BundleError(f"{path}: model.{name} is not a whole number; export the bundle again")
+    return value
+
+
+def _check(path: Path, settings: Settings, manifest: Manifest) -> None:
+    vocab = manifest.model.vocab_size
+    eos = settings.eos_token_ids
+    rules: list[tuple[bool, str, object, str]] = [
+        (0 < settings.chunk_size <= _MOST_CHUNK, "search.chunk_size", settings.chunk_size, f"1 to {_MOST_CHUNK}"),
+        *(
+            (value > 0, f"model.decoder.{name}", value, "above 0")
+            for name, value in (
+                ("num_attention_heads", settings.heads),
+                ("num_key_value_heads", settings.kv_heads),
+                ("head_size", settings.head_dim),
+            )
+        ),
+        (bool(eos), "model.eos_token_id", list(eos), "at least one token id"),
+        *((0 <= token < vocab, "model.eos_token_id", token, f"0 to {vocab - 1}") for token in eos),
+        *_fits(settings, manifest),
+    ]
+    for holds, field, seen, needed in rules:
+        if not holds:
+            raise BundleError(f"{path}: {field} is {seen!r}, needed {needed}; export the bundle again")
+
+
+def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, object, str]]:
+    """Rules that hold between the heads and the manifest's matrices, as (holds, field, value, needed)."""
+    if settings.kv_heads > 0:
+        whole = settings.heads % settings.kv_heads == 0
+        needed = f"a multiple of num_key_value_heads {settings.kv_heads}"
+        yield whole, "model.decoder.num_attention_heads", settings.heads, needed
+    model, linears = manifest.model, manifest.weights.linears
+    rows = (settings.heads + 2 * settings.kv_heads) * settings.head_dim
+    shapes = {"attn_in": (rows, model.hidden_size), "head": (model.vocab_size, model.hidden_size)}
+    shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
+    for linear in linears:
+        shape = shapes.get(linear.name.rpartition(".")[2])
+        if shape is not None:
+            yield shape == (linear.N, linear.K), f"shape for {linear.name}", shape, f"{(linear.N, linear.K)}"
+    blocks = sum(linear.name.endswith(".attn_in") for linear in linears)
+    if linears:
+        yield blocks == model.layers, "model.layers", model.layers, f"{blocks}, the manifest's attn_in matrices"
+
+
+def _differences(seen: Any, needed: Any, field: str) -> Iterator[str]:
+    """Each place where two JSON documents differ, in words."""
+    if isinstance(seen, dict) and isinstance(needed, dict):
+        for key in [*needed, *(key for key in seen if key not in needed)]:
+            name = f"{field}.{key}" if field else key
+            if key not in needed:
+                yield f"{name[:120]} is {_shown(seen[key])}, which mbq-export does not write"
+            elif key not in seen:
+                yield f"{name} is missing"
+            else:
+                yield from _differences(seen[key], needed[key], name)
+    elif type(seen) is not type(needed) or seen != needed:
+        yield f"{field} is {_shown(seen)}, needed {needed!r}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -13,17 +13,20 @@ thresholds: one for each table of routers, at the budget of the pass.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BundleError
 from .manifest import GPU_FILES
+from .reading import read_json
 from .schema import decode
 
 PLAN, WEIGHTS = GPU_FILES
 FOLDER = "gpu"
+_MOST_BYTES = 8 << 20  # of the file; the plan of a model with 80 blocks has about one
+_MOST_CHUNK = 8192  # tokens
+_MOST_BUFFER_BYTES = 1 << 40
 
 STATE, RESULT, ROUTING, LOGITS = "state", "result", "routing", "logits"
 THRESHOLDS, TOKENS = 4, 8
@@ -159,10 +162,7 @@ def read_plan(folder: Path) -> Plan:
         BundleError: the plan cannot be read, or a launch names what is not there.
     """
     path = folder / PLAN
-    try:
-        plan = decode(Plan, json.loads(path.read_bytes()), path)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}); copy or export the bundle again") from None
+    plan = decode(Plan, read_json(path, _MOST_BYTES), path)
     for name, launches in plan.programs.items():
         for launch in launches:
             kernel = plan.kernels.get(launch.kernel)
@@ -173,4 +173,22 @@ def read_plan(folder: Path) -> Plan:
     missing += [name for name in (STATE, RESULT, ROUTING, LOGITS) if name not in plan.buffers]
     if missing:
         raise BundleError(f"{path}: no {missing[0]}; export the bundle again")
+    for holds, what in _rules(plan):
+        if not holds:
+            raise BundleError(f"{path}: {what}; export the bundle again")
     return plan
+
+
+def _rules(plan: Plan) -> Iterator[tuple[bool, str]]:
+    """What must hold of the numbers in a plan, and the words for where it does not."""
+    yield 0 < plan.chunk <= _MOST_CHUNK, f"chunk is {plan.chunk}, needed 1 to {_MOST_CHUNK}"
+    yield 0 <= plan.head_share < 1, f"head_share is {plan.head_share:g}, needed 0 or above and below 1"
+    yield len(plan.tables) <= TOKENS - THRESHOLDS, f"{len(plan.tables)} tables, needed at most {TOKENS - THRESHOLDS}"
+    for table in plan.tables:
+        ascending = list(table.budgets) == sorted(table.budgets) and len(table.budgets) == len(table.thresholds) > 0
+        yield ascending, "a table's budgets do not ascend, or do not fit its thresholds"
+    for name, buffer in plan.buffers.items():
+        yield 0 < buffer.bytes <= _MOST_BUFFER_BYTES and buffer.offset >= -2, f"the size of {name[:80]} is not possible"
+    words = {STATE: TOKENS + plan.chunk, RESULT: 2, ROUTING: 2 * plan.chunk, LOGITS: plan.vocab_size}
+    for name, count in words.items():
+        yield plan.buffers[name].bytes >= 4 * count, f"{name} has {plan.buffers[name].bytes} bytes, needed {4 * count}"

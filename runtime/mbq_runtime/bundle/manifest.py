@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import file_digest
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 from ..errors import BundleError, UsageError
 from ..progress import Progress
 from .layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
+from .reading import check_regular, open_file, read_json
 from .schema import decode
 from .slice_profile import SliceProfile
 from .tensors import WEIGHTS
@@ -33,6 +35,9 @@ ARCHITECTURES = ("aarch64", "x86_64", "any")
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
+_MOST_BYTES = 4 << 20  # of the manifest; those of large models have a few hundred thousand
+PAPERS = ("README.md", "LICENSE", "NOTICE")
+"""Files for people, which may be added to a bundle.  No engine reads them."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), PORTABLE_LAYOUT: ("model.onnx",)},
@@ -278,15 +283,9 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; give the folder that mbq-export wrote")
-    try:
-        # Python's reader lets NaN and Infinity pass; JSON has neither.
-        document = json.loads(path.read_bytes(), parse_constant=_reject_constant)
-    except FileNotFoundError:
-        raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote") from None
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from None
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote")
+    document = read_json(path, _MOST_BYTES)
     _check_format(document, path)
     manifest = decode(Manifest, document, path)
     _check_values(manifest, path)
@@ -328,28 +327,55 @@ def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
 
 
 def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Check that every listed file is there and has its size.  This takes one stat call per file.
+    """Check that every listed file is there, is a regular file, and has its size.  No file is opened.
 
     Args:
         folder: folder of the bundle.
         manifest: the bundle's manifest.
 
     Raises:
-        BundleError: a file is missing, or has another size.
+        BundleError: a file is missing, has another size, or is a link, a pipe or a device.
     """
+    folder = Path(folder)
+    for parent in sorted({str(parent) for entry in manifest.files for parent in PurePosixPath(entry.name).parents}):
+        if parent != "." and (folder / parent).is_symlink():
+            raise BundleError(f"{folder / parent}: a symbolic link, needed a folder; copy the bundle with cp -rL")
     for entry in manifest.files:
-        path = Path(folder) / entry.name
-        try:
-            size = path.stat().st_size
-        except OSError:
-            size = -1
-        if not path.is_file():
-            raise BundleError(f"{path}: the file is missing from the bundle; copy the bundle again")
+        path = folder / entry.name
+        size = check_regular(path)
         if size != entry.size:
             raise BundleError(
                 f"{path}: {size} bytes long where the manifest says {entry.size}: an incomplete copy; "
                 "copy the bundle again"
             )
+
+
+def check_unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Refuse what the manifest does not list: an engine or tokenizer could read it.  Only ``PAPERS`` are let through.
+
+    Args:
+        folder: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Raises:
+        BundleError: there is a file, link, pipe or device that the manifest does not list.
+    """
+    listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
+    folders = [""]
+    while folders:
+        place = folders.pop()
+        try:
+            with os.scandir(Path(folder) / place) as found:
+                for item in found:
+                    name = place + item.name
+                    if item.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                    elif name not in listed and not (name in PAPERS and item.is_file(follow_symlinks=False)):
+                        raise BundleError(
+                            f"{item.path}: not listed in the manifest; remove it, or export the bundle again"
+                        )
+        except OSError as error:
+            raise BundleError(f"{error.filename}: cannot be read ({error.strerror}); copy the bundle again") from None
 
 
 def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> Manifest:
@@ -368,12 +394,12 @@ def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> 
     folder = Path(folder)
     manifest = read(folder)
     check_sizes(folder, manifest)
-    _check_unlisted(folder, manifest)
+    check_unlisted(folder, manifest)
     done = 0
     for entry in manifest.files:
         path = folder / entry.name
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 digest = file_digest(_Reporting(file, done, manifest.total_bytes, progress), "sha256").hexdigest()
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
@@ -401,26 +427,6 @@ class _Reporting:
         if self._progress is not None:
             self._progress(self._done, self._total)
         return count
-
-
-_HARMLESS = ("readme", "license", "notice", ".")
-
-
-def _check_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Refuse files that the manifest does not list: an engine or tokenizer may read them.
-
-    Licences, notices and dot files are let through.
-    """
-    listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        known = relative.as_posix() in listed or relative.parts[0].lower().startswith(_HARMLESS)
-        if path.is_file() and not known:
-            raise BundleError(f"{path}: not listed in the manifest; remove it, or export the bundle again")
-
-
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_format(document: object, path: Path) -> None:
@@ -498,8 +504,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     for holds, field, seen, needed in rules:
         if not holds:
             raise BundleError(f"{path}: {field} is {seen!r}, needed {needed}; export the bundle again")
-    names = [entry.name for entry in manifest.files]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = Counter(entry.name for entry in manifest.files)
+    twice = [name for name, count in names.items() if count > 1]
     needed_files = [*COMMON_FILES, *(name for e in manifest.engines for name in ENGINE_FILES[e][manifest.layout])]
     missing = [name for name in needed_files if name not in names]
     if twice or missing:
@@ -518,7 +524,7 @@ def _is_inside(name: str) -> bool:
     """Whether a name stays in the bundle on every system, and is not that of the manifest."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
-    return plain and name not in (".", MANIFEST_NAME) and not any(c in name for c in "\\:\0")
+    return plain and name not in (".", MANIFEST_NAME) and name.isprintable() and not any(c in name for c in "\\:")
 
 
 def _is_sha256(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reads the initialisers of an ONNX file without the onnx package.
+"""Reads what an ONNX file says of itself, without the onnx package.
 
 An ONNX file is a protocol-buffers message: tagged fields, each a number or a run of bytes.  Weights in another file are
 named, not opened.
@@ -6,18 +6,28 @@ named, not opened.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from ..errors import BundleError
+from .reading import open_file
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH = 7
-_GRAPH_INITIALIZER = 5
+_MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 14, 20, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_NODE_INPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
+_FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 7, 11
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 1, 2, 1, 2, 1, 1
+
+_MOST_BYTES = 16 << 20  # the exporter keeps larger tensors in another file
+_MOST_FIELDS = 500_000  # a graph of 100 blocks has fewer than 100,000
+_MOST_DEPTH = 8  # graphs within graphs
 
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element, by onnx.TensorProto.DataType."""
@@ -50,6 +60,24 @@ class Tensor:
         return prod(self.shape) * ELEMENT_BYTES.get(self.element_type, 0)
 
 
+@dataclass
+class Graph:
+    """What is checked of a graph.
+
+    initializers: its weights and constants.
+    inputs: dimensions of each input by name; 0 for a dimension without a number.
+    domains: operator domains of all nodes, also of those within functions and inner graphs.
+    attention_tables: names of the rotary tables that attention nodes read.
+    outside: why the file reaches for what a decoder does not need; "" where it does not.
+    """
+
+    initializers: list[Tensor] = field(default_factory=list)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    domains: set[str] = field(default_factory=set)
+    attention_tables: set[str] = field(default_factory=set)
+    outside: str = ""
+
+
 def initializers(path: Path) -> list[Tensor]:
     """All initialisers of a graph.
 
@@ -59,60 +87,179 @@ def initializers(path: Path) -> list[Tensor]:
     Raises:
         BundleError: the file cannot be read or is no ONNX file.
     """
-    try:
-        data = memoryview(path.read_bytes())
-        return [
-            _tensor(tensor)
-            for number, graph in _fields(data)
-            if number == _MODEL_GRAPH
-            for inner, tensor in _fields(_run(graph))
-            if inner == _GRAPH_INITIALIZER
-        ]
-    except (IndexError, ValueError, TypeError) as error:
-        raise BundleError(f"{path}: not an ONNX file ({error}); copy or export the bundle again") from None
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+    return read_graph(path).initializers
 
 
-def _tensor(field: int | memoryview) -> Tensor:
-    shape: list[int] = []
-    name, element_type = "", 0
-    external: dict[str, str] = {}
-    for number, value in _fields(_run(field)):
-        if number == _TENSOR_DIMS:
-            shape += [value] if isinstance(value, int) else _varints(value)
-        elif number == _TENSOR_TYPE and isinstance(value, int):
-            element_type = value
-        elif number == _TENSOR_NAME:
-            name = _text(value)
-        elif number == _TENSOR_EXTERNAL:
-            entry = {inner: _text(text) for inner, text in _fields(_run(value))}
-            external[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
-    tensor = Tensor(name, tuple(shape), element_type, external.get("location", ""), int(external.get("offset", 0)), 0)
-    length = int(external.get("length", tensor.bytes))
-    return Tensor(tensor.name, tensor.shape, tensor.element_type, tensor.file, tensor.offset, length)
+def read_graph(path: Path) -> Graph:
+    """Read an ONNX file.
+
+    Args:
+        path: ONNX file.
+
+    Raises:
+        BundleError: the file cannot be read, is no ONNX file, or is larger than any that the exporter writes.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, 2)
+        if size > _MOST_BYTES:
+            raise BundleError(f"{path}: {size} bytes long, needed at most {_MOST_BYTES}; export the bundle again")
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return _Reader().model(memoryview(data))
+        except (IndexError, ValueError, TypeError, RecursionError) as error:
+            raise BundleError(f"{path}: not an ONNX file ({error}); copy or export the bundle again") from None
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, whole number or bytes) of a message, in file order."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        if kind == 2:
-            size, at = _varint(data, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(data):
-            raise ValueError("a field runs past the end")
-        yield number, data[at : at + size]
-        at += size
+class _Reader:
+    """Walks over one file."""
+
+    def __init__(self) -> None:
+        self._graph = Graph()
+        self._left = _MOST_FIELDS
+
+    def model(self, data: memoryview) -> Graph:
+        for number, value in self._fields(data):
+            if number == _MODEL_GRAPH:
+                self._outer(_run(value))
+            elif number == _MODEL_FUNCTION:
+                for inner, part in self._fields(_run(value)):
+                    if inner == _FUNCTION_NODE:
+                        self._node(_run(part), 0)
+                    elif inner == _FUNCTION_ATTRIBUTE:
+                        self._attribute(_run(part), 0)
+            elif number == _MODEL_TRAINING:
+                self._graph.outside = "it has a training graph"
+            elif number == _MODEL_METADATA:
+                self._graph.outside = "it has settings of its own (metadata)"
+        return self._graph
+
+    def _outer(self, data: memoryview) -> None:
+        for number, value in self._fields(data):
+            if number == _GRAPH_INITIALIZER:
+                self._graph.initializers.append(self._tensor(_run(value)))
+            elif number == _GRAPH_INPUT:
+                name, shape = self._input(_run(value))
+                self._graph.inputs[name] = shape
+            elif number == _GRAPH_NODE:
+                self._node(_run(value), 0)
+            elif number == _GRAPH_SPARSE:
+                self._graph.outside = "it has sparse weights"
+
+    def _inner(self, data: memoryview, depth: int) -> None:
+        """A graph within a node: it must not read another file."""
+        if depth > _MOST_DEPTH:
+            raise ValueError("graphs are nested too deep")
+        for number, value in self._fields(data):
+            if number == _GRAPH_NODE:
+                self._node(_run(value), depth)
+            elif number == _GRAPH_INITIALIZER:
+                self._constant(_run(value))
+            elif number == _GRAPH_SPARSE:
+                self._graph.outside = "it has sparse weights"
+
+    def _node(self, data: memoryview, depth: int) -> None:
+        inputs, op, domain = list[str](), "", ""
+        for number, value in self._fields(data):
+            if number == _NODE_INPUT:
+                inputs.append(_text(value))
+            elif number == _NODE_OP:
+                op = _text(value)
+            elif number == _NODE_DOMAIN:
+                domain = _text(value)
+                self._graph.domains.add(domain)
+            elif number == _NODE_ATTRIBUTE:
+                self._attribute(_run(value), depth)
+        if op == "GroupQueryAttention":
+            self._graph.attention_tables.update(inputs[7:9])
+
+    def _attribute(self, data: memoryview, depth: int) -> None:
+        for number, value in self._fields(data):
+            if number in _ATTRIBUTE_TENSORS:
+                self._constant(_run(value))
+            elif number in _ATTRIBUTE_GRAPHS:
+                self._inner(_run(value), depth + 1)
+            elif number in _ATTRIBUTE_SPARSE:
+                self._graph.outside = "it has sparse weights"
+
+    def _constant(self, data: memoryview) -> None:
+        if self._tensor(data).file:
+            self._graph.outside = "a node reads another file"
+
+    def _input(self, data: memoryview) -> tuple[str, tuple[int, ...]]:
+        name, dims = "", list[int]()
+        for number, value in self._fields(data):
+            if number == _VALUE_NAME:
+                name = _text(value)
+            elif number == _VALUE_TYPE:
+                for tensor in self._within(value, _TYPE_TENSOR):
+                    for shape in self._within(tensor, _TENSOR_SHAPE):
+                        dims += [self._dimension(dim) for dim in self._within(shape, _SHAPE_DIM)]
+        return name, tuple(dims)
+
+    def _dimension(self, data: int | memoryview) -> int:
+        found = [value for value in self._within(data, _DIM_VALUE) if isinstance(value, int)]
+        return found[-1] if found else 0
+
+    def _within(self, data: int | memoryview, wanted: int) -> list[int | memoryview]:
+        return [value for number, value in self._fields(_run(data)) if number == wanted]
+
+    def _tensor(self, data: memoryview) -> Tensor:
+        shape: list[int] = []
+        name, element_type = "", 0
+        external: dict[str, str] = {}
+        for number, value in self._fields(data):
+            if number == _TENSOR_DIMS:
+                shape += [value] if isinstance(value, int) else _varints(value)
+            elif number == _TENSOR_TYPE and isinstance(value, int):
+                element_type = value
+            elif number == _TENSOR_NAME:
+                name = _text(value)
+            elif number == _TENSOR_EXTERNAL:
+                entry = {inner: _text(text) for inner, text in self._fields(_run(value))}
+                key = entry.get(_ENTRY_KEY, "")
+                if key in external:
+                    raise ValueError(f"{key[:40]} of {name[:80]} comes twice")
+                external[key] = entry.get(_ENTRY_VALUE, "")
+        if len(shape) > _MOST_DEPTH:
+            raise ValueError(f"{name[:80]} has {len(shape)} dimensions")
+        tensor = Tensor(
+            name, tuple(shape), element_type, external.get("location", ""), _place(external, "offset", 0), 0
+        )
+        length = _place(external, "length", tensor.bytes)
+        return Tensor(tensor.name, tensor.shape, tensor.element_type, tensor.file, tensor.offset, length)
+
+    def _fields(self, data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+        """(field number, whole number or bytes) of a message, in file order."""
+        at = 0
+        while at < len(data):
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError(f"more than {_MOST_FIELDS} fields")
+            tag, at = _varint(data, at)
+            number, kind = tag >> 3, tag & 7
+            if kind == 0:
+                value, at = _varint(data, at)
+                yield number, value
+                continue
+            if kind == 2:
+                size, at = _varint(data, at)
+            elif kind in (1, 5):
+                size = 8 if kind == 1 else 4
+            else:
+                raise ValueError(f"wire type {kind}")
+            if at + size > len(data):
+                raise ValueError("a field runs past the end")
+            yield number, data[at : at + size]
+            at += size
+
+
+def _place(external: dict[str, str], key: str, default: int) -> int:
+    text = external.get(key)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+        raise ValueError(f"{key} of a tensor is {text[:40]!r}, needed a whole number")
+    return int(text)
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -129,8 +276,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _varints(data: memoryview) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
+    values, at = list[int](), 0
+    while at < len(data) and len(values) <= _MOST_DEPTH:
         value, at = _varint(data, at)
         values.append(value)
     return values

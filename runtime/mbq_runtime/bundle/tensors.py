@@ -7,6 +7,7 @@ that the tensors start on a page.  Kernels read whole cache lines: tensors whose
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any, BinaryIO
 
 from ..errors import BundleError
 from .layout import PAGE_BYTES
+from .reading import open_file, parse_json
 
 WEIGHTS = "decoder.safetensors"
 _LINE_BYTES = 64
-_MAX_HEADER_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 8 << 20  # those of large models have about one
+_DTYPE_BYTES = {"U8": 1, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,13 @@ def read_entries(path: Path) -> dict[str, Entry]:
         BundleError: the file cannot be read, is no safetensors file, or a tensor reaches past its end.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            document = json.loads(file.read(length))
+            document = parse_json(file.read(length))
         return dict(_entries(document, 8 + length, size))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BundleError(f"{path}: not a safetensors file ({error}); export the bundle again") from None
@@ -104,6 +108,12 @@ def _entries(document: Mapping[str, Any], start: int, size: int) -> Iterable[tup
         if name == "__metadata__":
             continue
         first, last = value["data_offsets"]
-        if not 0 <= first <= last <= size - start:
-            raise ValueError(f"{name} lies outside the file")
-        yield name, Entry(value["dtype"], tuple(value["shape"]), start + first, last - first)
+        shape = tuple(value["shape"])
+        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+            raise ValueError(f"{name[:80]} has a number below 0, or not a whole one")
+        if not first <= last <= size - start:
+            raise ValueError(f"{name[:80]} lies outside the file")
+        needed = math.prod(shape) * _DTYPE_BYTES[value["dtype"]]
+        if last - first != needed:
+            raise ValueError(f"{name[:80]} has {last - first} bytes, needed {needed}")
+        yield name, Entry(value["dtype"], shape, start + first, last - first)

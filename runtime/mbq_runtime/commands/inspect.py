@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 def command(bundle: Path, as_json: bool) -> None:
     """Show what is in the bundle in folder BUNDLE, and whether it runs on this machine."""
     from mbq_runtime.bundle import gpu_plan, isa, manifest
+    from mbq_runtime.bundle.check import check_bundle
 
     found = manifest.read(bundle)
+    check_bundle(bundle, found)
     machine = isa.this_machine()
     problem = isa.problem(found.target, machine) or (isa.mount_problem(bundle) if found.native else None)
     plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None

@@ -12,16 +12,18 @@ from .common import bundle_argument, progress_line
 @click.command("verify")
 @bundle_argument
 def command(bundle: Path) -> None:
-    """Check the bundle in folder BUNDLE: size and hash of every file, and the shapes of the weights.
+    """Check the bundle in folder BUNDLE: hash of every file, engine settings, tokenizer, and shapes of the weights.
 
     A note says if the bundle does not run on this machine, which is no fault of the bundle.
     """
     from mbq_runtime.bundle import isa, manifest
-    from mbq_runtime.bundle.check import check_contents
+    from mbq_runtime.bundle.check import check_bundle
+    from mbq_runtime.engine.tokenizer import Tokenizer
 
     with progress_line("comparing hashes") as progress:
         found = manifest.verify(bundle, progress)
-    check_contents(bundle, found)
+    check_bundle(bundle, found)
+    Tokenizer(bundle)
     click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")
     here = isa.problem(found.target, isa.this_machine())
     if problem := here or (isa.mount_problem(bundle) if found.native else None):

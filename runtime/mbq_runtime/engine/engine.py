@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.genai_config import read_settings
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 from mbq_runtime.fidelity import TokenFidelity, compare_tokens
@@ -88,16 +88,16 @@ class Engine:
 
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
-        config = _read_config(path, manifest)
+        settings = read_settings(path, manifest)
         self._threads = self._most_threads = threads or cores()
         self._backend = load_backend(name, path, manifest, self._threads)
-        self._context = int(config["model"]["context_length"])
+        self._context = manifest.model.context_length
         if context is not None:
             if not 2 <= context <= self._context:
                 raise UsageError(f"context {context}: {path} takes 2 to {self._context} tokens")
             self._context = context
-        self._eos = frozenset(_ids(config["model"]["eos_token_id"]))
-        self._chunk = int(config["search"]["chunk_size"])
+        self._eos = frozenset(settings.eos_token_ids)
+        self._chunk = settings.chunk_size
         self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
         # The native side reads it in every pass, so that a new budget costs one write.
         self._budget = np.array([manifest.budget.default_bits], np.float32)
@@ -465,32 +465,3 @@ class _Alone:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-def _ids(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _read_config(path: Path, manifest: Manifest) -> Any:
-    """The checked content of genai_config.json.  Raises BundleError.
-
-    The library that it names is code that will run: only the bundle's own is accepted.
-    """
-    file = path / "genai_config.json"
-    try:
-        config = json.loads(file.read_bytes())
-        decoder = config["model"]["decoder"]
-        library = decoder["session_options"].get("custom_ops_library")
-        fixed = (
-            ("model.decoder.filename", decoder["filename"], "model.onnx"),
-            ("custom_ops_library", library, manifest.ops_library),
-            ("model.context_length", config["model"]["context_length"], manifest.model.context_length),
-            ("model.vocab_size", config["model"]["vocab_size"], manifest.model.vocab_size),
-        )
-        config["model"]["eos_token_id"], config["search"]["chunk_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{file}: incomplete or unreadable ({error!r}); export the bundle again") from None
-    for field, seen, needed in fixed:
-        if seen != needed:
-            raise BundleError(f"{file}: {field} is {seen!r}, needed {needed!r}; export the bundle again")
-    return config

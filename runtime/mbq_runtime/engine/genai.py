@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mbq_runtime.bundle.manifest import Manifest
 
 from .generation import Sampling
 from .imports import engine_errors, import_engine
+from .private import engine_folder, ops_library
 from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
 
@@ -29,12 +29,10 @@ class Backend:
         og = import_engine("onnxruntime_genai")
         # At other levels the engine also prints each error that it throws.
         session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
-        with engine_errors(f"{path}: the engine cannot load it"):
-            overlaid = og.Config(str(path))
-            overlaid.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-            self._model = og.Model(overlaid)
+        with engine_errors(f"{path}: the engine cannot load it"), engine_folder(path, manifest, session) as folder:
+            self._model = og.Model(og.Config(str(folder)))
         self.tokenizer = Tokenizer(path)
-        self._threads = ops_threads(self, path, manifest)
+        self._threads = ops_threads(self, ops_library(path, manifest))
         self.use_threads(threads)
         self._og = og
         self._vocab_size = manifest.model.vocab_size

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mbq_runtime.bundle.isa import check, mount_problem
-from mbq_runtime.bundle.manifest import Manifest, check_sizes, read
+from mbq_runtime.bundle import isa
+from mbq_runtime.bundle.check import check_bundle
+from mbq_runtime.bundle.manifest import Manifest, read
 from mbq_runtime.errors import BundleError, UsageError
 
 
 def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Path, Manifest]:
-    """Read a bundle's manifest, and refuse what can be refused at low cost.
+    """Read a bundle's manifest, and check all of the bundle but the hashes of its files.
 
     Args:
         folder: folder of the bundle; ``~`` is expanded.
@@ -28,8 +29,8 @@ def open_bundle(folder: str | os.PathLike[str], threads: int | None) -> tuple[Pa
         raise UsageError(f"threads {threads}: needed a whole number above 0")
     path = Path(folder).expanduser()
     manifest = read(path)
-    check_sizes(path, manifest)
-    check(manifest.target)
-    if manifest.native and (problem := mount_problem(path)):
+    isa.check(manifest.target)
+    check_bundle(path, manifest)
+    if manifest.native and (problem := isa.mount_problem(path)):
         raise BundleError(problem)
     return path.resolve(), manifest

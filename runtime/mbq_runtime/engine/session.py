@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mbq_runtime.bundle.manifest import OPS_LIBRARY
 from mbq_runtime.errors import BundleError, UsageError
 
 from .engine import Window
 from .imports import engine_errors, import_engine
 from .load import open_bundle
+from .private import ops_library
 from .threads import SHORT_SPINNING, cores, ops_threads
 
 
@@ -39,13 +39,14 @@ class Session:
         options.log_severity_level = 4
         options.intra_op_num_threads = threads or cores()
         options.add_session_config_entry(*SHORT_SPINNING)
+        library = ops_library(self.path, self.manifest)
         with engine_errors(f"{self.path}: the model cannot be loaded"):
-            if self.manifest.native:
-                options.register_custom_ops_library(str(self.path / OPS_LIBRARY))
+            if library is not None:
+                options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
                 str(self.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
             )
-        ops_threads(self, self.path, self.manifest)
+        ops_threads(self, library)
         self._empty_past = {
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
             for value in self._session.get_inputs()

@@ -11,7 +11,6 @@ import time
 import weakref
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
 from mbq_runtime.sensing.cgroup import cpu_limit
 from mbq_runtime.sensing.host import Host, run_command
 
@@ -92,21 +91,20 @@ def _line(path: Path, otherwise: str) -> str:
         return otherwise
 
 
-def ops_threads(owner: object, path: Path, manifest: Manifest) -> ctypes.CDLL | None:
+def ops_threads(owner: object, path: Path | None) -> ctypes.CDLL | None:
     """The bundle's operator library, whose ``mbq_set_threads(count)`` bounds the threads a session uses.
 
     Args:
         owner: the object that holds the session.  When it is freed, sleeping threads are woken: the session waits
             for them.
-        path: folder of the bundle.
-        manifest: the bundle's manifest.
+        path: the library that the session loaded, or None.
 
     Returns:
         None for a portable bundle, and for a library of an earlier version that has no such function.
     """
-    if not manifest.native:
+    if path is None:
         return None
-    library = ctypes.CDLL(str(path / OPS_LIBRARY))
+    library = ctypes.CDLL(str(path))
     if not hasattr(library, "mbq_wake_threads"):
         return None
     weakref.finalize(owner, library.mbq_wake_threads)

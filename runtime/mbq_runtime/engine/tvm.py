@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.genai_config import read_settings
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
@@ -23,6 +23,7 @@ from mbq_runtime.errors import UsageError
 
 from .generation import Sampling
 from .imports import engine_errors
+from .private import check_hash
 from .sampling import Sampler
 from .tokenizer import Tokenizer
 
@@ -60,11 +61,10 @@ class Backend:
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         self.ffi = _tvm()
         self._path = path
-        decoder = json.loads((path / "genai_config.json").read_bytes())["model"]["decoder"]
-        self.layers, self.kv_heads, self.head_dim = (
-            int(decoder[key]) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")
-        )
+        settings = read_settings(path, manifest)
+        self.layers, self.kv_heads, self.head_dim = manifest.model.layers, settings.kv_heads, settings.head_dim
         self.vocab_size = manifest.model.vocab_size
+        check_hash(path, manifest, DECODER_LIBRARY)
         with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)

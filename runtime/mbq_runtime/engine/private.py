@@ -1,0 +1,132 @@
+"""Private folders: what a native engine reads instead of a bundle's own settings and library.
+
+The engine follows more of a configuration than this project checks.  Therefore it gets a configuration of checked
+values, and a copy of the library whose hash was compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mbq_runtime.bundle.genai_config import FILE, read_settings
+from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.bundle.reading import read_file
+from mbq_runtime.cache import cache_dir
+from mbq_runtime.errors import BundleError, UsageError
+
+_LINK = "bundle"
+_MOST_LIBRARY_BYTES = 256 << 20
+
+_folders: dict[str, tempfile.TemporaryDirectory[str]] = {}
+_lock = threading.Lock()
+
+
+def check_hash(path: Path, manifest: Manifest, name: str) -> bytes:
+    """Compare the hash of a file with the manifest.
+
+    Args:
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+        name: name of a listed file.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        BundleError: the hashes differ, or the file cannot be read.
+    """
+    (entry,) = (entry for entry in manifest.files if entry.name == name)
+    content = read_file(path / name, _MOST_LIBRARY_BYTES)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{path / name}: its contents differ from the manifest (sha256 {digest[:12]}..., needed "
+            f"{entry.sha256[:12]}...); copy or export the bundle again"
+        )
+    return content
+
+
+def ops_library(path: Path, manifest: Manifest) -> Path | None:
+    """A checked copy of a bundle's operator library.
+
+    All engines of a bundle in this process share one copy, because its number of threads is global.  It is removed
+    when the process ends.
+
+    Args:
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Returns:
+        Path of the copy; None for a bundle without such a library.
+
+    Raises:
+        BundleError: the library differs from the manifest.
+        UsageError: there is no folder for the copy.
+    """
+    if manifest.ops_library is None:
+        return None
+    content = check_hash(path, manifest, manifest.ops_library)
+    with _lock:
+        copy = Path(_folder(hashlib.sha256(content).hexdigest(), executable=True), Path(OPS_LIBRARY).name)
+        if not copy.exists():
+            copy.write_bytes(content)
+    return copy
+
+
+@contextmanager
+def engine_folder(path: Path, manifest: Manifest, session: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder from which onnxruntime-genai loads a bundle.
+
+    Args:
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+        session: settings of ONNX Runtime's session.
+
+    Yields:
+        A folder with ``genai_config.json``, a link to the bundle, and the library.
+    """
+    document = read_settings(path, manifest).document(manifest)
+    library = ops_library(path, manifest)
+    with _lock:
+        folder = library.parent if library is not None else Path(_folder("portable", executable=False))
+        link, file = folder / _LINK, folder / FILE
+        decoder = document["model"]["decoder"]
+        decoder["filename"] = f"{_LINK}/{decoder['filename']}"
+        decoder["session_options"] |= session
+        if library is not None:
+            # The engine takes a library only from the folder of its configuration.
+            decoder["session_options"]["custom_ops_library"] = library.name
+        file.write_text(json.dumps(document))
+        link.symlink_to(path, target_is_directory=True)
+        try:
+            yield folder
+        finally:
+            link.unlink()
+            file.unlink()
+
+
+def _folder(key: str, *, executable: bool) -> str:
+    """The private folder for a key.  executable: libraries can be loaded from it."""
+    if key not in _folders:
+        _folders[key] = _new_folder(executable)
+    return _folders[key].name
+
+
+def _new_folder(executable: bool) -> tempfile.TemporaryDirectory[str]:
+    for base in (tempfile.gettempdir, cache_dir, lambda: "/dev/shm"):
+        try:
+            place = os.fspath(base())
+            os.makedirs(place, exist_ok=True)
+            if not (executable and os.statvfs(place).f_flag & os.ST_NOEXEC):
+                return tempfile.TemporaryDirectory(prefix="mbq-", dir=place)
+        except OSError:
+            continue
+    raise UsageError("no folder for temporary files from which a library can be loaded; set TMPDIR to one")
