@@ -22,10 +22,11 @@ from packaging.requirements import Requirement
 REPO = Path(__file__).resolve().parents[2]
 
 # Debian 12 is what Raspberry Pi OS and most board images of the same age are built from; its Python is 3.11.
-SUITE = "bookworm"
+# Set MBQ_TEST_SUITE=trixie for Debian 13, which newer images and Debian in Termux are.
+SUITE = os.environ.get("MBQ_TEST_SUITE", "bookworm")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-PYTHON_VERSION = "3.11"
-ARM64_PACKAGES = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", "libgomp1")
+PYTHON_VERSION = {"bookworm": "3.11", "trixie": "3.13"}[SUITE]
+ARM64_PACKAGES = (f"python{PYTHON_VERSION}-minimal", f"libpython{PYTHON_VERSION}-stdlib", "libstdc++6", "libgomp1")
 # Pulled in by dependencies, used by package managers only.
 UNUSED_PACKAGES = ("dpkg", "tar")
 QEMU_PACKAGE = "qemu-user-static"

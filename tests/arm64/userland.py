@@ -1,6 +1,6 @@
 """An arm64 Linux userland in a folder: what a board installs, run under emulation.
 
-``Userland.open()`` returns a folder that holds Debian's arm64 Python 3.11 with the shared
+``Userland.open()`` returns a folder that holds Debian's arm64 Python with the shared
 libraries it needs, the aarch64 wheels of this project's base requirements, and a static
 ``qemu-aarch64``.  Nothing is installed on the host and no root is needed: packages are
 fetched through a private apt state and unpacked with ``dpkg-deb``; wheels come from pip.
@@ -126,7 +126,7 @@ class Userland:
         input: str | None = None,
         emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        """Run the userland's ``python3.11 ARGS`` on an emulated ``cpu`` (a name QEMU knows).
+        """Run the userland's ``python3 ARGS`` on an emulated ``cpu`` (a name QEMU knows).
 
         Paths in ``args`` are the host's; the host's environment is not passed on, ``env`` is.
         emulator: a command of QEMU's to use instead of the userland's own.
@@ -167,7 +167,8 @@ class Userland:
         input: str | None,
         emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        python = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, root / "usr/bin/python3.11"]
+        program = root / f"usr/bin/python{PYTHON_VERSION}"
+        python = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, program]
         command = [*python, *args]
         environment = {
             "HOME": "/nonexistent",
@@ -263,7 +264,7 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
     (draft / "wheels.json").write_text(json.dumps([asdict(wheel) for wheel in wheels], indent=1), encoding="utf-8")
     (draft / "cpus").mkdir()
     if sys.version_info[:2] == (3, 11):  # bytecode is portable between machines, not between Python versions
-        libraries = [root / "usr/lib/python3.11", root / "usr/lib/python3/dist-packages"]
+        libraries = [root / f"usr/lib/python{PYTHON_VERSION}", root / "usr/lib/python3/dist-packages"]
         command = [sys.executable, "-m", "compileall", "-q", "-j", "0", "-x", r"/(tests?|lib2to3)/", *libraries]
         subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
 
@@ -293,7 +294,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="build it if needed and print its folder")
     commands.add_parser("sizes", help="print the sizes of the base install's wheels")
-    run = commands.add_parser("run", help="run its python3.11; arguments after --")
+    run = commands.add_parser("run", help="run its python3; arguments after --")
     run.add_argument("--cpu", default=DEFAULT_CPU)
     run.add_argument("--timeout", type=float, default=300.0)
     run.add_argument("args", nargs="*")

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,41 @@ def test_it_serves_and_ends_on_interrupt(bundle: Path, tmp_path: Path) -> None:
         assert served.stderr is not None
         assert served.stderr.read().strip() == ""
     assert all("reason" in json.loads(line) for line in events.read_text().splitlines())
+
+
+SLOW = """
+import sys, time
+from mbq_runtime import Engine
+load = Engine.load
+def slow(*given, **options):
+    engine = load(*given, **options)
+    engine.add_listener(lambda seconds, bits: time.sleep(0.1))
+    return engine
+Engine.load = slow
+from mbq_runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""``mbq`` with an engine whose tokens take a tenth of a second."""
+
+
+def test_sigterm_ends_a_stream_in_time_and_the_log_stays_clean(bundle: Path) -> None:
+    command = [sys.executable, "-c", SLOW, "serve", str(bundle), "--port", "0", "--bits", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        assert served.stderr is not None
+        found = re.search(r"127\.0\.0\.1:\d+", served.stdout.readline())
+        assert found is not None
+        client = http.client.HTTPConnection(found[0], timeout=PATIENCE_S)
+        body = {"prompt": "xA", "stream": True, "max_tokens": 90}
+        client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = client.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        begun_s = time.monotonic()
+        served.send_signal(signal.SIGTERM)
+        assert b'"code":"server_stopping"' in answer.read().split(b"data: ")[-1]
+        served.wait(PATIENCE_S)
+        assert time.monotonic() - begun_s < 6
+        assert served.stderr.read() == ""
 
 
 def test_context_bounds_a_request_s_memory(bundle: Path) -> None:
