@@ -29,8 +29,11 @@ PYTHON_VERSION = {"bookworm": "3.11", "trixie": "3.13"}[SUITE]
 ARM64_PACKAGES = (f"python{PYTHON_VERSION}-minimal", f"libpython{PYTHON_VERSION}-stdlib", "libstdc++6", "libgomp1")
 # Pulled in by dependencies, used by package managers only.
 UNUSED_PACKAGES = ("dpkg", "tar")
-QEMU_PACKAGE = "qemu-user-static"
-QEMU = "qemu-aarch64-static"
+# Debian 13 has static emulators under the names that dynamic ones had before.
+QEMU_PACKAGE, QEMU = {
+    "bookworm": ("qemu-user-static", "qemu-aarch64-static"),
+    "trixie": ("qemu-user", "qemu-aarch64"),
+}[SUITE]
 
 # glibc versions a wheel may ask for: 2.28 is the oldest any supported board has.
 WHEEL_PLATFORMS = (*(f"manylinux_2_{minor}_aarch64" for minor in range(28, 16, -1)), "manylinux2014_aarch64")

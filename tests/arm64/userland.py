@@ -263,7 +263,8 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
         wheels = install_wheels(Path(downloads) / "wheels", root / "usr/lib/python3/dist-packages", requirements)
     (draft / "wheels.json").write_text(json.dumps([asdict(wheel) for wheel in wheels], indent=1), encoding="utf-8")
     (draft / "cpus").mkdir()
-    if sys.version_info[:2] == (3, 11):  # bytecode is portable between machines, not between Python versions
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if here == PYTHON_VERSION:  # bytecode is portable between machines, not between Python versions
         libraries = [root / f"usr/lib/python{PYTHON_VERSION}", root / "usr/lib/python3/dist-packages"]
         command = [sys.executable, "-m", "compileall", "-q", "-j", "0", "-x", r"/(tests?|lib2to3)/", *libraries]
         subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)

@@ -246,9 +246,9 @@ class Governor:
         try:
             self._paced_s = time.monotonic()
             self.tick()
-        except Exception as error:  # most likely a fault of a listener; the reply continues at the last budget
+        except Exception:  # most likely a fault of a listener; the reply continues at the last budget
             log.exception("the governor could not read the board")
-            self._status = replace(self._status, reason=f"the governor failed: {error}")
+            self._status = replace(self._status, reason="the governor failed; the log has the cause")
         finally:
             self._looking.release()
 
