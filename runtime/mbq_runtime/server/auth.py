@@ -55,6 +55,9 @@ class Auth:
         await self._app(scope, receive, send)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if method == "OPTIONS" and origin is not None:  # allowed origins are answered before this
+            raise _foreign(origin)
         if self._digest is not None:
             if path not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
                 raise ApiError(
@@ -66,19 +69,22 @@ class Auth:
             raise ApiError(
                 403, f"this server answers requests for localhost, not for {host!r}; start it with --api-key"
             )
-        origin = headers.get("origin")
         if origin is None or method in _SAFE_METHODS or self._origins & {origin, "*"}:
             return
         if origin.partition("://")[2] != host:
-            raise ApiError(
-                403, f"a page of {origin[:80]} must not use this server; start it with --allow-origin {origin[:80]}"
-            )
+            raise _foreign(origin)
 
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         # Digests have one length and are compared in constant time, so the time does not show how close a guess is.
         given = _digest(key.strip().encode("latin-1"))
         return hmac.compare_digest(given, self._digest or b"") and scheme.lower() == "bearer"
+
+
+def _foreign(origin: str) -> ApiError:
+    return ApiError(
+        403, f"a page of {origin[:80]} must not use this server; start it with --allow-origin {origin[:80]}"
+    )
 
 
 class PlainPaths:

@@ -139,3 +139,11 @@ def test_a_page_that_is_refused_is_told_what_helps(running: Running) -> None:
     found, body = status(running, "/v1/completions", {"Origin": "https://chat.example"}, "POST")
     assert found == 403
     assert "--allow-origin https://chat.example" in body
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_preflight_that_is_refused_is_told_what_helps(engine: Engine, key: str | None) -> None:
+    with serve(engine, api_key=key) as running:
+        found, body = status(running, "/v1/completions", {"Origin": "https://chat.example"}, "OPTIONS")
+    assert found == 403
+    assert "--allow-origin https://chat.example" in body
