@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,11 @@ class Options:
 
 def _check_path(output: Path) -> None:
     """Refuse a name that no folder can have."""
+    if not output.name:
+        raise UsageError(f"--output {output}: it names no folder; give a name, such as bundles/mine")
     try:
-        output.exists()
-        if not output.name:
-            raise UsageError(f"--output {output}: it names no folder; give a name, such as bundles/mine")
+        with suppress(FileNotFoundError):
+            output.lstat()
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {one_line(str(output), 80)}: {error}; choose another --output") from None
 

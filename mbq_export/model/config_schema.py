@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from mbq_runtime.errors import ModelError
@@ -93,7 +94,7 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
     Raises:
         ModelError: the first such value, and what is needed.
     """
-    for problem in (*_wrong_values(values), *_wrong_sums(values)):
+    for problem in chain(_wrong_values(values), _wrong_sums(values)):
         raise ModelError(f"{where}: {problem}; repair it, or download it again")
 
 
