@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mbq_export.progress import StageReport
 from mbq_runtime.engine import Window
-from mbq_runtime.fidelity import Mean, compare_tokens
+from mbq_runtime.fidelity import Mean, compare_tokens, mean
 from mbq_runtime.perplexity import Windows, estimate
 
 Forward = Callable[[Sequence[int]], Window]
@@ -76,6 +76,14 @@ class Scores:
             other: measured on the same windows.
         """
         return _perplexity([a - b for a, b in zip(self.nll, other.nll, strict=True)])
+
+    def divergence_less(self, other: Scores) -> Mean:
+        """This KL divergence less another one, in nats a token.
+
+        Args:
+            other: measured on the same windows.
+        """
+        return mean([a - b for a, b in zip(self.divergence, other.divergence, strict=True)])
 
 
 def _perplexity(nll: Sequence[float]) -> Mean:

@@ -81,13 +81,15 @@ class Duel:
     """A budget of the bundle against a rival.
 
     bundle, rival: names of the two sides; ppl_ratio: the bundle's perplexity over the rival's, with paired windows;
-    bytes_ratio: the bundle's bytes per token over the rival's.
+    bytes_ratio: the bundle's bytes per token over the rival's; divergence_gap: the bundle's KL divergence less the
+    rival's in nats a token, with paired windows.
     """
 
     bundle: str
     rival: str
     ppl_ratio: Mean
     bytes_ratio: float
+    divergence_gap: Mean
 
     @property
     def verdict(self) -> str:
@@ -115,7 +117,13 @@ class TextResult:
         ours = [row for row in self.rows if row.method == "bundle"]
         rivals = [row for row in self.rows if row.method not in ("bundle", "fp32")]
         return [
-            Duel(us.name, them.name, us.scores.ppl_over(them.scores), us.linear_bytes / them.linear_bytes)
+            Duel(
+                us.name,
+                them.name,
+                us.scores.ppl_over(them.scores),
+                us.linear_bytes / them.linear_bytes,
+                us.scores.divergence_less(them.scores),
+            )
             for us in ours
             for them in rivals
             if (them.bits == us.bits if them.bits is not None else them.linear_bytes <= us.linear_bytes)
@@ -216,7 +224,15 @@ def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: 
         if result.duels:
             parts.append("\nPerplexity of the bundle over that of a rival of as many bits, or of no more bytes:\n")
             cells = [
-                [d.bundle, d.rival, _figure(d.ppl_ratio, 3), f"{d.bytes_ratio:.2f}x", d.verdict] for d in result.duels
+                [
+                    d.bundle,
+                    d.rival,
+                    _figure(d.ppl_ratio, 3),
+                    f"{d.bytes_ratio:.2f}x",
+                    d.verdict,
+                    _figure(d.divergence_gap, 4),
+                ]
+                for d in result.duels
             ]
             parts.append(tables.markdown(_DUEL_HEADINGS, cells, words=("bundle", "rival", "the bundle is")))
     return "\n".join(parts)
@@ -226,7 +242,7 @@ _HEADINGS = [
     "side", "bits used", "perplexity", "over fp32", "KL, nats", "99 % KL", "99.9 % KL", "same top", "last word",
     "MB a token", "bits a weight", "in blocks", "head",
 ]  # fmt: skip
-_DUEL_HEADINGS = ["bundle", "rival", "ratio", "bytes", "the bundle is"]
+_DUEL_HEADINGS = ["bundle", "rival", "ratio", "bytes", "the bundle is", "KL less rival's, nats"]
 
 
 def _cells(row: Row, linear_weights: int, block_weights: int, tasks: Sequence[str]) -> list[str]:

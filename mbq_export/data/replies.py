@@ -125,7 +125,7 @@ def _opened(chat: Any) -> _Chat:
 
 
 def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat]) -> None:
-    """Add the model's reply to every chat.  A chat that fills the model's context ends."""
+    """Add the model's reply to every chat.  When the longest fills the model's context, all chats of the batch end."""
     prompts = [_ids(checkpoint, _rendered(checkpoint, chat.messages, asked=True)) for chat in chats]
     room = checkpoint.decoder.context_length - max(map(len, prompts))
     if room < 1:

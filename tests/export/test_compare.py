@@ -138,9 +138,13 @@ def test_duels_are_of_equal_bits_or_no_more_bytes() -> None:
     duels = report.TextResult("t", 2, rows).duels
     assert [(d.bundle, d.rival) for d in duels] == [("ours", "gptq 4"), ("ours", "small")]
     assert duels[0].bytes_ratio == pytest.approx(100 / 110)
-    assert report.Duel("", "", Mean(0.98, 0.01), 1).verdict == "better"
-    assert report.Duel("", "", Mean(1.02, 0.01), 1).verdict == "worse"
-    assert report.Duel("", "", Mean(0.98, 0.03), 1).verdict == "undecided"
+    p = np.array([0.5, 0.25, 0.25])
+    kl = [float(np.sum(p * np.log(p / np.array(q)))) for q in ([0.4, 0.3, 0.3], [0.3, 0.3, 0.4])]
+    assert duels[0].divergence_gap.value == pytest.approx(kl[0] - kl[1], abs=1e-6)
+    assert duels[0].divergence_gap.stderr == pytest.approx(0, abs=1e-6)
+    assert report.Duel("", "", Mean(0.98, 0.01), 1, Mean(0, None)).verdict == "better"
+    assert report.Duel("", "", Mean(1.02, 0.01), 1, Mean(0, None)).verdict == "worse"
+    assert report.Duel("", "", Mean(0.98, 0.03), 1, Mean(0, None)).verdict == "undecided"
 
 
 def test_last_words(checkpoint: Checkpoint) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,7 @@ def test_held_back_prompts() -> None:
     prompts = json.loads(replies.HELD_BACK.read_text(encoding="utf-8"))
     assert set(prompts) == set(replies.KINDS) == set(texts.SAID)
     assert len(set(prompts["chat"])) == 48
+    assert replies._ENOUGH_TOKENS > ENOUGH
     assert all(chat["system"] and len(chat["turns"]) > 2 for chat in prompts["conversation"])
     turns = [turn for chat in prompts["conversation"] for turn in chat["turns"]]
     assert len({*turns, *prompts["chat"]}) == len(turns) + 48
@@ -71,12 +74,12 @@ def test_held_back_prompts() -> None:
 def test_replies_are_written_once(
     checkpoint: Checkpoint, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "_REPLY_TOKENS", 24)
-    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 3000)
+    monkeypatch.setattr(replies, "_REPLY_TOKENS", 8)
+    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 2000)
     before = torch.random.get_rng_state()
     said = texts.SAID[kind](checkpoint, no_report)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert len(checkpoint.tokenizer(said)["input_ids"]) >= 3000
+    assert len(checkpoint.tokenizer(said)["input_ids"]) >= 2000
     prompts = json.loads(replies.HELD_BACK.read_text(encoding="utf-8"))[kind]
     for chat in prompts:
         for line in [chat] if isinstance(chat, str) else [*chat["turns"]]:
@@ -87,8 +90,8 @@ def test_replies_are_written_once(
     assert texts.SAID[kind](checkpoint, no_report) == said
     file.unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(replies, "_REPLY_TOKENS", 24)
-    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 3000)
+    monkeypatch.setattr(replies, "_REPLY_TOKENS", 8)
+    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 2000)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "other"))
     assert texts.SAID[kind](checkpoint, no_report) == said
     with torch.no_grad():
@@ -99,10 +102,18 @@ def test_replies_are_written_once(
 
 def test_a_chat_ends_where_the_context_does(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 1)
-    monkeypatch.setattr(replies, "_REPLY_TOKENS", 400)
+    monkeypatch.setattr(checkpoint, "decoder", replace(checkpoint.decoder, context_length=240))
+    generate, lengths = checkpoint.model.generate, []
+
+    def watched(**options: Any) -> torch.Tensor:
+        found: torch.Tensor = generate(**options)
+        lengths.append(found.shape[1])
+        return found
+
+    monkeypatch.setattr(checkpoint.model, "generate", watched)
     said = texts.SAID["conversation"](checkpoint, no_report)
-    assert said.count("<assistant>") < 3 * 18
-    assert len(checkpoint.tokenizer(said)["input_ids"]) <= 18 * checkpoint.decoder.context_length
+    assert max(lengths) <= 240
+    assert 0 < said.count("<assistant>") < 3 * 18
 
 
 def test_a_template_that_refuses_a_system_prompt(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
