@@ -180,6 +180,8 @@ def capped(root: Path, temp: int | None, *trips: tuple[str, int], fan: bool = Fa
         (45000, (("passive", 85000),), True, False),
         (45000, (), False, False),
         (None, (), False, False),
+        (72000, (("passive", 85000),), False, False),  # warm, as under load
+        (72000, (), False, False),
         (84000, (("passive", 85000),), False, True),
         (90000, (), False, True),
     ],

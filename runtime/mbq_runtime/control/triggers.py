@@ -91,8 +91,8 @@ def _supply(at: Situation) -> float | None:
     return None if at.readings.undervoltage is None else float(at.readings.undervoltage)
 
 
-_WARM_C = 70.0  # a board whose limit is unknown does not slow itself below this temperature
-_NEAR_LIMIT_C = 15.0
+_WARM_C = 80.0  # a board whose limit is unknown does not slow itself below this temperature
+_NEAR_LIMIT_C = 5.0
 
 
 def _clock(at: Situation) -> float | None:

@@ -46,7 +46,7 @@ WORSE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "heat": ({}, [{"temp_c": 60.0 + t} for t in range(30)]),
     "throttle": ({}, [{"heat_throttled": flag} for flag in (False, True)]),
     "supply": ({}, [{"undervoltage": flag} for flag in (False, True)]),
-    "clock": ({"heat_throttled": None, "temp_c": 66.0}, [{"cpu_freq_fraction": f / 20} for f in range(20, 0, -1)]),
+    "clock": ({"heat_throttled": None, "temp_c": 75.0}, [{"cpu_freq_fraction": f / 20} for f in range(20, 0, -1)]),
     "battery": ({"discharging": True}, [{"battery_fraction": f / 40} for f in range(40, -1, -1)]),
     "cpu": ({}, [{"foreign_cpu_fraction": f / 40} for f in range(41)]),
     "cpu by pressure": ({"foreign_cpu_fraction": None}, [{"cpu_pressure": f / 40} for f in range(41)]),
