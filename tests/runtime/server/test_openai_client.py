@@ -156,7 +156,7 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="huge", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="the prompt is 97 tokens long") as caught:
         client.completions.create(model="tiny", prompt="x" * 97)
-    assert caught.value.code == "invalid_prompt"
+    assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="97 tokens long"):
         client.completions.create(model="tiny", prompt="x" * 97, stream=True)
     with pytest.raises(openai.BadRequestError) as caught:
