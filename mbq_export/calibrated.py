@@ -76,7 +76,7 @@ class Calibrated:
     curve: perplexity of the calibrated model on the same text, by rising budgets.
     routers: perplexity of each kind of router on this text, its ratio to the shipped kind's, and the ratio's standard
         error.
-    recording: what the model computes at full depth, for the check of the bundle; None: the bundle is not checked.
+    recording: what the model computes at full depth, for the check of the bundle; None: the check runs it.
     """
 
     profile: SliceProfile

@@ -35,6 +35,9 @@ _MOST_WORK = 1e12
 _TIE = 10.0
 """Two tokens are tied if their logits differ by less than this many times the limit, in standard deviations."""
 
+_CLEAR = 5.0
+"""A place differs clearly if what it adds is off by this many times the limit."""
+
 _SMALLEST = 1e-30
 
 F32 = NDArray[np.float32]
@@ -140,12 +143,28 @@ def record(checkpoint: Checkpoint, prompt: NDArray[np.int64]) -> Recording:
     return Recording(prompt, logits.float().cpu().numpy(), streams)
 
 
+class _RoundedInput(SlicedLinear):
+    """A ``SlicedLinear`` whose input is rounded to 8 bits, as ``format.ops.quantize_activations`` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, [..., tokens, N].
+
+        Args:
+            x: [..., tokens, K].
+        """
+        groups = x.reshape(*x.shape[:-1], self.scale.shape[1], -1)
+        peak = groups.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
+        return super().forward(((groups * (127 / peak)).round() * (peak / 127)).reshape(x.shape))
+
+
 def record_sliced(
     checkpoint: Checkpoint,
     slices: Mapping[str, Sliced],
     embedding: Sliced | None,
     profile: SliceProfile,
     prompt: NDArray[np.int64],
+    *,
+    activation_bits: int = 16,
 ) -> Recording:
     """Run the checkpoint's model with sliced weights, at full depth.
 
@@ -155,8 +174,10 @@ def record_sliced(
         embedding: slices of the embedding, or None to leave it as it is.
         profile: the bits of each slice.
         prompt: int64 [tokens].
+        activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
     """
-    with sliced_layers(checkpoint, slices, SlicedLinear), _embedded(checkpoint, embedding, profile, prompt):
+    kind = _RoundedInput if activation_bits == 8 else SlicedLinear
+    with sliced_layers(checkpoint, slices, kind), _embedded(checkpoint, embedding, profile, prompt):
         return record(checkpoint, prompt)
 
 
@@ -238,11 +259,15 @@ def _first_place(expected: Mapping[str, F32], found: Mapping[str, F32], limit: f
     """The first place that adds something else to the stream; the head if all add the same."""
     if not found:
         return "a place that this engine does not show"
+    errors = dict[str, float]()
     for (place, here), there in zip(_added(expected).items(), _added(found).values(), strict=True):
         if rotated:
             here, there = here @ here.T, there @ there.T
-        if relative_error(here, there) > limit:
-            return place
+        errors[place] = relative_error(here, there)
+    # Deep models add up roundings, so a clear difference is looked for first.
+    for least in (_CLEAR * limit, limit):
+        if above := [place for place, error in errors.items() if error > least]:
+            return above[0]
     return "head"
 
 

@@ -14,14 +14,14 @@ from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
 
 from ..calibrated import Calibrated, quality_floor
-from ..check import Written, check_tvm, check_written
 from ..model.checkpoint import Checkpoint
 from ..model.stop_tokens import stop_token_ids
 from ..plan import depth_budgets
 from ..prepare import Prepared
-from ..progress import Report, no_report, staged
+from ..progress import Report, no_report
 from ..versions import installed
 from . import files
+from .check import check_bundle
 from .engines import WRITERS, Work
 
 TOOLS = ("mbq-export", "torch", "transformers", "onnx", "apache-tvm", "ziglang", "numpy")
@@ -65,16 +65,9 @@ def write_bundle(
         checkpoint.tokenizer.save_pretrained(folder)
         checkpoint.model.generation_config.save_pretrained(folder)
         files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
-        written, recording = Written(folder, target, spec), calibrated.recording
-        checking = staged(progress, "checking the bundle against the original")
-        checking(0, 1)
-        if recording is not None:
-            check_written(written, checkpoint, recording)
         manifest = _manifest(prepared, output, work, calibration)
         bundle_manifest.write(manifest, folder)
-        if recording is not None and "tvm" in engines:
-            check_tvm(written, recording)
-        checking(1, 1)
+        check_bundle(work, manifest)
     return manifest
 
 

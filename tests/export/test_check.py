@@ -17,8 +17,10 @@ from mbq_export.calibrated import Calibrated
 from mbq_export.lower import decoder as walk
 from mbq_export.lower import onnx as lower_onnx
 from mbq_export.model import checkpoint as model_checkpoint
+from mbq_export.model import recording
 from mbq_export.model.families import Decoder
 from mbq_export.write import bundle as write_bundle
+from mbq_export.write import check as written_check
 from mbq_runtime.errors import ModelError
 
 pytestmark = pytest.mark.heavy
@@ -44,16 +46,16 @@ def test_right_exports_pass_with_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     errors: dict[str, float] = {}
-    compare = check.difference
+    compare = recording.difference
 
     def see(expected: Any, logits: Any, streams: Any, *, limit: float, rotated: bool = False) -> Any:
-        errors[f"limit {limit:g}"] = check.logits_difference(expected.logits, logits) / limit
+        errors[f"limit {limit:g}"] = recording.logits_difference(expected.logits, logits) / limit
         return compare(expected, logits, streams, limit=limit, rotated=rotated)
 
     monkeypatch.setattr(check, "difference", see)
+    monkeypatch.setattr(written_check, "difference", see)
     exported(write_checkpoint(tmp_path / name, name), calibration_text, tmp_path / "bundle", target, **options)
-    print(name, target, options, errors)
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert max(errors.values()) < 0.5
 
 
@@ -206,5 +208,5 @@ def test_another_model_is_found(calibration_text: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(calibrate, "_slice", wrong)
     model = write_checkpoint(tmp_path / "mistral", "mistral")
-    with pytest.raises(ModelError, match="the sliced model is another model"):
+    with pytest.raises(ModelError, match=r"the sliced model is another model; the first difference is in head"):
         exported(model, calibration_text, tmp_path / "bundle")

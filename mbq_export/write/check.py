@@ -1,0 +1,221 @@
+"""The check of a written bundle: it must compute what the calibrated model computes.
+
+The calibrated model was recorded with the very slices that the bundle holds (``model.recording``), so only the
+lowering and the kernels lie between the two.  What runs where:
+
+- The ONNX graph runs on ONNX Runtime.  A native graph uses the bundle's own library.  If this machine cannot run that
+  library, the graph uses a library of the same kernels for this machine.
+- A decoder of TVM runs where this machine can run it.
+- GPU kernels do not run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mbq_runtime.bundle.isa import problem, this_machine
+from mbq_runtime.bundle.layout import PORTABLE_LAYOUT
+from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.bundle.slice_profile import CODE_BITS
+from mbq_runtime.engine.imports import engine_errors, import_engine
+from mbq_runtime.engine.threads import cores
+from mbq_targets.machines import best_for
+
+from ..check import fault
+from ..model.recording import F32, Difference, Recording, check_prompt, difference, record_sliced
+from ..model.stop_tokens import stop_token_ids
+from ..progress import staged
+from . import files
+from .engines import Work
+
+LIMITS = {16: 2e-3, 8: 0.03}
+"""Largest relative error of the logits, by the bits of activations.  Measurements are in docs/log.md."""
+
+_REPLY = "bVQ7"
+"""A reply that no template contains."""
+
+
+def check_bundle(work: Work, manifest: Manifest) -> None:
+    """Compare a written bundle with the model that it was made from.
+
+    Args:
+        work: what the bundle was written from, and its folder, in which all files are.
+        manifest: of the bundle.
+
+    Raises:
+        ModelError: the bundle computes something else, or would not stop where the model does.
+        BundleError: an engine cannot run it.
+    """
+    progress = staged(work.progress, "checking the bundle against the original")
+    progress(0, len(manifest.engines))
+    _check_stop(work)
+    expected = _expected(work)
+    for i, engine in enumerate(manifest.engines):
+        differs = None
+        if engine == "onnx":
+            differs = _onnx_difference(work, expected)
+        elif engine == "tvm" and problem(work.target, this_machine()) is None:
+            differs = _tvm_difference(work, manifest, expected)
+        if differs is not None:
+            raise fault(f"engine {engine} for {work.target.name} was lowered wrongly", str(differs))
+        progress(i + 1, len(manifest.engines))
+
+
+def _expected(work: Work) -> Recording:
+    """The recording of the calibrated model, with activations rounded as the bundle rounds them."""
+    checkpoint, calibrated, recorded = work.checkpoint, work.calibrated, work.calibrated.recording
+    if recorded is not None and work.spec.activation_bits == 16:
+        return recorded
+    prompt = check_prompt(checkpoint, np.arange(256)) if recorded is None else recorded.prompt
+    slices = {name: linear.sliced for name, linear in calibrated.units.items()}
+    return record_sliced(
+        checkpoint, slices, calibrated.embedding, calibrated.profile, prompt, activation_bits=work.spec.activation_bits
+    )
+
+
+def _limit(work: Work) -> float:
+    return LIMITS[work.spec.activation_bits]
+
+
+def _onnx_difference(work: Work, expected: Recording) -> Difference | None:
+    with _runnable_graph(work) as (graph, library):
+        logits = _run_onnx(graph, library, expected)["all_logits"]
+        if difference(expected, logits, {}, limit=_limit(work)) is None:
+            return None
+        return difference(expected, logits, _streams(work, graph, library, expected), limit=_limit(work))
+
+
+@contextmanager
+def _runnable_graph(work: Work) -> Iterator[tuple[Path, Path | None]]:
+    """A graph that this machine can run, and the library of its operators, while the block runs."""
+    target, here = work.target, best_for(this_machine())
+    if not target.native or problem(target, this_machine()) is None:
+        yield work.folder / "model.onnx", work.folder / OPS_LIBRARY if target.native else None
+        return
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=work.folder) as scratch:
+        if here.native:
+            from mbq_targets.build import build_ops_library
+
+            build_ops_library(here, work.spec, Path(scratch) / "here.so")
+            yield work.folder / "model.onnx", Path(scratch) / "here.so"
+        else:
+            yield _portable_graph(work, Path(scratch)), None
+
+
+def _portable_graph(work: Work, folder: Path) -> Path:
+    """The model's graph in stock operators."""
+    from ..lower.onnx import lower
+
+    lowered = lower(work.checkpoint, work.calibrated, PORTABLE_LAYOUT, work.spec.activation_bits)
+    files.write_model(lowered.model, lowered.tensors, folder)
+    return folder / "model.onnx"
+
+
+def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequence[str] = ()) -> dict[str, F32]:
+    """Values of a graph at the last tokens of the prompt: ``all_logits``, and more by their names in the graph."""
+    onnxruntime = import_engine("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = cores()
+    last, prompt = len(expected.logits), expected.prompt
+    with engine_errors(f"{graph}: the check of the bundle failed"):
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        feeds: dict[str, NDArray[Any]] = {
+            "input_ids": prompt[None],
+            "attention_mask": np.ones((1, len(prompt)), np.int64),
+            "avg_bits": np.array([CODE_BITS], np.float32),
+            "scored": np.array([last], np.int64),
+        }
+        for value in session.get_inputs():
+            if value.name not in feeds:
+                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        names = ["all_logits", *more]
+        return {name: value[0, -last:] for name, value in zip(names, session.run(names, feeds), strict=True)}
+
+
+def _streams(work: Work, graph: Path, library: Path | None, expected: Recording) -> dict[str, F32]:
+    """The residual stream of a graph at every place.  The graph runs once more, with the stream as an output."""
+    model = onnx.load(str(graph), load_external_data=False)
+    first_norm = next(node for node in model.graph.node if node.name == "layers.0.attn_norm")
+    layers = range(work.checkpoint.decoder.layers)
+    sums = [f"layers.{layer}.{part}_norm.sum" for layer in layers for part in ("attn", "mlp")]
+    names = [first_norm.input[0], *sums[1:], "final_norm.sum"]
+    for name in names:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    # Beside the graph, where its tensors are.
+    shown = graph.with_name(".streams.onnx")
+    try:
+        shown.write_bytes(model.SerializeToString())
+        values = _run_onnx(shown, library, expected, names)
+    finally:
+        shown.unlink(missing_ok=True)
+    return {place: values[name] for place, name in zip(expected.streams, names, strict=True)}
+
+
+def _tvm_difference(work: Work, manifest: Manifest, expected: Recording) -> Difference | None:
+    """A decoder of TVM does not show its streams.  Those of the graph tell whether both lowerings have the error."""
+    differs = difference(expected, _run_tvm(work, manifest, expected), {}, limit=_limit(work))
+    if differs is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=work.folder) as scratch:
+        graph = _portable_graph(work, Path(scratch))
+        logits = _run_onnx(graph, None, expected)["all_logits"]
+        return difference(expected, logits, _streams(work, graph, None, expected), limit=_limit(work)) or differs
+
+
+def _run_tvm(work: Work, manifest: Manifest, expected: Recording) -> F32:
+    from mbq_runtime.engine.tvm import Backend
+
+    last, prompt = len(expected.logits), expected.prompt.astype(np.int32)
+    with engine_errors(f"{work.folder}: the check of the bundle failed"):
+        context = Backend(work.folder, manifest, cores()).start(
+            len(prompt), np.array([CODE_BITS], np.float32), None, every=True
+        )
+        # In passes of equal length, the last of which has the wanted logits.
+        for end in range(len(prompt) % last or last, len(prompt) + 1, last):
+            context.append(prompt[max(0, end - last) : end])
+        return context.logits().copy()
+
+
+def _check_stop(work: Work) -> None:
+    """Refuse a bundle whose replies would not end where the model ends them."""
+    checkpoint = work.checkpoint
+    owners = [checkpoint.model.generation_config, checkpoint.tokenizer, checkpoint.model.config]
+    rows = checkpoint.decoder.vocab_size
+    wanted = {*stop_token_ids(checkpoint.tokenizer, owners, rows), *_closing_ids(checkpoint.tokenizer)}
+    written = json.loads((work.folder / "genai_config.json").read_bytes())["model"]["eos_token_id"]
+    if set(written if isinstance(written, list) else [written]) != wanted:
+        raise fault(
+            "replies would not end where they should",
+            f"genai_config.json: eos_token_id is {written}; {sorted(wanted)} is needed",
+        )
+
+
+def _closing_ids(tokenizer: Any) -> list[int]:
+    """The id of the added token that closes a reply in the chat template, found among the ids of a conversation."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _REPLY}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    # A template may refuse this conversation in any way it likes.
+    except Exception:
+        return []
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for at in range(len(ids) - 1, -1, -1):
+        if _REPLY in tokenizer.decode(ids[at:]):
+            return []
+        if ids[at] in tokenizer.added_tokens_decoder and tokenizer.decode(ids[:at]).rstrip().endswith(_REPLY):
+            return [ids[at]]
+    return []
