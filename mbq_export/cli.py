@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -332,22 +332,22 @@ def _megabytes(size_bytes: int) -> str:
 
 
 class _EndedBySignal(BaseException):
-    """SIGTERM or SIGHUP, as an exception: temporary folders are removed on its way up."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """SIGTERM, SIGHUP or SIGINT, as an exception: temporary folders are removed on its way up."""
 
 
-def _end(number: int, _: object) -> None:
-    raise _EndedBySignal(number)
+def _catch_signals() -> list[signal.Signals]:
+    """Raise an exception at a signal that asks for the end.  The list gets the signals that came."""
+    came: list[signal.Signals] = []
 
+    def end(number: int, _: object) -> None:
+        came.append(signal.Signals(number))
+        raise _EndedBySignal(number)
 
-def _catch_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup has the latter ignored.
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        # nohup has SIGHUP ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+    return came
 
 
 def _ignore_signals() -> None:
@@ -362,30 +362,35 @@ def main() -> None:
     An error is printed as one line and its exit code is returned; 128 and the signal's number when a signal ended it.
     With ``-v`` the log has the trace of an error.
     """
-    _catch_signals()
+    came = _catch_signals()
     try:
         command(standalone_mode=False)
         _ignore_signals()
-    except click.ClickException as error:
-        _fail(error, error.format_message(), 2)
-    except MbqError as error:
-        _fail(error, str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        _fail(error, f"interrupted; {_GO_ON}", 128 + signal.SIGINT, kind="")
-    except _EndedBySignal as error:
-        _fail(error, f"ended by {signal.Signals(error.number).name}; {_GO_ON}", 128 + error.number, kind="")
-    except Exception as error:
-        _fail(error, f"a fault of mbq-export: {type(error).__name__}: {error}; report it with the trace of -v", 1)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _ignore_signals()
+        message, code = _ended_by(came[0]) if came else _ending(error)
+        log.info("%s", message, exc_info=error)
+        click.echo(f"mbq-export: {one_line(message)}", err=True)
+        sys.exit(code)
 
 
-_GO_ON = "run the same command again to go on from here"
+def _ended_by(number: signal.Signals) -> tuple[str, int]:
+    """Message and exit code after a signal, whatever a library made of its exception."""
+    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    return f"{how}; run the same command again to go on from here", 128 + number
 
 
-def _fail(error: BaseException, message: str, code: int, kind: str = "error: ") -> NoReturn:
-    _ignore_signals()
-    log.info("%s", message, exc_info=error)
-    click.echo(f"mbq-export: {kind}{one_line(message)}", err=True)
-    sys.exit(code)
+def _ending(error: BaseException) -> tuple[str, int]:
+    """Message and exit code after an error."""
+    if isinstance(error, MbqError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, click.ClickException):
+        return f"error: {error.format_message()}", 2
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return _ended_by(signal.SIGINT)
+    return f"error: a fault of mbq-export: {type(error).__name__}: {error}; report it with the trace of -v", 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -194,17 +195,21 @@ class Report:
     faults: list[str]
 
 
-def run_cases(numbers: range, seed: int) -> Report:
+def run_cases(numbers: range, seed: int, longest_s: float = math.inf) -> Report:
     """Run cases and sum up how they ended.
 
     Args:
         numbers: of the cases.
         seed: of all draws.
+        longest_s: no case starts after this time.
     """
     load_libraries()
+    end = time.monotonic() + longest_s
     report, work = Report(Counter(), Counter(), 0.0, []), Path(tempfile.mkdtemp(prefix="mbq-fuzz-"))
     try:
         for number in numbers:
+            if time.monotonic() > end:
+                break
             folder = work / str(number)
             folder.mkdir()
             kind, arguments = make_case(number, seed, folder, work / "originals")
@@ -226,11 +231,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=500, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--longest", type=float, default=math.inf, help="seconds after which no case starts")
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.cases)
-    report = run_cases(numbers, options.seed)
+    report = run_cases(numbers, options.seed, options.longest)
     document = {
-        "cases": options.cases,
+        "cases": sum(report.refused.values()) + sum(report.accepted.values()),
         "refused": sum(report.refused.values()),
         "exported_and_verified": sum(report.accepted.values()),
         "slowest_refusal_s": round(report.slowest_s, 1),
