@@ -28,13 +28,13 @@ NOT_ON_A_BOARD = {"torch", "transformers", "onnx", "tvm"}
 _CALIBRATION = {"calibrated", "context", "format", "memory", "methods", "model", "processes", "progress", "store"}
 ROOMS = {
     "format": set[str](),
-    "model": {"format", "memory"},
+    "model": {"format", "lines", "memory"},
     "data": {"model", "progress"},
     "transforms": _CALIBRATION,
     "slicing": _CALIBRATION | {"devices"},
     "tuning": _CALIBRATION,
     "routing": _CALIBRATION | {"quality", "slicing"},
-    "lower": {"calibrate", "calibrated", "format", "model", "transforms"},
+    "lower": {"calibrated", "format", "model"},
 }
 """Rooms of ``mbq_export``: the modules and rooms of the package that each may import, besides itself."""
 

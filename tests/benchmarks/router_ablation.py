@@ -21,9 +21,9 @@ import torch
 from onnx import numpy_helper
 
 from mbq_export import quality
-from mbq_export.compare.run import TEXTS
 from mbq_export.context import Calibration
 from mbq_export.data import windows as text_windows
+from mbq_export.data.texts import PACKAGED
 from mbq_export.format.codes import Sliced
 from mbq_export.format.planes import unpack_planes, unpack_scales
 from mbq_export.format.router import RouterParams
@@ -92,7 +92,7 @@ def restore(checkpoint: Checkpoint, manifest: Manifest, tensors: Tensors) -> dic
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", default="smollm2-135m")
-@click.option("--data", default="wikipedia", help="A file, or one of: " + ", ".join(TEXTS))
+@click.option("--data", default="wikipedia", help="A file, or one of: " + ", ".join(PACKAGED))
 @click.option("--windows", default=24)
 @click.option("--bits", default="2.5,3,3.5,4,5")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
@@ -108,7 +108,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
     if source.name != facts["text"]:
         raise click.UsageError(f"{bundle} was calibrated on {facts['text']}: needed {source.name}")
     _, held = text_windows.calibration_windows(checkpoint, source, fitted, held_back, CONTEXT_TOKENS)
-    text = TEXTS[data]() if data in TEXTS else read_text(Path(data))
+    text = PACKAGED[data]() if data in PACKAGED else read_text(Path(data))
     tokens = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     measured = np.array(cut_windows(tokens, CONTEXT_TOKENS, checkpoint.opening_tokens, windows))
     original = float(np.exp(quality.reference(checkpoint, measured).mean()))

@@ -10,7 +10,6 @@ import io
 import re
 import runpy
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -193,7 +192,7 @@ def _activate(arguments: list[str]) -> None:
 
 def _ruff(arguments: list[str]) -> None:
     """Only the options are checked: the command may change files."""
-    subprocess.run([shutil.which("ruff") or "ruff", *arguments, "--help"], check=True, capture_output=True)
+    subprocess.run([str(Path(sys.executable).with_name("ruff")), *arguments, "--help"], check=True, capture_output=True)
 
 
 def _sha256(arguments: list[str]) -> None:
