@@ -245,6 +245,16 @@ TABLES = {
         "install-size",
         _columns(platform=("platform", None), wheels_mb=("wheels, MB", 1), unpacked_mb=("unpacked, MB", 1)),
     ),
+    "fuzz": Table(
+        "fuzz",
+        _columns(
+            cases=("cases", 0),
+            refused=("refused in one line", 0),
+            exported_and_verified=("exported and verified", 0),
+            faults=("faults", 0),
+            slowest_refusal_s=("slowest refusal, s", 1),
+        ),
+    ),
 }
 """Every table, by the name in its marker."""
 
