@@ -11,6 +11,7 @@ from typing import NamedTuple
 import click
 
 from .errors import MbqError
+from .printable import printable
 
 _INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
@@ -116,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    click.echo(f"mbq: error: {' '.join(message.split())}", err=True)
+    click.echo(f"mbq: error: {printable(message)}", err=True)
     return exit_code
 
 

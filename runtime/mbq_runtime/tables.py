@@ -10,6 +10,8 @@ import csv
 import io
 from collections.abc import Collection, Iterable, Sequence
 
+from .printable import printable
+
 Row = Sequence[str]
 """The cells of one line."""
 
@@ -22,7 +24,7 @@ def aligned(headings: Row, rows: Iterable[Row], *, words: Collection[str] = ()) 
         rows: one cell per column each.
         words: headings of the columns that are aligned to the left.
     """
-    lines = [headings, *rows]
+    lines = [headings, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [heading in words for heading in headings]
     return "\n".join(_line(cells, widths, left) for cells in lines)
@@ -35,7 +37,7 @@ def pairs(rows: Iterable[tuple[str, str]], *, indent: str = "") -> str:
         rows: pairs of a name and a text.
         indent: text put before each line.
     """
-    lines = list(rows)
+    lines = [(printable(name), printable(text)) for name, text in rows]
     widths = [max((len(name) for name, _ in lines), default=0), 0]
     return "\n".join(indent + _line(pair, widths, [True, True]) for pair in lines)
 
@@ -49,7 +51,8 @@ def markdown(headings: Row, rows: Iterable[Row], *, words: Collection[str] = ())
         words: headings of the columns that are aligned to the left.
     """
     rule = ["---" if heading in words else "---:" for heading in headings]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, rule, *rows])
+    lines = ([printable(cell) for cell in row] for row in rows)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, rule, *lines])
 
 
 def comma_separated(headings: Row, rows: Iterable[Iterable[object]]) -> str:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from mbq_runtime.printable import without_controls
+
 # 256-colour codes from few bits (warm) to many bits (cool).  They are readable on dark and light backgrounds.
 _SCALE = (196, 208, 178, 71, 38, 33)
 _REDRAW_S = 0.2
-# Text of the model must not move the cursor or change the title of the window.
-_HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
 _SAVE, _RESTORE, _CLEAR_LINE = "\x1b7", "\x1b8", "\x1b[2K"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -64,7 +63,7 @@ class Screen:
             bits: average bits per weight of its tokens.
         """
         if self._terminal:
-            text = text.translate(_HARMLESS)
+            text = without_controls(text)
         self._out.write(self._painted(text, bits) if self._bits else text)
         self._out.flush()
 
@@ -83,6 +82,7 @@ class Screen:
         Args:
             text: the line, without its end.
         """
+        text = without_controls(text)
         self._err.write((f"{_DIM}{text}{_PLAIN}" if self._colour else text) + "\n")
         self._err.flush()
 

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from mbq_runtime.errors import UsageError
+from mbq_runtime.printable import printable
 
 _TIMEOUT_S = 10.0
 _PIECE_BYTES, _LINE_BYTES = 1 << 16, 1 << 21  # the first message has the samples of some minutes
@@ -44,7 +45,7 @@ def command(url: str, api_key: str | None, in_browser: bool) -> None:
     for news in _follow(url, api_key):
         for event in news["events"]:
             change = f"{event['old']:.1f} -> {event['new']:.1f} bits: " if event["old"] != event["new"] else ""
-            _show(f"{_clock(event['time'])}  {change}{_plain(event['reason'])}", terminal, stays=True)
+            _show(f"{_clock(event['time'])}  {change}{printable(event['reason'])}", terminal, stays=True)
         for sample in news["samples"][-1:]:
             _show(_line(sample), terminal, stays=not terminal)
 
@@ -68,12 +69,7 @@ def _line(sample: dict[str, Any]) -> str:
         f" {_UNKNOWN:>{width}}" if sample[field] is None else f" {sample[field]:>{width}.{digits}f}"
         for _, width, field, digits in _COLUMNS
     )
-    return f"{_clock(sample['time'])}{cells}  {_plain(sample['reason'])}"
-
-
-def _plain(text: str) -> str:
-    """A text of the server without control characters, which could command the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return f"{_clock(sample['time'])}{cells}  {printable(sample['reason'])}"
 
 
 def _clock(time_s: float) -> str:
@@ -108,7 +104,7 @@ def _follow(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
         hint = "give the server's --api-key" if error.code == 401 else "is it mbq serve?"
         raise UsageError(f"{url}: refused with status {error.code}; {hint}") from None
     except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
-        reason = _plain(str(error))[:200] or type(error).__name__
+        reason = printable(str(error))[:200] or type(error).__name__
         raise UsageError(f"{url}: no server there ({reason}); start one with mbq serve") from None
     if not seen:
         raise UsageError(f"{url}: no server there (it sent no figures); start one with mbq serve")

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mbq_runtime.printable import without_controls
+
 from .common import bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 
@@ -49,6 +51,7 @@ def command(
     from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine
 
+    terminal = sys.stdout.isatty()
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     with steered(loaded, Steering(**steering)) as (_, governor):
@@ -61,7 +64,7 @@ def command(
             for piece in generation:
                 pieces.append(piece)
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    click.echo(without_controls(piece) if terminal else piece, nl=False)
     status = governor.status()
     stats = generation.stats
     if as_json:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mbq_runtime.errors import UsageError
+from mbq_runtime.printable import printable
 
 from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
@@ -89,7 +90,7 @@ def command(
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
-        click.echo(f"{server.model}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
+        click.echo(f"{printable(server.model)}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
         sys.setswitchinterval(_SWITCH_S)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mbq_runtime.printable import printable
+
 from .common import bundle_argument, progress_line
 
 
@@ -27,4 +29,4 @@ def command(bundle: Path) -> None:
     click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")
     here = isa.problem(found.target, isa.this_machine())
     if problem := here or (isa.mount_problem(bundle) if found.native else None):
-        click.echo(f"note: {problem}")
+        click.echo(f"note: {printable(problem)}")
