@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from mbq_runtime.bundle.manifest import Budget
 
 from .auth import Auth, PlainPaths, cors
+from .connections import Uploads
 from .errors import ApiError
 from .metrics import CONTENT_TYPE, Metrics
 from .monitor_feed import FeedSampler, MonitorFeed
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _MIN_BODY_LIMIT = 1 << 20
 _BODY_BYTES_PER_TOKEN = 16  # enough for each prompt that fits the context, escapes included
 _UPLOAD_S = 30.0
+_FAIR_UPLOAD_S = 5.0  # for a large body while others wait
+_MOST_WATCHERS = 32
 _LAST_WORDS_S = 2.0  # time for unfinished replies when the server stops; then each gets a closing error
 _CLOSING_POLL_S = 0.2
 _PAGE_HEADERS = {
@@ -78,6 +81,8 @@ class Server:
         self._engine, self._budget, self._feed = engine, budget, feed
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
+        self._uploads = Uploads(_UPLOAD_S, _FAIR_UPLOAD_S)
+        self._watchers = 0
         self._started_s = int(time.time())
         routes = [
             Route("/", self._page),
@@ -134,7 +139,14 @@ class Server:
         feed = self._feed
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            await while_connected(receive, send_events(send, feed.stream()))
+            self._watchers += 1
+            try:
+                await while_connected(receive, send_events(send, feed.stream()))
+            finally:
+                self._watchers -= 1
+
+        if self._watchers >= _MOST_WATCHERS:
+            raise ApiError(503, f"{_MOST_WATCHERS} others watch already; close one", code="too_many_watchers")
 
         return respond
 
@@ -183,13 +195,14 @@ class Server:
             raise too_large
         data = bytearray()
         try:
-            async with asyncio.timeout(_UPLOAD_S):
+            async with self._uploads.reading() as upload:
                 async for chunk in request.stream():
                     data += chunk
+                    await self._uploads.add(upload, len(chunk))
                     if len(data) > self._body_limit:
                         raise too_large
         except TimeoutError:
-            raise ApiError(408, f"the request body did not arrive within {_UPLOAD_S:g} s") from None
+            raise ApiError(408, f"the request body did not arrive in time (at most {_UPLOAD_S:g} s)") from None
         except ClientDisconnect:
             raise ApiError(400, "the request body was cut off") from None
         return bytes(data)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from .connections import BoundedProtocol, backlog
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
@@ -25,10 +27,11 @@ def configure(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=BoundedProtocol,
+        backlog=backlog(),
         ws="none",
         lifespan="on",
-        log_level="warning",
+        log_level="error",  # any client could fill the log with warnings
         access_log=False,
         proxy_headers=False,
         server_header=False,

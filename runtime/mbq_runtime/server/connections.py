@@ -1,0 +1,224 @@
+"""Bounds on what connections may hold: time for headers, number of connections, size of parts, bytes of bodies.
+
+uvicorn bounds the size of headers, and the time between two requests.  It has no setting for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_S = 10.0
+"""Most time from a connection, or from the first byte of a later request, to the end of its headers."""
+
+_MOST_CONNECTIONS = 256
+_BACKLOG = 512
+_READ_BYTES = 16 << 10
+
+SMALL_BYTES = 32 << 10
+LARGE_AT_ONCE = 8
+"""Bodies above SMALL_BYTES that are read at a time."""
+
+_FREE_PARTS = 256
+_PART_BYTES = 64
+"""A body may come in _FREE_PARTS parts, and in one more for each _PART_BYTES.  A part has a cost whatever its size."""
+
+
+def most_connections() -> int:
+    """How many connections are kept: at most a quarter of the files that this process may open."""
+    return max(8, min(_MOST_CONNECTIONS, _most_files() // 4))
+
+
+def backlog() -> int:
+    """How many connections may wait to be accepted.  One turn of the event loop accepts all: they are files too."""
+    return max(8, min(_BACKLOG, _most_files() // 2))
+
+
+def _most_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft > 0 else 1 << 20
+
+
+class _Parser(h11.Connection):
+    """h11's parser, which refuses bodies in tiny parts."""
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self._parts = self._bytes = 0
+
+    def next_event(self) -> Any:
+        """The next event, as in h11."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._parts = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._parts += 1
+            self._bytes += len(event.data)
+            if self._parts > _FREE_PARTS + self._bytes // _PART_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too small parts")
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's connection, with a deadline for headers and a bound on the number of connections.
+
+    Above the bound, the connection that has waited longest without a whole request is closed.
+
+    Args:
+        config: settings of uvicorn.
+        server_state: what the connections of a server share.
+        app_state: state of the application.
+        _loop: the event loop.
+    """
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Parser(config.h11_max_incomplete_event_size or 16 << 10)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._since_s = self.loop.time()
+
+    def connection_made(self, transport: Any) -> None:
+        transport.max_size = _READ_BYTES  # asyncio reads this much at a time
+        super().connection_made(transport)
+        self._arm()
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._active and self._deadline is None:
+            self._arm()
+        super().data_received(data)
+        if self._active:
+            self._disarm()
+
+    def on_response_complete(self) -> None:
+        self._since_s = self.loop.time()
+        super().on_response_complete()
+        # The rest of a body that nobody reads, or the start of the next request.
+        if not self._active and (self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]):
+            self._arm()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # a response has begun
+            self.transport.abort()
+
+    @property
+    def _active(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the server waits for the client: for a request, or for the rest of a body."""
+        return not self._active or self.cycle.more_body
+
+    def _make_room(self) -> None:
+        others = (one for one in self.connections if isinstance(one, BoundedProtocol) and one is not self)
+        victim = min((one for one in others if one._waits), default=self, key=lambda one: one._since_s)
+        victim.connections.discard(victim)
+        victim.transport.abort()
+
+    def _arm(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_S, self._late)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        self._deadline = None
+        self.transport.abort()
+
+
+class Upload:
+    """One request body that is being read.
+
+    Args:
+        timer: ends the reading.
+    """
+
+    def __init__(self, timer: asyncio.Timeout) -> None:
+        self.timer = timer
+        self.size = 0
+        self.large_since_s: float | None = None
+
+
+class Uploads:
+    """All request bodies that are being read.
+
+    Small ones are read at once.  Large ones take turns: a few are read at a time, and each has only a
+    fair time while others wait.  uvicorn reads no further from a connection whose body waits.
+
+    Args:
+        most_s: most time for one body.
+        fair_s: most time for a large body while others wait.
+    """
+
+    def __init__(self, most_s: float, fair_s: float) -> None:
+        self._most_s, self._fair_s = most_s, fair_s
+        self._turns = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._large: set[Upload] = set()
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Upload]:
+        """Read one body.
+
+        Yields:
+            The upload; its reader calls ``add`` for each part.
+
+        Raises:
+            TimeoutError: the body took too long.
+        """
+        async with asyncio.timeout(self._most_s) as timer:
+            upload = Upload(timer)
+            try:
+                yield upload
+            finally:
+                if upload in self._large:
+                    self._large.remove(upload)
+                    self._turns.release()
+
+    async def add(self, upload: Upload, count: int) -> None:
+        """Count bytes that were read.  Waits for a turn when the body becomes a large one.
+
+        Args:
+            upload: the body.
+            count: number of bytes.
+        """
+        upload.size += count
+        if upload.size <= SMALL_BYTES or upload in self._large:
+            return
+        self._waiting += 1
+        try:
+            self._hurry()
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        upload.large_since_s = asyncio.get_running_loop().time()
+        self._large.add(upload)
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """While bodies wait, bound the time of those that are read."""
+        if not self._waiting or len(self._large) < LARGE_AT_ONCE:
+            return
+        now_s = asyncio.get_running_loop().time()
+        for upload in self._large:
+            end_s, fair_s = upload.timer.when(), (upload.large_since_s or now_s) + self._fair_s
+            if end_s is not None and fair_s < end_s:
+                upload.timer.reschedule(max(fair_s, now_s))
