@@ -81,7 +81,7 @@ class Server:
         self._engine, self._budget, self._feed = engine, budget, feed
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
-        self._uploads = Uploads(_UPLOAD_S, _FAIR_UPLOAD_S)
+        self._uploads = Uploads(_FAIR_UPLOAD_S)
         self._watchers = 0
         self._started_s = int(time.time())
         routes = [
@@ -195,7 +195,7 @@ class Server:
             raise too_large
         data = bytearray()
         try:
-            async with self._uploads.reading() as upload:
+            async with self._uploads.reading(_UPLOAD_S) as upload:
                 async for chunk in request.stream():
                     data += chunk
                     await self._uploads.add(upload, len(chunk))

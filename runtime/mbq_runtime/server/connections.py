@@ -84,6 +84,11 @@ class BoundedProtocol(H11Protocol):
         self._since_s = self.loop.time()
 
     def connection_made(self, transport: Any) -> None:
+        """Begin, and make room if there are too many connections.
+
+        Args:
+            transport: the connection of asyncio.
+        """
         transport.max_size = _READ_BYTES  # asyncio reads this much at a time
         super().connection_made(transport)
         self._arm()
@@ -91,10 +96,20 @@ class BoundedProtocol(H11Protocol):
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End.
+
+        Args:
+            exc: why; None when it was closed in order.
+        """
         self._disarm()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Take bytes.  The deadline runs until they are a whole request head.
+
+        Args:
+            data: what came.
+        """
         if not self._active and self._deadline is None:
             self._arm()
         super().data_received(data)
@@ -102,6 +117,7 @@ class BoundedProtocol(H11Protocol):
             self._disarm()
 
     def on_response_complete(self) -> None:
+        """Wait for the next request."""
         self._since_s = self.loop.time()
         super().on_response_complete()
         # The rest of a body that nobody reads, or the start of the next request.
@@ -109,6 +125,11 @@ class BoundedProtocol(H11Protocol):
             self._arm()
 
     def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP, and close the connection.
+
+        Args:
+            msg: the text of the answer.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:  # a response has begun
@@ -164,19 +185,21 @@ class Uploads:
     fair time while others wait.  uvicorn reads no further from a connection whose body waits.
 
     Args:
-        most_s: most time for one body.
         fair_s: most time for a large body while others wait.
     """
 
-    def __init__(self, most_s: float, fair_s: float) -> None:
-        self._most_s, self._fair_s = most_s, fair_s
+    def __init__(self, fair_s: float) -> None:
+        self._fair_s = fair_s
         self._turns = asyncio.Semaphore(LARGE_AT_ONCE)
         self._large: set[Upload] = set()
         self._waiting = 0
 
     @asynccontextmanager
-    async def reading(self) -> AsyncIterator[Upload]:
+    async def reading(self, most_s: float) -> AsyncIterator[Upload]:
         """Read one body.
+
+        Args:
+            most_s: most time for the body.
 
         Yields:
             The upload; its reader calls ``add`` for each part.
@@ -184,7 +207,7 @@ class Uploads:
         Raises:
             TimeoutError: the body took too long.
         """
-        async with asyncio.timeout(self._most_s) as timer:
+        async with asyncio.timeout(most_s) as timer:
             upload = Upload(timer)
             try:
                 yield upload
