@@ -144,7 +144,13 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+QUICK = ("class of a text", "recursion of a macro", "text times a number")
+"""Attacks that the quick tier tries; the whole set takes most of a minute."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.heavy) for name in HOSTILE]
+)
 def test_hostile_template(name: str, written: Any, capfd: pytest.CaptureFixture[str]) -> None:
     template = written(HOSTILE[name])
     peaks = []
@@ -266,6 +272,7 @@ def test_options_in_the_commands(bundle_copy: Path) -> None:
     assert "expected a JSON object such as" in done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["recursion of a macro", "nested ranges", "text times a number", "class of a text"])
 def test_hostile_template_in_the_commands(bundle_copy: Path, name: str) -> None:
     _engine(bundle_copy, HOSTILE[name])
