@@ -13,6 +13,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from .generation import Sampling
 from .imports import engine_errors, import_engine
 from .private import engine_folder, ops_library
+from .sampling import check_finite
 from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class Backend:
         self.tokenizer = Tokenizer(path)
         self._threads = ops_threads(self, ops_library(path, manifest))
         self.use_threads(threads)
-        self._og = og
+        self._og, self._path = og, path
         self._vocab_size = manifest.model.vocab_size
 
     def use_threads(self, count: int) -> bool:
@@ -54,12 +55,12 @@ class Backend:
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)
-        return _Context(generator, scored, every)
+        return _Context(generator, scored, every, self._path)
 
 
 class _Context:
-    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
-        self._generator, self._scored, self._every = generator, scored, every
+    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool, path: Path) -> None:
+        self._generator, self._scored, self._every, self._path = generator, scored, every, path
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         if self._every:
@@ -77,4 +78,5 @@ class _Context:
         if self._generator.is_done():
             return None
         self._generator.generate_next_token()
+        check_finite(self._generator.get_output("logits")[0, -1], self._path)
         return int(self._generator.get_next_tokens()[0])

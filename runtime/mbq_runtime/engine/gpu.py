@@ -15,7 +15,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
 from .generation import Sampling
-from .sampling import Sampler
+from .sampling import Sampler, check_finite
 from .tokenizer import Tokenizer
 
 _FLOAT32_MAX = np.float32(3e38)
@@ -130,6 +130,7 @@ class DeviceBackend:
         _check_needs(plan, self.device, path)
         self.device.compile(plan.kernels, _texts(plan, path), path / gpu_plan.FOLDER)
         weights = np.memmap(path / gpu_plan.WEIGHTS, np.uint8, "r")
+        _check_scales(plan, weights, path)
         self._buffers = {
             name: self.device.buffer(
                 buffer.bytes, weights[buffer.offset : buffer.offset + buffer.bytes] if buffer.offset >= 0 else None
@@ -138,6 +139,7 @@ class DeviceBackend:
             if not buffer.is_cache
         }
         self.tokenizer = Tokenizer(path)
+        self._path = path
 
     def use_threads(self, count: int) -> bool:
         """See ``backend.Backend``.
@@ -174,8 +176,9 @@ class DeviceBackend:
             name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
         }
         return DeviceContext(
-            plan, self.device, buffers, programs, length=length, budget=budget, sampling=sampling, every=every
-        )
+            plan, self.device, buffers, programs, length=length, budget=budget, sampling=sampling, every=every,
+            where=self._path,
+        )  # fmt: skip
 
 
 class DeviceContext:
@@ -189,6 +192,7 @@ class DeviceContext:
     budget: float32 [1], average bits per weight; read again in every pass.
     sampling: how next tokens are chosen; None for the likeliest.
     every: whether ``logits`` will be called.
+    where: the bundle, for messages.
     """
 
     def __init__(
@@ -202,11 +206,13 @@ class DeviceContext:
         budget: NDArray[np.float32],
         sampling: Sampling | None,
         every: bool,
+        where: object = "the bundle",
     ) -> None:
+        self._where = where
         self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
         self._length, self._budget, self._every = length, budget, every
-        # The device finds the likeliest token.  Only sampling needs the logits.
-        self._sampler = None if sampling is None or sampling.is_greedy else Sampler(sampling)
+        # The device finds the likeliest token.
+        self._sampler = None if sampling is None or sampling.is_greedy else Sampler(sampling, where)
         self._position, self._count = 0, 0
         self._state = np.zeros(TOKENS + plan.chunk, np.int32)
         self._due: int | None = None
@@ -249,8 +255,10 @@ class DeviceContext:
             self._pass(np.array([self._due], np.int32))
             self._choose(0)
         token, self._bits = self._result()
+        logits = self._read_logits()
+        check_finite(logits, self._where)
         if self._sampler is not None:
-            token = self._sampler.choose(self._read_logits())
+            token = self._sampler.choose(logits)
         self._due = token
         return token
 
@@ -308,6 +316,15 @@ def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:
         low, high = avg_bits <= table.budgets[0], avg_bits >= table.budgets[-1]
         found.append(_FLOAT32_MAX if low else -_FLOAT32_MAX if high else at)
     return np.asarray(found, np.float32)
+
+
+def _check_scales(plan: Plan, weights: NDArray[np.uint8], path: Path) -> None:
+    """Refuse scales that are no numbers.  A GPU may compute on with NaN as if it were a number."""
+    for name, buffer in plan.buffers.items():
+        if name.endswith(".scales") and buffer.offset >= 0:
+            scales = weights[buffer.offset : buffer.offset + buffer.bytes].view(np.float16)
+            if not np.isfinite(scales).all():
+                raise BundleError(f"{path / gpu_plan.WEIGHTS}: {name} are not finite; export the bundle again")
 
 
 def _check_needs(plan: Plan, device: Device, path: Path) -> None:

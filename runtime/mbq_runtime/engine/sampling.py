@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.errors import BundleError
+
 from .generation import Sampling
+
+
+def check_finite(logits: NDArray[np.float32], where: object) -> None:
+    """Refuse to choose a token from logits that are no numbers.
+
+    Args:
+        logits: float32 [vocab].  -inf is permitted for tokens that are not the likeliest.
+        where: the bundle, for the message.
+
+    Raises:
+        BundleError: a logit is NaN, or the largest one is infinite.
+    """
+    peak = float(logits.max())  # NaN where any of them is
+    if not math.isfinite(peak):
+        raise BundleError(f"{where}: the model's logits are not finite ({peak}); run mbq verify, or export it again")
 
 
 class Sampler:
     """Chooses one token after another.
 
     sampling: how; None for the likeliest token.
+    where: the bundle, for messages.
 
     >>> Sampler(None).choose(np.array([0.1, 2.0, 0.3], np.float32))
     1
     """
 
-    def __init__(self, sampling: Sampling | None) -> None:
+    def __init__(self, sampling: Sampling | None, where: object = "the bundle") -> None:
+        self._where = where
         self._sampling = sampling or Sampling()
         self._random = np.random.default_rng(self._sampling.seed)
 
@@ -29,7 +50,11 @@ class Sampler:
 
         Returns:
             The token's id.
+
+        Raises:
+            BundleError: the logits are not finite.
         """
+        check_finite(logits, self._where)
         s = self._sampling
         if s.is_greedy:
             return int(logits.argmax())

@@ -95,7 +95,7 @@ class Backend:
     def start(
         self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
     ) -> _Context:
-        return _Context(self, length, budget, Sampler(sampling), every)
+        return _Context(self, length, budget, Sampler(sampling, self._path), every)
 
 
 class _Context:
