@@ -161,7 +161,13 @@ def _check_rotary(path: Path, name: str, shape: tuple[int, ...], manifest: Manif
 
 
 def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: Settings) -> None:
-    """The graph takes a cache of the heads that genai_config.json gives to the engine."""
+    """The graph takes a cache of the heads that genai_config.json gives to the engine, and gives all logits."""
+    logits, vocab = graph.outputs.get("logits", ()), manifest.model.vocab_size
+    if not logits or logits[-1] != vocab:
+        raise BundleError(
+            f"{path}: the output logits has shape {list(logits) or 'none'}, needed {vocab} as the manifest says; "
+            "export the bundle again"
+        )
     for name in (f"past_key_values.{layer}.{part}" for layer in range(manifest.model.layers) for part in _KEY_VALUE):
         shape = graph.inputs.get(name, ())
         if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, settings.head_dim):

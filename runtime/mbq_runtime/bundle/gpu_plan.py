@@ -188,7 +188,9 @@ def _rules(plan: Plan) -> Iterator[tuple[bool, str]]:
         ascending = list(table.budgets) == sorted(table.budgets) and len(table.budgets) == len(table.thresholds) > 0
         yield ascending, "a table's budgets do not ascend, or do not fit its thresholds"
     for name, buffer in plan.buffers.items():
-        yield 0 < buffer.bytes <= _MOST_BUFFER_BYTES and buffer.offset >= -2, f"the size of {name[:80]} is not possible"
+        fits = 0 < buffer.bytes <= _MOST_BUFFER_BYTES and buffer.bytes % 4 == 0
+        placed = buffer.offset in (-1, -2) or (buffer.offset >= 0 and buffer.offset % 4 == 0)
+        yield fits and placed, f"size or place of {name[:80]} is not possible ({buffer.bytes}, {buffer.offset})"
     words = {STATE: TOKENS + plan.chunk, RESULT: 2, ROUTING: 2 * plan.chunk, LOGITS: plan.vocab_size}
     for name, count in words.items():
         yield plan.buffers[name].bytes >= 4 * count, f"{name} has {plan.buffers[name].bytes} bytes, needed {4 * count}"

@@ -36,6 +36,7 @@ OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
 _MOST_BYTES = 4 << 20  # of the manifest; those of large models have a few hundred thousand
+_LONGEST_NAME, _LONGEST_SHOWN = 255, 120  # characters
 PAPERS = ("README.md", "LICENSE", "NOTICE")
 """Files for people, which may be added to a bundle.  No engine reads them."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
@@ -488,7 +489,12 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             for bits in manifest.weights.bytes_per_token
         ),
         *(
-            (_is_inside(entry.name), "files", entry.name, "names relative to the bundle, without ..")
+            (
+                _is_inside(entry.name),
+                "files",
+                entry.name,
+                f"names relative to the bundle, without .., of at most {_LONGEST_NAME} letters",
+            )
             for entry in manifest.files
         ),
         *(
@@ -503,7 +509,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     ]
     for holds, field, seen, needed in rules:
         if not holds:
-            raise BundleError(f"{path}: {field} is {seen!r}, needed {needed}; export the bundle again")
+            raise BundleError(f"{path}: {field} is {_shown(seen)}, needed {needed}; export the bundle again")
     names = Counter(entry.name for entry in manifest.files)
     twice = [name for name, count in names.items() if count > 1]
     needed_files = [*COMMON_FILES, *(name for e in manifest.engines for name in ENGINE_FILES[e][manifest.layout])]
@@ -511,6 +517,11 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     if twice or missing:
         problem = f"lists {twice[0]} twice" if twice else f"does not list {missing[0]}"
         raise BundleError(f"{path}: files {problem}; export the bundle again")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _is_number(text: str) -> bool:
@@ -524,7 +535,14 @@ def _is_inside(name: str) -> bool:
     """Whether a name stays in the bundle on every system, and is not that of the manifest."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
-    return plain and name not in (".", MANIFEST_NAME) and name.isprintable() and not any(c in name for c in "\\:")
+    short = len(name) <= _LONGEST_NAME
+    return (
+        plain
+        and short
+        and name not in (".", MANIFEST_NAME)
+        and name.isprintable()
+        and not any(c in name for c in "\\:")
+    )
 
 
 def _is_sha256(text: str) -> bool:

@@ -17,7 +17,7 @@ from .reading import open_file
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 14, 20, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
 _NODE_INPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
 _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 7, 11
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
@@ -66,6 +66,7 @@ class Graph:
 
     initializers: its weights and constants.
     inputs: dimensions of each input by name; 0 for a dimension without a number.
+    outputs: the same of each output.
     domains: operator domains of all nodes, also of those within functions and inner graphs.
     attention_tables: names of the rotary tables that attention nodes read.
     outside: why the file reaches for what a decoder does not need; "" where it does not.
@@ -73,6 +74,7 @@ class Graph:
 
     initializers: list[Tensor] = field(default_factory=list)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
     attention_tables: set[str] = field(default_factory=set)
     outside: str = ""
@@ -137,9 +139,10 @@ class _Reader:
         for number, value in self._fields(data):
             if number == _GRAPH_INITIALIZER:
                 self._graph.initializers.append(self._tensor(_run(value)))
-            elif number == _GRAPH_INPUT:
-                name, shape = self._input(_run(value))
-                self._graph.inputs[name] = shape
+            elif number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+                name, shape = self._value(_run(value))
+                values = self._graph.inputs if number == _GRAPH_INPUT else self._graph.outputs
+                values[name] = shape
             elif number == _GRAPH_NODE:
                 self._node(_run(value), 0)
             elif number == _GRAPH_SPARSE:
@@ -185,7 +188,7 @@ class _Reader:
         if self._tensor(data).file:
             self._graph.outside = "a node reads another file"
 
-    def _input(self, data: memoryview) -> tuple[str, tuple[int, ...]]:
+    def _value(self, data: memoryview) -> tuple[str, tuple[int, ...]]:
         name, dims = "", list[int]()
         for number, value in self._fields(data):
             if number == _VALUE_NAME:

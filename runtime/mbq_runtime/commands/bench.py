@@ -11,6 +11,7 @@ import click
 from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, listed, progress_line
+from .trust import note_code
 
 N = TypeVar("N", int, float)
 
@@ -60,6 +61,7 @@ def command(
     rows: list[bench.BenchResult] = []
     sensors = Sensors()
     env = bench.environment(sensors.read)
+    note_code(bundle)
     for count in _counts("-t", threads, int) if threads else [cores()]:
         loaded = Engine.load(bundle, threads=count, engine=engine)
         with progress_line(f"measuring with {count} threads") as progress:

@@ -13,6 +13,7 @@ from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
+from .trust import note_code
 
 
 @click.command("chat")
@@ -51,6 +52,7 @@ def command(
     from mbq_runtime.chat.screen import Screen
     from mbq_runtime.engine import Engine
 
+    note_code(bundle)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")

@@ -13,6 +13,7 @@ from mbq_runtime import tables
 from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
 
 from .common import bundle_argument, json_option
+from .trust import code_files, description
 
 if TYPE_CHECKING:
     from mbq_runtime.bundle import isa
@@ -33,7 +34,7 @@ def command(bundle: Path, as_json: bool) -> None:
     problem = isa.problem(found.target, machine) or (isa.mount_problem(bundle) if found.native else None)
     plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
-        facts = asdict(found)
+        facts = asdict(found) | {"code": [entry.name for entry in code_files(found)]}
         if plan is not None:
             facts["gpu_needs"] = asdict(plan.needs)
         click.echo(
@@ -42,6 +43,8 @@ def command(bundle: Path, as_json: bool) -> None:
         return
     here = "yes" if problem is None else f"no: {problem}"
     lines = [*_lines(found), *(_gpu_lines(found, plan) if plan else ()), ("machine", _machine_line(machine))]
+    if code := description(found):
+        lines.append(("code", code))
     if problem or not plan:
         lines.append(("runs here", here))
     click.echo(tables.pairs(lines))

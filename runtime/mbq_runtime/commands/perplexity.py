@@ -17,6 +17,7 @@ from mbq_runtime.bundle.manifest import Budget
 from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, json_option, listed, progress_line, threads_option
+from .trust import note_code
 
 if TYPE_CHECKING:
     from mbq_runtime.fidelity import TokenFidelity
@@ -74,6 +75,7 @@ def command(
 
     from mbq_runtime.engine import Engine
 
+    note_code(bundle)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     if context > loaded.context_length:
         raise UsageError(f"--context {context}: {bundle} takes at most {loaded.context_length} tokens")

@@ -13,6 +13,7 @@ from mbq_runtime.printable import without_controls
 
 from .common import bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
+from .trust import note_code
 
 
 @click.command("run")
@@ -53,6 +54,7 @@ def command(
 
     terminal = sys.stdout.isatty()
     text = sys.stdin.read() if prompt == "-" else prompt
+    note_code(bundle)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(

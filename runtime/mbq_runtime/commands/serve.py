@@ -17,6 +17,7 @@ from mbq_runtime.printable import printable
 
 from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
+from .trust import note_code
 
 _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
 
@@ -79,6 +80,7 @@ def command(
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
+        note_code(bundle)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
         feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
         bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))

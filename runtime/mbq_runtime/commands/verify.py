@@ -22,9 +22,9 @@ def command(bundle: Path) -> None:
     from mbq_runtime.bundle.check import check_bundle
     from mbq_runtime.engine.tokenizer import Tokenizer
 
+    check_bundle(bundle, manifest.read(bundle))
     with progress_line("comparing hashes") as progress:
         found = manifest.verify(bundle, progress)
-    check_bundle(bundle, found)
     Tokenizer(bundle)
     click.echo(f"{bundle}: {len(found.files)} files, {found.total_bytes / 1e6:.1f} MB, all as the manifest says")
     here = isa.problem(found.target, isa.this_machine())

@@ -1,0 +1,327 @@
+"""Hostile bundles.  Each function below ``ATTACKS`` changes a copy of a good bundle; its name says how.
+
+All hashes are made right again afterwards, unless the attack is on the manifest itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+from tiny_bundle import write_manifest
+
+HUGE_BYTES = 3 << 30
+MANY_FILES = 20_000
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+
+Attack = Callable[[Path], object]
+
+CONFIG, MANIFEST, GRAPH, TOKENIZER = "genai_config.json", "manifest.json", "model.onnx", "tokenizer.json"
+
+
+def set_in(path: Path, where: str, value: Any) -> None:
+    """Set a value of a JSON file.  where: names with dots between."""
+    document = json.loads(path.read_text())
+    *parents, last = where.split(".")
+    place = document
+    for name in parents:
+        place = place[int(name) if name.isdecimal() else name]
+    place[int(last) if last.isdecimal() else last] = value
+    path.write_text(json.dumps(document))
+
+
+def setting(where: str, value: Any) -> Attack:
+    """A value of genai_config.json."""
+    return lambda folder: set_in(folder / CONFIG, where, value)
+
+
+def text(name: str, old: str, new: str) -> Attack:
+    """Other text in a file, for JSON that Python would not write."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new, 1))
+
+    return change
+
+
+def unlisted(name: str) -> Attack:
+    """A file that the manifest does not list."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\x7fELF")
+
+    return change
+
+
+def place(name: str, make: Callable[[Path], Any]) -> Attack:
+    """Something else in a file's place."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(HUGE_BYTES)
+
+
+def bound_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def moved_outside(name: str) -> Attack:
+    """A link to a file outside of the bundle with the right content."""
+
+    def change(folder: Path) -> None:
+        outside = folder.parent / "outside"
+        outside.mkdir(exist_ok=True)
+        (folder / name).rename(outside / name)
+        (folder / name).symlink_to(outside / name)
+
+    return change
+
+
+def graph(change: Callable[[onnx.ModelProto], Any]) -> Attack:
+    """Another ONNX graph."""
+
+    def apply(folder: Path) -> None:
+        model = onnx.load(folder / GRAPH)
+        change(model)
+        (folder / GRAPH).write_bytes(model.SerializeToString())
+
+    return apply
+
+
+def elsewhere(tensor: TensorProto, location: str) -> TensorProto:
+    """The tensor, with its content in another file."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def reads_elsewhere_in_a_constant(model: onnx.ModelProto) -> None:
+    tensor = elsewhere(TensorProto(dims=[4], data_type=TensorProto.UINT8), "/etc/passwd")
+    model.graph.node.append(helper.make_node("Constant", [], ["stolen"], value=tensor))
+
+
+def reads_elsewhere_in_an_inner_graph(model: onnx.ModelProto) -> None:
+    tensor = elsewhere(TensorProto(dims=[4], data_type=TensorProto.UINT8, name="stolen"), "/etc/passwd")
+    inner = helper.make_graph([], "inner", [], [], [tensor])
+    model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
+
+
+def a_tensor_of_a_terabyte(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(TensorProto(dims=[1 << 40], data_type=TensorProto.UINT8, name="huge"))
+
+
+def a_negative_shape(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].dims[0] = -1
+
+
+def a_table_that_is_too_short(folder: Path) -> None:
+    """The context is longer than the rotary table, in both files."""
+    for path, where in ((CONFIG, "model.context_length"), (CONFIG, "search.max_length")):
+        set_in(folder / path, where, 9600)
+    set_in(folder / MANIFEST, "model.context_length", 9600)
+
+
+def more_logits_than_the_graph_gives(folder: Path) -> None:
+    set_in(folder / CONFIG, "model.vocab_size", 1000)
+    set_in(folder / MANIFEST, "model.vocab_size", 1000)
+
+
+def more_layers_than_the_graph_has(folder: Path) -> None:
+    set_in(folder / CONFIG, "model.decoder.num_hidden_layers", 9)
+    set_in(folder / MANIFEST, "model.layers", 9)
+
+
+def many_listed_files(folder: Path) -> None:
+    """The last of them is missing."""
+    document = json.loads((folder / MANIFEST).read_text())
+    (folder / "many").mkdir()
+    for i in range(MANY_FILES):
+        name = f"many/{i}"
+        (folder / name).touch()
+        document["files"].append({"name": name, "size": 0, "sha256": "0" * 64})
+    (folder / name).unlink()
+    (folder / MANIFEST).write_text(json.dumps(document))
+
+
+def many_unlisted_files(folder: Path) -> None:
+    (folder / "many").mkdir()
+    for i in range(MANY_FILES):
+        (folder / f"many/{i}").touch()
+
+
+def one_bad_byte(name: str) -> Attack:
+    def change(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] = 0xFF
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def list_size(folder: Path, name: str, size: int) -> None:
+    """Make the manifest say a size."""
+    document = json.loads((folder / MANIFEST).read_text())
+    for entry in document["files"]:
+        if entry["name"] == name:
+            entry["size"] = size
+    (folder / MANIFEST).write_text(json.dumps(document))
+
+
+def listed_as_huge(name: str) -> Attack:
+    """A sparse file whose size the manifest says."""
+
+    def change(folder: Path) -> None:
+        sparse(folder / name)
+        list_size(folder, name, HUGE_BYTES)
+
+    return change
+
+
+SESSION = '"session_options": {'
+SEALED: dict[str, Attack] = {
+    # What the engine would read beside what is checked.
+    "a draft model": setting("model.draft", {"filename": "model.onnx", "session_options": {"custom_ops_library": "x"}}),
+    "a second model section": text(CONFIG, '"search":', '"model": {"decoder": {"filename": "x.onnx"}}, "search":'),
+    "session options that come twice": text(
+        CONFIG, SESSION, '"session_options": {"enable_profiling": "/tmp/x"}, ' + SESSION
+    ),
+    "a library that comes twice": text(CONFIG, SESSION, SESSION + '"log_id": "a", '),
+    "a profile at any path": setting("model.decoder.session_options.enable_profiling", "/tmp/profile"),
+    "a provider": setting("model.decoder.session_options.provider_options", [{"OpenVINO": {}}]),
+    "a provider that is named": setting("model.decoder.session_options.providers", ["./evil"]),
+    "a session entry": setting("model.decoder.session_options.config_entries", {"ep.context_enable": "1"}),
+    "a library in a portable bundle": setting("model.decoder.session_options.custom_ops_library", "lib/libmbq_ops.so"),
+    "a library elsewhere": setting("model.decoder.session_options.custom_ops_library", "/tmp/x.so"),
+    "a graph elsewhere": setting("model.decoder.filename", "../x.onnx"),
+    "another kind of model": setting("model.type", "whisper"),
+    "a vision model": setting("model.vision", {"filename": "x.onnx"}),
+    "another input name": setting("model.decoder.inputs.input_ids", "x"),
+    "beams": setting("search.num_beams", 1000),
+    # Graphs.
+    "weights of another file": graph(lambda m: elsewhere(m.graph.initializer[0], "/etc/passwd")),
+    "weights of a parent folder": graph(lambda m: elsewhere(m.graph.initializer[0], "../outside")),
+    "a constant of another file": graph(reads_elsewhere_in_a_constant),
+    "an inner graph of another file": graph(reads_elsewhere_in_an_inner_graph),
+    "operators of an unknown domain": graph(
+        lambda m: m.graph.node.append(helper.make_node("Run", ["x"], ["y"], domain="evil"))
+    ),
+    "session settings in the graph": graph(lambda m: m.metadata_props.add(key="ort_config", value="{}")),
+    "a training graph": graph(lambda m: m.training_info.add()),
+    "sparse weights": graph(lambda m: m.graph.sparse_initializer.add()),
+    "a tensor of a terabyte": graph(a_tensor_of_a_terabyte),
+    "a negative shape": graph(a_negative_shape),
+    "a graph that is cut off": lambda f: (f / GRAPH).write_bytes((f / GRAPH).read_bytes()[:-100]),
+    "an empty graph": lambda f: (f / GRAPH).write_bytes(b""),
+    "a graph of tiny fields": lambda f: (f / GRAPH).write_bytes(b"\x08\x01" * 7_000_000),
+    # Values.
+    "chunks of 0 tokens": setting("search.chunk_size", 0),
+    "chunks of -1 tokens": setting("search.chunk_size", -1),
+    "chunks of text": setting("search.chunk_size", "many"),
+    "chunks of a billion tokens": setting("search.chunk_size", 10**9),
+    "chunks of true": setting("search.chunk_size", True),
+    "no end token": setting("model.eos_token_id", None),
+    "an empty list of end tokens": setting("model.eos_token_id", []),
+    "an end token outside": setting("model.eos_token_id", [264]),
+    "an end token of text": setting("model.eos_token_id", ["2"]),
+    "an opening token of text": setting("model.bos_token_id", "1"),
+    "no heads": setting("model.decoder.num_attention_heads", 0),
+    "other heads": setting("model.decoder.num_key_value_heads", 4),
+    "heads that do not divide": setting("model.decoder.num_attention_heads", 3),
+    "another head size": setting("model.decoder.head_size", 32),
+    "a bad byte in the tokenizer": one_bad_byte(TOKENIZER),
+    "a bad byte in the tokenizer's settings": one_bad_byte("tokenizer_config.json"),
+    "a bad byte in the template": one_bad_byte("chat_template.jinja"),
+    "a bad byte in the engine's settings": one_bad_byte(CONFIG),
+    "settings that are a list": lambda f: (f / CONFIG).write_text("[]"),
+    "settings nested deep": lambda f: (f / CONFIG).write_text("[" * 100_000),
+    "settings larger than the bound": lambda f: (f / CONFIG).write_text(" " * (2 << 20)),
+}
+"""Changed before the manifest is written, so that all hashes are right."""
+
+RAW: dict[str, Attack] = {
+    # Files that nobody listed.
+    "a hidden library": unlisted(".libevil.so"),
+    "a library named like a readme": unlisted("readme.so"),
+    "a library named like a licence": unlisted("LICENSE-onnx.so"),
+    "a folder named like a notice": unlisted("notice/lib.so"),
+    "a library in a hidden folder": unlisted(".git/lib.so"),
+    "another template": unlisted("additional_chat_templates/x.jinja"),
+    "a pipe that nobody listed": lambda f: os.mkfifo(f / "x"),
+    "a paper that is a link": lambda f: (f / "README.md").symlink_to("/etc/passwd"),
+    # Links and special files.
+    "a linked tokenizer": moved_outside(TOKENIZER),
+    "a linked graph": moved_outside(GRAPH),
+    "a linked manifest": moved_outside(MANIFEST),
+    "a linked folder": lambda f: (f / "lib").symlink_to("/usr/lib"),
+    **{f"a pipe for {name}": place(name, os.mkfifo) for name in (MANIFEST, CONFIG, TOKENIZER, GRAPH)},
+    **{
+        f"/dev/zero for {name}": place(name, lambda p: p.symlink_to("/dev/zero"))
+        for name in (MANIFEST, TOKENIZER, GRAPH)
+    },
+    **{f"3 GB for {name}": place(name, sparse) for name in (MANIFEST, CONFIG, TOKENIZER, GRAPH)},
+    "a socket for the tokenizer": place(TOKENIZER, bound_socket),
+    "a folder for the tokenizer": place(TOKENIZER, os.mkdir),
+    # The manifest.
+    "a context of 400 digits": text(MANIFEST, '"context_length": 96', '"context_length": ' + "9" * 400),
+    "a size of 400 digits": text(MANIFEST, '"size": ', '"size": ' + "1" * 400),
+    "a budget of 400 digits": text(MANIFEST, '"min_bits": 3.0', '"min_bits": ' + "1" * 400),
+    "a budget of 1e999": text(MANIFEST, '"max_bits": 8.0', '"max_bits": 1e999'),
+    "a name with half a character": text(MANIFEST, '"tiny"', '"\\ud800"'),
+    "a file name with half a character": text(MANIFEST, '"tokenizer.json"', '"tokenizer\\udfff.json"'),
+    "a file name with an escape": text(MANIFEST, '"tokenizer.json"', '"\\u001b[2Jtokenizer.json"'),
+    "a file name of 5000 letters": text(MANIFEST, '"tokenizer_config.json"', '"' + "a" * 5000 + '"'),
+    "files that come twice": text(MANIFEST, '"files": [', '"files": [], "files": ['),
+    "a layer count of true": text(MANIFEST, '"layers": 1', '"layers": true'),
+    "a manifest nested deep": lambda f: (f / MANIFEST).write_text('{"format":' * 100_000),
+    "a manifest of 4 million lists": lambda f: (f / MANIFEST).write_text("[" + "[]," * 4_000_000 + "[]]"),
+    "a manifest with a bad byte": one_bad_byte(MANIFEST),
+    "20,000 files that are listed": many_listed_files,
+    "20,000 files that are not listed": many_unlisted_files,
+    "a long context": a_table_that_is_too_short,
+    "a large vocabulary": more_logits_than_the_graph_gives,
+    "many layers": more_layers_than_the_graph_has,
+    "a 3 GB graph that the manifest lists": listed_as_huge(GRAPH),
+    "3 GB of settings that the manifest lists": listed_as_huge(CONFIG),
+}
+"""The manifest is changed, or does not know of the change."""
+
+
+ATTACKS = [*SEALED, *RAW]
+
+
+def attack(folder: Path, name: str) -> None:
+    """Make one attack.
+
+    Args:
+        folder: a copy of the good bundle.
+        name: one of ``ATTACKS``.
+    """
+    if name in SEALED:
+        SEALED[name](folder)
+        write_manifest(folder)
+    else:
+        RAW[name](folder)

@@ -1,0 +1,52 @@
+"""Runs commands in processes of their own, and measures them.  One JSON list of arguments a line, one result a line.
+
+Each command runs in a fork, so that the packages are imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from typing import Any
+
+MOST_S = 60
+
+
+def measured(arguments: list[str]) -> dict[str, Any]:
+    """Exit code, text, seconds and peak memory of ``mbq ARGUMENTS``."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start_s = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            signal.alarm(MOST_S)
+            code = 99  # a traceback
+            try:
+                code = main(arguments)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                if code == 99:
+                    import traceback
+
+                    os.write(2, traceback.format_exc().encode())
+                os._exit(code)
+        _, status, usage = os.wait4(child, 0)
+        found = {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - start_s}
+        found["mb"] = usage.ru_maxrss / 1000
+        for name, file in (("out", out), ("err", err)):
+            file.seek(0)
+            found[name] = file.read().decode(errors="backslashreplace")
+    return found
+
+
+if __name__ == "__main__":
+    from mbq_runtime.cli import main
+
+    for line in sys.stdin:
+        print(json.dumps(measured(json.loads(line))), flush=True)

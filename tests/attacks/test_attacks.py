@@ -1,0 +1,107 @@
+"""Each hostile bundle is refused by verify, inspect and run alike: one line, little memory, little time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import ATTACKS, ESCAPES, MANIFEST, attack, set_in
+from tiny_bundle import write_bundle, write_manifest
+
+COMMANDS: tuple[tuple[str, ...], ...] = (("verify",), ("inspect",), ("run",))
+MOST_MB = 200
+MOST_S = 10  # 2 s on a machine that does nothing else
+
+Run = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs ``mbq`` with arguments and measures it."""
+    command = [sys.executable, str(Path(__file__).with_name("runner.py"))]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")  # what a bundle would load from the current folder
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=elsewhere) as runner:
+        stdin, stdout = runner.stdin, runner.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def ask(arguments: list[str]) -> dict[str, Any]:
+            print(json.dumps(arguments), file=stdin, flush=True)
+            return dict(json.loads(stdout.readline()))
+
+        yield ask
+        stdin.close()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("attacks") / "bundle")
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "bundle"))
+
+
+def arguments(command: tuple[str, ...], folder: Path) -> list[str]:
+    rest = ["A", "--raw", "--max-tokens", "2"] if command == ("run",) else []
+    return [*command, str(folder), *rest]
+
+
+def test_the_good_bundle_is_accepted(run: Run, good: Path) -> None:
+    for command in COMMANDS:
+        found = run(arguments(command, good))
+        assert found["code"] == 0, found
+        assert found["out"]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(run: Run, copy: Path, name: str) -> None:
+    attack(copy, name)
+    said = []
+    for command in COMMANDS:
+        found = run(arguments(command, copy))
+        lines = found["err"].splitlines()
+        assert found["code"] == 4, found
+        assert len(lines) == 1, found
+        assert lines[0].startswith("mbq: error: ")
+        assert lines[0].isprintable()
+        assert len(lines[0]) < 1000
+        assert found["out"] == ""
+        assert found["mb"] < MOST_MB
+        assert found["seconds"] < MOST_S
+        said.append(lines[0])
+    assert len(set(said)) == 1
+    shutil.rmtree(copy)
+
+
+def test_a_tokenizer_that_is_no_tokenizer(run: Run, copy: Path) -> None:
+    """Only what loads it knows."""
+    (copy / "tokenizer.json").write_text("{}")
+    write_manifest(copy)
+    verified, ran = (run(arguments(command, copy)) for command in (("verify",), ("run",)))
+    assert verified["code"] == ran["code"] == 4
+    assert verified["err"] == ran["err"]
+    assert verified["err"].count("\n") == 1
+
+
+@pytest.mark.parametrize("field", ["model.name", "model.architecture", "target.name", "target.cpu", "router.kind"])
+def test_names_do_not_command_the_terminal(run: Run, copy: Path, field: str) -> None:
+    set_in(copy / MANIFEST, field, f"a{ESCAPES}b")
+    for command in COMMANDS:
+        found = run(arguments(command, copy))
+        assert (found["out"] + found["err"]).replace("\n", "").isprintable()
+
+
+def test_errors_do_not_command_the_terminal(run: Run, copy: Path) -> None:
+    set_in(copy / MANIFEST, "layout", f"a{ESCAPES}b")
+    for command in COMMANDS:
+        found = run(arguments(command, copy))
+        assert found["code"] == 4
+        assert found["err"].rstrip("\n").isprintable()
