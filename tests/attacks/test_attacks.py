@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ATTACKS, ESCAPES, MANIFEST, attack, set_in
+from bundles import ATTACKS, ESCAPES, MANIFEST, REASONS, attack, set_in
 from tiny_bundle import write_bundle, write_manifest
 
 COMMANDS: tuple[tuple[str, ...], ...] = (("verify",), ("inspect",), ("run",))
@@ -78,6 +78,7 @@ def test_attack(run: Run, copy: Path, name: str) -> None:
         assert found["seconds"] < MOST_S
         said.append(lines[0])
     assert len(set(said)) == 1
+    assert REASONS.get(name, "") in said[0]
     shutil.rmtree(copy)
 
 

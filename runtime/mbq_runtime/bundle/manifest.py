@@ -37,6 +37,7 @@ DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
 _MOST_BYTES = 4 << 20  # of the manifest; those of large models have a few hundred thousand
 _LONGEST_NAME, _LONGEST_SHOWN = 255, 120  # characters
+_NAMES = f"names relative to the bundle, without .., of at most {_LONGEST_NAME} letters"
 PAPERS = ("README.md", "LICENSE", "NOTICE")
 """Files for people, which may be added to a bundle.  No engine reads them."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
