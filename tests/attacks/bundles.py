@@ -125,6 +125,32 @@ def reads_elsewhere_in_a_constant(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Constant", [], ["stolen"], value=tensor))
 
 
+def a_computed_table(model: onnx.ModelProto) -> None:
+    """Positions past the end of a table are read from other memory."""
+    (table,) = (tensor for tensor in model.graph.initializer if tensor.name == "cos")
+    model.graph.initializer.remove(table)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["cos"], value=table))
+
+
+def an_endless_loop(model: onnx.ModelProto) -> None:
+    value = helper.make_tensor_value_info("value", TensorProto.BOOL, [])
+    body = helper.make_graph([], "body", [value], [value])
+    model.graph.node.append(helper.make_node("Loop", ["", ""], ["z"], body=body))
+
+
+def a_location_that_comes_twice(model: onnx.ModelProto) -> None:
+    elsewhere(elsewhere(model.graph.initializer[0], TOKENIZER), "/etc/passwd")
+
+
+def a_second_graph(folder: Path) -> None:
+    """Protocol buffers merge two graphs into one."""
+    more = onnx.ModelProto()
+    more.graph.initializer.append(
+        elsewhere(TensorProto(dims=[4], data_type=TensorProto.UINT8, name="x"), "/etc/passwd")
+    )
+    (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes() + more.SerializeToString())
+
+
 def reads_elsewhere_in_an_inner_graph(model: onnx.ModelProto) -> None:
     tensor = elsewhere(TensorProto(dims=[4], data_type=TensorProto.UINT8, name="stolen"), "/etc/passwd")
     inner = helper.make_graph([], "inner", [], [], [tensor])
@@ -227,6 +253,11 @@ SEALED: dict[str, Attack] = {
     "weights of a parent folder": graph(lambda m: elsewhere(m.graph.initializer[0], "../outside")),
     "a constant of another file": graph(reads_elsewhere_in_a_constant),
     "an inner graph of another file": graph(reads_elsewhere_in_an_inner_graph),
+    "a table that is computed": graph(a_computed_table),
+    "an endless loop": graph(an_endless_loop),
+    "a location that comes twice": graph(a_location_that_comes_twice),
+    "a second graph": a_second_graph,
+    "memory of the process as weights": graph(lambda m: elsewhere(m.graph.initializer[0], "*/_ORT_MEM_ADDR_/*")),
     "operators of an unknown domain": graph(
         lambda m: m.graph.node.append(helper.make_node("Run", ["x"], ["y"], domain="evil"))
     ),
@@ -257,6 +288,9 @@ SEALED: dict[str, Attack] = {
     "a bad byte in the tokenizer's settings": one_bad_byte("tokenizer_config.json"),
     "a bad byte in the template": one_bad_byte("chat_template.jinja"),
     "a bad byte in the engine's settings": one_bad_byte(CONFIG),
+    "tokenizer settings that come twice": text("tokenizer_config.json", "{", '{"eos_token": "x", '),
+    "a key that comes twice, once escaped": text(CONFIG, '"search":', '"se\\u0061rch": {}, "search":'),
+    "settings in UTF-16": lambda f: (f / CONFIG).write_bytes((f / CONFIG).read_text().encode("utf-16")),
     "settings that are a list": lambda f: (f / CONFIG).write_text("[]"),
     "settings nested deep": lambda f: (f / CONFIG).write_text("[" * 100_000),
     "settings larger than the bound": lambda f: (f / CONFIG).write_text(" " * (2 << 20)),
@@ -296,6 +330,9 @@ RAW: dict[str, Attack] = {
     "a file name with an escape": text(MANIFEST, '"tokenizer.json"', '"\\u001b[2Jtokenizer.json"'),
     "a file name of 5000 letters": text(MANIFEST, '"tokenizer_config.json"', '"' + "a" * 5000 + '"'),
     "files that come twice": text(MANIFEST, '"files": [', '"files": [], "files": ['),
+    "an engine 100,000 times": text(MANIFEST, '"engines": [', '"engines": [' + '"onnx", ' * 100_000),
+    "a million slices": text(MANIFEST, '"slices": [', '"slices": [' + "1, " * 1_000_000),
+    "facts nested deep": text(MANIFEST, '"windows": 4', '"windows": ' + "[" * 900 + "]" * 900),
     "a layer count of true": text(MANIFEST, '"layers": 1', '"layers": true'),
     "a manifest nested deep": lambda f: (f / MANIFEST).write_text('{"format":' * 100_000),
     "a manifest of 4 million lists": lambda f: (f / MANIFEST).write_text("[" + "[]," * 4_000_000 + "[]]"),
@@ -303,6 +340,8 @@ RAW: dict[str, Attack] = {
     "20,000 files that are listed": many_listed_files,
     "20,000 files that are not listed": many_unlisted_files,
     "a 3 GB graph that the manifest lists": listed_as_huge(GRAPH),
+    "a 3 GB tokenizer that the manifest lists": listed_as_huge(TOKENIZER),
+    "a 3 GB template that the manifest lists": listed_as_huge("chat_template.jinja"),
     "3 GB of settings that the manifest lists": listed_as_huge(CONFIG),
 }
 """The manifest is changed, or does not know of the change."""

@@ -16,14 +16,17 @@ from .gpu_plan import FOLDER, read_plan
 from .layout import ROW_BLOCK
 from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
 from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
-from .reading import check_text
+from .reading import check_text, read_json
 from .tensors import WEIGHTS, read_entries
 
 _Kind = tuple[int, tuple[int, ...]]
 """Element type and shape."""
 
 
-_TEXTS = frozenset({"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"})
+_TEXTS = {"tokenizer.json": 64 << 20, "chat_template.jinja": 4 << 20}
+_OTHER_JSON = {"tokenizer_config.json": 8 << 20, "generation_config.json": 1 << 20}
+"""Most bytes of files that this package does not read itself.  Published models have half as much at most."""
+_MOST_DIGITS = 40  # Hugging Face writes 10^30 for no limit
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft", "ai.mbq"})
 """Of operators.  The bundle's own library has those of ``ai.mbq``, or a portable graph has them as functions."""
 
@@ -44,8 +47,11 @@ def check_bundle(folder: Path, manifest: Manifest) -> Settings:
     check_sizes(folder, manifest)
     check_unlisted(folder, manifest)
     settings = read_settings(folder, manifest)
-    for name in _TEXTS & {entry.name for entry in manifest.files}:
-        check_text(folder / name)
+    for entry in manifest.files:
+        if entry.name in _TEXTS:
+            check_text(folder / entry.name, _TEXTS[entry.name])
+        elif entry.name in _OTHER_JSON:
+            read_json(folder / entry.name, _OTHER_JSON[entry.name], most_digits=_MOST_DIGITS)
     _check_engines(folder, manifest, settings)
     return settings
 
@@ -149,6 +155,8 @@ def _check_reach(path: Path, graph: Graph, manifest: Manifest) -> None:
             raise BundleError(f"{path}: {tensor.name[:80]} is larger than the file; export the bundle again")
         if tensor.name in graph.attention_tables:
             _check_rotary(path, tensor.name, tensor.shape, manifest)
+    if computed := sorted(graph.attention_tables - {tensor.name for tensor in graph.initializers} - {""}):
+        raise BundleError(f"{path}: {computed[0][:80]} is computed, needed a table; export the bundle again")
 
 
 def _check_rotary(path: Path, name: str, shape: tuple[int, ...], manifest: Manifest) -> None:

@@ -24,7 +24,7 @@ from .schema import decode
 
 PLAN, WEIGHTS = GPU_FILES
 FOLDER = "gpu"
-_MOST_BYTES = 8 << 20  # of the file; the plan of a model with 80 blocks has about one
+_MOST_BYTES = 4 << 20  # of the file; the plan of a model with 80 blocks has about one
 _MOST_CHUNK = 8192  # tokens
 _MOST_BUFFER_BYTES = 1 << 40
 

@@ -22,7 +22,7 @@ from ..progress import Progress
 from .layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from .reading import check_regular, open_file, read_json
 from .schema import decode
-from .slice_profile import SliceProfile
+from .slice_profile import CODE_BITS, SliceProfile
 from .tensors import WEIGHTS
 
 MANIFEST_NAME = "manifest.json"
@@ -446,6 +446,8 @@ def _check_format(document: object, path: Path) -> None:
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:
+    if len(manifest.slices) > CODE_BITS:
+        raise BundleError(f"{path}: {len(manifest.slices)} slices, needed at most {CODE_BITS}; export the bundle again")
     try:
         profile = manifest.profile
     except UsageError as error:
@@ -464,6 +466,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, f"engines that read {manifest.layout}")
             for engine in manifest.engines
         ),
+        (len(set(manifest.engines)) == len(manifest.engines), "engines", manifest.engines, "each engine once"),
         (manifest.target.engine in manifest.engines, "target.engine", manifest.target.engine, "one of engines"),
         (manifest.target.arch in ARCHITECTURES, "target.arch", manifest.target.arch, " or ".join(ARCHITECTURES)),
         (

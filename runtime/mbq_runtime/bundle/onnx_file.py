@@ -27,7 +27,7 @@ _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 
 
 _MOST_BYTES = 16 << 20  # the exporter keeps larger tensors in another file
 _MOST_FIELDS = 500_000  # a graph of 100 blocks has fewer than 100,000
-_MOST_DEPTH = 8  # graphs within graphs
+_MOST_DIMENSIONS = 8
 
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element, by onnx.TensorProto.DataType."""
@@ -67,7 +67,7 @@ class Graph:
     initializers: its weights and constants.
     inputs: dimensions of each input by name; 0 for a dimension without a number.
     outputs: the same of each output.
-    domains: operator domains of all nodes, also of those within functions and inner graphs.
+    domains: operator domains of all nodes, also of those within functions.
     attention_tables: names of the rotary tables that attention nodes read.
     outside: why the file reaches for what a decoder does not need; "" where it does not.
     """
@@ -126,9 +126,9 @@ class _Reader:
             elif number == _MODEL_FUNCTION:
                 for inner, part in self._fields(_run(value)):
                     if inner == _FUNCTION_NODE:
-                        self._node(_run(part), 0)
+                        self._node(_run(part))
                     elif inner == _FUNCTION_ATTRIBUTE:
-                        self._attribute(_run(part), 0)
+                        self._attribute(_run(part))
             elif number == _MODEL_TRAINING:
                 self._graph.outside = "it has a training graph"
             elif number == _MODEL_METADATA:
@@ -144,23 +144,11 @@ class _Reader:
                 values = self._graph.inputs if number == _GRAPH_INPUT else self._graph.outputs
                 values[name] = shape
             elif number == _GRAPH_NODE:
-                self._node(_run(value), 0)
+                self._node(_run(value))
             elif number == _GRAPH_SPARSE:
                 self._graph.outside = "it has sparse weights"
 
-    def _inner(self, data: memoryview, depth: int) -> None:
-        """A graph within a node: it must not read another file."""
-        if depth > _MOST_DEPTH:
-            raise ValueError("graphs are nested too deep")
-        for number, value in self._fields(data):
-            if number == _GRAPH_NODE:
-                self._node(_run(value), depth)
-            elif number == _GRAPH_INITIALIZER:
-                self._constant(_run(value))
-            elif number == _GRAPH_SPARSE:
-                self._graph.outside = "it has sparse weights"
-
-    def _node(self, data: memoryview, depth: int) -> None:
+    def _node(self, data: memoryview) -> None:
         inputs, op, domain = list[str](), "", ""
         for number, value in self._fields(data):
             if number == _NODE_INPUT:
@@ -171,16 +159,16 @@ class _Reader:
                 domain = _text(value)
                 self._graph.domains.add(domain)
             elif number == _NODE_ATTRIBUTE:
-                self._attribute(_run(value), depth)
+                self._attribute(_run(value))
         if op == "GroupQueryAttention":
             self._graph.attention_tables.update(inputs[7:9])
 
-    def _attribute(self, data: memoryview, depth: int) -> None:
+    def _attribute(self, data: memoryview) -> None:
         for number, value in self._fields(data):
             if number in _ATTRIBUTE_TENSORS:
                 self._constant(_run(value))
             elif number in _ATTRIBUTE_GRAPHS:
-                self._inner(_run(value), depth + 1)
+                self._graph.outside = "a node has a graph of its own, such as a loop"
             elif number in _ATTRIBUTE_SPARSE:
                 self._graph.outside = "it has sparse weights"
 
@@ -223,7 +211,7 @@ class _Reader:
                 if key in external:
                     raise ValueError(f"{key[:40]} of {name[:80]} comes twice")
                 external[key] = entry.get(_ENTRY_VALUE, "")
-        if len(shape) > _MOST_DEPTH:
+        if len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"{name[:80]} has {len(shape)} dimensions")
         tensor = Tensor(
             name, tuple(shape), element_type, external.get("location", ""), _place(external, "offset", 0), 0
@@ -280,7 +268,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 def _varints(data: memoryview) -> list[int]:
     values, at = list[int](), 0
-    while at < len(data) and len(values) <= _MOST_DEPTH:
+    while at < len(data) and len(values) <= _MOST_DIMENSIONS:
         value, at = _varint(data, at)
         values.append(value)
     return values

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from ..errors import BundleError
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_INT_DIGITS = 18  # fits 64 bits
+_MOST_DEPTH = 64
 _BLOCK_BYTES = 1 << 20
 
 
@@ -81,30 +81,32 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     return data
 
 
-def read_json(path: Path, most_bytes: int) -> Any:
+def read_json(path: Path, most_bytes: int, *, most_digits: int = 18) -> Any:
     """Read a JSON document.
 
     Refused are: a key that comes twice in an object, NaN and Infinity, numbers that do not fit 64 bits, half
-    characters (lone surrogates), and text that is not UTF-8.
+    characters (lone surrogates), text that is not UTF-8, and objects within more than 64 others.
 
     Args:
         path: the file.
         most_bytes: a larger file is refused and not read.
+        most_digits: digits of a whole number; 18 fit 64 bits.
 
     Raises:
         BundleError: the file cannot be read, is too large, or is no such JSON.
     """
     try:
-        return parse_json(read_file(path, most_bytes))
+        return parse_json(read_file(path, most_bytes), most_digits)
     except ValueError as error:
         raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from None
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, most_digits: int = 18) -> Any:
     """Parse a JSON document, as strictly as ``read_json``.
 
     Args:
         data: UTF-8 text.
+        most_digits: digits of a whole number.
 
     Raises:
         ValueError: it is no such JSON.
@@ -112,7 +114,8 @@ def parse_json(data: bytes) -> Any:
     try:
         document = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_object, parse_constant=_constant, parse_int=_whole, parse_float=_number,
+            object_pairs_hook=_object, parse_constant=_constant, parse_float=_number,
+            parse_int=lambda text: _whole(text, most_digits),
         )  # fmt: skip
         if _SURROGATE.search(data):
             json.dumps(document, ensure_ascii=False).encode("utf-8")
@@ -122,18 +125,31 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("a text has half a character") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    _check_depth(document, _MOST_DEPTH)
     return document
 
 
-def check_text(path: Path) -> None:
+def _check_depth(value: Any, left: int) -> None:
+    if not isinstance(value, dict | list):
+        return
+    if left == 0:
+        raise ValueError("it is nested too deep")
+    for inner in value.values() if isinstance(value, dict) else value:
+        _check_depth(inner, left - 1)
+
+
+def check_text(path: Path, most_bytes: int) -> None:
     """Refuse a file that is not UTF-8.  Reads block by block.
 
     Args:
         path: the file.
+        most_bytes: a larger file is refused and not read.
 
     Raises:
-        BundleError: the file cannot be read, or has a byte that is not UTF-8.
+        BundleError: the file cannot be read, is too large, or has a byte that is not UTF-8.
     """
+    if check_regular(path) > most_bytes:
+        raise BundleError(f"{path}: larger than {most_bytes} bytes, the most for this file; export the bundle again")
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     with open_file(path) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -165,9 +181,9 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _whole(text: str) -> int:
-    if len(text) > _INT_DIGITS:
-        raise ValueError(f"the number {text[:20]}... has {len(text)} digits, needed at most {_INT_DIGITS}")
+def _whole(text: str, most_digits: int) -> int:
+    if len(text) > most_digits:
+        raise ValueError(f"the number {text[:20]}... has {len(text)} digits, needed at most {most_digits}")
     return int(text)
 
 

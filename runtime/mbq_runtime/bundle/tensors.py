@@ -20,7 +20,7 @@ from .reading import open_file, parse_json
 
 WEIGHTS = "decoder.safetensors"
 _LINE_BYTES = 64
-_MAX_HEADER_BYTES = 8 << 20  # those of large models have about one
+_MAX_HEADER_BYTES = 4 << 20  # those of large models have about one
 _DTYPE_BYTES = {"U8": 1, "F16": 2, "F32": 4}
 
 

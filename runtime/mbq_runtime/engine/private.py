@@ -23,7 +23,7 @@ from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 
 _LINK = "bundle"
-_MOST_LIBRARY_BYTES = 256 << 20
+_MOST_LIBRARY_BYTES = 64 << 20
 
 _folders: dict[str, tempfile.TemporaryDirectory[str]] = {}
 _lock = threading.Lock()
@@ -115,7 +115,7 @@ def engine_folder(path: Path, manifest: Manifest, session: Mapping[str, Any]) ->
 
 def _folder(key: str, *, executable: bool) -> str:
     """The private folder for a key.  executable: libraries can be loaded from it."""
-    if key not in _folders:
+    if key not in _folders or not os.path.isdir(_folders[key].name):
         _folders[key] = _new_folder(executable)
     return _folders[key].name
 

@@ -142,8 +142,8 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def _waits(self) -> bool:
-        """Whether the server waits for the client: for a request, or for the rest of a body."""
-        return not self._active or self.cycle.more_body
+        """Whether the server waits for the client: for a request, for the rest of a body, or until it reads."""
+        return not self._active or self.cycle.more_body or self.flow.write_paused
 
     def _make_room(self) -> None:
         others = (one for one in self.connections if isinstance(one, BoundedProtocol) and one is not self)

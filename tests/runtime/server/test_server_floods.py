@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -105,6 +105,18 @@ def test_the_oldest_waiting_connection_makes_room(engine: Engine, monkeypatch: p
         assert held[0].recv(1) == b""
         held[3].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert held[3].recv(12) == b"HTTP/1.1 200"
+        for one in held:
+            one.close()
+
+
+def test_connections_that_do_not_read_make_room(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 4)
+    with serve(engine) as running:
+        held = [socket.create_connection(("127.0.0.1", running.port), timeout=1) for _ in range(4)]
+        for one in held:
+            with suppress(OSError):  # the server stops reading
+                one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000)
+        assert reply_s(running) > 0
         for one in held:
             one.close()
 
