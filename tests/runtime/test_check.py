@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import facts
 
 from mbq_runtime import BundleError
-from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle import manifest, tensors
 from mbq_runtime.bundle.check import check_contents, packed_kinds
 from mbq_runtime.bundle.onnx_file import initializers
 
@@ -122,3 +123,27 @@ def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(data)
     with pytest.raises(BundleError, match="not an ONNX file"):
         initializers(tmp_path / "model.onnx")
+
+
+def save_tvm(folder: Path, positions: int, **changes: tuple[int, ...]) -> manifest.Manifest:
+    """Write a file of parameters of zeros, and the manifest of its bundle.  changes: other shapes of planes by name."""
+    shapes = {f"full_attention.{part}": ("F32", (positions, 8)) for part in ("cos", "sin")}
+    for linear in LINEARS:
+        (_, planes), (_, scales) = packed_kinds(linear, 64)
+        shapes[f"{linear.name}.planes"] = ("U8", changes.get(linear.name, planes))
+        shapes[f"{linear.name}.scales"] = ("F16", scales)
+    size = {"U8": 1, "F16": 2, "F32": 4}
+    entries = tensors.plan({name: (kind, shape, size[kind] * prod(shape)) for name, (kind, shape) in shapes.items()})
+    with (folder / tensors.WEIGHTS).open("wb") as file:
+        tensors.write_header(entries, file)
+        file.write(bytes(sum(entry.size for entry in entries.values())))
+    return replace(facts(), layout="mbq16", engines=("tvm",), weights=manifest.Weights(0, {}, LINEARS))
+
+
+def test_parameters_of_tvm_hold_the_context_and_the_vocabulary(tmp_path: Path) -> None:
+    context = facts().model.context_length
+    check_contents(tmp_path, save_tvm(tmp_path, context))
+    with pytest.raises(BundleError, match=f"full_attention.cos has {context - 1} positions"):
+        check_contents(tmp_path, save_tvm(tmp_path, context - 1))
+    with pytest.raises(BundleError, match=r"head\.planes has shape \[6144\], needed \[7168\]"):
+        check_contents(tmp_path, save_tvm(tmp_path, context, head=(96 * 64,)))
