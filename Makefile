@@ -14,8 +14,9 @@ QUICK := not slow and not heavy
 # Two runs of pytest share the two cores, so each multiplies on one.
 FIRST := tests/sensing tests/runtime
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
+FIRST_HALF := tests/arm64 tests/e2e tests/gpu tests/targets $(FIRST)
 
-.PHONY: demo test test-quick test-quick-first test-quick-second test-real test-rest coverage bench dist \
+.PHONY: demo test test-quick test-quick-first test-quick-second test-first test-second coverage bench dist \
     system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
@@ -30,9 +31,9 @@ test-quick: $(VENV)/.dev
 	$(MAKE) --jobs=2 --output-sync=line test-quick-first test-quick-second
 
 test: $(VENV)/.dev $(VENV)/.rivals system-packages
-	$(MAKE) --jobs=2 --output-sync=line test-real test-rest lint
+	$(MAKE) --jobs=2 --output-sync=line test-first test-second lint
 
-test-quick-first test-quick-second test-real test-rest: export OMP_NUM_THREADS := 1
+test-quick-first test-quick-second test-first test-second: export OMP_NUM_THREADS := 1
 
 test-quick-first: $(VENV)/.dev
 	$(PYTEST) -m "$(QUICK)" $(FIRST)
@@ -40,12 +41,13 @@ test-quick-first: $(VENV)/.dev
 test-quick-second: $(VENV)/.dev
 	$(PYTEST) -m "$(QUICK)" $(SECOND)
 
-# The real model, here and on emulated boards.  Its exports take longest; finished ones are kept for the next run.
-test-real: $(VENV)/.dev
-	$(PYTEST) tests/arm64 tests/e2e
+# Two halves of equal length.  The first has the real model, here and on emulated boards; its exports take longest, and
+# finished ones are kept for the next run.
+test-first: $(VENV)/.dev
+	$(PYTEST) $(FIRST_HALF)
 
-test-rest: $(VENV)/.dev
-	$(PYTEST) --ignore=tests/arm64 --ignore=tests/e2e
+test-second: $(VENV)/.dev
+	$(PYTEST) $(addprefix --ignore=,$(FIRST_HALF))
 
 # Shares of lines and branches that tests run, those in subprocesses too.  The real model adds minutes and few lines.
 COVERAGE_TESTS ?= -m "not slow"
