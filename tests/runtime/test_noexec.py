@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_bundle import write_manifest
 
 from mbq_runtime import BundleError, Engine, cli
 from mbq_runtime.bundle import isa, manifest
@@ -30,24 +31,31 @@ def noexec(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every bundle carries kernels for this machine."""
+def native(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle that carries kernels for this machine."""
     monkeypatch.setattr(manifest.Manifest, "native", True)
+    (bundle_copy / "lib").mkdir()
+    (bundle_copy / manifest.OPS_LIBRARY).write_bytes(b"no program")
+    settings = json.loads((bundle_copy / "genai_config.json").read_bytes())
+    settings["model"]["decoder"]["session_options"]["custom_ops_library"] = manifest.OPS_LIBRARY
+    (bundle_copy / "genai_config.json").write_text(json.dumps(settings))
+    write_manifest(bundle_copy)
+    return bundle_copy
 
 
-@pytest.mark.usefixtures("noexec", "native")
-def test_a_bundle_on_a_noexec_mount_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"{bundle} lies on a noexec mount, from which no library can be loaded; copy it elsewhere"
+@pytest.mark.usefixtures("noexec")
+def test_a_bundle_on_a_noexec_mount_is_refused(native: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{native} lies on a noexec mount, from which no library can be loaded; copy it elsewhere"
     with pytest.raises(BundleError, match="lies on a noexec mount"):
-        load.open_bundle(bundle, None)
-    assert cli.main(["run", str(bundle), "A"]) == 4
+        load.open_bundle(native, None)
+    assert cli.main(["run", str(native), "A"]) == 4
     assert capsys.readouterr().err == f"mbq: error: {words}\n"
-    assert cli.main(["inspect", str(bundle)]) == 0
+    assert cli.main(["inspect", str(native)]) == 0
     assert f"no: {words}" in capsys.readouterr().out
-    assert cli.main(["inspect", str(bundle), "--json"]) == 0
+    assert cli.main(["inspect", str(native), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["runs_here"], found["problem"]) == (False, words)
-    assert cli.main(["verify", str(bundle)]) == 0
+    assert cli.main(["verify", str(native)]) == 0
     assert f"note: {words}" in capsys.readouterr().out
 
 
@@ -56,10 +64,9 @@ def test_a_bundle_without_libraries_runs_from_a_noexec_mount(bundle: Path) -> No
     assert Engine.load(bundle, threads=1).generate("A", chat=False, max_tokens=3).text() == "BCD"
 
 
-@pytest.mark.usefixtures("native")
-def test_a_mount_that_permits_programs(bundle: Path) -> None:
-    assert load.open_bundle(bundle, None)[0] == bundle.resolve()
-    assert isa.mount_problem(bundle / "nowhere") is None
+def test_a_mount_that_permits_programs(native: Path) -> None:
+    assert load.open_bundle(native, None)[0] == native.resolve()
+    assert isa.mount_problem(native / "nowhere") is None
 
 
 def test_inspect_says_what_a_system_lacks(
