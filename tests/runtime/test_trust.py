@@ -17,6 +17,7 @@ from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.manifest import OPS_LIBRARY, file_entries
 from mbq_runtime.commands import trust
 from mbq_runtime.engine import load, private
+from mbq_runtime.engine.imports import engine_errors
 
 
 def test_logits_that_are_no_numbers_end_a_reply(bundle_copy: Path) -> None:
@@ -91,3 +92,14 @@ def test_a_portable_bundle_has_no_code(bundle: Path, capsys: pytest.CaptureFixtu
     trust.note_code(bundle)
     assert capsys.readouterr().err == ""
     assert trust.description(manifest.read(bundle)) == ""
+
+
+def test_names_that_are_not_text_end_in_one_line(bundle_copy: Path) -> None:
+    """The engine puts the names of a graph into its messages."""
+    path = bundle_copy / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"GroupQueryAttention", b"GroupQuery\xff\xffttention"))
+    write_manifest(bundle_copy)
+    with pytest.raises(BundleError, match="not an ONNX file"):
+        Engine.load(bundle_copy, threads=1)
+    with pytest.raises(BundleError, match="names in its files are not UTF-8"), engine_errors("x"):
+        b"\xff".decode()

@@ -18,7 +18,7 @@ from .reading import open_file
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 14, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
-_NODE_INPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 7, 11
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
@@ -158,6 +158,8 @@ class _Reader:
             elif number == _NODE_DOMAIN:
                 domain = _text(value)
                 self._graph.domains.add(domain)
+            elif number in (_NODE_OUTPUT, _NODE_NAME):
+                _text(value)  # ONNX Runtime puts it into its messages
             elif number == _NODE_ATTRIBUTE:
                 self._attribute(_run(value))
         if op == "GroupQueryAttention":

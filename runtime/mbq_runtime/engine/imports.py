@@ -43,6 +43,8 @@ def engine_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError:  # names in a broken file, which the native side puts into its message
+        raise BundleError(f"{what}: names in its files are not UTF-8; check the files with mbq verify") from None
     # The exceptions of ONNX Runtime share no base class but Exception.  Those of genai and TVM are Python's.
     except Exception as error:
         if isinstance(error, RuntimeError) or type(error).__module__.startswith(("onnxruntime", "tvm_ffi")):
