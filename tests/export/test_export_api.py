@@ -42,7 +42,7 @@ def test_the_function_writes_what_the_command_writes(model: Path, calibration_te
 
     stages = list(dict.fromkeys(what for what, _, _ in told))
     assert stages[0] == "loading the model"
-    assert stages[-1] == "writing weights"
+    assert stages[-1] == "checking the bundle against the original"
     assert told[-1][1] == told[-1][2], "the last stage is complete"
     assert all(0 <= done <= total for _, done, total in told)
 
