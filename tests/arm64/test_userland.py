@@ -46,7 +46,7 @@ print(onnxruntime.__version__, onnxruntime_genai.__version__)
 
 READ_FEATURES = """
 import ctypes, os
-from mbq_runtime import isa
+from mbq_runtime.bundle import isa
 getauxval = ctypes.CDLL(None).getauxval
 getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
 print(os.uname().machine, getauxval(16), getauxval(26))

@@ -71,7 +71,7 @@ def test_a_seed_repeats_a_reply_and_bits_are_the_request_s(client: openai.OpenAI
 
     assert draw(7, 8) == draw(7, 8)
     assert draw(7, 8)[0] != draw(8, 8)[0]
-    with pytest.raises(openai.BadRequestError, match="this server gives 8 to 8 bits"):
+    with pytest.raises(openai.BadRequestError, match="this server offers 8 to 8 bits"):
         draw(7, 4)  # the server was started with --bits 8
 
 
