@@ -184,10 +184,11 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
         ModelError: the model cannot be read, has no lowering, holds weights that it would not use, or has a weight
             that is not finite.
     """
+    # Before the weights: what is then left unread in a GGUF file is refused, and the tokenizer's keys are read.
+    tokenizer = read_tokenizer(source)
     with reading(source.name, "weights"):
         config, model = _float32_model(source, weights_folder)
         decoder = describe(config, source.name, tied=_is_tied(model))
-        tokenizer = read_tokenizer(source)
     try:
         model.eval().requires_grad_(False).to(device)
     except torch.OutOfMemoryError:
@@ -251,7 +252,6 @@ def _empty_model(config: Any) -> Any:
 def _from_gguf(source: ModelSource, config: Any) -> Any:
     model, file = _empty_model(config), _gguf(source)
     load_weights(model, file)
-    tokenizer_of(file)  # reads the keys of the tokenizer
     file.refuse_unread()
     return model
 
