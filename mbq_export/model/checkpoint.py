@@ -172,7 +172,7 @@ class Checkpoint:
         Returns:
             float32 cos and sin [places, rotated / 2].
         """
-        ids = torch.tensor(places, device=self.device)[None]
+        ids = torch.tensor(places)[None].to(self.device)
         of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
         cos, sin = self.model.model.rotary_emb(torch.zeros(1, device=self.device), ids, **of_kind)
         half = cos.shape[-1] // 2
