@@ -62,6 +62,7 @@ def command(
 
         from mbq_runtime.server.app import Server
         from mbq_runtime.server.auth import is_loopback
+        from mbq_runtime.server.connections import Listener
         from mbq_runtime.server.http import configure
         from mbq_runtime.server.monitor_feed import MonitorFeed
     except ImportError as error:
@@ -96,13 +97,13 @@ def command(
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
         sys.setswitchinterval(_SWITCH_S)
-        runner.run([listener])
+        runner.run([Listener(fileno=listener.detach())])
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # the rest repeats the address
         raise UsageError(f"cannot listen on {host} port {port} ({reason}); choose another") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -111,8 +112,15 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self._feed.keep(self._sample)), asyncio.create_task(self._close_in_time())]
+        # A full collection looks at each object of the process, while nothing else runs.  A flood of connections starts
+        # many.  What was loaded before stays, so it is left out.
+        gc.collect()
+        gc.freeze()
         with self.worker:
-            yield
+            try:
+                yield
+            finally:
+                gc.unfreeze()
             for task in tasks:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -191,14 +199,16 @@ class Server:
         """The request body.  Raises ApiError when it is too large, too slow, or incomplete."""
         too_large = ApiError(413, f"the request body is larger than {self._body_limit} bytes", code="body_too_large")
         length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._body_limit:
+        announced = int(length) if length.isdecimal() else 0
+        if announced > self._body_limit:
             raise too_large
         data = bytearray()
         try:
             async with self._uploads.reading(_UPLOAD_S) as upload:
+                await self._uploads.grow(upload, announced)
                 async for chunk in request.stream():
                     data += chunk
-                    await self._uploads.add(upload, len(chunk))
+                    await self._uploads.grow(upload, len(data))
                     if len(data) > self._body_limit:
                         raise too_large
         except TimeoutError:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,6 +21,7 @@ HEADER_S = 10.0
 
 _MOST_CONNECTIONS = 256
 _BACKLOG = 512
+_ACCEPTED_AT_ONCE = 16
 _READ_BYTES = 16 << 10
 
 SMALL_BYTES = 32 << 10
@@ -35,9 +38,25 @@ def most_connections() -> int:
     return max(8, min(_MOST_CONNECTIONS, _most_files() // 4))
 
 
-def backlog() -> int:
-    """How many connections may wait to be accepted.  One turn of the event loop accepts all: they are files too."""
-    return max(8, min(_BACKLOG, _most_files() // 2))
+def accepted_at_once() -> int:
+    """How many connections one turn of the event loop accepts.
+
+    New connections come between two turns of those that are there.  A small part of all places: a connection is not
+    the one that has waited longest before it was read.
+    """
+    return max(1, min(_ACCEPTED_AT_ONCE, most_connections() // 4))
+
+
+class Listener(socket.socket):
+    """A listening socket with a long queue.  The event loop takes one number for the queue and for what it accepts."""
+
+    def listen(self, backlog: int = _BACKLOG, /) -> None:
+        """Listen.
+
+        Args:
+            backlog: not used.
+        """
+        super().listen(_BACKLOG)
 
 
 def _most_files() -> int:
@@ -70,6 +89,8 @@ class BoundedProtocol(H11Protocol):
 
     Above the bound, the connection that has waited longest without a whole request is closed.
 
+    A connection is read no further while the application does not take what came of the body.
+
     Args:
         config: settings of uvicorn.
         server_state: what the connections of a server share.
@@ -77,11 +98,14 @@ class BoundedProtocol(H11Protocol):
         _loop: the event loop.
     """
 
+    _orders: ClassVar[WeakKeyDictionary[Any, dict[BoundedProtocol, None]]] = WeakKeyDictionary()
+
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        # The connections of this server.  Those that have waited longest come first.
+        self._order = self._orders.setdefault(server_state, {})
         self.conn = _Parser(config.h11_max_incomplete_event_size or 16 << 10)
         self._deadline: asyncio.TimerHandle | None = None
-        self._since_s = self.loop.time()
 
     def connection_made(self, transport: Any) -> None:
         """Begin, and make room if there are too many connections.
@@ -91,6 +115,7 @@ class BoundedProtocol(H11Protocol):
         """
         transport.max_size = _READ_BYTES  # asyncio reads this much at a time
         super().connection_made(transport)
+        self._order[self] = None
         self._arm()
         if len(self.connections) > most_connections():
             self._make_room()
@@ -102,6 +127,7 @@ class BoundedProtocol(H11Protocol):
             exc: why; None when it was closed in order.
         """
         self._disarm()
+        self._order.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -115,10 +141,13 @@ class BoundedProtocol(H11Protocol):
         super().data_received(data)
         if self._active:
             self._disarm()
+            if self.cycle.more_body and self.cycle.body:
+                self.flow.pause_reading()  # until the application takes it
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
-        self._since_s = self.loop.time()
+        if self._order.pop(self, self) is None:
+            self._order[self] = None
         super().on_response_complete()
         # The rest of a body that nobody reads, or the start of the next request.
         if not self._active and (self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]):
@@ -146,9 +175,9 @@ class BoundedProtocol(H11Protocol):
         return not self._active or self.cycle.more_body or self.flow.write_paused
 
     def _make_room(self) -> None:
-        others = (one for one in self.connections if isinstance(one, BoundedProtocol) and one is not self)
-        victim = min((one for one in others if one._waits), default=self, key=lambda one: one._since_s)
+        victim = next((one for one in self._order if one is not self and one._waits), self)
         victim.connections.discard(victim)
+        victim._order.pop(victim, None)
         victim.transport.abort()
 
     def _arm(self) -> None:
@@ -174,7 +203,6 @@ class Upload:
 
     def __init__(self, timer: asyncio.Timeout) -> None:
         self.timer = timer
-        self.size = 0
         self.large_since_s: float | None = None
 
 
@@ -202,7 +230,7 @@ class Uploads:
             most_s: most time for the body.
 
         Yields:
-            The upload; its reader calls ``add`` for each part.
+            The upload; its reader calls ``grow`` for each part.
 
         Raises:
             TimeoutError: the body took too long.
@@ -216,15 +244,14 @@ class Uploads:
                     self._large.remove(upload)
                     self._turns.release()
 
-    async def add(self, upload: Upload, count: int) -> None:
-        """Count bytes that were read.  Waits for a turn when the body becomes a large one.
+    async def grow(self, upload: Upload, size: int) -> None:
+        """Note the size of a body.  Waits for a turn when the body becomes a large one.
 
         Args:
             upload: the body.
-            count: number of bytes.
+            size: bytes that came, or that are announced.
         """
-        upload.size += count
-        if upload.size <= SMALL_BYTES or upload in self._large:
+        if size <= SMALL_BYTES or upload in self._large:
             return
         self._waiting += 1
         try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from .connections import BoundedProtocol, backlog
+from .connections import BoundedProtocol, accepted_at_once
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -19,7 +19,7 @@ _KEEP_ALIVE_S = 75
 
 
 def configure(app: ASGIApp) -> uvicorn.Config:
-    """Settings of a server that gets its sockets from the caller.
+    """Settings of a server that gets its sockets, each a ``Listener``, from the caller.
 
     Args:
         app: the ASGI application.
@@ -28,7 +28,7 @@ def configure(app: ASGIApp) -> uvicorn.Config:
         app,
         loop="asyncio",
         http=BoundedProtocol,
-        backlog=backlog(),
+        backlog=accepted_at_once(),
         ws="none",
         lifespan="on",
         log_level="error",  # any client could fill the log with warnings

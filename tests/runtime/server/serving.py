@@ -17,6 +17,7 @@ from mbq_runtime import Engine
 from mbq_runtime.control.bounds import BoundedEngine
 from mbq_runtime.sensing.readings import Readings
 from mbq_runtime.server.app import Server
+from mbq_runtime.server.connections import Listener
 from mbq_runtime.server.http import configure
 from mbq_runtime.server.monitor_feed import MonitorFeed
 
@@ -94,7 +95,7 @@ def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: An
         loops.append(asyncio.get_running_loop())
         await runner.serve([sock])
 
-    with socket.create_server(("127.0.0.1", port)) as sock:
+    with Listener(fileno=socket.create_server(("127.0.0.1", port)).detach()) as sock:
         port = sock.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(run(sock)), name="test-server")
         thread.start()

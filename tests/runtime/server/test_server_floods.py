@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import re
@@ -156,3 +157,41 @@ def test_watchers_have_a_bound(engine: Engine) -> None:
         assert [status for _, status in held] == [200] * 32 + [503]
         for client, _ in held:
             client.close()
+
+
+def test_a_large_body_without_a_turn_is_not_read(engine: Engine) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+    with serve(engine) as running:
+        held = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(40)]
+        for one in held:
+            one.setblocking(False)
+            one.send(head + b" " * 500_000)
+        assert reply_s(running) > 0
+        kept = sorted(
+            len(one.cycle.body)
+            for order in connections.BoundedProtocol._orders.values()
+            for one in order
+            if one.cycle is not None
+        )
+        assert len(kept) >= 40
+        assert kept[-1] <= connections._READ_BYTES, "more than one read of a body that waits"
+        for one in held:
+            one.close()
+
+
+def test_a_request_that_came_before_a_burst_of_connections_is_answered(engine: Engine) -> None:
+    with serve(engine) as running:
+        running.loop.call_soon_threadsafe(time.sleep, 0.5)  # all come while the loop is busy
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            burst = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(400)]
+            assert client.recv(12) == b"HTTP/1.1 200"
+        for one in burst:
+            one.close()
+
+
+def test_a_collection_leaves_out_what_was_loaded_before(engine: Engine) -> None:
+    """A full collection stops all threads: 0.1 s here, and floods start many."""
+    with serve(engine):
+        assert gc.get_freeze_count() > len(gc.get_objects())
+    assert gc.get_freeze_count() == 0
