@@ -138,6 +138,36 @@ def an_endless_loop(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Loop", ["", ""], ["z"], body=body))
 
 
+def doubled(model: onnx.ModelProto) -> None:
+    """30 nodes that each double a value: 22 GB."""
+    for i in range(30):
+        name = f"twice.{i - 1}" if i else "avg_bits"
+        model.graph.node.append(helper.make_node("Concat", [name, name], [f"twice.{i}"], axis=0))
+
+
+def node(op: str, *inputs: str, **attributes: Any) -> Attack:
+    """One node more in the graph."""
+    return graph(lambda m: m.graph.node.append(helper.make_node(op, inputs, ["more"], name="more", **attributes)))
+
+
+def function(name: str, *nodes: onnx.NodeProto) -> Attack:
+    """A function that a node of the graph calls."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.mbq", 1)]
+
+    def change(model: onnx.ModelProto) -> None:
+        model.functions.append(helper.make_function("ai.mbq", name, ["x"], ["y"], list(nodes), opsets))
+        model.opset_import.add(domain="ai.mbq", version=1)
+
+    return graph(change)
+
+
+def whole_numbers(name: str, *values: int) -> onnx.NodeProto:
+    """A constant in a function."""
+    return helper.make_node(
+        "Constant", [], [name], value=helper.make_tensor("", TensorProto.INT64, [len(values)], values)
+    )
+
+
 def a_location_that_comes_twice(model: onnx.ModelProto) -> None:
     elsewhere(elsewhere(model.graph.initializer[0], TOKENIZER), "/etc/passwd")
 
@@ -265,6 +295,25 @@ SEALED: dict[str, Attack] = {
     "a training graph": graph(lambda m: m.training_info.add()),
     "sparse weights": graph(lambda m: m.graph.sparse_initializer.add()),
     "a tensor of a terabyte": graph(a_tensor_of_a_terabyte),
+    "a Concat that doubles a value": graph(doubled),
+    "a Concat of one value": node("Concat", "avg_bits", "avg_bits", "avg_bits", axis=0),
+    "a shape of a billion": node("ConstantOfShape", "end"),
+    "a value that is expanded": node("Expand", "avg_bits", "end"),
+    "a value that is tiled": node("Tile", "avg_bits", "end"),
+    "a range": node("Range", "last", "end", "last"),
+    "padding": node("Pad", "avg_bits", "end"),
+    "a stock operator of another domain": node("Tile", "avg_bits", "end", domain="ai.onnx"),
+    "a function that the exporter does not write": function("Evil", helper.make_node("Abs", ["x"], ["y"])),
+    "functions that call each other": function(
+        "Router", *(helper.make_node("SlicedMatMul", ["x"], [f"y{i}"], domain="ai.mbq") for i in range(10))
+    ),
+    "padding in a function": function(
+        "Router", whole_numbers("by", 0, 1 << 40), helper.make_node("Pad", ["x", "by"], ["y"], name="more")
+    ),
+    "padding by an input of a function": function("Router", helper.make_node("Pad", ["x", "x"], ["y"], name="more")),
+    "a shape in a function": function(
+        "Router", whole_numbers("by", 1 << 40), helper.make_node("ConstantOfShape", ["by"], ["y"], name="more")
+    ),
     "a negative shape": graph(a_negative_shape),
     "a graph that is cut off": lambda f: (f / GRAPH).write_bytes((f / GRAPH).read_bytes()[:-100]),
     "an empty graph": lambda f: (f / GRAPH).write_bytes(b""),
@@ -354,7 +403,25 @@ BOTH: dict[str, Attack] = {
 }
 """The manifest says what the settings say, and all hashes are right."""
 
-REASONS = {"a long context": "positions", "a large vocabulary": "logits", "many layers": "past_key_values.1.key"}
+REASONS = {
+    "operators of an unknown domain": "(evil.Run)",
+    "a Concat that doubles a value": "one more than the 1",
+    "a Concat of one value": "more than 2 times",
+    "a shape of a billion": "'more' (ConstantOfShape)",
+    "a value that is expanded": "'more' (Expand)",
+    "a value that is tiled": "'more' (Tile)",
+    "a range": "'more' (Range)",
+    "padding": "'more' (Pad)",
+    "a stock operator of another domain": "'more' (Tile)",
+    "a function that the exporter does not write": "function 'ai.mbq.Evil'",
+    "functions that call each other": "(ai.mbq.SlicedMatMul)",
+    "padding in a function": "'more' (Pad) adds more",
+    "padding by an input of a function": "'more' (Pad) adds more",
+    "a shape in a function": "'more' (ConstantOfShape) has a shape",
+    "a long context": "positions",
+    "a large vocabulary": "logits",
+    "many layers": "past_key_values.1.key",
+}
 """Words of the message for attacks that another check could refuse by chance."""
 
 ATTACKS = [*SEALED, *RAW, *BOTH]

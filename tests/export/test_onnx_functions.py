@@ -29,6 +29,8 @@ from mbq_export.format.router import RouterParams, route, router_scores, thresho
 from mbq_export.lower.onnx_functions import GATES, portable_functions
 from mbq_export.lower.onnx_router import router_inputs
 from mbq_export.lower.onnx_text import DOMAIN, DOMAIN_VERSION
+from mbq_runtime.bundle.onnx_file import read_graph
+from mbq_runtime.bundle.operators import unknown_node
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 Array = NDArray[Any]
@@ -454,3 +456,17 @@ def test_no_slow_kernel(slices: str) -> None:
     x = rng.standard_normal((1, size)).astype(np.float32)
     depth = np.full(1, profile.depths, np.int32)
     assert fastest(session, {"x": x, "depth": depth}) < 12 * fastest(plain, {"x": x})
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("text", [*PROFILES, "1,1,1,1,1,1,1,1"])
+def test_the_check_of_a_bundle_knows_every_operator(text: str, bits: int, mlp: bool, tmp_path: Path) -> None:
+    profile = SliceProfile.parse(text)
+    functions = portable_functions(profile, 64, bits, mlp=mlp)
+    (tmp_path / "model.onnx").write_bytes(make_model([], {}, {}, {}, functions))
+    found = read_graph(tmp_path / "model.onnx")
+    assert {name: len(nodes) for name, nodes in found.functions.items()} == {
+        f"{DOMAIN}.{function.name}": len(function.node) for function in functions
+    }
+    assert unknown_node([], found.functions, 1, profile.depths) == ""

@@ -113,8 +113,8 @@ def write_model(path: Path) -> None:
         "last": np.array(1, np.int64),
         "minus_one": np.array([-1], np.int64),
         "end": np.array([2**62], np.int64),
-        "full_bits": np.array([8], np.float32),
-        "thousand": np.array([1000], np.float32),
+        "per_full_bits": np.array([1 / 8], np.float32),
+        "thousandth": np.array([1 / 1000], np.float32),
     }
     node = helper.make_node
     attention_inputs = ["q", "k", "v", "past_key_values.0.key", "past_key_values.0.value", "before", "total"]
@@ -132,14 +132,14 @@ def write_model(path: Path) -> None:
         node("MatMul", ["a", "wo"], ["o"]),
         node("Add", ["x", "o"], ["h"]),
         node("MatMul", ["h", "head"], ["raw"]),
-        node("Div", ["avg_bits", "full_bits"], ["gain"]),
+        node("Mul", ["avg_bits", "per_full_bits"], ["gain"]),
         node("Mul", ["raw", "gain"], ["every"]),
         node("Slice", ["every", "minus_one", "end", "axis"], ["logits"]),
         node("Shape", ["input_ids"], ["seq"], start=1),
         node("Sub", ["seq", "scored"], ["first"]),
         node("Slice", ["every", "first", "end", "axis"], ["all_logits"]),
         node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
-        node("Div", ["ids", "thousand"], ["small"]),
+        node("Mul", ["ids", "thousandth"], ["small"]),
         node("ReduceMean", ["small"], ["mean"], keepdims=0),
         node("Add", ["avg_bits", "mean"], ["avg_bits_used"]),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from .gpu_plan import FOLDER, read_plan
 from .layout import ROW_BLOCK
 from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
 from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
+from .operators import unknown_node
 from .reading import check_text, read_json
 from .tensors import WEIGHTS, read_entries
 
@@ -27,8 +28,6 @@ _TEXTS = {"tokenizer.json": 64 << 20, "chat_template.jinja": 4 << 20}
 _OTHER_JSON = {"tokenizer_config.json": 8 << 20, "generation_config.json": 1 << 20}
 """Most bytes of files that this package does not read itself.  Published models have half as much at most."""
 _MOST_DIGITS = 40  # Hugging Face writes 10^30 for no limit
-_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft", "ai.mbq"})
-"""Of operators.  The bundle's own library has those of ``ai.mbq``, or a portable graph has them as functions."""
 
 
 def check_bundle(folder: Path, manifest: Manifest) -> Settings:
@@ -147,8 +146,12 @@ def _check_reach(path: Path, graph: Graph, manifest: Manifest) -> None:
     """Refuse a graph that reaches for more than a decoder needs, or whose tables end before the context does."""
     if graph.outside:
         raise BundleError(f"{path}: {graph.outside}; do not trust the bundle, export it again")
-    if unknown := sorted(graph.domains - _DOMAINS):
-        raise BundleError(f"{path}: has operators of {unknown[0][:80]!r}; do not trust the bundle, export it again")
+    # The bundle's own library has the operators of a native graph.
+    functions = sorted(graph.functions) if manifest.native else []
+    unknown = f"the function {functions[0][:80]!r} is in a native graph" if functions else ""
+    unknown = unknown or unknown_node(graph.nodes, graph.functions, manifest.model.layers, len(manifest.slices))
+    if unknown:
+        raise BundleError(f"{path}: {unknown}; do not trust the bundle, export it again")
     size = path.stat().st_size
     for tensor in graph.initializers:
         if not tensor.file and math.prod(tensor.shape) > size:

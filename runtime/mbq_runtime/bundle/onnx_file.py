@@ -13,15 +13,16 @@ from math import prod
 from pathlib import Path
 
 from ..errors import BundleError
+from .operators import Node, full_name
 from .reading import open_file
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 14, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-_FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 7, 11
+_FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN, _FUNCTION_ATTRIBUTE = 1, 7, 10, 11
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 7, 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 1, 2, 1, 2, 1, 1
 
@@ -67,7 +68,8 @@ class Graph:
     initializers: its weights and constants.
     inputs: dimensions of each input by name; 0 for a dimension without a number.
     outputs: the same of each output.
-    domains: operator domains of all nodes, also of those within functions.
+    nodes: its nodes.
+    functions: nodes of each function, by the name of its operator.
     attention_tables: names of the rotary tables that attention nodes read.
     outside: why the file reaches for what a decoder does not need; "" where it does not.
     """
@@ -75,7 +77,8 @@ class Graph:
     initializers: list[Tensor] = field(default_factory=list)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    domains: set[str] = field(default_factory=set)
+    nodes: list[Node] = field(default_factory=list)
+    functions: dict[str, list[Node]] = field(default_factory=dict)
     attention_tables: set[str] = field(default_factory=set)
     outside: str = ""
 
@@ -124,16 +127,25 @@ class _Reader:
             if number == _MODEL_GRAPH:
                 self._outer(_run(value))
             elif number == _MODEL_FUNCTION:
-                for inner, part in self._fields(_run(value)):
-                    if inner == _FUNCTION_NODE:
-                        self._node(_run(part))
-                    elif inner == _FUNCTION_ATTRIBUTE:
-                        self._attribute(_run(part))
+                self._function(_run(value))
             elif number == _MODEL_TRAINING:
                 self._graph.outside = "it has a training graph"
             elif number == _MODEL_METADATA:
                 self._graph.outside = "it has settings of its own (metadata)"
         return self._graph
+
+    def _function(self, data: memoryview) -> None:
+        name, domain, nodes = "", "", list[Node]()
+        for number, value in self._fields(data):
+            if number == _FUNCTION_NODE:
+                nodes.append(self._node(_run(value)))
+            elif number == _FUNCTION_ATTRIBUTE:
+                self._attribute(_run(value))
+            elif number == _FUNCTION_NAME:
+                name = _text(value)
+            elif number == _FUNCTION_DOMAIN:
+                domain = _text(value)
+        self._graph.functions.setdefault(full_name(domain, name), []).extend(nodes)
 
     def _outer(self, data: memoryview) -> None:
         for number, value in self._fields(data):
@@ -144,39 +156,53 @@ class _Reader:
                 values = self._graph.inputs if number == _GRAPH_INPUT else self._graph.outputs
                 values[name] = shape
             elif number == _GRAPH_NODE:
-                self._node(_run(value))
+                self._graph.nodes.append(self._node(_run(value)))
             elif number == _GRAPH_SPARSE:
                 self._graph.outside = "it has sparse weights"
 
-    def _node(self, data: memoryview) -> None:
-        inputs, op, domain = list[str](), "", ""
+    def _node(self, data: memoryview) -> Node:
+        node, op, domain, attributes = Node(), "", "", 0
         for number, value in self._fields(data):
             if number == _NODE_INPUT:
-                inputs.append(_text(value))
+                node.inputs.append(_text(value))
+            elif number == _NODE_OUTPUT:
+                node.outputs.append(_text(value))
+            elif number == _NODE_NAME:
+                node.name = _text(value)
             elif number == _NODE_OP:
                 op = _text(value)
             elif number == _NODE_DOMAIN:
                 domain = _text(value)
-                self._graph.domains.add(domain)
-            elif number in (_NODE_OUTPUT, _NODE_NAME):
-                _text(value)  # ONNX Runtime puts it into its messages
             elif number == _NODE_ATTRIBUTE:
-                self._attribute(_run(value))
+                constant, attributes = self._attribute(_run(value)), attributes + 1
+                node.constant = constant if attributes == 1 else None
         if op == "GroupQueryAttention":
-            self._graph.attention_tables.update(inputs[7:9])
+            self._graph.attention_tables.update(node.inputs[7:9])
+        node.op = full_name(domain, op)
+        return node
 
-    def _attribute(self, data: memoryview) -> None:
+    def _attribute(self, data: memoryview) -> list[int] | None:
+        """The whole numbers of a constant, where it has some."""
+        constant = None
         for number, value in self._fields(data):
             if number in _ATTRIBUTE_TENSORS:
-                self._constant(_run(value))
+                constant = self._constant(_run(value))
             elif number in _ATTRIBUTE_GRAPHS:
                 self._graph.outside = "a node has a graph of its own, such as a loop"
             elif number in _ATTRIBUTE_SPARSE:
                 self._graph.outside = "it has sparse weights"
+        return constant
 
-    def _constant(self, data: memoryview) -> None:
+    def _constant(self, data: memoryview) -> list[int] | None:
         if self._tensor(data).file:
             self._graph.outside = "a node reads another file"
+        values = list[int]()
+        for number, value in self._fields(data):
+            if number == _TENSOR_INTS:
+                values += [value] if isinstance(value, int) else _varints(value)
+            elif number == _TENSOR_RAW:
+                return None
+        return values if len(values) <= _MOST_DIMENSIONS else None
 
     def _value(self, data: memoryview) -> tuple[str, tuple[int, ...]]:
         name, dims = "", list[int]()

@@ -1,0 +1,186 @@
+"""The operators that an exported ONNX graph has, and how many of each.
+
+A graph can ask for any amount of memory with a few nodes: a Concat that doubles its input, again and again, or a shape
+that is computed.  So each operator has its place and its count, and all others are refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+_MBQ, _MS = "ai.mbq.", "com.microsoft."
+_MOST_PADDED = 1  # the exporter adds one score, and one row
+_MOST_REPEATS = 2  # terms of a 16-bit activation
+
+_Counts = dict[str, tuple[int, int]]
+
+GRAPH: _Counts = {
+    "Add": (2, 4),
+    "Cast": (4, 0),
+    "Concat": (1, 0),
+    "Gather": (2, 0),
+    "MatMul": (8, 0),
+    "Mul": (4, 0),
+    "ReduceMean": (1, 0),
+    "ReduceSum": (2, 0),
+    "Reshape": (3, 4),
+    "Shape": (2, 0),
+    "SimplifiedLayerNormalization": (2, 4),
+    "Slice": (3, 0),
+    "Split": (0, 1),
+    "Sub": (2, 0),
+    f"{_MS}GroupQueryAttention": (0, 1),
+    f"{_MS}SkipSimplifiedLayerNormalization": (1, 2),
+    f"{_MBQ}GatedGelu": (0, 1),
+    f"{_MBQ}GatedSilu": (0, 1),
+    f"{_MBQ}RoutedMatMul": (2, 4),
+    f"{_MBQ}SlicedGather": (1, 0),
+}
+"""Most nodes of the graph by operator: a number, and a number more for each decoder block."""
+
+_GATE: _Counts = {"Split": (1, 0), "Mul": (1, 0), "Gelu": (1, 0), f"{_MS}QuickGelu": (1, 0)}
+
+FUNCTIONS: dict[str, _Counts] = {
+    f"{_MBQ}GatedGelu": _GATE,
+    f"{_MBQ}GatedSilu": _GATE,
+    f"{_MBQ}RoutedMatMul": {
+        "Constant": (1, 0),
+        "Shape": (2, 0),
+        "Slice": (1, 0),
+        "Sub": (1, 0),
+        f"{_MBQ}Router": (1, 0),
+        f"{_MBQ}SlicedMatMul": (1, 0),
+    },
+    f"{_MBQ}Router": {
+        "Add": (4, 0),
+        "ArgMin": (1, 0),
+        "Cast": (3, 0),
+        "Clip": (1, 0),
+        "Constant": (12, 0),
+        "ConstantOfShape": (1, 0),
+        "Div": (2, 0),
+        "Flatten": (1, 0),
+        "Gather": (8, 0),
+        "Gemm": (3, 0),
+        "Greater": (1, 0),
+        "GreaterOrEqual": (1, 0),
+        "LessOrEqual": (1, 0),
+        "Log": (1, 0),
+        "Mul": (3, 0),
+        "Pad": (3, 0),
+        "ReduceMean": (1, 0),
+        "Reshape": (1, 0),
+        "Shape": (1, 0),
+        "Sigmoid": (1, 0),
+        "Slice": (2, 0),
+        "Sqrt": (1, 0),
+        "Sub": (2, 0),
+        "Where": (2, 0),
+    },
+    f"{_MBQ}SlicedGather": {
+        "Add": (1, 1),
+        "BitShift": (0, 1),
+        "BitwiseAnd": (0, 1),
+        "Cast": (0, 1),
+        "Concat": (1, 0),
+        "Constant": (6, 4),
+        "Gather": (3, 2),
+        "Mul": (1, 1),
+        "Reshape": (3, 1),
+        "Shape": (1, 0),
+        "Sub": (0, 1),
+        "Unsqueeze": (2, 1),
+    },
+    f"{_MBQ}SlicedMatMul": {
+        "Abs": (2, 0),
+        "Concat": (6, 0),
+        "Constant": (14, 2),
+        "Div": (5, 0),
+        "Flatten": (1, 0),
+        "Gather": (1, 0),
+        "GatherND": (2, 1),
+        "Gemm": (2, 0),
+        "GreaterOrEqual": (2, 1),
+        "Max": (2, 0),
+        "Mul": (5, 1),
+        "NonZero": (0, 1),
+        "ReduceMax": (2, 0),
+        "ReduceSum": (2, 0),
+        "Reshape": (7, 0),
+        "Round": (2, 0),
+        "ScatterND": (0, 1),
+        "Shape": (1, 0),
+        "Sub": (3, 0),
+        "Transpose": (0, 1),
+        "Unsqueeze": (1, 0),
+        "Where": (2, 0),
+        f"{_MS}MatMulNBits": (0, 1),
+    },
+}
+"""Most nodes of each function of a portable graph: a number, and a number more for each slice."""
+
+
+@dataclass
+class Node:
+    """One node.
+
+    op: operator, with its domain before it; the standard domain is left out.
+    inputs, outputs: names of values.
+    name: of the node.
+    constant: whole numbers of a Constant; None: it has none, or too many.
+    """
+
+    op: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    name: str = ""
+    constant: list[int] | None = None
+
+
+def full_name(domain: str, op: str) -> str:
+    """An operator's name with its domain.
+
+    Args:
+        domain: "" and "ai.onnx" are the standard one.
+        op: name of the operator.
+    """
+    return op if domain in ("", "ai.onnx") else f"{domain}.{op}"
+
+
+def unknown_node(nodes: list[Node], functions: dict[str, list[Node]], layers: int, slices: int) -> str:
+    """What a graph has and an exported one has not; "" for nothing.
+
+    Args:
+        nodes: of the graph.
+        functions: nodes of each function by name.
+        layers: decoder blocks.
+        slices: slices of a matrix.
+    """
+    for name in functions:
+        if name not in FUNCTIONS:
+            return f"the function {name[:80]!r} is none that the exporter writes"
+    found = _surplus(nodes, GRAPH, layers)
+    for name, body in functions.items():
+        found = found or _surplus(body, FUNCTIONS[name], slices)
+    return found
+
+
+def _surplus(nodes: list[Node], most: _Counts, times: int) -> str:
+    counts = Counter[str]()
+    constants = {output: node.constant for node in nodes for output in node.outputs if node.op == "Constant"}
+    shapes = {output for node in nodes for output in node.outputs if node.op == "Shape"}
+    for node in nodes:
+        counts[node.op] += 1
+        fixed, more = most.get(node.op, (0, 0))
+        shown = f"node {(node.name or ''.join(node.outputs[:1]))[:80]!r} ({node.op[:80]})"
+        if counts[node.op] > fixed + more * times:
+            return f"{shown} is one more than the {fixed + more * times} of its kind that the exporter writes"
+        second = node.inputs[1] if len(node.inputs) > 1 else ""
+        if node.op == "Pad" and max(constants.get(second) or [_MOST_PADDED + 1]) > _MOST_PADDED:
+            return f"{shown} adds more than the exporter does"
+        if node.op == "ConstantOfShape" and not shapes.issuperset(node.inputs):
+            return f"{shown} has a shape that is not that of a value"
+        if node.op == "Concat" and max(Counter(node.inputs).values(), default=0) > _MOST_REPEATS:
+            return f"{shown} takes a value more than {_MOST_REPEATS} times"
+    return ""
