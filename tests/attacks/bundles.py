@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,28 @@ def listed_as_huge(name: str) -> Attack:
     return change
 
 
+def tokens(where: str, value: Any) -> Attack:
+    """A value of tokenizer.json."""
+    return lambda folder: set_in(folder / TOKENIZER, where, value)
+
+
+def steps(name: str, *found: Any) -> dict[str, Any]:
+    """Steps of the tokenizer, one after another."""
+    return {"type": "Sequence", name: list(found)}
+
+
+def replacing(old: str, new: str) -> dict[str, Any]:
+    """A step that replaces text."""
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def template(*pieces: Any) -> dict[str, Any]:
+    """The step that puts tokens around a text."""
+    special = {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}}
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [], "special_tokens": special}
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 SESSION = '"session_options": {'
 SEALED: dict[str, Attack] = {
     # What the engine would read beside what is checked.
@@ -337,6 +360,28 @@ SEALED: dict[str, Attack] = {
     "a bad byte in the tokenizer's settings": one_bad_byte("tokenizer_config.json"),
     "a bad byte in the template": one_bad_byte("chat_template.jinja"),
     "a bad byte in the engine's settings": one_bad_byte(CONFIG),
+    "a vocabulary that comes twice": text(TOKENIZER, '"vocab":', '"vocab": {}, "vocab":'),
+    "34 steps that double a text": tokens("normalizer", steps("normalizers", *[replacing("A", "AA")] * 34)),
+    "steps within steps": tokens(
+        "normalizer", steps("normalizers", *[steps("normalizers", *[replacing("A", "B")] * 6)] * 3)
+    ),
+    "7 steps that double a text": tokens("normalizer", steps("normalizers", *[replacing("A", "AA")] * 7)),
+    "7 steps that double a reply": tokens("decoder", steps("decoders", *[replacing("A", "AA")] * 7)),
+    "a long text for a letter": tokens("normalizer", replacing("A", "A" * 65)),
+    "an expression that matches nothing": tokens(
+        "normalizer", steps("normalizers", *[{**replacing("", "AAA"), "pattern": {"Regex": ""}}] * 4)
+    ),
+    "bytes of bytes": tokens("normalizer", steps("normalizers", *[{"type": "ByteLevel"}] * 7)),
+    "a table of long texts": tokens(
+        "normalizer", {"type": "Precompiled", "precompiled_charsmap": b64encode(bytes(4) + b"A" * 65).decode()}
+    ),
+    "a step without a type": tokens("normalizer", {"normalizers": []}),
+    "a template that repeats the text": tokens("post_processor", template(TEXT, TEXT)),
+    "a template of 100 tokens": tokens(
+        "post_processor", template(*[{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}] * 100, TEXT)
+    ),
+    "a long suffix of each word": tokens("model.end_of_word_suffix", "A" * 65),
+    "a tokenizer of 7 million lists": lambda f: (f / TOKENIZER).write_text("[" + "[]," * 7_000_000 + "[]]"),
     "tokenizer settings that come twice": text("tokenizer_config.json", "{", '{"eos_token": "x", '),
     "a key that comes twice, once escaped": text(CONFIG, '"search":', '"se\\u0061rch": {}, "search":'),
     "settings in UTF-16": lambda f: (f / CONFIG).write_bytes((f / CONFIG).read_text().encode("utf-16")),
@@ -404,6 +449,20 @@ BOTH: dict[str, Attack] = {
 """The manifest says what the settings say, and all hashes are right."""
 
 REASONS = {
+    "a vocabulary that comes twice": "'vocab' comes twice",
+    "34 steps that double a text": "has 34 steps",
+    "steps within steps": "has 18 steps",
+    "7 steps that double a text": "128 times longer",
+    "7 steps that double a reply": "128 times longer",
+    "a long text for a letter": "65 letters",
+    "an expression that matches nothing": "256 times longer",
+    "bytes of bytes": "128 times longer",
+    "a table of long texts": "65 times longer",
+    "a step without a type": "without a type",
+    "a template that repeats the text": "repeats the text",
+    "a template of 100 tokens": "101 entries",
+    "a long suffix of each word": "65 letters",
+    "a tokenizer of 7 million lists": "6000000 parts",
     "operators of an unknown domain": "(evil.Run)",
     "a Concat that doubles a value": "one more than the 1",
     "a Concat of one value": "more than 2 times",

@@ -19,12 +19,13 @@ from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node
 from .reading import check_text, read_json
 from .tensors import WEIGHTS, read_entries
+from .tokenizer_file import check_tokenizer
 
 _Kind = tuple[int, tuple[int, ...]]
 """Element type and shape."""
 
 
-_TEXTS = {"tokenizer.json": 64 << 20, "chat_template.jinja": 4 << 20}
+_TEXTS = {"chat_template.jinja": 4 << 20}
 _OTHER_JSON = {"tokenizer_config.json": 8 << 20, "generation_config.json": 1 << 20}
 """Most bytes of files that this package does not read itself.  Published models have half as much at most."""
 _MOST_DIGITS = 40  # Hugging Face writes 10^30 for no limit
@@ -47,7 +48,9 @@ def check_bundle(folder: Path, manifest: Manifest) -> Settings:
     check_unlisted(folder, manifest)
     settings = read_settings(folder, manifest)
     for entry in manifest.files:
-        if entry.name in _TEXTS:
+        if entry.name == "tokenizer.json":
+            check_tokenizer(folder / entry.name)
+        elif entry.name in _TEXTS:
             check_text(folder / entry.name, _TEXTS[entry.name])
         elif entry.name in _OTHER_JSON:
             read_json(folder / entry.name, _OTHER_JSON[entry.name], most_digits=_MOST_DIGITS)

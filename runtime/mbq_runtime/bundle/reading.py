@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,13 +130,17 @@ def parse_json(data: bytes, most_digits: int = 18) -> Any:
     return document
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if not isinstance(value, dict | list):
-        return
-    if left == 0:
-        raise ValueError("it is nested too deep")
-    for inner in value.values() if isinstance(value, dict) else value:
-        _check_depth(inner, left - 1)
+def _check_depth(document: Any, most: int) -> None:
+    level = _containers([document])
+    for _ in range(most):
+        level = [inner for one in level for inner in _containers(one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return
+    raise ValueError("it is nested too deep")
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, dict | list)]
 
 
 def check_text(path: Path, most_bytes: int) -> None:
