@@ -125,25 +125,66 @@ def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
         initializers(tmp_path / "model.onnx")
 
 
-def save_tvm(folder: Path, positions: int, **changes: tuple[int, ...]) -> manifest.Manifest:
-    """Write a file of parameters of zeros, and the manifest of its bundle.  changes: other shapes of planes by name."""
-    shapes = {f"full_attention.{part}": ("F32", (positions, 8)) for part in ("cos", "sin")}
-    for linear in LINEARS:
+TVM_LINEARS = (manifest.Linear("layers.0.attn_in", 40, 64), manifest.Linear("head", 264, 64))
+SIZES = {"U8": 1, "F16": 2, "F32": 4}
+Kinds = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def tvm_kinds() -> Kinds:
+    """Type and shape of each tensor of a small decoder."""
+    kinds: Kinds = {f"full_attention.{part}": ("F32", (facts().model.context_length, 8)) for part in ("cos", "sin")}
+    kinds |= {"embedding.scale": ("F32", (64,)), "model.norm": ("F32", (64,))}
+    for linear in TVM_LINEARS:
         (_, planes), (_, scales) = packed_kinds(linear, 64)
-        shapes[f"{linear.name}.planes"] = ("U8", changes.get(linear.name, planes))
-        shapes[f"{linear.name}.scales"] = ("F16", scales)
-    size = {"U8": 1, "F16": 2, "F32": 4}
-    entries = tensors.plan({name: (kind, shape, size[kind] * prod(shape)) for name, (kind, shape) in shapes.items()})
+        kinds |= {f"{linear.name}.planes": ("U8", planes), f"{linear.name}.scales": ("F16", scales)}
+        kinds[f"{linear.name}.router.table"] = ("F32", (2, 5))
+        kinds |= {f"{linear.name}.router.{part}": ("F32", (3,)) for part in ("bias", "norm_gain")}
+    return kinds
+
+
+def save_tvm(folder: Path, kinds: Kinds) -> manifest.Manifest:
+    """Write a file of parameters of zeros, and the manifest of its bundle."""
+    entries = tensors.plan({name: (kind, shape, SIZES[kind] * prod(shape)) for name, (kind, shape) in kinds.items()})
     with (folder / tensors.WEIGHTS).open("wb") as file:
         tensors.write_header(entries, file)
         file.write(bytes(sum(entry.size for entry in entries.values())))
-    return replace(facts(), layout="mbq16", engines=("tvm",), weights=manifest.Weights(0, {}, LINEARS))
+    return replace(facts(), layout="mbq16", engines=("tvm",), weights=manifest.Weights(0, {}, TVM_LINEARS))
 
 
-def test_parameters_of_tvm_hold_the_context_and_the_vocabulary(tmp_path: Path) -> None:
-    context = facts().model.context_length
-    check_contents(tmp_path, save_tvm(tmp_path, context))
+def test_parameters_of_tvm_hold_the_context(tmp_path: Path) -> None:
+    context, kinds = facts().model.context_length, tvm_kinds()
+    check_contents(tmp_path, save_tvm(tmp_path, kinds))
+    kinds["full_attention.cos"] = ("F32", (context - 1, 8))
     with pytest.raises(BundleError, match=f"full_attention.cos has {context - 1} positions"):
-        check_contents(tmp_path, save_tvm(tmp_path, context - 1))
-    with pytest.raises(BundleError, match=r"head\.planes has shape \[6144\], needed \[7168\]"):
-        check_contents(tmp_path, save_tvm(tmp_path, context, head=(96 * 64,)))
+        check_contents(tmp_path, save_tvm(tmp_path, kinds))
+
+
+def test_every_parameter_of_tvm_has_the_shape_of_the_manifest(tmp_path: Path) -> None:
+    for name, (kind, shape) in tvm_kinds().items():
+        if name.startswith("full_attention"):
+            continue
+        for wrong in (
+            (kind, (*shape[:-1], shape[-1] * 2)),
+            (kind, (*shape, 1)),
+            ("F16" if kind != "F16" else "F32", shape),
+        ):
+            if name.endswith("table") and wrong == (kind, (2, 10)):
+                continue  # a longer table
+            with pytest.raises(BundleError, match=f"{name} has type .* and shape .*, needed {kind} and "):
+                check_contents(tmp_path, save_tvm(tmp_path, tvm_kinds() | {name: wrong}))
+        if name != "model.norm":  # the manifest does not name norms
+            rest = {other: value for other, value in tvm_kinds().items() if other != name}
+            with pytest.raises(BundleError, match=f"{name} has shape none, needed "):
+                check_contents(tmp_path, save_tvm(tmp_path, rest))
+
+
+def test_matrices_of_tvm_fit_the_width_and_the_vocabulary(tmp_path: Path) -> None:
+    """A file that agrees with the manifest, whose head does not give the logits of all tokens."""
+    for linear, needed in (("head", r"\[264, 64\]"), ("layers.0.attn_in", r"\[any, 64\]")):
+        linears = tuple(manifest.Linear(linear, 96, 128) if one.name == linear else one for one in TVM_LINEARS)
+        kinds = tvm_kinds()
+        (_, planes), (_, scales) = packed_kinds(manifest.Linear(linear, 96, 128), 64)
+        kinds |= {f"{linear}.planes": ("U8", planes), f"{linear}.scales": ("F16", scales)}
+        found = replace(save_tvm(tmp_path, kinds), weights=manifest.Weights(0, {}, linears))
+        with pytest.raises(BundleError, match=f"{linear} is 96 x 128 in the manifest, needed {needed}"):
+            check_contents(tmp_path, found)

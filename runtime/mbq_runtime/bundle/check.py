@@ -13,10 +13,10 @@ from pathlib import Path
 from ..errors import BundleError
 from .genai_config import Settings, read_settings
 from .gpu_plan import FOLDER, read_plan
-from .layout import ROW_BLOCK
 from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
 from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node
+from .parameters import check_parameters, matrix_kinds
 from .reading import check_text, read_json
 from .tensors import WEIGHTS, read_entries
 from .tokenizer_file import check_tokenizer
@@ -100,14 +100,7 @@ def _check_tvm(folder: Path, manifest: Manifest, settings: Settings | None) -> N
         if name.endswith(_ROTARY):
             _check_rotary(path, name, entry.shape, manifest)
             _check_rotated(path, name, entry.shape, settings)
-    for linear in manifest.weights.linears:
-        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
-            found = entries.get(f"{linear.name}.{what}")
-            if found is None or found.shape != shape:
-                raise BundleError(
-                    f"{path}: {linear.name}.{what} has shape {list(found.shape) if found else 'none'}, needed "
-                    f"{list(shape)} ({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
-                )
+    check_parameters(path, entries, manifest, settings)
 
 
 def _check_plan(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
@@ -222,10 +215,8 @@ def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
         linear: the matrix.
         group_size: columns that share a scale.
     """
-    blocks = -(-linear.N // ROW_BLOCK)
-    planes = (blocks * ROW_BLOCK * linear.K,)  # 8 bits a weight, over all planes
-    scales = (blocks, linear.K // group_size, 2, ROW_BLOCK)
-    return (UINT8, planes), (FLOAT16, scales)
+    kinds = matrix_kinds(linear, group_size)
+    return (UINT8, kinds["planes"][1]), (FLOAT16, kinds["scales"][1])
 
 
 def _check_packed(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:

@@ -1,0 +1,112 @@
+"""Compares every tensor of a TVM decoder with the manifest.
+
+The compiled library reads tensors by their place alone, so a tensor of another shape would be read past its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import BundleError
+from .genai_config import Settings
+from .layout import ROW_BLOCK
+from .manifest import Linear, Manifest
+from .tensors import Entry
+
+_Kind = tuple[str, tuple[int, ...]]
+"""Element type and shape; -1 is any number."""
+
+_ROTARY = (".cos", ".sin")
+_HEAD_INPUT = "head_input."
+_AGAIN = "export the bundle again"
+
+
+def matrix_kinds(linear: Linear, group_size: int) -> dict[str, _Kind]:
+    """Kinds of the tensors of a matrix in the native layout, by the last part of their names.
+
+    Args:
+        linear: the matrix.
+        group_size: columns that share a scale.
+    """
+    blocks = -(-linear.N // ROW_BLOCK)
+    planes = blocks * ROW_BLOCK * linear.K  # 8 bits a weight, over all planes
+    return {"planes": ("U8", (planes,)), "scales": ("F16", (blocks, linear.K // group_size, 2, ROW_BLOCK))}
+
+
+def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifest, settings: Settings | None) -> None:
+    """Check the tensors of ``decoder.safetensors``.
+
+    Args:
+        path: the file.
+        entries: its tensors by name.
+        manifest: the bundle's manifest.
+        settings: of the engine; None: widths of heads are not compared.
+
+    Raises:
+        BundleError: a tensor is missing or unknown, or has another type or shape; the message names it.
+    """
+    vocab, hidden = manifest.model.vocab_size, manifest.model.hidden_size
+    sides = {"head": (vocab, hidden), "attn_in": (-1, hidden), "mlp_in": (-1, hidden)}
+    sides |= {"attn_out": (hidden, -1), "mlp_out": (hidden, -1)}
+    for linear in manifest.weights.linears:
+        needed = sides.get(linear.name.rpartition(".")[2], (-1, -1))
+        if not _fits((linear.N, linear.K), needed):
+            raise BundleError(
+                f"{path}: {linear.name} is {linear.N} x {linear.K} in the manifest, needed {_shown(needed)} "
+                f"for {vocab} tokens and width {hidden}; {_AGAIN}"
+            )
+    required = dict(_required(manifest))
+    for name in required.keys() - entries.keys():
+        raise BundleError(f"{path}: {name} has shape none, needed {_shown(required[name][1])}; {_AGAIN}")
+    optional = dict(_optional(manifest))
+    for name, entry in entries.items():
+        kind = required.get(name) or optional.get(name) or _other(name, settings, manifest)
+        if entry.dtype != kind[0] or not _fits(entry.shape, kind[1]):
+            raise BundleError(
+                f"{path}: {name} has type {entry.dtype} and shape {list(entry.shape)}, "
+                f"needed {kind[0]} and {_shown(kind[1])}; {_AGAIN}"
+            )
+    left, right, gain = (entries.get(_HEAD_INPUT + part) for part in ("left", "right", "gain"))
+    if left and right and gain and not left.shape[0] * right.shape[0] == math.prod(gain.shape) == hidden:
+        raise BundleError(f"{path}: {_HEAD_INPUT}left and right do not make a width of {hidden}; {_AGAIN}")
+
+
+def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
+    routed = len(manifest.slices) - 1
+    for linear in manifest.weights.linears:
+        for part, kind in matrix_kinds(linear, manifest.group_size).items():
+            yield f"{linear.name}.{part}", kind
+        yield f"{linear.name}.router.table", ("F32", (2, -1))
+        yield f"{linear.name}.router.bias", ("F32", (routed,))
+        yield f"{linear.name}.router.norm_gain", ("F32", (routed,))
+    yield "embedding.scale", ("F32", (manifest.model.hidden_size,))
+
+
+def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
+    hidden = manifest.model.hidden_size
+    embedding = matrix_kinds(Linear("embedding", manifest.model.vocab_size, hidden), manifest.group_size)
+    yield from ((f"embedding.{part}", kind) for part, kind in embedding.items())
+    for linear in manifest.weights.linears:
+        yield f"{linear.name}.bias", ("F32", (-(-linear.N // ROW_BLOCK) * ROW_BLOCK,))
+        yield f"{linear.name}.router.w1", ("F16", (-1, linear.K))
+        yield f"{linear.name}.router.b1", ("F32", (-1,))
+        yield f"{linear.name}.router.w2", ("F32", (len(manifest.slices) - 1, -1))
+    yield _HEAD_INPUT + "gain", ("F32", (hidden,))
+
+
+def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
+    """The kind of a tensor whose name the manifest does not give: a table of rotations, a turn, or a norm."""
+    if name.endswith(_ROTARY) or name.startswith(_HEAD_INPUT):
+        return "F32", (-1, -1)
+    of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")
+    return "F32", ((settings.head_dim if settings else -1) if of_heads else manifest.model.hidden_size,)
+
+
+def _fits(shape: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    return len(shape) == len(needed) and all(b in (-1, a) for a, b in zip(shape, needed, strict=True))
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join("any" if size < 0 else str(size) for size in shape) + "]"
