@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exporting import digests, export, kill_once, run
-from tiny_models import write_checkpoint
+from tiny_models import TINIEST, write_checkpoint
 
 from mbq_export.calibrated import Calibrated, quality_floor, worth
 from mbq_export.format.codes import Sliced
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.heavy
 @pytest.mark.slow
 def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
     # Eight blocks, so that there are steps to kill between.
-    model = write_checkpoint(tmp_path / "model", "llama", num_hidden_layers=8)
-    options = ["--tune-steps", "42", "--router", "norm"]
+    model = write_checkpoint(tmp_path / "model", "llama", **{**TINIEST, "num_hidden_layers": 8})
+    options = ["--tune-steps", "22", "--router", "norm"]
     run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
     work = tmp_path / "b" / ".model.3122.calibration"
 
@@ -46,7 +46,7 @@ def test_killed_five_times_it_resumes_to_the_same_bytes(tmp_path: Path, calibrat
 
 
 def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path, calibration_text: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", "llama")
+    model = write_checkpoint(tmp_path / "model", "llama", **TINIEST)
     options = ["--method", "learned", "--slices", "2,2,2,2", "--tune-steps", "42"]
     said = run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
     assert "choosing residual slices" in said
@@ -61,7 +61,7 @@ def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path
 
 
 def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_text: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", "llama")
+    model = write_checkpoint(tmp_path / "model", "llama", **TINIEST)
     ratios = {}
     for method in ("rtn", "nested"):
         run(export(model, calibration_text, tmp_path / method, "--method", method))
@@ -79,7 +79,7 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
 
 
 def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path, calibration_text: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", "llama")
+    model = write_checkpoint(tmp_path / "model", "llama", **TINIEST)
     said = run(export(model, calibration_text, tmp_path / "out" / "auto", "--slices", "auto", "--tune-steps", "4"))
     facts = manifest.read(tmp_path / "out" / "auto")
     tried = facts.calibration["slices"]

@@ -88,7 +88,7 @@ def test_rows_run_out(checkpoint: Checkpoint, folder: Path) -> None:
         calibration_windows(checkpoint, open_source(f"hf:{folder}"), 30, 10, 64)
 
 
-@pytest.mark.slow  # the hub's client tries six times
+@pytest.mark.heavy
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     """The whole command: one line, before the model is loaded."""
     model = write_checkpoint(tmp_path / "llama", "llama")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
+from warm_start import COMMAND, Running
 
 pytestmark = pytest.mark.heavy
 
@@ -32,14 +31,12 @@ def broken(model: Path, tmp_path: Path) -> Path:
 
 
 def export(folder: Path, *args: str | Path, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mbq_export.cli", "--target", "portable", "--calib-tokens", "512"]
-    command += ["--output", str(folder / "out" / "bundle"), *map(str, args)]
-
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, preexec_fn=limit)
+    arguments = ["--target", "portable", "--calib-tokens", "512"]
+    arguments += ["--output", str(folder / "out" / "bundle"), *map(str, args)]
+    running = Running(arguments, limit_bytes)
+    stdout, stderr = running.communicate()
+    assert running.returncode is not None
+    return subprocess.CompletedProcess(arguments, running.returncode, stdout, stderr)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], folder: Path, code: int, *parts: str) -> None:
@@ -53,7 +50,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], folder: Path, code: i
 
 
 def test_a_good_export_and_then_output_exists(model: Path, calibration_text: Path, tmp_path: Path) -> None:
-    args = ("--model", model, "--calib-data", calibration_text)
+    args = ("--model", model, "--calib-data", calibration_text, "--tune-steps", "2", "--router", "norm")
     first = export(tmp_path, *args, "--json")
     assert first.returncode == 0, first.stderr
     manifest = (tmp_path / "out" / "bundle" / "manifest.json").read_bytes()
@@ -157,7 +154,7 @@ def test_disk_full_in_the_middle(model: Path, calibration_text: Path, tmp_path: 
 
 
 def test_interrupt(model: Path, calibration_text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mbq_export.cli", "--target", "portable", "--model", str(model)]
+    command = [*COMMAND, "--target", "portable", "--model", str(model)]
     command += [
         "--calib-data",
         str(calibration_text),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import digests, export, kill_once, run
-from tiny_models import write_checkpoint
+from tiny_models import TINIEST, write_checkpoint
 
 from mbq_export import methods
 from mbq_export.model.blocks import fast_dtype
@@ -46,8 +46,8 @@ def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibration_text: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", "llama")
-    options = ["--tune-steps", "24"]
+    model = write_checkpoint(tmp_path / "model", "llama", **TINIEST)
+    options = ["--tune-steps", "22"]
     said = run(together(export(model, calibration_text, tmp_path / "a" / "bundle", *options)))
     assert "memory in each of 2 processes" in said
     assert said.count("slicing blocks ...") == said.count("Wrote ") == 1  # one of them speaks
