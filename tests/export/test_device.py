@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_checkpoint
+from tiny_models import TINIEST, write_checkpoint
 
 from mbq_export import devices
 
@@ -59,7 +59,7 @@ def test_a_calibration_there_is_one_here(
     tmp_path: Path, family: str, method: str, codes: float, first_codes: float, perplexity: float
 ) -> None:
     """codes, first_codes, perplexity: limits of relative differences of weights, the first block's weights, curves."""
-    model = write_checkpoint(tmp_path / "model", family)
+    model = write_checkpoint(tmp_path / "model", family, **TINIEST)
     found = json.loads(script("other_device.py", str(model), method))
     # Sums have another order, so a code at the edge of its cell may change, and feedback spreads this.
     assert max(found["apart"].values()) < codes

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import write_checkpoint
+from tiny_models import TINIEST, write_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mbq_export import memory
@@ -54,7 +54,7 @@ profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
 methods.METHODS[method] = replace(methods.METHODS[method], sweeps=1)
 checkpoint = load(locate(model), None if memory.KEPT_WEIGHT_BYTES else work)
 rng = np.random.default_rng(0)
-fitted, held_back = (rng.integers(0, 8000, (windows, methods.CONTEXT_TOKENS)) for windows in (4, 2))
+fitted, held_back = (rng.integers(0, 4000, (2, methods.CONTEXT_TOKENS)) for _ in range(2))
 planned = plan.Plan(checkpoint.decoder, profile, 64, "mbq16", "auto", fitted.size, methods.tunings(method, profile, 2))
 steps = Store(work / "steps", "wide")
 calibrate(Calibration(checkpoint, methods.Recipe(profile, 64, method, 2), steps), fitted, held_back)
@@ -65,13 +65,13 @@ print(peak, planned.peak_memory_bytes, checkpoint.parameters)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "method", "ffn"),
-    [(0, "nested", 4096), (memory.KEPT_WEIGHT_BYTES, "learned", 3072)],
+    [(0, "nested", 3072), (memory.KEPT_WEIGHT_BYTES, "learned", 2304)],
 )
 def test_a_wide_model_takes_the_memory_that_was_stated(tmp_path: Path, kept: int, method: str, ffn: int) -> None:
-    """Two blocks about half as wide as those of a model of a billion weights, which only has more of them."""
+    """Two blocks about a third as wide as those of a model of a billion weights, which only has more of them."""
     folder = write_checkpoint(
-        tmp_path / "wide", "llama", hidden_size=1024, intermediate_size=ffn, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=64, num_hidden_layers=2, vocab_size=8000, max_position_embeddings=2048,
+        tmp_path / "wide", "llama", hidden_size=768, intermediate_size=ffn, num_attention_heads=12,
+        num_key_value_heads=6, head_dim=64, num_hidden_layers=2, vocab_size=4000, max_position_embeddings=2048,
     )  # fmt: skip
     command = [sys.executable, "-c", WIDE, str(folder), str(tmp_path / "work"), str(kept), method]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -117,8 +117,8 @@ def test_large_models_take_less_memory_than_their_weights(plan: Plan, weights: f
     assert plan.work_bytes > plan.weights_file_bytes + plan.routed_parameters
 
 
-def stored_as_bfloat16(folder: Path, family: str) -> str:
-    write_checkpoint(folder, family)
+def stored_as_bfloat16(folder: Path, family: str, **changes: object) -> str:
+    write_checkpoint(folder, family, **changes)
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
     return str(folder)
 
@@ -143,12 +143,12 @@ def test_a_model_in_a_file_is_the_same_model(tmp_path: Path, family: str) -> Non
 def test_a_model_in_a_file_becomes_the_same_bundle(
     tmp_path: Path, calibration_text: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = stored_as_bfloat16(tmp_path / "model", family)
+    model = stored_as_bfloat16(tmp_path / "model", family, **TINIEST, head_dim=32)
     weights = []
     for kept in (memory.KEPT_WEIGHT_BYTES, 0):
         monkeypatch.setattr(memory, "KEPT_WEIGHT_BYTES", kept)
         output = tmp_path / str(kept)
-        arguments = ["--target", "portable", "--model", model, "--output", str(output), "--tune-steps", "4"]
+        arguments = ["--target", "portable", "--model", model, "--output", str(output), "--tune-steps", "3"]
         command([*arguments, "--calib-data", str(calibration_text), "--calib-tokens", "2048"], standalone_mode=False)
         weights.append(np.fromfile(output / "model.onnx.data", np.uint8))
     np.testing.assert_array_equal(*weights)
