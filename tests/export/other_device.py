@@ -28,6 +28,7 @@ from mbq_export.methods import METHODS, Recipe
 from mbq_export.model import blocks
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
+from mbq_export.routing import mlp
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 aten = torch.ops.aten
@@ -117,7 +118,9 @@ def _calibrated(model: str, method: str, device: str) -> Calibrated:
 def main(model: str, method: str) -> None:
     """Print relative differences of the weights at full depth, and both quality curves."""
     blocks.fast_bytes = lambda: 4  # both in float32
-    METHODS[method] = replace(METHODS[method], sweeps=1)  # every op on that device runs in Python
+    # Every op on that device runs in Python.
+    METHODS[method] = replace(METHODS[method], sweeps=1)
+    mlp._STEPS = 15
     with sdpa_kernel(SDPBackend.MATH):
         here = _calibrated(model, method, "cpu")
     with other_device() as device:
