@@ -11,7 +11,7 @@ from finished_exports import finished
 # The engine's wheels report usage unless told not to.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-REAL_TARGETS = ("host", "arm64", "rpi4", "portable")
+REAL_TARGETS = ("host", "arm64", "rpi4", "portable", "android-adreno", "webgpu")
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +24,9 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M for every kind of target, from one run of the command line."""
-    # A thirteenth of the usual tuning and a seventh of the text: a quarter of the time.
-    options = ["--tune-steps", "6", "--calib-tokens", "6144"]
+    """SmolLM2-135M for every kind of target, and for both engines where a target has both, from one calibration."""
+    # A fortieth of the usual tuning and a thirteenth of the text.
+    options = ["--engine", "both", "--tune-steps", "2", "--calib-tokens", "3072"]
     for target in REAL_TARGETS:
         options += ["--target", target]
     folder = finished(options, tmp_path_factory.mktemp("smollm2"))
@@ -51,18 +51,3 @@ def smollm2_rpi4_bundle(smollm2_bundles: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_portable_bundle(smollm2_bundles: dict[str, Path]) -> Path:
     return smollm2_bundles["portable"]
-
-
-TWO_ENGINE_TARGETS = ("host", "arm64", "rpi4")
-GPU_TARGETS = ("android-adreno", "webgpu")
-
-
-@pytest.fixture(scope="session")
-def smollm2_two_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M for both engines of processors, and for GPUs, sliced down to 2 bits by rounding alone; by target."""
-    options = ["--engine", "both", "--slices", "2,2,2,2", "--method", "rtn", "--router", "norm"]
-    options += ["--calib-tokens", "4096"]
-    for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS):
-        options += ["--target", target]
-    folder = finished(options, tmp_path_factory.mktemp("two-engines"))
-    return {target: folder / f"smollm2-135m-{target}" for target in (*TWO_ENGINE_TARGETS, *GPU_TARGETS)}

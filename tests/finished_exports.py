@@ -26,6 +26,7 @@ from mbq_runtime.bundle import isa, manifest
 from mbq_runtime.errors import BundleError
 
 REPO = Path(__file__).parents[1]
+PROGRAM = Path(__file__).with_name("short_export.py")
 SOURCES = ("mbq_export", "targets/mbq_targets", "runtime/mbq_runtime")
 """Folders whose files an export depends on."""
 OTHER_ROOMS = ("compare", "server", "chat", "control", "sensing", "simulate", "commands")
@@ -67,6 +68,7 @@ def key(options: Sequence[str], repo: Path = REPO) -> str:
     machine = isa.this_machine()
     facts = {
         "options": list(options),
+        "program": PROGRAM.read_text(encoding="utf-8"),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "machine": {name: sorted(v) if isinstance(v, frozenset) else str(v) for name, v in asdict(machine).items()},
@@ -100,7 +102,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _export(options: Sequence[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "mbq_export.cli", "--output", str(folder), *options]
+    command = [sys.executable, str(PROGRAM), "--output", str(folder), *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 

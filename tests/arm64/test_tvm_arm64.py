@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CORES = {"arm64": "cortex-a76", "rpi4": "cortex-a72"}
 PROMPT = "The history of the lighthouse begins"
-REPLY_TOKENS = 32
+REPLY_TOKENS = 12
 TIE = 1e-3
 LOGITS_TOLERANCE = 1e-2  # of the largest logit
 
@@ -69,16 +69,16 @@ def tvm_overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("target", list(CORES))
 def test_the_board_says_what_the_host_says(
-    userland: Userland, tvm_overlay: Path, smollm2_two_engines: dict[str, Path], target: str, tmp_path: Path
+    userland: Userland, tvm_overlay: Path, smollm2_bundles: dict[str, Path], target: str, tmp_path: Path
 ) -> None:
-    host = Engine.load(smollm2_two_engines["host"], engine="onnx")
+    host = Engine.load(smollm2_bundles["host"], engine="onnx")
     prompt = host.encode(PROMPT, add_bos=True)
     budgets = [f"{host.manifest.budget.min_bits:g}", "4", "8"]
     out = tmp_path / "board.npz"
     script = [
         "-c",
         ON_THE_BOARD,
-        smollm2_two_engines[target],
+        smollm2_bundles[target],
         json.dumps(prompt),
         str(REPLY_TOKENS),
         json.dumps(budgets),

@@ -23,12 +23,12 @@ CHANGES = 1000
     [("host", "onnx", 400), ("host", "tvm", 400), ("android-adreno", None, 24), ("webgpu", None, 6)],
 )
 def test_a_thousand_changes_tear_nothing(
-    smollm2_two_engines: dict[str, Path], target: str, engine: str | None, new_tokens: int
+    smollm2_bundles: dict[str, Path], target: str, engine: str | None, new_tokens: int
 ) -> None:
     """At the ends of the range every token's bits are the budget's: a torn or a lost one would be another number."""
     if target in needs.GPU_ENGINES:
         needs.gpu(needs.GPU_ENGINES[target])
-    loaded = Engine.load(smollm2_two_engines[target], engine=engine, context=512, threads=2)
+    loaded = Engine.load(smollm2_bundles[target], engine=engine, context=512, threads=2)
     ends = loaded.manifest.budget.min_bits, 8.0
     finished, changed = threading.Event(), 0
 
@@ -56,8 +56,8 @@ def test_a_thousand_changes_tear_nothing(
 
 
 @pytest.mark.parametrize("engine", ["onnx", "tvm"])
-def test_threads_change_who_works_and_not_what_is_said(smollm2_two_engines: dict[str, Path], engine: str) -> None:
-    loaded = Engine.load(smollm2_two_engines["host"], engine=engine, context=512, threads=2)
+def test_threads_change_who_works_and_not_what_is_said(smollm2_bundles: dict[str, Path], engine: str) -> None:
+    loaded = Engine.load(smollm2_bundles["host"], engine=engine, context=512, threads=2)
     texts = []
     for threads in (2, 1, 2):
         loaded.threads = threads
@@ -71,9 +71,9 @@ def test_threads_change_who_works_and_not_what_is_said(smollm2_two_engines: dict
 
 
 @pytest.mark.parametrize("engine", ["onnx", "tvm"])
-def test_one_thread_of_two_leaves_a_core_alone(smollm2_two_engines: dict[str, Path], engine: str) -> None:
+def test_one_thread_of_two_leaves_a_core_alone(smollm2_bundles: dict[str, Path], engine: str) -> None:
     """Processor time over time of the same passes: about two with two threads, and less with one."""
-    loaded = Engine.load(smollm2_two_engines["host"], engine=engine, context=512, threads=2)
+    loaded = Engine.load(smollm2_bundles["host"], engine=engine, context=512, threads=2)
 
     def processors(threads: int) -> float:
         loaded.threads = threads
@@ -88,7 +88,7 @@ def test_one_thread_of_two_leaves_a_core_alone(smollm2_two_engines: dict[str, Pa
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_engine_ends_with_its_other_threads_asleep(smollm2_two_engines: dict[str, Path], threads: int) -> None:
+def test_an_engine_ends_with_its_other_threads_asleep(smollm2_bundles: dict[str, Path], threads: int) -> None:
     """A session waits for its threads when it ends; one that was told nothing ends with the process."""
     script = """if True:
         import gc, sys
@@ -107,6 +107,6 @@ def test_an_engine_ends_with_its_other_threads_asleep(smollm2_two_engines: dict[
                 gc.collect()
         print("done")
     """
-    command = [sys.executable, "-c", script, str(smollm2_two_engines["host"]), str(threads)]
+    command = [sys.executable, "-c", script, str(smollm2_bundles["host"]), str(threads)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

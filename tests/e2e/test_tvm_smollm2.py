@@ -17,8 +17,8 @@ LOGITS_TOLERANCE = 1e-2  # of the largest logit
 TIE = 1e-3
 
 
-def test_the_compiled_decoder_says_what_the_graph_says(smollm2_two_engines: dict[str, Path]) -> None:
-    engines = [Engine.load(smollm2_two_engines["host"], engine=name) for name in ("onnx", "tvm")]
+def test_the_compiled_decoder_says_what_the_graph_says(smollm2_bundles: dict[str, Path]) -> None:
+    engines = [Engine.load(smollm2_bundles["host"], engine=name) for name in ("onnx", "tvm")]
     onnx, compiled = engines
     replies = [e.generate(PROMPT, max_tokens=REPLY_TOKENS, avg_bits=8, chat=False) for e in engines]
     texts = [reply.text() for reply in replies]
@@ -38,8 +38,8 @@ def test_the_compiled_decoder_says_what_the_graph_says(smollm2_two_engines: dict
         assert a.avg_bits_used == pytest.approx(b.avg_bits_used, abs=0.02)
 
 
-def test_switching_allocates_nothing(smollm2_two_engines: dict[str, Path]) -> None:
-    engine = Engine.load(smollm2_two_engines["host"], engine="tvm")
+def test_switching_allocates_nothing(smollm2_bundles: dict[str, Path]) -> None:
+    engine = Engine.load(smollm2_bundles["host"], engine="tvm")
     budgets = [8.0, 3.0, 6.0, 4.0]
     reply = engine.generate(PROMPT, max_tokens=len(budgets) * 8, avg_bits=budgets[0], chat=False)
     resident = []

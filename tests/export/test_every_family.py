@@ -39,6 +39,7 @@ def test_a_bundle_says_what_its_model_says(
     source, bundle = write_checkpoint(tmp_path / name, name), tmp_path / "bundle"
     arguments = ["--target", target, "--model", source, "--output", bundle]
     arguments += ["--calib-data", calibration_text, "--calib-tokens", 1024, "--method", method, "--json"]
+    arguments += ["--tune-steps", 4] if method == "nested" else []
     command([str(argument) for argument in arguments], standalone_mode=False)
 
     # Step by step, in a cache written in place, past a sliding window: what one pass says.
