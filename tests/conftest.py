@@ -25,8 +25,8 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SmolLM2-135M for every kind of target, and for both engines where a target has both, from one calibration."""
-    # A fortieth of the usual tuning and a thirteenth of the text.
-    options = ["--engine", "both", "--tune-steps", "2", "--calib-tokens", "3072"]
+    # A fortieth of the usual tuning, and a few windows of text.
+    options = ["--engine", "both", "--tune-steps", "2", "--calib-tokens", "1536"]
     for target in REAL_TARGETS:
         options += ["--target", target]
     folder = finished(options, tmp_path_factory.mktemp("smollm2"))
