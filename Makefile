@@ -14,7 +14,7 @@ QUICK := not slow and not heavy
 # Two runs of pytest share the two cores, so each multiplies on one.
 FIRST := tests/sensing tests/runtime
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
-FIRST_HALF := tests/arm64 tests/e2e tests/gpu tests/targets $(FIRST)
+FIRST_HALF := tests/arm64 tests/e2e tests/gpu $(FIRST)
 
 .PHONY: demo test test-quick test-quick-first test-quick-second test-first test-second coverage bench dist \
     system-packages lint clean
