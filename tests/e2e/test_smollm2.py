@@ -67,7 +67,7 @@ def test_every_budget_keeps_its_share_of_the_models_quality(measured: dict[str, 
     print(f"\nperplexity over float32: {ratios}")
     # Looser than what a whole calibration reaches: this one had three windows of text, a fortieth of the tuning and
     # a third of the refinement.
-    limits = {8.0: 1.02, 6.0: 1.03, 5.0: 1.07, 4.0: 1.15, 3.5: 1.3, 3.0: 1.65}
+    limits = {8.0: 1.06, 6.0: 1.08, 5.0: 1.15, 4.0: 1.28, 3.5: 1.5, 3.0: 2.1}
     assert all(ratios[bits] <= limit for bits, limit in limits.items()), ratios
 
 
