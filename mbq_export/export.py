@@ -79,7 +79,7 @@ def export(
         router: the rule that picks each token's depth.  "auto": the one that measures best.
         floor_ratio: the highest acceptable perplexity at the quality floor, over the original model's.
         calib_data: a UTF-8 text file, a ``.jsonl`` file of chats, or ``hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]``.
-            None: the packaged Wikipedia text.
+            None: Wikipedia and code that come with packages, and chats that the model itself writes.
         calib_tokens: how many tokens of it are used.  None: the method's own number.
         device: where to calibrate, as torch names it.  "auto": a GPU with enough free memory, else the processor.
         seed: seed of all random numbers.
@@ -197,6 +197,7 @@ class _Trial:
 
 
 def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> _Trial:
+    from . import processes
     from .calibrate import calibrate
     from .calibrated import worth
     from .context import Calibration
@@ -211,7 +212,10 @@ def _calibrated(prepared: Prepared, profile: SliceProfile, progress: Report) -> 
     checkpoint = load(prepared.source, beside if plan.weights_file_bytes else None, prepared.device)
     loading(1, 1)
     count = max(1, plan.calib_tokens // CONTEXT_TOKENS)
-    fitted, held_back = calibration_windows(checkpoint, prepared.text, count, held_back_windows(count), CONTEXT_TOKENS)
+    # One process's text: another device may draw other tokens.
+    fitted, held_back = processes.from_first(
+        calibration_windows(checkpoint, prepared.text, count, held_back_windows(count), CONTEXT_TOKENS, report=progress)
+    )
     recipe = Recipe(profile, plan.group_size, options.method, options.tune_steps, options.router, options.seed)
     store = _store(prepared, checkpoint, recipe, fitted)
     if store.finished:
@@ -258,7 +262,7 @@ def _facts(prepared: Prepared, trials: list[_Trial], best: _Trial) -> dict[str, 
     }
     if len(trials) > 1:
         facts["slices"] = {
-            str(trial.calibrated.profile): dict(zip(("floor_bits", "perplexity"), trial.worth, strict=True))
+            str(trial.calibrated.profile): dict(zip(("floor_bits", "kl_divergence"), trial.worth, strict=True))
             for trial in trials
         }
     return facts

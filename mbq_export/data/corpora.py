@@ -3,8 +3,8 @@
 The wheel of gensim carries a part of an English Wikipedia dump and news stories.  gensim's ``filter_wiki`` turns the
 mark-up into plain text.  Each Wikipedia article belongs to one part, so that no figure is measured on text that it
 was fitted to: every second article is for evaluation; of the others, every fourth is held back from calibration, to
-choose routers and set thresholds.  Technical prose is the language reference that Python carries.  Code is a part of
-Python's standard library.
+choose routers and set thresholds.  Technical prose is the language reference that Python carries.  Code is modules of
+Python's standard library, others for each part.
 """
 
 from __future__ import annotations
@@ -23,10 +23,24 @@ from mbq_runtime.errors import UsageError
 
 _WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWS = "lee_background.cor"
-_CODE_MODULES = (
-    "bisect", "configparser", "csv", "difflib", "fractions", "heapq", "queue", "sched", "shlex", "statistics", "string",
-    "textwrap",
-)  # fmt: skip
+_CODE_MODULES = {
+    "calibration": (
+        "ast", "argparse", "calendar", "cmd", "codecs", "contextlib", "copy", "dataclasses", "doctest",
+        "enum", "ftplib", "functools", "gettext", "gzip", "html.parser", "http.client", "http.cookies",
+        "http.server", "imaplib", "inspect", "json.decoder", "json.encoder", "locale", "logging", "mailbox",
+        "mimetypes", "optparse", "pickletools", "platform", "plistlib", "pprint", "profile", "pstats",
+        "random", "selectors", "shutil", "smtplib", "socketserver", "subprocess", "tarfile", "threading",
+        "timeit", "turtle", "typing", "urllib.parse", "urllib.request", "weakref", "zipfile",
+    ),
+    "validation": (
+        "base64", "fnmatch", "getopt", "glob", "ipaddress", "keyword", "numbers", "pkgutil", "pyclbr",
+        "reprlib", "tempfile", "tokenize", "trace", "uuid", "wave", "xmlrpc.client",
+    ),
+    "evaluation": (
+        "bisect", "configparser", "csv", "difflib", "fractions", "heapq", "queue", "sched", "shlex",
+        "statistics", "string", "textwrap",
+    ),
+}  # fmt: skip
 _MIN_ARTICLE_CHARS = 2000
 # Lines of headings, lists, tables, images and instructions to the wiki.  The space is not \s, which would also match
 # an empty line and remove the paragraph after it.
@@ -87,6 +101,10 @@ def technical() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def code() -> str:
-    """Source of a dozen modules of the running Python, a fourth domain.  Nothing is calibrated on it."""
-    return "\n\n".join(inspect.getsource(import_module(name)) for name in _CODE_MODULES)
+def code(part: str) -> str:
+    """Source of modules of the running Python, a fourth domain.
+
+    Args:
+        part: "calibration", "validation" or "evaluation", as for ``wikipedia``.
+    """
+    return "\n\n".join(inspect.getsource(import_module(name)) for name in _CODE_MODULES[part])

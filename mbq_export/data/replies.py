@@ -1,14 +1,15 @@
-"""What a model itself says: chats that it continues, as a text to measure on.
+"""What a model itself says: chats that it continues, as a text to calibrate on or to measure on.
 
-``heldback.json`` has the prompts: single questions, and conversations of several turns with a system prompt.  Nothing
-is calibrated on them.  The original model answers them once by sampling with a fixed seed.  The finished chats lie in
-the cache folder, by a hash of the model and of the prompts.
+``prompts.json`` has the prompts for calibration, ``heldback.json`` those that nothing is calibrated on: single
+questions, and conversations of several turns with a system prompt.  The original model answers them once by sampling
+with a fixed seed.  The finished chats lie in the cache folder, by a hash of the model and of the prompts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,23 +24,37 @@ from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import ModelError
 
 from ..model.checkpoint import Checkpoint
-from ..progress import Report
+from ..progress import Report, StageReport, staged
 from .documents import Messages
+
+log = logging.getLogger(__name__)
 
 HELD_BACK = Path(__file__).with_name("heldback.json")
 """The prompts that nothing is calibrated on."""
+CALIBRATION = Path(__file__).with_name("prompts.json")
+"""The prompts for calibration: some that slices are fitted to, and some that are held back from that."""
 KINDS = ("chat", "conversation")
 
 _REPLY_TOKENS = 256
+_CALIBRATION_REPLY_TOKENS = 128
+"""Short replies are of more prompts at equal work."""
 _ENOUGH_TOKENS = 13_000
 """24 windows of 512 tokens, and a rest.  The prompts are answered again, by other random numbers, until there are so
 many."""
 _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
 _SEED = 0
-_BATCH = 24
+_BATCH = 64
 _FORMAT = 1
 """Goes into the hash.  It rises when the replies would change."""
+
+
+@dataclass(frozen=True)
+class _Length:
+    """How long a text gets: all of it has ``enough`` tokens or more, and one reply ``reply`` at most."""
+
+    enough: int
+    reply: int
 
 
 @dataclass
@@ -69,19 +84,49 @@ def held_back(kind: str, checkpoint: Checkpoint, report: Report) -> str:
             f"text {kind}: the tokenizer of {checkpoint.source.name} has no chat template; leave this text out"
         )
     chats = json.loads(HELD_BACK.read_text(encoding="utf-8"))[kind]
-    file = cache_dir() / "replies" / f"{kind}-{_key(checkpoint, chats)}.json"
-    if not file.is_file():
-        said = _answered(checkpoint, chats, report, f"writing replies ({kind})")
+    return _said(checkpoint, kind, chats, _Length(_ENOUGH_TOKENS, _REPLY_TOKENS), report)
+
+
+def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> str:
+    """The chats of a model on the prompts for calibration, by its chat template where there is one.
+
+    Args:
+        part: "fitted" or "held_back".
+        checkpoint: the original model.
+        tokens: how many are needed.
+        report: told how many tokens are done.
+
+    Raises:
+        ModelError: the template refuses the chats.
+    """
+    chats = json.loads(CALIBRATION.read_text(encoding="utf-8"))[part]
+    return _said(checkpoint, part, chats, _Length(tokens, _CALIBRATION_REPLY_TOKENS), report)
+
+
+def _said(checkpoint: Checkpoint, name: str, chats: Sequence[Any], length: _Length, report: Report) -> str:
+    """The chats with the model's replies."""
+    file = cache_dir() / "replies" / f"{name}-{_key(checkpoint, chats, length)}.json"
+    if file.is_file():
+        said = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        said = _answered(checkpoint, chats, length, staged(report, f"writing replies ({name})"))
+        _keep(said, file)
+    return "".join(_rendered(checkpoint, messages) for messages in said)
+
+
+def _keep(said: list[Messages], file: Path) -> None:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(file)
-    return "".join(_rendered(checkpoint, messages) for messages in json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        log.warning("the model's replies are not kept for the next time: %s", error)
 
 
-def _key(checkpoint: Checkpoint, chats: object) -> str:
+def _key(checkpoint: Checkpoint, chats: object, length: _Length) -> str:
     """A hash of all that the replies depend on."""
-    settings = [_FORMAT, _REPLY_TOKENS, _ENOUGH_TOKENS, _MOST_ROUNDS, _TEMPERATURE, _SEED, _BATCH, chats]
+    settings = [_FORMAT, length.reply, length.enough, _MOST_ROUNDS, _TEMPERATURE, _SEED, _BATCH, chats]
     found = hashlib.sha256(json.dumps([settings, checkpoint.tokenizer.chat_template], sort_keys=True).encode())
     found.update(checkpoint.model.config.to_json_string().encode())
     for name, tensor in checkpoint.model.state_dict().items():
@@ -90,30 +135,28 @@ def _key(checkpoint: Checkpoint, chats: object) -> str:
     return found.hexdigest()[:32]
 
 
-def _answered(checkpoint: Checkpoint, chats: Sequence[Any], report: Report, what: str) -> list[Messages]:
-    """All chats with the model's replies.  Chats are begun again until there are enough tokens."""
-    batches = [chats[start : start + _BATCH] for start in range(0, len(chats), _BATCH)]
+def _answered(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length, progress: StageReport) -> list[Messages]:
+    """Chats with the model's replies, until there are enough tokens.  After the last chat it begins again."""
     said: list[Messages] = []
     tokens = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        for done in range(_MOST_ROUNDS * len(batches)):
-            if done >= len(batches) and tokens >= _ENOUGH_TOKENS:
-                break
-            part = _continued(checkpoint, batches[done % len(batches)])
+        while tokens < length.enough and len(said) < _MOST_ROUNDS * len(chats):
+            count = min(_BATCH, -(-(length.enough - tokens) // length.reply))
+            part = _continued(checkpoint, [chats[(len(said) + i) % len(chats)] for i in range(count)], length.reply)
             said += part
             tokens += sum(len(_ids(checkpoint, _rendered(checkpoint, messages))) for messages in part)
-            report(what, min(tokens, _ENOUGH_TOKENS), _ENOUGH_TOKENS)
+            progress(min(tokens, length.enough), length.enough)
     return said
 
 
-def _continued(checkpoint: Checkpoint, chats: Sequence[Any]) -> list[Messages]:
-    """A batch of chats with the model's replies."""
+def _continued(checkpoint: Checkpoint, chats: Sequence[Any], most: int) -> list[Messages]:
+    """A batch of chats with the model's replies of at most ``most`` tokens."""
     part = [_opened(chat) for chat in chats]
     while asked := [chat for chat in part if chat.turns]:
         for chat in asked:
             chat.messages.append({"role": "user", "content": chat.turns.pop(0)})
-        _reply(checkpoint, asked)
+        _reply(checkpoint, asked, most)
     return [chat.messages for chat in part]
 
 
@@ -124,7 +167,7 @@ def _opened(chat: Any) -> _Chat:
     return _Chat(list(chat["turns"]), [{"role": "system", "content": chat["system"]}])
 
 
-def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat]) -> None:
+def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], most: int) -> None:
     """Add the model's reply to every chat.  When the longest fills the model's context, all chats of the batch end."""
     prompts = [_ids(checkpoint, _rendered(checkpoint, chat.messages, asked=True)) for chat in chats]
     room = checkpoint.decoder.context_length - max(map(len, prompts))
@@ -133,7 +176,7 @@ def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat]) -> None:
             chat.turns.clear()
             chat.messages.pop()
         return
-    for chat, reply in zip(chats, _sampled(checkpoint, prompts, min(_REPLY_TOKENS, room)), strict=True):
+    for chat, reply in zip(chats, _sampled(checkpoint, prompts, min(most, room)), strict=True):
         content = checkpoint.tokenizer.decode(reply, skip_special_tokens=True).strip()
         chat.messages.append({"role": "assistant", "content": content})
 
@@ -147,8 +190,8 @@ def _sampled(checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int) -
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with torch.no_grad():
         found = checkpoint.model.generate(
-            input_ids=torch.tensor(ids, device=checkpoint.device),
-            attention_mask=torch.tensor(mask, device=checkpoint.device),
+            input_ids=torch.tensor(ids).to(checkpoint.device),
+            attention_mask=torch.tensor(mask).to(checkpoint.device),
             max_new_tokens=count,
             do_sample=True,
             temperature=_TEMPERATURE,
@@ -165,10 +208,12 @@ def _ids(checkpoint: Checkpoint, rendered: str) -> list[int]:
 
 
 def _rendered(checkpoint: Checkpoint, messages: Messages, asked: bool = False) -> str:
-    """A chat by the model's template.  asked: whether a reply is to follow.
+    """A chat by the model's template, or its plain text if there is none.  asked: whether a reply is to follow.
 
     Some templates refuse a system prompt.  It then stands before the first question.
     """
+    if checkpoint.tokenizer.chat_template is None:
+        return "".join(f"{message['content']}\n\n" for message in messages)
     from jinja2 import TemplateError
 
     for found in (messages, _without_system(messages)):

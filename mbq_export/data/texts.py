@@ -16,7 +16,7 @@ PACKAGED: dict[str, Callable[[], str]] = {
     "wikipedia": partial(corpora.wikipedia, "evaluation"),
     "news": corpora.news,
     "technical": corpora.technical,
-    "code": corpora.code,
+    "code": partial(corpora.code, "evaluation"),
 }
 """Texts that are the same for every model."""
 

@@ -1,16 +1,17 @@
 """What a model is calibrated on: a text, conversations or a dataset, cut into windows of tokens.
 
 Windows come in two parts that share no token.  Slices are fitted to the first part.  On the second part, which is
-held back, routers are chosen, thresholds set and the quality curve measured.  The packaged Wikipedia text has a
-separate part for each.  Of all other data, the last quarter of the windows is held back.
+held back, routers are chosen, thresholds set and the quality curve measured.  The default texts have a separate part
+for each.  Of all other data, the last quarter of the windows is held back.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import UsageError
 
+from ..progress import Report, no_report
 from . import corpora
 from .documents import Document, messages_of, read_documents
 
@@ -32,50 +34,84 @@ _SPREAD = 4
 """A dataset is read up to this many times the needed tokens, because it may be larger than the disk."""
 
 
+Said = Callable[["Checkpoint", int, Report], str]
+"""Text that a model writes.  Takes the original model, the number of tokens that are needed, and the report."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of one kind.  They may be read while they are used.
+
+    fitted: documents that slices are fitted to; held_back: documents that are held back, or None to hold back the end
+    of ``fitted``; share: of all windows, relative to the other parts.
+    """
+
+    fitted: Iterable[Document] | Said
+    held_back: Iterable[Document] | Said | None = None
+    share: int = 1
+
+
 @dataclass(frozen=True)
 class TextSource:
-    """Documents to calibrate on.  They may be read while they are used.
+    """What a model is calibrated on.
 
-    name: for the manifest; fitted: documents that slices are fitted to; held_back: documents that are held back, or
-    None to hold back the end of ``fitted``.
+    name: for the manifest; parts: documents by kind.
     """
 
     name: str
-    fitted: Iterable[Document]
-    held_back: Iterable[Document] | None = None
+    parts: tuple[Part, ...]
 
 
 def open_source(data: str | None) -> TextSource:
     """Open the data that ``--calib-data`` names.
 
     Args:
-        data: a file, as ``documents.read_documents`` takes it, or ``hf:DATASET``.  None: the packaged Wikipedia text.
+        data: a file, as ``documents.read_documents`` takes it, or ``hf:DATASET``.  None: what a model reads and says:
+            half Wikipedia, a quarter code, and a quarter chats that the original model writes.
 
     Raises:
         UsageError: the data cannot be read, or has the wrong format.
     """
     if data is None:
-        parts = ([Document(corpora.wikipedia(part), part)] for part in ("calibration", "validation"))
-        return TextSource("English Wikipedia (gensim test data)", *parts)
+        return TextSource("English Wikipedia, Python code and the model's own replies", _default_parts())
     if data.startswith(DATASET_PREFIX):
-        return TextSource(data, _dataset(data.removeprefix(DATASET_PREFIX)))
+        return TextSource(data, (Part(_dataset(data.removeprefix(DATASET_PREFIX))),))
     path = Path(data).expanduser()
-    return TextSource(path.name, read_documents(path))
+    return TextSource(path.name, (Part(read_documents(path)),))
+
+
+def _default_parts() -> tuple[Part, ...]:
+    from . import replies
+
+    def packaged(read: Callable[[str], str], share: int) -> Part:
+        fitted, held_back = ([Document(read(part), part)] for part in ("calibration", "validation"))
+        return Part(fitted, held_back, share)
+
+    said = Part(partial(replies.answers, "fitted"), partial(replies.answers, "held_back"))
+    return packaged(corpora.wikipedia, 2), packaged(corpora.code, 1), said
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, source: TextSource, count: int, held_back: int, context: int
+    checkpoint: Checkpoint,
+    source: TextSource,
+    count: int,
+    held_back: int,
+    context: int,
+    *,
+    report: Report = no_report,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut a source into windows, spread evenly over each of its two parts.
 
-    A tokenizer that puts a token before every text puts it before every window too.
+    Windows of several kinds are mixed, so that every evenly spread choice of them has all kinds.  A tokenizer that puts
+    a token before every text puts it before every window too.
 
     Args:
-        checkpoint: its tokenizer is used.
+        checkpoint: its tokenizer is used, and the model where it writes text itself.
         source: the documents.
         count: number of windows to calibrate on.
         held_back: number of windows that are held back.
         context: tokens in a window.
+        report: told how far the model's own text is.
 
     Returns:
         int64 [count, context] and int64 [held_back, context].
@@ -83,27 +119,69 @@ def calibration_windows(
     Raises:
         UsageError: the source is too short, or a document does not fit the model's chat template.
     """
-    opening = checkpoint.opening_tokens
-    span = context - len(opening)
-    enough = _SPREAD * (count + held_back) * span
-    fitted = _cut(_tokens(checkpoint, source.fitted, enough), span)
-    if source.held_back is None:
-        _check_length(source, fitted, count + held_back, context)
-        last = max(held_back, min(len(fitted) // HELD_BACK_SHARE, len(fitted) - count))
-        fitted, rest = np.split(fitted, [len(fitted) - last])
-    else:
-        rest = _cut(_tokens(checkpoint, source.held_back, enough), span)
-        _check_length(source, fitted, count, context)
-        _check_length(source, rest, held_back, context)
-    return _spread(fitted, count, opening), _spread(rest, held_back, opening)
+    counts = zip(_dealt(count, source.parts), _dealt(held_back, source.parts), strict=True)
+    cutter = _Cutter(checkpoint, source.name, context, report)
+    cut = [cutter.windows(part, *wanted) for part, wanted in zip(source.parts, counts, strict=True)]
+    fitted, rest = (np.concatenate(windows) for windows in zip(*cut, strict=True))
+    return _mixed(fitted, len(cut)), _mixed(rest, len(cut))
 
 
-def _check_length(source: TextSource, windows: NDArray[np.int64], needed: int, context: int) -> None:
-    if len(windows) < needed:
-        raise UsageError(
-            f"calibration data {source.name}: too short, it has {len(windows)} windows of {context} tokens, "
-            f"{needed} are needed; give a longer --calib-data or a smaller --calib-tokens"
-        )
+def _dealt(count: int, parts: Sequence[Part]) -> list[int]:
+    """``count`` windows dealt to the parts by their shares.  What is left over goes to the first parts."""
+    total = sum(part.share for part in parts)
+    dealt = [count * part.share // total for part in parts]
+    for i in range(count - sum(dealt)):
+        dealt[i] += 1
+    return dealt
+
+
+def _mixed(windows: NDArray[np.int64], kinds: int) -> NDArray[np.int64]:
+    """The windows in a fixed random order, if they are of several kinds."""
+    return windows if kinds == 1 else windows[np.random.default_rng(0).permutation(len(windows))]
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts documents into windows.  name: of the source; context: tokens in a window; the others: the caller's."""
+
+    checkpoint: Checkpoint
+    name: str
+    context: int
+    report: Report
+
+    def windows(self, part: Part, count: int, held_back: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Int64 [count, context] and [held_back, context] of one part."""
+        opening = self.checkpoint.opening_tokens
+        span = self.context - len(opening)
+        wanted = count + held_back if part.held_back is None else count
+        fitted = _cut(self._tokens(part.fitted, wanted * span), span)
+        self._check_length(fitted, wanted)
+        if part.held_back is None:
+            last = max(held_back, min(len(fitted) // HELD_BACK_SHARE, len(fitted) - count))
+            fitted, rest = np.split(fitted, [len(fitted) - last])
+        else:
+            rest = _cut(self._tokens(part.held_back, held_back * span), span)
+            self._check_length(rest, held_back)
+        return _spread(fitted, count, opening), _spread(rest, held_back, opening)
+
+    def _tokens(self, documents: Iterable[Document] | Said, needed: int) -> list[int]:
+        if needed == 0:
+            return []
+        if callable(documents):
+            return _tokenized(self.checkpoint, documents(self.checkpoint, needed, self.report))
+        tokens: list[int] = []
+        for document in documents:
+            tokens += _tokenized(self.checkpoint, _text(self.checkpoint, document))
+            if len(tokens) >= _SPREAD * needed:
+                break
+        return tokens
+
+    def _check_length(self, windows: NDArray[np.int64], needed: int) -> None:
+        if len(windows) < needed:
+            raise UsageError(
+                f"calibration data {self.name}: too short, it has {len(windows)} windows of {self.context} tokens, "
+                f"{needed} are needed; give a longer --calib-data or a smaller --calib-tokens"
+            )
 
 
 def _cut(tokens: Sequence[int], span: int) -> NDArray[np.int64]:
@@ -113,18 +191,17 @@ def _cut(tokens: Sequence[int], span: int) -> NDArray[np.int64]:
 
 
 def _spread(windows: NDArray[np.int64], count: int, opening: Sequence[int]) -> NDArray[np.int64]:
+    """Int64 [count, span + opening]: evenly spread windows, each behind the opening tokens."""
     chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     return np.hstack([np.tile(np.asarray(opening, np.int64), (count, 1)), chosen])
 
 
-def _tokens(checkpoint: Checkpoint, documents: Iterable[Document], enough: int) -> list[int]:
-    tokens: list[int] = []
-    for document in documents:
-        rendered = document.content if isinstance(document.content, str) else _render(checkpoint, document)
-        tokens += checkpoint.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(tokens) >= enough:
-            break
-    return tokens
+def _tokenized(checkpoint: Checkpoint, text: str) -> list[int]:
+    return list(checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _text(checkpoint: Checkpoint, document: Document) -> str:
+    return document.content if isinstance(document.content, str) else _render(checkpoint, document)
 
 
 def _render(checkpoint: Checkpoint, document: Document) -> str:

@@ -6,18 +6,21 @@ import json
 import os
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export.data import corpora
+from mbq_export.data import corpora, replies
 from mbq_export.data.documents import WHOLE_BYTES, read_documents
 from mbq_export.data.windows import calibration_windows, open_source
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
+from mbq_export.progress import no_report
+from mbq_runtime.cache import CACHE_VARIABLE
 from mbq_runtime.errors import UsageError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
@@ -232,17 +235,65 @@ def test_a_device_is_no_file(tmp_path: Path, path: str) -> None:
         open_source(path)
 
 
-def test_wikipedia_parts_share_no_article(checkpoint: Checkpoint) -> None:
-    parts = {name: corpora.wikipedia(name) for name in ("calibration", "validation", "evaluation")}
-    openings = {name: {article[:60] for article in part.split("\n\n")} for name, part in parts.items()}
-    assert not openings["calibration"] & openings["validation"]
-    assert not (openings["calibration"] | openings["validation"]) & openings["evaluation"]
-    assert len(parts["validation"]) / len(parts["calibration"]) == pytest.approx(1 / 3, abs=0.15)
-    fitted, held_back = calibration_windows(checkpoint, open_source(None), 64, 24, 512)
-    assert checkpoint.tokenizer.decode(fitted[0])[:400] == parts["calibration"][:400]
-    assert checkpoint.tokenizer.decode(held_back[0])[:400] == parts["validation"][:400]
-    with pytest.raises(UsageError, match=r"Wikipedia .* has \d+ windows of 512 tokens, 9999 are needed"):
-        calibration_windows(checkpoint, open_source(None), 64, 9999, 512)
+@pytest.mark.parametrize("read", [corpora.wikipedia, corpora.code])
+def test_parts_of_a_packaged_text_share_nothing(read: Callable[[str], str]) -> None:
+    parts = {name: read(name) for name in ("calibration", "validation", "evaluation")}
+    lines = {name: {line for line in part.split("\n") if len(line) > 90} for name, part in parts.items()}
+    assert not lines["calibration"] & lines["validation"]
+    assert not (lines["calibration"] | lines["validation"]) & lines["evaluation"]
+    assert 0.1 < len(parts["validation"]) / len(parts["calibration"]) < 0.5
+
+
+def test_the_default_is_text_and_code_and_what_the_model_says(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(replies, "_CALIBRATION_REPLY_TOKENS", 16)
+    told = []
+    fitted, held_back = calibration_windows(
+        checkpoint, open_source(None), 17, 6, 128, report=lambda what, *_: told.append(what)
+    )
+    assert told == ["writing replies (fitted)", "writing replies (held_back)"]
+
+    def kinds(windows: np.ndarray, packaged: str, prompts: str) -> list[str]:
+        texts = {"wikipedia": corpora.wikipedia(packaged), "code": corpora.code(packaged)}
+        asked = json.loads(replies.CALIBRATION.read_text(encoding="utf-8"))[prompts]
+        found = []
+        for window in windows:
+            shown = checkpoint.tokenizer.decode(window)[4:-4]
+            said = "<user>" in shown or "<assistant>" in shown or any(shown[:20] in str(chat) for chat in asked)
+            names = [name for name, content in texts.items() if shown in content]
+            found.append(names[0] if names else "chat" if said else "?")
+        return found
+
+    of_fitted, of_rest = kinds(fitted, "calibration", "fitted"), kinds(held_back, "validation", "held_back")
+    assert {kind: of_fitted.count(kind) for kind in set(of_fitted)} == {"wikipedia": 9, "code": 4, "chat": 4}
+    assert {kind: of_rest.count(kind) for kind in set(of_rest)} == {"wikipedia": 4, "code": 1, "chat": 1}
+    assert len(set(of_fitted[:8])) > 1, "kinds are mixed"
+    with pytest.raises(UsageError, match=r"Wikipedia.* has \d+ windows of 512 tokens, 19998 are needed"):
+        calibration_windows(checkpoint, open_source(None), 64, 39996, 512)
+
+
+def test_prompts_for_calibration_are_not_those_that_are_measured_on() -> None:
+    prompts = json.loads(replies.CALIBRATION.read_text(encoding="utf-8"))
+    measured = json.loads(replies.HELD_BACK.read_text(encoding="utf-8"))
+    seen: set[str] = set()
+    for chats in (prompts["fitted"], prompts["held_back"], measured["chat"] + measured["conversation"]):
+        turns = {turn for chat in chats for turn in ([chat] if isinstance(chat, str) else chat["turns"])}
+        assert not turns & seen
+        seen |= turns
+    assert (len(prompts["fitted"]), len(prompts["held_back"])) == (160, 48)
+
+
+def test_a_model_without_a_template_continues_the_plain_prompt(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setattr(replies, "_CALIBRATION_REPLY_TOKENS", 4)
+    (tmp_path / "none").write_text("")  # nothing can be kept
+    plain = load(checkpoint.source)
+    first = json.loads(replies.CALIBRATION.read_text(encoding="utf-8"))["fitted"][0]
+    assert replies.answers("fitted", plain, 100, no_report).startswith(f"{first}\n\n")
 
 
 def test_wikipedia_is_whole_paragraphs_of_prose() -> None:

@@ -56,8 +56,8 @@ def test_packaged_texts_are_long_enough_and_not_calibrated_on() -> None:
 
 
 def test_code_is_that_of_the_running_python() -> None:
-    assert "def heappush(heap, item):" in corpora.code()
-    assert corpora.code() == corpora.code()
+    assert "def heappush(heap, item):" in corpora.code("evaluation")
+    assert corpora.code("evaluation") == corpora.code("evaluation")
 
 
 def test_held_back_prompts() -> None:
