@@ -1,23 +1,28 @@
 """Files of llama.cpp: written from the checkpoint, quantised by the library, and read back tensor by tensor.
 
 Only weights are compared.  A file's tensors are dequantised into the float32 model, so that activations, kernels and
-tokens are the same for every side.  The files hold no tokenizer, because quantising needs none.
+tokens are the same for every side.  The files hold no tokenizer, because quantising needs none.  All of them are made
+with an importance matrix of the calibration text, as people make them who want the best files.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from mbq_export.model.blocks import watching_inputs
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_runtime.errors import ModelError
 
-FILE_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+FILE_TYPES = ("Q2_K", "IQ3_XXS", "Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 """llama.cpp's name where it is not transformers' model_type."""
 
@@ -75,18 +80,49 @@ def write_float32(checkpoint: Checkpoint, file: Path) -> None:
     writer.close()
 
 
-def quantise(source: Path, file_type: str, out: Path) -> None:
+def importance(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """llama.cpp's importance matrix: the mean square of each input of every matrix.
+
+    Args:
+        checkpoint: the model.
+        windows: int64 [windows, context] tokens to calibrate on.
+
+    Returns:
+        float32 [K] by the tensor's name in a GGUF file.
+    """
+    names_in_file, d = names(checkpoint), checkpoint.decoder
+    modules = {name: name for name, module in checkpoint.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(())) + x.double().square().sum(0)
+
+    with torch.no_grad(), watching_inputs(checkpoint, modules, add):
+        for window in torch.from_numpy(windows):
+            checkpoint.model(window[None], use_cache=False)
+    head = d.head.sources[0]
+    # The file has one tensor for a tied head and embedding.
+    parameters = {name: f"{name}.weight" for name in sums}
+    if d.tied:
+        parameters[head] = "model.embed_tokens.weight"
+    return {names_in_file[parameters[name]]: (total / windows.size).float().numpy() for name, total in sums.items()}
+
+
+def quantise(source: Path, file_type: str, out: Path, importance: Mapping[str, NDArray[np.float32]]) -> None:
     """Quantise a GGUF file in a process of its own, because the library prints, and aborts when it fails.
 
     Args:
         source: a GGUF file of float32 tensors.
         file_type: one of ``FILE_TYPES``.
         out: the file to write.
+        importance: see ``importance``; empty for none.
 
     Raises:
         ModelError: the library fails; the message has its last line.
     """
-    command = [sys.executable, "-c", _QUANTISE, f"LLAMA_FTYPE_MOSTLY_{file_type}", str(source), str(out)]
+    matrix, arrays = out.with_suffix(".npz"), dict[str, Any](importance)
+    np.savez(matrix, **arrays)
+    command = [sys.executable, "-c", _QUANTISE, f"LLAMA_FTYPE_MOSTLY_{file_type}", str(source), str(out), str(matrix)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -94,10 +130,18 @@ def quantise(source: Path, file_type: str, out: Path) -> None:
 
 
 _QUANTISE = """
-import sys, llama_cpp
-file_type, source, out = sys.argv[1:]
+import ctypes, sys, llama_cpp, numpy
+file_type, source, out, matrix = sys.argv[1:]
 parameters = llama_cpp.llama_model_quantize_default_params()
 parameters.ftype = getattr(llama_cpp, file_type)
+values = dict(numpy.load(matrix, allow_pickle=False))
+kind = llama_cpp.llama_cpp.llama_model_imatrix_data
+rows = (kind * (len(values) + 1))()  # the last one has no name and ends the list
+for row, (name, value) in zip(rows, values.items()):
+    row.name, row.size = name.encode(), value.size
+    row.data = value.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+if values:
+    parameters.imatrix = rows
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), parameters))
 """
 

@@ -75,19 +75,32 @@ def reference(bench: Bench) -> Side:
 def _with_blocks(
     bench: Bench, method: str, bits: int, blocks: Mapping[str, torch.Tensor], block_bytes: int
 ) -> Iterator[Side]:
-    """A side with quantised blocks and a float16 head, as the files of these methods have it."""
+    """A side with quantised blocks and a float16 head, as the files of these methods have it.
+
+    A second side has a head of ``bits`` bits, rounded to nearest, as the bundle's head has few bits.
+    """
     checkpoint = bench.checkpoint
-    head = weights.HALF_BYTES * weights.count(checkpoint, [weights.Layers.of(checkpoint).head])
+    name = weights.Layers.of(checkpoint).head
+    size = weights.count(checkpoint, [name])
+    small = weights.rounded_bytes(size, bits, bench.group_size)
+    own = checkpoint.linear(name).weight
+    rounded = weights.round_to_nearest(own, bits, bench.group_size)
+    title = f"{METHODS[method].title}, {bits} bits"
     with weights.swapped(checkpoint, blocks):
-        yield Side(
-            method,
-            f"{METHODS[method].title}, {bits} bits",
-            bits,
-            lambda _: block_bytes + head,
-            block_bytes,
-            "16 bits",
-            weights.forward(checkpoint, bits),
-        )
+        for more, head, stored, kind in (
+            ("", own, weights.HALF_BYTES * size, "16 bits"),
+            (", and the head", rounded, small, f"{8 * small / size:.3g} bits"),
+        ):
+            with weights.head_swapped(checkpoint, head):
+                yield Side(
+                    method,
+                    title + more,
+                    bits,
+                    lambda _, size=block_bytes + stored: size,  # type: ignore[misc]
+                    block_bytes,
+                    kind,
+                    weights.forward(checkpoint, bits),
+                )
 
 
 def _rtn(bench: Bench) -> Iterator[Side]:
@@ -123,8 +136,9 @@ def _llama_cpp(bench: Bench) -> Iterator[Side]:
     head_module = "model.embed_tokens" if checkpoint.decoder.tied else layers.head
     source, out = bench.folder / "float32.gguf", bench.folder / "quantised.gguf"
     files.write_float32(checkpoint, source)
+    importance = files.importance(checkpoint, bench.calibration)
     for file_type in files.FILE_TYPES:
-        files.quantise(source, file_type, out)
+        files.quantise(source, file_type, out, importance)
         found, sizes = files.read_weights(out, checkpoint)
         block = sum(sizes[name] for name in layers.blocks)
         head = sizes[head_module]

@@ -67,6 +67,23 @@ def swapped(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Iter
             checkpoint.model.get_submodule(name).weight.data = weight
 
 
+@contextmanager
+def head_swapped(checkpoint: Checkpoint, weight: torch.Tensor) -> Iterator[None]:
+    """Put another head into a model while the block runs.  A tied embedding stays.
+
+    Args:
+        checkpoint: the model.
+        weight: float32 [N, K].
+    """
+    head = checkpoint.linear(checkpoint.decoder.head.sources[0])
+    kept = head.weight
+    head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = kept
+
+
 def forward(checkpoint: Checkpoint, bits: float) -> Forward:
     """The model with the weights that it has when it is called.
 

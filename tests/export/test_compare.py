@@ -124,6 +124,16 @@ def test_swapped_weights_come_back(checkpoint: Checkpoint) -> None:
     assert torch.equal(checkpoint.linear(name).weight, before)
 
 
+def test_another_head_leaves_a_tied_embedding(checkpoint: Checkpoint) -> None:
+    assert checkpoint.decoder.tied
+    before = checkpoint.linear("lm_head").weight
+    table = before.clone()
+    with weights.head_swapped(checkpoint, torch.zeros_like(before)):
+        assert not checkpoint.linear("lm_head").weight.any()
+        assert torch.equal(checkpoint.model.get_input_embeddings().weight, table)
+    assert checkpoint.linear("lm_head").weight is before
+
+
 def test_duels_are_of_equal_bits_or_no_more_bytes() -> None:
     sides = [
         fixed("fp", [0.5, 0.25, 0.25], "fp32", 32, 800),
@@ -196,6 +206,9 @@ def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
         rows["round to nearest, 4 bits"]["linear_bytes"]
         == rows["round to nearest, 4 bits"]["block_bytes"] + 264 * 192 * 2
     )
+    small = rows["round to nearest, 4 bits, and the head"]
+    assert small["linear_bytes"] == small["block_bytes"] + weights.rounded_bytes(264 * 192, 4, 64)
+    assert small["divergence"]["value"] > rows["round to nearest, 4 bits"]["divergence"]["value"]
     assert len(rows["fp32"]["scores"]["nll"]) == 3
     assert (tmp_path / "out" / "table.md").read_text() == done.stdout
 

@@ -95,7 +95,7 @@ def test_llama_cpp_writes_and_reads(checkpoint: Checkpoint, tmp_path: Path, file
     llama_cpp_files.write_float32(checkpoint, tmp_path / "float32.gguf")
     exact, sizes = llama_cpp_files.read_weights(tmp_path / "float32.gguf", checkpoint)
     assert max(errors(checkpoint, exact).values()) == 0
-    llama_cpp_files.quantise(tmp_path / "float32.gguf", file_type, tmp_path / "out.gguf")
+    llama_cpp_files.quantise(tmp_path / "float32.gguf", file_type, tmp_path / "out.gguf", {})
     weights, packed = llama_cpp_files.read_weights(tmp_path / "out.gguf", checkpoint)
     assert set(weights) == set(exact)
     found = errors(checkpoint, weights)
@@ -108,7 +108,28 @@ def test_what_llama_cpp_refuses(tmp_path: Path) -> None:
     needs.module("llama_cpp")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF, but not really")
     with pytest.raises(ModelError, match=r"llama.cpp could not write Q4_0: .*; leave it out with --methods"):
-        llama_cpp_files.quantise(tmp_path / "broken.gguf", "Q4_0", tmp_path / "out.gguf")
+        llama_cpp_files.quantise(tmp_path / "broken.gguf", "Q4_0", tmp_path / "out.gguf", {})
+
+
+def test_an_importance_matrix_makes_the_important_columns_better(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    needs.module("llama_cpp")
+    windows = np.random.default_rng(0).integers(0, checkpoint.decoder.vocab_size, (2, 32))
+    found = llama_cpp_files.importance(checkpoint, windows)
+    matrices = {name for name, mapped in llama_cpp_files.names(checkpoint).items() if "norm" not in mapped}
+    assert checkpoint.decoder.tied  # the head has the name of the embedding
+    assert len(found) == len(matrices)
+    assert all((values > 0).all() for values in found.values())
+    name = "model.layers.0.mlp.up_proj"
+    mapped = llama_cpp_files.names(checkpoint)[f"{name}.weight"]
+    found[mapped] = np.ones_like(found[mapped])
+    found[mapped][::4] = 1e4
+    llama_cpp_files.write_float32(checkpoint, tmp_path / "float32.gguf")
+    original, changes = checkpoint.linear(name).weight, []
+    for importance in ({}, found):
+        llama_cpp_files.quantise(tmp_path / "float32.gguf", "Q4_0", tmp_path / "out.gguf", importance)
+        weights, _ = llama_cpp_files.read_weights(tmp_path / "out.gguf", checkpoint)
+        changes.append(float((weights[name] - original)[:, ::4].norm()))
+    assert changes[1] < 0.9 * changes[0]
 
 
 def blocks(checkpoint: Checkpoint) -> set[str]:
