@@ -34,8 +34,7 @@ from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
 from .check import check_sliced, check_transformed
 from .context import Calibration
 from .format.codes import Sliced
-from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tunings
-from .model.blocks import fast_dtype
+from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tuned_bits, tunings
 from .model.checkpoint import Checkpoint
 from .model.recording import Recording, check_prompt, record, record_sliced
 from .model.router_inputs import Routing
@@ -71,16 +70,17 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
     """
     checkpoint, profile = calibration.checkpoint, calibration.profile
     routing_windows, measured_windows = np.array_split(held_back, 2)
-    original_nll = quality.reference(checkpoint, measured_windows)
+    original_model = Teacher(calibration, measured_windows, exact=True)
+    original_nll = quality.reference(original_model)
     original = record(checkpoint, check_prompt(checkpoint, fitted))
     weights = _slice(calibration, fitted, original)
     if checkpoint.decoder.tied:
         _embed_with_slices(calibration, weights)
-    selected = _select_routers(calibration, weights.slices, routing_windows, measured_windows)
+    selected = _select_routers(calibration, weights.slices, routing_windows, original_model)
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
     results = quality.measure(
-        calibration, weights.slices, measured_windows, [select.depths_at(selected.routers, b) for b in bits],
-        stage="measuring the quality curve", dtype=fast_dtype(checkpoint.device),
+        calibration, weights.slices, original_model, [select.depths_at(selected.routers, b) for b in bits],
+        stage="measuring the quality curve",
     )  # fmt: skip
     sliced = record_sliced(checkpoint, weights.slices, weights.embedding, profile, original.prompt)
     check_sliced(original, sliced)
@@ -97,7 +97,10 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         weights.head_scale,
         weights.head_input,
         float(np.exp(original_nll.mean())),
-        tuple(QualityPoint(b, r.avg_bits_used, r.perplexity) for b, r in zip(bits, results, strict=True)),
+        tuple(
+            QualityPoint(b, r.avg_bits_used, r.perplexity, float(r.divergence.mean()), r.same_top)
+            for b, r in zip(bits, results, strict=True)
+        ),
         selected.comparison,
         sliced,
     )
@@ -129,10 +132,7 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
     check_transformed(original, record(checkpoint, original.prompt))
     embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
-    if method.feedback:
-        slices = _slice_with_feedback(calibration, windows, hessian_windows, head_scale)
-    else:
-        slices = _round(calibration)
+    slices = _slice_with_feedback(calibration, windows, hessian_windows) if method.feedback else _round(calibration)
     return _Weights(slices, embedding, head_scale, head_input)
 
 
@@ -155,7 +155,6 @@ def _slice_with_feedback(
     calibration: Calibration,
     windows: NDArray[np.int64],
     hessian_windows: NDArray[np.int64],
-    head_scale: NDArray[np.float32],
 ) -> dict[str, Sliced]:
     """Slice with error feedback, then tune as the recipe says."""
     phases = tunings(calibration.recipe.method, calibration.profile, calibration.recipe.tuning_steps)
@@ -163,21 +162,19 @@ def _slice_with_feedback(
     taken = [steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items()]
     teacher = Teacher(calibration, _spread(windows, max(taken))) if taken else None
     importance = token_importance(calibration, hessian_windows)
-    slices = slice_model(calibration, hessian_windows, importance, keep_weights=TUNE_ROUTED in phases)
+    slices = slice_model(calibration, hessian_windows, importance, keep_weights=bool(phases))
     if teacher is None:
         return slices
+    choose_again = partial(slice_residuals, calibration, hessian_windows, importance)
     for i, (phase, steps) in enumerate(phases.items()):
         routing: Routing | None = None
         if phase == TUNE_ROUTED:
-            slices = slice_residuals(calibration, hessian_windows, importance, slices)
+            slices = choose_again(slices, kept_bits=calibration.profile.min_bits, keep_weights=True)
             count = max(TUNING_ROUTER_WINDOWS, processes.count())
             routers = select.routers_for_tuning(calibration, slices, _spread(hessian_windows, count))
             routing = partial(select.depths_at, routers)
-        slices = tune(
-            calibration, teacher, slices, phase, steps,
-            seed=calibration.seed + i, head_scale=head_scale, routing=routing,
-        )  # fmt: skip
-    return slices
+        slices = tune(calibration, teacher, slices, phase, steps, seed=calibration.seed + i, routing=routing)
+    return choose_again(slices, kept_bits=tuned_bits(calibration.profile))
 
 
 def _embed_with_slices(calibration: Calibration, weights: _Weights) -> None:
@@ -192,7 +189,7 @@ def _select_routers(
     calibration: Calibration,
     slices: dict[str, Sliced],
     fitted_windows: NDArray[np.int64],
-    measured_windows: NDArray[np.int64],
+    original: Teacher,
 ) -> select.Selected:
     wanted = calibration.recipe.router
     names = list(kinds.ROUTERS) if wanted == "auto" else [wanted]
@@ -202,7 +199,7 @@ def _select_routers(
     for i, name in enumerate(names):
         fitted[name] = select.fit_routers(calibration, name, stats, slices)
         calibration.report("fitting routers", i + 1, len(names))
-    return select.select_kind(calibration, fitted, slices, measured_windows)
+    return select.select_kind(calibration, fitted, slices, original)
 
 
 def _spread(windows: NDArray[np.int64], most: int) -> NDArray[np.int64]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Budgets of the quality curve, in average bits."""
 
+_SMALLEST_DIVERGENCE = 1e-9
+
 Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Figures of each kind of router: kind, then average bits, then the figure's name."""
 
@@ -73,9 +75,9 @@ class Calibrated:
     head_scale: float32 [hidden], what a row of the head is divided by to serve as a row of the embedding.
     head_input: what the head's input goes through, or None.
     reference_perplexity: of the original model on held-back text.
-    curve: perplexity of the calibrated model on the same text, by rising budgets.
-    routers: perplexity of each kind of router on this text, its ratio to the shipped kind's, and the ratio's standard
-        error.
+    curve: how the calibrated model predicts the same text, by rising budgets.
+    routers: KL divergence from the original of each kind of router on this text, its ratio to the shipped kind's, and
+        the ratio's standard error.
     recording: what the model computes at full depth, for the check of the bundle; None: the check runs it.
     """
 
@@ -101,10 +103,17 @@ class Calibrated:
         return factors if self.embedding is not None else factors / self.head_scale
 
 
-def quality_floor(calibrated: Calibrated, ratio: float) -> float:
-    """The lowest budget from which on perplexity is acceptable.
+FLOOR_DIVERGENCE = 0.25
+"""Highest mean KL divergence from the original at the quality floor, in nats a token."""
+FLOOR_SAME_TOP = 0.75
+"""Lowest share of the tokens with the original's first choice at the quality floor."""
 
-    Between the points of the curve, log perplexity is linear in bits.
+
+def quality_floor(calibrated: Calibrated, ratio: float) -> float:
+    """The lowest budget from which on the model is acceptable: by perplexity, KL divergence and first choices.
+
+    Between the points of the curve, log perplexity, log divergence and the share of the same first choices are linear
+    in bits.
 
     Args:
         calibrated: a calibrated model with its curve.
@@ -113,11 +122,17 @@ def quality_floor(calibrated: Calibrated, ratio: float) -> float:
     Returns:
         Average bits, in steps of 0.05; 8 where no budget is acceptable.
     """
-    limit = np.log(ratio * calibrated.reference_perplexity)
-    bits = [point.avg_bits_used for point in calibrated.curve]
-    loss = np.log([point.perplexity for point in calibrated.curve])
+    curve = calibrated.curve
+    bits = [point.avg_bits_used for point in curve]
     grid = np.arange(bits[0], CODE_BITS + 0.025, 0.05)
-    good = np.interp(grid, bits, loss) <= limit
+
+    def at_grid(values: list[float]) -> NDArray[np.float64]:
+        return np.asarray(np.interp(grid, bits, values))
+
+    good = at_grid([np.log(point.perplexity) for point in curve]) <= np.log(ratio * calibrated.reference_perplexity)
+    divergence = [np.log(max(point.kl_divergence, _SMALLEST_DIVERGENCE)) for point in curve]
+    good &= at_grid(divergence) <= np.log(FLOOR_DIVERGENCE)
+    good &= at_grid([point.same_top for point in curve]) >= FLOOR_SAME_TOP
     # From this index on every budget is good.
     first = len(good) - int(np.argmin(good[::-1])) if not good.all() else 0
     return round(float(grid[min(first, len(grid) - 1)]), 2)
@@ -131,10 +146,11 @@ def worth(calibrated: Calibrated, floor_ratio: float) -> tuple[float, float]:
         floor_ratio: acceptable perplexity over the original's, 1 or more.
 
     Returns:
-        The quality floor in average bits, and the geometric mean of perplexity at 4 to 8 bits, which decides between
-        equal floors.
+        The quality floor in average bits, and the mean KL divergence at 4 to 8 bits in nats a token, which decides
+        between equal floors.
     """
     bits = [point.avg_bits_used for point in calibrated.curve]
-    loss = np.log([point.perplexity for point in calibrated.curve])
-    mean = np.interp([b for b in CURVE_BITS if b >= 4], bits, loss).mean()
-    return quality_floor(calibrated, floor_ratio), round(float(np.exp(mean)), 4)
+    mean = np.interp(
+        [b for b in CURVE_BITS if b >= 4], bits, [point.kl_divergence for point in calibrated.curve]
+    ).mean()
+    return quality_floor(calibrated, floor_ratio), round(float(mean), 5)

@@ -312,17 +312,24 @@ def _show_result(output: Path, manifest: Manifest) -> None:
     read = [(bits, _megabytes(per_token[bits])) for bits in SHOWN_BITS if bits in per_token]
     click.echo("\n" + tables.aligned(("average bits", "weights read per token"), read) + "\n")
     for slices, figures in manifest.calibration.get("slices", {}).items():
-        floor, perplexity = figures["floor_bits"], figures["perplexity"]
-        click.echo(f"Slices {slices}: floor {floor:g} bits, mean perplexity {perplexity:.2f} at 4 to 8 bits")
+        floor, divergence = figures["floor_bits"], figures["kl_divergence"]
+        click.echo(f"Slices {slices}: floor {floor:g} bits, mean KL divergence {divergence:.4f} at 4 to 8 bits")
     click.echo(f"Slices {','.join(map(str, manifest.slices))} are written\n")
     quality = manifest.quality
     reference = quality.reference_perplexity
     curve = [
-        (f"{point.avg_bits_used:.2f}", f"{point.perplexity:.2f}", f"x {point.perplexity / reference:.3f}")
+        (
+            f"{point.avg_bits_used:.2f}",
+            f"{point.kl_divergence:.4f}",
+            f"{point.same_top:.1%}",
+            f"{point.perplexity:.2f}",
+            f"x {point.perplexity / reference:.3f}",
+        )
         for point in quality.curve
     ]
-    headings = ("average bits", "perplexity on held-back text", "over the original's")
-    click.echo(tables.aligned(headings, [*curve, ("original", f"{reference:.2f}", "x 1.000")]))
+    headings = ("average bits", "KL divergence, nats", "same first choice", "perplexity", "over the original's")
+    click.echo("On held-back text, against the original model:")
+    click.echo(tables.aligned(headings, [*curve, ("original", "0", "100.0%", f"{reference:.2f}", "x 1.000")]))
     click.echo(f"The quality floor is {quality.floor_bits:g} bits; router {manifest.router.kind}")
     click.echo(f"\nCopy the folder to the device and run there:\n  {_next_command(output)}")
 

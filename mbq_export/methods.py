@@ -33,7 +33,6 @@ class Phase:
     scale_rate: Adam's learning rate for scales and offsets, in scales.
     alike: whether the loss weighs all depths alike, whatever the size of their divergence.
     scale_decay: decay of changes to scales and offsets, for each unit of the learning rate.
-    next_twice: whether the depth after the shallowest gets two turns of a round.
     """
 
     name: str
@@ -43,12 +42,11 @@ class Phase:
     scale_rate: float
     alike: bool
     scale_decay: float = 0.0
-    next_twice: bool = False
 
 
 TUNE_SCALES = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
 """The one tuning of a short calibration."""
-TUNE_SCALES_LONG = replace(TUNE_SCALES, scale_decay=1.2, next_twice=True)
+TUNE_SCALES_LONG = replace(TUNE_SCALES, scale_decay=1.2)
 """The one tuning of a long calibration.  Decay keeps the model from learning its text by heart."""
 TUNE_BASE_SLICE = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
 """The first of two tunings, for a base slice of 2 bits."""
@@ -94,6 +92,19 @@ METHODS = {
 }  # fmt: skip
 
 
+_MOST_TUNED_BITS = 4
+"""Depths of more bits are the original model.  Tuning would move them away from it."""
+
+
+def tuned_bits(profile: SliceProfile) -> int:
+    """Bits of the deepest depth that is tuned end to end; 0 if there is none.
+
+    Args:
+        profile: the bits of each slice.
+    """
+    return max((bits for bits in profile.depth_bits if bits <= _MOST_TUNED_BITS), default=0)
+
+
 AUTO_SLICES = ("3,1,2,2", "2,2,2,2")
 """The profiles that ``--slices auto`` compares."""
 
@@ -109,6 +120,8 @@ def tunings(method: str, profile: SliceProfile, steps: int | None) -> dict[Phase
         steps: of all tunings together, or None for the method's own number.
     """
     of = METHODS[method]
+    if not tuned_bits(profile):
+        return {}
     twice = of.steps_of_two > 0 and profile.min_bits < 3 and profile.depths > 2
     if steps is None:
         steps = of.steps_of_two if twice else of.tuning_steps

@@ -132,9 +132,12 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
     block, head = sum(n * k for n, k in shapes), d.vocab_size * d.hidden_size
     largest, widest = max(n * k for n, k in shapes), max(k for _, k in shapes)
     weight_bytes = 0 if plan.weights_file_bytes else 4
-    before = _LIBRARIES_BYTES + weight_bytes * plan.parameters + (4 * head if d.tied else 0)
+    measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
+    # The original's head and its inputs on the held-back text are kept to the end, to measure against.
+    kept_original = 4 * head + 4 * measured * d.hidden_size
+    before = _LIBRARIES_BYTES + kept_original + weight_bytes * plan.parameters + (4 * head if d.tied else 0)
     # A GPU has no mapped files: codes are in its memory.
-    after = _LIBRARIES_BYTES + weight_bytes * head + (plan.routed_parameters if plan.in_memory else 0)
+    after = _LIBRARIES_BYTES + kept_original + weight_bytes * head + (plan.routed_parameters if plan.in_memory else 0)
     # Slicing holds each weight once for each depth, and once as it was.
     streams = 4 * (depths + 1)
 
@@ -148,12 +151,14 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
 
     # Scales and offsets before and after tuning, their gradients, and Adam's two moments.
     tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
+    if plan.tunings:
+        # Slices are chosen from the weights again.
+        tuned += weight_bytes * plan.routed_parameters
     if TUNE_ROUTED in plan.tunings:
-        # Residuals are chosen from the weights, and routers read the inputs of norms.
-        tuned += weight_bytes * plan.routed_parameters + 2 * 4 * tokens * d.layers * d.hidden_size
+        # Routers read the inputs of norms.
+        tuned += 2 * 4 * tokens * d.layers * d.hidden_size
     windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
-    measured = held_back_windows(plan.calib_tokens // tokens) // 2 * tokens
     inputs, for_tuning = (
         min(memory.router_input_bytes(d, of), memory.ROUTER_INPUT_BYTES)
         for of in (measured, TUNING_ROUTER_WINDOWS * tokens)

@@ -21,6 +21,7 @@ from ..format.codes import Sliced
 from ..format.router import RouterParams, route, router_scores
 from ..model.blocks import fast_dtype
 from ..model.router_inputs import Depths, ModelDepths
+from ..tuning.teacher import Teacher
 from . import kinds, thresholds
 from .slice_gains import UnitStatistics, measure_gains
 
@@ -34,7 +35,7 @@ Routers = Mapping[str, RouterParams]
 """By unit name."""
 
 Losses = Mapping[str, NDArray[np.float64]]
-"""float64 [budgets, windows] by kind of router: mean nats a token."""
+"""float64 [budgets, windows] by kind of router: mean KL divergence from the original, nats a token."""
 
 _TUNING_KIND = "mlp"
 """The kind that slices are tuned with, unless the recipe names one: it is selected most often."""
@@ -142,19 +143,19 @@ def select_kind(
     calibration: Calibration,
     fitted: Mapping[str, dict[str, RouterParams]],
     slices: Mapping[str, Sliced],
-    windows: NDArray[np.int64],
+    original: Teacher,
 ) -> Selected:
-    """Select the kind with the lowest mean loss at ``ABOVE_BASE_BITS``.
+    """Select the kind with the lowest mean divergence at ``ABOVE_BASE_BITS``.
 
     Args:
         calibration: the context.
         fitted: routers by kind.
         slices: by unit name.
-        windows: int64 [windows, context] tokens to measure on.
+        original: the original model's predictions for the text to measure on.
     """
     lowest = calibration.profile.min_bits
     bits = [lowest + more for more in ABOVE_BASE_BITS if lowest + more < CODE_BITS]
-    losses, used = measure_kinds(calibration, fitted, slices, windows, bits)
+    losses, used = measure_kinds(calibration, fitted, slices, original, bits)
     kind = min(fitted, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fitted[kind].values()))
     budgets = shared.budgets.astype(np.float64)
@@ -169,7 +170,7 @@ def measure_kinds(
     calibration: Calibration,
     fitted: Mapping[str, Routers],
     slices: Mapping[str, Sliced],
-    windows: NDArray[np.int64],
+    original: Teacher,
     bits: Sequence[float],
 ) -> tuple[Losses, dict[str, list[float]]]:
     """Measure every kind of router and a random choice at equal bits, those of the routers included.
@@ -178,7 +179,7 @@ def measure_kinds(
         calibration: the context.
         fitted: routers by kind.
         slices: by unit name.
-        windows: int64 [windows, context] tokens.
+        original: the original model's predictions for the text to measure on.
         bits: budgets, average bits.
 
     Returns:
@@ -195,7 +196,7 @@ def measure_kinds(
     # All kinds agree at the ends, where there is nothing to choose.
     ends = [{unit: random(b) for unit in slices} for b in (calibration.profile.min_bits, CODE_BITS)]
     results = quality.measure(
-        calibration, slices, windows, [*cases, *ends],
+        calibration, slices, original, [*cases, *ends],
         stage="comparing routers", dtype=fast_dtype(calibration.checkpoint.device),
     )  # fmt: skip
     lowest, highest = results[len(cases) :]
@@ -216,18 +217,18 @@ def router_bits(routers: Routers, slices: Mapping[str, Sliced]) -> float:
 
 
 def _at_equal_bits(results: list[quality.Measured], bits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean nats a token at exactly ``bits``, float64 [len(bits), windows], by interpolation of the results.
+    """Divergence at exactly ``bits``, float64 [len(bits), windows], by interpolation of the results.
 
-    Loss over bits is convex, so this is an upper bound.
+    Divergence over bits is convex, so this is an upper bound.
     """
     used = np.array([result.avg_bits_used for result in results])
     order = np.argsort(used)
-    nll = np.stack([results[i].nll for i in order])
-    return np.stack([np.interp(bits, used[order], of_window) for of_window in nll.T], axis=1)
+    found = np.stack([results[i].divergence for i in order])
+    return np.stack([np.interp(bits, used[order], of_window) for of_window in found.T], axis=1)
 
 
 def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Comparison:
-    """Perplexity of each kind, its ratio to the shipped kind's, and the ratio's standard error over paired windows.
+    """Divergence of each kind, its ratio to the shipped kind's, and the ratio's standard error over paired windows.
 
     Args:
         losses: by kind of router.
@@ -236,10 +237,10 @@ def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Compariso
     """
 
     def compared(loss: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
-        difference = loss - best
+        ratio = loss.mean() / best.mean()
+        difference = (loss - ratio * best) / best.mean()
         stderr = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        ratio = np.exp(difference.mean())
-        figures = {"perplexity": np.exp(loss.mean()), "over_shipped": ratio, "stderr": ratio * stderr}
+        figures = {"kl_divergence": loss.mean(), "over_shipped": ratio, "stderr": stderr}
         return {name: round(float(figure), 4) for name, figure in figures.items()}
 
     return {

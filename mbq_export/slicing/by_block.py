@@ -62,17 +62,25 @@ def slice_model(
 
 
 def slice_residuals(
-    calibration: Calibration, windows: NDArray[np.int64], importance: Importance, slices: dict[str, Sliced]
+    calibration: Calibration,
+    windows: NDArray[np.int64],
+    importance: Importance,
+    slices: dict[str, Sliced],
+    *,
+    kept_bits: int,
+    keep_weights: bool = False,
 ) -> dict[str, Sliced]:
-    """Choose the residual slices again for given scales, offsets and base slices.
+    """Choose the last bits of all codes again, for given scales, offsets and first bits.
 
-    It releases the weights that ``slice_model`` kept.
+    They are fitted to the weights that the checkpoint still has.
 
     Args:
         calibration: the context.
         windows: int64 [windows, context] tokens.
         importance: weights of these tokens.
-        slices: by unit name; their scales, offsets and base slices stay as they are.
+        slices: by unit name; their scales, offsets and the first bits of their codes stay as they are.
+        kept_bits: how many of each code's first bits stay.
+        keep_weights: keep the checkpoint's weights, which are otherwise released block by block.
 
     Returns:
         Slices by unit name.
@@ -88,12 +96,13 @@ def slice_residuals(
     }
 
     def slice_rows(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
-        earlier, kept_bits = by_layer[name].rows(rows), profile.min_bits
+        earlier = by_layer[name].rows(rows)
         group_size = earlier.group_size
         fed_back = nested.slice_weight(weight, hessian, group_size, profile, name, earlier=earlier, kept_bits=kept_bits)
         return refine(weight, hessian, fed_back, profile, sweeps, kept_bits=kept_bits)
 
-    walk = _Walk("choosing residual slices", "{}.residuals", slice_rows, keep_weights=False)
+    step = f"{{}}.after{kept_bits}"
+    walk = _Walk(f"choosing slices after {kept_bits} bits", step, slice_rows, keep_weights)
     return _slice_blocks(calibration, windows, importance, walk)
 
 
@@ -154,6 +163,8 @@ def _slice_blocks(
         seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
         total = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
         hessian = processes.summed(total) / windows.size
+        if d.tied:
+            hessian = nested.damped(hessian, nested.TIED_DAMPING)
         found = store.put(step, {d.head.name: walk.slice_unit(checkpoint, d.head, {name: hessian})})
     if not walk.keep_weights:
         checkpoint.release(d.head)

@@ -22,15 +22,17 @@ from ..devices import CPU
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
-def depth_weights(profile: SliceProfile, kept_bits: int = 0) -> tuple[float, ...]:
-    """How much the error of each depth counts.  Deep depths count most, because their cells are the smallest.
+def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
+    """How much the error of each depth counts.
+
+    Deep depths count most.  Their cells are the smallest, and they must stay close to the original.  The exponent is
+    measured (docs/log.md): a smaller one makes 3 bits better, and a weight then leaves its cell of 4 bits more often,
+    where 8 bits cannot reach it.
 
     Args:
         profile: the bits of each slice.
-        kept_bits: how many of a code's first bits are kept.  If it is not 0, deep depths count even more, because
-            the shallow ones cannot change.
     """
-    return tuple(2.0 ** ((bits - 3) / (1.25 if kept_bits else 2.5)) for bits in profile.depth_bits)
+    return tuple(2.0 ** ((bits - 3) / 1.25) for bits in profile.depth_bits)
 
 
 class _GridOfC(ctypes.Structure):
@@ -61,7 +63,7 @@ class Grid:
     def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
         steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
         cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
-        counts = depth_weights(profile, kept_bits)
+        counts = depth_weights(profile)
         of_each = torch.tensor([steps, cells, counts]).to(device)[:, :, None]
         self.steps, self._cells, self.counts = of_each[0], of_each[1], of_each[2]
         self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells

@@ -24,20 +24,23 @@ from .rtn import group_range
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of the diagonal's mean."""
+TIED_DAMPING = 1.0
+"""The same, in addition, for a head whose rows serve as the embedding too.  There every change of a weight counts."""
 
 
-def damped(hessian: torch.Tensor) -> torch.Tensor:
+def damped(hessian: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     """Add some curvature to every direction.
 
     Args:
         hessian: [K, K], second moments of a layer's inputs.
+        share: how much, in means of the diagonal.
 
     Returns:
         float64 [K, K].
     """
     result = hessian.double().clone()
     diagonal = result.diagonal()
-    diagonal += DAMPING * diagonal.mean()
+    diagonal += share * diagonal.mean()
     # An input that was never active gets any positive curvature: its column then stays as it is.
     diagonal[diagonal == 0] = 1.0
     return result

@@ -1,4 +1,4 @@
-"""The teacher: the original model's predictions, which tuning compares the sliced model with."""
+"""The teacher: the original model's predictions, which the sliced model is tuned to and measured by."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from .. import processes
 from ..context import Calibration
-from ..model.blocks import fast_autocast, fast_dtype
+from ..model.blocks import autocast, fast_dtype
 
-_TOKENS_AT_ONCE = 64
+TOKENS_AT_ONCE = 64
 """Tokens whose distributions are computed together.  They fit the processor's cache."""
 
 
@@ -27,18 +27,21 @@ class Teacher:
     Args:
         calibration: the context, with the original model.
         windows: int64 [windows, context] tokens.
+        exact: whether its products are computed in float32.
     """
 
-    def __init__(self, calibration: Calibration, windows: NDArray[np.int64]) -> None:
+    def __init__(self, calibration: Calibration, windows: NDArray[np.int64], *, exact: bool = False) -> None:
         progress, checkpoint = calibration.stage("recording teacher outputs"), calibration.checkpoint
+        dtype = torch.float32 if exact else fast_dtype(checkpoint.device)
         self.windows = checkpoint.on_device(windows[processes.share(len(windows))])
         inputs = []
-        with torch.no_grad(), fast_autocast(checkpoint.device):
+        with torch.no_grad(), autocast(dtype, checkpoint.device):
             for i, window in enumerate(self.windows):
-                inputs.append(checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0].bfloat16())
+                found = checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0]
+                inputs.append(found.float() if exact else found.bfloat16())
                 progress(i + 1, len(self.windows))
         self._inputs = torch.stack(inputs)
-        head, dtype = checkpoint.model.lm_head, fast_dtype(checkpoint.device)
+        head = checkpoint.model.lm_head
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)
         self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
@@ -50,7 +53,7 @@ class Teacher:
             rows: int64, which of ``windows``.
 
         Returns:
-            bfloat16 [len(rows) * context, hidden].
+            [len(rows) * context, hidden], bfloat16, or float32 if exact.
         """
         return self._inputs[rows].flatten(0, 1)
 
@@ -58,7 +61,7 @@ class Teacher:
         """The original model's log probabilities of next tokens.
 
         Args:
-            inputs: bfloat16 [tokens, hidden], some of ``inputs``.
+            inputs: [tokens, hidden], some of ``inputs``.
 
         Returns:
             float32 [tokens, vocab].
@@ -90,8 +93,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, teacher: Teacher, inputs: torch.Tensor) -> torch.Tensor:
         gradient, total = torch.empty_like(logits), 0.0
-        for start in range(0, len(logits), _TOKENS_AT_ONCE):
-            tokens = slice(start, start + _TOKENS_AT_ONCE)
+        for start in range(0, len(logits), TOKENS_AT_ONCE):
+            tokens = slice(start, start + TOKENS_AT_ONCE)
             target, student = teacher.log_probabilities(inputs[tokens]), logits[tokens].float().log_softmax(-1)
             probability = target.exp()
             total += float(target.sub_(student).mul_(probability).sum())

@@ -1,16 +1,18 @@
 """End-to-end tuning: scales, offsets and norm gains change so that the sliced model predicts as the original does.
 
 The loss is the Kullback-Leibler divergence from the original model's next-token distribution, at one budget a step.
-Codes stay as they are.  Half of the steps are at the shallowest depth, which gains most.  The other depths take turns,
-because without steps of their own they would get worse.
+Codes stay as they are.  Only depths of few bits get steps (``methods.tuned_bits``): half of them at the shallowest,
+which gains most, and the others take turns.  The bits after them are chosen again when the tuning is done
+(``slicing.by_block.slice_residuals``), so that deep depths are the original model.  For that the checkpoint stays the
+original too: what a norm's gain becomes is divided out of the linear layers behind it.
 
-A base slice of two bits needs other scales than all 8 bits do, and its divergence is many times theirs.  So it is
-tuned twice:
+A base slice of two bits needs other scales than more bits do, and its divergence is many times theirs.  So it is tuned
+twice:
 
 1. The base slice alone, in large steps, whatever this does to the other depths.
-2. Residual slices are chosen again for the new scales (``slicing.by_block.slice_residuals``), and all depths are tuned,
-   with a loss that weighs them alike.  Routers choose the depths.  Half of the steps are at budgets between the first
-   depth and the second, so the base slice is tuned for the tokens that stay on it.
+2. The slices after it are chosen again, and all tuned depths get steps, with a loss that weighs them alike.  Routers
+   choose the depths.  Half of the steps are at budgets between the first depth and the second, so the base slice is
+   tuned for the tokens that stay on it.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from .. import processes
 from ..context import Calibration
 from ..format.codes import Sliced
-from ..methods import Phase
+from ..methods import Phase, tuned_bits
 from ..model.blocks import fast_autocast
 from ..model.checkpoint import Checkpoint
 from ..model.gradients import lean_backward
@@ -85,19 +87,16 @@ def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
         profile: the bits of each slice.
         phase: which depths get steps.
     """
-    others = list(profile.depth_bits)
+    others = [bits for bits in profile.depth_bits if bits <= tuned_bits(profile)]
     if phase.focus is None:
-        first, second = others[:2]
+        first, second = profile.depth_bits[:2]
         focal: Iterator[float] = cycle([first + way * (second - first) for way in _WAY_TO_SECOND])
     else:
         focal = cycle([others.pop(phase.focus - 1)])
     if phase.alone or not others:
         yield from focal
     # The deepest first: it is the one that must not get worse.
-    turns = [others[-1], *others[:-1]]
-    if phase.next_twice:
-        turns.append(others[0])
-    for other in cycle(turns):
+    for other in cycle(reversed(others)):
         yield next(focal)
         yield other
 
@@ -110,12 +109,12 @@ def tune(
     steps: int,
     *,
     seed: int,
-    head_scale: NDArray[np.float32],
     routing: Routing | None = None,
 ) -> dict[str, Sliced]:
     """Tune scales and offsets of slices, and the norms of the checkpoint.
 
-    It goes on from the step that the store holds.  The checkpoint's linear layers do not change.
+    It goes on from the step that the store holds.  The checkpoint remains the same function: its linear layers take
+    back what its norms change.
 
     Args:
         calibration: the context.
@@ -124,7 +123,6 @@ def tune(
         phase: how to tune.
         steps: of the optimizer.
         seed: of the order of windows.
-        head_scale: float32 [hidden], what a row of the head is divided by to serve as a row of a tied embedding.
         routing: chooses the depths; None: all tokens use the depth of the step's budget.
 
     Returns:
@@ -132,10 +130,10 @@ def tune(
     """
     progress, checkpoint, store = calibration.stage(phase.name), calibration.checkpoint, calibration.store
     with (
+        _trained_norms(checkpoint) as norms,
         sliced_layers(checkpoint, slices, TunedLinear) as tuned,
         lean_backward(checkpoint),
         budget_control(checkpoint, tuned, calibration.profile, routing) as use_budget,
-        _trained_norms(checkpoint) as norms,
     ):
         changes = [
             change
@@ -161,8 +159,6 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * _share_of_rate(step, steps)
             use_budget(avg_bits)
-            if checkpoint.decoder.tied and step % _SAVE_EVERY == 0:
-                _refresh_embedding(checkpoint, tuned, head_scale)
             _add_gradients(checkpoint, teacher, rows, alike=phase.alike)
             processes.sum_gradients(parameters)
             optimizer.step()
@@ -170,8 +166,6 @@ def tune(
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
                 _keep(store, phase.name, parameters, optimizer, step + 1)
             progress(step + 1, steps)
-        if checkpoint.decoder.tied:
-            _refresh_embedding(checkpoint, tuned, head_scale)
         return {name: _tuned_slices(slices[name], parts) for name, parts in tuned.items()}
 
 
@@ -195,15 +189,29 @@ def _tuned_slices(sliced: Sliced, parts: list[TunedLinear]) -> Sliced:
 
 @contextmanager
 def _trained_norms(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
-    """The weights of the input norms and the last norm, which get gradients while the block runs."""
+    """The weights of the blocks' input norms, which get gradients while the block runs.
+
+    Afterwards the layers behind them take back the change.
+    """
     d = checkpoint.decoder
-    names = [d.input_norm(layer, role) for layer in range(d.layers) for role in ("attn_in", "mlp_in")]
-    norms = [checkpoint.model.get_submodule(name).weight for name in (*names, d.final_norm)]
+    readers = {
+        d.input_norm(layer, role): d.layer_units(layer)[role].sources
+        for layer in range(d.layers)
+        for role in ("attn_in", "mlp_in")
+    }
+    before = {name: checkpoint.norm(name).copy() for name in readers}
+    norms = [checkpoint.model.get_submodule(name).weight for name in readers]
     for norm in norms:
         norm.requires_grad_(True)
     yield norms
     for norm in norms:
         norm.requires_grad_(False)
+    for name, linears in readers.items():
+        now = checkpoint.norm(name)
+        # A gain of 0 hides its channel: no weight behind it can matter.
+        back = np.divide(before[name], now, out=np.ones_like(now), where=now != 0)
+        for linear in linears:
+            checkpoint.linear(linear).weight.mul_(checkpoint.on_device(back))
 
 
 @contextmanager
@@ -266,16 +274,6 @@ class _Order:
             self._left = torch.randperm(self._windows, generator=self._generator)
         taken, self._left = self._left[: self._at_once], self._left[self._at_once :]
         return taken
-
-
-def _refresh_embedding(
-    checkpoint: Checkpoint, tuned: dict[str, list[TunedLinear]], head_scale: NDArray[np.float32]
-) -> None:
-    """A tied embedding is read from the head's slices at full depth."""
-    (head,) = tuned[checkpoint.decoder.head.name]
-    with torch.no_grad():
-        table = head.weight_at(CODE_BITS) / checkpoint.on_device(head_scale)
-        checkpoint.model.get_input_embeddings().weight.copy_(table)
 
 
 def _keep(store: Store, step: str, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:

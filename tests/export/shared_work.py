@@ -39,7 +39,8 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     windows = rng.integers(0, checkpoint.decoder.vocab_size, (7, 32))
     METHODS["nested"] = replace(METHODS["nested"], sweeps=1)
     calibration = Calibration(checkpoint, Recipe(PROFILE, GROUP_SIZE))
-    found = {"reference": quality.reference(checkpoint, windows), "head_scale": smooth(checkpoint, windows)}
+    original = Teacher(calibration, windows, exact=True)
+    found = {"reference": quality.reference(original), "head_scale": smooth(checkpoint, windows)}
     # Two windows, so a step takes the same ones with any number of processes.
     teacher = Teacher(calibration, windows[:2])
     importance = {
@@ -63,7 +64,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     for phase, routing in routings.items():
         slices = tune(
             calibration, teacher, slices, replace(phase, windows_per_step=2), 4,
-            seed=0, head_scale=np.ones(checkpoint.decoder.hidden_size, np.float32), routing=routing,
+            seed=0, routing=routing,
         )  # fmt: skip
         found |= weights(phase.name, slices)
     stats = measure_gains(calibration, slices, windows, keep_inputs=True)
@@ -74,7 +75,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
     routers = select.fit_routers(calibration, "norm", stats, slices)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
-    (measured,) = quality.measure(calibration, slices, windows, [by_energy])
+    (measured,) = quality.measure(calibration, slices, original, [by_energy])
     return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}
 
 

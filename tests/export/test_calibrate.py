@@ -9,7 +9,7 @@ import pytest
 from exporting import digests, export, kill_once, run
 from tiny_models import TINIEST, write_checkpoint
 
-from mbq_export.calibrated import Calibrated, quality_floor, worth
+from mbq_export.calibrated import FLOOR_DIVERGENCE, FLOOR_SAME_TOP, Calibrated, quality_floor, worth
 from mbq_export.format.codes import Sliced
 from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
@@ -49,10 +49,11 @@ def test_killed_in_the_second_tuning_it_resumes_to_the_same_bytes(tmp_path: Path
     model = write_checkpoint(tmp_path / "model", "llama", **TINIEST)
     options = ["--method", "learned", "--slices", "2,2,2,2", "--tune-steps", "42"]
     said = run(export(model, calibration_text, tmp_path / "a" / "bundle", *options))
-    assert "choosing residual slices" in said
+    assert "choosing slices after 2 bits" in said
+    assert "choosing slices after 4 bits" in said
     assert "tuning with routers" in said
     work = tmp_path / "b" / ".model.2222.calibration"
-    for step in ("model.layers.1.residuals", "routers for tuning", "tuning with routers"):
+    for step in ("model.layers.1.after2", "routers for tuning", "tuning with routers", "model.layers.0.after4"):
         kill_once(
             export(model, calibration_text, tmp_path / "b" / "bundle", *options), (work / f"{step}.safetensors").exists
         )
@@ -73,6 +74,9 @@ def test_a_bundle_says_what_every_budget_is_worth(tmp_path: Path, calibration_te
         assert set(routers) == {"static", "norm", "mlp", "random"}
         assert all(of_bits["over_shipped"] == 1 for of_bits in routers[facts.router.kind].values())
         assert 3 <= quality.floor_bits <= 8
+        # Full depth is the original but for its rounding.
+        assert 0 < quality.curve[-1].kl_divergence < 0.1 * quality.curve[0].kl_divergence
+        assert quality.curve[-1].same_top > quality.curve[0].same_top
         ratios[method] = [point.perplexity / quality.reference_perplexity for point in quality.curve]
     # A random model predicts nothing, so no budget changes its perplexity much.
     assert all(0.9 < ratio < 1.1 for of_method in ratios.values() for ratio in of_method)
@@ -84,7 +88,7 @@ def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path
     facts = manifest.read(tmp_path / "out" / "auto")
     tried = facts.calibration["slices"]
     assert list(tried) == list(AUTO_SLICES)
-    chosen = min(tried, key=lambda slices: (tried[slices]["floor_bits"], tried[slices]["perplexity"]))
+    chosen = min(tried, key=lambda slices: (tried[slices]["floor_bits"], tried[slices]["kl_divergence"]))
     assert facts.slices == SliceProfile.parse(chosen).slices
     assert f"Slices {chosen} are written" in said
     assert all(f"Slices {slices}: floor {tried[slices]['floor_bits']:g} bits" in said for slices in tried)
@@ -95,21 +99,32 @@ def test_auto_calibrates_with_both_profiles_and_writes_the_better(tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alone", "auto"]
 
 
-def point(bits: float, perplexity: float) -> QualityPoint:
-    return QualityPoint(bits, bits, perplexity)
+def point(bits: float, perplexity: float, kl_divergence: float = 0.0, same_top: float = 1.0) -> QualityPoint:
+    return QualityPoint(bits, bits, perplexity, kl_divergence, same_top)
+
+
+def calibrated(*curve: QualityPoint) -> Calibrated:
+    return Calibrated(
+        SliceProfile((3, 1, 2, 2)), 64, "norm", {}, None, np.ones(1, np.float32),
+        reference_perplexity=10.0, curve=curve,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("ratio", "floor"), [(1.0, 8.0), (1.1, 6.0), (2.0, 4.0), (4.0, 3.0), (2.0**1.5, 3.5)])
 def test_the_floor_is_where_the_curve_crosses_the_ratio(ratio: float, floor: float) -> None:
-    curve = (point(3, 40), point(4, 20), point(6, 11), point(8, 10.5))
-    calibrated = Calibrated(
-        SliceProfile((3, 1, 2, 2)), 64, "norm", {}, None, np.ones(1, np.float32),
-        reference_perplexity=10.0, curve=curve,
-    )  # fmt: skip
-    assert quality_floor(calibrated, ratio) == pytest.approx(floor, abs=0.051)
-    of_slices, of_rest = worth(calibrated, ratio)
-    assert of_slices == quality_floor(calibrated, ratio)
-    assert of_rest == pytest.approx(np.exp(np.log([20, (20 * 11) ** 0.5, 11, 10.5]).mean()), rel=1e-4)
+    found = calibrated(point(3, 40, 0.2), point(4, 20, 0.1), point(6, 11, 0.02), point(8, 10.5, 0.01))
+    assert quality_floor(found, ratio) == pytest.approx(floor, abs=0.051)
+    of_slices, of_rest = worth(found, ratio)
+    assert of_slices == quality_floor(found, ratio)
+    assert of_rest == pytest.approx((0.1 + 0.06 + 0.02 + 0.01) / 4)
+
+
+def test_the_floor_is_no_lower_than_the_divergence_and_the_first_choices_allow() -> None:
+    diverging = calibrated(point(3, 10, 2 * FLOOR_DIVERGENCE), point(4, 10, FLOOR_DIVERGENCE / 2), point(8, 10, 0.001))
+    assert quality_floor(diverging, 1.25) == pytest.approx(3.5, abs=0.051)
+    other = FLOOR_SAME_TOP - 0.1
+    choosing = calibrated(point(3, 10, 0.1, other), point(4, 10, 0.1, FLOOR_SAME_TOP + 0.1), point(8, 10, 0.001))
+    assert quality_floor(choosing, 1.25) == pytest.approx(3.5, abs=0.051)
 
 
 def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_inputs(tmp_path: Path) -> None:

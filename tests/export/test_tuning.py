@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mbq_export.methods import TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, TUNE_SCALES_LONG, tunings
+from mbq_export.methods import TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, TUNE_SCALES_LONG, tuned_bits, tunings
 from mbq_export.tuning import teacher, tune
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -26,11 +26,10 @@ def test_half_of_the_steps_are_at_one_depth_or_all_are() -> None:
         list(islice(tune.budget_order(profile, phase), 12))
         for phase in (TUNE_SCALES, TUNE_SCALES_LONG, TUNE_BASE_SLICE, TUNE_ROUTED)
     )
-    assert long == [2, 8, 2, 4, 2, 6, 2, 4, 2, 8, 2, 4]
-    assert once == [2, 8, 2, 4, 2, 6] * 2
+    assert once == long == [2, 4] * 6
     assert first == [2] * 12
-    assert second == [2.5, 8, 3, 2, 3.5, 4, 2.5, 6, 3, 8, 3.5, 2]
-    assert list(islice(tune.budget_order(SliceProfile((8,)), TUNE_SCALES), 3)) == [8, 8, 8]
+    assert second == [2.5, 4, 3, 2, 3.5, 4, 2.5, 2, 3, 4, 3.5, 2]
+    assert list(islice(tune.budget_order(SliceProfile((2, 6)), TUNE_SCALES), 3)) == [2, 2, 2]
 
 
 def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
@@ -43,8 +42,15 @@ def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
     assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
 
+def test_depths_of_more_than_four_bits_are_not_tuned() -> None:
+    assert [tuned_bits(SliceProfile(slices)) for slices in ((2, 2, 2, 2), (3, 1, 2, 2), (3, 2, 3), (4, 4), (8,))] == [
+        4, 4, 3, 4, 0,
+    ]  # fmt: skip
+    assert tunings("learned", SliceProfile((6, 2)), None) == {}
+
+
 def test_the_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "_TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(teacher, "TOKENS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
     targets, student = (torch.randn(10, 50, generator=generator) for _ in range(2))
     values, gradients = [], []

@@ -146,16 +146,20 @@ class RouterFacts:
 
 @dataclass(frozen=True)
 class QualityPoint:
-    """Perplexity at one budget.
+    """How the bundle predicts held-back text at one budget.
 
     asked_bits: the budget.
     avg_bits_used: average bits per weight that the routers then chose.
-    perplexity: on held-back text.
+    perplexity: of the text.
+    kl_divergence: mean KL divergence from the original model, in nats a token; NaN in bundles of early versions.
+    same_top: share of the tokens where both find the same next token most likely; NaN in bundles of early versions.
     """
 
     asked_bits: float
     avg_bits_used: float
     perplexity: float
+    kl_divergence: float = math.nan
+    same_top: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Quality:
 
     reference_perplexity: of the original model, on the same text.
     floor_bits: the quality floor: lowest average bits per weight that the exporter recommends.
-    curve: perplexity by rising budgets.
+    curve: by rising budgets.
     """
 
     reference_perplexity: float
