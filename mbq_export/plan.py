@@ -176,7 +176,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
-        "comparing routers": after + inputs + fast * depths * max(block, head)
+        "comparing routers": after + inputs + fast * depths * max(block, head) + 2 * 4 * logits
         + 4 * _ROUTER_CASES * measured * d.hidden_size,
         "writing": _LIBRARIES_BYTES + plan.disk_bytes + 4 * max(largest, head),
     }  # fmt: skip

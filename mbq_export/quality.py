@@ -107,11 +107,12 @@ def measure(
         parameters += head.parameters
         found = np.zeros((len(own), len(cases), 3))
         for j, tokens in enumerate(own):
+            expected = original.log_probabilities(original.inputs(torch.tensor([j])))
             for i, case in enumerate(cases):
                 head.depths.use(case[d.head.name])
                 logits = head.layers[0](blocks.final(hidden[i][j]))
                 count(i, [head])
-                found[j, i] = _of_window(logits, original, j, tokens)
+                found[j, i] = _of_window(logits, expected, tokens)
     progress(d.layers + 1, d.layers + 1)
     of_windows = np.array(processes.gathered(found))
     used = processes.summed(torch.from_numpy(used)).numpy() / (parameters * of_windows.shape[0] * own.shape[1])
@@ -121,18 +122,20 @@ def measure(
     ]
 
 
-def _of_window(logits: torch.Tensor, original: Teacher, row: int, tokens: torch.Tensor) -> tuple[float, float, float]:
-    """Mean negative log-likelihood, mean divergence and share of the same top of one window."""
+def _of_window(logits: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float, float]:
+    """Mean negative log-likelihood, mean divergence and share of the same top of one window.
+
+    logits: [context, vocab]; expected: float32 [context, vocab], the original's log probabilities; tokens: int64
+    [context].
+    """
     nll = divergence = same_top = 0.0
-    inputs = original.inputs(torch.tensor([row]))
     for start in range(0, len(tokens), TOKENS_AT_ONCE):
         at = slice(start, start + TOKENS_AT_ONCE)
-        expected = original.log_probabilities(inputs[at])
         predicted = logits[at].float().log_softmax(-1)
-        divergence += float(expected.sub(predicted).mul_(expected.exp()).sum())
-        same_top += float((expected.argmax(-1) == predicted.argmax(-1)).sum())
+        same_top += float((expected[at].argmax(-1) == predicted.argmax(-1)).sum())
         following = tokens[start + 1 : start + TOKENS_AT_ONCE + 1]
         nll -= float(predicted[: len(following)].gather(1, following[:, None]).sum())
+        divergence += float(expected[at].sub(predicted).mul_(expected[at].exp()).sum())
     return nll / (len(tokens) - 1), divergence / len(tokens), same_top / len(tokens)
 
 
