@@ -148,7 +148,14 @@ TABLES = {
     "kl-divergence": Table(
         "kl-divergence",
         _by_size(
-            _columns(**_KL, kl_wiki=("KL, Wikipedia", None), kl_code=("KL, code", None), kl_chat=("KL, chat", None))
+            _columns(
+                **_KL,
+                kl_wiki=("KL, Wikipedia", None),
+                kl_news=("KL, news", None),
+                kl_technical=("KL, technical", None),
+                kl_code=("KL, code", None),
+                kl_chat=("KL, chat", None),
+            )
         ),
     ),
     "kl-plain-rounding": Table(

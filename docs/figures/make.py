@@ -78,7 +78,7 @@ def quality() -> Figure:
     axes.set(
         xlabel="megabytes of weights a token reads", ylabel="mean KL to float32, nats", yscale="log", xlim=(50, 155)
     )
-    axes.set_title("SmolLM2-135M, mean of Wikipedia, code and chat (lower is closer to the original)")
+    axes.set_title("SmolLM2-135M, mean of five texts (lower is closer to the original)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -20,10 +20,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from mbq_export import quality
 from mbq_export.context import Calibration
 from mbq_export.data import windows as text_windows
-from mbq_export.data.texts import PACKAGED
+from mbq_export.data.texts import PACKAGED, SAID
 from mbq_export.format.codes import Sliced
 from mbq_export.format.planes import unpack_planes, unpack_scales
 from mbq_export.format.router import RouterParams
@@ -32,10 +31,11 @@ from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.sliced_linear import values_at
 from mbq_export.model.source import locate
-from mbq_export.progress import Progress
+from mbq_export.progress import Progress, no_report
 from mbq_export.routing import kinds, select
 from mbq_export.routing.slice_gains import measure_gains
 from mbq_export.transforms.rotation import rotate
+from mbq_export.tuning.teacher import Teacher
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.manifest import read as read_manifest
 from mbq_runtime.commands.common import listed
@@ -92,7 +92,7 @@ def restore(checkpoint: Checkpoint, manifest: Manifest, tensors: Tensors) -> dic
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", default="smollm2-135m")
-@click.option("--data", default="wikipedia", help="A file, or one of: " + ", ".join(PACKAGED))
+@click.option("--data", default="wikipedia", help="A file, or one of: " + ", ".join([*PACKAGED, *SAID]))
 @click.option("--windows", default=24)
 @click.option("--bits", default="2.5,3,3.5,4,5")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
@@ -108,25 +108,28 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
     if source.name != facts["text"]:
         raise click.UsageError(f"{bundle} was calibrated on {facts['text']}: needed {source.name}")
     _, held = text_windows.calibration_windows(checkpoint, source, fitted, held_back, CONTEXT_TOKENS)
-    text = PACKAGED[data]() if data in PACKAGED else read_text(Path(data))
+    if data in SAID:
+        text = SAID[data](checkpoint, no_report)
+    else:
+        text = PACKAGED[data]() if data in PACKAGED else read_text(Path(data))
     tokens = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     measured = np.array(cut_windows(tokens, CONTEXT_TOKENS, checkpoint.opening_tokens, windows))
-    original = float(np.exp(quality.reference(checkpoint, measured).mean()))
-    slices = restore(checkpoint, manifest, tensors)
     with Progress(quiet=False) as progress:
         recipe = Recipe(profile, manifest.group_size, facts["method"], seed=manifest.seed)
         calibration = Calibration(checkpoint, recipe, report=progress)
+        original = Teacher(calibration, measured, exact=True)
+        slices = restore(checkpoint, manifest, tensors)
         stats = measure_gains(calibration, slices, np.array_split(held, 2)[0], keep_inputs=True)
         fits = {kind: select.fit_routers(calibration, kind, stats, slices) for kind in kinds.ROUTERS}
         fits[manifest.router.kind] = stored_routers(manifest, tensors)
-        losses, used = select.measure_kinds(calibration, fits, slices, measured, budgets)
+        losses, used = select.measure_kinds(calibration, fits, slices, original, budgets)
     found = select.comparison(losses, manifest.router.kind, budgets)
-    print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; the original: {original:.2f}")
+    print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; KL divergence, nats a token")
     print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |")
     print("|---" * (1 + len(budgets)) + "|")
     for kind, by_bits in found.items():
         cells = [
-            f"{of['perplexity']:.2f}"
+            f"{of['kl_divergence']:.4f}"
             + (
                 " (shipped)"
                 if kind == manifest.router.kind
@@ -136,7 +139,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         ]
         print(f"| {kind} | " + " | ".join(cells) + " |")
     if json_file is not None:
-        json_file.write_text(json.dumps({"original": original, "bits_used": used, "routers": found}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"bits_used": used, "routers": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Itera
             llama_cpp_files.write_float32(load(locate(str(checkpoint))), out)
 
         def quantised(out: Path, name: str) -> None:
-            llama_cpp_files.quantise(_once(work / model / "f32.gguf", float32), name, out)
+            llama_cpp_files.quantise(_once(work / model / "f32.gguf", float32), name, out, {})
 
         for name in GGUF_TYPES:
             path = _once(work / model / f"{name}.gguf", lambda out, name=name: quantised(out, name))  # type: ignore[misc]
