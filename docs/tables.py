@@ -225,7 +225,13 @@ TABLES = {
     "replies": Table("replies", _columns(bits=("bits", 1), reply=("reply", None))),
     "calibration-time": Table(
         "calibration-time",
-        _columns(method=("method", None), slices=("slices", None), machine=("machine", None), minutes=("minutes", 1)),
+        _columns(
+            method=("method", None),
+            slices=("slices", None),
+            text=("calibrated on", None),
+            machine=("machine", None),
+            minutes=("minutes", 1),
+        ),
     ),
     "arm-static": Table(
         "arm-static",
