@@ -33,7 +33,7 @@ ROOMS = {
     "transforms": _CALIBRATION,
     "slicing": _CALIBRATION | {"devices"},
     "tuning": _CALIBRATION,
-    "routing": _CALIBRATION | {"quality", "slicing"},
+    "routing": _CALIBRATION | {"quality", "slicing", "tuning"},
     "lower": {"calibrated", "format", "model"},
 }
 """Rooms of ``mbq_export``: the modules and rooms of the package that each may import, besides itself."""

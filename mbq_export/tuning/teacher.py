@@ -40,7 +40,9 @@ class Teacher:
                 found = checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0]
                 inputs.append(found.float() if exact else found.bfloat16())
                 progress(i + 1, len(self.windows))
-        self._inputs = torch.stack(inputs)
+        # A process may have no window of its own.
+        none = torch.empty(0, windows.shape[1], checkpoint.decoder.hidden_size, device=checkpoint.device)
+        self._inputs = torch.stack(inputs) if inputs else none
         head = checkpoint.model.lm_head
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)

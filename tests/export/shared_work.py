@@ -53,7 +53,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
         for unit in checkpoint.decoder.units()
     }
-    fed_back = slice_model(calibration, windows, importance)
+    fed_back = slice_model(calibration, windows, importance, keep_weights=True)
     found |= weights("sliced", fed_back)
     by_energy = dict.fromkeys(slices, halves)
     routings: dict[Phase, Routing | None] = {

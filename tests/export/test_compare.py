@@ -232,7 +232,8 @@ def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -
     assert eight["divergence"]["value"] < four["divergence"]["value"]
     assert eight["over_fp"]["value"] == pytest.approx(1, abs=0.05)
     assert [(d["bundle"], d["rival"]) for d in result["duels"]] == [
-        ("bundle, 4 bits on average", "round to nearest, 4 bits")
+        ("bundle, 4 bits on average", "round to nearest, 4 bits"),
+        ("bundle, 4 bits on average", "round to nearest, 4 bits, and the head"),
     ]
     other = write_checkpoint(tmp_path / "other", "llama", num_hidden_layers=1)
     refused = compare("--model", other, *args[2:], "--bundle", bundle)

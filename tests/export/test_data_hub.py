@@ -61,7 +61,7 @@ def test_rows_become_windows(checkpoint: Checkpoint, folder: Path, suffix: str, 
 def test_only_as_many_rows_as_needed_are_read(checkpoint: Checkpoint, folder: Path) -> None:
     source = open_source(f"hf:{folder}")
     calibration_windows(checkpoint, source, 1, 1, 8)
-    unread = next(iter(source.fitted))
+    unread = next(iter(source.parts[0].fitted))
     assert unread.where.endswith("row 9"), "2 windows of 8 tokens are needed, 4 times as many are read, 8 a row"
 
 

@@ -44,7 +44,7 @@ def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[
     if profile.depths == 1:
         assert gains[0] > 1.5  # plain GPTQ
         return
-    assert gains[0] > 1.2
+    assert gains[0] > 1.1
     deepest = output_error(weight, hessian, found, profile.depths, profile)
     assert deepest < 0.05 * output_error(weight, hessian, found, 1, profile)
 
@@ -62,8 +62,8 @@ def test_refinement_lowers_the_error_of_every_depth(case: Case, slices: tuple[in
         ]
     )
     # The metric is damped and float16 rounds, so the limits leave some room.
-    assert (errors[1] < 0.9 * errors[0]).all()
-    assert (errors[2] < 0.95 * errors[1]).all()
+    assert (errors[1] < 0.95 * errors[0]).all()
+    assert (errors[2] < 0.97 * errors[1]).all()
 
 
 def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
