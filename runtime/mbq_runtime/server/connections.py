@@ -175,7 +175,9 @@ class BoundedProtocol(H11Protocol):
         return not self._active or self.cycle.more_body or self.flow.write_paused
 
     def _make_room(self) -> None:
-        victim = next((one for one in self._order if one is not self and one._waits), self)
+        others = [one for one in self._order if one is not self]
+        # A client that has sent its next requests already does not wait for this answer.
+        victim = next((one for one in others if one._waits or one.conn.trailing_data[0]), self)
         victim.connections.discard(victim)
         victim._order.pop(victim, None)
         victim.transport.abort()
