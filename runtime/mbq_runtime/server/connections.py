@@ -171,13 +171,14 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def _waits(self) -> bool:
-        """Whether the server waits for the client: for a request, for the rest of a body, or until it reads."""
-        return not self._active or self.cycle.more_body or self.flow.write_paused
+        """Whether the server waits for the client: for a request, for the rest of a body, or until it reads.
+
+        A client that has sent its next requests already does not wait for this answer.
+        """
+        return not self._active or self.cycle.more_body or self.flow.write_paused or bool(self.conn.trailing_data[0])
 
     def _make_room(self) -> None:
-        others = [one for one in self._order if one is not self]
-        # A client that has sent its next requests already does not wait for this answer.
-        victim = next((one for one in others if one._waits or one.conn.trailing_data[0]), self)
+        victim = next((one for one in self._order if one is not self and one._waits), self)
         victim.connections.discard(victim)
         victim._order.pop(victim, None)
         victim.transport.abort()
