@@ -200,7 +200,7 @@ def _ground(
     settings, opening, content = prepared.settings, checkpoint.opening_tokens, prepared.texts[name]
     if content is None:
         content = texts.SAID[name](checkpoint, progress)
-    tokens = checkpoint.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = checkpoint.tokens(content)
     windows = cut_windows(tokens, settings.context, opening, settings.windows)
     if len(windows) < settings.windows:
         raise UsageError(f"--data {name}: it has {len(windows)} windows, {settings.windows} are asked for")

@@ -145,7 +145,7 @@ def _answered(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length, pro
             count = min(_BATCH, -(-(length.enough - tokens) // length.reply))
             part = _continued(checkpoint, [chats[(len(said) + i) % len(chats)] for i in range(count)], length.reply)
             said += part
-            tokens += sum(len(_ids(checkpoint, _rendered(checkpoint, messages))) for messages in part)
+            tokens += sum(len(checkpoint.tokens(_rendered(checkpoint, messages))) for messages in part)
             progress(min(tokens, length.enough), length.enough)
     return said
 
@@ -169,7 +169,7 @@ def _opened(chat: Any) -> _Chat:
 
 def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], most: int) -> None:
     """Add the model's reply to every chat.  When the longest fills the model's context, all chats of the batch end."""
-    prompts = [_ids(checkpoint, _rendered(checkpoint, chat.messages, asked=True)) for chat in chats]
+    prompts = [checkpoint.tokens(_rendered(checkpoint, chat.messages, asked=True)) for chat in chats]
     room = checkpoint.decoder.context_length - max(map(len, prompts))
     if room < 1:
         for chat in chats:
@@ -201,10 +201,6 @@ def _sampled(checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int) -
             pad_token_id=padding or 0,
         )
     return np.asarray(found[:, longest:].cpu().numpy(), np.int64)
-
-
-def _ids(checkpoint: Checkpoint, rendered: str) -> list[int]:
-    return list(checkpoint.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _rendered(checkpoint: Checkpoint, messages: Messages, asked: bool = False) -> str:

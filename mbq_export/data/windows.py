@@ -168,10 +168,10 @@ class _Cutter:
         if needed == 0:
             return []
         if callable(documents):
-            return _tokenized(self.checkpoint, documents(self.checkpoint, needed, self.report))
+            return self.checkpoint.tokens(documents(self.checkpoint, needed, self.report))
         tokens: list[int] = []
         for document in documents:
-            tokens += _tokenized(self.checkpoint, _text(self.checkpoint, document))
+            tokens += self.checkpoint.tokens(_text(self.checkpoint, document))
             if len(tokens) >= _SPREAD * needed:
                 break
         return tokens
@@ -194,10 +194,6 @@ def _spread(windows: NDArray[np.int64], count: int, opening: Sequence[int]) -> N
     """Int64 [count, span + opening]: evenly spread windows, each behind the opening tokens."""
     chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     return np.hstack([np.tile(np.asarray(opening, np.int64), (count, 1)), chosen])
-
-
-def _tokenized(checkpoint: Checkpoint, text: str) -> list[int]:
-    return list(checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _text(checkpoint: Checkpoint, document: Document) -> str:

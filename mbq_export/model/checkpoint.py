@@ -50,6 +50,14 @@ class Checkpoint:
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
+    def tokens(self, text: str) -> list[int]:
+        """Ids of the tokens of a text, without those that the tokenizer puts around it.
+
+        Args:
+            text: of any length.
+        """
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def linear(self, name: str) -> torch.nn.Linear:
         """A linear layer.
 

@@ -112,7 +112,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         text = SAID[data](checkpoint, no_report)
     else:
         text = PACKAGED[data]() if data in PACKAGED else read_text(Path(data))
-    tokens = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = checkpoint.tokens(text)
     measured = np.array(cut_windows(tokens, CONTEXT_TOKENS, checkpoint.opening_tokens, windows))
     with Progress(quiet=False) as progress:
         recipe = Recipe(profile, manifest.group_size, facts["method"], seed=manifest.seed)
