@@ -2,16 +2,18 @@
 
 Lifecycle of ``calibrate``, with the names that the user sees:
 
-1. The loss of the original model on held-back text (``quality.reference``), and its logits on a check prompt.
+1. "recording teacher outputs": the original model's predictions on held-back text (``tuning.teacher``), their loss
+   (``quality.reference``), and its logits on a check prompt.
 2. Rotation of the weights (``transforms.rotation``), or "measuring activations" and smoothing
    (``transforms.smoothing``).  The logits must stay as they were (``check``).
 3. For a method without feedback: "rounding weights" (``slicing.rtn``).  Otherwise:
 
-   a. "recording teacher outputs", if slices are tuned (``tuning.teacher``);
+   a. "recording teacher outputs" on the text that slices are tuned on, if they are;
    b. "computing token weights" (``slicing.importance``);
    c. "slicing blocks" (``slicing.by_block``);
-   d. "tuning scales", or for a base slice of two bits "tuning the base slice", "choosing residual slices", "fitting
-      routers for tuning" and "tuning with routers" (``tuning.tune``).
+   d. "tuning scales", or for a base slice of two bits "tuning the base slice", "choosing slices after 2 bits",
+      "fitting routers for tuning" and "tuning with routers" (``tuning.tune``);
+   e. "choosing slices after 4 bits" (or as many as are tuned), if slices are tuned (``slicing.by_block``).
 
 4. "measuring slice gains" (``routing.slice_gains``).
 5. "fitting routers" of every kind, and "comparing routers" (``routing.select``).

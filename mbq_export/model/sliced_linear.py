@@ -191,14 +191,6 @@ class SlicedLinear(torch.nn.Module):
         """float32 [N, groups]."""
         return self._offset
 
-    def weight_at(self, bits: int) -> torch.Tensor:
-        """Weights at a depth, float32 [N, K].
-
-        Args:
-            bits: bits per weight of the depth.
-        """
-        return weights(self.codes, self.scale, self.offset, bits, torch.float32)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, [..., tokens, N].
 

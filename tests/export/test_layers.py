@@ -16,7 +16,7 @@ from mbq_export.format.codes import Sliced, decode_f32
 from mbq_export.model import gradients, sliced_linear
 from mbq_export.model.gradients import lean_backward
 from mbq_export.model.loading import load
-from mbq_export.model.sliced_linear import Bits, SlicedLinear, sliced_layers
+from mbq_export.model.sliced_linear import Bits, SlicedLinear, sliced_layers, weights
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.tuning.tune import TunedLinear, budget_control
@@ -40,7 +40,8 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
 @pytest.mark.parametrize("kind", [SlicedLinear, TunedLinear])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLinear], depth: int) -> None:
-    weight = kind(sliced, None).weight_at(PROFILE.depth_bits[depth - 1])
+    layer = kind(sliced, None)
+    weight = weights(layer.codes, layer.scale, layer.offset, PROFILE.depth_bits[depth - 1], torch.float32)
     np.testing.assert_array_equal(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth))
 
 
