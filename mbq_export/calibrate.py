@@ -133,19 +133,22 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
     else:
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
     check_transformed(original, record(checkpoint, original.prompt))
-    embedding = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
+    embedding = (
+        None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, calibration.profile, "embedding")
+    )
     slices = _slice_with_feedback(calibration, windows, hessian_windows) if method.feedback else _round(calibration)
     return _Weights(slices, embedding, head_scale, head_input)
 
 
 def _round(calibration: Calibration) -> dict[str, Sliced]:
     progress, checkpoint, store = calibration.stage("rounding weights"), calibration.checkpoint, calibration.store
+    group_size = calibration.recipe.group_size
     slices: dict[str, Sliced] = {}
     units = list(checkpoint.decoder.units())
     for i, unit in enumerate(units):
         found = store.get(unit.name)
         if found is None:
-            rounded = rtn.slice_weight(checkpoint.weight(unit), calibration.recipe.group_size, unit.name)
+            rounded = rtn.slice_weight(checkpoint.weight(unit), group_size, calibration.profile, unit.name)
             found = store.put(unit.name, {unit.name: rounded})
         slices |= found
         checkpoint.release(unit)

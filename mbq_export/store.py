@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from glob import escape
 from hashlib import file_digest
 from pathlib import Path
@@ -46,7 +47,7 @@ def _mapped(path: Path) -> dict[str, NDArray[np.generic]]:
 def _slices(arrays: Arrays) -> dict[str, Sliced]:
     names = {name.rpartition(":")[0] for name in arrays}
     return {
-        name: Sliced(arrays[f"{name}:codes"], arrays[f"{name}:scale"], arrays[f"{name}:offset"])  # type: ignore[arg-type]
+        name: Sliced(*(arrays[f"{name}:{field.name}"] for field in fields(Sliced)))  # type: ignore[arg-type]
         for name in sorted(names)
     }
 
@@ -171,7 +172,7 @@ class Store:
             return slices
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, sliced in slices.items():
-            arrays |= {f"{name}:codes": sliced.codes, f"{name}:scale": sliced.scale, f"{name}:offset": sliced.offset}
+            arrays |= {f"{name}:{field.name}": getattr(sliced, field.name) for field in fields(Sliced)}
         self._write(self.folder, step, arrays)
         # The file was hashed when it was written: do not hash it again.
         return _slices(_mapped(self._path(step)))

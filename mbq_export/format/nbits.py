@@ -1,16 +1,18 @@
 """The stored layout ``nbits``: one tensor a slice, as ONNX Runtime's MatMulNBits takes it.
 
 MatMulNBits is fast with its default zero point, the middle of the fields.  So fields are stored about their middle,
-and the rest of a weight's value is in ``centre``.  With ``b`` the bits of slice ``e``, ``B`` the bits up to and
-including it, and ``f`` its field of the code, a weight at depth ``k`` is::
+and the rest of a weight's value is in ``centre`` and in what each depth adds to it.  With ``b`` the bits of slice
+``e``, ``B`` the bits up to and including it, and ``f`` its field of the code, a weight at depth ``k`` is::
 
-    step   = scale * 2**(2 - b1)                    (b1: bits of slice 1)
-    centre = offset + scale * (2 + 2**(1 - b1))
-    w(k)   = centre + sum over e <= k of  scale * 2**(2 - B) * (f - 2**(b - 1))
-                    + sum over 1 < e <= k of  scale * 2**(1 - B)
+    step   = scale * profile.step(b1)               (b1: bits of slice 1)
+    centre = offset + step * (0.5 + 2**(b1 - 1))
+    w(k)   = centre + half(k) * step + sum over e <= k of  ratio(e) * step * (f - 2**(b - 1))
+    ratio(e) = profile.step(B) / profile.step(b1)
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,22 +41,27 @@ def packed_bits(width: int) -> int:
 
 
 def step_ratios(profile: SliceProfile) -> list[float]:
-    """The step of each slice over the step of slice 1: 1, then smaller powers of two.
+    """The step of each slice over the step of slice 1: 1, then smaller values.
 
     Args:
         profile: the bits of each slice.
     """
-    return [2.0 ** (profile.min_bits - upto) for upto in profile.depth_bits]
+    return [profile.step(upto) / profile.step(profile.min_bits) for upto in profile.depth_bits]
 
 
 def half_steps(profile: SliceProfile) -> list[float]:
-    """What each depth adds to ``centre``, in steps of slice 1: half the ratio of each slice from 2 to the depth.
+    """What each depth adds to ``centre``, in steps of slice 1.
 
     Args:
         profile: the bits of each slice.
     """
     ratios = step_ratios(profile)
-    return [sum(ratios[1:depth]) / 2 for depth in range(1, profile.depths + 1)]
+    middles = accumulate(ratio * 2 ** (width - 1) for ratio, width in zip(ratios, profile.slices, strict=True))
+    found = [
+        ratio * profile.middle(bits) + fields
+        for ratio, bits, fields in zip(ratios, profile.depth_bits, middles, strict=True)
+    ]
+    return [value - found[0] for value in found]
 
 
 def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:
@@ -68,7 +75,7 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
         slice_e: uint8 [N, G, group_size * bits / 8], fields of slice ``e`` with zero point ``2**(bits - 1)``, lowest
         bits first; step and centre: float32 [N, G].
     """
-    n, groups = sliced.scale.shape
+    n, groups = sliced.scale_codes.shape
     tensors: dict[str, NDArray[np.generic]] = {}
     for e, (width, upto) in enumerate(zip(profile.slices, profile.depth_bits, strict=True), 1):
         bits = packed_bits(width)
@@ -77,7 +84,8 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
         parts = stored.reshape(n, groups, -1, 8 // bits)
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         tensors[f"slice_{e}"] = np.bitwise_or.reduce(parts << shifts, axis=3)
-    scale, offset = sliced.scale.astype(np.float64), sliced.offset.astype(np.float64)
-    tensors["step"] = (scale * 2.0 ** (2 - profile.min_bits)).astype(np.float32)
-    tensors["centre"] = (offset + scale * (2 + 2.0 ** (1 - profile.min_bits))).astype(np.float32)
+    step = sliced.scale * np.float32(profile.step(profile.min_bits))
+    first = 0.5 + 2.0 ** (profile.min_bits - 1)
+    tensors["step"] = step
+    tensors["centre"] = (sliced.offset.astype(np.float64) + step * first).astype(np.float32)
     return tensors

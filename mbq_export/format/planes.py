@@ -2,14 +2,16 @@
 
 N is padded to ``n16``, a multiple of 16.
 
-* Planes are uint8, one flat array, plane after plane.  A plane of ``b`` bits holds ``[n16 / 16][K / (32 / b)][64]``
-  bytes.  Byte ``4 * row + t`` of a 64-byte block holds, at bits ``b * j .. b * j + b - 1``, the field of weight
-  ``k = block * (32 / b) + 4 * j + t``.
-* Scales are float16 ``[n16 / 16, K / group_size, 2, 16]``: the scales of 16 rows, then their offsets.
+* Each slice is one uint8 array, flat, plane after plane.  So a file can hold the first slices of all matrices before
+  the second ones.  A plane of ``b`` bits holds ``[n16 / 16][K / (32 / b)][64]`` bytes.  Byte ``4 * row + t`` of a
+  64-byte block holds, at bits ``b * j .. b * j + b - 1``, the field of weight ``k = block * (32 / b) + 4 * j + t``.
+* Scales are uint8 ``[n16 / 16, 1 + K / group_size, 32]``.  The first 32 bytes of a row block are the float16 factors of
+  its 16 rows.  Each further 32 bytes are the scales of a group's 16 rows, then their zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
-from .codes import F16, U8
+from .codes import F16, U8, Sliced
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -31,57 +33,61 @@ def _pad_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     return np.pad(array, [(0, _padded(len(array)) - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
-def planes_shape(n: int, k: int) -> tuple[int]:
-    """Shape of the packed planes of a matrix.
+def slice_bytes(n: int, k: int, width: int) -> int:
+    """Bytes of the packed planes of a slice.
 
     Args:
         n: rows.
         k: columns.
+        width: bits of the slice.
     """
-    return (_padded(n) * k * CODE_BITS // 8,)
+    return _padded(n) * k * width // 8
 
 
-def scales_shape(n: int, groups: int) -> tuple[int, int, int, int]:
-    """Shape of the packed scales and offsets of a matrix.
+def scales_shape(n: int, groups: int) -> tuple[int, int, int]:
+    """Shape of the packed scales of a matrix.
 
     Args:
         n: rows.
         groups: K / group_size.
     """
-    return _padded(n) // ROW_BLOCK, groups, 2, ROW_BLOCK
+    return _padded(n) // ROW_BLOCK, 1 + groups, 2 * ROW_BLOCK
 
 
-def pack_planes(codes: U8, profile: SliceProfile) -> U8:
-    """Pack codes into planes.
+def pack_slices(codes: U8, profile: SliceProfile) -> list[U8]:
+    """Pack codes into the planes of each slice.
 
     Args:
         codes: uint8 [N, K].
         profile: the bits of each slice.
 
     Returns:
-        uint8 of ``planes_shape``.
+        For each slice, uint8 [``slice_bytes``].
     """
     padded = _pad_rows(codes)
     n16, k = padded.shape
     packed = []
     low = CODE_BITS
-    for bits in profile.plane_bits:
-        low -= bits
-        fields = 8 // bits
-        span = 4 * fields
-        field = (padded >> low) & ((1 << bits) - 1)
-        blocks = field.reshape(n16 // ROW_BLOCK, ROW_BLOCK, k // span, fields, 4)
-        shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
-        byte = np.bitwise_or.reduce(blocks << shifts, axis=3)
-        packed.append(np.ascontiguousarray(byte.transpose(0, 2, 1, 3)).reshape(-1))
-    return np.concatenate(packed).astype(np.uint8)
+    for planes in profile.planes_of_slices:
+        of_slice = []
+        for bits in planes:
+            low -= bits
+            fields = 8 // bits
+            span = 4 * fields
+            field = (padded >> low) & ((1 << bits) - 1)
+            blocks = field.reshape(n16 // ROW_BLOCK, ROW_BLOCK, k // span, fields, 4)
+            shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
+            byte = np.bitwise_or.reduce(blocks << shifts, axis=3)
+            of_slice.append(np.ascontiguousarray(byte.transpose(0, 2, 1, 3)).reshape(-1))
+        packed.append(np.concatenate(of_slice).astype(np.uint8))
+    return packed
 
 
-def unpack_planes(planes: U8, n: int, k: int, profile: SliceProfile) -> U8:
-    """The inverse of ``pack_planes``.
+def unpack_slices(slices: Sequence[U8], n: int, k: int, profile: SliceProfile) -> U8:
+    """The inverse of ``pack_slices``.
 
     Args:
-        planes: uint8 of ``planes_shape``.
+        slices: for each slice, uint8 [``slice_bytes``].
         n: rows.
         k: columns.
         profile: the bits of each slice.
@@ -91,44 +97,46 @@ def unpack_planes(planes: U8, n: int, k: int, profile: SliceProfile) -> U8:
     """
     n16 = _padded(n)
     codes = np.zeros((n16, k), np.uint8)
-    start, low = 0, CODE_BITS
-    for bits in profile.plane_bits:
-        low -= bits
-        fields = 8 // bits
-        span = 4 * fields
-        size = n16 * k * bits // 8
-        byte = planes[start : start + size].reshape(n16 // ROW_BLOCK, k // span, ROW_BLOCK, 1, 4)
-        start += size
-        shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
-        field = (byte >> shifts) & ((1 << bits) - 1)
-        codes |= (field.transpose(0, 2, 1, 3, 4).reshape(n16, k) << low).astype(np.uint8)
+    low = CODE_BITS
+    for planes, stored in zip(profile.planes_of_slices, slices, strict=True):
+        start = 0
+        for bits in planes:
+            low -= bits
+            fields = 8 // bits
+            size = n16 * k * bits // 8
+            byte = stored[start : start + size].reshape(n16 // ROW_BLOCK, k // (4 * fields), ROW_BLOCK, 1, 4)
+            start += size
+            shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
+            field = (byte >> shifts) & ((1 << bits) - 1)
+            codes |= (field.transpose(0, 2, 1, 3, 4).reshape(n16, k) << low).astype(np.uint8)
     return codes[:n]
 
 
-def pack_scales(scale: F16, offset: F16) -> F16:
-    """Pack scales and offsets.
+def pack_scales(sliced: Sliced) -> U8:
+    """Pack factors of rows, scales and zeros.
 
     Args:
-        scale: float16 [N, groups].
-        offset: float16 [N, groups].
+        sliced: a matrix [N, K].
 
     Returns:
-        float16 of ``scales_shape``.
+        uint8 of ``scales_shape``.
     """
-    both = np.stack([_pad_rows(scale), _pad_rows(offset)])
-    blocks = both.reshape(2, -1, ROW_BLOCK, scale.shape[1])
-    return np.ascontiguousarray(blocks.transpose(1, 3, 0, 2)).astype(np.float16)
+    rows = _pad_rows(sliced.row_scale.astype("<f2")).view(np.uint8).reshape(-1, 1, 2 * ROW_BLOCK)
+    both = np.stack([_pad_rows(sliced.scale_codes), _pad_rows(sliced.zero_codes)])
+    groups = both.reshape(2, len(rows), ROW_BLOCK, -1).transpose(1, 3, 0, 2).reshape(len(rows), -1, 2 * ROW_BLOCK)
+    return np.concatenate([rows, groups], axis=1)
 
 
-def unpack_scales(scales: F16, n: int) -> tuple[F16, F16]:
+def unpack_scales(scales: U8, n: int) -> tuple[U8, U8, F16]:
     """The inverse of ``pack_scales``.
 
     Args:
-        scales: float16 of ``scales_shape``.
+        scales: uint8 of ``scales_shape``.
         n: rows.
 
     Returns:
-        float16 [n, groups] scales, and float16 [n, groups] offsets.
+        The fields of ``Sliced`` after its codes: uint8 [n, groups] scales, uint8 [n, groups] zeros, float16 [n].
     """
-    both = scales.transpose(2, 0, 3, 1).reshape(2, -1, scales.shape[1])
-    return both[0, :n], both[1, :n]
+    rows = np.ascontiguousarray(scales[:, 0]).view("<f2").reshape(-1).astype(np.float16)
+    both = scales[:, 1:].reshape(len(scales), -1, 2, ROW_BLOCK).transpose(2, 0, 3, 1).reshape(2, len(rows), -1)
+    return both[0, :n], both[1, :n], rows[:n]

@@ -177,7 +177,7 @@ def record_sliced(
         activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
-    with sliced_layers(checkpoint, slices, kind), _embedded(checkpoint, embedding, profile, prompt):
+    with sliced_layers(checkpoint, slices, profile, kind), _embedded(checkpoint, embedding, profile, prompt):
         return record(checkpoint, prompt)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -44,13 +43,23 @@ def _at_once(codes: torch.Tensor) -> int:
     return _IN_CACHE if codes.device.type == "cpu" else WEIGHTS_AT_ONCE
 
 
-def _step(bits: int) -> float:
-    """Width of a cell at ``bits``, in cells of the base quantiser."""
-    return float(2.0 ** (2 - bits))
+def _levels(codes: torch.Tensor, profile: SliceProfile, bits: int) -> torch.Tensor:
+    """As ``format.codes.levels``."""
+    if bits <= profile.coarse_bits:
+        return codes >> (CODE_BITS - bits)
+    fine_bits = CODE_BITS - profile.coarse_bits
+    fine = (codes & ((1 << fine_bits) - 1)) >> (CODE_BITS - bits)
+    return (codes >> fine_bits) * profile.stride(bits) + fine
 
 
 def weights(
-    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, dtype: torch.dtype
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    profile: SliceProfile,
+    bits: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Weights at a depth, as ``format.codes.decode_f32`` defines them.
 
@@ -58,6 +67,7 @@ def weights(
         codes: uint8 [N, K].
         scale: float32 [N, groups].
         offset: float32 [N, groups].
+        profile: the bits of each slice.
         bits: bits per weight of the depth.
         dtype: of the result.
 
@@ -66,8 +76,10 @@ def weights(
     """
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for rows in row_ranges(codes.shape, _at_once(codes)):
-        cells = (codes[rows] >> (CODE_BITS - bits)).view(*scale[rows].shape, -1).float()
-        cells.add_(0.5).mul_((scale[rows] * _step(bits))[:, :, None]).add_(offset[rows, :, None])
+        cells = _levels(codes[rows], profile, bits).view(*scale[rows].shape, -1).float()
+        cells.add_(profile.middle(bits)).mul_((scale[rows] * profile.step(bits))[:, :, None]).add_(
+            offset[rows, :, None]
+        )
         weight[rows] = cells.view(codes[rows].shape)
     return weight
 
@@ -96,7 +108,7 @@ def values_at(
     """
     arrays = sliced.codes, sliced.scale, sliced.offset
     codes, scale, offset = (torch.from_numpy(array).to(device) for array in arrays)
-    return weights(codes, scale.float(), offset.float(), profile.depth_bits[depth - 1], dtype)
+    return weights(codes, scale, offset, profile=profile, bits=profile.depth_bits[depth - 1], dtype=dtype)
 
 
 Bits = int | torch.Tensor
@@ -123,15 +135,17 @@ class _Product(torch.autograd.Function):
         scale: torch.Tensor,
         offset: torch.Tensor,
         codes: torch.Tensor,
+        profile: SliceProfile,
         bits: Bits,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, scale, offset, codes)
-        ctx.bits = bits
+        ctx.profile, ctx.bits = profile, bits
         tokens = x.flatten(0, -2)
         output = x.new_empty(len(tokens), len(codes))
         for at, rows in _by_bits(bits):
-            output[rows] = functional.linear(tokens[rows], weights(codes, scale, offset, at, x.dtype), bias)
+            weight = weights(codes, scale, offset, profile=profile, bits=at, dtype=x.dtype)
+            output[rows] = functional.linear(tokens[rows], weight, bias)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -143,21 +157,26 @@ class _Product(torch.autograd.Function):
         for at, rows in _by_bits(ctx.bits):
             of_rows = from_tokens[rows]
             if to_x is not None:
-                to_x[rows] = of_rows @ weights(codes, scale, offset, at, x.dtype)
+                to_x[rows] = of_rows @ weights(codes, scale, offset, profile=ctx.profile, bits=at, dtype=x.dtype)
             if to_scale is not None and to_offset is not None:
-                _add_gradients(to_scale, to_offset, of_rows.T @ tokens[rows], codes, at)
-        return None if to_x is None else to_x.view(x.shape), to_scale, to_offset, None, None, None
+                _add_gradients(to_scale, to_offset, of_rows.T @ tokens[rows], codes, ctx.profile, at)
+        return None if to_x is None else to_x.view(x.shape), to_scale, to_offset, None, None, None, None
 
 
 def _add_gradients(
-    to_scale: torch.Tensor, to_offset: torch.Tensor, to_weight: torch.Tensor, codes: torch.Tensor, bits: int
+    to_scale: torch.Tensor,
+    to_offset: torch.Tensor,
+    to_weight: torch.Tensor,
+    codes: torch.Tensor,
+    profile: SliceProfile,
+    bits: int,
 ) -> None:
     """Add to the gradients of scale and offset, float32 [N, groups], what the weights' gradient [N, K] gives."""
     for rows in row_ranges(codes.shape, _at_once(codes)):
         by_group = to_weight[rows].float().view(*to_scale[rows].shape, -1)
-        cells = (codes[rows] >> (CODE_BITS - bits)).view(by_group.shape).float()
+        cells = _levels(codes[rows], profile, bits).view(by_group.shape).float()
         to_offset[rows] += by_group.sum(-1)
-        to_scale[rows] += cells.add_(0.5).mul_(by_group).sum(-1) * _step(bits)
+        to_scale[rows] += cells.add_(profile.middle(bits)).mul_(by_group).sum(-1) * profile.step(bits)
 
 
 class SlicedLinear(torch.nn.Module):
@@ -169,16 +188,20 @@ class SlicedLinear(torch.nn.Module):
 
     Args:
         sliced: a matrix [N, K].
+        profile: the bits of each slice.
         bias: float32 [N] on ``device``, or None.
         device: where the layer computes.
     """
 
-    def __init__(self, sliced: Sliced, bias: torch.Tensor | None, device: torch.device = CPU) -> None:
+    def __init__(
+        self, sliced: Sliced, profile: SliceProfile, bias: torch.Tensor | None, device: torch.device = CPU
+    ) -> None:
         super().__init__()
+        self._profile = profile
         self.codes = torch.from_numpy(sliced.codes).to(device)
         self.bias = bias
-        self._scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device)
-        self._offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device)
+        self._scale = torch.from_numpy(sliced.scale).to(device)
+        self._offset = torch.from_numpy(sliced.offset).to(device)
         self.bits: Bits = CODE_BITS
 
     @property
@@ -200,7 +223,9 @@ class SlicedLinear(torch.nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: torch.Tensor = _Product.apply(x, self.scale, self.offset, self.codes, self.bits, bias)  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, self.scale, self.offset, self.codes, self._profile, self.bits, bias
+        )
         return product
 
 
@@ -208,14 +233,16 @@ class SlicedLinear(torch.nn.Module):
 def sliced_layers(
     checkpoint: Checkpoint,
     slices: Mapping[str, Sliced],
-    kind: Callable[[Sliced, torch.Tensor | None, torch.device], Layer],
+    profile: SliceProfile,
+    kind: Callable[[Sliced, SliceProfile, torch.Tensor | None, torch.device], Layer],
 ) -> Iterator[dict[str, list[Layer]]]:
     """Replace all routed layers of the model while the block runs.
 
     Args:
         checkpoint: the model.
         slices: by unit name.
-        kind: makes a layer of its slices, its bias and the device.
+        profile: the bits of each slice.
+        kind: makes a layer of its slices, the profile, its bias and the device.
 
     Yields:
         The new layers by unit name.
@@ -225,7 +252,8 @@ def sliced_layers(
         for unit in checkpoint.decoder.units():
             sliced = slices[unit.name]
             layers = [
-                kind(sliced.rows(rows), linear.bias, checkpoint.device) for linear, rows in checkpoint.layers(unit)
+                kind(sliced.rows(rows), profile, linear.bias, checkpoint.device)
+                for linear, rows in checkpoint.layers(unit)
             ]
             by_unit[unit.name] = layers
             stack.enter_context(replaced(checkpoint, unit, list(layers)))

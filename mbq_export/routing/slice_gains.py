@@ -170,7 +170,7 @@ def measure_gains(
     ]
     with ExitStack() as hooks, router_inputs.recording():
         hooks.enter_context(lean_backward(checkpoint))
-        layers = hooks.enter_context(sliced_layers(checkpoint, slices, SlicedLinear))
+        layers = hooks.enter_context(sliced_layers(checkpoint, slices, calibration.profile, SlicedLinear))
         for recorder in recorders:
             for name, layer in zip(recorder.unit.sources, layers[recorder.unit.name], strict=True):
                 hooks.enter_context(layer.register_forward_hook(recorder.hook(name)))

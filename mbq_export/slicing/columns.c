@@ -13,9 +13,10 @@ typedef float Lanes[LANES];
 
 /* The fields of columns.Grid. */
 typedef struct Grid {
-  int32_t depths;
+  int32_t depths, coarse_depths;
   float span; /* number of codes to choose from */
-  float steps[MOST_DEPTHS], cells[MOST_DEPTHS], counts[MOST_DEPTHS];
+  float coarse_cell, coarse_width;
+  float steps[MOST_DEPTHS], cells[MOST_DEPTHS], begins[MOST_DEPTHS], counts[MOST_DEPTHS];
 } Grid;
 
 /* The rows of a group to compute. Arrays hold all rows: [depths, columns, rows], codes [columns, rows], scales [rows]. */
@@ -26,34 +27,66 @@ typedef struct Part {
 static inline float smaller(float a, float b) { return a < b ? a : b; }
 static inline float larger(float a, float b) { return a > b ? a : b; }
 
+static inline float within(float value, float low, float high) { return larger(smaller(value, high), low); }
+
 static inline void in_base_cells(const Grid *grid, int depth, const Lanes codes, Lanes values) {
-  const float per_cell = 1 / grid->cells[depth], step = grid->steps[depth];
-  for (int l = 0; l < LANES; ++l) values[l] = (floorf(codes[l] * per_cell) + 0.5f) * step;
+  const float per_cell = 1 / grid->cells[depth], step = grid->steps[depth], begin = grid->begins[depth];
+  if (depth < grid->coarse_depths) {
+    for (int l = 0; l < LANES; ++l) values[l] = (floorf(codes[l] * per_cell) + 0.5f) * step;
+    return;
+  }
+  const float per_coarse = 1 / grid->coarse_cell, width = grid->coarse_width;
+  for (int l = 0; l < LANES; ++l) {
+    const float coarse = floorf(codes[l] * per_coarse), fine = codes[l] - coarse * grid->coarse_cell;
+    values[l] = coarse * width + begin + (floorf(fine * per_cell) + 0.5f) * step;
+  }
 }
 
-/* First codes of the cells that one depth alone would choose. */
-static inline void own_cells(const Grid *grid, int depth, const Lanes *wanted, const Lanes lowest, Lanes first) {
-  const float per_step = 1 / grid->steps[depth], cell = grid->cells[depth], last = grid->span - cell;
-  for (int l = 0; l < LANES; ++l) {
-    const float at = floorf(wanted[depth][l] * per_step) * cell;
-    first[l] = larger(smaller(at, lowest[l] + last), lowest[l]);
+/* The code nearest to the deepest depth's wish among `size` codes from `first` on, which lie in one coarse cell. */
+static inline float finest_within(const Grid *grid, float wanted, float first, float size) {
+  const int deepest = grid->depths - 1;
+  if (deepest < grid->coarse_depths) return first;
+  const float coarse = floorf(first / grid->coarse_cell);
+  const float from = coarse * grid->coarse_width + grid->begins[deepest];
+  const float at = coarse * grid->coarse_cell + floorf((wanted - from) / grid->steps[deepest]);
+  return within(at, first, first + size - 1);
+}
+
+/* First codes of the coarse cells that one depth's wish is in, or is nearest to among the codes to choose from. */
+static inline float own_coarse(const Grid *grid, float wanted, float lowest, float cell, float step) {
+  const float at = floorf(wanted / step) * cell;
+  return within(at, lowest, larger(lowest + grid->span - cell, lowest));
+}
+
+/* A candidate: the best code for the deepest depth in the cell that depth `depth` alone would choose. */
+static inline float candidate_of(const Grid *grid, int depth, const float *wanted, float lowest) {
+  const int deepest = grid->depths - 1;
+  const float coarse_cell = grid->coarse_cell;
+  const float near = own_coarse(grid, wanted[deepest], lowest, coarse_cell, grid->coarse_width);
+  if (depth < grid->coarse_depths) {
+    const float cell = grid->cells[depth];
+    const float first = own_coarse(grid, wanted[depth], lowest, cell, grid->steps[depth]);
+    const float coarse = within(near, first, first + cell - coarse_cell);
+    return finest_within(grid, wanted[deepest], larger(coarse, lowest), coarse_cell);
   }
+  const float coarse = own_coarse(grid, wanted[depth], lowest, coarse_cell, grid->coarse_width);
+  const float from = coarse / coarse_cell * grid->coarse_width + grid->begins[depth], cell = grid->cells[depth];
+  const float at = within(floorf((wanted[depth] - from) / grid->steps[depth]) * cell, 0, coarse_cell - cell);
+  return finest_within(grid, wanted[deepest], coarse + at, cell);
 }
 
 /* code: in, the code of each row so far, a candidate if `candidate`; out, the best code. */
 static inline void best_code(const Grid *grid, const Lanes *wanted, bool candidate, Lanes code) {
   const int depths = grid->depths;
   const float per_span = 1 / grid->span;
-  Lanes lowest, finest, tried, value, cost, least, best;
-  for (int l = 0; l < LANES; ++l) lowest[l] = floorf(code[l] * per_span) * grid->span;
-  own_cells(grid, depths - 1, wanted, lowest, finest);
+  Lanes tried, value, cost, least, best;
   for (int i = 0; i < depths + candidate; ++i) {
-    if (i < depths) {
-      own_cells(grid, i, wanted, lowest, tried);
-      for (int l = 0; l < LANES; ++l)
-        tried[l] = smaller(larger(finest[l], tried[l]), tried[l] + (grid->cells[i] - 1));
-    } else {
-      for (int l = 0; l < LANES; ++l) tried[l] = code[l];
+    for (int l = 0; l < LANES; ++l) {
+      if (i < depths) {
+        float wish[MOST_DEPTHS];
+        for (int e = 0; e < depths; ++e) wish[e] = wanted[e][l];
+        tried[l] = candidate_of(grid, i, wish, floorf(code[l] * per_span) * grid->span);
+      } else tried[l] = code[l];
     }
     for (int l = 0; l < LANES; ++l) cost[l] = 0;
     for (int e = 0; e < depths; ++e) {

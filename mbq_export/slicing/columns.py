@@ -10,6 +10,7 @@ import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,9 +39,13 @@ def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
 class _GridOfC(ctypes.Structure):
     _fields_ = (
         ("depths", ctypes.c_int32),
+        ("coarse_depths", ctypes.c_int32),
         ("span", ctypes.c_float),
+        ("coarse_cell", ctypes.c_float),
+        ("coarse_width", ctypes.c_float),
         ("steps", ctypes.c_float * CODE_BITS),
         ("cells", ctypes.c_float * CODE_BITS),
+        ("begins", ctypes.c_float * CODE_BITS),
         ("counts", ctypes.c_float * CODE_BITS),
     )
 
@@ -48,9 +53,13 @@ class _GridOfC(ctypes.Structure):
 class Grid:
     """The cells of every depth, and how a code is chosen among them.
 
-    All steps and cells are powers of two, so their inverses are exact and products replace quotients.
+    A code has coarse bits and fine bits (``SliceProfile.coarse_bits``).  Codes with the same coarse bits are a coarse
+    cell.  Depths of coarse bits have cells side by side.  Deeper depths divide a coarse cell into steps, from somewhat
+    before its begin to somewhat behind its end.
 
-    steps: float32 [E, 1], width of a cell in cells of the base quantiser.
+    All lengths are in cells of the base quantiser.
+
+    steps: float32 [E, 1], width of a cell.
     counts: float32 [E, 1], how much the error of a depth counts.
     of_c: the same for ``columns.c``.
 
@@ -61,42 +70,42 @@ class Grid:
     """
 
     def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
-        steps = [2.0 ** (2 - bits) for bits in profile.depth_bits]
+        coarse = profile.coarse_bits
+        steps = [profile.step(bits) for bits in profile.depth_bits]
         cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
+        width = 2.0 ** (2 - coarse)
+        begins = [
+            0.0 if bits <= coarse else (width - step * 2.0 ** (bits - coarse)) / 2
+            for bits, step in zip(profile.depth_bits, steps, strict=True)
+        ]
         counts = depth_weights(profile)
-        of_each = torch.tensor([steps, cells, counts]).to(device)[:, :, None]
-        self.steps, self._cells, self.counts = of_each[0], of_each[1], of_each[2]
-        self._per_step, self._per_cell = 1 / self.steps, 1 / self._cells
-        # The codes to choose from: their number, where the first and the last cell begin, and the width of a cell.
+        of_each = torch.tensor([steps, cells, begins, counts]).to(device)[:, :, None]
+        self.steps, self._cells, self._begins, self.counts = of_each
+        self._coarse_depths = sum(bits <= coarse for bits in profile.depth_bits)
+        self._coarse_cell, self._coarse_width = 2.0 ** (CODE_BITS - coarse), width
+        # The codes to choose from: their number.
         self._span = float(1 << (CODE_BITS - kept_bits))
-        self._first, self._last = torch.zeros_like(self._cells), self._span - self._cells
-        self._within = self._cells - 1
-        self._kept = kept_bits > 0
-        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, cells, counts)]
-        self.of_c = _GridOfC(profile.depths, self._span, *of_c)
+        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, cells, begins, counts)]
+        self.of_c = _GridOfC(
+            profile.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c
+        )
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
         """Values of codes at every depth, in cells of the base quantiser.
 
         Args:
-            codes: float32 [..., 1, N] or [N].
+            codes: float32 or uint8 of any shape.
 
         Returns:
-            float32 [..., E, N].
+            float32 [E, ...].
         """
-        values: torch.Tensor = (codes * self._per_cell).floor_().add_(0.5).mul_(self.steps)
-        return values
-
-    def columns_in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
-        """As ``in_base_cells``, for several columns.
-
-        Args:
-            codes: uint8 [columns, N].
-
-        Returns:
-            float32 [E, columns, N].
-        """
-        values: torch.Tensor = (codes * self._per_cell[:, :, None]).floor_().add_(0.5).mul_(self.steps[:, :, None])
+        codes = codes.float()
+        coarse = (codes / self._coarse_cell).floor()
+        fine, begin = codes - coarse * self._coarse_cell, coarse * self._coarse_width
+        values = torch.empty(len(self.steps), *codes.shape, device=codes.device)
+        for e, value in enumerate(values):
+            counted, start = (codes, 0.0) if e < self._coarse_depths else (fine, begin + self._begins[e])
+            value.copy_((counted / self._cells[e]).floor().add_(0.5).mul_(self.steps[e]).add_(start))
         return values
 
     def best_code(self, wanted: torch.Tensor, code: torch.Tensor, candidate: bool) -> torch.Tensor:
@@ -110,20 +119,42 @@ class Grid:
         Returns:
             float32 [N].
         """
-        first = (wanted * self._per_step).floor_().mul_(self._cells)
-        if self._kept:
-            lowest = (code / self._span).floor_().mul_(self._span)
-            # Maximum last: a cell may be wider than the span, and then it begins at its lowest code.
-            first = torch.maximum(torch.minimum(first, lowest + self._last, out=first), lowest, out=first)
-        else:
-            first.clamp_(self._first, self._last)
-        # A cell of the deepest depth is one code.
-        finest = first[-1]
-        candidates = torch.minimum(torch.maximum(finest, first), first + self._within)
-        if candidate:
-            candidates = torch.cat([candidates, code[None]])
-        cost = self.in_base_cells(candidates[:, None]).sub_(wanted).square_().mul_(self.counts).sum(1)
+        lowest = (code / self._span).floor() * self._span
+        found = [self._candidate(e, wanted, lowest) for e in range(len(self.steps))]
+        candidates = torch.stack([*found, code] if candidate else found)
+        away = self.in_base_cells(candidates) - wanted[:, None]
+        cost = away.square_().mul_(self.counts[:, :, None]).sum(0)
         return candidates.gather(0, cost.argmin(0, keepdim=True))[0]
+
+    def _candidate(self, depth: int, wanted: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+        """The best code for the deepest depth in the cell that one depth alone would choose, float32 [N]."""
+        cell, width = self._coarse_cell, self._coarse_width
+        if depth < self._coarse_depths:
+            near = self._own_cell(wanted[-1], lowest, cell, width)
+            first = self._own_cell(wanted[depth], lowest, self._cells[depth], self.steps[depth])
+            coarse = torch.maximum(_within(near, first, first + self._cells[depth] - cell), lowest)
+            return self._finest(wanted[-1], coarse, cell)
+        coarse = self._own_cell(wanted[depth], lowest, cell, width)
+        begin = coarse / cell * width + self._begins[depth]
+        at = ((wanted[depth] - begin) / self.steps[depth]).floor() * self._cells[depth]
+        return self._finest(wanted[-1], coarse + at.clamp(0, cell - float(self._cells[depth])), self._cells[depth])
+
+    def _own_cell(self, wanted: torch.Tensor, lowest: torch.Tensor, cell: Any, width: Any) -> torch.Tensor:
+        """First codes of the cells that a wish lies in, or is nearest to among the codes to choose from."""
+        return _within((wanted / width).floor() * cell, lowest, torch.maximum(lowest + self._span - cell, lowest))
+
+    def _finest(self, wanted: torch.Tensor, first: torch.Tensor, size: Any) -> torch.Tensor:
+        """The codes nearest to the deepest depth's wish, among ``size`` codes of one coarse cell from ``first`` on."""
+        if self._coarse_depths == len(self.steps):
+            return first
+        coarse = (first / self._coarse_cell).floor()
+        begin = coarse * self._coarse_width + self._begins[-1]
+        at = coarse * self._coarse_cell + ((wanted - begin) / self.steps[-1]).floor()
+        return _within(at, first, first + size - 1)
+
+
+def _within(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(torch.minimum(values, high), low)
 
 
 def feed_back(

@@ -12,16 +12,20 @@ alone would choose.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
-from ..format.codes import F32, Sliced
+from ..format.codes import F32, Sliced, row_scales, scale_codes, zero_codes
 from .columns import Grid, feed_back
 from .rtn import group_range
 
+_ROOM = 1.125
+"""Row factors hold scales this many times the largest one, because feedback and tuning enlarge some."""
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of the diagonal's mean."""
 TIED_DAMPING = 1.0
@@ -91,19 +95,23 @@ def slice_weight(
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
     if earlier is not None:
         codes.copy_(torch.from_numpy(earlier.codes).T)
-    scales, offsets = [], []
+    if earlier is None:
+        whole, _ = group_range(weight.reshape(n, k // group_size, group_size), name)
+        earlier_row = row_scales(whole.max(axis=1) * np.float32(_ROOM))
+        codes_of_scales = np.zeros((n, k // group_size), np.uint8)
+        of_ranges = Sliced(np.zeros((n, k), np.uint8), codes_of_scales, codes_of_scales.copy(), earlier_row)
+    else:
+        of_ranges = earlier
     for start in range(0, k, group_size):
         group = slice(start, start + group_size)
+        at = start // group_size
         if earlier is None:
-            scale16, offset16 = group_range(streams[-1, group].T.cpu().numpy(), name)
-        else:
-            at = start // group_size
-            scale16, offset16 = earlier.scale[:, at], earlier.offset[:, at]
-        scales.append(scale16)
-        offsets.append(offset16)
-        offset = torch.from_numpy(offset16.astype(np.float32)).to(device)
-        scale = torch.from_numpy(scale16.astype(np.float32)).to(device)
+            scale, offset = (v[:, None] for v in group_range(streams[-1, group].T.cpu().numpy(), name))
+            of_ranges.scale_codes[:, at] = scale_codes(scale, of_ranges.row_scale, up=True)[:, 0]
+            of_ranges.zero_codes[:, at] = zero_codes(offset, of_ranges.scale[:, at, None], up=True)[:, 0]
+        offset = torch.from_numpy(of_ranges.offset[:, at]).to(device)
+        scale = torch.from_numpy(of_ranges.scale[:, at]).to(device)
         errors = feed_back(grid, streams[:, group], factor[group, group], codes[group], scale=scale, offset=offset)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
-    return Sliced(codes.T.contiguous().cpu().numpy(), np.stack(scales, 1), np.stack(offsets, 1))
+    return replace(of_ranges, codes=codes.T.contiguous().cpu().numpy())

@@ -2,18 +2,20 @@
 
 It minimises ``sum over depths e of weight_e * tr((W - Q_e) H (W - Q_e).T)``: the error of the layer's output at every
 depth.  Scale and offset have a closed form (two unknowns a row and group).  A code is the best of few candidates.
-Both steps only lower the sum, up to rounding to float16.  Error feedback cannot do this, because it fixes a weight
-before it knows how the weights after it are rounded.
+Both steps only lower the sum, up to rounding to stored scales.  Error feedback cannot do this, because it fixes a
+weight before it knows how the weights after it are rounded.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..format.codes import F32, Sliced, joined
+from ..format.codes import F32, LARGEST_CODE, SCALE_STEPS, ZERO_STEPS, Sliced, joined, with_scales
 from .columns import Grid, settle
 from .nested import damped
 
@@ -58,13 +60,15 @@ def _refine_rows(
     grid = Grid(profile, kept_bits, device)
     # A copy even of a single row, whose transpose is the same memory.
     codes = torch.from_numpy(sliced.codes).to(device).T.clone(memory_format=torch.contiguous_format)
-    scale = torch.from_numpy(sliced.scale.astype(np.float32)).to(device).T.contiguous()
-    offset = torch.from_numpy(sliced.offset.astype(np.float32)).to(device).T.contiguous()
+    scale, offset, row_scale = (
+        torch.from_numpy(values.T.astype(np.float32)).to(device).contiguous()
+        for values in (sliced.scale, sliced.offset, sliced.row_scale)
+    )
     size = len(codes) // len(scale)
 
     groups = [(g, slice(g * size, (g + 1) * size)) for g in range(len(scale))]
     error = torch.cat(
-        [weight[group] - (scale[g] * grid.columns_in_base_cells(codes[group]) + offset[g]) for g, group in groups],
+        [weight[group] - (scale[g] * grid.in_base_cells(codes[group]) + offset[g]) for g, group in groups],
         dim=1,
     )
     for _ in range(sweeps):
@@ -72,25 +76,31 @@ def _refine_rows(
             own = curvature[group, group]
             # Minus half the gradient of the sum by each value of the group, [E, group, N].
             pull = curvature[group] @ error
-            values = grid.columns_in_base_cells(codes[group])
+            values = grid.in_base_cells(codes[group])
             if not kept_bits:
-                scale[g], offset[g] = _best_affine(values, own, pull, grid.counts, scale[g], offset[g])
+                found = _best_affine(values, own, pull, grid.counts, scale[g], offset[g])
+                scale[g], offset[g] = _stored(*found, row_scale)
                 fitted = weight[group] - (scale[g] * values + offset[g])
                 pull += own @ (fitted - error[:, group])
             settle(grid, codes[group], values, curvature=own, scale=scale[g], pull=pull)
             error[:, group] = weight[group] - (scale[g] * values + offset[g])
-    return Sliced(
-        codes.T.contiguous().cpu().numpy(),
-        scale.T.cpu().numpy().astype(np.float16),
-        offset.T.cpu().numpy().astype(np.float16),
-    )
+    kept = replace(sliced, codes=codes.T.contiguous().cpu().numpy())
+    return kept if kept_bits else with_scales(kept, scale.T.cpu().numpy(), offset.T.cpu().numpy())
+
+
+def _stored(scale: torch.Tensor, offset: torch.Tensor, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets of a group, float32 [N], as the format holds them (``format.codes.with_scales``)."""
+    unit = row_scale / SCALE_STEPS
+    scale = (scale / unit).round().clamp(1, LARGEST_CODE).mul(unit).nan_to_num(0.0)
+    zero = (-offset / scale * ZERO_STEPS).round().clamp(0, LARGEST_CODE).nan_to_num(0.0)
+    return scale, -scale * (zero / ZERO_STEPS)
 
 
 def _best_affine(
     cells: torch.Tensor, own: torch.Tensor, pull: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor,
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The best scale and offset [N] of a group for its codes, as float16 holds them.
+    """The best scale and offset [N] of a group for its codes.
 
     cells: [E, group, N], values in base cells; own: [group, group]; pull: [E, group, N].
     """
@@ -108,6 +118,6 @@ def _best_affine(
     # A scale stays positive, and large enough for its cells.
     usable = scale + change > 0.1 * scale
     return (
-        torch.where(usable, scale + change, scale).half().float(),
-        torch.where(usable, offset + shift, offset).half().float(),
+        torch.where(usable, scale + change, scale),
+        torch.where(usable, offset + shift, offset),
     )

@@ -7,55 +7,59 @@ represent what a clip cuts off.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
-from ..format.codes import F16, F32, Sliced, encode
+from ..format.codes import F32, ZERO_STEPS, Sliced, encode, row_scales, scale_codes, zero_codes
 
 _LARGEST = float(np.finfo(np.float16).max)
 
 
-def _toward(values: F32, limit: float) -> F16:
-    """float16 of ``values``, rounded toward ``limit`` (an infinity) and not to nearest."""
-    rounded = values.astype(np.float16)
-    off = rounded.astype(np.float32) < values if limit > 0 else rounded.astype(np.float32) > values
-    return np.where(off, np.nextafter(rounded, np.float16(limit)), rounded)
-
-
-def group_range(weights: F32, name: str) -> tuple[F16, F16]:
-    """The scale and offset whose four base cells hold every weight of a group.
+def group_range(weights: F32, name: str) -> tuple[F32, F32]:
+    """The scale and offset whose four base cells hold zero and every weight of a group.
 
     Args:
         weights: float32 [..., group].
         name: of the layer, for errors.
 
     Returns:
-        float16 [...] scales, and float16 [...] offsets.
+        float32 [...] scales, with room for the zero to be rounded up, and float32 [...] offsets.
 
     Raises:
-        ModelError: a weight is outside the range of float16 offsets.
+        ModelError: a weight is outside the range of float16.
     """
     low, high = weights.min(axis=-1), weights.max(axis=-1)
     largest = float(max(-low.min(), high.max()))
     if not largest <= _LARGEST:  # also when it is not a number
-        raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a group's offset can hold")
-    # Round outward, so that both ends of the range stay inside the cells.
-    offset = _toward(low, -np.inf)
-    return _toward((high - offset.astype(np.float32)) / np.float32(4), np.inf), offset
+        raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a row's scale can hold")
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    return ((high - low) / np.float32(4 - 1 / ZERO_STEPS)).astype(np.float32), low.astype(np.float32)
 
 
-def slice_weight(weight: F32, group_size: int, name: str) -> Sliced:
+def slice_weight(weight: F32, group_size: int, profile: SliceProfile, name: str) -> Sliced:
     """Slices of a weight matrix, each weight rounded to nearest.
 
     Args:
         weight: float32 [N, K].
         group_size: weights that share a scale; it divides K.
+        profile: the bits of each slice.
         name: of the layer, for errors.
 
     Raises:
-        ModelError: a weight is outside the range of float16 offsets.
+        ModelError: a weight is outside the range of float16.
     """
     n, k = weight.shape
     scale, offset = group_range(weight.reshape(n, k // group_size, group_size), name)
-    return Sliced(encode(weight, scale, offset), scale, offset)
+    row_scale = row_scales(scale.max(axis=1))
+    empty = Sliced(
+        np.zeros(weight.shape, np.uint8),
+        scale_codes(scale, row_scale, up=True),
+        np.zeros(scale.shape, np.uint8),
+        row_scale,
+    )
+    ranged = replace(empty, zero_codes=zero_codes(offset, empty.scale, up=True))
+    return replace(ranged, codes=encode(weight, ranged.scale, ranged.offset, profile))

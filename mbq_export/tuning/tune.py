@@ -30,7 +30,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from .. import processes
 from ..context import Calibration
-from ..format.codes import Sliced
+from ..format.codes import Sliced, with_scales
 from ..methods import Phase, tuned_bits
 from ..model.blocks import fast_autocast
 from ..model.checkpoint import Checkpoint
@@ -60,12 +60,15 @@ class TunedLinear(SlicedLinear):
 
     Args:
         sliced: a matrix [N, K].
+        profile: the bits of each slice.
         bias: float32 [N] on ``device``, or None.
         device: where the layer computes.
     """
 
-    def __init__(self, sliced: Sliced, bias: torch.Tensor | None, device: torch.device = CPU) -> None:
-        super().__init__(sliced, bias, device)
+    def __init__(
+        self, sliced: Sliced, profile: SliceProfile, bias: torch.Tensor | None, device: torch.device = CPU
+    ) -> None:
+        super().__init__(sliced, profile, bias, device)
         self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
 
@@ -131,7 +134,7 @@ def tune(
     progress, checkpoint, store = calibration.stage(phase.name), calibration.checkpoint, calibration.store
     with (
         _trained_norms(checkpoint) as norms,
-        sliced_layers(checkpoint, slices, TunedLinear) as tuned,
+        sliced_layers(checkpoint, slices, calibration.profile, TunedLinear) as tuned,
         lean_backward(checkpoint),
         budget_control(checkpoint, tuned, calibration.profile, routing) as use_budget,
     ):
@@ -180,11 +183,10 @@ def _add_gradients(checkpoint: Checkpoint, teacher: Teacher, rows: torch.Tensor,
 
 
 def _tuned_slices(sliced: Sliced, parts: list[TunedLinear]) -> Sliced:
-    return Sliced(
-        sliced.codes,
-        torch.cat([layer.scale for layer in parts]).detach().cpu().numpy().astype(np.float16),
-        torch.cat([layer.offset for layer in parts]).detach().cpu().numpy().astype(np.float16),
+    scale, offset = (
+        torch.cat([getattr(layer, name) for layer in parts]).detach().cpu().numpy() for name in ("scale", "offset")
     )
+    return with_scales(sliced, scale, offset)
 
 
 @contextmanager

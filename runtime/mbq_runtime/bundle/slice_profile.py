@@ -12,11 +12,12 @@ each code, most significant first.  A slice of three bits is stored as two plane
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from ..errors import UsageError
 
 CODE_BITS = 8
+_MOST_COARSE_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class SliceProfile:
     @property
     def plane_bits(self) -> tuple[int, ...]:
         """Width in bits (1 or 2) of each stored plane, most significant first."""
-        planes: list[int] = []
-        for width in self.slices:
-            planes += [2] * (width // 2) + [1] * (width % 2)
-        return tuple(planes)
+        return tuple(chain.from_iterable(self.planes_of_slices))
+
+    @property
+    def planes_of_slices(self) -> tuple[tuple[int, ...], ...]:
+        """Width in bits of each plane of each slice."""
+        return tuple((2,) * (width // 2) + (1,) * (width % 2) for width in self.slices)
 
     @property
     def depth_planes(self) -> tuple[int, ...]:
@@ -70,6 +73,46 @@ class SliceProfile:
     def depth_bits(self) -> tuple[int, ...]:
         """Bits per weight at each depth; entry ``k - 1`` belongs to depth ``k``."""
         return tuple(accumulate(self.slices))
+
+    @property
+    def coarse_bits(self) -> int:
+        """The bits of a code that count cells side by side: those of the deepest depth of at most 4 bits.
+
+        The bits after them count levels of a span that is wider than a coarse cell.  So a weight that error feedback
+        put into a neighbour's cell can still be reached.  8 if no depth has at most 4 bits, or if a deeper one has just
+        one bit more: its levels could not be counted in whole numbers.
+        """
+        coarse = max((bits for bits in self.depth_bits if bits <= _MOST_COARSE_BITS), default=CODE_BITS)
+        return coarse if all(bits >= coarse + 2 for bits in self.depth_bits if bits > coarse) else CODE_BITS
+
+    def stride(self, bits: int) -> int:
+        """Levels between neighbouring coarse cells at a depth: three quarters of the levels of such a cell.
+
+        Args:
+            bits: bits per weight of the depth.
+
+        Returns:
+            1 for a depth of at most ``coarse_bits``.
+        """
+        fine = bits - self.coarse_bits
+        return 3 << (fine - 2) if fine > 0 else 1
+
+    def step(self, bits: int) -> float:
+        """Difference of two neighbouring levels of a depth, in scales.
+
+        Args:
+            bits: bits per weight of the depth.
+        """
+        return float(2.0 ** (2 - min(bits, self.coarse_bits))) / self.stride(bits)
+
+    def middle(self, bits: int) -> float:
+        """What a weight of level 0 is above the offset at a depth, in steps.
+
+        Args:
+            bits: bits per weight of the depth.
+        """
+        levels = 1 << max(0, bits - self.coarse_bits)
+        return (self.stride(bits) + 1 - levels) / 2
 
     @property
     def depths(self) -> int:
