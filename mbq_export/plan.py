@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mbq_runtime.bundle.layout import NATIVE_LAYOUT
+from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from . import memory
@@ -21,8 +21,11 @@ from .methods import (
 )
 from .model.families import Decoder
 
-SCALE_BYTES = 4
-"""Bytes per group: a float16 scale and a float16 offset."""
+SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 8}
+"""Bytes per group, by layout: an 8-bit scale and an 8-bit zero, or a float32 step and a float32 centre."""
+
+ROW_SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 0}
+"""Bytes per row, by layout: the float16 factor of its scales."""
 
 _ROUTER_CASES = 14
 """Most ways to route a model that are compared side by side: four kinds at three budgets, and both ends."""
@@ -77,7 +80,9 @@ class Plan:
         Args:
             avg_bits: average bits per weight.
         """
-        scales = self.routed_parameters * SCALE_BYTES // self.group_size
+        rows = sum(n for n, _ in self.decoder.unit_shapes().values())
+        scales = self.routed_parameters * SCALE_BYTES[self.layout] // self.group_size
+        scales += rows * ROW_SCALE_BYTES[self.layout]
         return round(self.routed_parameters * self.stored_bits(avg_bits) / 8) + scales + self.router_bytes
 
     def stored_bits(self, avg_bits: float) -> float:
@@ -98,7 +103,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Size of the bundle, to a few percent."""
         d = self.decoder
-        per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES / self.group_size
+        per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES[self.layout] / self.group_size
         rotary = len({d.rotary_kind(layer) for layer in range(d.layers)}) * d.context_length * d.head_dim * 4
         return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
 
@@ -110,7 +115,9 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """Size of the files that calibration keeps beside the first output: float32 weights, and finished slices."""
-        return self.weights_file_bytes + round(self.routed_parameters * (1 + SCALE_BYTES / self.group_size))
+        return self.weights_file_bytes + round(
+            self.routed_parameters * (1 + SCALE_BYTES[NATIVE_LAYOUT] / self.group_size)
+        )
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -26,6 +26,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 F16 = NDArray[np.float16]
@@ -35,10 +36,6 @@ U8 = NDArray[np.uint8]
 I32 = NDArray[np.int32]
 _Float = TypeVar("_Float", bound=np.floating)
 
-SCALE_STEPS = 256
-"""Steps of a group's scale that make the row's."""
-ZERO_STEPS = 64
-"""Steps of a group's zero that make one scale."""
 LARGEST_CODE = 255
 """Of a scale or a zero."""
 
@@ -66,7 +63,9 @@ class Sliced:
     @property
     def scale(self) -> F32:
         """float32 [N, K / group_size], exact: the width of a cell of the 2-bit base quantiser."""
-        return self.scale_codes * (self.row_scale.astype(np.float32)[:, None] / np.float32(SCALE_STEPS))
+        return (
+            self.scale_codes.astype(np.float32) * (self.row_scale.astype(np.float32) / np.float32(SCALE_STEPS))[:, None]
+        )
 
     @property
     def offset(self) -> F32:
@@ -116,8 +115,8 @@ def scale_codes(scale: F32, row_scale: F16, *, up: bool = False) -> U8:
     """
     factor = row_scale.astype(np.float32)[:, None]
     steps = np.divide(scale * np.float32(SCALE_STEPS), factor, out=np.zeros_like(scale), where=factor > 0)
-    rounded = np.ceil(steps) if up else np.rint(steps)
-    return np.clip(rounded, scale > 0, LARGEST_CODE).astype(np.uint8)
+    rounded: F32 = np.ceil(steps) if up else np.rint(steps)
+    return np.asarray(np.clip(rounded, scale > 0, LARGEST_CODE), np.uint8)
 
 
 def zero_codes(offset: F32, scale: F32, *, up: bool = False) -> U8:
@@ -129,7 +128,7 @@ def zero_codes(offset: F32, scale: F32, *, up: bool = False) -> U8:
         up: round up instead, so that the first cell begins at ``offset`` or below.
     """
     steps = np.divide(-offset * np.float32(ZERO_STEPS), scale, out=np.zeros_like(scale), where=scale > 0)
-    return np.clip(np.ceil(steps) if up else np.rint(steps), 0, LARGEST_CODE).astype(np.uint8)
+    return np.asarray(np.clip(np.ceil(steps) if up else np.rint(steps), 0, LARGEST_CODE), np.uint8)
 
 
 def with_scales(sliced: Sliced, scale: F32, offset: F32) -> Sliced:
@@ -186,7 +185,7 @@ def levels(codes: U8, profile: SliceProfile, bits: int) -> U8:
         return codes >> (CODE_BITS - bits)
     fine_bits = CODE_BITS - profile.coarse_bits
     fine = (codes & ((1 << fine_bits) - 1)) >> (CODE_BITS - bits)
-    return (codes >> fine_bits) * np.uint8(profile.stride(bits)) + fine
+    return np.asarray((codes >> fine_bits) * np.uint8(profile.stride(bits)) + fine, np.uint8)
 
 
 def decode(sliced: Sliced, profile: SliceProfile, depth: int) -> F64:

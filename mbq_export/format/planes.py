@@ -140,3 +140,23 @@ def unpack_scales(scales: U8, n: int) -> tuple[U8, U8, F16]:
     rows = np.ascontiguousarray(scales[:, 0]).view("<f2").reshape(-1).astype(np.float16)
     both = scales[:, 1:].reshape(len(scales), -1, 2, ROW_BLOCK).transpose(2, 0, 3, 1).reshape(2, len(rows), -1)
     return both[0, :n], both[1, :n], rows[:n]
+
+
+def weight_inputs(profile: SliceProfile) -> tuple[str, ...]:
+    """Names of a matrix's tensors, in the order in which RoutedMatMul and SlicedGather take them.
+
+    Args:
+        profile: the bits of each slice.
+    """
+    return (*(f"planes_{e}" for e in range(1, profile.depths + 1)), "scales")
+
+
+def pack_matrix(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one matrix, with the keys and the order of ``weight_inputs``.
+
+    Args:
+        sliced: a matrix [N, K].
+        profile: the bits of each slice.
+    """
+    packed: list[NDArray[np.generic]] = [*pack_slices(sliced.codes, profile), pack_scales(sliced)]
+    return dict(zip(weight_inputs(profile), packed, strict=True))

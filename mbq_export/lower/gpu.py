@@ -29,7 +29,7 @@ from mbq_targets.machines import Gpu, Target
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import pack_planes, pack_scales
+from ..format.planes import pack_scales, pack_slices
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
@@ -221,8 +221,8 @@ class GpuBuilder(Builder[str]):
         """Buffers of a matrix; a tied table is stored once."""
         planes, scales = f"{name}.planes", f"{name}.scales"
         if planes not in self.launches.tensors:
-            self.launches.tensor(planes, pack_planes(sliced.codes, self.profile))
-            self.launches.tensor(scales, matmul.pair_scales(pack_scales(sliced.scale, sliced.offset)))
+            self.launches.tensor(planes, np.concatenate(pack_slices(sliced.codes, self.profile)))
+            self.launches.tensor(scales, pack_scales(sliced))
         return {"planes": planes, "scales": scales}
 
     def _routed_norm(

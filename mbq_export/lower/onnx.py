@@ -9,7 +9,7 @@ a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
 from ..format.nbits import pack_nbits
-from ..format.planes import pack_planes, pack_scales
+from ..format.planes import pack_matrix
 from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
@@ -41,19 +41,16 @@ SCORED = "scored"
 class Layout:
     """How the graph stores a matrix.
 
-    pack: makes the tensors of a matrix, in the order in which the ops take them; portable: whether the model holds
-    bodies of stock ops for the ops of ``ai.mbq``.  Without them a native library must have the ops.
+    pack: makes the tensors of a matrix, in the order in which the ops take them: those of each slice come first;
+    portable: whether the model holds bodies of stock ops for the ops of ``ai.mbq``.  Without them a native library
+    must have the ops.
     """
 
-    pack: Callable[[Sliced, SliceProfile], dict[str, Array]]
+    pack: Callable[[Sliced, SliceProfile], Mapping[str, Array]]
     portable: bool
 
 
-def _pack_native(sliced: Sliced, profile: SliceProfile) -> dict[str, Array]:
-    return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
-
-
-LAYOUTS = {NATIVE_LAYOUT: Layout(_pack_native, portable=False), PORTABLE_LAYOUT: Layout(pack_nbits, portable=True)}
+LAYOUTS = {NATIVE_LAYOUT: Layout(pack_matrix, portable=False), PORTABLE_LAYOUT: Layout(pack_nbits, portable=True)}
 """By the layout's name in the manifest."""
 
 

@@ -2,18 +2,17 @@
 
 MatMulNBits is fast only with its default zero point, the middle of the fields.  ``format.nbits`` therefore stores the
 value of a weight as fields about their middle, and terms that are constant within a group.  The latter act on ``u``,
-the sums of the activations of each group.  With ``r_e`` of ``step_ratios``::
+the sums of the activations of each group.  With ``r_e`` of ``step_ratios`` and ``h`` of ``half_steps``::
 
-    y = MatMulNBits_1(x; step) + u @ centre.T
-      + sum over 1 < e <= depth of  MatMulNBits_e(x * r_e; step) + r_e / 2 * u @ step.T
-
-``r_e`` is a power of two, so the product ``x * r_e`` is exact.
+    y = MatMulNBits_1(x; step) + u @ centre.T + h(depth) * u @ step.T
+      + sum over 1 < e <= depth of  MatMulNBits_e(x * r_e; step)
 
 MatMulNBits rounds activations to int8 itself, such that the largest of a group becomes 127.  Rows that are already
-rounded so pass it unchanged, and the group sums see the same values.  So the body rounds first.  Where activations
-have 16 bits, each is a sum of two int8 terms; the second is the rounding error of the first.  Each term is a row of
-its own in the products.  The definition's low byte has a 256th of the high byte's step, and the second term has a step
-of its own.  Both are within 2**-15 of the group's largest value.
+rounded so pass it unchanged, and the group sums see the same values.  So the body rounds first.  The last bit of a
+product ``x * r_e`` may be rounded, which changes no int8.  Where activations have 16 bits, each is a sum of two int8
+terms; the second is the rounding error of the first.  Each term is a row of its own in the products.  The definition's
+low byte has a 256th of the high byte's step, and the second term has a step of its own.  Both are within 2**-15 of the
+group's largest value.
 """
 
 from __future__ import annotations

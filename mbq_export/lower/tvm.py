@@ -25,6 +25,7 @@ from mbq_runtime.bundle.tensors import Entry
 from mbq_targets.spec import KernelSpec
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
+from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
 from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
 from .tvm_weights import Array, collect, places
@@ -124,13 +125,13 @@ class RelaxBuilder(Builder[Any]):
         rows: Any,
         wanted: Any,
     ) -> None:
-        self.decoder, self.entries = checkpoint.decoder, entries
+        self.decoder, self.profile, self.entries = checkpoint.decoder, calibrated.profile, entries
         self.functions, self.parameters = functions, parameters
         self.rows, self.wanted = rows, wanted
         self.routed_parameters = sum(linear.parameters for linear in calibrated.units.values())
 
     def embed(self, embedding: Embedding) -> Any:
-        numbers = [self._place(f"{embedding.name}.{part}") for part in ("planes", "scales")]
+        numbers = [self._place(f"{embedding.name}.{part}") for part in weight_inputs(self.profile)]
         numbers += [self._place("embedding.scale"), self.decoder.vocab_size]
         return self._call("embed", ["ids", "weights", "used"], numbers, (self.rows, self.decoder.hidden_size))
 
@@ -200,8 +201,8 @@ class RelaxBuilder(Builder[Any]):
         return self._call("linear", tensors, list(self._numbers(linear)), (rows, padded))
 
     def _numbers(self, linear: RoutedLinear) -> Iterator[int]:
-        """The numbers of one linear layer, in the order of ``tvm_ops.linear.FIELDS``."""
-        from mbq_targets.tvm_ops.linear import FIELDS, NONE
+        """The numbers of one linear layer, in the order of ``tvm_ops.linear.fields``."""
+        from mbq_targets.tvm_ops.linear import NONE, fields
 
         name, router = linear.unit.name, linear.router
         known = {
@@ -211,11 +212,11 @@ class RelaxBuilder(Builder[Any]):
             "all_parameters": self.routed_parameters,
         }
         stored = {
-            "planes": f"{name}.planes", "scales": f"{name}.scales", "bias": f"{name}.bias",
+            **{part: f"{name}.{part}" for part in (*weight_inputs(self.profile), "bias")},
             **{part: f"{name}.router.{part}" for part in ("table", "norm_gain", "w1", "b1", "w2")},
             "router_bias": f"{name}.router.bias",
         }  # fmt: skip
-        for field in FIELDS:
+        for field in fields(self.profile):
             if field in known:
                 yield known[field]
             else:

@@ -13,7 +13,7 @@ from mbq_runtime.bundle.tensors import Entry, plan, write_header
 
 from ..calibrated import Calibrated, RoutedLinear
 from ..format.codes import Sliced
-from ..format.planes import pack_planes, pack_scales
+from ..format.planes import pack_matrix
 from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]
@@ -50,8 +50,7 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
 
 
 def _matrix(name: str, sliced: Sliced, calibrated: Calibrated) -> dict[str, Array]:
-    planes = pack_planes(sliced.codes, calibrated.profile)
-    return {f"{name}.planes": planes, f"{name}.scales": pack_scales(sliced.scale, sliced.offset)}
+    return {f"{name}.{part}": value for part, value in pack_matrix(sliced, calibrated.profile).items()}
 
 
 def _beside(linear: RoutedLinear) -> dict[str, Array]:

@@ -13,9 +13,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..format.codes import F32, LARGEST_CODE, SCALE_STEPS, ZERO_STEPS, Sliced, joined, with_scales
+from ..format.codes import F32, LARGEST_CODE, Sliced, joined, with_scales
 from .columns import Grid, settle
 from .nested import damped
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from mbq_runtime.bundle.layout import ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
-from ..format.codes import F32, ZERO_STEPS, Sliced, encode, row_scales, scale_codes, zero_codes
+from ..format.codes import F32, Sliced, encode, row_scales, scale_codes, zero_codes
 
 _LARGEST = float(np.finfo(np.float16).max)
 

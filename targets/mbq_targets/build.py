@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mbq_runtime.bundle import layout
+from mbq_runtime.bundle import layout, slice_profile
 from mbq_runtime.bundle.isa import this_machine
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.cache import cache_dir
@@ -31,7 +31,7 @@ from .spec import KernelSpec
 log = logging.getLogger(__name__)
 
 _ROOM = Path(__file__).parent
-_SHARED = (Path(__file__), Path(constants.__file__), Path(layout.__file__))
+_SHARED = tuple(Path(str(of)) for of in (__file__, constants.__file__, layout.__file__, slice_profile.__file__))
 """Sources that every library depends on."""
 _SHIM = _ROOM / "ort_ops"
 _DRIVERS = _ROOM / "tvm_ops"

@@ -35,7 +35,7 @@ from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_text import DOMAIN
 from mbq_export.model.checkpoint import Checkpoint
-from mbq_export.model.families import describe
+from mbq_export.model.families import Unit, describe
 from mbq_export.model.source import ModelSource
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
@@ -66,10 +66,13 @@ def random_model(profile: SliceProfile) -> tuple[Checkpoint, Calibrated]:
     # A slice passes when the bits it leads to are within the budget.
     bias = 0.5 - np.asarray(profile.depth_bits[1:], np.float32)
     router = RouterParams(bias, np.zeros(steps, np.float32), budgets, -budgets)
-    units = {
-        unit.name: RoutedLinear(unit, rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name), None, router)
-        for unit in checkpoint.decoder.units()
-    }
+
+    def routed(unit: Unit) -> RoutedLinear:
+        return RoutedLinear(
+            unit, rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, profile, unit.name), None, router
+        )
+
+    units = {unit.name: routed(unit) for unit in checkpoint.decoder.units()}
     scale = np.ones(checkpoint.decoder.hidden_size, np.float32)
     return checkpoint, Calibrated(profile, GROUP_SIZE, "norm", units, None, scale)
 

@@ -24,7 +24,7 @@ from mbq_export.context import Calibration
 from mbq_export.data import windows as text_windows
 from mbq_export.data.texts import PACKAGED, SAID
 from mbq_export.format.codes import Sliced
-from mbq_export.format.planes import unpack_planes, unpack_scales
+from mbq_export.format.planes import unpack_scales, unpack_slices
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import CONTEXT_TOKENS, METHODS, Recipe
 from mbq_export.model.checkpoint import Checkpoint
@@ -47,7 +47,12 @@ Tensors = dict[str, Any]
 def stored_slices(manifest: Manifest, tensors: Tensors) -> dict[str, Sliced]:
     return {
         layer.name: Sliced(
-            unpack_planes(tensors[f"{layer.name}.planes"].reshape(-1), layer.N, layer.K, manifest.profile),
+            unpack_slices(
+                [tensors[f"{layer.name}.planes_{e}"] for e in range(1, manifest.profile.depths + 1)],
+                layer.N,
+                layer.K,
+                manifest.profile,
+            ),
             *unpack_scales(tensors[f"{layer.name}.scales"], layer.N),
         )
         for layer in manifest.weights.linears

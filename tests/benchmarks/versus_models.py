@@ -122,13 +122,13 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: 
     d, group_size = checkpoint.decoder, prepared.plan.group_size
     units, seen = {}, 0.0
     for unit in d.units():
-        sliced = rtn.slice_weight(checkpoint.weight(unit), group_size, unit.name)
+        sliced = rtn.slice_weight(checkpoint.weight(unit), group_size, profile, unit.name)
         share = (seen + sliced.codes.size / 2) / prepared.plan.routed_parameters
         seen += sliced.codes.size
         router = spread_router(profile, share, MLP_HIDDEN, sliced.codes.shape[1])
         units[unit.name] = RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
     scale = np.ones(d.hidden_size, np.float32)
-    table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, "embedding")
+    table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, profile, "embedding")
     curve = tuple(QualityPoint(bits, bits, 1.0) for bits in (float(profile.min_bits), 8.0))
     calibrated = Calibrated(profile, group_size, "mlp", units, table, scale, reference_perplexity=1.0, curve=curve)
     bundle.write_bundle(prepared, out, checkpoint, calibrated, calibration={"method": "rtn"})

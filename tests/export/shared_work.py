@@ -50,7 +50,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     }
     # From here on the slices are rounded ones.  They contain no sums, so they are the same with any process count.
     slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, PROFILE, unit.name)
         for unit in checkpoint.decoder.units()
     }
     fed_back = slice_model(calibration, windows, importance, keep_weights=True)

@@ -90,11 +90,13 @@ def calibrated(rescaled: tuple[Checkpoint, NDArray[np.float32]]) -> Calibrated:
     router = RouterParams(2 - 0.5 * steps, np.full_like(steps, 0.5), budgets, np.linspace(3, -3, 6).astype(np.float32))
 
     def routed(unit: Unit) -> RoutedLinear:
-        sliced = rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, unit.name)
+        sliced = rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, PROFILE, unit.name)
         return RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
 
     units = {unit.name: routed(unit) for unit in checkpoint.decoder.units()}
-    own_table = None if checkpoint.decoder.tied else rtn.slice_weight(checkpoint.embedding(), GROUP_SIZE, "embedding")
+    own_table = None
+    if not checkpoint.decoder.tied:
+        own_table = rtn.slice_weight(checkpoint.embedding(), GROUP_SIZE, PROFILE, "embedding")
     return Calibrated(PROFILE, GROUP_SIZE, "norm", units, own_table, head_scale)
 
 

@@ -29,6 +29,7 @@ from mbq_export.format.router import RouterParams, route, router_scores, thresho
 from mbq_export.lower.onnx_functions import GATES, portable_functions
 from mbq_export.lower.onnx_router import router_inputs
 from mbq_export.lower.onnx_text import DOMAIN, DOMAIN_VERSION
+from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.onnx_file import read_graph
 from mbq_runtime.bundle.operators import unknown_node
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -90,8 +91,9 @@ def random_sliced(n: int, k: int, group_size: int, rng: np.random.Generator) -> 
     groups = (n, k // group_size)
     return Sliced(
         rng.integers(0, 256, (n, k), dtype=np.uint8),
-        rng.uniform(0.005, 0.025, groups).astype(np.float16),
-        rng.uniform(-0.06, 0.01, groups).astype(np.float16),
+        rng.integers(50, 256, groups, dtype=np.uint8),
+        rng.integers(0, 150, groups, dtype=np.uint8),
+        rng.uniform(0.01, 0.025, n).astype(np.float16),
     )
 
 
@@ -330,7 +332,8 @@ def test_pack_nbits_layout() -> None:
     profile = SliceProfile.parse("3,1,4")
     codes = np.zeros((1, 32), np.uint8)
     codes[0, :4] = 0b101_1_0110, 0b000_0_1111, 0b111_1_0000, 0b010_0_0001
-    packed = pack_nbits(Sliced(codes, np.array([[0.5]], np.float16), np.array([[-1.0]], np.float16)), profile)
+    half, two_scales = np.array([[SCALE_STEPS // 2]], np.uint8), np.array([[2 * ZERO_STEPS]], np.uint8)
+    packed = pack_nbits(Sliced(codes, half, two_scales, np.array([1], np.float16)), profile)
     assert tuple(packed) == weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre")
     # Three bits in four, moved by 4; one bit in two, moved by 1; four bits as they are.
     assert packed["slice_1"][0, 0, :2].tolist() == [(5 + 4) | (0 + 4) << 4, (7 + 4) | (2 + 4) << 4]

@@ -25,7 +25,13 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 N, K = 1024, 64
-SLICES = {"unit": Sliced(np.zeros((N, K), np.uint8), np.ones((N, 1), np.float16), np.zeros((N, 1), np.float16))}
+
+
+def zeros(n: int, k: int) -> Sliced:
+    return Sliced(np.zeros((n, k), np.uint8), *np.ones((2, n, 1), np.uint8), np.ones(n, np.float16))
+
+
+SLICES = {"unit": zeros(N, K)}
 BITS = (2.5, 3.0, 4.0)
 TABLE = np.linspace(2, 8, 25, dtype=np.float32)
 RULE = RouterParams(np.zeros(3, np.float32), np.zeros(3, np.float32), TABLE, -TABLE)
@@ -87,7 +93,7 @@ def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
     rng = np.random.default_rng(0)
     slices, stats = {}, {}
     for name, (n, k) in decoder.unit_shapes().items():
-        slices[name] = Sliced(np.zeros((n, k), np.uint8), np.ones((n, 1), np.float16), np.zeros((n, 1), np.float16))
+        slices[name] = zeros(n, k)
         loss = -np.sort(-rng.uniform(size=(32, 4)).astype(np.float32), axis=1)
         x = rng.normal(size=(32, k)).astype(np.float16)
         stats[name] = UnitStatistics(n * k, loss[:, 0], loss[:, 1:], loss, x)

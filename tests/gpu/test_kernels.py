@@ -10,9 +10,8 @@ from devices import Runner, routing, state
 
 from mbq_export.format.codes import F32, F64, Sliced, decode
 from mbq_export.format.ops import sliced_gather, sliced_matmul
-from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.planes import pack_scales, pack_slices
 from mbq_export.format.router import RouterParams, router_scores
-from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.gpu import attention, matmul, sampling
 from mbq_targets.gpu import routing as rules
@@ -26,15 +25,16 @@ RELATIVE = 2e-6
 
 
 def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
-    values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
-    values[n // 2, :group] = 0.25  # a group of scale 0
-    values[0, :group] *= 1e-5  # scales that are subnormal in float16
-    return slice_weight(values, group, "random")
+    codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
+    scales, zeros = (rng.integers(0, 256, (n, k // group), dtype=np.uint8) for _ in range(2))
+    rows = rng.uniform(0.01, 0.1, n).astype(np.float16)
+    scales[n // 2, 0] = 0
+    rows[0] = 1e-5  # subnormal in float16
+    return Sliced(codes, scales, zeros, rows)
 
 
 def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
-    scales = matmul.pair_scales(pack_scales(sliced.scale, sliced.offset))
-    return {"planes": pack_planes(sliced.codes, profile), "scales": scales}
+    return {"planes": np.concatenate(pack_slices(sliced.codes, profile)), "scales": pack_scales(sliced)}
 
 
 def exact_matmul(x: F32, depth: Any, sliced: Sliced, profile: SliceProfile) -> tuple[F64, F64]:

@@ -13,8 +13,9 @@ from tiny_bundle import facts
 
 from mbq_runtime import BundleError
 from mbq_runtime.bundle import manifest, tensors
-from mbq_runtime.bundle.check import check_contents, packed_kinds
+from mbq_runtime.bundle.check import check_contents
 from mbq_runtime.bundle.onnx_file import initializers
+from mbq_runtime.bundle.parameters import matrix_kinds
 
 LINEARS = (manifest.Linear("layers.0.attn_in", 40, 128), manifest.Linear("head", 100, 64))
 
@@ -22,9 +23,8 @@ LINEARS = (manifest.Linear("layers.0.attn_in", 40, 128), manifest.Linear("head",
 def arrays() -> dict[str, NDArray[np.generic]]:
     found: dict[str, NDArray[np.generic]] = {"norm": np.ones(4, np.float32), "scalar": np.array(3, np.int64)}
     for linear in LINEARS:
-        (_, planes), (_, scales) = packed_kinds(linear, 64)
-        found[f"{linear.name}.planes"] = np.zeros(planes, np.uint8)
-        found[f"{linear.name}.scales"] = np.zeros(scales, np.float16)
+        for part, (_, shape) in matrix_kinds(linear, 64, facts().slices).items():
+            found[f"{linear.name}.{part}"] = np.zeros(shape, np.uint8)
     return found
 
 
@@ -52,9 +52,11 @@ def save(folder: Path, tensors: dict[str, NDArray[np.generic]]) -> manifest.Mani
 
 
 def test_sizes_of_the_packed_form() -> None:
-    planes, scales = packed_kinds(manifest.Linear("x", 40, 128), 32)
-    assert planes == (TensorProto.UINT8, (48 * 128,))
-    assert scales == (TensorProto.FLOAT16, (3, 4, 2, 16))
+    assert matrix_kinds(manifest.Linear("x", 40, 128), 32, (3, 5)) == {
+        "planes_1": ("U8", (48 * 128 * 3 // 8,)),
+        "planes_2": ("U8", (48 * 128 * 5 // 8,)),
+        "scales": ("U8", (3, 1 + 4, 32)),
+    }
 
 
 def test_reader_agrees_with_the_onnx_package(tmp_path: Path) -> None:
@@ -78,17 +80,15 @@ def test_a_model_that_holds_its_matrices(tmp_path: Path) -> None:
 
 def test_a_matrix_that_is_not_there(tmp_path: Path) -> None:
     tensors = arrays()
-    tensors["head.scales"] = tensors["head.scales"][:, :, :, :8]
-    with pytest.raises(
-        BundleError, match=r"no scales of shape \[7, 1, 2, 16\] left for head \(100 x 64, groups of 64\)"
-    ):
+    tensors["head.scales"] = tensors["head.scales"][:, :, :8]
+    with pytest.raises(BundleError, match=r"no scales of shape \[7, 2, 32\] left for head \(100 x 64, groups of 64\)"):
         check_contents(tmp_path, save(tmp_path, tensors))
 
 
 def test_two_matrices_do_not_share_one_tensor(tmp_path: Path) -> None:
     facts_ = save(tmp_path, arrays())
     twice = replace(facts_, weights=replace(facts_.weights, linears=(*LINEARS, LINEARS[1])))
-    with pytest.raises(BundleError, match=r"no planes of shape .* left for head"):
+    with pytest.raises(BundleError, match=r"no planes_1 of shape .* left for head"):
         check_contents(tmp_path, twice)
 
 
@@ -112,9 +112,10 @@ def test_portable_layout_holds_enough_codes(tmp_path: Path) -> None:
     tensors = arrays()
     portable = replace(save(tmp_path, tensors), layout="nbits")
     check_contents(tmp_path, portable)
-    del tensors["head.planes"]
+    for name in [name for name in tensors if name.startswith("head.planes")]:
+        del tensors[name]
     fewer = replace(save(tmp_path, tensors), layout="nbits")
-    with pytest.raises(BundleError, match="6144 bytes of packed weights, the manifest's matrices need 11520"):
+    with pytest.raises(BundleError, match="6880 bytes of packed weights, the manifest's matrices need 11520"):
         check_contents(tmp_path, fewer)
 
 
@@ -135,8 +136,7 @@ def tvm_kinds() -> Kinds:
     kinds: Kinds = {f"full_attention.{part}": ("F32", (facts().model.context_length, 8)) for part in ("cos", "sin")}
     kinds |= {"embedding.scale": ("F32", (64,)), "model.norm": ("F32", (64,))}
     for linear in TVM_LINEARS:
-        (_, planes), (_, scales) = packed_kinds(linear, 64)
-        kinds |= {f"{linear.name}.planes": ("U8", planes), f"{linear.name}.scales": ("F16", scales)}
+        kinds |= {f"{linear.name}.{part}": kind for part, kind in matrix_kinds(linear, 64, facts().slices).items()}
         kinds[f"{linear.name}.router.table"] = ("F32", (2, 5))
         kinds |= {f"{linear.name}.router.{part}": ("F32", (3,)) for part in ("bias", "norm_gain")}
     return kinds
@@ -183,8 +183,8 @@ def test_matrices_of_tvm_fit_the_width_and_the_vocabulary(tmp_path: Path) -> Non
     for linear, needed in (("head", r"\[264, 64\]"), ("layers.0.attn_in", r"\[any, 64\]")):
         linears = tuple(manifest.Linear(linear, 96, 128) if one.name == linear else one for one in TVM_LINEARS)
         kinds = tvm_kinds()
-        (_, planes), (_, scales) = packed_kinds(manifest.Linear(linear, 96, 128), 64)
-        kinds |= {f"{linear}.planes": ("U8", planes), f"{linear}.scales": ("F16", scales)}
+        wider = matrix_kinds(manifest.Linear(linear, 96, 128), 64, facts().slices)
+        kinds |= {f"{linear}.{part}": kind for part, kind in wider.items()}
         found = replace(save_tvm(tmp_path, kinds), weights=manifest.Weights(0, {}, linears))
         with pytest.raises(BundleError, match=f"{linear} is 96 x 128 in the manifest, needed {needed}"):
             check_contents(tmp_path, found)

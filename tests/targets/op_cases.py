@@ -12,9 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mbq_export.format.codes import F32, F64, I32, Sliced, decode
 from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
-from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
-from mbq_export.slicing.rtn import slice_weight
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
@@ -47,15 +46,17 @@ def op_model(
 
 
 def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
-    """A sliced random weight with one constant group (scale 0)."""
-    values = rng.standard_normal((n, k)).astype(np.float32) * 0.05
-    values[n // 2, :group] = 0.25
-    return slice_weight(values, group, "random")
+    """A sliced random weight.  Codes, scales and zeros take all values; one group has scale 0, one row factor 0."""
+    codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
+    scales, zeros = (rng.integers(0, 256, (n, k // group), dtype=np.uint8) for _ in range(2))
+    rows = rng.uniform(0.01, 0.1, n).astype(np.float16)
+    scales[n // 2, 0] = rows[n // 3] = 0
+    return Sliced(codes, scales, zeros, rows)
 
 
 def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
     """The constant inputs of a sliced op."""
-    return {"planes": pack_planes(sliced.codes, profile), "scales": pack_scales(sliced.scale, sliced.offset)}
+    return pack_matrix(sliced, profile)
 
 
 def dictating(depths: int) -> RouterParams:

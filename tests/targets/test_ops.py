@@ -12,9 +12,10 @@ import op_check
 import pytest
 from op_libraries import Build, runnable
 
-from mbq_export.format.codes import Sliced
+from mbq_export.format.codes import Sliced, decode
 from mbq_export.format.ops import round_activations
-from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
+from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_targets.spec import KernelSpec
 
 pytestmark = pytest.mark.heavy
@@ -81,9 +82,15 @@ def test_threads_and_batches_do_not_change_the_result(tmp_path: Path, built: Pat
 def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Path) -> None:
     """Against an identity weight the result is the rounded input; inputs lie on the halves between two steps."""
     k = 64
-    codes = np.eye(16, k, dtype=np.uint8)
-    # w = scale / 64 * (code + 0.5) + offset with scale 64, offset -0.5: 1 where the code is 1, else 0.
-    sliced = Sliced(codes, np.full((16, 1), 64, np.float16), np.full((16, 1), -0.5, np.float16))
+    # A weight is scale * (step * (level + middle) - zero / ZERO_STEPS): zero so that a level is 0, scale so that the
+    # next level is 1.
+    step, middle = PROFILE.step(CODE_BITS), PROFILE.middle(CODE_BITS)
+    lows = np.arange(256) / ZERO_STEPS / step - middle
+    zero = int(np.flatnonzero(lows % 1 == 0)[0])
+    codes = np.full((16, k), lows[zero], np.uint8) + np.eye(16, k, dtype=np.uint8)
+    of_groups = (np.full((16, 1), value, np.uint8) for value in (SCALE_STEPS // 2, zero))
+    sliced = Sliced(codes, *of_groups, np.full(16, 2 / step, np.float16))
+    np.testing.assert_allclose(decode(sliced, PROFILE, 4), np.eye(16, k), atol=1e-12)
     model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
     run = session(tmp_path, built, model)
     rng = np.random.default_rng(2)
@@ -97,6 +104,23 @@ def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Pa
         np.testing.assert_allclose(y[0, 0], wanted[0, :16], rtol=0, atol=1e-3 * scale)
         # Halves of a high byte's step are the worst: 128 low ones are clipped to 127.
         assert np.abs(wanted - x[0]).max() <= 1.01 / 256 * scale
+
+
+def test_deeper_slices_are_never_read(tmp_path: Path, built: Path) -> None:
+    """Poison in them changes no bit, in the kernel of one token and in that of many."""
+    rng = np.random.default_rng(6)
+    sliced = op_cases.weight(rng, 40, 256, 64)
+    constants = op_cases.stored(sliced, PROFILE)
+    x = rng.standard_normal((1, 6, 256)).astype(np.float32)
+    for depth in range(1, PROFILE.depths):
+        poison = {f"planes_{e}": 255 - constants[f"planes_{e}"] for e in range(depth + 1, PROFILE.depths + 1)}
+        clean, poisoned = (
+            session(tmp_path, built, op_cases.matmul_model(sliced, PROFILE, {**constants, **more}))
+            for more in ({}, poison)
+        )
+        for tokens in (1, 6):
+            feeds = {"x": x[:, :tokens], **op_cases.dictated(np.full((1, tokens), depth, np.int32))}
+            assert np.array_equal(clean.run(None, feeds)[0], poisoned.run(None, feeds)[0])
 
 
 def test_zero_input_gives_zero(tmp_path: Path, built: Path) -> None:

@@ -52,8 +52,8 @@ def refused(tmp_path: Path, library: Path, model: onnx.ModelProto, feeds: dict[s
         ({"group_size": 32}, "group_size is 32, this library was built for 64"),
         ({"K": 100}, "K=100: N must be at least 1 and K a multiple of the group size 64"),
         ({"N": 0}, "N=0"),
-        ({"N": 100}, "planes holds 6144 bytes, N=100 and K=128 need 14336"),
-        ({"K": 64}, "planes holds 6144 bytes, N=40 and K=64 need 3072"),
+        ({"N": 100}, "planes_1 holds 1536 bytes, N=100 and K=128 need 3584"),
+        ({"K": 64}, "planes_1 holds 1536 bytes, N=40 and K=64 need 768"),
     ],
 )
 def test_attributes(tmp_path: Path, built: Path, weight: Any, attributes: dict[str, Any], message: str) -> None:
@@ -65,15 +65,15 @@ def test_attributes(tmp_path: Path, built: Path, weight: Any, attributes: dict[s
 
 def test_planes_too_short(tmp_path: Path, built: Path, weight: Any) -> None:
     constants = op_cases.stored(weight, PROFILE)
-    constants["planes"] = constants["planes"][:-1]
+    constants["planes_3"] = constants["planes_3"][:-1]
     model = op_cases.matmul_model(weight, PROFILE, constants)
-    assert "planes holds 6143 bytes, N=40 and K=128 need 6144" in refused(tmp_path, built, model)
+    assert "planes_3 holds 1535 bytes, N=40 and K=128 need 1536" in refused(tmp_path, built, model)
 
 
 def test_scales_of_another_shape(tmp_path: Path, built: Path, weight: Any) -> None:
     constants = op_cases.stored(weight, PROFILE)
-    constants["scales"] = constants["scales"].transpose(1, 0, 2, 3)
-    assert "need [3, 2, 2, 16]" in refused(tmp_path, built, op_cases.matmul_model(weight, PROFILE, constants))
+    constants["scales"] = constants["scales"].transpose(0, 2, 1)
+    assert "need [3, 3, 32]" in refused(tmp_path, built, op_cases.matmul_model(weight, PROFILE, constants))
 
 
 def test_planes_given_at_run_time_are_checked_too(tmp_path: Path, built: Path, weight: Any) -> None:
@@ -82,14 +82,15 @@ def test_planes_given_at_run_time_are_checked_too(tmp_path: Path, built: Path, w
         "x": np.ones((1, 1, K), np.float32),
         **op_cases.dictated(np.ones((1, 1), np.int32)),
         **op_cases.router_constants(op_cases.dictating(PROFILE.depths)),
-        "planes": constants["planes"][:-64],
+        **{name: value for name, value in constants.items() if name.startswith("planes")},
+        "planes_2": constants["planes_2"][:-64],
     }
     inputs = {name: (helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in given.items()}
     attrs = {"N": N, "K": K, "group_size": GROUP, "slices": [2, 2, 2, 2]}
     scales = {"scales": constants["scales"]}
     model = op_cases.op_model("RoutedMatMul", inputs, scales, (TensorProto.FLOAT, [1, 1, N]), **attrs)
     model.graph.node[0].output.append("depth")
-    assert "planes holds 6080 bytes" in refused(tmp_path, built, model, given)
+    assert "planes_2 holds 1472 bytes" in refused(tmp_path, built, model, given)
 
 
 @pytest.mark.parametrize("bad", [5, 8])

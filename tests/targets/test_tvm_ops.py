@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from op_cases import weight
 
-from mbq_export.format.codes import Sliced
 from mbq_export.format.ops import sliced_matmul
-from mbq_export.format.planes import pack_planes, pack_scales
+from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
 from mbq_targets.machines import resolve
 from mbq_targets.spec import KernelSpec
 from mbq_targets.tvm_ops.attention import Attention
-from mbq_targets.tvm_ops.linear import FIELDS
+from mbq_targets.tvm_ops.linear import fields
 from mbq_targets.tvm_ops.module import Shape, build_module
 
 pytestmark = pytest.mark.heavy
@@ -74,8 +74,7 @@ def test_linear(
 ) -> None:
     ops = of_spec(spec)
     rng = np.random.default_rng(tokens)
-    scale = (rng.random((N, K // GROUP)) * 0.1).astype(np.float16)
-    sliced = Sliced(rng.integers(0, 256, (N, K), np.uint8), scale, -(scale * 2).astype(np.float16))
+    sliced = weight(rng, N, K, GROUP)
     steps = PROFILE.depths - 1
     router = RouterParams(
         rng.standard_normal(steps).astype(np.float32), rng.standard_normal(steps).astype(np.float32),
@@ -86,7 +85,7 @@ def test_linear(
     bias = np.pad(rng.standard_normal(N).astype(np.float32), (0, -N % 16))
     data, places = weights(
         {
-            "planes": pack_planes(sliced.codes, PROFILE), "scales": pack_scales(scale, sliced.offset), "bias": bias,
+            **pack_matrix(sliced, PROFILE), "bias": bias,
             "table": np.stack([router.budgets, router.thresholds]), "router_bias": router.bias,
             "norm_gain": router.norm_gain, "w1": router.w1, "b1": router.b1, "w2": router.w2,
         }
@@ -94,7 +93,8 @@ def test_linear(
     numbers = {**places, "entries": 4, "hidden": HIDDEN, "parameters": 3, "all_parameters": 4}
     x = rng.standard_normal((tokens, K)).astype(np.float32)
     used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
-    ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *(numbers[f] for f in FIELDS), out)
+    given = (numbers[field] for field in fields(PROFILE))
+    ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *given, out)
     depth = route(x, bits, router)
     expected = sliced_matmul(x, depth, sliced, PROFILE, spec.activation_bits)[-wanted:] + bias[:N]
     assert np.abs(out[:, :N] - expected).max() <= RELATIVE * np.abs(expected).max()

@@ -14,7 +14,7 @@ from ..errors import BundleError
 from .genai_config import Settings, read_settings
 from .gpu_plan import FOLDER, read_plan
 from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
-from .onnx_file import FLOAT16, UINT8, Graph, Tensor, read_graph
+from .onnx_file import UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node
 from .parameters import check_parameters, matrix_kinds
 from .reading import check_text, read_json
@@ -121,14 +121,20 @@ def _check_plan(folder: Path, manifest: Manifest, settings: Settings | None) -> 
         if f"{FOLDER}/{kernel.file}" not in sizes:
             raise BundleError(f"{path}: names {kernel.file}, which the manifest does not list; export the bundle again")
     for linear in manifest.weights.linears:
-        for what, (_, shape) in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
+        for what, needed in _gpu_bytes(linear, manifest).items():
             found = plan.buffers.get(f"{linear.name}.{what}")
-            needed = math.prod(shape) * (1 if what == "planes" else 2)
             if found is None or found.bytes != needed:
                 raise BundleError(
                     f"{path}: {linear.name}.{what} has {0 if found is None else found.bytes} bytes, needed {needed} "
                     f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
                 )
+
+
+def _gpu_bytes(linear: Linear, manifest: Manifest) -> dict[str, int]:
+    """Bytes of a matrix's buffers: a GPU has the planes of all slices in one."""
+    kinds = matrix_kinds(linear, manifest.group_size, manifest.slices)
+    scales = math.prod(kinds.pop("scales")[1])
+    return {"planes": sum(math.prod(shape) for _, shape in kinds.values()), "scales": scales}
 
 
 _CHECKS = {"onnx": _check_onnx, "tvm": _check_tvm, "opencl": _check_plan, "webgpu": _check_plan}
@@ -208,27 +214,16 @@ def _check_extent(path: Path, tensor: Tensor, sizes: dict[str, int]) -> None:
         )
 
 
-def packed_kinds(linear: Linear, group_size: int) -> tuple[_Kind, _Kind]:
-    """Element type and shape of a matrix's planes and scales in the native layout.
-
-    Args:
-        linear: the matrix.
-        group_size: columns that share a scale.
-    """
-    kinds = matrix_kinds(linear, group_size)
-    return (UINT8, kinds["planes"][1]), (FLOAT16, kinds["scales"][1])
-
-
 def _check_packed(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:
-    found = Counter((tensor.element_type, tensor.shape) for tensor in tensors)
+    found = Counter(tensor.shape for tensor in tensors if tensor.element_type == UINT8)
     for linear in manifest.weights.linears:
-        for what, kind in zip(("planes", "scales"), packed_kinds(linear, manifest.group_size), strict=True):
-            if not found[kind]:
+        for what, (_, shape) in matrix_kinds(linear, manifest.group_size, manifest.slices).items():
+            if not found[shape]:
                 raise BundleError(
-                    f"{path}: no {what} of shape {list(kind[1])} left for {linear.name} "
+                    f"{path}: no {what} of shape {list(shape)} left for {linear.name} "
                     f"({linear.N} x {linear.K}, groups of {manifest.group_size}); export the bundle again"
                 )
-            found[kind] -= 1
+            found[shape] -= 1
 
 
 def _check_codes(path: Path, tensors: list[Tensor], manifest: Manifest) -> None:

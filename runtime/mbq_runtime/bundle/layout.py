@@ -14,6 +14,12 @@ PORTABLE_LAYOUT = "nbits"
 ROW_BLOCK = 16
 """Rows of a weight matrix that are stored together. The stored row count is a multiple of it."""
 
+SCALE_STEPS = 256
+"""Steps of a group's 8-bit scale that make the row's factor."""
+
+ZERO_STEPS = 64
+"""Steps of a group's 8-bit zero that make one scale."""
+
 KEY_LANES = 16
 """Positions in a block of cached keys."""
 

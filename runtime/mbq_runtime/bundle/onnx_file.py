@@ -33,7 +33,7 @@ _MOST_DIMENSIONS = 8
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element, by onnx.TensorProto.DataType."""
 
-UINT8, FLOAT16 = 2, 10
+UINT8 = 2
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..errors import BundleError
 from .genai_config import Settings
 from .layout import ROW_BLOCK
 from .manifest import Linear, Manifest
+from .slice_profile import CODE_BITS
 from .tensors import Entry
 
 _Kind = tuple[str, tuple[int, ...]]
@@ -23,16 +24,20 @@ _HEAD_INPUT = "head_input."
 _AGAIN = "export the bundle again"
 
 
-def matrix_kinds(linear: Linear, group_size: int) -> dict[str, _Kind]:
+def matrix_kinds(linear: Linear, group_size: int, slices: tuple[int, ...]) -> dict[str, _Kind]:
     """Kinds of the tensors of a matrix in the native layout, by the last part of their names.
 
     Args:
         linear: the matrix.
         group_size: columns that share a scale.
+        slices: bits of each slice.
     """
     blocks = -(-linear.N // ROW_BLOCK)
-    planes = blocks * ROW_BLOCK * linear.K  # 8 bits a weight, over all planes
-    return {"planes": ("U8", (planes,)), "scales": ("F16", (blocks, linear.K // group_size, 2, ROW_BLOCK))}
+    weights = blocks * ROW_BLOCK * linear.K
+    kinds: dict[str, _Kind] = {
+        f"planes_{e}": ("U8", (weights * bits // CODE_BITS,)) for e, bits in enumerate(slices, 1)
+    }
+    return {**kinds, "scales": ("U8", (blocks, 1 + linear.K // group_size, 2 * ROW_BLOCK))}
 
 
 def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifest, settings: Settings | None) -> None:
@@ -76,7 +81,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
 def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
     routed = len(manifest.slices) - 1
     for linear in manifest.weights.linears:
-        for part, kind in matrix_kinds(linear, manifest.group_size).items():
+        for part, kind in matrix_kinds(linear, manifest.group_size, manifest.slices).items():
             yield f"{linear.name}.{part}", kind
         yield f"{linear.name}.router.table", ("F32", (2, -1))
         yield f"{linear.name}.router.bias", ("F32", (routed,))
@@ -86,7 +91,8 @@ def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
 
 def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
     hidden = manifest.model.hidden_size
-    embedding = matrix_kinds(Linear("embedding", manifest.model.vocab_size, hidden), manifest.group_size)
+    table = Linear("embedding", manifest.model.vocab_size, hidden)
+    embedding = matrix_kinds(table, manifest.group_size, manifest.slices)
     yield from ((f"embedding.{part}", kind) for part, kind in embedding.items())
     for linear in manifest.weights.linears:
         yield f"{linear.name}.bias", ("F32", (-(-linear.N // ROW_BLOCK) * ROW_BLOCK,))

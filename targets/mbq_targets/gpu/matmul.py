@@ -1,10 +1,10 @@
 """The sliced matmul and the embedding's rows, from the planes as bundles store them (layout ``mbq16``).
 
 A 64-byte block of a plane is 16 consecutive 32-bit words, one for each row. Neighbouring work-items take neighbouring
-rows and so read whole cache lines: the planes need no repacking. Only the scale and the offset of a row are packed into
-one word, two float16 (``pair_scales``), because a device without half floats can split a word. A work-item handles
-``rows`` rows. It loads the words of its step once, joins the planes of the depth (four weights per operation), and uses
-each weight for all tokens of a tile. It never reads planes beyond the depth.
+rows and so read whole cache lines: nothing needs repacking. One buffer holds the planes of all slices, because a kernel
+has few buffers. The scales are read as words, each the scales, or the zeros, of four rows, or the factors of two. A
+work-item handles ``rows`` rows. It loads the words of its step once, joins the planes of the depth (four weights per
+operation), and uses each weight for all tokens of a tile. It never reads planes beyond the depth.
 
 Activations are float32. The definition rounds them to integers, which only the integer instructions of processors need.
 The results differ by less than that rounding: 2**-15 of the largest value of a group.
@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
-from mbq_runtime.bundle.layout import ROW_BLOCK
+from mbq_runtime.bundle.layout import ROW_BLOCK, SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..kernels.emit import Expr, bind, cast, const, dtype
-from ..kernels.layout import STEP
+from ..kernels.layout import STEP, DepthPlan, plan_depth
 from .kernel import (
     COUNT,
     TOKENS,
@@ -44,6 +42,9 @@ from .kernel import (
 from .work_groups import WorkGroups
 
 Buffers = dict[str, Any]
+
+GROUP_WORDS = 2 * ROW_BLOCK // 4
+"""Words of a group's scales and zeros in a row block, and of the factors of its rows."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,6 @@ class MatrixShape:
         return plane_words(self.n, self.k), scale_words(self.n, self.k, self.group)
 
 
-def planes_of(profile: SliceProfile, depth: int) -> tuple[int, ...]:
-    """Width in bits of each plane that a depth reads.
-
-    Args:
-        profile: bits of each slice.
-        depth: 1-based.
-    """
-    return profile.plane_bits[: profile.depth_planes[depth - 1]]
-
-
 def plane_words(n: int, k: int) -> int:
     """32-bit words of all planes of an [n, k] matrix.
 
@@ -88,14 +79,14 @@ def plane_words(n: int, k: int) -> int:
 
 
 def scale_words(n: int, k: int, group: int) -> int:
-    """32-bit words of the scales and offsets of an [n, k] matrix.
+    """32-bit words of the row factors, scales and zeros of an [n, k] matrix.
 
     Args:
         n: rows.
         k: columns.
         group: weights that share a scale.
     """
-    return -(-n // ROW_BLOCK) * (k // group) * ROW_BLOCK
+    return -(-n // ROW_BLOCK) * (1 + k // group) * GROUP_WORDS
 
 
 def weight_bytes(matrix: MatrixShape, depth: int) -> int:
@@ -107,16 +98,6 @@ def weight_bytes(matrix: MatrixShape, depth: int) -> int:
     """
     planes, scales = matrix.buffers
     return planes * 4 * matrix.profile.depth_bits[depth - 1] // 8 + scales * 4
-
-
-def pair_scales(scales: NDArray[np.float16]) -> NDArray[np.uint32]:
-    """uint32 [blocks, groups, 16]: a row's scale in the low half of a word, its offset in the high half.
-
-    Args:
-        scales: float16 [blocks, groups, 2, 16], as bundles store them.
-    """
-    pairs = np.ascontiguousarray(scales.transpose(0, 1, 3, 2))
-    return pairs.view("<u4")[..., 0]
 
 
 def _step_words(planes: Any, bits: Sequence[int], n: int, k: int, at: Expr, row: Expr, rows: int) -> list[list[Expr]]:
@@ -132,8 +113,18 @@ def _step_words(planes: Any, bits: Sequence[int], n: int, k: int, at: Expr, row:
     return words
 
 
+def _levels(words: list[list[Expr]], plan: DepthPlan, half: int, j: Expr, rows: int) -> Expr:
+    """uint32 x rows: four levels per word, those of k = 16 * half + 4 * j + 0..3. A level fits a byte."""
+    border = plan.coarse_planes
+    coarse = _codes(words[:border], plan.plane_bits[:border], half, j, rows)
+    if border == len(words):
+        return coarse
+    fine = _codes(words[border:], plan.plane_bits[border:], half, j, rows)
+    return bind(coarse * const(plan.stride, "uint32", rows) + fine)
+
+
 def _codes(words: list[list[Expr]], bits: Sequence[int], half: int, j: Expr, rows: int) -> Expr:
-    """uint32 x rows: four codes per word, those of k = 16 * half + 4 * j + 0..3."""
+    """uint32 x rows: four joined fields of neighbouring planes per word."""
     low, total = sum(bits), None
     for width, parts in zip(bits, words, strict=True):
         low -= width
@@ -147,18 +138,34 @@ def _codes(words: list[list[Expr]], bits: Sequence[int], half: int, j: Expr, row
     return bind(total)
 
 
-def _affine(scales: Any, at: Expr, rows: int, bits: int) -> tuple[Expr, Expr]:
-    """(step, offset), float32 x rows: a weight is code * step + offset."""
-    pair = bind(scales[at])
-    low = bind(pair & const(0xFFFF, "uint32", rows))
-    high = bind(pair >> const(16, "uint32", rows))
-    step = bind(half_to_float(low, rows) * const(2.0 ** (2 - bits), "float32", rows))
-    return step, bind(half_to_float(high, rows) + const(0.5, "float32", rows) * step)
+def _affine(scales: Any, group: Expr, row: Expr, rows: int, plan: DepthPlan) -> tuple[Expr, Expr]:
+    """(step, offset), float32 x rows: a weight is level * step + offset, in units of the row's factor.
+
+    group: counted over all row blocks, with one more in each for its factors; row: the first of ``rows`` in the block.
+    """
+    at = bind(group * GROUP_WORDS + row // 4)
+    scale, zero = (_bytes(bind(scales[at + i]), row, rows) for i in (0, ROW_BLOCK // 4))
+    above_zero = const(plan.middle * plan.step, "float32", rows) - zero * const(1 / ZERO_STEPS, "float32", rows)
+    return bind(scale * const(plan.step, "float32", rows)), bind(scale * above_zero)
 
 
-def _values(codes: Expr, t: int, scale: Expr, offset: Expr, rows: int) -> Expr:
-    code = (codes >> const(8 * t, "uint32", rows)) & const(255, "uint32", rows)
-    return bind(cast(code, "float32", rows) * scale + offset)
+def _bytes(word: Expr, row: Expr, rows: int) -> Expr:
+    """float32 x rows: the bytes of a word that belong to ``rows`` rows from ``row`` on."""
+    shift = bind(cast(row % 4 * 8, "uint32", 1))
+    parts = [cast((word >> (shift + const(8 * r, "uint32"))) & T.uint32(255), "float32", 1) for r in range(rows)]
+    return parts[0] if rows == 1 else bind(T.Shuffle([bind(part) for part in parts], list(range(rows))))
+
+
+def _row_factor(scales: Any, block: Expr, groups: int, row: Expr) -> Expr:
+    """What the scales of one row are multiplied by, float32. row: in the block."""
+    word = bind(scales[block * ((1 + groups) * GROUP_WORDS) + row // 2])
+    half = (word >> cast(row % 2 * 16, "uint32", 1)) & T.uint32(0xFFFF)
+    return bind(half_to_float(bind(half)) * T.float32(1 / SCALE_STEPS))
+
+
+def _values(levels: Expr, t: int, scale: Expr, offset: Expr, rows: int) -> Expr:
+    level = (levels >> const(8 * t, "uint32", rows)) & const(255, "uint32", rows)
+    return bind(cast(level, "float32", rows) * scale + offset)
 
 
 def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int, *, bias: bool = False) -> Kernel:
@@ -183,7 +190,7 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
     buffers = {"x": ("float32x4", tokens * k // 4), "routing": ("int32", 2 * tokens)}
     if tokens > 1:
         buffers |= {"order": ("int32", tokens), "state": ("int32", TOKENS + tokens)}
-    buffers |= {"planes": (words, plane_words(n, k) // rows), "scales": (words, scale_words(n, k, group) // rows)}
+    buffers |= {"planes": (words, plane_words(n, k) // rows), "scales": ("uint32", scale_words(n, k, group))}
     if bias:
         buffers["bias"] = ("float32", n)
     buffers["y"] = ("float32", tokens * n)
@@ -191,22 +198,22 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
     zero = const(0, "float32", rows)
 
     def one_depth(of: Buffers, item: Item, split: Expr, lane: Expr, token: list[Expr], sums: Any, d: int) -> None:
-        bits = planes_of(profile, d)
+        plan = plan_depth(profile, d)
         for m in range(tile):
             put(sums, m, zero)
         with T.serial(0, -(-steps // splits)) as i:
             step = bind(i * splits + split)
             with when(step < steps):
-                parts = _step_words(of["planes"], bits, n, k, bind(item.x * steps + step), lane, rows)
-                at = bind((item.x * (k // group) + step * STEP // group) * lanes + lane)
-                scale, offset = _affine(of["scales"], at, rows, profile.depth_bits[d - 1])
+                parts = _step_words(of["planes"], plan.plane_bits, n, k, bind(item.x * steps + step), lane, rows)
+                at = bind(item.x * (1 + k // group) + 1 + step * STEP // group)
+                scale, offset = _affine(of["scales"], at, bind(lane * rows), rows, plan)
                 for half in (0, 1):
                     with T.serial(0, 4) as j:
-                        codes = _codes(parts, bits, half, j, rows)
+                        levels = _levels(parts, plan, half, j, rows)
                         column = bind(step * (STEP // 4) + 4 * half + j)
                         xs = [bind(of["x"][at * (k // 4) + column]) for at in token]
                         for t in range(4):
-                            value = _values(codes, t, scale, offset, rows)
+                            value = _values(levels, t, scale, offset, rows)
                             for m, x in enumerate(xs):
                                 put(sums, m, sums[m] + value * spread(element(x, t, 4), rows))
 
@@ -238,7 +245,8 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
                 here: Expr = T.int32(0) if tokens == 1 else bind(of["order"][place])
                 for r in range(rows):
                     with when(first + r < n if tokens == 1 else T.And(first + r < n, place < of["state"][COUNT])):
-                        value = element(result, r, rows)
+                        factor = _row_factor(of["scales"], item.x, k // group, i % lanes * rows + r)
+                        value = bind(element(result, r, rows) * factor)
                         put(of["y"], here * n + first + r, value + of["bias"][first + r] if bias else value)
 
     return Kernel(name, grid, threads, body)
@@ -268,7 +276,7 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
         scaled: multiply by factors float32 [k].
     """
     n, k, group, profile = table.n, table.k, table.group, table.profile
-    bits, steps = planes_of(profile, profile.depths), k // STEP
+    plan, steps = plan_depth(profile, profile.depths), k // STEP
     buffers = {
         "state": ("int32", TOKENS + tokens),
         "planes": ("uint32", plane_words(n, k)),
@@ -286,16 +294,17 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
                 put(of["routing"], 2 * item.x + 1, T.int32(0))
             token = bind(of["state"][TOKENS + item.x])
             block, row = bind(token // ROW_BLOCK), bind(token % ROW_BLOCK)
+            factor = _row_factor(of["scales"], block, k // group, row)
             with strided(item, steps, threads) as step:
-                words = _step_words(of["planes"], bits, n, k, bind(block * steps + step), row, 1)
-                at = bind((block * (k // group) + step * STEP // group) * ROW_BLOCK + row)
-                scale, offset = _affine(of["scales"], at, 1, sum(bits))
+                words = _step_words(of["planes"], plan.plane_bits, n, k, bind(block * steps + step), row, 1)
+                at = bind(block * (1 + k // group) + 1 + step * STEP // group)
+                scale, offset = _affine(of["scales"], at, row, 1, plan)
                 for half in (0, 1):
                     with T.serial(0, 4) as j:
-                        codes = _codes(words, bits, half, j, 1)
+                        levels = _levels(words, plan, half, j, 1)
                         for t in range(4):
                             column = bind(step * STEP + 16 * half + 4 * j + t)
-                            value = _values(codes, t, scale, offset, 1)
+                            value = bind(_values(levels, t, scale, offset, 1) * factor)
                             put(of["x"], item.x * k + column, value * of["factors"][column] if scaled else value)
 
     return Kernel(name, grid, threads, body)

@@ -1,13 +1,17 @@
 """Sliced matrix product: ``y = x' @ w(depth).T`` for one depth, from its planes only.
 
-C is the joined code: a code in units of ``2**unit``, minus 128 if the instruction set takes signed bytes. q are the
-activations as integers in units of a, and s = scale * 2**(2 - bits). A group adds to a row
+C is the level in units of ``2**unit``, minus what was subtracted if the instruction set takes signed bytes. q are the
+activations as integers in units of a. A group adds to a row, in units of ``row_scale / 256``,
 
-    a * s * 2**unit * dot(C, q)  +  (s * 2**unit * middle + offset) * a * sum(q)
+    scale * (step * 2**unit * a * dot(C, q)  +  (step * middle - zero / 64) * a * sum(q))
 
-where ``middle`` is half a code plus what was subtracted. The dot product takes the ``width`` bytes of q one by one. The
-sum of the high bytes is shifted and the sum of the low bytes added, which is exact in 32 bits. Both kernels work on row
-blocks of 16 and on groups. The numbers of blocks and groups are run-time values; only the group size is compiled in.
+where ``step`` is the profile's, and ``middle`` is the profile's plus what was subtracted. The dot product takes the
+``width`` bytes of q one by one. The sum of the high bytes is shifted and the sum of the low bytes added, which is exact
+in 32 bits. Both kernels work on row blocks of 16 and on groups. The numbers of blocks and groups are run-time values;
+only the group size is compiled in.
+
+``planes`` is the address of the first slice. ``places`` has, for each slice, its place from there in bytes. So the
+slices of a matrix can lie anywhere. A kernel reads no slice that is deeper than its depth.
 """
 
 from __future__ import annotations
@@ -17,12 +21,12 @@ from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
-from mbq_runtime.bundle.layout import ROW_BLOCK
+from mbq_runtime.bundle.layout import ROW_BLOCK, SCALE_STEPS, ZERO_STEPS
 
 from .activations import TILE_K, bytes_at, chunks, joined
-from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, splat, store
+from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, reinterpret, splat, store
 from .isa import Accumulator, Isa
-from .layout import STEP, DepthPlan, plane_offsets
+from .layout import STEP, DepthPlan, plane_places
 from .products import products_of, tree_sum
 from .unpack import Operands, code_bytes, operands, tile_max_code
 
@@ -39,7 +43,13 @@ SCRATCH_BYTES = TILE_BYTES + 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
 """Memory that the caller of ``gemm`` provides."""
 
 OFFSET = 128
-"""What codes lose if the instruction set takes signed bytes."""
+"""What whole bytes lose if the instruction set takes signed bytes."""
+
+SCALES_BYTES = 2 * ROW_BLOCK
+"""Of a row block: the float16 factors of its rows, or a group's scales and zeros."""
+
+WEIGHT_POINTERS = {"planes": "uint8", "places": "int64", "scales": "uint8"}
+"""Arguments of a kernel that are a sliced weight."""
 
 
 def plane_loader(isa: Isa, plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> Callable[..., Any]:
@@ -64,17 +74,21 @@ def plane_loader(isa: Isa, plan: DepthPlan, planes: Any, starts: list[Expr], ste
     return at
 
 
-def plane_starts(plan: DepthPlan, blocks: Expr, groups: Expr, group: int) -> list[Expr]:
-    """Byte at which each plane begins.
+def plane_starts(plan: DepthPlan, places: Any, blocks: Expr, groups: Expr, group: int) -> list[Expr]:
+    """Byte at which each plane begins, from the address of the first slice.
 
     Args:
         plan: how the depth is read.
+        places: int64 buffer, the place of each slice.
         blocks: row blocks of the weight.
         groups: groups along K.
         group: weights of a group.
     """
     area = blocks * groups * (ROW_BLOCK * group // 8)
-    return [bind(area * offset) for offset in plane_offsets(plan.plane_bits)]
+    return [
+        bind((load(places, index, 1) if index else 0) + area * before)
+        for index, before in plane_places(plan.profile, len(plan.plane_bits))
+    ]
 
 
 def prefetch_step(plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> None:
@@ -96,6 +110,7 @@ class _RowDots:
 
     def __init__(self, isa: Isa, plan: DepthPlan) -> None:
         self.isa, self.plan = isa, plan
+        self.chains = isa.chains if len(plan.segments) == 1 else 1
         self.accumulators: dict[tuple[int, int, int], Accumulator] = {}
 
     def add_step(self, halves: Operands, acts: list[Expr]) -> None:
@@ -103,7 +118,7 @@ class _RowDots:
         for half, segments in enumerate(halves):
             for index, fields in enumerate(segments):
                 for j, (codes, exponent) in enumerate(fields):
-                    key = (index, exponent, j % self.isa.chains)
+                    key = (index, exponent, j % self.chains)
                     if key not in self.accumulators:
                         largest = self.plan.segments[index].max_code << exponent
                         self.accumulators[key] = self.isa.accumulator(largest)
@@ -111,26 +126,32 @@ class _RowDots:
 
     def result(self) -> Expr:
         """int32 dot product in units of ``2**plan.unit_log2``. Every shift is exact."""
-        by_shift: dict[int, list[Expr]] = {}
-        for (segment, exponent, _), accumulator in self.accumulators.items():
-            shift = self.plan.segments[segment].unit_log2 - self.plan.unit_log2 - exponent
-            by_shift.setdefault(shift, []).append(accumulator.result())
-        total: Expr | None = None
+        by_factor: dict[int, dict[int, list[Expr]]] = {}
+        for (index, exponent, _), accumulator in self.accumulators.items():
+            segment = self.plan.segments[index]
+            shift = segment.unit_log2 - self.plan.unit_log2 - exponent
+            by_factor.setdefault(segment.factor, {}).setdefault(shift, []).append(accumulator.result())
+        return tree_sum([self._scaled(factor, by_shift) for factor, by_shift in by_factor.items()])
+
+    def _scaled(self, factor: int, by_shift: dict[int, list[Expr]]) -> Expr:
+        """``factor`` times the sum of values, each shifted left by its key."""
+        parts = []
         for shift, values in by_shift.items():
             value = tree_sum(values)
             if shift:
                 amount = const(abs(shift), "int32", self.isa.rows)
                 value = bind(value << amount if shift > 0 else value >> amount)
-            total = value if total is None else bind(total + value)
-        return total
+            parts.append(value)
+        total = tree_sum(parts)
+        return total if factor == 1 else bind(total * const(factor, "int32", self.isa.rows))
 
 
 def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """Kernel: the product of one token -> y float32 [(end - begin) * 16].
 
     Kernel arguments: q int8, the token's first byte, with ``rows`` tokens laid out as in ``activations.bytes_at``; step
-    float32 [groups]; total float32 [groups], step times the sum of q; planes uint8, scales float16, of the whole weight
-    with ``blocks`` row blocks; begin, end: the row blocks to compute.
+    float32 [groups]; total float32 [groups], step times the sum of q; planes, scales uint8 and places int64 [slices],
+    of the whole weight with ``blocks`` row blocks; begin, end: the row blocks to compute.
 
     Args:
         isa: instruction set.
@@ -139,38 +160,37 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
         width: bytes of an activation.
         name: the function's symbol.
     """
-    offset_at = 2.0**-plan.unit_log2 / 2
-    shifts = [s.unit_log2 - plan.unit_log2 for s in plan.segments if s.max_code > 127]
-    middle = offset_at + (sum(OFFSET << shift for shift in shifts) if isa.signed else 0)
-    factor = 2.0 ** (2 - plan.bits + plan.unit_log2)
+    whole_bytes = [s for s in plan.segments if s.max_code > 127] if isa.signed else []
+    middle = plan.middle + sum(OFFSET * s.factor * 2.0**s.unit_log2 for s in whole_bytes)
     ahead = isa.prefetch_bytes // (ROW_BLOCK * group * plan.bits // 8)  # groups
-    pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8"}
-    pointers |= {"scales": "float16", "y": "float32"}
+    pointers = {"q": "int8", "step": "float32", "total": "float32", **WEIGHT_POINTERS, "y": "float32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
-        q, step, total, planes, scales, y, blocks, groups, rows, begin, end = args
-        starts = plane_starts(plan, blocks, groups, group)
+        q, step, total, planes, places, scales, y, blocks, groups, rows, begin, end = args
+        starts = plane_starts(plan, places, blocks, groups, group)
         acc = registers(ROW_BLOCK, "float32")
         with T.serial(0, end - begin) as b:
             for r in range(isa.vectors):
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
+            scales_at = bind(row_block_at(begin + b, groups))
             with T.serial(0, groups) as g:
-                places = bytes_at(g, width, rows, group)
+                bytes_of_q = bytes_at(g, width, rows, group)
                 sums = load(total, g, 1)
-                unit = bind(load(step, g, 1) * const(factor, "float32"))
-                middle_sums = bind(sums * const(middle * factor, "float32"))
-                base = bind((first + g) * (2 * ROW_BLOCK))
+                unit = bind(load(step, g, 1) * const(plan.step * 2.0**plan.unit_log2, "float32"))
+                middle_sums = bind(sums * const(middle * plan.step, "float32"))
+                zero_sums = bind(sums * const(-1 / ZERO_STEPS, "float32"))
+                base = bind(scales_at + (g + 1) * SCALES_BYTES)
                 if isa.prefetch_bytes:
                     for s in range(group // STEP):
                         prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
-                    prefetch(scales, base + ahead * (2 * ROW_BLOCK))
+                    prefetch(scales, base + ahead * SCALES_BYTES)
                 with T.serial(0, isa.vectors // isa.rows_together) as bundle:
                     row_dots = [[_RowDots(isa, plan) for _ in range(width)] for _ in range(isa.rows_together)]
                     vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
                     for s in range(group // STEP):
                         acts = [
                             [*isa.activations(q, at + s * STEP), *isa.activations(q, at + s * STEP + 16)]
-                            for at in places
+                            for at in bytes_of_q
                         ]
                         at = plane_loader(isa, plan, planes, starts, (first + g) * (group // STEP) + s)
                         for r, row in zip(vectors, row_dots, strict=True):
@@ -179,16 +199,39 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                                 dots.add_step(codes, act)
                     for r, of_bytes in zip(vectors, row_dots, strict=True):
                         dot = joined([dots.result() for dots in of_bytes], isa.rows)
-                        scale, offset = _affine(isa, scales, base + r * isa.rows)
+                        scale, zero = _affine(isa, scales, base + r * isa.rows)
                         value = fma(cast(dot, "float32", isa.rows), splat(unit, isa.rows), splat(middle_sums, isa.rows))
-                        y_row = fma(scale, value, load(acc, r * isa.rows, isa.rows))
-                        store(acc, r * isa.rows, isa.rows, fma(offset, splat(sums, isa.rows), y_row))
+                        value = fma(zero, splat(zero_sums, isa.rows), value)
+                        store(acc, r * isa.rows, isa.rows, fma(scale, value, load(acc, r * isa.rows, isa.rows)))
             for r in range(isa.vectors):
-                store(y, b * ROW_BLOCK + r * isa.rows, isa.rows, load(acc, r * isa.rows, isa.rows))
+                factor = row_factors(scales, scales_at + 2 * r * isa.rows, isa.rows)
+                store(y, b * ROW_BLOCK + r * isa.rows, isa.rows, load(acc, r * isa.rows, isa.rows) * factor)
+
+
+def row_block_at(block: Expr, groups: Expr) -> Expr:
+    """Where the factors of a row block's rows are. The scales of its groups follow.
+
+    Args:
+        block: which row block.
+        groups: groups along K.
+    """
+    return block * (groups + 1) * SCALES_BYTES
+
+
+def row_factors(scales: Any, at: Expr, rows: int) -> Expr:
+    """What the scales of neighbouring rows are multiplied by, float32.
+
+    Args:
+        scales: uint8 buffer.
+        at: the first row's factor, in bytes.
+        rows: how many rows.
+    """
+    stored = reinterpret(load(scales, at, 2 * rows), "float16", rows)
+    return bind(cast(stored, "float32", rows) * const(1 / SCALE_STEPS, "float32", rows))
 
 
 def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
-    """(scale, offset) of a row vector, float32."""
+    """(scale, zero) of a row vector, float32."""
     rows = isa.rows
     return (
         bind(cast(load(scales, at, rows), "float32", rows)),
@@ -207,7 +250,7 @@ class _Turn(NamedTuple):
 class _Tile(NamedTuple):
     """``wide`` row blocks from ``block`` of a turn on, and ``groups`` groups from ``first_group`` on.
 
-    scales_at: for each row block, where the scales of its first group are.
+    scales_at: for each row block, where the scales of its first group are, in bytes.
     """
 
     block: Expr
@@ -227,10 +270,10 @@ class _Prefill:
 
     def __init__(self, isa: Isa, plan: DepthPlan, group: int, width: int, args: list[Any]) -> None:
         self.isa, self.plan, self.group, self.width = isa, plan, group, width
-        (self.q, self.step, self.total, self.planes, self.scales, self.y, self.tile, self.tokens,
+        (self.q, self.step, self.total, self.planes, places, self.scales, self.y, self.tile, self.tokens,
          blocks, self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
         self.sums = T.decl_buffer((1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES))
-        self.starts = plane_starts(plan, blocks, self.groups, group)
+        self.starts = plane_starts(plan, places, blocks, self.groups, group)
 
     def turn(self, done: Expr, first: Expr) -> None:
         """Compute a turn: clear the sums, add all groups, write y."""
@@ -252,15 +295,17 @@ class _Prefill:
         with T.serial(0, tokens) as i:
             row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
             with T.serial(0, blocks) as b:
+                factor = row_factors(self.scales, row_block_at(self.begin + first + b, self.groups), ROW_BLOCK)
                 value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
-                store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value)
+                store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value * factor)
 
     def _tile(self, turn: _Turn, block: Expr, wide: int, first_group: Expr, groups: Expr) -> None:
         """Unpack a tile and multiply all tokens of the turn with it."""
         isa = self.isa
-        bases = [bind((self.begin + turn.first + block + w) * self.groups + first_group) for w in range(wide)]
-        self._unpack(bases, groups)
-        tile = _Tile(block, wide, [bind(base * (2 * ROW_BLOCK)) for base in bases], first_group, groups)
+        first = bind(self.begin + turn.first + block)
+        self._unpack([bind((first + w) * self.groups + first_group) for w in range(wide)], groups)
+        scales_at = [row_block_at(first + w, self.groups) + (first_group + 1) * SCALES_BYTES for w in range(wide)]
+        tile = _Tile(block, wide, [bind(at) for at in scales_at], first_group, groups)
         # A single row block is rare, because callers cut pieces at pairs. It has only the loop for one token.
         taken: Expr = T.int64(0)
         for size in isa.token_blocks(self.width) if wide == isa.row_blocks else (1,):
@@ -289,8 +334,7 @@ class _Prefill:
         isa, plan, group = self.isa, self.plan, self.group
         max_code = tile_max_code(plan)
         unit = plan.tile_unit_log2
-        middle = 2.0**-unit / 2 + (OFFSET if isa.signed and max_code > 127 else 0)
-        factor = 2.0 ** (2 - plan.bits + unit)
+        middle = plan.middle + (OFFSET * 2.0**unit if isa.signed and max_code > 127 else 0)
         rows, vectors = isa.rows, tile.wide * isa.vectors
         places = [bind(turn.done + at_token + m) for m in range(count)]
         steps_at = [bind(place * self.groups + tile.first_group) for place in places]
@@ -312,9 +356,12 @@ class _Prefill:
             sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in starts], g)
             for v in range(vectors):
                 above, r = divmod(v, isa.vectors)
-                scale, offset = _affine(isa, self.scales, tile.scales_at[above] + g * (2 * ROW_BLOCK) + r * rows)
-                scale = bind(scale * const(factor, "float32", rows))
-                offset = fma(scale, const(middle, "float32", rows), offset)
+                scale, zero = _affine(isa, self.scales, tile.scales_at[above] + g * SCALES_BYTES + r * rows)
+                above_zero = fma(
+                    zero, const(-1 / ZERO_STEPS, "float32", rows), const(middle * plan.step, "float32", rows)
+                )
+                offset = bind(scale * above_zero)
+                scale = bind(scale * const(plan.step * 2.0**unit, "float32", rows))
                 for m in range(count):
                     dot = joined([run[v] for run in sums[m * self.width : (m + 1) * self.width]], rows)
                     value = bind(cast(dot, "float32", rows) * splat(load(self.step, steps_at[m] + g, 1), rows))
@@ -352,7 +399,7 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """Kernel: the product of many tokens of one depth. It unpacks a row block once for TOKENS_AT_ONCE tokens.
 
     Kernel arguments: q int8, the first byte of the first token, with ``rows`` tokens laid out as in
-    ``activations.bytes_at``; step, total float32 [count, groups], planes, scales, blocks, begin, end, as in
+    ``activations.bytes_at``; step, total float32 [count, groups], planes, places, scales, blocks, begin, end, as in
     ``gemv``; tokens int32 [count]: the row m of each token in y float32; y_stride: block ``begin + i`` of row m is
     written at ``m * y_stride + 16 * i``; scratch uint8 [SCRATCH_BYTES].
 
@@ -363,7 +410,7 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
         width: bytes of an activation.
         name: the function's symbol.
     """
-    pointers = {"q": "int8", "step": "float32", "total": "float32", "planes": "uint8", "scales": "float16"}
+    pointers = {"q": "int8", "step": "float32", "total": "float32", **WEIGHT_POINTERS}
     pointers |= {"y": "float32", "scratch": "uint8", "tokens": "int32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end", "count", "y_stride")) as args:
         prefill = _Prefill(isa, plan, group, width, args)

@@ -27,7 +27,7 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
         profile: bits of each slice.
         max_width: fields that an instruction set joins at most, see ``plan_depth``.
     """
-    return [plan_depth(profile.plane_bits, planes, max_width) for planes in profile.depth_planes]
+    return [plan_depth(profile, depth, max_width) for depth in range(1, profile.depths + 1)]
 
 
 def build_module(isa: Isa, spec: KernelSpec) -> Any:

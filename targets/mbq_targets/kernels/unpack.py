@@ -89,28 +89,23 @@ def operands(isa: Isa, plan: DepthPlan, load: PlaneLoad, offset: bool) -> Operan
 
 
 def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
-    """[half][j] -> uint8 vector of codes in units of ``2**plan.tile_unit_log2``.
+    """[half][j] -> uint8 vector of levels in units of ``2**plan.tile_unit_log2``.
 
-    Codes are minus 128 if the instruction set takes signed bytes and the largest code exceeds 127.
+    Levels are minus 128 if the instruction set takes signed bytes and the largest level exceeds 127.
 
     Args:
         isa: instruction set.
         plan: how the depth is read.
         load: loads the bytes of a plane.
     """
-    unit = plan.tile_unit_log2
     result = []
     for half in operands(isa, plan, load, offset=False):
         codes = []
         for j in range(4):
-            parts = []
-            for segment, fields in zip(plan.segments, half, strict=True):
-                value, exponent = fields[j]
-                shift = segment.unit_log2 - unit - exponent
-                if shift:
-                    # Exact: the bits that leave the byte are zero.
-                    value = isa.shl(value, shift) if shift > 0 else isa.shr(value, -shift)
-                parts.append(value)
+            parts = [
+                _levels(isa, segment, *fields[j], plan.tile_unit_log2)
+                for segment, fields in zip(plan.segments, half, strict=True)
+            ]
             code = parts[0]
             for part in parts[1:]:
                 code = bind(code + part)
@@ -121,10 +116,25 @@ def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
     return result
 
 
+def _levels(isa: Isa, segment: Segment, value: Expr, exponent: int, unit: int) -> Expr:
+    """Levels that a joined value counts, in units of ``2**unit``. The vector ``value`` is the joined value << exponent.
+
+    Exact: the bits that leave a byte are zero.
+    """
+    if segment.factor != 1:
+        shift = segment.unit_log2 - unit
+        table = tuple(int(nibble * segment.factor * 2.0**shift) & 255 for nibble in range(16))
+        return isa.lookup(table, isa.shr(value, exponent) if exponent else value)
+    shift = segment.unit_log2 - unit - exponent
+    if shift == 0:
+        return value
+    return isa.shl(value, shift) if shift > 0 else isa.shr(value, -shift)
+
+
 def tile_max_code(plan: DepthPlan) -> int:
-    """The largest code of ``code_bytes``, before 128 is subtracted.
+    """The largest level of ``code_bytes``, before 128 is subtracted.
 
     Args:
         plan: how the depth is read.
     """
-    return int((2**plan.bits - 1) << -plan.tile_unit_log2)
+    return plan.max_level << -plan.tile_unit_log2

@@ -9,7 +9,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_RANK = 8, MAX_INPUTS = 11, NAME_BYTES = 128 };
+enum { MAX_RANK = 8, MAX_INPUTS = 10 + MBQ_DEPTHS, NAME_BYTES = 128 };
 
 #define TRY(call)                     \
   do {                                \
@@ -61,10 +61,13 @@ typedef struct Weight {
   int64_t n, k, blocks, groups;
 } Weight;
 typedef struct Stored {
-  const uint8_t *planes;
-  const void *scales;
+  const uint8_t *planes;       /* of the first slice */
+  int64_t places[MBQ_DEPTHS]; /* of the slices, in bytes from there */
+  const uint8_t *scales;
 } Stored;
-/* `first`: the input of the planes; the scales are the next input. weight_init checks constant weights once. */
+#define WEIGHT(stored) PTR((stored)->planes), PTR((stored)->places), PTR((stored)->scales)
+/* `first`: the input of the first slice's planes; then come those of the other slices, and the scales. weight_init checks
+ * constant weights once. */
 OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first, Weight *weight);
 OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
                        Stored *stored);

@@ -14,8 +14,7 @@ static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
  * total, so the place of a token there is not its row. */
 typedef struct Job {
   const Weight *weight;
-  const uint8_t *planes;
-  const void *scales;
+  const Stored *stored;
   float *y;
   size_t pieces;
   int64_t rows;
@@ -34,8 +33,7 @@ typedef struct Job {
 static void gemv_blocks(const Job *job, Kernel kernel, int64_t place, int64_t begin, int64_t end, float *y) {
   const int64_t groups = job->weight->groups;
   CALL(kernel, PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
-       PTR(job->planes), PTR(job->scales), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->rows), INT(begin),
-       INT(end));
+       WEIGHT(job->stored), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->rows), INT(begin), INT(end));
 }
 
 static void gemv_piece(void *data, size_t index) {
@@ -59,7 +57,7 @@ static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t
         gemv_blocks(job, gemv[d], i, begin, end, y + job->tokens[i] * stride);
     else
       CALL(gemm[d], PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
-           PTR(job->planes), PTR(job->scales), PTR(y), PTR(scratch), PTR(job->tokens + place), INT(job->weight->blocks),
+           WEIGHT(job->stored), PTR(y), PTR(scratch), PTR(job->tokens + place), INT(job->weight->blocks),
            INT(groups), INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));
 }
 
@@ -95,8 +93,8 @@ static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) 
   const Weight *w = job->weight;
   job->kernel = gemv[depth - 1];
   quantize_row(job, 0, 0);
-  /* Per group and row: the bits of the planes and four bytes of scales. */
-  const int64_t bytes = w->blocks * w->groups * MBQ_ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 4);
+  /* Per group and row: the bits of the planes, a scale and a zero. */
+  const int64_t bytes = w->blocks * w->groups * MBQ_ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 2);
   job->pieces = pieces_of(w->blocks, bytes);
   return parallel(context, job->pieces, gemv_piece, job);
 }
@@ -123,7 +121,7 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
     if (depth[m] < 1 || depth[m] > MBQ_DEPTHS)
       return fail(node, "depth[%lld] is %d, slices %s allow 1 to %d", (long long)m, depth[m], MBQ_SLICES_TEXT,
                   MBQ_DEPTHS);
-  Job job = {.weight = w, .planes = stored->planes, .scales = stored->scales, .x = x, .y = y, .rows = rows};
+  Job job = {.weight = w, .stored = stored, .x = x, .y = y, .rows = rows};
   /* One allocation. The parts are in the order of their alignment, the largest first: step, total, tail, tokens, q. */
   const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
   const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);

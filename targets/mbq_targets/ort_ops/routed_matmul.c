@@ -1,5 +1,5 @@
 /* RoutedMatMul(x f32 [..., M', K], routed_by f32 [..., M, R], avg_bits f32 [1], table f32 [2, T], bias f32 [E-1],
- *              norm_gain f32 [E-1], planes u8, scales f16 [, w1 f16 [H, R], b1 f32 [H], w2 f32 [E-1, H]])
+ *              norm_gain f32 [E-1], planes_1 u8, ..., planes_E u8, scales u8 [, w1 f16 [H, R], b1 f32 [H], w2 f32 [E-1, H]])
  *     -> y f32 [..., M', N], depth i32 [..., M].
  *
  * Routes each token and multiplies its row at that depth. M' is M, or less if only the last rows are wanted. All M tokens
@@ -7,7 +7,7 @@
 
 #include "ops.h"
 
-enum { X, ROUTED_BY, ROUTING, PLANES = 6, SCALES, HIDDEN, INPUTS = HIDDEN + 3 };
+enum { X, ROUTED_BY, ROUTING, PLANES = 6, SCALES = PLANES + MBQ_DEPTHS, HIDDEN, INPUTS = HIDDEN + 3 };
 
 typedef struct RoutedMatMul {
   Node node;
@@ -64,7 +64,7 @@ static int output_type(const OrtCustomOp *self, size_t index) {
   return (void)self, index == 0 ? ORT_FLOAT : ORT_INT32;
 }
 static int input_type(const OrtCustomOp *self, size_t index) {
-  return (void)self, index == PLANES ? ORT_UINT8 : index == SCALES || index == HIDDEN ? ORT_FLOAT16 : ORT_FLOAT;
+  return (void)self, index == HIDDEN ? ORT_FLOAT16 : index >= PLANES && index <= SCALES ? ORT_UINT8 : ORT_FLOAT;
 }
 static int input_characteristic(const OrtCustomOp *self, size_t index) {
   return (void)self, index < HIDDEN ? ORT_REQUIRED : ORT_OPTIONAL;

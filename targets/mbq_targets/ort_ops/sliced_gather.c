@@ -1,4 +1,4 @@
-/* SlicedGather(indices i64 [...], planes u8, scales f16) -> y f32 [..., K]: rows of a table at one depth. */
+/* SlicedGather(indices i64 [...], planes_1 u8, ..., planes_E u8, scales u8) -> y f32 [..., K]: rows of a table at one depth. */
 
 #include "ops.h"
 
@@ -11,7 +11,7 @@ typedef struct Gather {
 typedef struct Job {
   const Gather *op;
   const int64_t *indices;
-  const void *planes, *scales;
+  const Stored *stored;
   float *y;
   int64_t rows;
   size_t pieces;
@@ -25,7 +25,7 @@ static void piece(void *data, size_t index) {
   const Weight *w = &job->op->weight;
   const int64_t end = piece_start(job->rows, job->pieces, index + 1);
   for (int64_t m = piece_start(job->rows, job->pieces, index); m < end; ++m)
-    CALL(job->op->kernel, PTR(job->planes), PTR(job->scales), PTR(job->y + m * w->k), INT(w->blocks), INT(w->groups),
+    CALL(job->op->kernel, WEIGHT(job->stored), PTR(job->y + m * w->k), INT(w->blocks), INT(w->groups),
          INT(job->indices[m]));
 }
 
@@ -47,7 +47,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   shape.dims[shape.rank++] = w->k;
   void *y;
   TRY(output(context, 0, &shape, &y));
-  Job job = {.op = op, .indices = index, .planes = stored.planes, .scales = stored.scales, .y = y, .rows = rows};
+  Job job = {.op = op, .indices = index, .stored = &stored, .y = y, .rows = rows};
   job.pieces = pieces_of(rows, rows * w->k * 8);
   return parallel(context, job.pieces, piece, &job);
 }
@@ -73,11 +73,10 @@ static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
 }
 
 static const char *name(const OrtCustomOp *self) { return (void)self, "SlicedGather"; }
-static size_t input_count(const OrtCustomOp *self) { return (void)self, 3; }
+static size_t input_count(const OrtCustomOp *self) { return (void)self, 2 + MBQ_DEPTHS; }
 static int output_type(const OrtCustomOp *self, size_t index) { return (void)self, (void)index, ORT_FLOAT; }
 static int input_type(const OrtCustomOp *self, size_t index) {
-  static const int types[] = {ORT_INT64, ORT_UINT8, ORT_FLOAT16};
-  return (void)self, types[index];
+  return (void)self, index == 0 ? ORT_INT64 : ORT_UINT8;
 }
 
 const OrtCustomOp mbq_gather_op = {

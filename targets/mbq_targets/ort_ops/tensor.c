@@ -65,10 +65,10 @@ OrtStatus *attribute(const Node *node, const OrtKernelInfo *info, const char *na
   return fail(node, "attribute %s is missing or not an integer", name);
 }
 
+static const int64_t slice_bits[] = MBQ_SLICES;
+
 /* Refuse a node whose slices or group_size differ from those that the kernels were compiled for. */
 static OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
-  static const int64_t built[] = MBQ_SLICES;
-  const size_t depths = sizeof built / sizeof built[0];
   int64_t group, slices[MBQ_CODE_BITS];
   TRY(attribute(node, info, "group_size", &group));
   if (group != MBQ_GROUP)
@@ -77,7 +77,7 @@ static OrtStatus *check_format(const Node *node, const OrtKernelInfo *info) {
   size_t count = sizeof slices / sizeof slices[0];
   OrtStatus *status = OrtGetAttributeArray_int64(info, "slices", slices, &count);
   if (status != NULL) OrtReleaseStatus(status);
-  if (status == NULL && count == depths && memcmp(slices, built, sizeof built) == 0) return NULL;
+  if (status == NULL && count == MBQ_DEPTHS && memcmp(slices, slice_bits, sizeof slice_bits) == 0) return NULL;
   char seen[64] = "missing or too long";
   for (size_t i = 0, used = 0; status == NULL && i < count; ++i)
     used += (size_t)snprintf(seen + used, sizeof seen - used, "%s%d", i ? "," : "", (int)(int16_t)slices[i]);
@@ -123,17 +123,19 @@ OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, in
   return NULL;
 }
 
-static OrtStatus *check_weight(const Node *node, const Weight *weight, const Shape *planes, const Shape *scales) {
-  const int64_t bytes = weight->blocks * MBQ_ROW_BLOCK * weight->k;
-  if (elements(planes) != bytes)
-    return fail(node, "planes holds %lld bytes, N=%lld and K=%lld need %lld; export the model again",
-                (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
-  const int64_t want[] = {weight->blocks, weight->groups, 2, MBQ_ROW_BLOCK};
-  if (scales->rank != 4 || memcmp(scales->dims, want, sizeof want) != 0)
-    return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, 2, 16]; export the "
-                "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
-                (long long)want[0], (long long)want[1]);
-  return NULL;
+static OrtStatus *check_planes(const Node *node, const Weight *weight, size_t slice, const Shape *planes) {
+  const int64_t bytes = weight->blocks * MBQ_ROW_BLOCK * weight->k / MBQ_CODE_BITS * slice_bits[slice];
+  if (elements(planes) == bytes) return NULL;
+  return fail(node, "planes_%zu holds %lld bytes, N=%lld and K=%lld need %lld; export the model again", slice + 1,
+              (long long)elements(planes), (long long)weight->n, (long long)weight->k, (long long)bytes);
+}
+
+static OrtStatus *check_scales(const Node *node, const Weight *weight, const Shape *scales) {
+  const int64_t want[] = {weight->blocks, 1 + weight->groups, 2 * MBQ_ROW_BLOCK};
+  if (scales->rank == 3 && memcmp(scales->dims, want, sizeof want) == 0) return NULL;
+  return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, %d]; export the "
+              "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
+              (long long)want[0], (long long)want[1], 2 * MBQ_ROW_BLOCK);
 }
 
 OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first, Weight *weight) {
@@ -147,17 +149,25 @@ OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first
                 (long long)weight->n, (long long)weight->k, MBQ_GROUP);
   weight->blocks = (weight->n + MBQ_ROW_BLOCK - 1) / MBQ_ROW_BLOCK;
   weight->groups = weight->k / MBQ_GROUP;
-  if (!node->known[first] || !node->known[first + 1]) return NULL;
-  return check_weight(node, weight, &node->shapes[first], &node->shapes[first + 1]);
+  for (size_t e = 0; e < MBQ_DEPTHS; ++e)
+    if (node->known[first + e]) TRY(check_planes(node, weight, e, &node->shapes[first + e]));
+  const size_t scales = first + MBQ_DEPTHS;
+  return node->known[scales] ? check_scales(node, weight, &node->shapes[scales]) : NULL;
 }
 
 OrtStatus *weight_open(const Node *node, const OrtKernelContext *context, size_t first, const Weight *weight,
                        Stored *stored) {
-  Tensor planes, scales;
-  TRY(input(node, context, first, &planes));
-  TRY(input(node, context, first + 1, &scales));
   /* weight_init has checked constant weights. */
-  if (!node->known[first] || !node->known[first + 1]) TRY(check_weight(node, weight, &planes.shape, &scales.shape));
-  *stored = (Stored){planes.data, scales.data};
+  Tensor tensor;
+  for (size_t e = 0; e < MBQ_DEPTHS; ++e) {
+    TRY(input(node, context, first + e, &tensor));
+    if (!node->known[first + e]) TRY(check_planes(node, weight, e, &tensor.shape));
+    if (e == 0) stored->planes = tensor.data;
+    stored->places[e] = (int64_t)((uintptr_t)tensor.data - (uintptr_t)stored->planes);
+  }
+  const size_t scales = first + MBQ_DEPTHS;
+  TRY(input(node, context, scales, &tensor));
+  if (!node->known[scales]) TRY(check_scales(node, weight, &tensor.shape));
+  stored->scales = tensor.data;
   return NULL;
 }

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from tvm import DataType
 from tvm.tirx.script import builder as T
 
-from ..kernels.emit import Expr, bind, cast
+from mbq_runtime.bundle.slice_profile import SliceProfile
+
+from ..kernels.emit import Expr, bind, cast, store
 
 PIECES = 24
 """A product is cut into this many pieces, which two, three, four, six and eight threads share equally."""
@@ -101,6 +103,29 @@ def pointer(buffer: Any, index: Expr) -> Expr:
     """
     size = DataType(str(buffer.dtype)).itemsize
     return bind(T.handle_add_byte_offset(buffer.data, index * T.int64(size)))
+
+
+def matrix_fields(profile: SliceProfile) -> tuple[str, ...]:
+    """Names of the places of a sliced matrix, as in ``mbq_export.format.planes``.
+
+    Args:
+        profile: bits of each slice.
+    """
+    return (*(f"planes_{e}" for e in range(1, profile.depths + 1)), "scales")
+
+
+def matrix_at(weights: Tensor, places: list[Expr]) -> list[Expr]:
+    """What kernels take for a sliced matrix: address of the first slice, places of all slices from there, scales.
+
+    Args:
+        weights: uint8 [bytes].
+        places: in the weights in bytes, as ``matrix_fields`` names them.
+    """
+    *planes, scales = places
+    from_first = T.alloc_buffer((len(planes),), "int64", scope="global")
+    for e, place in enumerate(planes):
+        store(from_first, e, 1, place - planes[0])
+    return [weights.at(planes[0]), pointer(from_first, T.int64(0)), weights.at(scales)]
 
 
 def i64(value: Expr) -> Expr:

@@ -18,16 +18,16 @@ int mbq_call_gate_silu(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_silu, PTR
 int mbq_call_gate_gelu_tanh(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_gelu_tanh, PTR(x), PTR(y), INT(f)); }
 
 #define DEFINE(d)                                                                                                   \
-  int mbq_call_gemv_d##d(P q, P step, P total, P planes, P scales, P y, N blocks, N groups, N rows, N begin, N end) { \
-    return CALL(__tvm_ffi_mbq_gemv_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(scales), PTR(y),             \
+  int mbq_call_gemv_d##d(P q, P step, P total, P planes, P places, P scales, P y, N blocks, N groups, N rows, N begin, N end) { \
+    return CALL(__tvm_ffi_mbq_gemv_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(places), PTR(scales), PTR(y),             \
                 INT(blocks), INT(groups), INT(rows), INT(begin), INT(end));                                         \
   }                                                                                                                   \
-  int mbq_call_gemm_d##d(P q, P step, P total, P planes, P scales, P y, P scratch, P tokens, N blocks, N groups, N rows, \
+  int mbq_call_gemm_d##d(P q, P step, P total, P planes, P places, P scales, P y, P scratch, P tokens, N blocks, N groups, N rows, \
                          N begin, N end, N count, N y_stride) {                                                      \
-    return CALL(__tvm_ffi_mbq_gemm_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(scales), PTR(y), PTR(scratch), \
+    return CALL(__tvm_ffi_mbq_gemm_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(places), PTR(scales), PTR(y), PTR(scratch), \
                 PTR(tokens), INT(blocks), INT(groups), INT(rows), INT(begin), INT(end), INT(count), INT(y_stride)); \
   }                                                                                                                   \
-  int mbq_call_gather_d##d(P planes, P scales, P y, N blocks, N groups, N row) {                                      \
-    return CALL(__tvm_ffi_mbq_gather_d##d, PTR(planes), PTR(scales), PTR(y), INT(blocks), INT(groups), INT(row));     \
+  int mbq_call_gather_d##d(P planes, P places, P scales, P y, N blocks, N groups, N row) {                                      \
+    return CALL(__tvm_ffi_mbq_gather_d##d, PTR(planes), PTR(places), PTR(scales), PTR(y), INT(blocks), INT(groups), INT(row));     \
   }
 MBQ_EACH_DEPTH(DEFINE)

@@ -14,19 +14,27 @@ from ..kernels.activations import TILE_K, chunks
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
 from ..kernels.matmul import SCRATCH_BYTES
 from ..spec import KernelSpec
-from .drivers import PIECES, Tensor, call, driver, each, i64, pointer, scratch, view
+from .drivers import PIECES, Tensor, call, driver, each, i64, matrix_at, matrix_fields, pointer, scratch, view
 
 NONE = -1
 """The place of parameters that a matrix does not have."""
 
-FIELDS = (
-    "planes", "scales", "bias", "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden",
-    "parameters", "all_parameters",
+_BESIDE = (
+    "bias", "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden", "parameters", "all_parameters",
 )  # fmt: skip
-"""The integers of ``linear``.
 
-entries: entries of the budget table. hidden: hidden width of the router, 0 for the norm rule. parameters: weights of
-this matrix. all_parameters: weights of all routed matrices. The others are places in the weights in bytes, or NONE."""
+
+def fields(profile: SliceProfile) -> tuple[str, ...]:
+    """Names of the integers of ``linear``.
+
+    entries: entries of the budget table. hidden: hidden width of the router, 0 for the norm rule. parameters: weights
+    of this matrix. all_parameters: weights of all routed matrices. The others are places in the weights in bytes, or
+    NONE.
+
+    Args:
+        profile: bits of each slice.
+    """
+    return (*matrix_fields(profile), *_BESIDE)
 
 
 def linear(spec: KernelSpec, name: str) -> None:
@@ -34,7 +42,7 @@ def linear(spec: KernelSpec, name: str) -> None:
 
     M' is M, or less if only the last tokens are wanted. All M tokens are routed. N16 is N rounded up to whole row
     blocks; columns past N are 0. Other arguments: avg_bits float32 [1]; weights uint8 [bytes]; used float32 [1], which
-    grows by this matrix's share of the average bits; the integers of ``FIELDS``.
+    grows by this matrix's share of the average bits; the integers of ``fields``.
 
     Args:
         spec: slices, group size and activation bits of the model.
@@ -44,9 +52,10 @@ def linear(spec: KernelSpec, name: str) -> None:
         "x": ("float32", 2), "routed_by": ("float32", 2), "avg_bits": ("float32", 1), "weights": ("uint8", 1),
         "used": ("float32", 1), "out": ("float32", 2),
     }  # fmt: skip
-    with driver(name, tensors, FIELDS) as args:
+    names = fields(spec.profile)
+    with driver(name, tensors, names) as args:
         x, routed_by, avg_bits, weights, used, out, *rest = args
-        at = dict(zip(FIELDS, rest, strict=True))
+        at = dict(zip(names, rest, strict=True))
         depth = scratch(routed_by.shape[0], "int32")
         profile = spec.profile
         _route(profile, routed_by, avg_bits, weights, at, depth)
@@ -147,7 +156,7 @@ def _product(
     groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
     q = scratch(chunks(groups, group) * (spec.activation_bytes * TILE_K) * rows, "int8")
     step, sums = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
-    planes, scales = weights.at(at["planes"]), weights.at(at["scales"])
+    matrix = matrix_at(weights, [at[name] for name in matrix_fields(profile)])
     tokens, starts = _by_depth(profile, rows, skipped, depth)
 
     def activations(place: Expr) -> list[Expr]:
@@ -159,7 +168,7 @@ def _product(
 
     def gemv(d: int, place: Expr, begin: Expr, end: Expr) -> None:
         y = out.at(i64(load(tokens, place, 1)) * n + begin * ROW_BLOCK)
-        call(f"gemv_d{d}", *activations(place), planes, scales, y, blocks, groups, rows, begin, end)
+        call(f"gemv_d{d}", *activations(place), *matrix, y, blocks, groups, rows, begin, end)
 
     each(rows, quantize)
     # A single token needs no tile.
@@ -176,7 +185,7 @@ def _product(
                     gemv(d, first + j, begin, end)
                 with T.Else():
                     call(
-                        f"gemm_d{d}", *activations(first), planes, scales, out.at(begin * ROW_BLOCK),
+                        f"gemm_d{d}", *activations(first), *matrix, out.at(begin * ROW_BLOCK),
                         pointer(scratches, i * SCRATCH_BYTES), pointer(tokens, first),
                         blocks, groups, rows, begin, end, count, n,
                     )  # fmt: skip

@@ -10,14 +10,14 @@ from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..kernels.emit import LANES, Expr, bind, const, fma, load, registers, splat, store
-from .drivers import call, driver, each, reduce, scratch, view
+from .drivers import call, driver, each, matrix_at, matrix_fields, reduce, scratch, view
 
 
 def embed(profile: SliceProfile, group: int, name: str) -> None:
     """Operation: ids int64 [M] -> out float32 [M, K], rows of a table at full depth times float32 [K] at ``scale``.
 
-    Other arguments: weights uint8; used float32 [1], which is set to 0 before the matrices add to it; planes, scales,
-    scale, places in the weights in bytes; rows of the table.
+    Other arguments: weights uint8; used float32 [1], which is set to 0 before the matrices add to it; the
+    table's ``matrix_fields`` and scale, places in the weights in bytes; rows of the table.
 
     Args:
         profile: bits of each slice.
@@ -25,15 +25,16 @@ def embed(profile: SliceProfile, group: int, name: str) -> None:
         name: the function's symbol.
     """
     tensors = {"ids": ("int64", 1), "weights": ("uint8", 1), "used": ("float32", 1), "out": ("float32", 2)}
-    with driver(name, tensors, ("planes", "scales", "scale", "rows")) as args:
-        ids, weights, used, out, planes, scales, scale, rows = args
+    with driver(name, tensors, (*matrix_fields(profile), "scale", "rows")) as args:
+        ids, weights, used, out, *places, scale, rows = args
+        matrix = matrix_at(weights, places)
         k = out.shape[1]
         factors = view(weights.at(scale), "float32")
         store(used.flat, 0, 1, T.float32(0))
 
         def row(m: Expr) -> None:
             call(
-                f"gather_d{profile.depths}", weights.at(planes), weights.at(scales), out.at(m * k),
+                f"gather_d{profile.depths}", *matrix, out.at(m * k),
                 bind((rows + ROW_BLOCK - 1) // ROW_BLOCK), bind(k // group), load(ids.flat, m, 1),
             )  # fmt: skip
             with T.serial(0, k // LANES) as i:
