@@ -70,7 +70,7 @@ class Sliced:
     @property
     def offset(self) -> F32:
         """float32 [N, K / group_size]: the value where the first cell begins."""
-        return -self.scale * (self.zero_codes / np.float32(ZERO_STEPS))
+        return -self.scale * (self.zero_codes.astype(np.float32) / np.float32(ZERO_STEPS))
 
     def rows(self, rows: slice | NDArray[np.integer]) -> Sliced:
         """Some rows of the matrix.
@@ -182,7 +182,7 @@ def levels(codes: U8, profile: SliceProfile, bits: int) -> U8:
         uint8 of the same shape.
     """
     if bits <= profile.coarse_bits:
-        return codes >> (CODE_BITS - bits)
+        return np.asarray(codes >> (CODE_BITS - bits), np.uint8)
     fine_bits = CODE_BITS - profile.coarse_bits
     fine = (codes & ((1 << fine_bits) - 1)) >> (CODE_BITS - bits)
     return np.asarray((codes >> fine_bits) * np.uint8(profile.stride(bits)) + fine, np.uint8)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tvm.tirx.script import builder as T
 
 from mbq_runtime.bundle.layout import ROW_BLOCK, SCALE_STEPS, ZERO_STEPS
+from mbq_runtime.bundle.manifest import GROUP_SIZES
 
 from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, reinterpret, splat, store
@@ -39,7 +40,9 @@ TOKENS_AT_ONCE = 128
 SUM_BLOCKS = 8
 """Row blocks of one turn. Their sums are 64 KB, which stay in the second-level cache."""
 
-SCRATCH_BYTES = TILE_BYTES + 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
+_SUMS_BYTES = 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
+
+SCRATCH_BYTES = TILE_BYTES + _SUMS_BYTES + 2 * (TILE_K // min(GROUP_SIZES)) * 2 * ROW_BLOCK * 4
 """Memory that the caller of ``gemm`` provides."""
 
 OFFSET = 128
@@ -199,7 +202,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                                 dots.add_step(codes, act)
                     for r, of_bytes in zip(vectors, row_dots, strict=True):
                         dot = joined([dots.result() for dots in of_bytes], isa.rows)
-                        scale, zero = _affine(isa, scales, base + r * isa.rows)
+                        scale, zero = _affine(scales, base + r * isa.rows, isa.rows)
                         value = fma(cast(dot, "float32", isa.rows), splat(unit, isa.rows), splat(middle_sums, isa.rows))
                         value = fma(zero, splat(zero_sums, isa.rows), value)
                         store(acc, r * isa.rows, isa.rows, fma(scale, value, load(acc, r * isa.rows, isa.rows)))
@@ -230,9 +233,8 @@ def row_factors(scales: Any, at: Expr, rows: int) -> Expr:
     return bind(cast(stored, "float32", rows) * const(1 / SCALE_STEPS, "float32", rows))
 
 
-def _affine(isa: Isa, scales: Any, at: Expr) -> tuple[Expr, Expr]:
-    """(scale, zero) of a row vector, float32."""
-    rows = isa.rows
+def _affine(scales: Any, at: Expr, rows: int) -> tuple[Expr, Expr]:
+    """(scale, zero) of neighbouring rows, float32."""
     return (
         bind(cast(load(scales, at, rows), "float32", rows)),
         bind(cast(load(scales, at + ROW_BLOCK, rows), "float32", rows)),
@@ -248,14 +250,10 @@ class _Turn(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """``wide`` row blocks from ``block`` of a turn on, and ``groups`` groups from ``first_group`` on.
-
-    scales_at: for each row block, where the scales of its first group are, in bytes.
-    """
+    """``wide`` row blocks from ``block`` of a turn on, and ``groups`` groups from ``first_group`` on."""
 
     block: Expr
     wide: int
-    scales_at: list[Expr]
     first_group: Expr
     groups: Expr
 
@@ -265,7 +263,7 @@ class _Prefill:
 
     During a turn of TOKENS_AT_ONCE tokens and SUM_BLOCKS row blocks, sums are in scratch memory, float32
     [SUM_BLOCKS][TOKENS_AT_ONCE][16]. In y, the rows of a block are far apart and would compete for a few sets of the
-    cache.
+    cache. Scales and offsets of a tile are there too, float32 [2][groups][2][16].
     """
 
     def __init__(self, isa: Isa, plan: DepthPlan, group: int, width: int, args: list[Any]) -> None:
@@ -273,6 +271,9 @@ class _Prefill:
         (self.q, self.step, self.total, self.planes, places, self.scales, self.y, self.tile, self.tokens,
          blocks, self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
         self.sums = T.decl_buffer((1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES))
+        self.affine = T.decl_buffer(
+            (1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES + _SUMS_BYTES)
+        )
         self.starts = plane_starts(plan, places, blocks, self.groups, group)
 
     def turn(self, done: Expr, first: Expr) -> None:
@@ -304,8 +305,8 @@ class _Prefill:
         isa = self.isa
         first = bind(self.begin + turn.first + block)
         self._unpack([bind((first + w) * self.groups + first_group) for w in range(wide)], groups)
-        scales_at = [row_block_at(first + w, self.groups) + (first_group + 1) * SCALES_BYTES for w in range(wide)]
-        tile = _Tile(block, wide, [bind(at) for at in scales_at], first_group, groups)
+        self._scales(first, wide, first_group, groups)
+        tile = _Tile(block, wide, first_group, groups)
         # A single row block is rare, because callers cut pieces at pairs. It has only the loop for one token.
         taken: Expr = T.int64(0)
         for size in isa.token_blocks(self.width) if wide == isa.row_blocks else (1,):
@@ -329,12 +330,29 @@ class _Prefill:
                             index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
                             store(self.tile, index, isa.vector_bytes, code)
 
+    def _affine_at(self, w: int, g: Expr) -> Expr:
+        return (w * (TILE_K // self.group) + g) * (2 * ROW_BLOCK)
+
+    def _scales(self, block: Expr, wide: int, first_group: Expr, groups: Expr) -> None:
+        """Write scale and offset of the tile's groups: a weight is ``code * scale + offset``, in units of its row."""
+        plan, unit = self.plan, self.plan.tile_unit_log2
+        middle = plan.middle + (OFFSET * 2.0**unit if self.isa.signed and tile_max_code(plan) > 127 else 0)
+
+        def times(value: Expr, factor: float) -> Expr:
+            return value * const(factor, "float32", ROW_BLOCK)
+
+        for w in range(wide):
+            first = bind(row_block_at(block + w, self.groups) + (first_group + 1) * SCALES_BYTES)
+            with T.serial(0, groups) as g:
+                scale, zero = _affine(self.scales, first + g * SCALES_BYTES, ROW_BLOCK)
+                offset = scale * (const(middle * plan.step, "float32", ROW_BLOCK) - times(zero, 1 / ZERO_STEPS))
+                store(self.affine, self._affine_at(w, g), ROW_BLOCK, times(scale, plan.step * 2.0**unit))
+                store(self.affine, self._affine_at(w, g) + ROW_BLOCK, ROW_BLOCK, offset)
+
     def _tokens(self, turn: _Turn, tile: _Tile, count: int, at_token: Expr) -> None:
         """Add the product with the tile to the sums of ``count`` tokens from ``at_token`` of the turn on."""
         isa, plan, group = self.isa, self.plan, self.group
         max_code = tile_max_code(plan)
-        unit = plan.tile_unit_log2
-        middle = plan.middle + (OFFSET * 2.0**unit if isa.signed and max_code > 127 else 0)
         rows, vectors = isa.rows, tile.wide * isa.vectors
         places = [bind(turn.done + at_token + m) for m in range(count)]
         steps_at = [bind(place * self.groups + tile.first_group) for place in places]
@@ -356,12 +374,8 @@ class _Prefill:
             sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in starts], g)
             for v in range(vectors):
                 above, r = divmod(v, isa.vectors)
-                scale, zero = _affine(isa, self.scales, tile.scales_at[above] + g * SCALES_BYTES + r * rows)
-                above_zero = fma(
-                    zero, const(-1 / ZERO_STEPS, "float32", rows), const(middle * plan.step, "float32", rows)
-                )
-                offset = bind(scale * above_zero)
-                scale = bind(scale * const(plan.step * 2.0**unit, "float32", rows))
+                at = self._affine_at(above, g) + r * rows
+                scale, offset = load(self.affine, at, rows), load(self.affine, at + ROW_BLOCK, rows)
                 for m in range(count):
                     dot = joined([run[v] for run in sums[m * self.width : (m + 1) * self.width]], rows)
                     value = bind(cast(dot, "float32", rows) * splat(load(self.step, steps_at[m] + g, 1), rows))
