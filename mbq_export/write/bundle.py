@@ -101,6 +101,7 @@ def _manifest(prepared: Prepared, output: Path, work: Work, calibration: Mapping
     target = work.target
     engines = target.engines(options.engines)
     low, high = float(plan.profile.min_bits), float(CODE_BITS)
+    entries = bundle_manifest.file_entries(work.folder)
     return bundle_manifest.Manifest(
         model=bundle_manifest.ModelFacts(
             name=prepared.source.name,
@@ -126,10 +127,11 @@ def _manifest(prepared: Prepared, output: Path, work: Work, calibration: Mapping
         calibration=dict(calibration),
         seed=options.seed,
         tools=installed(TOOLS),
-        files=bundle_manifest.file_entries(work.folder),
+        files=entries,
         quality=bundle_manifest.Quality(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
         ),
         engines=engines,
         activation_bits=options.activation_bits,
+        parts=bundle_manifest.undivided(entries),
     )

@@ -21,9 +21,9 @@ PUBLIC = {
         "BundleError", "Engine", "Generation", "GenerationStats", "MbqError", "UsageError", "__version__",
     ],
     "mbq_runtime.bundle": [
-        "Budget", "FileEntry", "Linear", "Manifest", "ModelFacts", "Quality", "QualityPoint", "RouterFacts",
-        "SliceProfile", "TargetFacts", "Weights", "check_contents", "check_sizes", "file_entries", "read_manifest",
-        "verify_bundle", "write_manifest",
+        "Budget", "FileEntry", "FileRange", "Linear", "Manifest", "ModelFacts", "Quality", "QualityPoint",
+        "RouterFacts", "SliceProfile", "TargetFacts", "Weights", "check_contents", "check_sizes", "file_entries",
+        "read_manifest", "verify_bundle", "write_manifest",
     ],
     "mbq_runtime.control": [
         "POLICIES", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines", "MeteredReply",

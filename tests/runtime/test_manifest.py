@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def folder(tmp_path: Path) -> Path:
         target=manifest.TargetFacts("arm64", "onnx", "aarch64", "generic", ("asimd", "asimddp")),
         weights=manifest.Weights(128 * 64, {"3": 10, "3.5": 12, "8": 20}, (manifest.Linear("head", 128, 64),)),
     )
-    manifest.write(replace(native, files=manifest.file_entries(path)), path)
+    files = manifest.file_entries(path)
+    manifest.write(replace(native, files=files, parts=manifest.undivided(files)), path)
     return path
 
 
@@ -74,7 +77,9 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
     ("where", "value", "message"),
     [
         ("format", "zip", "format is 'zip', needed 'mbq-bundle'"),
-        ("format_version", 2, r"format_version is 2, this mbq reads up to 1; upgrade"),
+        ("format_version", 3, r"format_version is 3, this mbq reads 2; upgrade"),
+        ("format_version", 1, r"format_version is 1, this mbq reads 2; export the model again"),
+        ("format_version", 0, r"format_version is 0, needed 2"),
         ("format_version", "1", "format_version is '1'"),
         ("format_version", True, "format_version is True"),
         ("model", ..., "model is missing"),
@@ -106,6 +111,14 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
         ("files.0.name", "tokenizer.json", "lists tokenizer.json twice"),
         ("files.0.size", -1, "files genai_config.json is"),
         ("files.0.sha256", "abc", "files genai_config.json is"),
+        ("files.0.chunks", ["0" * 64], "files genai_config.json chunks is '1 hashes', needed 0"),
+        ("files.0.size", manifest.CHUNK_BYTES + 1, "files genai_config.json chunks is '0 hashes', needed 2"),
+        ("parts", [[], []], "parts has 2 depths, needed 1 or 4"),
+        ("parts", [[]], r"parts ends at byte 0 of model\.onnx\.data, needed 1500"),
+        ("parts.0.0.name", "model.onnx", "parts has bytes 0 to 1500 of 'model.onnx', needed a range of a weight file"),
+        ("parts.0.0.begin", 1, "parts has bytes 1 to 1500 of 'model.onnx.data', needed .* begins at 0"),
+        ("parts.0.0.end", 1499, "parts has bytes 0 to 1499 .* ends on a page of 4096 bytes"),
+        ("parts.0.0.end", 4096, r"parts ends at byte 4096 of model\.onnx\.data, needed 1500"),
     ],
 )
 def test_a_damaged_manifest_is_refused_by_field(folder: Path, where: str, value: object, message: str) -> None:
@@ -185,6 +198,41 @@ def test_verify_minds_unlisted_files_an_engine_may_read(folder: Path, name: str,
         manifest.check_unlisted(folder, found)
     with pytest.raises(BundleError, match=f"{name}: not listed in the manifest"):
         manifest.verify(folder)
+
+
+def test_a_large_file_has_a_hash_for_each_chunk(folder: Path) -> None:
+    path, size = folder / "model.onnx.data", 2 * manifest.CHUNK_BYTES + 5000
+    content = bytearray(range(250)) * (size // 250)
+    path.write_bytes(content)
+    files = manifest.file_entries(folder)
+    manifest.write(replace(manifest.read(folder), files=files, parts=manifest.undivided(files)), folder)
+    (entry,) = (entry for entry in manifest.verify(folder).files if entry.name == path.name)
+    assert len(entry.chunks) == 3
+    for begin, end, digest in entry.ranges():
+        assert sha256(content[begin:end]).hexdigest() == digest
+    content[manifest.CHUNK_BYTES + 7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: bytes 4194304 to 8388608 differ from the manifest"):
+        manifest.verify(folder)
+    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder)), folder)
+    change(folder, "files.3.sha256", "0" * 64)
+    assert manifest.read(folder).files[3].name == path.name
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: its contents differ from the manifest"):
+        manifest.verify(folder)
+
+
+def test_parts_divide_the_weights_by_depth(folder: Path) -> None:
+    (folder / "model.onnx.data").write_bytes(bytes(20_000))
+    cuts = (0, 8192, 8192, 12_288, 20_000)
+    parts = tuple((manifest.FileRange("model.onnx.data", a, b),) for a, b in pairwise(cuts))
+    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder), parts=parts), folder)
+    found = manifest.verify(folder)
+    assert found.parts == parts
+    assert [found.needed_bytes(depth)["model.onnx.data"] for depth in (1, 2, 3, 4)] == [8192, 8192, 12_288, 20_000]
+    assert found.needed_bytes(1)["model.onnx"] == 1000
+    whole = replace(found, parts=manifest.undivided(found.files))
+    manifest.write(whole, folder)
+    assert manifest.read(folder).needed_bytes(1)["model.onnx.data"] == 20_000
 
 
 def test_verify_reports_progress_up_to_the_end(folder: Path) -> None:

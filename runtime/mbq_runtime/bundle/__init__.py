@@ -12,6 +12,7 @@ from .check import check_contents
 from .manifest import (
     Budget,
     FileEntry,
+    FileRange,
     Linear,
     Manifest,
     ModelFacts,
@@ -31,6 +32,7 @@ from .slice_profile import SliceProfile
 __all__ = [
     "Budget",
     "FileEntry",
+    "FileRange",
     "Linear",
     "Manifest",
     "ModelFacts",

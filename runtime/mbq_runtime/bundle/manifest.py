@@ -3,6 +3,8 @@
 The exporter writes it with ``file_entries`` and ``write``.  An engine reads it with ``read``, and finds truncated files
 with ``check_sizes`` before it opens one.  ``verify`` compares the hash of every file.  Each problem is a BundleError
 that names the file.
+
+A large file has a hash for each chunk of it, so that a reader can check and fetch each chunk alone.
 """
 
 from __future__ import annotations
@@ -11,23 +13,25 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import BundleError, UsageError
 from ..progress import Progress
-from .layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
-from .reading import check_regular, open_file, read_json
+from .layout import NATIVE_LAYOUT, PAGE_BYTES, PORTABLE_LAYOUT
+from .reading import check_regular, open_file, parse_json, read_file
 from .schema import decode
 from .slice_profile import CODE_BITS, SliceProfile
 from .tensors import WEIGHTS
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "mbq-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+CHUNK_BYTES = 4 << 20
+"""A file larger than this has a hash for each chunk of this size.  The last chunk may be shorter."""
 
 GROUP_SIZES = (32, 64, 128)
 ACTIVATION_BITS = (8, 16)
@@ -35,12 +39,16 @@ ARCHITECTURES = ("aarch64", "x86_64", "any")
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
-_MOST_BYTES = 4 << 20  # of the manifest; those of large models have a few hundred thousand
+MOST_MANIFEST_BYTES = 4 << 20
+"""A larger manifest is refused.  Those of large models have a few hundred thousand bytes."""
+_BLOCK_BYTES = 1 << 18  # read at a time: small enough for the cache of a processor
 _LONGEST_NAME, _LONGEST_SHOWN = 255, 120  # characters
 _NAMES = f"names relative to the bundle, without .., of at most {_LONGEST_NAME} letters"
 PAPERS = ("README.md", "LICENSE", "NOTICE")
 """Files for people, which may be added to a bundle.  No engine reads them."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
+WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
+"""The large files, which ``parts`` divides by depth."""
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), PORTABLE_LAYOUT: ("model.onnx",)},
     "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},
@@ -204,6 +212,18 @@ class Weights:
     linears: tuple[Linear, ...]
 
 
+class Chunk(NamedTuple):
+    """A range of a file that has its own hash.
+
+    begin, end: bytes of the file, without ``end``.
+    sha256: 64 hexadecimal digits.
+    """
+
+    begin: int
+    end: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of the bundle.
@@ -211,11 +231,32 @@ class FileEntry:
     name: POSIX path relative to the folder.
     size: bytes.
     sha256: 64 hexadecimal digits.
+    chunks: sha256 of each ``CHUNK_BYTES`` of the file in order; empty for a file of one chunk.
     """
 
     name: str
     size: int
     sha256: str
+    chunks: tuple[str, ...] = ()
+
+    def ranges(self) -> Iterator[Chunk]:
+        """The chunks of the file in order.  A small file is one chunk, an empty file has none."""
+        hashes = self.chunks or (self.sha256,)
+        for begin in range(0, self.size, CHUNK_BYTES):
+            yield Chunk(begin, min(begin + CHUNK_BYTES, self.size), hashes[begin // CHUNK_BYTES])
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """A range of a file of weights.
+
+    name: of the file.
+    begin, end: bytes of the file, without ``end``.  Both are on a page, but the end of the file need not be.
+    """
+
+    name: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -237,6 +278,8 @@ class Manifest:
     quality: what the exporter measured.
     engines: engines that can run the bundle.
     activation_bits: width of the integers that a processor rounds activations to; a GPU does not round them.
+    parts: for each depth, the ranges of the weight files that this depth needs besides those of lower depths.  One
+        part holds all depths; none: the bundle has no weight files.
     """
 
     model: ModelFacts
@@ -254,6 +297,7 @@ class Manifest:
     quality: Quality = Quality(0.0, 0.0, ())
     engines: tuple[str, ...] = ("onnx",)
     activation_bits: int = 16
+    parts: tuple[tuple[FileRange, ...], ...] = ()
 
     @property
     def profile(self) -> SliceProfile:
@@ -275,6 +319,18 @@ class Manifest:
         """Size of all files but the manifest."""
         return sum(entry.size for entry in self.files)
 
+    def needed_bytes(self, depth: int) -> dict[str, int]:
+        """By file: how many bytes, counted from its begin, a reader needs.
+
+        Args:
+            depth: the deepest depth that is read, 1-based.
+        """
+        needed = {entry.name: entry.size for entry in self.files}
+        for part in self.parts[depth:]:
+            for found in part:
+                needed[found.name] = min(needed[found.name], found.begin)
+        return needed
+
 
 def read(folder: str | os.PathLike[str]) -> Manifest:
     """Read and check ``manifest.json``.  No other file is opened.
@@ -291,7 +347,23 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         raise BundleError(f"{folder}: no such folder; give the folder that mbq-export wrote")
     if not os.path.lexists(path):
         raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote")
-    document = read_json(path, _MOST_BYTES)
+    return parse(read_file(path, MOST_MANIFEST_BYTES), path)
+
+
+def parse(content: bytes, path: Path) -> Manifest:
+    """Check the content of a ``manifest.json``.
+
+    Args:
+        content: the file's bytes.
+        path: the file, for messages.
+
+    Raises:
+        BundleError: the manifest is of another version, or broken.
+    """
+    try:
+        document = parse_json(content)
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); copy the bundle again") from None
     _check_format(document, path)
     manifest = decode(Manifest, document, path)
     _check_values(manifest, path)
@@ -327,9 +399,28 @@ def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST_NAME:
-            with path.open("rb") as file:
-                entries.append(FileEntry(name, path.stat().st_size, file_digest(file, "sha256").hexdigest()))
+            entries.append(_entry(path, name))
     return tuple(entries)
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    whole, chunks, size = sha256(), [], 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            whole.update(block)
+            chunks.append(sha256(block).hexdigest())
+            size += len(block)
+    return FileEntry(name, size, whole.hexdigest(), tuple(chunks) if size > CHUNK_BYTES else ())
+
+
+def undivided(files: tuple[FileEntry, ...]) -> tuple[tuple[FileRange, ...], ...]:
+    """The ``parts`` of a bundle whose weight files mix the slices of all depths: one part of whole files.
+
+    Args:
+        files: of the bundle.
+    """
+    part = tuple(FileRange(entry.name, 0, entry.size) for entry in files if entry.name in WEIGHT_FILES)
+    return (part,) if part else ()
 
 
 def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -402,37 +493,43 @@ def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> 
     check_sizes(folder, manifest)
     check_unlisted(folder, manifest)
     done = 0
+
+    def count(read_bytes: int) -> None:
+        nonlocal done
+        done += read_bytes
+        if progress is not None:
+            progress(done, manifest.total_bytes)
+
     for entry in manifest.files:
         path = folder / entry.name
         try:
             with open_file(path) as file:
-                digest = file_digest(_Reporting(file, done, manifest.total_bytes, progress), "sha256").hexdigest()
+                _check_hashes(path, file, entry, count)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-        if digest != entry.sha256:
-            raise BundleError(
-                f"{path}: its contents differ from the manifest (sha256 {digest[:12]}..., "
-                f"needed {entry.sha256[:12]}...); copy or export the bundle again"
-            )
-        done += entry.size
     return manifest
 
 
-class _Reporting:
-    """A binary file that reports to ``progress`` how much of it has been read.  hashlib.file_digest takes it."""
+def _check_hashes(path: Path, file: BinaryIO, entry: FileEntry, count: Callable[[int], None]) -> None:
+    whole = sha256()
+    for chunk in entry.ranges():
+        found = sha256()
+        for begin in range(chunk.begin, chunk.end, _BLOCK_BYTES):
+            block = file.read(min(_BLOCK_BYTES, chunk.end - begin))
+            found.update(block)
+            whole.update(block)
+            count(len(block))
+        if entry.chunks:
+            _check_hash(path, found.hexdigest(), chunk.sha256, f"bytes {chunk.begin} to {chunk.end} differ")
+    _check_hash(path, whole.hexdigest(), entry.sha256, "its contents differ")
 
-    def __init__(self, file: BinaryIO, start: int, total: int, progress: Progress | None) -> None:
-        self._file, self._done, self._total, self._progress = file, start, total, progress
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:
-        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]  # BinaryIO lacks it; files have it
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-        return count
+def _check_hash(path: Path, found: str, needed: str, what: str) -> None:
+    if found != needed:
+        raise BundleError(
+            f"{path}: {what} from the manifest (sha256 {found[:12]}..., needed {needed[:12]}...); "
+            "copy, pull or export the bundle again"
+        )
 
 
 def _check_format(document: object, path: Path) -> None:
@@ -441,11 +538,16 @@ def _check_format(document: object, path: Path) -> None:
         raise BundleError(f"{path}: format is {seen!r}, needed {FORMAT!r}; give the folder that mbq-export wrote")
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f"{path}: format_version is {version!r}, needed a whole number from 1 to {FORMAT_VERSION}")
+        raise BundleError(f"{path}: format_version is {version!r}, needed {FORMAT_VERSION}; export the bundle again")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version is {version}, this mbq reads up to {FORMAT_VERSION}; "
+            f"{path}: format_version is {version}, this mbq reads {FORMAT_VERSION}; "
             "upgrade it (pip install -U mbq-export), or export the bundle with the older version"
+        )
+    if version < FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format_version is {version}, this mbq reads {FORMAT_VERSION}; export the model again with this "
+            "version of mbq-export, or run the bundle with the version that wrote it"
         )
 
 
@@ -514,6 +616,15 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             )
             for entry in manifest.files
         ),
+        *(
+            (
+                len(entry.chunks) == _chunk_count(entry.size) and all(map(_is_sha256, entry.chunks)),
+                f"files {entry.name} chunks",
+                f"{len(entry.chunks)} hashes",
+                f"{_chunk_count(entry.size)} of 64 hexadecimal digits",
+            )
+            for entry in manifest.files
+        ),
     ]
     for holds, field, seen, needed in rules:
         if not holds:
@@ -525,6 +636,38 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     if twice or missing:
         problem = f"lists {twice[0]} twice" if twice else f"does not list {missing[0]}"
         raise BundleError(f"{path}: files {problem}; export the bundle again")
+    _check_parts(manifest, path)
+
+
+def _chunk_count(size: int) -> int:
+    """Hashes of chunks that a file of this size has."""
+    return -(-size // CHUNK_BYTES) if size > CHUNK_BYTES else 0
+
+
+def _check_parts(manifest: Manifest, path: Path) -> None:
+    """The parts cut each weight file into ranges without a gap, which begin on a page."""
+    if len(manifest.parts) not in (0, 1, manifest.profile.depths):
+        raise BundleError(
+            f"{path}: parts has {len(manifest.parts)} depths, needed 1 or {manifest.profile.depths}; "
+            "export the bundle again"
+        )
+    sizes = {entry.name: entry.size for entry in manifest.files if entry.name in WEIGHT_FILES}
+    ends = dict.fromkeys(sizes, 0)
+    for found in (found for part in manifest.parts for found in part):
+        begin = ends.get(found.name)
+        last = found.end == sizes.get(found.name)
+        if begin is None or found.begin != begin or found.end < begin or not (last or found.end % PAGE_BYTES == 0):
+            raise BundleError(
+                f"{path}: parts has bytes {found.begin} to {found.end} of {_shown(found.name)}, needed a range of a "
+                f"weight file that begins at {begin or 0} and ends on a page of {PAGE_BYTES} bytes; "
+                "export the bundle again"
+            )
+        ends[found.name] = found.end
+    for name, end in ends.items() if manifest.parts else ():
+        if end != sizes[name]:
+            raise BundleError(
+                f"{path}: parts ends at byte {end} of {name}, needed {sizes[name]}; export the bundle again"
+            )
 
 
 def _shown(value: object) -> str:
