@@ -22,6 +22,7 @@ The walk does not add a branch (the output of attention or MLP) to the residual 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -219,6 +220,22 @@ class Stream(Generic[V]):
 
     residual: V
     branch: V | None
+
+
+def first_depths(decoder: Decoder, calibrated: Calibrated, slices: Sequence[str]) -> dict[str, int]:
+    """The first depth that reads the tensor of each slice, by name.
+
+    The table that tokens are looked up in is read at full depth, so its tensors are not named: depth 1 reads them all.
+
+    Args:
+        decoder: shape of the model.
+        calibrated: its slices and routers.
+        slices: last parts of the names of a matrix's slices, in order.
+    """
+    table = _embedding(decoder, calibrated).name
+    return {
+        f"{unit}.{part}": depth for unit in calibrated.units if unit != table for depth, part in enumerate(slices, 1)
+    }
 
 
 def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -> Stream[V]:

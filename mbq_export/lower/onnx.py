@@ -21,12 +21,11 @@ from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
+from ..format import nbits, planes
 from ..format.codes import Sliced
-from ..format.nbits import pack_nbits
-from ..format.planes import pack_matrix
 from ..model.checkpoint import Checkpoint
 from ..model.families import Decoder
-from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, walk_blocks, walk_head
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
@@ -41,27 +40,33 @@ SCORED = "scored"
 class Layout:
     """How the graph stores a matrix.
 
-    pack: makes the tensors of a matrix, in the order in which the ops take them: those of each slice come first;
-    portable: whether the model holds bodies of stock ops for the ops of ``ai.mbq``.  Without them a native library
-    must have the ops.
+    pack: makes the tensors of a matrix, in the order in which the ops take them; inputs: their names, those of the
+    slices first; portable: whether the model holds bodies of stock ops for the ops of ``ai.mbq``.  Without them a
+    native library must have the ops.
     """
 
     pack: Callable[[Sliced, SliceProfile], Mapping[str, Array]]
+    inputs: Callable[[SliceProfile], tuple[str, ...]]
     portable: bool
 
 
-LAYOUTS = {NATIVE_LAYOUT: Layout(pack_matrix, portable=False), PORTABLE_LAYOUT: Layout(pack_nbits, portable=True)}
+LAYOUTS = {
+    NATIVE_LAYOUT: Layout(planes.pack_matrix, planes.weight_inputs, portable=False),
+    PORTABLE_LAYOUT: Layout(nbits.pack_nbits, nbits.weight_inputs, portable=True),
+}
 """By the layout's name in the manifest."""
 
 
 class Lowered(NamedTuple):
     """A decoder as an ONNX model.
 
-    model: the graph without its tensors; tensors: by name, in the order in which the graph reads them.
+    model: the graph without its tensors; tensors: by name, in the order in which the graph reads them; depths: the
+    first depth that reads a tensor, by name, 1 for a tensor that is not named.
     """
 
     model: onnx.ModelProto
     tensors: dict[str, Array]
+    depths: dict[str, int]
 
 
 def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, activation_bits: int = 16) -> Lowered:
@@ -96,7 +101,8 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, acti
     model = helper.make_model(
         graph, opset_imports=opsets, functions=functions, ir_version=10, producer_name="mbq-export"
     )
-    return Lowered(model, builder.graph.tensors)
+    slices = layout.inputs(calibrated.profile)[: calibrated.profile.depths]
+    return Lowered(model, builder.graph.tensors, first_depths(decoder, calibrated, slices))
 
 
 class OnnxBuilder(Builder[str]):

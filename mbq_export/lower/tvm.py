@@ -27,7 +27,7 @@ from mbq_targets.spec import KernelSpec
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, walk_blocks, walk_head
 from .tvm_weights import Array, collect, places
 
 
@@ -35,12 +35,13 @@ class Lowered(NamedTuple):
     """A decoder as a Relax module and its weights.
 
     module: for ``mbq_targets.build.build_decoder``; tensors: what the weights file holds, by name;
-    entries: where it holds them.
+    entries: where it holds them; depths: the first depth that reads a tensor, 1 for a tensor that is not named.
     """
 
     module: Any
     tensors: dict[str, Array]
     entries: dict[str, Entry]
+    depths: dict[str, int]
 
 
 def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> Lowered:
@@ -57,7 +58,9 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     from tvm import relax, tirx
 
     tensors = collect(checkpoint, calibrated)
-    entries = places(tensors)
+    slices = weight_inputs(calibrated.profile)[: calibrated.profile.depths]
+    depths = first_depths(checkpoint.decoder, calibrated, slices)
+    entries = places(tensors, depths)
     rotated = 2 * tensors[f"{checkpoint.decoder.rotary_kind(0)}.cos"].shape[1]
     functions = relax.BlockBuilder(_operations(checkpoint, calibrated, spec, rotated))
     tokens = tirx.Var("tokens", "int64")
@@ -68,7 +71,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
             builder = RelaxBuilder(checkpoint, calibrated, entries, functions, parameters, rows=rows, wanted=wanted)
             stream = walk_blocks(checkpoint.decoder, calibrated, builder)
             functions.emit_func_output(walk_head(checkpoint.decoder, calibrated, builder, stream))
-    return Lowered(functions.get(), tensors, entries)
+    return Lowered(functions.get(), tensors, entries, depths)
 
 
 def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec, rotated: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +79,14 @@ def _norms(checkpoint: Checkpoint) -> list[str]:
     return names
 
 
-def places(tensors: dict[str, Array]) -> dict[str, Entry]:
+def places(tensors: dict[str, Array], depths: Mapping[str, int]) -> dict[str, Entry]:
     """Where the file will hold each tensor.
 
     Args:
         tensors: result of ``collect``.
+        depths: the first depth that reads a tensor, by name; 1 for a tensor that is not named.
     """
-    return plan({name: (_DTYPES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
+    return plan({name: (_DTYPES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()}, depths)
 
 
 def write(
@@ -106,6 +107,6 @@ def write(
     with path.open("wb") as file:
         write_header(entries, file)
         for name, entry in entries.items():
-            file.write(np.ascontiguousarray(tensors[name]).data.cast("B"))
+            file.write(np.ascontiguousarray(tensors[name]).data.cast("B") if name in tensors else bytes(entry.size))
             done += entry.size
             progress(done, total)

@@ -20,7 +20,7 @@ from ..plan import depth_budgets
 from ..prepare import Prepared
 from ..progress import Report, no_report
 from ..versions import installed
-from . import files
+from . import files, parts
 from .check import check_bundle
 from .engines import WRITERS, Work
 
@@ -60,12 +60,11 @@ def write_bundle(
     spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits)
     with files.writing(output, options.force) as folder:
         work = Work(target, checkpoint, calibrated, spec, folder, progress)
-        for engine in engines:
-            WRITERS[engine](work)
+        ranges = [WRITERS[engine](work) for engine in engines]
         checkpoint.tokenizer.save_pretrained(folder)
         checkpoint.model.generation_config.save_pretrained(folder)
         files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
-        manifest = _manifest(prepared, output, work, calibration)
+        manifest = _manifest(prepared, output, work, ranges, calibration)
         bundle_manifest.write(manifest, folder)
         check_bundle(work, manifest)
     return manifest
@@ -95,7 +94,13 @@ def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, .
     )
 
 
-def _manifest(prepared: Prepared, output: Path, work: Work, calibration: Mapping[str, Any]) -> bundle_manifest.Manifest:
+def _manifest(
+    prepared: Prepared,
+    output: Path,
+    work: Work,
+    ranges: list[list[bundle_manifest.FileRange]],
+    calibration: Mapping[str, Any],
+) -> bundle_manifest.Manifest:
     options, calibrated, d = prepared.options, work.calibrated, work.checkpoint.decoder
     plan = replace(prepared.plans[output], profile=calibrated.profile, router_kind=calibrated.router_kind)
     target = work.target
@@ -133,5 +138,5 @@ def _manifest(prepared: Prepared, output: Path, work: Work, calibration: Mapping
         ),
         engines=engines,
         activation_bits=options.activation_bits,
-        parts=bundle_manifest.undivided(entries),
+        parts=parts.joined(ranges),
     )

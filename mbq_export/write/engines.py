@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import DECODER_LIBRARY, GPU_FILES, OPS_LIBRARY
+from mbq_runtime.bundle.manifest import DECODER_LIBRARY, GPU_FILES, OPS_LIBRARY, FileRange
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
@@ -16,7 +16,7 @@ from ..lower import tvm as lower_tvm
 from ..lower import tvm_weights
 from ..model.checkpoint import Checkpoint
 from ..progress import Report, staged
-from . import files
+from . import files, parts
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Work:
     progress: Report
 
 
-def _write_onnx(work: Work) -> None:
+def _write_onnx(work: Work) -> list[FileRange]:
     """The graph, its tensors, and the library of its operators."""
     from ..lower.onnx import lower
 
     target, folder = work.target, work.folder
-    model, tensors = lower(work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits)
-    files.write_model(model, tensors, folder, staged(work.progress, "writing weights"))
+    model, tensors, depths = lower(work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits)
+    places = files.write_model(model, tensors, folder, staged(work.progress, "writing weights"), depths)
     if target.native:
         from mbq_targets.build import build_ops_library
 
@@ -50,9 +50,10 @@ def _write_onnx(work: Work) -> None:
         (folder / "lib").mkdir()
         build_ops_library(target, work.spec, folder / OPS_LIBRARY)
         compiling(1, 1)
+    return parts.ranges(folder / files.EXTERNAL_DATA, places, depths, work.spec.profile.depths)
 
 
-def _write_tvm(work: Work) -> None:
+def _write_tvm(work: Work) -> list[FileRange]:
     """The decoder as a library, and its weights."""
     from mbq_targets.build import build_decoder
 
@@ -63,10 +64,12 @@ def _write_tvm(work: Work) -> None:
     compiling(1, 1)
     weights = work.folder / WEIGHTS
     tvm_weights.write(lowered.tensors, lowered.entries, weights, staged(work.progress, "writing weights"))
+    places = {name: entry.place for name, entry in lowered.entries.items()}
+    return parts.ranges(weights, places, lowered.depths, work.spec.profile.depths)
 
 
-def _write_gpu(work: Work) -> None:
-    """The plan of launches, the kernels as text, and the weights."""
+def _write_gpu(work: Work) -> list[FileRange]:
+    """The plan of launches, the kernels as text, and the weights, whose slices lie together: one part."""
     from ..lower.gpu import lower
 
     plan, texts, tensors = lower(work.checkpoint, work.calibrated, work.target)
@@ -76,13 +79,15 @@ def _write_gpu(work: Work) -> None:
     plan_file, weights_file = GPU_FILES
     files.write_json(work.folder / plan_file, plan)
     offsets = {name: plan["buffers"][name]["offset"] for name in tensors}
-    files.write_tensors(tensors, offsets, work.folder / weights_file, staged(work.progress, "writing weights"))
+    path = work.folder / weights_file
+    files.write_tensors(tensors, offsets, path, staged(work.progress, "writing weights"))
+    return [FileRange(weights_file, 0, path.stat().st_size)]
 
 
-WRITERS: dict[str, Callable[[Work], None]] = {
+WRITERS: dict[str, Callable[[Work], list[FileRange]]] = {
     "onnx": _write_onnx,
     "tvm": _write_tvm,
     "opencl": _write_gpu,
     "webgpu": _write_gpu,
 }
-"""By engine."""
+"""By engine.  Each returns the ranges of its file of weights, by depth."""

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -115,7 +116,8 @@ def write_model(
     tensors: dict[str, NDArray[np.generic]],
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+    depths: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, int]:
     """Write ``model.onnx`` (the graph) and ``model.onnx.data`` (tensors larger than INLINE_BYTES, each on a page).
 
     Args:
@@ -123,11 +125,17 @@ def write_model(
         tensors: by name.
         folder: where both files are written.
         progress: called with the number of bytes that are written, and of all bytes.
+        depths: the first depth that reads a tensor, by name; 1 for a tensor that is not named.  Tensors of lower depths
+            come first.
+
+    Returns:
+        Where the tensors of ``model.onnx.data`` begin in it, by name.
     """
+    places = {}
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
     with (folder / EXTERNAL_DATA).open("wb") as data:
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items(), key=lambda item: depths.get(item[0], 1)):
             proto = model.graph.initializer.add()
             if tensor.nbytes <= INLINE_BYTES:
                 proto.CopyFrom(onnx.numpy_helper.from_array(tensor, name))
@@ -136,13 +144,15 @@ def write_model(
                 proto.name, proto.data_location = name, onnx.TensorProto.EXTERNAL
                 proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
                 proto.dims.extend(tensor.shape)
-                place = {"location": EXTERNAL_DATA, "offset": data.tell(), "length": tensor.nbytes}
+                places[name] = data.tell()
+                place = {"location": EXTERNAL_DATA, "offset": places[name], "length": tensor.nbytes}
                 for key, value in place.items():
                     proto.external_data.add(key=key, value=str(value))
                 data.write(tensor.data.cast("B"))
             done += tensor.nbytes
             progress(done, total)
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    return places
 
 
 def write_tensors(

@@ -177,7 +177,7 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
     """See the module's docstring."""
     profile = SliceProfile.parse(slices)
     checkpoint, calibrated = random_model(profile)
-    model, tensors = lower(checkpoint, calibrated, "mbq16")
+    model, tensors, _ = lower(checkpoint, calibrated, "mbq16")
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, bits in (("MatMulNBits 4 bits", 4), ("MatMulNBits 8 bits", 8), ("MatMul float32", 32)):

@@ -106,7 +106,7 @@ def session(
 ) -> ort.InferenceSession:
     """The portable graph.  It also returns the depth of each token in each unit."""
     folder = tmp_path_factory.mktemp("graph")
-    model, tensors = lower(checkpoint, calibrated, "nbits")
+    model, tensors, _ = lower(checkpoint, calibrated, "nbits")
     for name in calibrated.units:
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.depth", onnx.TensorProto.INT32, None))
     files.write_model(model, tensors, folder)

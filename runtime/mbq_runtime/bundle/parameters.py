@@ -14,7 +14,7 @@ from .genai_config import Settings
 from .layout import ROW_BLOCK
 from .manifest import Linear, Manifest
 from .slice_profile import CODE_BITS
-from .tensors import Entry
+from .tensors import PADDING, Entry
 
 _Kind = tuple[str, tuple[int, ...]]
 """Element type and shape; -1 is any number."""
@@ -103,7 +103,9 @@ def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
 
 
 def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
-    """The kind of a tensor whose name the manifest does not give: a table of rotations, a turn, or a norm."""
+    """The kind of a tensor whose name the manifest does not give: padding, a table of rotations, a turn, or a norm."""
+    if name.startswith(PADDING):
+        return "U8", (-1,)
     if name.endswith(_ROTARY) or name.startswith(_HEAD_INPUT):
         return "F32", (-1, -1)
     of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")

@@ -1,7 +1,9 @@
 """The parameters of the TVM engine: one safetensors file, which the engine maps and its library reads by position.
 
 Layout: uint64 length of the header, the header, the tensors without gaps.  The header is JSON, padded with spaces so
-that the tensors start on a page.  Kernels read whole cache lines: tensors whose size is a multiple of 64 come first.
+that the tensors start on a page.  The tensors that depth 1 reads come first, then those that depth 2 reads besides, and
+so on.  Those of each depth start on a page; a tensor of padding fills the gap before it.  Kernels read whole cache
+lines: within a depth, tensors whose size is a multiple of 64 come first.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from ..errors import BundleError
@@ -19,6 +22,8 @@ from .layout import PAGE_BYTES
 from .reading import open_file, parse_json
 
 WEIGHTS = "decoder.safetensors"
+PADDING = "padding."
+"""Names of tensors without content begin so."""
 _LINE_BYTES = 64
 _MAX_HEADER_BYTES = 4 << 20  # those of large models have about one
 _DTYPE_BYTES = {"U8": 1, "F16": 2, "F32": 4}
@@ -40,19 +45,28 @@ class Entry:
     size: int
 
 
-def plan(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Entry]:
+def plan(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], depths: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Entry]:
     """Choose the place of each tensor.
 
     Args:
         tensors: (dtype, shape, bytes) by name.
+        depths: the first depth that reads a tensor, by name; 1 for a tensor that is not named.
 
     Returns:
-        Entries by name, in the order in which the tensors must be written.
+        Entries by name, in the order in which the tensors must be written, with those of the padding.
     """
-    names = sorted(tensors, key=lambda name: tensors[name][2] % _LINE_BYTES != 0)
-    entries, at = {}, 0
+    names = sorted(tensors, key=lambda name: (depths.get(name, 1), tensors[name][2] % _LINE_BYTES != 0))
+    entries, at, depth = {}, 0, 1
     for name in names:
         dtype, shape, size = tensors[name]
+        if depths.get(name, 1) > depth:
+            depth = depths[name]
+            gap = -at % PAGE_BYTES
+            if gap:
+                entries[f"{PADDING}{depth}"] = Entry("U8", (gap,), at, gap)
+            at += gap
         entries[name] = Entry(dtype, shape, at, size)
         at += size
     start = 8 + len(_header(entries))

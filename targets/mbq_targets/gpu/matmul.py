@@ -152,8 +152,8 @@ def _affine(scales: Any, group: Expr, row: Expr, rows: int, plan: DepthPlan) -> 
 def _bytes(word: Expr, row: Expr, rows: int) -> Expr:
     """float32 x rows: the bytes of a word that belong to ``rows`` rows from ``row`` on."""
     shift = bind(cast(row % 4 * 8, "uint32", 1))
-    parts = [cast((word >> (shift + const(8 * r, "uint32"))) & T.uint32(255), "float32", 1) for r in range(rows)]
-    return parts[0] if rows == 1 else bind(T.Shuffle([bind(part) for part in parts], list(range(rows))))
+    shifts = shift if rows == 1 else T.ramp(shift, T.uint32(8), rows)
+    return bind(cast((spread(word, rows) >> shifts) & const(255, "uint32", rows), "float32", rows))
 
 
 def _row_factor(scales: Any, block: Expr, groups: int, row: Expr) -> Expr:
