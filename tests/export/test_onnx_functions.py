@@ -40,8 +40,8 @@ F32 = NDArray[np.float32]
 PROFILES = ["2,2,2,2", "3,1,2,2", "8", "4,4", "1,2,5", "1,7"]
 SHAPES = [(50, 576, 32), (50, 576, 64), (33, 896, 32), (33, 896, 64), (33, 896, 128), (7, 256, 128), (16, 256, 64)]
 LEVELS = [Level.ORT_DISABLE_ALL, Level.ORT_ENABLE_BASIC, Level.ORT_ENABLE_EXTENDED, Level.ORT_ENABLE_ALL]
-FLOAT_ERROR = 1e-5
-"""Of the largest output; about 1e-6 is seen."""
+FLOAT_ERROR = 4e-5
+"""Of the largest output; 2e-5 is seen where terms cancel."""
 
 
 def make_model(

@@ -102,8 +102,9 @@ def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]
     tensors = load_file(bundle / "decoder.safetensors")
     for linear in found.weights.linears:
         blocks = -(-linear.N // 16)
-        assert tensors[f"{linear.name}.planes"].shape == (blocks * 16 * linear.K,)
-        assert tensors[f"{linear.name}.scales"].shape == (blocks, linear.K // found.group_size, 2, 16)
+        for e, bits in enumerate(found.slices, 1):
+            assert tensors[f"{linear.name}.planes_{e}"].shape == (blocks * 2 * linear.K * bits,)
+        assert tensors[f"{linear.name}.scales"].shape == (blocks, 1 + linear.K // found.group_size, 32)
     check_contents(bundle, found)
 
 

@@ -45,6 +45,14 @@ def test_what_kernels_read_by_lines_starts_on_one(path: Path) -> None:
     assert max(entries[name].place for name in ("planes", "scales")) < min(entries[n].place for n in ("norm", "b1"))
 
 
+def test_deeper_tensors_come_later_on_a_page(path: Path) -> None:
+    entries = plan(TENSORS, {"planes": 2, "b1": 3})
+    assert list(entries) == ["scales", "norm", "padding.2", "planes", "padding.3", "b1"]
+    assert [entries[name].place for name in ("scales", "planes", "b1")] == [PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES]
+    ends = {name: entry.place + entry.size for name, entry in entries.items()}
+    assert (ends["padding.2"], ends["padding.3"]) == (entries["planes"].place, entries["b1"].place)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
