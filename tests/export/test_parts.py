@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def check(found: list[FileRange], places: dict[str, tuple[int, int]], size: int, calibrated: Calibrated) -> None:
     """places: begin and end of each tensor."""
     assert [found[0].begin, found[-1].end] == [0, size]
-    assert all(a.end == b.begin and b.begin % PAGE_BYTES == 0 for a, b in zip(found, found[1:], strict=False))
+    assert all(a.end == b.begin and b.begin % PAGE_BYTES == 0 for a, b in pairwise(found))
     table = "head" if calibrated.embedding is None else "embedding"
     for name, (begin, end) in places.items():
         unit, _, part = name.rpartition(".")
