@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from op_cases import weight
+from op_cases import matmul_tolerance, weight
 
 from mbq_export.format.ops import sliced_matmul
 from mbq_export.format.planes import pack_matrix
@@ -97,7 +97,8 @@ def test_linear(
     ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *given, out)
     depth = route(x, bits, router)
     expected = sliced_matmul(x, depth, sliced, PROFILE, spec.activation_bits)[-wanted:] + bias[:N]
-    assert np.abs(out[:, :N] - expected).max() <= RELATIVE * np.abs(expected).max()
+    tolerance = matmul_tolerance(x[-wanted:], depth[-wanted:], sliced, spec)
+    assert (np.abs(out[:, :N] - expected) <= tolerance + RELATIVE * np.abs(bias).max()).all()
     assert not out[:, N:].any()
     assert used[0] == pytest.approx(1 + 0.75 * np.mean([PROFILE.depth_bits[d - 1] for d in depth]))
 

@@ -26,6 +26,8 @@ class Isa:
     """Accumulators per result. They take turns, which hides the latency of a dot product."""
     rows_together: ClassVar[int] = 1
     """Row vectors that one loop step handles. More share the loads of activations, and need more registers."""
+    rows_together_deep: ClassVar[int] = 1
+    """As ``rows_together``, at depths of more than one segment: each has sums of its own."""
     max_width: ClassVar[int] = 4
     """Most 2-bit fields that are joined into one operand: 4 make whole bytes, 2 make nibbles."""
     runs_together: ClassVar[int] = 2
@@ -303,6 +305,7 @@ class Avx2(Isa):
     # An int16 sum takes eight products of nibbles and one of bytes. Two dot products of nibbles cost less.
     max_width = 2
     rows_together = 2
+    rows_together_deep = 2
     prefetch_bytes = 8192
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -391,8 +394,8 @@ class NeonDotprod(Neon):
     """ARMv8.2 with ``sdot``."""
 
     name = "neon-dotprod"
-    # LLVM would unroll over all four and spill registers.
-    rows_together = 2
+    # By static analysis: with fewer rows of one segment, or more of two, LLVM spills more registers.
+    rows_together = 4
     runs_together = 4
 
     def accumulator(self, max_code: int) -> Accumulator:

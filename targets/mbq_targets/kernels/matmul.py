@@ -165,6 +165,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """
     whole_bytes = [s for s in plan.segments if s.max_code > 127] if isa.signed else []
     middle = plan.middle + sum(OFFSET * s.factor * 2.0**s.unit_log2 for s in whole_bytes)
+    together = isa.rows_together if len(plan.segments) == 1 else isa.rows_together_deep
     ahead = isa.prefetch_bytes // (ROW_BLOCK * group * plan.bits // 8)  # groups
     pointers = {"q": "int8", "step": "float32", "total": "float32", **WEIGHT_POINTERS, "y": "float32"}
     with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
@@ -187,9 +188,9 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                     for s in range(group // STEP):
                         prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
                     prefetch(scales, base + ahead * SCALES_BYTES)
-                with T.serial(0, isa.vectors // isa.rows_together) as bundle:
-                    row_dots = [[_RowDots(isa, plan) for _ in range(width)] for _ in range(isa.rows_together)]
-                    vectors = [bundle * isa.rows_together + i for i in range(isa.rows_together)]
+                with T.serial(0, isa.vectors // together) as bundle:
+                    row_dots = [[_RowDots(isa, plan) for _ in range(width)] for _ in range(together)]
+                    vectors = [bundle * together + i for i in range(together)]
                     for s in range(group // STEP):
                         acts = [
                             [*isa.activations(q, at + s * STEP), *isa.activations(q, at + s * STEP + 16)]
