@@ -16,7 +16,7 @@ typedef struct Grid {
   int32_t depths, coarse_depths;
   float span; /* number of codes to choose from */
   float coarse_cell, coarse_width;
-  float steps[MOST_DEPTHS], cells[MOST_DEPTHS], begins[MOST_DEPTHS], counts[MOST_DEPTHS];
+  float steps[MOST_DEPTHS], per_step[MOST_DEPTHS], cells[MOST_DEPTHS], begins[MOST_DEPTHS], counts[MOST_DEPTHS];
 } Grid;
 
 /* The rows of a group to compute. Arrays hold all rows: [depths, columns, rows], codes [columns, rows], scales [rows]. */
@@ -31,63 +31,70 @@ static inline float within(float value, float low, float high) { return larger(s
 
 static inline void in_base_cells(const Grid *grid, int depth, const Lanes codes, Lanes values) {
   const float per_cell = 1 / grid->cells[depth], step = grid->steps[depth], begin = grid->begins[depth];
+  const float cell = grid->coarse_cell, per_coarse = 1 / cell, width = grid->coarse_width;
   if (depth < grid->coarse_depths) {
     for (int l = 0; l < LANES; ++l) values[l] = (floorf(codes[l] * per_cell) + 0.5f) * step;
     return;
   }
-  const float per_coarse = 1 / grid->coarse_cell, width = grid->coarse_width;
   for (int l = 0; l < LANES; ++l) {
-    const float coarse = floorf(codes[l] * per_coarse), fine = codes[l] - coarse * grid->coarse_cell;
-    values[l] = coarse * width + begin + (floorf(fine * per_cell) + 0.5f) * step;
+    const float coarse = floorf(codes[l] * per_coarse), fine = codes[l] - coarse * cell;
+    values[l] = (floorf(fine * per_cell) + 0.5f) * step + (coarse * width + begin);
   }
 }
 
-/* The code nearest to the deepest depth's wish among `size` codes from `first` on, which lie in one coarse cell. */
-static inline float finest_within(const Grid *grid, float wanted, float first, float size) {
-  const int deepest = grid->depths - 1;
-  if (deepest < grid->coarse_depths) return first;
-  const float coarse = floorf(first / grid->coarse_cell);
-  const float from = coarse * grid->coarse_width + grid->begins[deepest];
-  const float at = coarse * grid->coarse_cell + floorf((wanted - from) / grid->steps[deepest]);
-  return within(at, first, first + size - 1);
+/* First codes of the cells that a wish lies in, or is nearest to among the codes to choose from. */
+static inline void own_cells(const Grid *grid, const Lanes wanted, const Lanes lowest, float cell, float per_width,
+                             Lanes first) {
+  const float last = larger(grid->span - cell, 0);
+  for (int l = 0; l < LANES; ++l)
+    first[l] = within(floorf(wanted[l] * per_width) * cell, lowest[l], lowest[l] + last);
 }
 
-/* First codes of the coarse cells that one depth's wish is in, or is nearest to among the codes to choose from. */
-static inline float own_coarse(const Grid *grid, float wanted, float lowest, float cell, float step) {
-  const float at = floorf(wanted / step) * cell;
-  return within(at, lowest, larger(lowest + grid->span - cell, lowest));
+/* The codes nearest to the deepest depth's wish, among `size` codes of one coarse cell from `first` on. */
+static inline void finest(const Grid *grid, const Lanes wanted, float size, Lanes first) {
+  const int deepest = grid->depths - 1;
+  const float cell = grid->coarse_cell, per_coarse = 1 / cell, width = grid->coarse_width;
+  const float begin = grid->begins[deepest], per_step = grid->per_step[deepest];
+  if (deepest < grid->coarse_depths) return;
+  for (int l = 0; l < LANES; ++l) {
+    const float coarse = floorf(first[l] * per_coarse);
+    const float at = coarse * cell + floorf((wanted[l] - (coarse * width + begin)) * per_step);
+    first[l] = within(at, first[l], first[l] + (size - 1));
+  }
 }
 
-/* A candidate: the best code for the deepest depth in the cell that depth `depth` alone would choose. */
-static inline float candidate_of(const Grid *grid, int depth, const float *wanted, float lowest) {
+/* The best code for the deepest depth in the cell that depth `depth` alone would choose.
+ * near: the coarse cells that the deepest depth would choose. */
+static inline void candidates(const Grid *grid, int depth, const Lanes *wanted, const Lanes lowest, const Lanes near,
+                              Lanes code) {
   const int deepest = grid->depths - 1;
-  const float coarse_cell = grid->coarse_cell;
-  const float near = own_coarse(grid, wanted[deepest], lowest, coarse_cell, grid->coarse_width);
+  const float coarse_cell = grid->coarse_cell, cell = grid->cells[depth], per_step = grid->per_step[depth];
   if (depth < grid->coarse_depths) {
-    const float cell = grid->cells[depth];
-    const float first = own_coarse(grid, wanted[depth], lowest, cell, grid->steps[depth]);
-    const float coarse = within(near, first, first + cell - coarse_cell);
-    return finest_within(grid, wanted[deepest], larger(coarse, lowest), coarse_cell);
+    own_cells(grid, wanted[depth], lowest, cell, per_step, code);
+    for (int l = 0; l < LANES; ++l) code[l] = larger(within(near[l], code[l], code[l] + (cell - coarse_cell)), lowest[l]);
+    finest(grid, wanted[deepest], coarse_cell, code);
+    return;
   }
-  const float coarse = own_coarse(grid, wanted[depth], lowest, coarse_cell, grid->coarse_width);
-  const float from = coarse / coarse_cell * grid->coarse_width + grid->begins[depth], cell = grid->cells[depth];
-  const float at = within(floorf((wanted[depth] - from) / grid->steps[depth]) * cell, 0, coarse_cell - cell);
-  return finest_within(grid, wanted[deepest], coarse + at, cell);
+  const float per_coarse = 1 / coarse_cell, width = grid->coarse_width, begin = grid->begins[depth];
+  own_cells(grid, wanted[depth], lowest, coarse_cell, 1 / width, code);
+  for (int l = 0; l < LANES; ++l) {
+    const float from = code[l] * per_coarse * width + begin;
+    code[l] += within(floorf((wanted[depth][l] - from) * per_step) * cell, 0, coarse_cell - cell);
+  }
+  finest(grid, wanted[deepest], cell, code);
 }
 
 /* code: in, the code of each row so far, a candidate if `candidate`; out, the best code. */
 static inline void best_code(const Grid *grid, const Lanes *wanted, bool candidate, Lanes code) {
   const int depths = grid->depths;
   const float per_span = 1 / grid->span;
-  Lanes tried, value, cost, least, best;
+  Lanes lowest, near, tried, value, cost, least, best;
+  for (int l = 0; l < LANES; ++l) lowest[l] = floorf(code[l] * per_span) * grid->span;
+  own_cells(grid, wanted[depths - 1], lowest, grid->coarse_cell, 1 / grid->coarse_width, near);
   for (int i = 0; i < depths + candidate; ++i) {
-    for (int l = 0; l < LANES; ++l) {
-      if (i < depths) {
-        float wish[MOST_DEPTHS];
-        for (int e = 0; e < depths; ++e) wish[e] = wanted[e][l];
-        tried[l] = candidate_of(grid, i, wish, floorf(code[l] * per_span) * grid->span);
-      } else tried[l] = code[l];
-    }
+    if (i < depths) candidates(grid, i, wanted, lowest, near, tried);
+    else
+      for (int l = 0; l < LANES; ++l) tried[l] = code[l];
     for (int l = 0; l < LANES; ++l) cost[l] = 0;
     for (int e = 0; e < depths; ++e) {
       in_base_cells(grid, e, tried, value);

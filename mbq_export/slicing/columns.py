@@ -26,14 +26,13 @@ _SOURCE = Path(__file__).with_suffix(".c")
 def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
     """How much the error of each depth counts.
 
-    Deep depths count most.  Their cells are the smallest, and they must stay close to the original.  The exponent is
-    measured (docs/log.md): a smaller one makes 3 bits better, and a weight then leaves its cell of 4 bits more often,
-    where 8 bits cannot reach it.
+    Deep depths count most.  They must stay close to the original.  The exponent is measured (docs/log.md): a smaller
+    one makes 3 bits better, and 8 bits reach fewer weights from the coarse cells that are then chosen.
 
     Args:
         profile: the bits of each slice.
     """
-    return tuple(2.0 ** ((bits - 3) / 1.25) for bits in profile.depth_bits)
+    return tuple(2.0 ** (1.1 * (bits - 3)) for bits in profile.depth_bits)
 
 
 class _GridOfC(ctypes.Structure):
@@ -44,6 +43,7 @@ class _GridOfC(ctypes.Structure):
         ("coarse_cell", ctypes.c_float),
         ("coarse_width", ctypes.c_float),
         ("steps", ctypes.c_float * CODE_BITS),
+        ("per_step", ctypes.c_float * CODE_BITS),
         ("cells", ctypes.c_float * CODE_BITS),
         ("begins", ctypes.c_float * CODE_BITS),
         ("counts", ctypes.c_float * CODE_BITS),
@@ -79,13 +79,14 @@ class Grid:
             for bits, step in zip(profile.depth_bits, steps, strict=True)
         ]
         counts = depth_weights(profile)
-        of_each = torch.tensor([steps, cells, begins, counts]).to(device)[:, :, None]
-        self.steps, self._cells, self._begins, self.counts = of_each
+        per_step = [1 / step for step in steps]
+        of_each = torch.tensor([steps, per_step, cells, begins, counts]).to(device)[:, :, None]
+        self.steps, self._per_step, self._cells, self._begins, self.counts = of_each
         self._coarse_depths = sum(bits <= coarse for bits in profile.depth_bits)
         self._coarse_cell, self._coarse_width = 2.0 ** (CODE_BITS - coarse), width
         # The codes to choose from: their number.
         self._span = float(1 << (CODE_BITS - kept_bits))
-        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, cells, begins, counts)]
+        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, per_step, cells, begins, counts)]
         self.of_c = _GridOfC(
             profile.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c
         )
@@ -136,7 +137,7 @@ class Grid:
             return self._finest(wanted[-1], coarse, cell)
         coarse = self._own_cell(wanted[depth], lowest, cell, width)
         begin = coarse / cell * width + self._begins[depth]
-        at = ((wanted[depth] - begin) / self.steps[depth]).floor() * self._cells[depth]
+        at = ((wanted[depth] - begin) * self._per_step[depth]).floor() * self._cells[depth]
         return self._finest(wanted[-1], coarse + at.clamp(0, cell - float(self._cells[depth])), self._cells[depth])
 
     def _own_cell(self, wanted: torch.Tensor, lowest: torch.Tensor, cell: Any, width: Any) -> torch.Tensor:
@@ -149,7 +150,7 @@ class Grid:
             return first
         coarse = (first / self._coarse_cell).floor()
         begin = coarse * self._coarse_width + self._begins[-1]
-        at = coarse * self._coarse_cell + ((wanted - begin) / self.steps[-1]).floor()
+        at = coarse * self._coarse_cell + ((wanted - begin) * self._per_step[-1]).floor()
         return _within(at, first, first + size - 1)
 
 

@@ -95,23 +95,26 @@ def slice_weight(
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
     if earlier is not None:
         codes.copy_(torch.from_numpy(earlier.codes).T)
-    if earlier is None:
-        whole, _ = group_range(weight.reshape(n, k // group_size, group_size), name)
-        earlier_row = row_scales(whole.max(axis=1) * np.float32(_ROOM))
-        codes_of_scales = np.zeros((n, k // group_size), np.uint8)
-        of_ranges = Sliced(np.zeros((n, k), np.uint8), codes_of_scales, codes_of_scales.copy(), earlier_row)
-    else:
-        of_ranges = earlier
+    scaled = _ranged(weight, group_size, name) if earlier is None else earlier
     for start in range(0, k, group_size):
-        group = slice(start, start + group_size)
-        at = start // group_size
+        group, at = slice(start, start + group_size), slice(start // group_size, start // group_size + 1)
         if earlier is None:
-            scale, offset = (v[:, None] for v in group_range(streams[-1, group].T.cpu().numpy(), name))
-            of_ranges.scale_codes[:, at] = scale_codes(scale, of_ranges.row_scale, up=True)[:, 0]
-            of_ranges.zero_codes[:, at] = zero_codes(offset, of_ranges.scale[:, at, None], up=True)[:, 0]
-        offset = torch.from_numpy(of_ranges.offset[:, at]).to(device)
-        scale = torch.from_numpy(of_ranges.scale[:, at]).to(device)
+            low_scale, low = group_range(streams[-1, group].T.cpu().numpy()[:, None], name)
+            scaled.scale_codes[:, at] = scale_codes(low_scale, scaled.row_scale, up=True)
+            scaled.zero_codes[:, at] = zero_codes(low, scaled.scale[:, at], up=True)
+        scale, offset = (
+            torch.from_numpy(values[:, start // group_size].copy()).to(device)
+            for values in (scaled.scale, scaled.offset)
+        )
         errors = feed_back(grid, streams[:, group], factor[group, group], codes[group], scale=scale, offset=offset)
         if group.stop < k:
             streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
-    return replace(of_ranges, codes=codes.T.contiguous().cpu().numpy())
+    return replace(scaled, codes=codes.T.contiguous().cpu().numpy())
+
+
+def _ranged(weight: F32, group_size: int, name: str) -> Sliced:
+    """A matrix [N, K] of zeros with factors for its rows, and no scales yet."""
+    n, k = weight.shape
+    scale, _ = group_range(weight.reshape(n, k // group_size, group_size), name)
+    empty = [np.zeros((n, columns), np.uint8) for columns in (k, scale.shape[1], scale.shape[1])]
+    return Sliced(*empty, row_scales(scale.max(axis=1) * np.float32(_ROOM)))

@@ -50,9 +50,9 @@ def settling(profile: SliceProfile, kept_bits: int) -> Loop:
     pull = torch.randn(profile.depths, SIZE, ROWS, generator=generator)
 
     def loop() -> tuple[torch.Tensor, torch.Tensor]:
-        found, values = codes.clone(), grid.columns_in_base_cells(codes)
+        found, values = codes.clone(), grid.in_base_cells(codes)
         columns.settle(grid, found, values, curvature=own, scale=scale, pull=pull.clone())
-        torch.testing.assert_close(values, grid.columns_in_base_cells(found), rtol=0, atol=0)
+        torch.testing.assert_close(values, grid.in_base_cells(found), rtol=0, atol=0)
         if kept_bits:
             assert torch.equal(found >> (8 - kept_bits), codes >> (8 - kept_bits))
         return found, values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from mbq_export.format.codes import Sliced, decode
+from mbq_export.format.codes import Sliced, decode, with_scales
 from mbq_export.slicing import nested, rtn
 from mbq_export.slicing.refine import refine
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -36,7 +38,7 @@ def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[
     weight, hessian = case
     profile = SliceProfile(slices)
     found = nested.slice_weight(weight, hessian, 64, profile, "layer")
-    rounded = rtn.slice_weight(weight, 64, "layer")
+    rounded = rtn.slice_weight(weight, 64, profile, "layer")
     gains = [
         output_error(weight, hessian, rounded, depth, profile) / output_error(weight, hessian, found, depth, profile)
         for depth in range(1, profile.depths + 1)
@@ -61,9 +63,9 @@ def test_refinement_lowers_the_error_of_every_depth(case: Case, slices: tuple[in
             for sliced in found
         ]
     )
-    # The metric is damped and float16 rounds, so the limits leave some room.
-    assert (errors[1] < 0.95 * errors[0]).all()
-    assert (errors[2] < 0.97 * errors[1]).all()
+    # The metric is damped and stored scales are rounded, so the limits leave some room.
+    assert (errors[1] < 0.96 * errors[0]).all()
+    assert (errors[2] < 0.98 * errors[1]).all()
 
 
 def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
@@ -72,23 +74,24 @@ def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
     profile = SliceProfile((8,))
     sliced = Sliced(
         rng.integers(0, 256, (32, 256)).astype(np.uint8),
-        np.full((32, 4), 0.5, np.float16),
-        np.full((32, 4), -1, np.float16),
+        np.full((32, 4), 128, np.uint8),
+        np.full((32, 4), 128, np.uint8),
+        np.ones(32, np.float16),
     )
     sliced.codes[:, :64] = 7
     refined = refine(decode(sliced, profile, 1).astype(np.float32), case[1], sliced, profile, 2)
-    for name in ("codes", "scale", "offset"):
-        np.testing.assert_array_equal(getattr(refined, name), getattr(sliced, name))
+    for field in fields(Sliced):
+        np.testing.assert_array_equal(getattr(refined, field.name), getattr(sliced, field.name))
 
 
 def test_residuals_are_chosen_for_scales_that_only_the_base_slice_wanted(case: Case) -> None:
     weight, hessian = case
     profile = SliceProfile((2, 2, 2, 2))
     found = refine(weight, hessian, nested.slice_weight(weight, hessian, 64, profile, "layer"), profile, 1)
-    moved = Sliced(found.codes, (found.scale * np.float16(0.96)).astype(np.float16), found.offset)
+    moved = with_scales(found, found.scale * np.float32(0.96), found.offset)
     fed_back = nested.slice_weight(weight, hessian, 64, profile, "layer", earlier=moved, kept_bits=2)
     chosen = refine(weight, hessian, fed_back, profile, 1, kept_bits=2)
-    for name in ("scale", "offset"):
+    for name in ("scale_codes", "zero_codes", "row_scale"):
         np.testing.assert_array_equal(getattr(chosen, name), getattr(moved, name))
     np.testing.assert_array_equal(chosen.codes >> 6, moved.codes >> 6)
     before, after = (
@@ -131,9 +134,9 @@ def test_inputs_that_are_never_active_do_no_harm(case: Case) -> None:
     profile = SliceProfile((3, 1, 2, 2))
     found = nested.slice_weight(weight, hessian, 64, profile, "layer")
     assert np.isfinite(found.scale.astype(np.float32)).all()
-    rounded = rtn.slice_weight(weight, 64, "layer")
+    rounded = rtn.slice_weight(weight, 64, profile, "layer")
     dead = np.abs(decode(found, profile, 4)[:, :64] - weight[:, :64]).max()
-    assert dead <= 1.01 * np.abs(decode(rounded, profile, 4)[:, :64] - weight[:, :64]).max()
+    assert dead <= 1.03 * np.abs(decode(rounded, profile, 4)[:, :64] - weight[:, :64]).max()
 
 
 def test_a_covariance_that_is_not_one_is_refused(case: Case) -> None:
