@@ -45,7 +45,7 @@ from .routing import kinds, select
 from .routing.slice_gains import measure_gains
 from .slicing import rtn
 from .slicing.by_block import slice_model, slice_residuals
-from .slicing.importance import token_importance
+from .slicing.importance import alike, token_importance
 from .transforms.rotation import rotate
 from .transforms.smoothing import smooth
 from .tuning.teacher import Teacher
@@ -162,11 +162,12 @@ def _slice_with_feedback(
     hessian_windows: NDArray[np.int64],
 ) -> dict[str, Sliced]:
     """Slice with error feedback, then tune as the recipe says."""
+    checkpoint, method = calibration.checkpoint, calibration.method
     phases = tunings(calibration.recipe.method, calibration.profile, calibration.recipe.tuning_steps)
     # As many windows as the longest tuning takes.
     taken = [steps * max(phase.windows_per_step, processes.count()) for phase, steps in phases.items()]
     teacher = Teacher(calibration, _spread(windows, max(taken))) if taken else None
-    importance = token_importance(calibration, hessian_windows)
+    importance = alike(checkpoint, hessian_windows) if method.brief else token_importance(calibration, hessian_windows)
     slices = slice_model(calibration, hessian_windows, importance, keep_weights=bool(phases))
     if teacher is None:
         return slices
@@ -196,14 +197,15 @@ def _select_routers(
     fitted_windows: NDArray[np.int64],
     original: Teacher,
 ) -> select.Selected:
-    wanted = calibration.recipe.router
-    names = list(kinds.ROUTERS) if wanted == "auto" else [wanted]
+    names = select.candidates(calibration)
     keep_inputs = any(kinds.ROUTERS[name].needs_inputs for name in names)
     stats = measure_gains(calibration, slices, fitted_windows, keep_inputs=keep_inputs)
     fitted = {}
     for i, name in enumerate(names):
         fitted[name] = select.fit_routers(calibration, name, stats, slices)
         calibration.report("fitting routers", i + 1, len(names))
+    if calibration.method.brief and len(fitted) == 1:
+        return select.Selected(names[0], fitted[names[0]], {})
     return select.select_kind(calibration, fitted, slices, original)
 
 

@@ -46,7 +46,7 @@ def export(
     slices: str = "3,1,2,2",
     group_size: int | Literal["auto"] = "auto",
     activation_bits: int = 16,
-    method: Literal["rtn", "nested", "learned"] = "nested",
+    method: Literal["rtn", "quick", "nested", "learned"] = "nested",
     tune_steps: int | None = None,
     router: Literal["auto", "static", "norm", "mlp"] = "auto",
     floor_ratio: float = 1.25,

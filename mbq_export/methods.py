@@ -67,6 +67,8 @@ class Method:
     calib_tokens: tokens of calibration text.
     phase: how slices are tuned, where one tuning is enough.
     steps_of_two: tuning steps where slices begin with two bits, half of them before residual slices are chosen again.
+    brief: whether what gains least for its time is left out: the model's own replies in the default text, weights of
+        tokens, and the comparison of routers.
     """
 
     help: str
@@ -77,10 +79,15 @@ class Method:
     calib_tokens: int
     phase: Phase = TUNE_SCALES
     steps_of_two: int = 0
+    brief: bool = False
 
 
 METHODS = {
     "rtn": Method("round to nearest, no tuning", False, 32, sweeps=0, tuning_steps=0, calib_tokens=40960),
+    "quick": Method(
+        "error feedback on little text, no tuning, a minute or two",
+        True, 8, sweeps=0, tuning_steps=0, calib_tokens=4096, brief=True,
+    ),
     "nested": Method(
         "error feedback over all depths, then tuned scales, a quarter of an hour",
         True, 32, sweeps=3, tuning_steps=80, calib_tokens=40960,

@@ -83,7 +83,9 @@ def prepare(options: Options) -> Prepared:
     if found:
         raise UsageError("; ".join(found))
     log.info("%s: groups of %d, calibrated on %s", source.name, group_size, device)
-    return Prepared(options, source, open_source(options.calib_data), plans, device)
+    return Prepared(
+        options, source, open_source(options.calib_data, replies=not METHODS[options.method].brief), plans, device
+    )
 
 
 def _calib_tokens(options: Options) -> int:

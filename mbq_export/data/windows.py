@@ -62,33 +62,39 @@ class TextSource:
     parts: tuple[Part, ...]
 
 
-def open_source(data: str | None) -> TextSource:
+def open_source(data: str | None, *, replies: bool = True) -> TextSource:
     """Open the data that ``--calib-data`` names.
 
     Args:
         data: a file, as ``documents.read_documents`` takes it, or ``hf:DATASET``.  None: what a model reads and says:
             half Wikipedia, a quarter code, and a quarter chats that the original model writes.
+        replies: whether the default text has these chats.
 
     Raises:
         UsageError: the data cannot be read, or has the wrong format.
     """
     if data is None:
-        return TextSource("English Wikipedia, Python code and the model's own replies", _default_parts())
+        return _default_source() if replies else _packaged_source()
     if data.startswith(DATASET_PREFIX):
         return TextSource(data, (Part(_dataset(data.removeprefix(DATASET_PREFIX))),))
     path = Path(data).expanduser()
     return TextSource(path.name, (Part(read_documents(path)),))
 
 
-def _default_parts() -> tuple[Part, ...]:
-    from . import replies
-
+def _packaged_source() -> TextSource:
     def packaged(read: Callable[[str], str], share: int) -> Part:
         fitted, held_back = ([Document(read(part), part)] for part in ("calibration", "validation"))
         return Part(fitted, held_back, share)
 
+    return TextSource("English Wikipedia and Python code", (packaged(corpora.wikipedia, 2), packaged(corpora.code, 1)))
+
+
+def _default_source() -> TextSource:
+    from . import replies
+
     said = Part(partial(replies.answers, "fitted"), partial(replies.answers, "held_back"))
-    return packaged(corpora.wikipedia, 2), packaged(corpora.code, 1), said
+    name = "English Wikipedia, Python code and the model's own replies"
+    return TextSource(name, (*_packaged_source().parts, said))
 
 
 def calibration_windows(

@@ -43,6 +43,22 @@ _TUNING_KIND = "mlp"
 _TUNING_STEP = "routers for tuning"
 
 
+_BRIEF_KIND = "norm"
+"""The kind of a brief calibration: it needs no parameters of its own, and its thresholds hardly drift."""
+
+
+def candidates(calibration: Calibration) -> list[str]:
+    """The kinds of routers that a calibration selects from.
+
+    Args:
+        calibration: the context.
+    """
+    wanted = calibration.recipe.router
+    if wanted != "auto":
+        return [wanted]
+    return [_BRIEF_KIND] if calibration.method.brief else list(kinds.ROUTERS)
+
+
 def fit_routers(
     calibration: Calibration, kind: str, stats: Mapping[str, UnitStatistics], slices: Mapping[str, Sliced]
 ) -> dict[str, RouterParams]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .. import processes
 from ..context import Calibration
 from ..model.blocks import fast_autocast, require_finite
+from ..model.checkpoint import Checkpoint
 from ..model.gradients import backpropagate_samples, lean_backward
 
 MAX_WEIGHT = 4.0
@@ -28,6 +29,17 @@ Importance = dict[str, NDArray[np.float32]]
 """Token weights by layer: float32 [windows, context], of mean 1."""
 
 _STEP = "token weights"
+
+
+def alike(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> Importance:
+    """The same weight for every token, for every routed layer.
+
+    Args:
+        checkpoint: the model.
+        windows: int64 [windows, context] tokens.
+    """
+    ones = np.ones(windows.shape, np.float32)
+    return {name: ones for unit in checkpoint.decoder.units() for name in unit.sources}
 
 
 def token_importance(calibration: Calibration, windows: NDArray[np.int64]) -> Importance:

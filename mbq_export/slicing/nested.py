@@ -116,5 +116,5 @@ def _ranged(weight: F32, group_size: int, name: str) -> Sliced:
     """A matrix [N, K] of zeros with factors for its rows, and no scales yet."""
     n, k = weight.shape
     scale, _ = group_range(weight.reshape(n, k // group_size, group_size), name)
-    empty = [np.zeros((n, columns), np.uint8) for columns in (k, scale.shape[1], scale.shape[1])]
-    return Sliced(*empty, row_scales(scale.max(axis=1) * np.float32(_ROOM)))
+    codes, scales, zeros = (np.zeros((n, columns), np.uint8) for columns in (k, scale.shape[1], scale.shape[1]))
+    return Sliced(codes, scales, zeros, row_scales(scale.max(axis=1) * np.float32(_ROOM)))
