@@ -24,7 +24,7 @@ demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 
 # One calibration, two bundles: the one to copy to a board, and one for this machine.
 $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
-	$(BIN)/mbq-export --target arm64 --target host --output $(BUNDLES) --force
+	$(BIN)/mbq-export --target arm64 --target host --method quick --output $(BUNDLES) --force
 
 # Each tier first installs what it needs, which is not part of its time.
 test-quick: $(VENV)/.dev

@@ -23,7 +23,7 @@ from .export import export
 from .lines import one_line
 from .methods import AUTO_SLICES, METHODS
 from .options import ENGINE_CHOICES, GROUP_SIZE_CHOICES, ROUTER_CHOICES, Options
-from .progress import Progress
+from .progress import Progress, StageTimes
 
 if TYPE_CHECKING:
     from mbq_runtime.bundle.manifest import Manifest
@@ -142,6 +142,7 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--seed", default=DEFAULTS["seed"], help="Seed of all random numbers; the same seed gives the same bundle."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
+@click.option("--profile", is_flag=True, help="Print how long each stage took.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -155,6 +156,7 @@ def command(
     context: click.Context,
     /,
     plot: Path | None,
+    profile: bool,
     as_json: bool,
     dry_run: bool,
     verbose: int,
@@ -186,13 +188,31 @@ def command(
             if first and as_json:
                 click.echo(json.dumps(_plan_document(prepared)))
             return
-        with Progress(quiet=as_json or not first) as progress:
-            manifests = run(prepared, progress)
+        with Progress(quiet=as_json or not first) as progress, StageTimes() as times:
+
+            def report(what: str, done: int, total: int) -> None:
+                progress(what, done, total)
+                times(what, done, total)
+
+            manifests = run(prepared, report)
     if first:
         _show_results(prepared, manifests, plot, as_json)
+        if profile:
+            _show_times(times)
 
 
 command.add_command(compare)
+
+
+def _show_times(times: StageTimes) -> None:
+    """On stderr, so that ``--json`` stays one object."""
+    rows = [
+        (stage, f"{elapsed_s:.1f} s", f"{times.processor_s[stage]:.1f} s")
+        for stage, elapsed_s in times.elapsed_s.items()
+    ]
+    all_s = [f"{sum(seconds.values()):.1f} s" for seconds in (times.elapsed_s, times.processor_s)]
+    headings = ("stage", "elapsed", "processor time")
+    click.echo("\n" + tables.aligned(headings, [*rows, ("all", *all_s)], words=headings[:1]), err=True)
 
 
 def _show_log(verbose: int) -> None:

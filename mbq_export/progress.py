@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,54 @@ def staged(report: Report, what: str) -> StageReport:
         what: the stage, in words that say what is done, such as "writing weights".
     """
     return lambda done, total: report(what, done, total)
+
+
+class StageTimes:
+    """A ``Report`` that measures each stage.  A stage lasts until the next one begins.
+
+    It is a context, at whose end the last stage ends.
+
+    elapsed_s: by stage, seconds that passed.
+    processor_s: by stage, seconds of processor time of this process and its children.
+    """
+
+    def __init__(self) -> None:
+        self.elapsed_s: dict[str, float] = {}
+        self.processor_s: dict[str, float] = {}
+        self._stage: str | None = None
+        self._began = _now()
+
+    def __enter__(self) -> StageTimes:
+        self._began = _now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Note that a stage goes on.
+
+        Args:
+            what: the stage.
+            done: steps that are done.
+            total: all steps.
+        """
+        if what != self._stage:
+            self._close()
+            self._stage = what
+
+    def _close(self) -> None:
+        began, self._began = self._began, _now()
+        if self._stage is None:
+            return
+        for seconds, before, now in zip((self.elapsed_s, self.processor_s), began, self._began, strict=True):
+            seconds[self._stage] = seconds.get(self._stage, 0.0) + now - before
+
+
+def _now() -> tuple[float, float]:
+    """Seconds that have passed, and seconds of processor time."""
+    times = os.times()
+    return time.monotonic(), sum(times[:4])
 
 
 class Progress:
