@@ -23,16 +23,16 @@ from ..devices import CPU
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
-def depth_weights(profile: SliceProfile) -> tuple[float, ...]:
-    """How much the error of each depth counts.
+def depth_weight(bits: int) -> float:
+    """How much the error of a depth counts.
 
     Deep depths count most.  They must stay close to the original.  The exponent is measured (docs/log.md): a smaller
     one makes 3 bits better, and 8 bits reach fewer weights from the coarse cells that are then chosen.
 
     Args:
-        profile: the bits of each slice.
+        bits: bits per weight of the depth.
     """
-    return tuple(2.0 ** (1.1 * (bits - 3)) for bits in profile.depth_bits)
+    return float(2.0 ** (1.1 * (bits - 3)))
 
 
 class _GridOfC(ctypes.Structure):
@@ -57,8 +57,10 @@ class Grid:
     cell.  Depths of coarse bits have cells side by side.  Deeper depths divide a coarse cell into steps, from somewhat
     before its begin to somewhat behind its end.
 
-    All lengths are in cells of the base quantiser.
+    All lengths are in cells of the base quantiser.  E is the number of depths whose cells can still be chosen: those of
+    more bits than are kept.
 
+    depths: E.
     steps: float32 [E, 1], width of a cell.
     counts: float32 [E, 1], how much the error of a depth counts.
     of_c: the same for ``columns.c``.
@@ -71,24 +73,26 @@ class Grid:
 
     def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
         coarse = profile.coarse_bits
-        steps = [profile.step(bits) for bits in profile.depth_bits]
-        cells = [2.0 ** (CODE_BITS - bits) for bits in profile.depth_bits]
+        depth_bits = [bits for bits in profile.depth_bits if bits > kept_bits]
+        self.depths = len(depth_bits)
+        steps = [profile.step(bits) for bits in depth_bits]
+        cells = [2.0 ** (CODE_BITS - bits) for bits in depth_bits]
         width = 2.0 ** (2 - coarse)
         begins = [
             0.0 if bits <= coarse else (width - step * 2.0 ** (bits - coarse)) / 2
-            for bits, step in zip(profile.depth_bits, steps, strict=True)
+            for bits, step in zip(depth_bits, steps, strict=True)
         ]
-        counts = depth_weights(profile)
+        counts = [depth_weight(bits) for bits in depth_bits]
         per_step = [1 / step for step in steps]
         of_each = torch.tensor([steps, per_step, cells, begins, counts]).to(device)[:, :, None]
         self.steps, self._per_step, self._cells, self._begins, self.counts = of_each
-        self._coarse_depths = sum(bits <= coarse for bits in profile.depth_bits)
+        self._coarse_depths = sum(bits <= coarse for bits in depth_bits)
         self._coarse_cell, self._coarse_width = 2.0 ** (CODE_BITS - coarse), width
         # The codes to choose from: their number.
         self._span = float(1 << (CODE_BITS - kept_bits))
         of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, per_step, cells, begins, counts)]
         self.of_c = _GridOfC(
-            profile.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c
+            self.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c
         )
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def slice_weight(
     device = hessian.device
     grid = Grid(profile, kept_bits, device)
     # Columns first: then a column of all rows is contiguous.
-    streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(profile.depths, 1, 1)
+    streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(grid.depths, 1, 1)
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
     if earlier is not None:
         codes.copy_(torch.from_numpy(earlier.codes).T)

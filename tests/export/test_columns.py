@@ -21,7 +21,7 @@ def feeding_back(profile: SliceProfile, kept_bits: int) -> Loop:
     generator = torch.Generator().manual_seed(0)
     grid = Grid(profile, kept_bits, torch.device("cpu"))
     # Strided as columns of a wider matrix.  The first row is a group of equal weights.
-    streams = torch.randn(profile.depths, 3 * SIZE, ROWS, generator=generator)[:, SIZE : 2 * SIZE]
+    streams = torch.randn(grid.depths, 3 * SIZE, ROWS, generator=generator)[:, SIZE : 2 * SIZE]
     factor = torch.randn(SIZE, SIZE, generator=generator).mul_(0.2).triu(1) + torch.eye(SIZE)
     scale = torch.rand(ROWS, generator=generator) + 0.5
     scale[0], streams[:, :, 0] = 0, 0.25
@@ -47,7 +47,7 @@ def settling(profile: SliceProfile, kept_bits: int) -> Loop:
     scale = torch.rand(ROWS, generator=generator) + 0.5
     scale[0] = 0
     codes = torch.randint(0, 256, (SIZE, ROWS), dtype=torch.uint8, generator=generator)
-    pull = torch.randn(profile.depths, SIZE, ROWS, generator=generator)
+    pull = torch.randn(grid.depths, SIZE, ROWS, generator=generator)
 
     def loop() -> tuple[torch.Tensor, torch.Tensor]:
         found, values = codes.clone(), grid.in_base_cells(codes)
