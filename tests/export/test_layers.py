@@ -12,7 +12,7 @@ from shared_work import halves
 from tiny_models import write_checkpoint
 from torch.nn import functional
 
-from mbq_export.format.codes import Sliced, decode_f32
+from mbq_export.format.codes import Sliced, decode_f32, levels
 from mbq_export.model import gradients, sliced_linear
 from mbq_export.model.gradients import lean_backward
 from mbq_export.model.loading import load
@@ -30,26 +30,28 @@ BIAS = torch.linspace(-1, 1, 12)
 def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
     monkeypatch.setattr(sliced_linear, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
     rng = np.random.default_rng(0)
-    return Sliced(
-        rng.integers(0, 256, (12, 128)).astype(np.uint8),
-        rng.uniform(0.5, 1, (12, 2)).astype(np.float16),
-        rng.normal(size=(12, 2)).astype(np.float16),
-    )
+    codes, scales, zeros = (rng.integers(1, 256, (12, columns), np.uint8) for columns in (128, 2, 2))
+    return Sliced(codes, scales, zeros, rng.uniform(0.5, 1, 12).astype(np.float16))
+
+
+def found_levels(sliced: Sliced, bits: int) -> torch.Tensor:
+    return torch.from_numpy(levels(sliced.codes, PROFILE, bits)).float()
 
 
 @pytest.mark.parametrize("kind", [SlicedLinear, TunedLinear])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLinear], depth: int) -> None:
-    layer = kind(sliced, None)
-    weight = weights(layer.codes, layer.scale, layer.offset, PROFILE.depth_bits[depth - 1], torch.float32)
-    np.testing.assert_array_equal(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth))
+    layer = kind(sliced, PROFILE, None)
+    bits = PROFILE.depth_bits[depth - 1]
+    weight = weights(layer.codes, layer.scale, layer.offset, profile=PROFILE, bits=bits, dtype=torch.float32)
+    np.testing.assert_allclose(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "bits", [*PROFILE.depth_bits, torch.full((21,), 4), torch.tensor([8, 3, 4] * 7), torch.tensor([6] * 20 + [3])]
 )
 def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> None:
-    layer = TunedLinear(sliced, BIAS)
+    layer = TunedLinear(sliced, PROFILE, BIAS)
     layer.bits = bits
     x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True)
     wanted = (x, layer.scale_change, layer.offset_change)
@@ -57,8 +59,8 @@ def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> No
     by_hand = torch.autograd.grad(output.square().sum(), wanted)
     of_tokens = []
     for of_token, token in zip(torch.as_tensor(bits).expand(21).tolist(), x.view(21, 128), strict=True):
-        cells = (layer.codes >> (8 - of_token)).view(12, 2, 64).float()
-        weight = layer.scale[:, :, None] * 2.0 ** (2 - of_token) * (cells + 0.5) + layer.offset[:, :, None]
+        cells = PROFILE.step(of_token) * (found_levels(sliced, of_token).view(12, 2, 64) + PROFILE.middle(of_token))
+        weight = layer.scale[:, :, None] * cells + layer.offset[:, :, None]
         of_tokens.append(functional.linear(token, weight.view(12, 128), BIAS))
     expected = torch.stack(of_tokens).view(3, 7, 12)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
@@ -67,7 +69,7 @@ def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> No
 
 
 def test_under_autocast_products_are_bfloat16(sliced: Sliced) -> None:
-    layer, x = SlicedLinear(sliced, BIAS), torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
+    layer, x = SlicedLinear(sliced, PROFILE, BIAS), torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
     assert output.dtype == torch.bfloat16
@@ -81,7 +83,8 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
 ) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", family))))
     slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, unit.name) for unit in checkpoint.decoder.units()
+        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, PROFILE, unit.name)
+        for unit in checkpoint.decoder.units()
     }
     window = torch.arange(1, 33)[None]
     routing, occurring = (lambda avg_bits: dict.fromkeys(slices, halves), {3, 8}) if routed else (None, {8})
@@ -94,7 +97,7 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
             runs += 1
 
         with (
-            sliced_layers(checkpoint, slices, TunedLinear) as tuned,
+            sliced_layers(checkpoint, slices, PROFILE, TunedLinear) as tuned,
             lean_backward(checkpoint),
             budget_control(checkpoint, tuned, PROFILE, routing) as use_budget,
         ):

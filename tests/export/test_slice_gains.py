@@ -29,7 +29,7 @@ def predicted_losses(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> NDArr
     """float64 [tokens, depths] of ``UNIT``, on the labels that ``measure_gains`` draws with seed 0."""
     generator, found = torch.Generator().manual_seed(0), []
     weights = [values_at(slices[UNIT], PROFILE, depth) for depth in range(1, PROFILE.depths + 1)]
-    with sliced_layers(checkpoint, slices, SlicedLinear) as layers:
+    with sliced_layers(checkpoint, slices, PROFILE, SlicedLinear) as layers:
         seen: list[torch.Tensor] = []
         (layer,) = layers[UNIT]
         layer.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
