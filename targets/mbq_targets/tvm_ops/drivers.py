@@ -114,8 +114,10 @@ def matrix_fields(profile: SliceProfile) -> tuple[str, ...]:
     return (*(f"planes_{e}" for e in range(1, profile.depths + 1)), "scales")
 
 
-def matrix_at(weights: Tensor, places: list[Expr]) -> list[Expr]:
+def matrix_at(weights: Tensor, places: list[Expr]) -> Callable[[], list[Expr]]:
     """What kernels take for a sliced matrix: address of the first slice, places of all slices from there, scales.
+
+    The result is called where a kernel is called. TVM gives a buffer away after the last statement that names it.
 
     Args:
         weights: uint8 [bytes].
@@ -125,7 +127,8 @@ def matrix_at(weights: Tensor, places: list[Expr]) -> list[Expr]:
     from_first = T.alloc_buffer((len(planes),), "int64", scope="global")
     for e, place in enumerate(planes):
         store(from_first, e, 1, place - planes[0])
-    return [weights.at(planes[0]), pointer(from_first, T.int64(0)), weights.at(scales)]
+    first, of_scales = weights.at(planes[0]), weights.at(scales)
+    return lambda: [first, pointer(from_first, T.int64(0)), of_scales]
 
 
 def i64(value: Expr) -> Expr:

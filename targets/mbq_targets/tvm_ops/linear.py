@@ -168,7 +168,7 @@ def _product(
 
     def gemv(d: int, place: Expr, begin: Expr, end: Expr) -> None:
         y = out.at(i64(load(tokens, place, 1)) * n + begin * ROW_BLOCK)
-        call(f"gemv_d{d}", *activations(place), *matrix, y, blocks, groups, rows, begin, end)
+        call(f"gemv_d{d}", *activations(place), *matrix(), y, blocks, groups, rows, begin, end)
 
     each(rows, quantize)
     # A single token needs no tile.
@@ -185,7 +185,7 @@ def _product(
                     gemv(d, first + j, begin, end)
                 with T.Else():
                     call(
-                        f"gemm_d{d}", *activations(first), *matrix, out.at(begin * ROW_BLOCK),
+                        f"gemm_d{d}", *activations(first), *matrix(), out.at(begin * ROW_BLOCK),
                         pointer(scratches, i * SCRATCH_BYTES), pointer(tokens, first),
                         blocks, groups, rows, begin, end, count, n,
                     )  # fmt: skip

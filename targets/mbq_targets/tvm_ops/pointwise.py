@@ -34,7 +34,7 @@ def embed(profile: SliceProfile, group: int, name: str) -> None:
 
         def row(m: Expr) -> None:
             call(
-                f"gather_d{profile.depths}", *matrix, out.at(m * k),
+                f"gather_d{profile.depths}", *matrix(), out.at(m * k),
                 bind((rows + ROW_BLOCK - 1) // ROW_BLOCK), bind(k // group), load(ids.flat, m, 1),
             )  # fmt: skip
             with T.serial(0, k // LANES) as i:
