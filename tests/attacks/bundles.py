@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from json_fields import set_in
 from onnx import TensorProto, helper
 from tiny_bundle import write_manifest
 
@@ -25,17 +26,6 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 Attack = Callable[[Path], object]
 
 CONFIG, MANIFEST, GRAPH, TOKENIZER = "genai_config.json", "manifest.json", "model.onnx", "tokenizer.json"
-
-
-def set_in(path: Path, where: str, value: Any) -> None:
-    """Set a value of a JSON file.  where: names with dots between."""
-    document = json.loads(path.read_text())
-    *parents, last = where.split(".")
-    place = document
-    for name in parents:
-        place = place[int(name) if name.isdecimal() else name]
-    place[int(last) if last.isdecimal() else last] = value
-    path.write_text(json.dumps(document))
 
 
 def setting(where: str, value: Any) -> Attack:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ATTACKS, ESCAPES, MANIFEST, REASONS, attack, set_in
+from bundles import ATTACKS, ESCAPES, MANIFEST, REASONS, attack
+from json_fields import set_in
 from tiny_bundle import write_bundle, write_manifest
 
 COMMANDS: tuple[tuple[str, ...], ...] = (("verify",), ("inspect",), ("run",))

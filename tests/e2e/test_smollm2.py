@@ -93,7 +93,9 @@ def test_bits_used_are_the_bits_asked(measured: dict[str, object]) -> None:
         assert realised == pytest.approx(bits, abs=0.25)
 
 
-def test_budget_follows_every_eight_tokens(engine: Engine) -> None:
+@pytest.mark.parametrize("name", ["onnx", "tvm"])
+def test_budget_follows_every_eight_tokens(smollm2_host_bundle: Path, name: str) -> None:
+    engine = Engine.load(smollm2_host_bundle, engine=name)
     budgets = [8.0, 3.0, 6.0, 4.0]
     reply = engine.generate(PROMPT, max_tokens=len(budgets) * 8, avg_bits=budgets[0], chat=False)
     resident = []

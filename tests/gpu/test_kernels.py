@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from devices import Runner, routing, state
+from op_cases import router_params
 
 from mbq_export.format.codes import F32, F64, Sliced, decode
 from mbq_export.format.ops import sliced_gather, sliced_matmul
@@ -114,21 +116,9 @@ def test_gather(runner: Runner, profile: SliceProfile) -> None:
 
 
 def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int) -> RouterParams:
-    more = profile.depths - 1
-    learned: dict[str, Any] = {}
-    if hidden:
-        learned = {
-            "w1": (rng.standard_normal((hidden, k)) / np.sqrt(k)).astype(np.float16),
-            "b1": rng.standard_normal(hidden).astype(np.float32),
-            "w2": rng.standard_normal((more, hidden)).astype(np.float32),
-        }
-    return RouterParams(
-        bias=rng.standard_normal(more).astype(np.float32) * 0.3,
-        norm_gain=rng.uniform(0.5, 1.5, more).astype(np.float32),
-        budgets=np.array([2, 8], np.float32),
-        thresholds=np.array([3, -4], np.float32),
-        **learned,
-    )
+    """A random router whose thresholds have two budgets."""
+    found = router_params(rng, profile.depths, k, hidden)
+    return replace(found, budgets=np.array([2, 8], np.float32), thresholds=np.array([3, -4], np.float32))
 
 
 def router_arrays(params: RouterParams, profile: SliceProfile, share: float = 0.25) -> dict[str, Any]:

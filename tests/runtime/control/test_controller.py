@@ -172,7 +172,7 @@ def test_a_flapping_load_makes_the_rises_rarer() -> None:
     assert all(later - earlier > 600 for earlier, later in pairwise(rises))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (2, 3, 4))])
 def test_noise_in_a_steady_state_makes_no_more_than_one_change_in_20_s(seed: int) -> None:
     noise = random.Random(seed)
     for mean in (0.08, 0.12, 0.2, 0.3):
@@ -272,17 +272,17 @@ def test_a_battery_that_must_last_lowers_the_budget_until_it_does() -> None:
     by = policy("auto", last_until_s=5 * 3600.0)
     state, left_wh = start(by), 40.0
     powers = []
-    for i in range(5 * 3600):
+    for now_s in range(0, 5 * 3600, 5):
         power_w = 5.5 + 0.5 * state.bits
-        left_wh -= power_w / 3600
+        left_wh -= power_w * 5 / 3600
         readings = replace(
             CALM, discharging=True, battery_fraction=left_wh / 40, battery_energy_wh=left_wh, power_w=power_w
         )
-        state, _, _ = step(state, readings, i, by)
+        state, _, _ = step(state, readings, now_s, by)
         powers.append(power_w)
     assert powers[0] == 9.5
     assert left_wh > 0
-    assert powers[1800] <= 8.0
+    assert powers[360] <= 8.0
 
 
 def test_weights_that_do_not_fit_in_memory_are_not_chosen() -> None:

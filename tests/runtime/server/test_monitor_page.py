@@ -15,6 +15,8 @@ from mbq_runtime import Engine
 from mbq_runtime.control.events import Event
 from mbq_runtime.sensing.readings import Readings
 
+pytestmark = pytest.mark.heavy
+
 OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",

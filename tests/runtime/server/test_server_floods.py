@@ -56,6 +56,7 @@ def flood(running: Running, kind: str) -> Iterator[None]:
             attacker.communicate(timeout=20)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["headers", "idle", "bodies", "chunks"])
 def test_a_good_client_beside_a_flood(slow_engine: Engine, kind: str) -> None:
     """A reply takes 0.4 s here, as on a small board; under attack it takes at most twice as long."""

@@ -257,6 +257,7 @@ def test_a_client_of_openai_reads_past_the_comments(slow_engine: Engine, monkeyp
         client.close()
 
 
+@pytest.mark.heavy
 def test_memory_stays_flat_under_many_clients(bundle: Path) -> None:
     """The short form of the benchmark, against a server in its own process."""
     soak = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
