@@ -21,7 +21,6 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests" / "runtime"))
 PACKAGES = {"mbq_export": REPO, "mbq_runtime": REPO / "runtime", "mbq_targets": REPO / "targets"}
-DATA = (".c", ".h", ".html", ".typed", ".py")
 UNWANTED = ("torch", "transformers", "onnx", "tvm")
 """Modules that a board does not need, and that the plain wheel must not bring."""
 
@@ -55,7 +54,7 @@ def source_files() -> set[str]:
         file.relative_to(root).as_posix()
         for package, root in PACKAGES.items()
         for file in (root / package).rglob("*")
-        if file.suffix in DATA or file.name == "py.typed"
+        if file.is_file() and file.parent.name != "__pycache__"
     }
 
 
