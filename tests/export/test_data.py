@@ -244,6 +244,7 @@ def test_parts_of_a_packaged_text_share_nothing(read: Callable[[str], str]) -> N
     assert 0.1 < len(parts["validation"]) / len(parts["calibration"]) < 0.5
 
 
+@pytest.mark.heavy
 def test_the_default_is_text_and_code_and_what_the_model_says(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -400,6 +400,7 @@ def test_whole_graph_at_every_optimisation_level(mlp: bool) -> None:
         assert_close(state.reshape(12, 128), wanted, error=1e-3)
 
 
+@pytest.mark.heavy
 def test_a_hundred_calls_load() -> None:
     profile = SliceProfile.parse("2,2,2,2")
     rng = np.random.default_rng(6)

@@ -23,7 +23,7 @@ PROFILE = SliceProfile((2, 2, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 60))
 
 
-@pytest.mark.parametrize("kind", ["static", "mlp"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("mlp", marks=pytest.mark.heavy)])
 def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
     slices = {

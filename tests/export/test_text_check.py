@@ -33,7 +33,9 @@ def tokenizer(checkpoint: Path) -> Any:
     return AutoTokenizer.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.heavy) if kind == "published_smollm2" else kind for kind in KINDS]
+)
 def test_every_kind_of_tokenizer_passes(kind: str) -> None:
     text_check.check_text(KINDS[kind](), "m")
 

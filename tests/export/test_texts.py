@@ -70,17 +70,26 @@ def test_held_back_prompts() -> None:
     assert len({*turns, *prompts["chat"]}) == len(turns) + 48
 
 
+def few_prompts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """Six prompts of each kind, and short replies in batches of six, until there are 2000 tokens."""
+    whole = json.loads(replies.HELD_BACK.read_text(encoding="utf-8"))
+    prompts = {kind: chats[:6] for kind, chats in whole.items()}
+    file = folder / "prompts.json"
+    file.write_text(json.dumps(prompts), encoding="utf-8")
+    for name, value in (("HELD_BACK", file), ("_BATCH", 6), ("_REPLY_TOKENS", 8), ("_ENOUGH_TOKENS", 2000)):
+        monkeypatch.setattr(replies, name, value)
+    return prompts
+
+
 @pytest.mark.parametrize("kind", replies.KINDS)
 def test_replies_are_written_once(
     checkpoint: Checkpoint, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "_REPLY_TOKENS", 8)
-    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 2000)
+    prompts = few_prompts(monkeypatch, tmp_path)[kind]
     before = torch.random.get_rng_state()
     said = texts.SAID[kind](checkpoint, no_report)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(checkpoint.tokenizer(said)["input_ids"]) >= 2000
-    prompts = json.loads(replies.HELD_BACK.read_text(encoding="utf-8"))[kind]
     for chat in prompts:
         for line in [chat] if isinstance(chat, str) else [*chat["turns"]]:
             assert f"<user>{line}\n<assistant>" in said
@@ -90,8 +99,7 @@ def test_replies_are_written_once(
     assert texts.SAID[kind](checkpoint, no_report) == said
     file.unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(replies, "_REPLY_TOKENS", 8)
-    monkeypatch.setattr(replies, "_ENOUGH_TOKENS", 2000)
+    few_prompts(monkeypatch, tmp_path)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "other"))
     assert texts.SAID[kind](checkpoint, no_report) == said
     with torch.no_grad():
