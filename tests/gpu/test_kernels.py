@@ -19,6 +19,8 @@ from mbq_targets.gpu import attention, matmul, sampling
 from mbq_targets.gpu import routing as rules
 from mbq_targets.gpu.work_groups import WorkGroups
 
+pytestmark = pytest.mark.heavy
+
 PROFILES = [SliceProfile((3, 1, 2, 2)), SliceProfile((2, 2, 2, 2))]
 WORK_GROUPS = [WorkGroups(4, 8, 8, 64, 32), WorkGroups(1, 4, 2, 32, 16), WorkGroups(2, 8, 4, 64, 64)]
 CHUNK = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -103,18 +104,27 @@ def test_threads_are_no_more_than_hung_sensors(tmp_path: Path) -> None:
     machine.until(lambda _: threading.active_count() <= before)
 
 
+def battery_signals(machine: Machine, known: bool) -> list[Signal]:
+    """The signals of BAT0 once all of them have a value, or once none has."""
+
+    def of_battery(signals: Sequence[Signal]) -> list[Signal]:
+        return [one for one in signals if one.name == "BAT0"]
+
+    return of_battery(machine.until(lambda now: all((one.value is not None) is known for one in of_battery(now))))
+
+
 def test_a_device_that_goes_and_comes_back(tmp_path: Path) -> None:
     machine = Machine(THINKPAD, tmp_path)
     machine.settled()
     battery = "/sys/devices/virtual/power_supply/BAT0"
     remove(machine.root, battery)
-    gone = [one for one in machine.settled() if one.name == "BAT0"]
+    gone = battery_signals(machine, known=False)
     assert {one.kind for one in gone} == {Kind.DISCHARGING, Kind.BATTERY, Kind.BATTERY_ENERGY, Kind.BATTERY_POWER}
     assert {one.problem for one in gone} == {"no such file or directory"}
     readings = aggregate(gone, 0)
     assert (readings.discharging, readings.battery_fraction, readings.power_w) == (None, None, None)
     build(machine.root, {path: text for path, text in THINKPAD.files.items() if "/BAT0/" in path})
-    (share,) = [one for one in machine.settled() if one.name == "BAT0" and one.kind is Kind.BATTERY]
+    (share,) = [one for one in battery_signals(machine, known=True) if one.kind is Kind.BATTERY]
     assert share.value == pytest.approx(38.22 / 52.16)
 
 
