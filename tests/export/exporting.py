@@ -23,7 +23,7 @@ def export(model: Path, text: Path, output: Path, *more: str) -> list[str]:
 
 def run(command: list[str]) -> str:
     """What the command said on stdout, and then on stderr."""
-    process = _start(command)
+    process = start(command)
     said = "".join(process.communicate(timeout=_PATIENCE_S))
     assert process.returncode == 0, said
     return said
@@ -31,7 +31,7 @@ def run(command: list[str]) -> str:
 
 def kill_once(command: list[str], reached: Callable[[], bool]) -> None:
     """Run the command and kill it, and all that it has started, as soon as it has ``reached`` something."""
-    process = _start(command)
+    process = start(command)
     deadline = time.monotonic() + _PATIENCE_S
     while not reached():
         assert process.poll() is None, process.communicate()
@@ -44,7 +44,7 @@ def kill_once(command: list[str], reached: Callable[[], bool]) -> None:
     process.communicate()
 
 
-def _start(command: list[str]) -> Running | subprocess.Popen[str]:
+def start(command: list[str]) -> Running | subprocess.Popen[str]:
     """Start a command: an export in a process that has its libraries already."""
     if command[: len(COMMAND)] == COMMAND:
         return Running(command[len(COMMAND) :])

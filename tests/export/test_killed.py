@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from exporting import digests, export, run
+from exporting import digests, export, run, start
 from tiny_models import write_checkpoint
 
 from mbq_export.locks import locked
@@ -43,11 +43,11 @@ def names(folder: Path) -> list[str]:
 
 def ended(command: list[str], number: signal.Signals, draft: Path | None, delay_s: float) -> tuple[int, str]:
     """Exit code and stderr of a command that gets a signal ``delay_s`` after its start, or after ``draft`` exists."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    process = start(command)
     while draft is not None and not draft.exists() and process.poll() is None:
         time.sleep(0.002)
     time.sleep(delay_s)
-    process.send_signal(number)
+    os.kill(process.pid, number)
     said = process.communicate(timeout=120)[1]
     return process.returncode, said
 
