@@ -9,6 +9,8 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 REPO = TESTS.parent
 OWN_PROGRAMS = ("tools", "benchmarks")
@@ -38,6 +40,7 @@ def test_no_test_imports_a_conftest() -> None:
             assert "conftest" not in found, f"{file}: put what is shared into a helper module"
 
 
+@pytest.mark.heavy
 def test_two_folders_with_a_conftest_each_collect_together() -> None:
     folders = [TESTS / "sensing", TESTS / "runtime" / "server", TESTS / "runtime" / "control"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *map(str, folders)]

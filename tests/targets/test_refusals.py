@@ -16,6 +16,8 @@ from op_libraries import Build, runnable
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.spec import KernelSpec
 
+pytestmark = pytest.mark.heavy
+
 PROFILE = SliceProfile((2, 2, 2, 2))
 OPS = r"(RoutedMatMul|SlicedGather|GatedSilu) \""
 N, K, GROUP = 40, 128, 64
