@@ -22,8 +22,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(helper("runtime", "tiny_bundle").write_bundle(tmp_path_factory.mktemp("tiny") / "bundle"))
 
 
-@pytest.mark.parametrize("cpu", ["cortex-a76", "cortex-a72"])
-@pytest.mark.parametrize("prompt", ["hello", "Grüße"])
+@pytest.mark.parametrize(("cpu", "prompt"), [("cortex-a76", "hello"), ("cortex-a72", "Grüße")])
 def test_reply_is_the_hosts(userland: Userland, tiny_bundle: Path, cpu: str, prompt: str) -> None:
     command = ["-m", "mbq_runtime.cli", "run", str(tiny_bundle), prompt, *ARGS]
     host = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", check=False)

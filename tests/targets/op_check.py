@@ -1,9 +1,10 @@
-"""Runs prepared op cases through onnxruntime and compares: ``op_check.py FOLDER LIBRARY``.
+"""Runs prepared op cases through onnxruntime and compares: ``op_check.py FOLDER LIBRARY [FOLDER LIBRARY ...]``.
 
 Needs numpy and onnxruntime only, so the same cases run in a board's userland.  Every sub-folder
 of FOLDER is a case: ``model.onnx`` and ``runs.npz`` with, for every run r, the inputs
 ``r/in/NAME``, the expected outputs ``r/out/NAME`` and the largest absolute difference allowed,
-``r/tol/NAME`` (an array or a number).  Prints a line per failure; exits with 1 if there is one.
+``r/tol/NAME`` (an array or a number).  Prints a line per failure and a closing line per library; exits with 1 if
+there is a failure.
 """
 
 from __future__ import annotations
@@ -48,14 +49,21 @@ def check_case(case: Path, library: Path, threads: int = 2) -> list[str]:
     return problems
 
 
-def main(folder: str, library: str) -> int:
-    cases = sorted(path.parent for path in Path(folder).glob("*/model.onnx"))
-    problems = [line for case in cases for line in check_case(case, Path(library))]
+def check_library(folder: Path, library: Path) -> bool:
+    """Run all cases of a folder.  Tells whether there were some, and none had a problem."""
+    cases = sorted(path.parent for path in folder.glob("*/model.onnx"))
+    problems = [line for case in cases for line in check_case(case, library)]
     for line in problems:
         print(line)
-    print(f"{len(cases)} cases, {len(problems)} problems")
-    return 1 if problems or not cases else 0
+    print(f"{library}: {len(cases)} cases, {len(problems)} problems", flush=True)
+    return bool(cases) and not problems
+
+
+def main(*paths: str) -> int:
+    """paths: folder and library in turn."""
+    results = [check_library(Path(f), Path(b)) for f, b in zip(paths[::2], paths[1::2], strict=True)]
+    return 0 if results and all(results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:]))
