@@ -14,9 +14,16 @@ QUICK := not slow and not heavy
 # Two runs of pytest share the two cores, so each multiplies on one.
 FIRST := tests/sensing tests/runtime
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
-FIRST_HALF := tests/arm64 tests/e2e tests/gpu $(FIRST)
+# Parts of all tests, the longest first: a part begins when a core is free.  The first has the real model, here and on
+# emulated boards; finished exports are kept for the next run.
+PARTS := test-boards test-export test-targets test-rest test-runtime
+test-boards: TESTS := tests/arm64 tests/e2e
+test-export: TESTS := tests/export
+test-targets: TESTS := tests/targets tests/gpu
+test-runtime: TESTS := $(FIRST)
+test-rest: TESTS := $(addprefix --ignore=,tests/arm64 tests/e2e tests/export tests/targets tests/gpu $(FIRST))
 
-.PHONY: demo test test-quick test-quick-first test-quick-second test-first test-second coverage bench dist \
+.PHONY: demo test test-quick test-quick-first test-quick-second $(PARTS) coverage bench dist \
     system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
@@ -31,9 +38,9 @@ test-quick: $(VENV)/.dev
 	$(MAKE) --jobs=2 --output-sync=line test-quick-first test-quick-second
 
 test: $(VENV)/.dev $(VENV)/.rivals system-packages
-	$(MAKE) --jobs=2 --output-sync=line test-first test-second lint
+	$(MAKE) --jobs=2 --output-sync=line $(PARTS) lint
 
-test-quick-first test-quick-second test-first test-second: export OMP_NUM_THREADS := 1
+test-quick-first test-quick-second $(PARTS): export OMP_NUM_THREADS := 1
 
 test-quick-first: $(VENV)/.dev
 	$(PYTEST) -m "$(QUICK)" $(FIRST)
@@ -41,13 +48,8 @@ test-quick-first: $(VENV)/.dev
 test-quick-second: $(VENV)/.dev
 	$(PYTEST) -m "$(QUICK)" $(SECOND)
 
-# Two halves of equal length.  The first has the real model, here and on emulated boards; its exports take longest, and
-# finished ones are kept for the next run.
-test-first: $(VENV)/.dev
-	$(PYTEST) $(FIRST_HALF)
-
-test-second: $(VENV)/.dev
-	$(PYTEST) $(addprefix --ignore=,$(FIRST_HALF))
+$(PARTS): $(VENV)/.dev
+	$(PYTEST) $(TESTS)
 
 # Shares of lines and branches that tests run, those in subprocesses too.  The real model adds minutes and few lines.
 COVERAGE_TESTS ?= -m "not slow"
