@@ -154,33 +154,33 @@ def refusal(of: Written, target: str = "host", calibrated: Calibrated | None = N
     return str(caught.value)
 
 
+@pytest.mark.parametrize("target", ["host", "portable"])
 @pytest.mark.parametrize("broken", LOWERINGS)
 def test_a_broken_lowering_is_named(
-    broken: str, written: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch
+    broken: str, target: str, written: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, mutate, place = LOWERINGS[broken]
     of = written(name)
     mutate(monkeypatch)
-    assert f"the first difference is in {place} (" in refusal(of)
+    assert f"the first difference is in {place} (" in refusal(of, target)
 
 
-def test_a_dropped_bias_is_named(written: Callable[[str], Written]) -> None:
+@pytest.mark.parametrize("target", ["host", "portable"])
+def test_a_dropped_bias_is_named(target: str, written: Callable[[str], Written]) -> None:
     of = written("qwen2")
     units = dict(of.calibrated.units)
     assert units["layers.1.attn_in"].bias is not None
     units["layers.1.attn_in"] = replace(units["layers.1.attn_in"], bias=None)
-    assert "the first difference is in layers.1 attention (" in refusal(
-        of, calibrated=replace(of.calibrated, units=units)
-    )
+    assert "the first difference is in layers.1 attention (" in refusal(of, target, replace(of.calibrated, units=units))
 
 
-@pytest.mark.parametrize("engine", ["onnx", "tvm"])
-def test_another_head_is_named(engine: str, written: Callable[[str], Written]) -> None:
+@pytest.mark.parametrize(("target", "engine"), [("host", "onnx"), ("host", "tvm"), ("portable", "onnx")])
+def test_another_head_is_named(target: str, engine: str, written: Callable[[str], Written]) -> None:
     of = written("qwen3")
     units = dict(of.calibrated.units)
     rolled = units["head"].sliced.rows(np.roll(np.arange(of.checkpoint.decoder.vocab_size), 1))
     units["head"] = replace(units["head"], sliced=rolled)
-    said = refusal(of, "host", replace(of.calibrated, units=units), engine)
+    said = refusal(of, target, replace(of.calibrated, units=units), engine)
     assert "the first difference is in head (" in said
     assert "likeliest next tokens are others" in said
 
