@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mbq_runtime.bundle.manifest import OPS_LIBRARY
+from mbq_runtime.tables import markdown
 
 WARM_RUNS = 5
 
@@ -84,11 +85,12 @@ def main(bundle: Path, bits: str, tokens: int, past: int, threads: int, runs: in
     columns = {b: profile(bundle, threads, tokens, past, float(b), runs) for b in bits.split(",")}
     last = next(reversed(columns.values()))
     print(f"{tokens} tokens behind {past}, {threads} threads, median of {runs}\n")
-    print("| op | " + " | ".join(f"{b} bits: us | %" for b in columns) + " |")
-    print("| --- |" + " ---: | ---: |" * len(columns))
-    for op in sorted(last, key=last.__getitem__, reverse=True):
-        cells = [f"{c[op]:.0f} | {100 * c[op] / c['whole step']:.1f}" for c in columns.values()]
-        print(f"| {op} | " + " | ".join(cells) + " |")
+    headings = ["op", *(heading for b in columns for heading in (f"{b} bits: us", "%"))]
+    rows = [
+        [op, *(cell for c in columns.values() for cell in (f"{c[op]:.0f}", f"{100 * c[op] / c['whole step']:.1f}"))]
+        for op in sorted(last, key=last.__getitem__, reverse=True)
+    ]
+    print(markdown(headings, rows, words=["op"]))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.manifest import read as read_manifest
 from mbq_runtime.commands.common import listed
 from mbq_runtime.perplexity import cut_windows, read_text
+from mbq_runtime.tables import markdown
 
 Tensors = dict[str, Any]
 
@@ -130,8 +131,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         losses, used = select.measure_kinds(calibration, fits, slices, original, budgets)
     found = select.comparison(losses, manifest.router.kind, budgets)
     print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; KL divergence, nats a token")
-    print("| router | " + " | ".join(f"{b:g} bits" for b in budgets) + " |")
-    print("|---" * (1 + len(budgets)) + "|")
+    rows = []
     for kind, by_bits in found.items():
         cells = [
             f"{of['kl_divergence']:.4f}"
@@ -142,7 +142,8 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
             )
             for of in by_bits.values()
         ]
-        print(f"| {kind} | " + " | ".join(cells) + " |")
+        rows.append([kind, *cells])
+    print(markdown(["router", *(f"{b:g} bits" for b in budgets)], rows, words=["router"]))
     if json_file is not None:
         json_file.write_text(json.dumps({"bits_used": used, "routers": found}, indent=1) + "\n")
 

@@ -33,6 +33,7 @@ from versus_models import CHECKPOINTS, OURS, Side, default_work_folder, library_
 from versus_worker import PROBE_BYTES
 
 from mbq_runtime.bundle.manifest import read as read_manifest
+from mbq_runtime.tables import markdown
 from mbq_targets.machines import resolve
 
 WARM_TOKENS = 3
@@ -151,7 +152,15 @@ def _quartiles(line: Line, test: str) -> str:
 
 
 def table(lines: Sequence[Line], tests: Sequence[str], ceiling: float) -> str:
-    rows = [["side", "MB", *(f"{test} tokens/s" for test in tests), "weights GB/s", "of the ceiling", "first token s"]]
+    headings = [
+        "side",
+        "MB",
+        *(f"{test} tokens/s" for test in tests),
+        "weights GB/s",
+        "of the ceiling",
+        "first token s",
+    ]
+    rows = []
     for line in lines:
         rate = line.read_bytes * line.speed("tg") if line.read_bytes and "tg" in tests else None
         rows.append(
@@ -164,8 +173,7 @@ def table(lines: Sequence[Line], tests: Sequence[str], ceiling: float) -> str:
                 f"{line.worker.first_token_s:.2f}",
             ]
         )
-    rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(headings, rows, words=["side"])
 
 
 def ratios(model: str, lines: Sequence[Line], tests: Sequence[str]) -> Iterator[str]:
