@@ -131,7 +131,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         losses, used = select.measure_kinds(calibration, fits, slices, original, budgets)
     found = select.comparison(losses, manifest.router.kind, budgets)
     print(f"{bundle.name}, {data}, {len(measured)} windows of {CONTEXT_TOKENS} tokens; KL divergence, nats a token")
-    rows = []
+    rows: list[list[str]] = []
     for kind, by_bits in found.items():
         cells = [
             f"{of['kl_divergence']:.4f}"

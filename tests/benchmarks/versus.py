@@ -152,15 +152,9 @@ def _quartiles(line: Line, test: str) -> str:
 
 
 def table(lines: Sequence[Line], tests: Sequence[str], ceiling: float) -> str:
-    headings = [
-        "side",
-        "MB",
-        *(f"{test} tokens/s" for test in tests),
-        "weights GB/s",
-        "of the ceiling",
-        "first token s",
-    ]
-    rows = []
+    speeds = [f"{test} tokens/s" for test in tests]
+    headings = ["side", "MB", *speeds, "weights GB/s", "of the ceiling", "first token s"]
+    rows: list[list[str]] = []
     for line in lines:
         rate = line.read_bytes * line.speed("tg") if line.read_bytes and "tg" in tests else None
         rows.append(
