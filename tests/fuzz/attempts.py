@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mutations
+from meaning import Undecided, difference
 
 LIMIT_S = 10.0
 """Longest time to a refusal."""
@@ -30,6 +31,9 @@ EXPORT_LIMIT_S = 120.0
 
 TEXT = "The tide turns twice a day, and twice a day the boats leave the harbour. " * 200
 FAST = ("--calib-tokens", "512", "--method", "rtn", "--router", "static", "--target", "portable")
+
+
+CHANGED, UNDECIDED = "CHANGED: ", "UNDECIDED: "
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Ended:
         if "Traceback" in self.said or "a fault of mbq-export" in self.said:
             return "a traceback"
         if self.code == 0:
-            return ""
+            return "exit code 0 and changed output" if CHANGED in self.said else ""
         if self.seconds > LIMIT_S:
             return f"refused after {self.seconds:.0f} s"
         if len(lines) != 1 or not lines[0].startswith("mbq-export: error: ") or not lines[0].isprintable():
@@ -100,7 +104,7 @@ def _child(arguments: list[str], folder: Path, stderr: int) -> None:
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         code = _exit_code([*arguments, "--json"])
         if code == 0:
-            _verify(arguments)
+            _compare(_verify(arguments), arguments)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -119,14 +123,34 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
-def _verify(arguments: list[str]) -> None:
+def _last(arguments: list[str], option: str) -> Path:
+    """The value that counts of an option."""
+    return Path(arguments[len(arguments) - arguments[::-1].index(option)])
+
+
+def _verify(arguments: list[str]) -> list[Path]:
     from mbq_runtime.bundle import verify_bundle
 
-    last = len(arguments) - arguments[::-1].index("--output")
-    bundles = list(Path(arguments[last]).glob("**/manifest.json"))
+    bundles = [manifest.parent for manifest in _last(arguments, "--output").glob("**/manifest.json")]
     assert bundles, "exit code 0, and no bundle"
-    for manifest in bundles:
-        verify_bundle(manifest.parent)
+    for bundle in bundles:
+        verify_bundle(bundle)
+    return bundles
+
+
+def _compare(bundles: list[Path], arguments: list[str]) -> None:
+    """Compare the bundles that this machine runs with their checkpoint."""
+    from mbq_runtime.bundle.manifest import read
+
+    for bundle in bundles:
+        if read(bundle).target.arch == "any":
+            try:
+                found = difference(_last(arguments, "--model"), bundle)
+            except Undecided as undecided:
+                print(f"{UNDECIDED}{undecided}", file=sys.stderr)
+                continue
+            if found:
+                print(f"{CHANGED}{found}", file=sys.stderr)
 
 
 def load_libraries() -> None:
@@ -185,12 +209,13 @@ def make_case(number: int, seed: int, folder: Path, originals: Path) -> tuple[st
 class Report:
     """Sums over all cases.
 
-    refused, accepted: number of cases by kind; slowest_s: of all refusals; faults: what was wrong, with the case's
-    number and what it said.
+    refused, accepted: number of cases by kind; undecided: accepted cases that transformers does not read; slowest_s: of
+    all refusals; faults: what was wrong, with the case's number and what it said.
     """
 
     refused: Counter[str]
     accepted: Counter[str]
+    undecided: int
     slowest_s: float
     faults: list[str]
 
@@ -205,7 +230,7 @@ def run_cases(numbers: range, seed: int, longest_s: float = math.inf) -> Report:
     """
     load_libraries()
     end = time.monotonic() + longest_s
-    report, work = Report(Counter(), Counter(), 0.0, []), Path(tempfile.mkdtemp(prefix="mbq-fuzz-"))
+    report, work = Report(Counter(), Counter(), 0, 0.0, []), Path(tempfile.mkdtemp(prefix="mbq-fuzz-"))
     try:
         for number in numbers:
             if time.monotonic() > end:
@@ -216,9 +241,11 @@ def run_cases(numbers: range, seed: int, longest_s: float = math.inf) -> Report:
             ended = attempt(arguments, folder)
             if ended.code != 0:
                 report.slowest_s = max(report.slowest_s, ended.seconds)
+            report.undecided += UNDECIDED in ended.said
             (report.accepted if ended.code == 0 else report.refused)[kind] += 1
             if ended.fault:
                 report.faults.append(f"case {number} ({kind}): {ended.fault}: {ended.said[-2000:]}")
+                print(report.faults[-1], file=sys.stderr, flush=True)
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -239,6 +266,7 @@ def main() -> None:
         "cases": sum(report.refused.values()) + sum(report.accepted.values()),
         "refused": sum(report.refused.values()),
         "exported_and_verified": sum(report.accepted.values()),
+        "undecided": report.undecided,
         "slowest_refusal_s": round(report.slowest_s, 1),
         "exported_by_kind": dict(report.accepted),
         "faults": report.faults,

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 from hostile_templates import HOSTILE
-from tiny_models import write_checkpoint
+from tiny_models import TINIEST, write_checkpoint
 from tokenizers import pre_tokenizers
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3-longrope")
+WIDTHS = {"phi3-longrope": {"hidden_size": 128}}  # its tables of positions are for heads of 64
 ROWS, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 264, 64, 128, 2, 4, 2, 16
 
 HOSTILE_VALUES: tuple[Any, ...] = (
@@ -57,7 +58,7 @@ def write_folder(folder: Path, draw: random.Random, originals: Path) -> Path:
     """
     family = draw.choice(FAMILIES)
     if not (originals / family).exists():
-        write_checkpoint(originals / family, family)
+        write_checkpoint(originals / family, family, **{**TINIEST, **WIDTHS.get(family, {})})
     return Path(shutil.copytree(originals / family, folder))
 
 
