@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 from base64 import b64encode
@@ -139,6 +140,42 @@ def doubled(model: onnx.ModelProto) -> None:
 def node(op: str, *inputs: str, **attributes: Any) -> Attack:
     """One node more in the graph."""
     return graph(lambda m: m.graph.node.append(helper.make_node(op, inputs, ["more"], name="more", **attributes)))
+
+
+def with_tensors(op: str, *tensors: TensorProto, **attributes: Any) -> Attack:
+    """One node more, of tensors of its own."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.extend(tensors)
+        names = [tensor.name for tensor in tensors]
+        model.graph.node.append(helper.make_node(op, names, ["more"], name="more", **attributes))
+
+    return graph(change)
+
+
+def zeros(name: str, *shape: int, kind: int = TensorProto.FLOAT) -> TensorProto:
+    """A tensor whose content is small, as its shape says."""
+    size = math.prod(shape) * (8 if kind == TensorProto.INT64 else 4)
+    return TensorProto(name=name, dims=shape, data_type=kind, raw_data=bytes(size))
+
+
+def an_attribute_that_comes_twice(model: onnx.ModelProto) -> None:
+    """Readers disagree which of them counts."""
+    (found,) = (node for node in model.graph.node if node.output[0] == "total64")
+    found.attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("axis", 0)])
+
+
+def a_row_again_and_again(model: onnx.ModelProto) -> None:
+    """100,000 times 100,000 numbers."""
+    model.graph.initializer.extend([zeros("wide", 1, 100_000), zeros("again", 100_000, kind=TensorProto.INT64)])
+    (found,) = (node for node in model.graph.node if node.output[0] == "total64")
+    found.input[:] = ["wide", "again"]
+
+
+def logits_of_every_token(model: onnx.ModelProto) -> None:
+    """The head takes all tokens of a pass."""
+    (found,) = (node for node in model.graph.node if node.output[0] == "raw")
+    found.input[0] = "h"
 
 
 def function(name: str, *nodes: onnx.NodeProto) -> Attack:
@@ -327,6 +364,17 @@ SEALED: dict[str, Attack] = {
     "a shape in a function": function(
         "Router", whole_numbers("by", 1 << 40), helper.make_node("ConstantOfShape", ["by"], ["y"], name="more")
     ),
+    "a column plus a row": with_tensors("Add", zeros("column", 200_000, 1), zeros("row", 1, 200_000)),
+    "a product of a column and a row": with_tensors("MatMul", zeros("column", 200_000, 1), zeros("row", 1, 200_000)),
+    "a row gathered again and again": graph(a_row_again_and_again),
+    "logits of every token": graph(logits_of_every_token),
+    "a value that two nodes give": graph(
+        lambda m: m.graph.node.append(helper.make_node("MatMul", ["h", "head"], ["h"]))
+    ),
+    "a value that nobody gives": node("MatMul", "nothing", "head"),
+    "a value of the wrong width": node("MatMul", "h", "cos"),
+    "an attribute that comes twice": graph(an_attribute_that_comes_twice),
+    "an input that no decoder has": graph(lambda m: m.graph.input.add(name="other")),
     "a negative shape": graph(a_negative_shape),
     "a graph that is cut off": lambda f: (f / GRAPH).write_bytes((f / GRAPH).read_bytes()[:-100]),
     "an empty graph": lambda f: (f / GRAPH).write_bytes(b""),
@@ -467,6 +515,15 @@ REASONS = {
     "padding in a function": "'more' (Pad) adds more",
     "padding by an input of a function": "'more' (Pad) adds more",
     "a shape in a function": "'more' (ConstantOfShape) has a shape",
+    "a column plus a row": "makes 40000000000 numbers",
+    "a product of a column and a row": "makes 40000000000 numbers",
+    "a row gathered again and again": "makes 10000000000 numbers",
+    "logits of every token": "[1, 8, 264]",
+    "a value that two nodes give": "is there already",
+    "a value that nobody gives": "no node before it gives",
+    "a value of the wrong width": "does not fit its inputs",
+    "an attribute that comes twice": "axis comes twice",
+    "an input that no decoder has": "the input 'other'",
     "a long context": "positions",
     "a large vocabulary": "logits",
     "many layers": "past_key_values.1.key",

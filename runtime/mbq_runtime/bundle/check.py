@@ -18,6 +18,7 @@ from .onnx_file import UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node
 from .parameters import check_parameters, matrix_kinds
 from .reading import check_text, read_json
+from .shapes import Value, bounds, infer
 from .tensors import WEIGHTS, read_entries
 from .tokenizer_file import check_tokenizer
 
@@ -91,6 +92,7 @@ def _check_onnx(folder: Path, manifest: Manifest, settings: Settings | None) -> 
         _check_codes(path, tensors, manifest)
     if settings is not None:
         _check_cache_inputs(path, graph, manifest, settings)
+        _check_pass(path, graph, manifest, settings)
 
 
 def _check_tvm(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
@@ -188,6 +190,47 @@ def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: 
                 f"{path}: {name} has shape {list(shape) or 'none'}, needed {settings.kv_heads} heads of "
                 f"{settings.head_dim} as genai_config.json says; export the bundle again"
             )
+
+
+def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings) -> None:
+    """Infer all shapes of the largest pass: nothing is larger than the model's widths need."""
+    model, linears = manifest.model, manifest.weights.linears
+    tokens = min(settings.chunk_size, model.context_length)
+    cache = Value((1, settings.kv_heads, model.context_length, settings.head_dim))
+    inputs = {
+        "input_ids": Value((1, tokens)),
+        "attention_mask": Value((1, model.context_length)),
+        "avg_bits": Value((1,)),
+        "scored": Value((1,), (1,)),
+        **{f"past_key_values.{layer}.{part}": cache for layer in range(model.layers) for part in _KEY_VALUE},
+    }
+    given = dict(inputs)
+    for tensor in graph.initializers:
+        if tensor.name in given:
+            raise BundleError(f"{path}: two values have the name {tensor.name[:80]!r}; export the bundle again")
+        given[tensor.name] = Value(tensor.shape, tensor.numbers)
+    if unknown := sorted(graph.inputs.keys() - inputs.keys()):
+        raise BundleError(f"{path}: the input {unknown[0][:80]!r} is none of a decoder; export the bundle again")
+    weight_bytes = sum(tensor.bytes for tensor in graph.initializers)
+    if weight_bytes < model.vocab_size * model.hidden_size:
+        raise BundleError(
+            f"{path}: {weight_bytes} bytes of weights, needed {model.vocab_size * model.hidden_size} for "
+            f"{model.vocab_size} tokens and width {model.hidden_size}; export the bundle again"
+        )
+    widths = [side for linear in linears for side in ((linear.K,) if linear.name == "head" else (linear.N, linear.K))]
+    width = max(
+        model.hidden_size, (settings.heads + 2 * settings.kv_heads) * settings.head_dim, len(linears), *widths, 1
+    )
+    try:
+        found = infer(graph.nodes, graph.functions, given, bounds(tokens, width, model.vocab_size, weight_bytes))
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}; do not trust the bundle, export it again") from None
+    shape = found["logits"].shape if "logits" in found else ()
+    if shape != (1, 1, model.vocab_size):
+        raise BundleError(
+            f"{path}: logits get the shape {list(shape) or 'none'}, needed [1, 1, {model.vocab_size}]; "
+            "export the bundle again"
+        )
 
 
 def _check_rotated(path: Path, name: str, shape: tuple[int, ...], settings: Settings | None) -> None:

@@ -13,22 +13,35 @@ from math import prod
 from pathlib import Path
 
 from ..errors import BundleError
-from .operators import Node, full_name
+from .operators import Constant, Function, Node, Reference, full_name
 from .reading import open_file
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 14, 20, 25
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 8, 14, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-_FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN, _FUNCTION_ATTRIBUTE = 1, 7, 10, 11
-_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 7, 8, 9, 13
+_FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_ATTRIBUTE, _FUNCTION_NODE = 1, 4, 5, 6, 7
+_FUNCTION_OPSET, _FUNCTION_DOMAIN, _FUNCTION_DEFAULT = 9, 10, 11
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR, _ATTRIBUTE_FLOATS, _ATTRIBUTE_INTS = 1, 3, 5, 7, 8
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE, _ATTRIBUTE_REFERENCE = 10, (6, 11), (22, 23), 21
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
+_TENSOR_INTS = {6: 5, 7: 7}
+"""Field of the numbers of an int32 and of an int64 tensor."""
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 1, 2, 1, 2, 1, 1
+
+# A field that comes twice has the last value for some readers, and both for others.  These are lists.
+_MODEL_LISTS = (_MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION)
+_GRAPH_LISTS = (_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE, 13)
+_FUNCTION_LISTS = (_FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_OPSET)
+_NODE_LISTS = (_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE)
+_ATTRIBUTE_LISTS = (_ATTRIBUTE_FLOATS, _ATTRIBUTE_INTS, 9, _ATTRIBUTE_TENSORS)
+_TENSOR_LISTS = (_TENSOR_DIMS, 4, *_TENSOR_INTS.values(), 10, 11, _TENSOR_EXTERNAL)
 
 _MOST_BYTES = 16 << 20  # the exporter keeps larger tensors in another file
 _MOST_FIELDS = 500_000  # a graph of 100 blocks has fewer than 100,000
 _MOST_DIMENSIONS = 8
+_MOST_NUMBERS = 64  # of a tensor whose numbers are followed
 
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element, by onnx.TensorProto.DataType."""
@@ -46,6 +59,7 @@ class Tensor:
     file: name of the file that holds its content; "" for the ONNX file itself.
     offset: place of the content in that file, in bytes.
     length: size of the content, in bytes.
+    numbers: its elements, if they are few whole numbers that the ONNX file holds.
     """
 
     name: str
@@ -54,6 +68,7 @@ class Tensor:
     file: str
     offset: int
     length: int
+    numbers: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int:
@@ -69,7 +84,7 @@ class Graph:
     inputs: dimensions of each input by name; 0 for a dimension without a number.
     outputs: the same of each output.
     nodes: its nodes.
-    functions: nodes of each function, by the name of its operator.
+    functions: by the names of their operators.
     attention_tables: names of the rotary tables that attention nodes read.
     outside: why the file reaches for what a decoder does not need; "" where it does not.
     """
@@ -78,7 +93,7 @@ class Graph:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
-    functions: dict[str, list[Node]] = field(default_factory=dict)
+    functions: dict[str, Function] = field(default_factory=dict)
     attention_tables: set[str] = field(default_factory=set)
     outside: str = ""
 
@@ -123,7 +138,7 @@ class _Reader:
         self._left = _MOST_FIELDS
 
     def model(self, data: memoryview) -> Graph:
-        for number, value in self._fields(data):
+        for number, value in self._fields(data, _MODEL_LISTS):
             if number == _MODEL_GRAPH:
                 self._outer(_run(value))
             elif number == _MODEL_FUNCTION:
@@ -135,20 +150,27 @@ class _Reader:
         return self._graph
 
     def _function(self, data: memoryview) -> None:
-        name, domain, nodes = "", "", list[Node]()
-        for number, value in self._fields(data):
+        name, domain, function = "", "", Function()
+        for number, value in self._fields(data, _FUNCTION_LISTS):
             if number == _FUNCTION_NODE:
-                nodes.append(self._node(_run(value)))
-            elif number == _FUNCTION_ATTRIBUTE:
-                self._attribute(_run(value))
+                function.nodes.append(self._node(_run(value)))
+            elif number == _FUNCTION_DEFAULT:
+                self._graph.outside = "a function has attributes of its own"
+            elif number == _FUNCTION_INPUT:
+                function.inputs.append(_text(value))
+            elif number == _FUNCTION_OUTPUT:
+                function.outputs.append(_text(value))
             elif number == _FUNCTION_NAME:
                 name = _text(value)
             elif number == _FUNCTION_DOMAIN:
                 domain = _text(value)
-        self._graph.functions.setdefault(full_name(domain, name), []).extend(nodes)
+        op = full_name(domain, name)
+        if op in self._graph.functions:
+            raise ValueError(f"the function {op[:80]} comes twice")
+        self._graph.functions[op] = function
 
     def _outer(self, data: memoryview) -> None:
-        for number, value in self._fields(data):
+        for number, value in self._fields(data, _GRAPH_LISTS):
             if number == _GRAPH_INITIALIZER:
                 self._graph.initializers.append(self._tensor(_run(value)))
             elif number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
@@ -161,8 +183,8 @@ class _Reader:
                 self._graph.outside = "it has sparse weights"
 
     def _node(self, data: memoryview) -> Node:
-        node, op, domain, attributes = Node(), "", "", 0
-        for number, value in self._fields(data):
+        node, op, domain = Node(), "", ""
+        for number, value in self._fields(data, _NODE_LISTS):
             if number == _NODE_INPUT:
                 node.inputs.append(_text(value))
             elif number == _NODE_OUTPUT:
@@ -174,35 +196,35 @@ class _Reader:
             elif number == _NODE_DOMAIN:
                 domain = _text(value)
             elif number == _NODE_ATTRIBUTE:
-                constant, attributes = self._attribute(_run(value)), attributes + 1
-                node.constant = constant if attributes == 1 else None
+                self._attribute(_run(value), node)
         if op == "GroupQueryAttention":
             self._graph.attention_tables.update(node.inputs[7:9])
         node.op = full_name(domain, op)
         return node
 
-    def _attribute(self, data: memoryview) -> list[int] | None:
-        """The whole numbers of a constant, where it has some."""
-        constant = None
-        for number, value in self._fields(data):
-            if number in _ATTRIBUTE_TENSORS:
-                constant = self._constant(_run(value))
+    def _attribute(self, data: memoryview, node: Node) -> None:
+        name, found, numbers = "", list[int | Constant | Reference](), list[int]()
+        for number, value in self._fields(data, _ATTRIBUTE_LISTS):
+            if number == _ATTRIBUTE_NAME:
+                name = _text(value)
+            elif number == _ATTRIBUTE_INT:
+                found.append(_signed(value))
+            elif number == _ATTRIBUTE_INTS:
+                numbers += _whole_numbers(value)
+            elif number == _ATTRIBUTE_REFERENCE:
+                found.append(Reference(_text(value)))
+            elif number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                tensor = self._tensor(_run(value))
+                found.append(Constant(tensor.shape, tensor.numbers))
+                if tensor.file:
+                    self._graph.outside = "a node reads another file"
             elif number in _ATTRIBUTE_GRAPHS:
                 self._graph.outside = "a node has a graph of its own, such as a loop"
             elif number in _ATTRIBUTE_SPARSE:
                 self._graph.outside = "it has sparse weights"
-        return constant
-
-    def _constant(self, data: memoryview) -> list[int] | None:
-        if self._tensor(data).file:
-            self._graph.outside = "a node reads another file"
-        values = list[int]()
-        for number, value in self._fields(data):
-            if number == _TENSOR_INTS:
-                values += [value] if isinstance(value, int) else _varints(value)
-            elif number == _TENSOR_RAW:
-                return None
-        return values if len(values) <= _MOST_DIMENSIONS else None
+        if name in node.attributes or len(found) + bool(numbers) > 1:
+            raise ValueError(f"the attribute {name[:80]} comes twice")
+        node.attributes[name] = found[0] if found else numbers or None
 
     def _value(self, data: memoryview) -> tuple[str, tuple[int, ...]]:
         name, dims = "", list[int]()
@@ -226,36 +248,54 @@ class _Reader:
         shape: list[int] = []
         name, element_type = "", 0
         external: dict[str, str] = {}
-        for number, value in self._fields(data):
+        raw: memoryview | None = None
+        whole: dict[int, list[int]] = {field: [] for field in _TENSOR_INTS.values()}
+        for number, value in self._fields(data, _TENSOR_LISTS):
             if number == _TENSOR_DIMS:
-                shape += [value] if isinstance(value, int) else _varints(value)
+                shape += _whole_numbers(value)
             elif number == _TENSOR_TYPE and isinstance(value, int):
                 element_type = value
             elif number == _TENSOR_NAME:
                 name = _text(value)
+            elif number == _TENSOR_RAW:
+                raw = _run(value)
+            elif number in whole:
+                whole[number] += _whole_numbers(value)
             elif number == _TENSOR_EXTERNAL:
-                entry = {inner: _text(text) for inner, text in self._fields(_run(value))}
+                entry = {inner: _text(text) for inner, text in self._fields(_run(value), ())}
                 key = entry.get(_ENTRY_KEY, "")
                 if key in external:
                     raise ValueError(f"{key[:40]} of {name[:80]} comes twice")
                 external[key] = entry.get(_ENTRY_VALUE, "")
         if len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"{name[:80]} has {len(shape)} dimensions")
-        tensor = Tensor(
-            name, tuple(shape), element_type, external.get("location", ""), _place(external, "offset", 0), 0
-        )
+        file, offset = external.get("location", ""), _place(external, "offset", 0)
+        tensor = Tensor(name, tuple(shape), element_type, file, offset, 0)
         length = _place(external, "length", tensor.bytes)
-        return Tensor(tensor.name, tensor.shape, tensor.element_type, tensor.file, tensor.offset, length)
+        numbers = None
+        if element_type in _TENSOR_INTS and not file and prod(shape) <= _MOST_NUMBERS:
+            numbers = _content(whole[_TENSOR_INTS[element_type]], raw, ELEMENT_BYTES[element_type])
+            if len(numbers) != prod(shape):
+                raise ValueError(f"{name[:80]} has {len(numbers)} numbers, needed {prod(shape)}")
+        return Tensor(tensor.name, tensor.shape, element_type, file, offset, length, numbers)
 
-    def _fields(self, data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-        """(field number, whole number or bytes) of a message, in file order."""
-        at = 0
+    def _fields(self, data: memoryview, lists: tuple[int, ...] | None = None) -> Iterator[tuple[int, int | memoryview]]:
+        """(field number, whole number or bytes) of a message, in file order.
+
+        Args:
+            data: the message.
+            lists: fields that may come more than once; None for all.
+        """
+        at, seen = 0, set[int]()
         while at < len(data):
             self._left -= 1
             if self._left < 0:
                 raise ValueError(f"more than {_MOST_FIELDS} fields")
             tag, at = _varint(data, at)
             number, kind = tag >> 3, tag & 7
+            if lists is not None and number not in lists and number in seen:
+                raise ValueError(f"field {number} comes twice")
+            seen.add(number)
             if kind == 0:
                 value, at = _varint(data, at)
                 yield number, value
@@ -294,12 +334,33 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
             raise ValueError("a number runs on")
 
 
-def _varints(data: memoryview) -> list[int]:
+def _signed(value: int | memoryview) -> int:
+    """A whole number, of which a file holds the two's complement."""
+    if not isinstance(value, int):
+        raise ValueError("bytes where a number belongs")
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _whole_numbers(value: int | memoryview) -> list[int]:
+    """One number, or those of a packed list; not many more than are followed."""
+    if isinstance(value, int):
+        return [_signed(value)]
     values, at = list[int](), 0
-    while at < len(data) and len(values) <= _MOST_DIMENSIONS:
-        value, at = _varint(data, at)
-        values.append(value)
+    while at < len(value) and len(values) <= _MOST_NUMBERS:
+        number, at = _varint(value, at)
+        values.append(_signed(number))
     return values
+
+
+def _content(numbers: list[int], raw: memoryview | None, bytes_each: int) -> tuple[int, ...]:
+    """The numbers of a tensor, which has them as a list or as bytes."""
+    if raw is None:
+        return tuple(numbers)
+    if numbers:
+        raise ValueError("a tensor has two contents")
+    starts = range(0, len(raw), bytes_each)
+    return tuple(int.from_bytes(raw[at : at + bytes_each], "little", signed=True) for at in starts)
 
 
 def _run(value: int | memoryview) -> memoryview:

@@ -7,7 +7,9 @@ that is computed.  So each operator has its place and its count, and all others 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 _MBQ, _MS = "ai.mbq.", "com.microsoft."
 _MOST_PADDED = 1  # the exporter adds one score, and one row
@@ -121,6 +123,26 @@ FUNCTIONS: dict[str, _Counts] = {
 """Most nodes of each function of a portable graph: a number, and a number more for each slice."""
 
 
+class Reference(NamedTuple):
+    """An attribute that a function takes from the node that calls it.
+
+    name: of the attribute of that node.
+    """
+
+    name: str
+
+
+class Constant(NamedTuple):
+    """A tensor that is an attribute.
+
+    shape: its dimensions.
+    numbers: its elements, if they are few whole numbers.
+    """
+
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None
+
+
 @dataclass
 class Node:
     """One node.
@@ -128,14 +150,33 @@ class Node:
     op: operator, with its domain before it; the standard domain is left out.
     inputs, outputs: names of values.
     name: of the node.
-    constant: whole numbers of a Constant; None: it has none, or too many.
+    attributes: by name; a whole number, a list of them, a Constant, a Reference, or None for all else.
     """
 
     op: str = ""
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     name: str = ""
-    constant: list[int] | None = None
+    attributes: dict[str, int | list[int] | Constant | Reference | None] = field(default_factory=dict)
+
+    @property
+    def constant(self) -> tuple[int, ...] | None:
+        """Whole numbers of a Constant; None: it has none, or too many."""
+        value = self.attributes.get("value")
+        return value.numbers if isinstance(value, Constant) else None
+
+
+@dataclass
+class Function:
+    """A function that nodes call by its name.
+
+    inputs, outputs: names of values.
+    nodes: in the order in which they run.
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
 
 
 def full_name(domain: str, op: str) -> str:
@@ -148,12 +189,12 @@ def full_name(domain: str, op: str) -> str:
     return op if domain in ("", "ai.onnx") else f"{domain}.{op}"
 
 
-def unknown_node(nodes: list[Node], functions: dict[str, list[Node]], layers: int, slices: int) -> str:
+def unknown_node(nodes: list[Node], functions: Mapping[str, Function], layers: int, slices: int) -> str:
     """What a graph has and an exported one has not; "" for nothing.
 
     Args:
         nodes: of the graph.
-        functions: nodes of each function by name.
+        functions: by the name of their operator.
         layers: decoder blocks.
         slices: slices of a matrix.
     """
@@ -162,7 +203,7 @@ def unknown_node(nodes: list[Node], functions: dict[str, list[Node]], layers: in
             return f"the function {name[:80]!r} is none that the exporter writes"
     found = _surplus(nodes, GRAPH, layers)
     for name, body in functions.items():
-        found = found or _surplus(body, FUNCTIONS[name], slices)
+        found = found or _surplus(body.nodes, FUNCTIONS[name], slices)
     return found
 
 

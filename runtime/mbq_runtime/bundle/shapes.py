@@ -1,0 +1,473 @@
+"""Infers the shape of every value of an ONNX graph, for the largest pass that an engine runs.
+
+A few nodes can ask for any amount of memory: a column plus a row, or a Gather of one row again and again.  So no value
+may be larger than the widths of the model need, and no products may take more work than the weights need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import prod
+from typing import Any, NamedTuple
+
+from .operators import Constant, Function, Node, Reference
+
+_MOST_NUMBERS = 64
+"""Most elements of a value whose numbers are followed: shapes, axes and sizes."""
+
+_INT64 = 1 << 63
+
+_WORK = 32
+"""Most products of two numbers, for each token and each byte of weights.
+
+A byte has at most 8 slices.  Each takes two terms of an activation, and the head runs twice."""
+
+
+class Value(NamedTuple):
+    """What is known of a value before the graph runs.
+
+    shape: its dimensions; where they depend on data, the largest.
+    numbers: its elements, where they are a few whole numbers that follow from shapes and constants.
+    """
+
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+class _Refused(ValueError):
+    """The message names the node."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a graph may ask for.
+
+    numbers: elements of a value, where none of its node's inputs has as many.
+    work: products of two numbers in all nodes together.
+    """
+
+    numbers: int
+    work: int
+
+
+def bounds(tokens: int, width: int, vocab_size: int, weight_bytes: int) -> Bounds:
+    """What a graph may ask for in one pass.
+
+    Args:
+        tokens: of the pass.
+        width: of the widest row of a token, the logits aside.
+        vocab_size: logits of the last token.
+        weight_bytes: bytes of all weights.
+    """
+    terms = 2  # rows of an activation of 16 bits in a product
+    return Bounds(terms * max(tokens * width, vocab_size), _WORK * tokens * weight_bytes)
+
+
+def infer(
+    nodes: Sequence[Node], functions: Mapping[str, Function], given: Mapping[str, Value], most: Bounds
+) -> dict[str, Value]:
+    """Infer all values of a graph.
+
+    Args:
+        nodes: of the graph, in the order in which they run.
+        functions: by the name of their operator.
+        given: inputs and initialisers by name.
+        most: what the graph may ask for.
+
+    Returns:
+        All values by name.
+
+    Raises:
+        ValueError: a node takes a value that no node before it gives, does not fit its inputs, or asks for more memory
+            or work than it may; the message names the node.
+    """
+    inference = _Inference(functions, most)
+    found, _ = inference.values(nodes, given, {})
+    return found
+
+
+class _Inference:
+    def __init__(self, functions: Mapping[str, Function], most: Bounds) -> None:
+        self._functions, self._most, self._work = functions, most, 0
+        self._calls: dict[Any, tuple[list[Value], int]] = {}
+
+    def values(
+        self, nodes: Sequence[Node], given: Mapping[str, Value], outer: Mapping[str, Any]
+    ) -> tuple[dict[str, Value], int]:
+        """All values by name, and the products that the nodes take.
+
+        Args:
+            nodes: of a graph or a function.
+            given: its inputs.
+            outer: attributes of the node that calls the function.
+        """
+        found, work = dict(given), 0
+        for node in nodes:
+            shown = f"node {(node.name or ''.join(node.outputs[:1]))[:80]!r} ({node.op[:80]})"
+            missing = next((name for name in node.inputs if name and name not in found), "")
+            if missing:
+                raise _Refused(f"{shown} takes {missing[:80]!r}, which no node before it gives")
+            inputs = [found[name] if name else None for name in node.inputs]
+            try:
+                outputs, products = self._node(node, inputs, outer)
+            except _Refused:
+                raise
+            except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError, AttributeError):
+                shapes = ", ".join(str(list(value.shape)) if value else "none" for value in inputs)
+                raise _Refused(f"{shown} does not fit its inputs of shape {shapes[:200]}") from None
+            most = max(self._most.numbers, *(value.size for value in inputs if value), 0)
+            for name, value in zip(node.outputs, outputs, strict=False):
+                if name in found:
+                    raise _Refused(f"{shown} gives {name[:80]!r}, which is there already")
+                if value.size > most:
+                    raise _Refused(f"{shown} makes {value.size} numbers at a time, needed at most {most}")
+                if name:
+                    found[name] = value
+            work += products
+            if work > self._most.work:
+                raise _Refused(f"{shown} is one product more than the weights need")
+        return found, work
+
+    def _node(self, node: Node, inputs: list[Value | None], outer: Mapping[str, Any]) -> tuple[list[Value], int]:
+        attributes = {
+            name: outer.get(value.name) if isinstance(value, Reference) else value
+            for name, value in node.attributes.items()
+        }
+        if node.op in self._functions:
+            return self._call(node.op, inputs, attributes)
+        outputs = _RULES[node.op](inputs, attributes)
+        if any(side < 0 for value in outputs for side in value.shape):
+            raise ValueError
+        inner = _INNER.get(node.op)
+        return outputs, outputs[0].size * inner(inputs, attributes) if inner else 0
+
+    def _call(self, name: str, inputs: list[Value | None], attributes: dict[str, Any]) -> tuple[list[Value], int]:
+        """Equal calls are looked at once: the blocks of a decoder are alike."""
+        key = (name, tuple(inputs), tuple((k, str(v)) for k, v in sorted(attributes.items())))
+        if key not in self._calls:
+            body = self._functions[name]
+            if len(inputs) > len(body.inputs):
+                raise ValueError
+            given = {inner: value for inner, value in zip(body.inputs, inputs, strict=False) if value}
+            found, work = self.values(body.nodes, given, attributes)
+            self._calls[key] = [found[output] for output in body.outputs], work
+        return self._calls[key]
+
+
+_Inputs = list[Value | None]
+_Attributes = Mapping[str, Any]
+_Rule = Callable[[_Inputs, _Attributes], list[Value]]
+
+
+def _given(inputs: _Inputs, at: int) -> Value:
+    value = inputs[at]
+    if value is None:
+        raise ValueError
+    return value
+
+
+def _optional(inputs: _Inputs, at: int) -> Value | None:
+    return inputs[at] if at < len(inputs) else None
+
+
+def _numbers(value: Value | None) -> tuple[int, ...]:
+    """Whole numbers that must be known."""
+    if value is None or value.numbers is None:
+        raise ValueError
+    return value.numbers
+
+
+def _axis(attributes: _Attributes, default: int, rank: int) -> int:
+    return _place(attributes.get("axis", default), rank)
+
+
+def _place(axis: int, rank: int) -> int:
+    if not -rank <= axis < rank:
+        raise ValueError
+    return axis % rank
+
+
+def _known(shape: tuple[int, ...], numbers: Sequence[int]) -> list[Value]:
+    if not all(-_INT64 <= number < _INT64 for number in numbers):
+        raise ValueError
+    return [Value(shape, tuple(numbers) if len(numbers) <= _MOST_NUMBERS else None)]
+
+
+def _wider(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of values that are spread over each other."""
+    found = []
+    for sides in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        longer = {side for side in sides if side != 1}
+        if len(longer) > 1:
+            raise ValueError
+        found.append(longer.pop() if longer else 1)
+    return tuple(reversed(found))
+
+
+def _spread(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    return [Value(_wider(*(value.shape for value in inputs if value)))]
+
+
+def _arithmetic(count: Callable[[int, int], int]) -> _Rule:
+    """Of two values, whose numbers are counted with where they are known."""
+
+    def rule(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+        (found,) = _spread(inputs, attributes)
+        a, b = (_given(inputs, at).numbers for at in (0, 1))
+        if a is None or b is None or len(found.shape) > 1:
+            return [found]
+        return _known(found.shape, [count(a[i % len(a)], b[i % len(b)]) for i in range(found.size)])
+
+    return rule
+
+
+def _same(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    return [Value(_given(inputs, 0).shape)]
+
+
+def _quotient(a: int, b: int) -> int:
+    if min(a, b) < 0:
+        raise ValueError
+    return a // b
+
+
+def _shape(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape[slice(attributes.get("start", 0), attributes.get("end"))]
+    return _known((len(shape),), shape)
+
+
+def _constant(_: _Inputs, attributes: _Attributes) -> list[Value]:
+    (value,) = attributes.values()
+    return [Value(value.shape, value.numbers)] if isinstance(value, Constant) else _known((), [value + 0])
+
+
+def _filled(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    return [Value(_numbers(inputs[0]))]
+
+
+def _concat(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    values = [_given(inputs, at) for at in range(len(inputs))]
+    first = values[0].shape
+    axis = _axis(attributes, 0, len(first))
+    for value in values:
+        if len(value.shape) != len(first) or any(
+            a != b for i, (a, b) in enumerate(zip(value.shape, first, strict=True)) if i != axis
+        ):
+            raise ValueError
+    shape = (*first[:axis], sum(value.shape[axis] for value in values), *first[axis + 1 :])
+    if len(first) > 1 or any(value.numbers is None for value in values):
+        return [Value(shape)]
+    return _known(shape, [number for value in values for number in _numbers(value)])
+
+
+def _gather(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    data, rows = _given(inputs, 0), _given(inputs, 1)
+    axis = _axis(attributes, 0, len(data.shape))
+    shape = data.shape[:axis] + rows.shape + data.shape[axis + 1 :]
+    if data.numbers is None or rows.numbers is None or len(data.shape) != 1:
+        return [Value(shape)]
+    return _known(shape, [data.numbers[row] for row in rows.numbers])
+
+
+def _gather_nd(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    data, rows = _given(inputs, 0).shape, _given(inputs, 1).shape
+    if attributes.get("batch_dims", 0) or not 0 < rows[-1] <= len(data):
+        raise ValueError
+    return [Value(rows[:-1] + data[rows[-1] :])]
+
+
+def _slice(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    shape = list(_given(inputs, 0).shape)
+    starts, ends = _numbers(inputs[1]), _numbers(inputs[2])
+    axes = _numbers(inputs[3]) if _optional(inputs, 3) else range(len(starts))
+    steps = _numbers(inputs[4]) if _optional(inputs, 4) else [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step < 1:
+            raise ValueError
+        axis = _place(axis, len(shape))
+        shape[axis] = len(range(shape[axis])[start:end:step])
+    return [Value(tuple(shape))]
+
+
+def _split(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    axis = _axis(attributes, 0, len(shape))
+    parts = attributes.get("num_outputs", 0)
+    sizes = _numbers(inputs[1]) if len(inputs) > 1 else (shape[axis] // parts,) * min(parts, _MOST_NUMBERS)
+    if sum(sizes) != shape[axis] or min(sizes) < 0:
+        raise ValueError
+    return [Value((*shape[:axis], size, *shape[axis + 1 :])) for size in sizes]
+
+
+def _reshape(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    data, sizes = _given(inputs, 0), _numbers(inputs[1])
+    copied = 0 if attributes.get("allowzero", 0) else 1
+    shape = [data.shape[i] if size == 0 and copied else size for i, size in enumerate(sizes)]
+    if -1 in shape:
+        at = shape.index(-1)
+        shape[at] = data.size // prod(shape[:at] + shape[at + 1 :])
+    if min(shape, default=0) < 0 or prod(shape) != data.size:
+        raise ValueError
+    return [Value(tuple(shape), data.numbers)]
+
+
+def _flatten(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    axis = attributes.get("axis", 1)
+    return [Value((prod(shape[:axis]), prod(shape[axis:])))]
+
+
+def _unsqueeze(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    shape, axes = _given(inputs, 0).shape, _numbers(inputs[1])
+    rank = len(shape) + len(axes)
+    places, sides = {_place(axis, rank) for axis in axes}, iter(shape)
+    return [Value(tuple(1 if i in places else next(sides) for i in range(rank)))]
+
+
+def _transpose(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    order = attributes.get("perm", list(range(len(shape)))[::-1])
+    if sorted(order) != list(range(len(shape))):
+        raise ValueError
+    return [Value(tuple(shape[i] for i in order))]
+
+
+def _reduce(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    if attributes.get("noop_with_empty_axes", 0):
+        raise ValueError
+    axes = _numbers(inputs[1]) if _optional(inputs, 1) else range(len(shape))
+    places = {_place(axis, len(shape)) for axis in axes}
+    return [_without(shape, places, attributes)]
+
+
+def _arg(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    return [_without(shape, {_axis(attributes, 0, len(shape))}, attributes)]
+
+
+def _without(shape: tuple[int, ...], places: set[int], attributes: _Attributes) -> Value:
+    kept = attributes.get("keepdims", 1)
+    return Value(tuple(1 if i in places else side for i, side in enumerate(shape) if kept or i not in places))
+
+
+def _non_zero(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    value = _given(inputs, 0)
+    return [Value((len(value.shape), value.size))]
+
+
+def _pad(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    shape, by = _given(inputs, 0).shape, _numbers(inputs[1])
+    if len(inputs) > 3 or len(by) != 2 * len(shape):
+        raise ValueError
+    sides = tuple(side + a + b for side, a, b in zip(shape, by, by[len(shape) :], strict=False))
+    if min(sides) < 0:
+        raise ValueError
+    return [Value(sides)]
+
+
+def _product(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    a, b = _given(inputs, 0).shape, _given(inputs, 1).shape
+    if min(len(a), len(b)) < 2 or a[-1] != b[-2]:
+        raise ValueError
+    return [Value((*_wider(a[:-2], b[:-2]), a[-2], b[-1]))]
+
+
+def _gemm(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    a, b = _given(inputs, 0).shape, _given(inputs, 1).shape
+    a = a[::-1] if attributes.get("transA", 0) else a
+    b = b[::-1] if attributes.get("transB", 0) else b
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        raise ValueError
+    added = _optional(inputs, 2)
+    if added and _wider((a[0], b[1]), added.shape) != (a[0], b[1]):
+        raise ValueError
+    return [Value((a[0], b[1]))]
+
+
+def _packed_product(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    if shape[-1] != attributes["K"]:
+        raise ValueError
+    return [Value((*shape[:-1], attributes["N"]))]
+
+
+def _routed_product(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    return [*_packed_product(inputs, attributes), Value(_given(inputs, 1).shape[:-1])]
+
+
+def _packed_gather(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    return [Value((*_given(inputs, 0).shape, attributes["K"]))]
+
+
+def _gate(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    shape = _given(inputs, 0).shape
+    return [Value((*shape[:-1], shape[-1] // 2))]
+
+
+def _norm(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    x = _given(inputs, 0)
+    return [x] * 4
+
+
+def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """Query, key and value in one or in three; the cache has all positions already."""
+    query, past = _given(inputs, 0).shape, _given(inputs, 3).shape
+    heads, pairs = attributes["num_heads"], attributes["kv_num_heads"]
+    stacked = heads if _optional(inputs, 1) else heads + 2 * pairs
+    if len(query) != 3 or past[1] != pairs or query[-1] != stacked * past[3]:
+        raise ValueError
+    return [Value((*query[:2], heads * past[3])), *[Value(past)] * 2]
+
+
+_MS, _MBQ = "com.microsoft.", "ai.mbq."
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("BitShift", "BitwiseAnd", "Greater", "GreaterOrEqual", "LessOrEqual", "Max", "Where"), _spread),
+    **dict.fromkeys(
+        ("Abs", "Cast", "Clip", "Gelu", f"{_MS}QuickGelu", "Log", "Round", "ScatterND", "Sigmoid", "Sqrt"), _same
+    ),
+    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
+    **dict.fromkeys(("SimplifiedLayerNormalization", f"{_MS}SkipSimplifiedLayerNormalization"), _norm),
+    **dict.fromkeys((f"{_MBQ}GatedGelu", f"{_MBQ}GatedSilu"), _gate),
+    "Add": _arithmetic(lambda a, b: a + b),
+    "ArgMin": _arg,
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _filled,
+    "Div": _arithmetic(_quotient),
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "MatMul": _product,
+    "Mul": _arithmetic(lambda a, b: a * b),
+    "NonZero": _non_zero,
+    "Pad": _pad,
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Split": _split,
+    "Sub": _arithmetic(lambda a, b: a - b),
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    f"{_MBQ}RoutedMatMul": _routed_product,
+    f"{_MBQ}SlicedGather": _packed_gather,
+    f"{_MS}GroupQueryAttention": _attention,
+    f"{_MS}MatMulNBits": _packed_product,
+}
+"""Shapes of the outputs of each operator that a graph may have."""
+
+_INNER: dict[str, Callable[[_Inputs, _Attributes], int]] = {
+    "Gemm": lambda inputs, attributes: _given(inputs, 0).shape[0 if attributes.get("transA", 0) else 1],
+    "MatMul": lambda inputs, _: _given(inputs, 0).shape[-1],
+    f"{_MBQ}RoutedMatMul": lambda _, attributes: int(attributes["K"]),
+    f"{_MS}MatMulNBits": lambda _, attributes: int(attributes["K"]),
+}
+"""Products for each number of the result."""
