@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from changes import HOSTILE_VALUES, damage, make_odd, mutate_json, mutate_safetensors
 from gguf import GGUFValueType, GGUFWriter
 from hostile_templates import HOSTILE
 from tiny_models import TINIEST, write_checkpoint
@@ -20,11 +20,6 @@ FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3-longrope")
 WIDTHS = {"phi3-longrope": {"hidden_size": 128}}  # its tables of positions are for heads of 64
 ROWS, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 264, 64, 128, 2, 4, 2, 16
 
-HOSTILE_VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 3, 7, 64, 1000, 10**9, 2**31, 2**63, 10**30, -(10**30), 0.0, -0.5, 1e-320, 1e308,
-    float("nan"), float("inf"), "", "x", "-1", "9" * 400, "\x1b]0;x\x07", "\ud800", "../..", [], [1], [[]], [-1, "a"],
-    {}, {"a": 1}, [0] * 1000, "longrope", "yarn", "llama3", "dynamic", "gelu",
-)  # fmt: skip
 CONFIG_KEYS: dict[str, Any] = {
     "rope_scaling": {"rope_type": "yarn", "factor": -2.0},
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 0},
@@ -62,33 +57,8 @@ def write_folder(folder: Path, draw: random.Random, originals: Path) -> Path:
     return Path(shutil.copytree(originals / family, folder))
 
 
-def _nodes(document: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value in a JSON document; few of each long list."""
-    found: list[tuple[Any, Any]] = []
-    if isinstance(document, dict | list):
-        keys = list(document) if isinstance(document, dict) else list(range(len(document)))
-        for key in keys[:40]:
-            found.append((document, key))
-            found += _nodes(document[key])
-    return found
-
-
-def _mutate_json(path: Path, draw: random.Random) -> None:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    for _ in range(draw.randint(1, 3)):
-        nodes = _nodes(document)
-        if not nodes:
-            break
-        container, key = draw.choice(nodes)
-        if draw.random() < 0.15:
-            del container[key]
-        else:
-            container[key] = draw.choice(HOSTILE_VALUES)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
 def _json_file(name: str) -> Callable[[Path, random.Random], None]:
-    return lambda folder, draw: _mutate_json(folder / name, draw)
+    return lambda folder, draw: mutate_json(folder / name, draw)
 
 
 def config_keys(folder: Path, draw: random.Random) -> None:
@@ -104,23 +74,6 @@ def config_keys(folder: Path, draw: random.Random) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def damage(path: Path, draw: random.Random, first_bytes: int) -> None:
-    """Cut a file off, or change some bytes of its beginning.
-
-    Args:
-        path: the file.
-        draw: the generator.
-        first_bytes: changes fall into this many bytes.
-    """
-    data = bytearray(path.read_bytes())
-    if draw.random() < 0.2:
-        data = data[: draw.randrange(len(data))]
-    else:
-        for _ in range(draw.choice((1, 1, 2, 8, 64))):
-            data[draw.randrange(min(first_bytes, len(data)))] = draw.randrange(256)
-    path.write_bytes(data)
-
-
 def any_bytes(folder: Path, draw: random.Random) -> None:
     """Damage one file of the folder."""
     damage(draw.choice(sorted(folder.iterdir())), draw, 4096)
@@ -128,14 +81,7 @@ def any_bytes(folder: Path, draw: random.Random) -> None:
 
 def safetensors_header(folder: Path, draw: random.Random) -> None:
     """The header of the weights gets a wrong value, and its right length."""
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    container, key = draw.choice(_nodes(header))
-    container[key] = draw.choice(HOSTILE_VALUES)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    mutate_safetensors(folder / "model.safetensors", draw)
 
 
 def template(folder: Path, draw: random.Random) -> None:
@@ -145,17 +91,7 @@ def template(folder: Path, draw: random.Random) -> None:
 
 def odd_files(folder: Path, draw: random.Random) -> None:
     """A file is missing, empty, a folder, a pipe, or a link to a device."""
-    path = draw.choice(sorted(folder.iterdir()))
-    path.unlink()
-    kind = draw.choice(("missing", "empty", "folder", "pipe", "device", "loop"))
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind in ("device", "loop"):
-        path.symlink_to("/dev/zero" if kind == "device" else path)
+    make_odd(draw.choice(sorted(folder.iterdir())), draw)
 
 
 FOLDER_MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {

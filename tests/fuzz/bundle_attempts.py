@@ -1,0 +1,281 @@
+"""Mutated bundles with right hashes: what verify, inspect and run make of them, in a fork for each bundle.
+
+By hand:  PYTHONPATH=tests/export:tests/runtime python tests/fuzz/bundle_attempts.py --cases 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bundle_mutations as mutations
+from tiny_bundle import write_bundle
+
+LIMIT_S = 10
+"""Processor time of all three commands."""
+WAIT_S = 120
+"""Longest wait on a machine that does other work."""
+REFUSAL_MB = 200
+"""Memory of a refusal, that of the process that forks aside."""
+
+PROMPT = ("A", "--raw", "--max-tokens", "4", "--json")
+COMMANDS: tuple[tuple[str, ...], ...] = (("verify",), ("inspect",), ("run",))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the commands ended on one bundle.
+
+    code: 0, or what ended the process: below zero a signal, None the time limit.
+    codes: exit codes of the commands; said: what each said on stderr; text: the reply of run.
+    seconds: of processor time; mb: most memory, beyond that of the process that forked.
+    """
+
+    code: int | None
+    codes: list[int]
+    said: list[str]
+    text: str
+    seconds: float
+    mb: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the bundle was run."""
+        return self.code == 0 and self.codes[-1] == 0
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the ending, or an empty text."""
+        if self.code is None:
+            return "no end"
+        if self.code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"no end after {LIMIT_S} s of work"
+        if self.code < 0:
+            return f"signal {signal.Signals(-self.code).name}"
+        if self.code or len(self.codes) != len(COMMANDS):
+            return "a traceback"
+        for code, said in zip(self.codes, self.said, strict=True):
+            lines = said.splitlines()
+            if "Traceback" in said or code not in (0, 4):
+                return f"exit code {code}"
+            if code and (len(lines) != 1 or not lines[0].startswith("mbq: error: ") or not lines[0].isprintable()):
+                return f"{len(lines)} lines on stderr, not one"
+        if not self.accepted and self.codes[0] and self.mb > REFUSAL_MB:
+            return f"refused with {self.mb:.0f} MB"
+        if self.codes[0] and self.accepted:
+            return "verify refuses what run takes"
+        return ""
+
+
+def attempt(folder: Path, elsewhere: Path) -> Ended:
+    """Run all commands on a bundle in a fork of this process.
+
+    Args:
+        folder: the bundle.
+        elsewhere: the current folder of the commands.
+    """
+    with tempfile.TemporaryFile() as told:
+        pid = os.fork()
+        if pid == 0:
+            _child(folder, elsewhere, told.fileno())
+        waited, status = 0.0, None
+        while waited < WAIT_S:
+            done, status, usage = os.wait4(pid, os.WNOHANG)
+            if done:
+                break
+            status = None
+            time.sleep(0.005)
+            waited += 0.005
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            _, _, usage = os.wait4(pid, 0)
+        told.seek(0)
+        results = [json.loads(line) for line in told.read().decode().splitlines()]
+    seconds = usage.ru_utime + usage.ru_stime
+    code = None if status is None else os.waitstatus_to_exitcode(status)
+    text = results[-1]["out"] if len(results) == len(COMMANDS) else ""
+    return Ended(code, [r["code"] for r in results], [r["err"] for r in results], text, seconds, usage.ru_maxrss / 1000)
+
+
+def _child(folder: Path, elsewhere: Path, told: int) -> None:
+    code = 1
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 1))
+        os.chdir(elsewhere)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        for command in COMMANDS:
+            found = _command([*command, str(folder), *(PROMPT if command == ("run",) else ())])
+            os.write(told, json.dumps(found).encode() + b"\n")
+        code = 0
+    except BaseException:
+        os.write(told, json.dumps({"code": 99, "out": "", "err": traceback.format_exc()}).encode() + b"\n")
+    finally:
+        os._exit(code)
+
+
+def _command(arguments: list[str]) -> dict[str, Any]:
+    from mbq_runtime.cli import main
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        found: dict[str, Any] = {"code": main(arguments)}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for name, file in (("out", out), ("err", err)):
+            file.seek(0)
+            found[name] = file.read().decode(errors="backslashreplace")
+    return found
+
+
+def originals(folder: Path, targets: Sequence[str] = ("portable", "host")) -> dict[str, Path]:
+    """Whole bundles by name: the tiny graph of the tests, and exports of a tiny model.
+
+    Args:
+        folder: where to write them.
+        targets: of the exports.
+    """
+    program = Path(__file__).with_name("write_originals.py")
+    for target in targets:
+        subprocess.run([sys.executable, str(program), str(folder), target], check=True, stdout=subprocess.DEVNULL)
+    return {"tiny": write_bundle(folder / "tiny"), **{target: folder / target for target in targets}}
+
+
+@dataclass
+class Report:
+    """Sums over all cases.
+
+    refused, accepted: bundles by kind of change; changed: accepted bundles with another reply, whose content was
+    changed; slowest_s: processor time of all refusals; largest_mb: memory of all refusals; faults: what was wrong.
+    """
+
+    refused: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+    changed: int = 0
+    slowest_s: float = 0.0
+    largest_mb: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, number: int, kind: str, ended: Ended, expected: str) -> None:
+        """Add one case.
+
+        Args:
+            number: of the case.
+            kind: of the change.
+            ended: how it ended.
+            expected: the reply of the unchanged bundle.
+        """
+        (self.accepted if ended.accepted else self.refused)[kind] += 1
+        fault = ended.fault
+        if ended.accepted:
+            same = _reply(ended.text) == _reply(expected)
+            if not same and kind in mutations.MEANS_THE_SAME:
+                fault = fault or f"exit code 0 and changed output: {ended.text[:200]}"
+            self.changed += not same
+        else:
+            self.slowest_s = max(self.slowest_s, ended.seconds)
+            self.largest_mb = max(self.largest_mb, ended.mb)
+        if fault:
+            self.faults.append(f"case {number} ({kind}): {fault}: {[said[-900:] for said in ended.said]}")
+            print(self.faults[-1], file=sys.stderr, flush=True)
+
+
+def _reply(text: str) -> tuple[object, object]:
+    found = json.loads(text)
+    return found["text"], found["tokens"]
+
+
+def load_packages() -> None:
+    """Import what every command imports, once for all forks."""
+    import jinja2.sandbox  # noqa: F401
+    import numpy  # noqa: F401
+    import onnxruntime_genai  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    import mbq_runtime.commands.inspect
+    import mbq_runtime.commands.run
+    import mbq_runtime.commands.verify
+    import mbq_runtime.control.energy
+    import mbq_runtime.engine.engine  # noqa: F401
+
+
+def run_cases(
+    numbers: range, seed: int, make: Callable[[Path], Mapping[str, Path]] = originals, longest_s: float = 1e9
+) -> Report:
+    """Run cases and sum up how they ended.
+
+    Args:
+        numbers: of the cases; kinds of change take turns.
+        seed: with the number, decides all draws.
+        make: writes the unchanged bundles.
+        longest_s: no case starts after this time.
+    """
+    load_packages()
+    end, report = time.monotonic() + longest_s, Report()
+    work = Path(tempfile.mkdtemp(prefix="mbq-fuzz-bundles-"))
+    try:
+        whole = make(work)
+        elsewhere = work / "elsewhere"
+        elsewhere.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+        expected = {}
+        for name, folder in whole.items():
+            ended = attempt(folder, elsewhere)
+            assert ended.accepted, (name, ended)
+            expected[name] = ended.text
+        for number in numbers:
+            if time.monotonic() > end:
+                break
+            draw = random.Random(f"{seed} {number}")
+            name = draw.choice(list(whole))
+            kinds = mutations.kinds(whole[name])
+            kind = kinds[number % len(kinds)]
+            folder = Path(shutil.copytree(whole[name], work / "bundle"))
+            mutations.mutate(folder, kind, draw)
+            report.add(number, kind, attempt(folder, elsewhere), expected[name])
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def main() -> None:
+    """Run cases and print the sums as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=500, help="number of cases")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--longest", type=float, default=1e9, help="seconds after which no case starts")
+    options = parser.parse_args()
+    numbers = range(options.first, options.first + options.cases)
+    report = run_cases(numbers, options.seed, longest_s=options.longest)
+    document = {
+        "cases": sum(report.refused.values()) + sum(report.accepted.values()),
+        "refused": sum(report.refused.values()),
+        "run": sum(report.accepted.values()),
+        "run_with_another_reply": report.changed,
+        "slowest_refusal_s": round(report.slowest_s, 1),
+        "largest_refusal_mb": round(report.largest_mb),
+        "run_by_kind": dict(report.accepted),
+        "faults": report.faults,
+    }
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()
