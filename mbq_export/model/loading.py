@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbq_runtime.errors import ModelError
+from mbq_runtime.bundle.check import check_tokenizer_files
+from mbq_runtime.errors import BundleError, ModelError
 
 from .boundary import reading
 from .checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
 from .mapped_weights import in_file
 from .source import ModelSource, read_json, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
-from .text_check import check_text
+from .text_check import check_text, without_folder
 
 _UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Stored by old versions of transformers, which compute it since."""
@@ -129,14 +130,18 @@ def _generation_config(source: ModelSource) -> list[Any]:
     with reading(source.name, "generation_config.json"):
         from transformers import GenerationConfig
 
-        _check_saved(GenerationConfig.from_pretrained(folder))
+        _check_saved(GenerationConfig.from_pretrained(folder), source.name)
     return [type("GenerationValues", (), {"eos_token_id": values.get("eos_token_id")})()]
 
 
-def _check_saved(generation_config: Any) -> None:
-    """Save it as a bundle does: transformers refuses some values only then."""
+def _check_saved(generation_config: Any, name: str) -> None:
+    """Save it as a bundle does: transformers refuses some values only then, and a board others."""
     with tempfile.TemporaryDirectory(prefix="mbq-generation-") as folder:
         generation_config.save_pretrained(folder)
+        try:
+            check_tokenizer_files(Path(folder))
+        except BundleError as error:
+            raise ModelError(f"{name}: {without_folder(folder, error)}") from None
 
 
 def _config(source: ModelSource) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mbq_runtime.bundle.check import check_tokenizer_files
 from mbq_runtime.engine.template import TemplateLimitError
 from mbq_runtime.engine.tokenizer import Tokenizer
 from mbq_runtime.errors import MbqError, ModelError
@@ -71,9 +72,10 @@ def check_text(tokenizer: Any, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="mbq-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         try:
+            check_tokenizer_files(Path(folder))
             board = Tokenizer(Path(folder))
         except MbqError as error:
-            raise ModelError(f"{name}: a board cannot read its tokenizer: {_without(folder, error)}") from None
+            raise ModelError(f"{name}: a board cannot read its tokenizer: {without_folder(folder, error)}") from None
         if board.has_chat_template:
             for what, (messages, options) in CONVERSATIONS.items():
                 _check_conversation(tokenizer, board, f"{name}: the chat template", what, messages, options)
@@ -93,9 +95,9 @@ def _check_conversation(
     try:
         ours, reason = board.template.render(messages, options, strict=False), ""
     except TemplateLimitError as error:
-        raise ModelError(f"{where} cannot be used: {_without(str(board.path), error)}") from None
+        raise ModelError(f"{where} cannot be used: {without_folder(str(board.path), error)}") from None
     except MbqError as error:
-        ours, reason = None, _without(str(board.path), error)
+        ours, reason = None, without_folder(str(board.path), error)
     try:
         theirs = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
@@ -129,6 +131,11 @@ def _check_tokens(tokenizer: Any, board: Tokenizer, name: str, text: str) -> Non
         )
 
 
-def _without(folder: str, error: MbqError) -> str:
-    """The message of an error, without the temporary folder."""
+def without_folder(folder: str, error: MbqError) -> str:
+    """The message of an error, without the temporary folder.
+
+    Args:
+        folder: the temporary folder.
+        error: an error that names a file in it.
+    """
     return str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")

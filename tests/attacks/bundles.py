@@ -301,6 +301,11 @@ def replacing(old: str, new: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
+def cutting(expression: str) -> dict[str, Any]:
+    """A step that cuts text."""
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
 def template(*pieces: Any) -> dict[str, Any]:
     """The step that puts tokens around a text."""
     special = {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}}
@@ -409,6 +414,16 @@ SEALED: dict[str, Attack] = {
     "an expression that matches nothing": tokens(
         "normalizer", steps("normalizers", *[{**replacing("", "AAA"), "pattern": {"Regex": ""}}] * 4)
     ),
+    "an expression that takes 2^n steps": tokens("pre_tokenizer", cutting("(A+)+$")),
+    "an expression that takes n^9 steps": tokens(
+        "normalizer", {**cutting("A*" * 8 + "B"), "type": "Replace", "content": ""}
+    ),
+    "an expression that refers to itself": tokens("pre_tokenizer", steps("pretokenizers", cutting(r"(A\g<1>?)+"))),
+    "an expression that looks back": tokens("decoder", {**cutting("(?<=A+)B"), "type": "Replace", "content": "C"}),
+    "an expression of 2000 letters": tokens("pre_tokenizer", cutting("A" * 2000)),
+    "spaces that are tried again and again": tokens("pre_tokenizer", cutting(r"\s+$")),
+    "an expression that is a number": tokens("pre_tokenizer", {**cutting(""), "pattern": {"Regex": 1}}),
+    "a template of the wrong kind": tokens("post_processor", {**template(TEXT), "single": 1}),
     "bytes of bytes": tokens("normalizer", steps("normalizers", *[{"type": "ByteLevel"}] * 7)),
     "a table of long texts": tokens(
         "normalizer", {"type": "Precompiled", "precompiled_charsmap": b64encode(bytes(4) + b"A" * 65).decode()}
@@ -494,7 +509,20 @@ REASONS = {
     "7 steps that double a reply": "128 times longer",
     "a long text for a letter": "65 letters",
     "an expression that matches nothing": "256 times longer",
+    **dict.fromkeys(
+        (
+            "an expression that takes 2^n steps",
+            "an expression that takes n^9 steps",
+            "an expression that refers to itself",
+            "an expression that looks back",
+            "an expression of 2000 letters",
+            "spaces that are tried again and again",
+            "an expression that is a number",
+        ),
+        "none of those whose time is known",
+    ),
     "bytes of bytes": "128 times longer",
+    "a template of the wrong kind": "no list",
     "a table of long texts": "65 times longer",
     "a step without a type": "without a type",
     "a template that repeats the text": "repeats the text",

@@ -48,15 +48,28 @@ def check_bundle(folder: Path, manifest: Manifest) -> Settings:
     check_sizes(folder, manifest)
     check_unlisted(folder, manifest)
     settings = read_settings(folder, manifest)
-    for entry in manifest.files:
-        if entry.name == "tokenizer.json":
-            check_tokenizer(folder / entry.name)
-        elif entry.name in _TEXTS:
-            check_text(folder / entry.name, _TEXTS[entry.name])
-        elif entry.name in _OTHER_JSON:
-            read_json(folder / entry.name, _OTHER_JSON[entry.name], most_digits=_MOST_DIGITS)
+    check_tokenizer_files(folder)
     _check_engines(folder, manifest, settings)
     return settings
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check the files that make text of tokens, and what saves with them; those that are there.
+
+    Args:
+        folder: folder of a bundle, or one that a tokenizer was saved to.
+
+    Raises:
+        BundleError: a file cannot be read, is too large, or has what no bundle may have.
+    """
+    if (folder / "tokenizer.json").exists():
+        check_tokenizer(folder / "tokenizer.json")
+    for name, most_bytes in _TEXTS.items():
+        if (folder / name).exists():
+            check_text(folder / name, most_bytes)
+    for name, most_bytes in _OTHER_JSON.items():
+        if (folder / name).exists():
+            read_json(folder / name, most_bytes, most_digits=_MOST_DIGITS)
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:
@@ -225,12 +238,14 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
         found = infer(graph.nodes, graph.functions, given, bounds(tokens, width, model.vocab_size, weight_bytes))
     except ValueError as error:
         raise BundleError(f"{path}: {error}; do not trust the bundle, export it again") from None
-    shape = found["logits"].shape if "logits" in found else ()
-    if shape != (1, 1, model.vocab_size):
-        raise BundleError(
-            f"{path}: logits get the shape {list(shape) or 'none'}, needed [1, 1, {model.vocab_size}]; "
-            "export the bundle again"
-        )
+    outputs = dict.fromkeys(("logits", "all_logits"), (1, 1, model.vocab_size)) | {"avg_bits_used": (1,)}
+    outputs |= {name.replace("past_key_values", "present"): cache.shape for name in inputs if "past" in name}
+    for name, needed in outputs.items():
+        shape = found[name].shape if name in found else ()
+        if shape != needed:
+            raise BundleError(
+                f"{path}: {name} gets the shape {list(shape) or 'none'}, needed {list(needed)}; export the bundle again"
+            )
 
 
 def _check_rotated(path: Path, name: str, shape: tuple[int, ...], settings: Settings | None) -> None:

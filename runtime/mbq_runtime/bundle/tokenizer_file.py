@@ -1,4 +1,4 @@
-"""Checks ``tokenizer.json``: one meaning for every reader, and steps that cannot make a text much longer.
+"""Checks ``tokenizer.json``: one meaning for every reader, quick steps, and steps that make a text little longer.
 
 Steps run one after another, so their growth multiplies: 34 steps that each double a text need gigabytes for a word.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
+from .expressions import is_quick
 from .reading import parse_json, read_file
 
 _MOST_BYTES = 64 << 20  # published models have half as much at most
@@ -78,11 +79,19 @@ def _check_section(section: str, steps: list[Mapping[str, Any]]) -> None:
         for key, value in step.items():
             if key not in ("pattern", "precompiled_charsmap"):
                 _check_sizes(f"{section}: {step['type'][:_MOST_LETTERS]}", value)
+        _check_expression(section, step.get("pattern"))
         for name in ("single", "pair"):
             _check_template(section, step.get(name))
         growth *= _growth(section, step)
     if growth > _MOST_GROWTH:
         raise ValueError(f"{section} makes a text {growth:.3g} times longer, needed at most {_MOST_GROWTH}")
+
+
+def _check_expression(section: str, pattern: Any) -> None:
+    expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if expression is not None and not (isinstance(expression, str) and is_quick(expression)):
+        shown = str(expression)[:_MOST_LETTERS]
+        raise ValueError(f"{section} has the expression {shown!r}, which is none of those whose time is known")
 
 
 def _growth(section: str, step: Mapping[str, Any]) -> float:
@@ -113,6 +122,8 @@ def _longest_mapping(section: str, charsmap: Any) -> float:
 
 def _check_template(section: str, pieces: Any) -> None:
     """A template holds each text once."""
+    if not isinstance(pieces, list | None):
+        raise ValueError(f"{section} has a template that is no list")
     found = [piece["Sequence"] for piece in pieces or () if isinstance(piece, dict) and "Sequence" in piece]
     twice = Counter(str(one.get("id")) if isinstance(one, dict) else "" for one in found)
     if max(twice.values(), default=0) > 1:

@@ -6,7 +6,8 @@ The library is that of Hugging Face, which also reads the tokenizer at the expor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Tokenizer:
     def opening_tokens(self) -> list[int]:
         """What the tokenizer puts before every text: often [bos], or nothing."""
         plain = self.encode("a")
-        full = self._native.encode("a", add_special_tokens=True).ids
+        with _library_errors(f"{self.path}: the tokenizer fails for a letter"):
+            full = self._native.encode("a", add_special_tokens=True).ids
         opening = full[: len(full) - len(plain)]
         return list(opening) if full[len(opening) :] == plain else []
 
@@ -62,7 +64,8 @@ class Tokenizer:
         if half := _SURROGATE.search(text):
             code = ord(half[0])
             raise UsageError(f"text has U+{code:04X}, half a character, at position {half.start()}; remove it")
-        return list(self._native.encode(text, add_special_tokens=False).ids)
+        with _library_errors(f"{self.path}: the tokenizer fails for this text"):
+            return list(self._native.encode(text, add_special_tokens=False).ids)
 
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """Render a conversation, ready for the reply.
@@ -127,8 +130,21 @@ class TextStream:
         return new
 
     def _decode(self) -> str:
-        text: str = self._native.decode(self._window, skip_special_tokens=True)
+        with _library_errors("the tokenizer fails for the tokens of the reply"):
+            text: str = self._native.decode(self._window, skip_special_tokens=True)
         return text
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """The library raises Exception itself, and a BaseException where its own code fails."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"{what}: {reason}; check the files with mbq verify") from None
 
 
 def _read(file: Path) -> Any:
@@ -136,16 +152,8 @@ def _read(file: Path) -> Any:
         from tokenizers import Tokenizer as Native
     except ImportError as error:
         raise UsageError(f"tokenizers cannot be imported ({error}): pip install tokenizers") from None
-    try:
+    with _library_errors(f"{file}: the tokenizer cannot be loaded"):
         native = Native.from_file(str(file))
-    # The library raises Exception itself, and a BaseException where its own code fails.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise BundleError(
-            f"{file}: the tokenizer cannot be loaded: {reason}; check the files with mbq verify"
-        ) from None
     native.no_padding()
     native.no_truncation()
     return native
