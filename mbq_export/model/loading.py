@@ -217,7 +217,7 @@ def _check_tables(checkpoint: Checkpoint) -> None:
     """Refuse now what would fail when the bundle is written: rotations, and the generation config."""
     decoder, name = checkpoint.decoder, checkpoint.source.name
     with reading(name, "generation config"):
-        _check_saved(checkpoint.model.generation_config)
+        _check_saved(checkpoint.model.generation_config, name)
     with reading(name, "rotary parameters"):
         for kind in {decoder.rotary_kind(layer) for layer in range(decoder.layers)}:
             last = checkpoint.rotary_at(kind, [0, decoder.context_length - 1])
