@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -42,7 +43,7 @@ def mutate_json(path: Path, draw: random.Random) -> None:
         if draw.random() < 0.15:
             del container[key]
         else:
-            container[key] = draw.choice(HOSTILE_VALUES)
+            container[key] = copy.deepcopy(draw.choice(HOSTILE_VALUES))
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -74,7 +75,7 @@ def mutate_safetensors(path: Path, draw: random.Random) -> None:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     container, key = draw.choice(nodes(header))
-    container[key] = draw.choice(HOSTILE_VALUES)
+    container[key] = copy.deepcopy(draw.choice(HOSTILE_VALUES))
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -70,7 +71,7 @@ def config_keys(folder: Path, draw: random.Random) -> None:
             name = draw.choice(list(CONFIG_KEYS))
             config[name] = CONFIG_KEYS[name]
         else:
-            config[draw.choice(list(config))] = draw.choice(HOSTILE_VALUES)
+            config[draw.choice(list(config))] = copy.deepcopy(draw.choice(HOSTILE_VALUES))
     path.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -238,7 +238,7 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
         found = infer(graph.nodes, graph.functions, given, bounds(tokens, width, model.vocab_size, weight_bytes))
     except ValueError as error:
         raise BundleError(f"{path}: {error}; do not trust the bundle, export it again") from None
-    outputs: dict[str, tuple[int, ...]] = {name: (1, 1, model.vocab_size) for name in ("logits", "all_logits")}
+    outputs: dict[str, tuple[int, ...]] = dict.fromkeys(("logits", "all_logits"), (1, 1, model.vocab_size))
     outputs |= {name.replace("past_key_values", "present"): cache.shape for name in inputs if "past" in name}
     outputs["avg_bits_used"] = (1,)
     for name, needed in outputs.items():
