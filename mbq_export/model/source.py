@@ -81,13 +81,21 @@ def locate(model: str) -> ModelSource:
         return ModelSource(model if model in PACKAGED else path.stem, str(path.parent), path.name)
     if path.is_dir():
         _check_folder(path)
-        return ModelSource(path.resolve().name, str(path), None)
+        return ModelSource(_name(path.resolve()), str(path), None)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return ModelSource(model.split("/")[1], model, None)
     raise ModelError(
         f"model {model!r}: no such file or folder, nor a packaged model ({', '.join(PACKAGED)}); "
         "give a Hugging Face folder or id, or a GGUF file"
     )
+
+
+def _name(folder: Path) -> str:
+    """The model's name: that of the folder, or of the repository whose snapshot it is in the hub's cache."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
 
 
 def _check_folder(folder: Path) -> None:

@@ -50,7 +50,7 @@ def unlisted(name: str) -> Attack:
     """A file that the manifest does not list."""
 
     def change(folder: Path) -> None:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\x7fELF")
 
     return change
@@ -451,6 +451,13 @@ RAW: dict[str, Attack] = {
     "a library named like a licence": unlisted("LICENSE-onnx.so"),
     "a folder named like a notice": unlisted("notice/lib.so"),
     "a library in a hidden folder": unlisted(".git/lib.so"),
+    "a library named like git's attributes": unlisted(".gitattributes.so"),
+    "a library in the hub's cache": unlisted(".cache/lib.so"),
+    "a library among a download's records": unlisted(".cache/huggingface/download/lib.so"),
+    "a record that is a link": lambda f: [
+        (f / ".cache/huggingface/download").mkdir(parents=True),
+        (f / ".cache/huggingface/download/x.metadata").symlink_to("/etc/passwd"),
+    ],
     "another template": unlisted("additional_chat_templates/x.jinja"),
     "a pipe that nobody listed": lambda f: os.mkfifo(f / "x"),
     "a paper that is a link": lambda f: (f / "README.md").symlink_to("/etc/passwd"),

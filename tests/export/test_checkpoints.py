@@ -185,6 +185,32 @@ def test_refused_before_the_weights_are_read(folder: Path, harm: Callable[[Path]
     assert reason in refusal(folder, prepare)
 
 
+def test_a_snapshot_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    """Its files are links into another folder, and a hub's own files lie beside them."""
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    repository = tmp_path / "models--someone--a-model"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        file.rename(blobs / f"blob-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob-of-{file.name}")
+    prepare(snapshot)
+    checkpoint = whole(snapshot)
+    assert checkpoint.source.name == "a-model"
+    expected = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+    assert torch.equal(logits(checkpoint.model), logits(expected))
+
+
+def test_a_folder_that_was_downloaded(folder: Path) -> None:
+    records = folder / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    (records / "config.json.metadata").write_text("0\n0\n0\n")
+    prepare(folder)
+    assert whole(folder).source.name == folder.name
+
+
 def test_a_whole_file_beside_a_stale_index(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

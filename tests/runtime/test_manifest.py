@@ -162,6 +162,13 @@ def test_verify_finds_one_flipped_bit(folder: Path) -> None:
         ("README.md", False),
         ("LICENSE", False),
         ("NOTICE", False),
+        (".gitattributes", False),
+        (".cache/huggingface/.gitignore", False),
+        (".cache/huggingface/CACHEDIR.TAG", False),
+        (".cache/huggingface/download/lib/libmbq_ops.so.metadata", False),
+        (".cache/huggingface/download/model.onnx.lock", False),
+        (".cache/huggingface/download/model.onnx", True),
+        (".cache/model.onnx.lock", True),
         ("vocab.json", True),
         ("lib/other.so", True),
         (".git/config", True),
@@ -173,7 +180,7 @@ def test_verify_finds_one_flipped_bit(folder: Path) -> None:
     ],
 )
 def test_verify_minds_unlisted_files_an_engine_may_read(folder: Path, name: str, matters: bool) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("x")
     found = manifest.read(folder)
     if not matters:

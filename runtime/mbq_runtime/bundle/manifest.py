@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -44,8 +45,12 @@ MOST_MANIFEST_BYTES = 4 << 20
 _BLOCK_BYTES = 1 << 18  # read at a time: small enough for the cache of a processor
 _LONGEST_NAME, _LONGEST_SHOWN = 255, 120  # characters
 _NAMES = f"names relative to the bundle, without .., of at most {_LONGEST_NAME} letters"
-PAPERS = ("README.md", "LICENSE", "NOTICE")
+PAPERS = ("README.md", "LICENSE", "NOTICE", ".gitattributes")
 """Files for people, which may be added to a bundle.  No engine reads them."""
+DOWNLOAD_RECORDS = re.compile(
+    r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|(download|upload)/([^/]+/)*[^/]+\.(metadata|lock))"
+)
+"""What a download with ``hf download --local-dir`` leaves beside the bundle.  Nothing reads it."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
 """The large files, which ``parts`` divides by depth."""
@@ -448,7 +453,9 @@ def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
 
 def check_unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Refuse what the manifest does not list: an engine or tokenizer could read it.  Only ``PAPERS`` are let through.
+    """Refuse what the manifest does not list: an engine or tokenizer could read it.
+
+    ``PAPERS`` and ``DOWNLOAD_RECORDS`` are let through.
 
     Args:
         folder: folder of the bundle.
@@ -467,7 +474,7 @@ def check_unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> None:
                     name = place + item.name
                     if item.is_dir(follow_symlinks=False):
                         folders.append(f"{name}/")
-                    elif name not in listed and not (name in PAPERS and item.is_file(follow_symlinks=False)):
+                    elif name not in listed and not (_is_harmless(name) and item.is_file(follow_symlinks=False)):
                         raise BundleError(
                             f"{item.path}: not listed in the manifest; remove it, or export the bundle again"
                         )
@@ -680,6 +687,10 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def _is_harmless(name: str) -> bool:
+    return name in PAPERS or DOWNLOAD_RECORDS.fullmatch(name) is not None
 
 
 def _is_inside(name: str) -> bool:
