@@ -261,9 +261,11 @@ TABLES = {
     "fuzz": Table(
         "fuzz",
         _columns(
+            input=("input", None),
             cases=("cases", 0),
-            refused=("refused in one line", 0),
-            exported_and_verified=("exported and verified", 0),
+            refused=("refused", 0),
+            accepted=("accepted", 0),
+            undecided=("undecided", 0),
             faults=("faults", 0),
             slowest_refusal_s=("slowest refusal, s", 1),
         ),

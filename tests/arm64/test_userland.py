@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,9 @@ CORE_FEATURES = {
     "cortex-a76": ({"asimd", "asimddp", "asimdhp", "fphp"}, {"i8mm", "sve"}),
     "max": ({"asimd", "asimddp", "asimdhp", "i8mm", "bf16"}, set()),
 }
+
+# glibc 2.28, and the C++ library of GCC 11 or newer.  Ubuntu 22.04 has 2.35 and that of GCC 12.
+OLDEST_BOARD = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}
 
 RUN_MODEL = """
 import sys
@@ -159,6 +163,18 @@ def test_base_install_is_complete_on_a_board(userland: Userland) -> None:
             version = versions.get(canonicalize_name(requirement.name))
             assert version is not None, f"{owner} needs {text}, which is not installed"
             assert requirement.specifier.contains(version, prereleases=True), f"{owner} needs {text}, has {version}"
+
+
+def test_base_install_asks_for_no_newer_libraries_than_the_oldest_board_has(userland: Userland) -> None:
+    """Ubuntu 22.04, which JetPack 6 is made of, has newer ones; a Python of its own brings none of them."""
+    newest: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in (userland.root / "usr/lib/python3/dist-packages").rglob("*.so*"):
+        for name, version in re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI)_(\d[\d.]*\d)(?=\0)", path.read_bytes()):
+            found = (tuple(map(int, version.split(b"."))), path.name)
+            newest[name.decode()] = max(newest.get(name.decode(), ((), "")), found)
+    assert newest.keys() == OLDEST_BOARD.keys()
+    for name, (version, file) in newest.items():
+        assert version <= OLDEST_BOARD[name], f"{file} needs {name} {version}"
 
 
 def test_pins_follow_this_environment() -> None:

@@ -134,6 +134,8 @@ def _command(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        # A test runner has objects of its own in their places.
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
         found: dict[str, Any] = {"code": main(arguments)}
         sys.stdout.flush()
         sys.stderr.flush()
