@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx.inliner import inline_local_functions
 from tiny_models import MODELS, write_checkpoint
 
 from mbq_export.calibrated import Calibrated, RoutedLinear
@@ -22,6 +24,8 @@ from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.write import files
+from mbq_runtime.bundle.onnx_file import read_graph
+from mbq_runtime.bundle.shapes import Bounds, Value, infer
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 PROFILE = SliceProfile.parse("3,1,2,2")
@@ -191,3 +195,37 @@ def test_bits_used_is_the_parameter_weighted_average(calibrated: Calibrated, ses
     assert seen[0] == 3.0
     assert seen[-1] == 8.0
     assert any(3.0 < bits < 8.0 for bits in seen)
+
+
+def test_a_board_infers_the_shapes_that_the_engine_makes(
+    checkpoint: Checkpoint, calibrated: Calibrated, tmp_path: Path
+) -> None:
+    """Every value of the graph and of the functions, with tokens at the largest depth."""
+    model, tensors = lower(checkpoint, calibrated, "nbits")
+    files.write_model(model, tensors, tmp_path)
+    model = inline_local_functions(onnx.load(tmp_path / "model.onnx", load_external_data=False))
+    names = {name for node in model.graph.node for name in node.output if name}
+    for name in sorted(names - {output.name for output in model.graph.output}):
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    onnx.save(model, tmp_path / "model.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), options)
+    past = {
+        o.name: np.zeros((1, o.shape[1], 4, o.shape[3]), np.float32)
+        for o in session.get_outputs()
+        if o.name.startswith("present")
+    }
+    made = _run(session, TOKENS[:5], 8.0, past)
+    graph = read_graph(tmp_path / "model.onnx")
+    given = {tensor.name: Value(tensor.shape, tensor.numbers) for tensor in graph.initializers}
+    given |= {"input_ids": Value((1, 5)), "attention_mask": Value((1, 9)), "avg_bits": Value((1,))}
+    given |= {"scored": Value((1,), (5,))}
+    for name in past:
+        given[name.replace("present", "past_key_values")] = Value(made[name].shape)
+    found = infer(graph.nodes, graph.functions, given, Bounds(10**9, 10**12))
+    assert names <= found.keys()
+    assert {name: found[name].shape for name in made} == {name: value.shape for name, value in made.items()}
+    for name, value in made.items():
+        numbers = found[name].numbers
+        assert numbers is None or numbers == tuple(value.reshape(-1).tolist())
