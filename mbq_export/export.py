@@ -142,8 +142,9 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
 
 def _reserve(prepared: Prepared, names: ExitStack) -> None:
     """Keep all folders of an export for it, until ``names`` is closed.  The first of several processes does so."""
+    from mbq_runtime.locks import locked
+
     from . import processes
-    from .locks import locked
     from .store import remove_stale
     from .write.files import reserved
 
@@ -153,7 +154,7 @@ def _reserve(prepared: Prepared, names: ExitStack) -> None:
         names.enter_context(reserved(output, prepared.options.force))
     for profile in prepared.options.profiles:
         folder = _store_folder(prepared, profile)
-        names.enter_context(locked(folder))
+        names.enter_context(locked(folder, "another export", "another --output"))
         if processes.count() == 1:
             remove_stale(folder)
 

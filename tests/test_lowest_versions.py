@@ -25,4 +25,4 @@ def test_every_extra_has_pins() -> None:
 def test_only_what_is_asked_for() -> None:
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, encoding="utf-8", check=True)
     names = {line.split("==")[0] for line in done.stdout.splitlines()}
-    assert names == {"click", "jinja2", "numpy", "onnxruntime", "onnxruntime-genai", "tokenizers"}
+    assert names == {"click", "httpx2", "jinja2", "numpy", "onnxruntime", "onnxruntime-genai", "tokenizers"}

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_runtime.errors import BundleError, UsageError
-
-from ..locks import locked
+from mbq_runtime.locks import locked
 
 EXTERNAL_DATA = "model.onnx.data"
 INLINE_BYTES = 1024
@@ -36,7 +35,7 @@ def reserved(output: Path, force: bool) -> Iterator[None]:
         UsageError: another export writes ``output``, or it exists and is not to be replaced.
         BundleError: the folder around ``output`` cannot be written.
     """
-    with locked(output):
+    with locked(output, "another export", "another --output"):
         old = _old(output)
         if old.exists() and not output.exists():
             # A kill between the two renames of a replacement.

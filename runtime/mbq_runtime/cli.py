@@ -36,6 +36,9 @@ COMMANDS = {
     "perplexity": Entry("perplexity", "Measure how well a bundle predicts a text, at several budgets."),
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),
+    "pull": Entry("pull", "Fetch a bundle from a server, a hub or a folder."),
+    "list": Entry("list", "Show the bundles in the cache folder."),
+    "rm": Entry("rm", "Remove a bundle from the cache folder."),
     "simulate": Entry("simulate", "Compare policies on a modelled board or on recorded readings."),
     "sense": Entry("sense", "Show this machine's heat, power and load."),
 }
@@ -83,7 +86,8 @@ def _log_to_stderr(verbosity: int) -> None:
 def cli(verbose: int) -> None:
     """Run and measure language-model bundles on this machine.
 
-    A bundle is the folder that mbq-export writes.
+    A bundle is the folder that mbq-export writes.  Where a command takes BUNDLE, it also takes a source: https://HOST/FOLDER,
+    hf:OWNER/NAME or file:FOLDER.  The bundle is then pulled into the cache folder once.
     """
     if verbose:
         _log_to_stderr(verbose)

@@ -204,6 +204,11 @@ def _tag(arguments: list[str]) -> None:
     assert f"v{PROJECT['version']}" in arguments
 
 
+def _file_server(arguments: list[str]) -> None:
+    """It never ends.  What it serves exists."""
+    assert Path(arguments[arguments.index("--directory") + 1]).is_dir()
+
+
 def _service(arguments: list[str]) -> None:
     """Nothing to run here: the command changes the system.  The unit that it names is in examples/."""
     assert arguments == ["daemon-reload"] or (ROOT / "examples" / f"{arguments[-1]}.service").is_file()
@@ -257,6 +262,7 @@ class Row:
 
 ROWS = (
     Row(r"mbq (?=run .*--engine tvm)", _runtime_parsed),  # the tiny bundle has one engine
+    Row(r"mbq (?=run \w+:)", _runtime_parsed),  # no such server
     Row(r"mbq (?=run )", _runtime_quick("--max-tokens", "8")),
     Row(r"mbq (?=chat )", _chat),
     Row(r"mbq (?=bench )", _runtime_quick("-p", "8", "-n", "4", "-r", "1")),
@@ -266,6 +272,9 @@ ROWS = (
     Row(r"mbq (?=serve .*--host)", _runtime_parsed),  # it would listen to the network
     Row(r"mbq (?=serve )", _serve),
     Row(r"mbq (?=monitor\b)", _runtime_parsed),  # it never ends
+    Row(r"mbq (?=(pull|rm) )", _runtime_parsed),  # no such server
+    Row(r"mbq (?=list\b)", _runtime),
+    Row(r"python3 -m (?=http\.server )", _file_server),
     Row(r"mbq (?=-)", _runtime),
     Row(r"mbq-export (?=compare )", _export_parsed),  # hours
     Row(r"mbq-export (?=--(help|list-targets|version)$)", _export_listed),

@@ -10,15 +10,16 @@ import random
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from exporting import digests, export, run, start
 from tiny_models import write_checkpoint
 
-from mbq_export.locks import locked
 from mbq_export.write.files import reserved, writing
 from mbq_runtime.errors import UsageError
+from mbq_runtime.locks import locked as locked_name
 
 KILLS = int(os.environ.get("MBQ_KILLS", "1"))
 """Kills by each signal, and pairs of exports."""
@@ -96,6 +97,9 @@ def test_of_two_exports_to_one_output_exactly_one_writes_it(
         assert len(errors) == 1
         assert "another export writes it now" in errors[0] or "it exists" in errors[0]
         assert names(out) == ["bundle"]
+
+
+locked = partial(locked_name, holder="another export", choice="another --output")
 
 
 def test_a_locked_name_is_refused_and_freed(tmp_path: Path) -> None:

@@ -355,12 +355,12 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
     return parse(read_file(path, MOST_MANIFEST_BYTES), path)
 
 
-def parse(content: bytes, path: Path) -> Manifest:
+def parse(content: bytes, path: Path | str) -> Manifest:
     """Check the content of a ``manifest.json``.
 
     Args:
         content: the file's bytes.
-        path: the file, for messages.
+        path: the file or its address, for messages.
 
     Raises:
         BundleError: the manifest is of another version, or broken.
@@ -539,7 +539,7 @@ def _check_hash(path: Path, found: str, needed: str, what: str) -> None:
         )
 
 
-def _check_format(document: object, path: Path) -> None:
+def _check_format(document: object, path: Path | str) -> None:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         seen = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise BundleError(f"{path}: format is {seen!r}, needed {FORMAT!r}; give the folder that mbq-export wrote")
@@ -558,7 +558,7 @@ def _check_format(document: object, path: Path) -> None:
         )
 
 
-def _check_values(manifest: Manifest, path: Path) -> None:
+def _check_values(manifest: Manifest, path: Path | str) -> None:
     if len(manifest.slices) > CODE_BITS:
         raise BundleError(f"{path}: {len(manifest.slices)} slices, needed at most {CODE_BITS}; export the bundle again")
     try:
@@ -651,7 +651,7 @@ def _chunk_count(size: int) -> int:
     return -(-size // CHUNK_BYTES) if size > CHUNK_BYTES else 0
 
 
-def _check_parts(manifest: Manifest, path: Path) -> None:
+def _check_parts(manifest: Manifest, path: Path | str) -> None:
     """The parts cut each weight file into ranges without a gap, which begin on a page."""
     if len(manifest.parts) not in (0, 1, manifest.profile.depths):
         raise BundleError(

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", Mapping: "an object", tuple: "a list"}
 
 
-def decode(cls: type[T], document: object, path: Path) -> T:
+def decode(cls: type[T], document: object, path: Path | str) -> T:
     """Build a dataclass from parsed JSON.
 
     Unknown keys are ignored: a later minor version may add some.
@@ -25,7 +25,7 @@ def decode(cls: type[T], document: object, path: Path) -> T:
         cls: dataclass whose fields are int, float, str, Any, ``tuple[X, ...]``, ``Mapping[str, X]`` or dataclasses of
             these.
         document: what a JSON reader returned.
-        path: file of the document, for messages.
+        path: file of the document or its address, for messages.
 
     Raises:
         BundleError: a field is missing or of another type.
@@ -36,7 +36,7 @@ def decode(cls: type[T], document: object, path: Path) -> T:
 _hints = cache(get_type_hints)
 
 
-def _value(kind: Any, value: object, field: str, path: Path) -> object:
+def _value(kind: Any, value: object, field: str, path: Path | str) -> object:
     if kind is Any:
         return value
     if is_dataclass(kind):
@@ -51,7 +51,7 @@ def _value(kind: Any, value: object, field: str, path: Path) -> object:
     return _expect(kind, value, field, path)
 
 
-def _record(cls: type, value: Mapping[str, object], field: str, path: Path) -> object:
+def _record(cls: type, value: Mapping[str, object], field: str, path: Path | str) -> object:
     hints = _hints(cls)
     found: dict[str, object] = {}
     for item in fields(cls):
@@ -63,7 +63,7 @@ def _record(cls: type, value: Mapping[str, object], field: str, path: Path) -> o
     return cls(**found)
 
 
-def _expect(kind: Any, value: object, field: str, path: Path) -> Any:
+def _expect(kind: Any, value: object, field: str, path: Path | str) -> Any:
     accepted: dict[Any, tuple[type, ...]] = {tuple: (list,), Mapping: (dict,), float: (int, float)}
     fits = isinstance(value, accepted.get(kind, (kind,))) and not isinstance(value, bool)
     if not fits or (kind is float and not math.isfinite(cast(float, value))):

@@ -35,7 +35,7 @@ def command(
     output: str,
     engine: str | None,
 ) -> None:
-    """Measure how fast the bundle in folder BUNDLE reads prompts and writes tokens.
+    """Measure how fast BUNDLE reads prompts and writes tokens.
 
     Options and workloads are those of llama-bench: pp reads a prompt, tg writes tokens, over random tokens.  Speeds are
     mean ± standard deviation.  W, J/token, °C and what slows the board come from its sensors, right after each run.

@@ -43,7 +43,7 @@ def command(
     threads: int | None,
     **steering: Any,
 ) -> None:
-    """Chat with the bundle in folder BUNDLE.
+    """Chat with BUNDLE.
 
     Replies go to stdout, figures to stderr.  /help lists the commands that can be typed.  Ctrl-C stops a reply.
     """

@@ -2,29 +2,92 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from mbq_runtime.errors import UsageError
+from mbq_runtime.printable import printable
 from mbq_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from mbq_runtime.pull import Pulled, Source
 
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
 
 
 def bundle_argument(function: F) -> F:
-    """Add the argument BUNDLE.
+    """Add the argument BUNDLE, a folder or a source to pull from, and the option --allow-http.
 
     Args:
-        function: a command; it gets ``bundle``, a Path.
+        function: a command; it gets ``bundle``, the Path of a folder.
     """
-    return click.argument("bundle", type=click.Path(path_type=Path))(function)
+
+    @functools.wraps(function)
+    def command(*, bundle: str, allow_http: bool, **options: Any) -> Any:
+        return function(bundle=local_bundle(bundle, allow_http=allow_http), **options)
+
+    return cast(F, click.argument("bundle")(allow_http_option(command)))
+
+
+def allow_http_option(function: F) -> F:
+    """Add the option --allow-http.
+
+    Args:
+        function: a command; it gets ``allow_http``, a bool.
+    """
+    help = "Pull over http, which is not encrypted, from another machine too."
+    return click.option("--allow-http", is_flag=True, help=help)(function)
+
+
+def local_bundle(text: str, *, allow_http: bool) -> Path:
+    """The folder of a bundle.  A source is pulled into the cache folder, unless its bundle is there.
+
+    Args:
+        text: a folder, or a source such as hf:OWNER/NAME.
+        allow_http: whether an http server may be another machine.
+
+    Raises:
+        UsageError: the source may not be used.
+        BundleError: it has no bundle, or a broken one.
+    """
+    from mbq_runtime.pull.sources import Source, is_source
+
+    if not is_source(text):
+        return Path(text)
+    from mbq_runtime.pull import place_of
+
+    source = Source.of(text, allow_http=allow_http)
+    folder = place_of(source)
+    return folder if folder.exists() else pull_bundle(source, None, allow_http=allow_http).folder
+
+
+def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool) -> Pulled:
+    """Pull a bundle, and say on stderr what was done.
+
+    Args:
+        source: of the bundle.
+        folder: where it goes; None for the cache folder.
+        allow_http: whether an http server may be another machine.
+
+    Raises:
+        MbqError: as ``mbq_runtime.pull.pull``.
+    """
+    from mbq_runtime.pull import pull
+
+    with progress_line(f"pulling {source.text}") as progress:
+        done = pull(source, folder, allow_http=allow_http, progress=progress)
+    size, fetched = done.manifest.total_bytes / 1e6, done.fetched_bytes / 1e6
+    text = f"{done.folder}: {size:.1f} MB in {len(done.manifest.files)} files, all as the manifest says"
+    click.echo(f"{printable(text)}; {fetched:.1f} MB came from {printable(source.text)}", err=True)
+    return done
 
 
 def json_option(function: F) -> F:

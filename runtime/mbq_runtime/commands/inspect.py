@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
-    """Show what is in the bundle in folder BUNDLE, and whether it runs on this machine."""
+    """Show what is in BUNDLE, and whether it runs on this machine."""
     from mbq_runtime.bundle import gpu_plan, isa, manifest
     from mbq_runtime.bundle.check import check_bundle
 

@@ -55,7 +55,7 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure how well the bundle in folder BUNDLE predicts a text, at several budgets.
+    """Measure how well BUNDLE predicts a text, at several budgets.
 
     The windows have --context tokens each and do not overlap.  +- is the standard error over windows.  With
     --reference, KL is the divergence of the bundle from the original in nats a token: mean, 99 % and 99.9 % of tokens.

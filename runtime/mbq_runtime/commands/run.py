@@ -45,7 +45,7 @@ def command(
     as_json: bool,
     **steering: Any,
 ) -> None:
-    """Answer PROMPT with the bundle in folder BUNDLE.
+    """Answer PROMPT with BUNDLE.
 
     The reply goes to stdout token by token, and a line of figures to stderr.  If PROMPT is -, it is read from stdin.
     """

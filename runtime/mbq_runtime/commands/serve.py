@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
@@ -53,7 +54,7 @@ def command(
     threads: int | None,
     **steering: Any,
 ) -> None:
-    """Serve the bundle in folder BUNDLE over HTTP with the API of OpenAI, and show the board on a page at /.
+    """Serve BUNDLE over HTTP with the API of OpenAI, and show the board on a page at /.
 
     A request may set avg_bits, or bound them by min_bits and max_bits.
     """
@@ -61,7 +62,6 @@ def command(
         import uvicorn
 
         from mbq_runtime.server.app import Server
-        from mbq_runtime.server.auth import is_loopback
         from mbq_runtime.server.connections import Listener
         from mbq_runtime.server.http import configure
         from mbq_runtime.server.monitor_feed import MonitorFeed

@@ -14,7 +14,7 @@ from .common import bundle_argument, progress_line
 @click.command("verify")
 @bundle_argument
 def command(bundle: Path) -> None:
-    """Check the bundle in folder BUNDLE: hash of every file, engine settings, tokenizer, and shapes of the weights.
+    """Check BUNDLE: hash of every file, engine settings, tokenizer, and shapes of the weights.
 
     A note says if the bundle does not run on this machine, which is no fault of the bundle.
     """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from ipaddress import ip_address
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mbq_runtime.addresses import is_loopback
 
 from .errors import ApiError
 
@@ -117,20 +118,6 @@ def cors(origins: Sequence[str]) -> dict[str, Any]:
         origins: see ``Auth``.
     """
     return {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is only this machine.
-
-    Args:
-        host: a name or an address.
-    """
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _name(host: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from serving import Running, serve
 
 from mbq_runtime import Engine
+from mbq_runtime.addresses import is_loopback
 from mbq_runtime.server import auth
 
 KEY = "sesame-ö"
@@ -107,7 +108,7 @@ def test_a_key_makes_names_and_origins_irrelevant(keyed: Running) -> None:
     [("localhost", True), ("127.1.2.3", True), ("::1", True), ("0.0.0.0", False), ("192.168.1.5", False), ("", False)],
 )
 def test_is_loopback(host: str, expected: bool) -> None:
-    assert auth.is_loopback(host) is expected
+    assert is_loopback(host) is expected
 
 
 def preflight(running: Running, origin: str) -> tuple[int, str | None]:

@@ -1,4 +1,4 @@
-"""Locks on names of folders: one export at a time writes a bundle, or calibrates in a folder."""
+"""Locks on names of folders: one process at a time writes a bundle, or calibrates in a folder."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mbq_runtime.errors import BundleError, UsageError
+from .errors import BundleError, UsageError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, holder: str, choice: str) -> Iterator[None]:
     """Hold the lock on a folder's name while the block runs.
 
     The lock is a file beside the folder.  The system releases it when the process ends, also by SIGKILL.
 
     Args:
         folder: the folder, which need not exist.  Its parent is made if it does not exist.
+        holder: what else may hold the lock, for the message: "another export".
+        choice: how the user chooses another folder, for the message: "another --output".
 
     Raises:
-        UsageError: another export holds the lock.
+        UsageError: another process holds the lock.
         BundleError: the file of the lock cannot be written.
     """
     path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquired(folder, path)
+        descriptor = _acquired(folder, path, f"{holder} writes it now", choice)
     except OSError as error:
         raise BundleError(
-            f"{path}: cannot be locked ({error.strerror}); choose another --output, on a disk of this machine"
+            f"{path}: cannot be locked ({error.strerror}); choose {choice}, on a disk of this machine"
         ) from error
     try:
         os.truncate(descriptor, 0)
@@ -43,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquired(folder: Path, path: Path) -> int:
+def _acquired(folder: Path, path: Path, busy: str, choice: str) -> int:
     """A descriptor that holds the lock of the file that now has the name."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -55,10 +57,7 @@ def _acquired(folder: Path, path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
-            raise UsageError(
-                f"{folder}: another export writes it now (process {holder}); wait for its end, or choose another "
-                "--output"
-            ) from None
+            raise UsageError(f"{folder}: {busy} (process {holder}); wait for its end, or choose {choice}") from None
         except OSError:
             os.close(descriptor)
             raise

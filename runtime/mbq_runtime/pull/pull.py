@@ -1,0 +1,140 @@
+"""Pulls a bundle: from a source into a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mbq_runtime.bundle.check import check_bundle
+from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest, parse
+from mbq_runtime.bundle.reading import read_file
+from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.locks import locked
+from mbq_runtime.progress import Progress
+
+from .fetch import check_disk, fill, remove_unlisted
+from .files import Files, InterruptedFetchError
+from .sources import Source
+from .store import bundles_dir, draft_of, mark_pulled
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A whole bundle of this machine.
+
+    folder: of the bundle.
+    manifest: of the bundle.
+    fetched_bytes: what came from the source now.
+    """
+
+    folder: Path
+    manifest: Manifest
+    fetched_bytes: int
+
+
+def place_of(source: Source) -> Path:
+    """The folder of a source's bundle in the cache.  It need not exist.
+
+    Args:
+        source: of the bundle.
+    """
+    return bundles_dir() / source.name
+
+
+def pull(
+    source: Source, folder: Path | None = None, *, allow_http: bool = False, progress: Progress | None = None
+) -> Pulled:
+    """Fetch a bundle, or what is missing of it.  The folder appears when the bundle is whole.
+
+    A bundle that is there is compared with the source.  Chunks that are not right are fetched again.
+
+    Args:
+        source: of the bundle.
+        folder: where it goes; None for the cache folder.
+        allow_http: whether an http server may be another machine.
+        progress: called with (bytes that are right, bytes in all).
+
+    Raises:
+        UsageError: the folder is in use or is no bundle, or the source may not be used.
+        BundleError: the source has no bundle or a broken one, or the disk is full.
+    """
+    folder = place_of(source) if folder is None else folder.expanduser()
+    if folder.exists() and not (folder / MANIFEST_NAME).is_file():
+        raise UsageError(f"{folder}: it exists and is not a bundle; choose another folder")
+    with source.files(allow_http=allow_http) as files:
+        content = _manifest_of(source, files)
+        manifest = parse(content, f"{source.text}/{MANIFEST_NAME}")
+        with locked(folder, "another mbq", "another folder"):
+            mark_pulled(content, source.text)
+            return _pulled(files, folder, content, manifest, progress)
+
+
+def _manifest_of(source: Source, files: Files) -> bytes:
+    try:
+        content = files.small(MANIFEST_NAME, MOST_MANIFEST_BYTES)
+    except InterruptedFetchError as error:
+        raise BundleError(f"{error}; check the address and the network") from None
+    if content is None:
+        raise BundleError(f"{source.text}: no {MANIFEST_NAME} there; give the address of a bundle's folder")
+    return content
+
+
+def _pulled(files: Files, folder: Path, content: bytes, manifest: Manifest, progress: Progress | None) -> Pulled:
+    same = folder.exists() and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == content
+    draft = folder if same else draft_of(folder)
+    try:
+        draft.mkdir(mode=0o700, exist_ok=True)
+        if draft.is_symlink() or draft.stat().st_uid != os.geteuid():
+            raise BundleError(f"{draft}: a link, or a folder of another user; remove it, or choose another folder")
+        check_disk(draft, manifest)
+        if not same:
+            _start(draft, folder, content, manifest)
+        fetched = fill(files, manifest, draft, progress)
+        _check(draft, manifest, remove=not same)
+        if not same:
+            draft.chmod(0o755)
+            _swap(draft, folder)
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or draft}: {error.strerror}; free some disk, or choose another folder"
+        ) from None
+    return Pulled(folder, manifest, fetched)
+
+
+def _check(draft: Path, manifest: Manifest, *, remove: bool) -> None:
+    """Refuse a bundle that is whole and yet not right.  A draft of it is of no use."""
+    try:
+        check_bundle(draft, manifest)
+    except BundleError:
+        if remove:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _start(draft: Path, folder: Path, content: bytes, manifest: Manifest) -> None:
+    """Keep what may be of use: files of an unfinished pull, or else of the older bundle that is replaced."""
+    remove_unlisted(draft, manifest)
+    (draft / MANIFEST_NAME).write_bytes(content)
+    for entry in manifest.files:
+        old, new = folder / entry.name, draft / entry.name
+        if old.is_file() and not old.is_symlink() and not os.path.lexists(new):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, new)
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    """Put the whole bundle in its place, and remove the one that was there."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        with suppress(OSError):
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
