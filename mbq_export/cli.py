@@ -143,6 +143,9 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the quality curve into this file: png, svg or pdf.")
 @click.option("--profile", is_flag=True, help="Print how long each stage took.")
+@click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="File of the private Ed25519 key to sign with."
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")

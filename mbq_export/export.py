@@ -55,6 +55,7 @@ def export(
     device: str = "auto",
     seed: int = 0,
     force: bool = False,
+    sign: str | Path | None = None,
     progress: Report | None = None,
 ) -> list[Manifest]:
     """Turn a decoder LLM into bundles whose precision follows the device.
@@ -84,6 +85,7 @@ def export(
         device: where to calibrate, as torch names it.  "auto": a GPU with enough free memory, else the processor.
         seed: seed of all random numbers.
         force: whether existing bundles are replaced.
+        sign: file of a private Ed25519 key that signs the bundles.  None: they are not signed.
         progress: called with what is being done, the number of steps that are done, and the number of all steps.
 
     Returns:
@@ -113,6 +115,7 @@ def export(
         device=device,
         seed=seed,
         force=force,
+        sign=None if sign is None else Path(sign),
     )
     from . import processes
     from .prepare import prepare

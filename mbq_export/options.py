@@ -12,6 +12,7 @@ from typing import Any
 from mbq_runtime.bundle.manifest import ACTIVATION_BITS, GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import UsageError
+from mbq_runtime.trust.signature import private_key
 from mbq_targets.machines import Target, resolve
 
 from .lines import one_line
@@ -47,7 +48,8 @@ class Options:
     calib_tokens: how many tokens of it are used, or None for the method's own number;
     device: where to calibrate, as ``devices.choose`` takes it;
     seed: seed of all random numbers;
-    force: whether existing bundles are replaced.
+    force: whether existing bundles are replaced;
+    sign: file of a private Ed25519 key that signs the bundles, or None.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Options:
     device: str
     seed: int
     force: bool
+    sign: Path | None = None
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -87,6 +90,8 @@ class Options:
             raise UsageError(f"--calib-tokens {one_line(str(self.calib_tokens), 24)}: at most {_MOST} are needed")
         for output in self.outputs:
             _check_path(output)
+        if self.sign is not None:
+            private_key(self.sign)
 
     @classmethod
     def of(

@@ -10,6 +10,7 @@ from typing import Any
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.genai_config import genai_config
 from mbq_runtime.bundle.slice_profile import CODE_BITS
+from mbq_runtime.trust.signature import sign
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
 
@@ -66,6 +67,8 @@ def write_bundle(
         files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
         manifest = _manifest(prepared, output, work, ranges, calibration)
         bundle_manifest.write(manifest, folder)
+        if options.sign is not None:
+            sign(folder, options.sign)
         check_bundle(work, manifest)
     return manifest
 

@@ -10,6 +10,7 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,10 +28,12 @@ from click.testing import CliRunner
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pages import ROOT, Block, python_blocks, shell_commands
+from test_signature import write_keys
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command as exporter
 from mbq_runtime.cli import cli as runtime
+from mbq_runtime.trust.signature import private_key, public_key, sign
 
 PATIENCE_S = 60
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -200,6 +203,15 @@ def _sha256(arguments: list[str]) -> None:
     assert all(Path(word).is_file() or Path(word).name == WHEEL for word in arguments)
 
 
+def _keys(arguments: list[str]) -> None:
+    """Write keys of the kind that is signed with, in a folder of their own."""
+    Path("keys").mkdir(exist_ok=True)
+    if shutil.which("ssh-keygen"):
+        subprocess.run(["ssh-keygen", "-q", *arguments], cwd="keys", check=True, stdin=subprocess.DEVNULL)
+        private_key(Path("keys", "maker"))
+        public_key(Path("keys", "maker.pub"))
+
+
 def _tag(arguments: list[str]) -> None:
     assert f"v{PROJECT['version']}" in arguments
 
@@ -295,6 +307,7 @@ ROWS = (
     Row(r"(\.venv/bin/)?python -m (?=mbq_)", _module),
     Row(r"(\.venv/bin/)?ruff ", _ruff),
     Row(r"sha256sum ", _sha256),
+    Row(r"ssh-keygen ", _keys),
     Row(r"git (?=tag )", _tag),
     Row(r"(sudo )?systemctl ", _service),
     Row(r"scp ", _copied),
@@ -315,10 +328,12 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n' * 400)
     (folder / "trace.jsonl").write_text(TRACE, encoding="utf-8")
     (folder / "path" / "to" / "model").symlink_to("smollm2-135m")
+    write_keys(folder, "maker")
     (folder / "bundles").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         _invoke(exporter, ["--model", "path/to/smollm2-135m", "--output", BUNDLES[0], *TINY_EXPORT])
+    sign(folder / BUNDLES[0], folder / "maker")
     for name in BUNDLES[1:]:
         (folder / name).symlink_to(folder / BUNDLES[0])
     return folder

@@ -81,6 +81,7 @@ ASKED: dict[str, Any] = {
         ({"output": "n" * 300}, "--output nnn"),
         ({"output": "a\0b"}, "--output a b: "),
         ({"output": "."}, "--output .: it names no folder"),
+        ({"sign": Path("nowhere")}, "nowhere: the key cannot be read"),
     ],
 )
 def test_values_of_options(changes: dict[str, Any], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from mbq_export.model.source import locate
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.check import check_contents
+from mbq_runtime.cli import main
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
+from mbq_runtime.trust import code
 
 pytestmark = pytest.mark.heavy
 
@@ -144,6 +147,38 @@ def test_a_missing_library(bundles: dict[str, tuple[Path, Path]], tmp_path: Path
     manifest.write(replace(manifest.read(copy), files=manifest.file_entries(copy)), copy)
     with pytest.raises(BundleError, match=r"decoder\.so: the engine cannot load it: .*mbq verify"):
         Engine.load(copy, engine="tvm")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_a_pulled_bundle_runs_native_code_only_when_told_so(
+    engine: str, bundles: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(code, "known_libraries", dict)
+    source = bundles["llama"][1]
+    asked = ["--raw", "--max-tokens", "4", "--engine", engine, "--json"]
+    assert main(["run", str(source), "abc", *asked]) == 0
+    expected = json.loads(capsys.readouterr().out)["tokens"]
+    assert main(["run", f"file:{source}", "abc", *asked]) == 4
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].endswith("add --trust once if you trust its maker, or take a bundle for portable")
+    assert main(["run", f"file:{source}", "abc", *asked, "--trust"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+    assert main(["run", f"file:{source}", "abc", *asked]) == 0
+    assert capsys.readouterr().err == ""
+    # Another library with a manifest of its own is other code.
+    folder = next((tmp_path / "cache" / "bundles").iterdir())
+    library = folder / ("decoder.so" if engine == "tvm" else "lib/libmbq_ops.so")
+    library.write_bytes(library.read_bytes() + b"\0")
+    assert main(["run", f"file:{source}", "abc", *asked]) == 4
+    assert "long where the manifest says" in capsys.readouterr().err
+    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder)), folder)
+    assert main(["pull", f"file:{folder}", str(tmp_path / "again")]) == 0
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "again"), "abc", *asked]) == 4
+    assert "add --trust once" in capsys.readouterr().err
 
 
 def test_a_machine_without_the_runtime(bundles: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:

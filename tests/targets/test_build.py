@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +98,36 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(built) == len(requests)
     assert len(list((tmp_path / "cache/ops").iterdir())) == len(requests)
     assert os.listdir(tmp_path / "out") == ["lib.so"]
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.build import build_ops_library
+from mbq_targets.machines import TARGETS
+from mbq_targets.spec import KernelSpec
+build_ops_library(TARGETS[sys.argv[1]], KernelSpec(SliceProfile((3, 1, 2, 2)), 64), Path(sys.argv[2]))
+"""
+
+
+def test_the_build_gives_the_same_bytes_elsewhere(library: Build, tmp_path: Path) -> None:
+    """In another process, folder, cache, home and time zone, and at another time: the published hashes need that."""
+    first = library("rpi4", KernelSpec(PROFILE, 64)).read_bytes()
+    scratch = tmp_path / "another place" / "deep"
+    scratch.mkdir(parents=True)
+    changed = {
+        "TMPDIR": str(scratch),
+        "HOME": str(scratch),
+        CACHE_VARIABLE: str(scratch / "cache"),
+        "TZ": "Asia/Tokyo",
+        "LC_ALL": "C",
+    }
+    command = [sys.executable, "-c", BUILD, "rpi4", str(scratch / "library.so")]
+    subprocess.run(command, env={**os.environ, **changed, "PYTHONHASHSEED": "7"}, cwd=scratch, check=True)
+    assert (scratch / "library.so").read_bytes() == first
+    for place in (scratch, tmp_path, Path.home(), Path(build_room.__file__).parent):
+        assert bytes(place) not in first
 
 
 DAMAGE = {

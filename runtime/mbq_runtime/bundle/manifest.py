@@ -29,6 +29,8 @@ from .slice_profile import CODE_BITS, SliceProfile
 from .tensors import WEIGHTS
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"
+"""The maker's signature of the manifest.  A bundle need not have one."""
 FORMAT = "mbq-bundle"
 FORMAT_VERSION = 2
 CHUNK_BYTES = 4 << 20
@@ -51,6 +53,7 @@ DOWNLOAD_RECORDS = re.compile(
     r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|(download|upload)/([^/]+/)*[^/]+\.(metadata|lock))"
 )
 """What a download with ``hf download --local-dir`` leaves beside the bundle.  Nothing reads it."""
+_FREE = (*PAPERS, SIGNATURE_NAME)
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
 """The large files, which ``parts`` divides by depth."""
@@ -394,7 +397,7 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
 
 
 def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
-    """Size and hash of every file but the manifest, sorted by name.
+    """Size and hash of every file but the manifest and its signature, sorted by name.
 
     Args:
         folder: folder of the bundle.
@@ -403,7 +406,7 @@ def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
     entries = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name != MANIFEST_NAME:
+        if name not in (MANIFEST_NAME, SIGNATURE_NAME):
             entries.append(_entry(path, name))
     return tuple(entries)
 
@@ -455,7 +458,7 @@ def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 def check_unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Refuse what the manifest does not list: an engine or tokenizer could read it.
 
-    ``PAPERS`` and ``DOWNLOAD_RECORDS`` are let through.
+    ``PAPERS``, the signature and ``DOWNLOAD_RECORDS`` are let through.
 
     Args:
         folder: folder of the bundle.
@@ -690,7 +693,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_harmless(name: str) -> bool:
-    return name in PAPERS or DOWNLOAD_RECORDS.fullmatch(name) is not None
+    return name in _FREE or DOWNLOAD_RECORDS.fullmatch(name) is not None
 
 
 def _is_inside(name: str) -> bool:
@@ -701,7 +704,7 @@ def _is_inside(name: str) -> bool:
     return (
         plain
         and short
-        and name not in (".", MANIFEST_NAME)
+        and name not in (".", MANIFEST_NAME, SIGNATURE_NAME)
         and name.isprintable()
         and not any(c in name for c in "\\:")
     )

@@ -11,7 +11,7 @@ import click
 from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, listed, progress_line
-from .trust import note_code
+from .trust import note_code, trust_option
 
 N = TypeVar("N", int, float)
 
@@ -25,6 +25,7 @@ N = TypeVar("N", int, float)
 @click.option("-t", "--threads", help="Processor threads, such as 2,4.  [default: one per big core]")
 @click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md", help="Format of the result.")
 @engine_option
+@trust_option
 def command(
     bundle: Path,
     n_prompt: str,
@@ -34,6 +35,7 @@ def command(
     threads: str | None,
     output: str,
     engine: str | None,
+    trust: bool,
 ) -> None:
     """Measure how fast BUNDLE reads prompts and writes tokens.
 
@@ -61,7 +63,7 @@ def command(
     rows: list[bench.BenchResult] = []
     sensors = Sensors()
     env = bench.environment(sensors.read)
-    note_code(bundle)
+    note_code(bundle, trust=trust)
     for count in _counts("-t", threads, int) if threads else [cores()]:
         loaded = Engine.load(bundle, threads=count, engine=engine)
         with progress_line(f"measuring with {count} threads") as progress:

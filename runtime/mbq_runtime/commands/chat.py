@@ -13,7 +13,7 @@ from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
-from .trust import note_code
+from .trust import note_code, trust_option
 
 
 @click.command("chat")
@@ -28,6 +28,7 @@ from .trust import note_code
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
 @steering_options
 @engine_option
+@trust_option
 @threads_option
 def command(
     bundle: Path,
@@ -40,6 +41,7 @@ def command(
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
     engine: str | None,
+    trust: bool,
     threads: int | None,
     **steering: Any,
 ) -> None:
@@ -52,7 +54,7 @@ def command(
     from mbq_runtime.chat.screen import Screen
     from mbq_runtime.engine import Engine
 
-    note_code(bundle)
+    note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")

@@ -47,6 +47,16 @@ def allow_http_option(function: F) -> F:
     return click.option("--allow-http", is_flag=True, help=help)(function)
 
 
+def key_option(function: F) -> F:
+    """Add the option --key.
+
+    Args:
+        function: a command; it gets ``key``, a Path or None.
+    """
+    help = "Public Ed25519 key of the bundle's maker: refuse a bundle that it has not signed."
+    return click.option("--key", type=click.Path(path_type=Path), help=help)(function)
+
+
 def local_bundle(text: str, *, allow_http: bool) -> Path:
     """The folder of a bundle.  A source is pulled into the cache folder, unless its bundle is there.
 
@@ -69,13 +79,14 @@ def local_bundle(text: str, *, allow_http: bool) -> Path:
     return folder if folder.exists() else pull_bundle(source, None, allow_http=allow_http).folder
 
 
-def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool) -> Pulled:
+def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool, key: Path | None = None) -> Pulled:
     """Pull a bundle, and say on stderr what was done.
 
     Args:
         source: of the bundle.
         folder: where it goes; None for the cache folder.
         allow_http: whether an http server may be another machine.
+        key: file of the maker's public key; None: the bundle need not be signed.
 
     Raises:
         MbqError: as ``mbq_runtime.pull.pull``.
@@ -83,7 +94,7 @@ def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool) -> Pul
     from mbq_runtime.pull import pull
 
     with progress_line(f"pulling {source.text}") as progress:
-        done = pull(source, folder, allow_http=allow_http, progress=progress)
+        done = pull(source, folder, allow_http=allow_http, key=key, progress=progress)
     size, fetched = done.manifest.total_bytes / 1e6, done.fetched_bytes / 1e6
     text = f"{done.folder}: {size:.1f} MB in {len(done.manifest.files)} files, all as the manifest says"
     click.echo(f"{printable(text)}; {fetched:.1f} MB came from {printable(source.text)}", err=True)

@@ -11,9 +11,9 @@ import click
 
 from mbq_runtime import tables
 from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
+from mbq_runtime.trust.code import description, gpu_code, native_code
 
 from .common import bundle_argument, json_option
-from .trust import code_files, description
 
 if TYPE_CHECKING:
     from mbq_runtime.bundle import isa
@@ -34,7 +34,7 @@ def command(bundle: Path, as_json: bool) -> None:
     problem = isa.problem(found.target, machine) or (isa.mount_problem(bundle) if found.native else None)
     plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
-        facts = asdict(found) | {"code": [entry.name for entry in code_files(found)]}
+        facts = asdict(found) | {"code": [entry.name for entry in [*native_code(found), *gpu_code(found)]]}
         if plan is not None:
             facts["gpu_needs"] = asdict(plan.needs)
         click.echo(

@@ -17,7 +17,7 @@ from mbq_runtime.bundle.manifest import Budget
 from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, json_option, listed, progress_line, threads_option
-from .trust import note_code
+from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
     from mbq_runtime.fidelity import TokenFidelity
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     help="Measure this original model too, and KL divergence from it (needs mbq-export[export]).",
 )
 @engine_option
+@trust_option
 @threads_option
 @json_option
 def command(
@@ -52,6 +53,7 @@ def command(
     hold_bits: bool,
     reference: str | None,
     engine: str | None,
+    trust: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -75,7 +77,7 @@ def command(
 
     from mbq_runtime.engine import Engine
 
-    note_code(bundle)
+    note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     if context > loaded.context_length:
         raise UsageError(f"--context {context}: {bundle} takes at most {loaded.context_length} tokens")

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from .common import allow_http_option, pull_bundle
+from .common import allow_http_option, key_option, pull_bundle
 
 
 @click.command("pull")
 @click.argument("source")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @allow_http_option
-def command(source: str, folder: Path | None, allow_http: bool) -> None:
+@key_option
+def command(source: str, folder: Path | None, allow_http: bool, key: Path | None) -> None:
     """Fetch the bundle at SOURCE into FOLDER, or into the cache folder, and print the folder.
 
     SOURCE is https://HOST/FOLDER, hf:OWNER/NAME, hf:OWNER/NAME/FOLDER or file:FOLDER.  Each chunk is compared with its
@@ -22,4 +23,4 @@ def command(source: str, folder: Path | None, allow_http: bool) -> None:
     from mbq_runtime.pull import Source
 
     found = Source.of(source, allow_http=allow_http)
-    click.echo(str(pull_bundle(found, folder, allow_http=allow_http).folder))
+    click.echo(str(pull_bundle(found, folder, allow_http=allow_http, key=key).folder))

@@ -13,7 +13,7 @@ from mbq_runtime.printable import without_controls
 
 from .common import bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
-from .trust import note_code
+from .trust import note_code, trust_option
 
 
 @click.command("run")
@@ -28,6 +28,7 @@ from .trust import note_code
 @template_kwargs_option
 @steering_options
 @engine_option
+@trust_option
 @threads_option
 @json_option
 def command(
@@ -41,6 +42,7 @@ def command(
     seed: int | None,
     template_kwargs: dict[str, Any] | None,
     engine: str | None,
+    trust: bool,
     threads: int | None,
     as_json: bool,
     **steering: Any,
@@ -54,7 +56,7 @@ def command(
 
     terminal = sys.stdout.isatty()
     text = sys.stdin.read() if prompt == "-" else prompt
-    note_code(bundle)
+    note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(

@@ -18,7 +18,7 @@ from mbq_runtime.printable import printable
 
 from .common import bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
-from .trust import note_code
+from .trust import note_code, trust_option
 
 _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
 
@@ -41,6 +41,7 @@ _SWITCH_S = 1e-4
 )
 @steering_options
 @engine_option
+@trust_option
 @threads_option
 def command(
     bundle: Path,
@@ -51,6 +52,7 @@ def command(
     queue: int,
     context: int | None,
     engine: str | None,
+    trust: bool,
     threads: int | None,
     **steering: Any,
 ) -> None:
@@ -81,7 +83,7 @@ def command(
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
-        note_code(bundle)
+        note_code(bundle, trust=trust)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
         feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
         bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))

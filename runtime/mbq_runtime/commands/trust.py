@@ -1,51 +1,42 @@
-"""What a bundle's own code is, and who vouches for it.  Said once for each code."""
+"""What is said of a bundle's own code, once for each code, and the option --trust."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-from mbq_runtime.bundle.manifest import DECODER_LIBRARY, OPS_LIBRARY, FileEntry, Manifest
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.printable import printable
+from mbq_runtime.trust import code
+from mbq_runtime.trust.pulled import pulled_from
 
-_GPU_CODE = (".cl", ".wgsl")
-
-
-def code_files(manifest: Manifest) -> list[FileEntry]:
-    """The files of a bundle that are run as programs.
-
-    Args:
-        manifest: the bundle's manifest.
-    """
-    libraries = (OPS_LIBRARY, DECODER_LIBRARY)
-    return [entry for entry in manifest.files if entry.name in libraries or entry.name.endswith(_GPU_CODE)]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def description(manifest: Manifest) -> str:
-    """What a user must know of a bundle's code, in one line; "" for a bundle without code.
+def trust_option(function: F) -> F:
+    """Add the option --trust.
 
     Args:
-        manifest: the bundle's manifest.
+        function: a command; it gets ``trust``, a bool.
     """
-    found = code_files(manifest)
-    if not found:
-        return ""
-    names = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more"
-    kind = "GPU code" if found[0].name.endswith(_GPU_CODE) else "machine code"
-    return f"{kind} of the bundle's maker ({names}), which nobody has checked"
+    help = "Run the machine code of this pulled bundle, now and later.  It can do all that you can."
+    return click.option("--trust", is_flag=True, help=help)(function)
 
 
-def note_code(bundle: Path) -> None:
+def note_code(bundle: Path, *, trust: bool) -> None:
     """Say on stderr that a bundle brings code, the first time that this code is run.
 
-    The cache folder keeps the hashes of what was said.  Without one, it is said each time.
+    The cache folder keeps the hashes of what was said.  Without one, it is said each time.  Nothing is said of
+    libraries that this release builds, nor of those of a pulled bundle, which need --trust.
 
     Args:
         bundle: folder of the bundle.
+        trust: whether the user trusts the bundle's code.
 
     Raises:
         BundleError: the bundle is broken, or not for this machine.
@@ -54,15 +45,21 @@ def note_code(bundle: Path) -> None:
     from mbq_runtime.engine.load import open_bundle
 
     found = read(bundle)
-    files = code_files(found)
+    native = code.native_code(found)
+    if trust and native:
+        open_bundle(bundle, None)  # a bundle that is refused runs nothing
+        code.trust(found)
+    if pulled_from(bundle) is not None:
+        native = []
+    files = [entry for entry in [*native, *code.gpu_code(found)] if not code.is_known(entry.sha256)]
     if not files:
         return
     key = hashlib.sha256("".join(sorted(entry.sha256 for entry in files)).encode()).hexdigest()
     mark = cache_dir() / "noted-code" / key
     if mark.exists():
         return
-    open_bundle(bundle, None)  # a bundle that is refused runs nothing
-    text = f"{bundle}: runs {description(found)}; run it only if you trust its maker (docs/security.md)"
+    open_bundle(bundle, None)
+    text = f"{bundle}: runs {code.description(found)}; run it only if you trust its maker (docs/security.md)"
     click.echo(f"note: {printable(text)}", err=True)
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)

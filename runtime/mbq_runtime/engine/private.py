@@ -21,6 +21,7 @@ from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.trust.code import check_trusted
 
 _LINK = "bundle"
 _MOST_LIBRARY_BYTES = 64 << 20
@@ -29,19 +30,19 @@ _folders: dict[str, tempfile.TemporaryDirectory[str]] = {}
 _lock = threading.Lock()
 
 
-def check_hash(path: Path, manifest: Manifest, name: str) -> bytes:
-    """Compare the hash of a file with the manifest.
+def check_library(path: Path, manifest: Manifest, name: str) -> bytes:
+    """Check a library before it is loaded: its hash is that of the manifest, and it may run on this machine.
 
     Args:
         path: folder of the bundle.
         manifest: the bundle's manifest.
-        name: name of a listed file.
+        name: of the library.
 
     Returns:
-        Content of the file.
+        Content of the library.
 
     Raises:
-        BundleError: the hashes differ, or the file cannot be read.
+        BundleError: the hashes differ, the file cannot be read, or the user has not trusted a pulled bundle's code.
     """
     (entry,) = (entry for entry in manifest.files if entry.name == name)
     content = read_file(path / name, _MOST_LIBRARY_BYTES)
@@ -51,6 +52,7 @@ def check_hash(path: Path, manifest: Manifest, name: str) -> bytes:
             f"{path / name}: its contents differ from the manifest (sha256 {digest[:12]}..., needed "
             f"{entry.sha256[:12]}...); copy or export the bundle again"
         )
+    check_trusted(path, name, digest)
     return content
 
 
@@ -68,12 +70,12 @@ def ops_library(path: Path, manifest: Manifest) -> Path | None:
         Path of the copy; None for a bundle without such a library.
 
     Raises:
-        BundleError: the library differs from the manifest.
+        BundleError: as for ``check_library``.
         UsageError: there is no folder for the copy.
     """
     if manifest.ops_library is None:
         return None
-    content = check_hash(path, manifest, manifest.ops_library)
+    content = check_library(path, manifest, manifest.ops_library)
     with _lock:
         copy = Path(_folder(hashlib.sha256(content).hexdigest(), executable=True), Path(OPS_LIBRARY).name)
         if not copy.exists():

@@ -23,7 +23,7 @@ from mbq_runtime.errors import UsageError
 
 from .generation import Sampling
 from .imports import engine_errors
-from .private import check_hash
+from .private import check_library
 from .sampling import Sampler
 from .tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ class Backend:
         settings = read_settings(path, manifest)
         self.layers, self.kv_heads, self.head_dim = manifest.model.layers, settings.kv_heads, settings.head_dim
         self.vocab_size = manifest.model.vocab_size
-        check_hash(path, manifest, DECODER_LIBRARY)
+        check_library(path, manifest, DECODER_LIBRARY)
         with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)

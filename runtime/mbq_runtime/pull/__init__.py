@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .pull import Pulled, place_of, pull
 from .sources import Source, is_source
-from .store import Kept, listed, pulled_from, remove
+from .store import Kept, listed, remove
 
-__all__ = ["Kept", "Pulled", "Source", "is_source", "listed", "place_of", "pull", "pulled_from", "remove"]
+__all__ = ["Kept", "Pulled", "Source", "is_source", "listed", "place_of", "pull", "remove"]

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq_runtime.bundle.check import check_bundle
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest, parse
+from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, SIGNATURE_NAME, Manifest, parse
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
 from mbq_runtime.progress import Progress
+from mbq_runtime.trust import signature
+from mbq_runtime.trust.pulled import mark_pulled
 
 from .fetch import check_disk, fill, remove_unlisted
 from .files import Files, InterruptedFetchError
 from .sources import Source
-from .store import bundles_dir, draft_of, mark_pulled
+from .store import bundles_dir, draft_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ def place_of(source: Source) -> Path:
 
 
 def pull(
-    source: Source, folder: Path | None = None, *, allow_http: bool = False, progress: Progress | None = None
+    source: Source,
+    folder: Path | None = None,
+    *,
+    allow_http: bool = False,
+    key: Path | None = None,
+    progress: Progress | None = None,
 ) -> Pulled:
     """Fetch a bundle, or what is missing of it.  The folder appears when the bundle is whole.
 
@@ -55,31 +62,48 @@ def pull(
         source: of the bundle.
         folder: where it goes; None for the cache folder.
         allow_http: whether an http server may be another machine.
+        key: file of the maker's public key; None: the bundle need not be signed.
         progress: called with (bytes that are right, bytes in all).
 
     Raises:
-        UsageError: the folder is in use or is no bundle, or the source may not be used.
-        BundleError: the source has no bundle or a broken one, or the disk is full.
+        UsageError: the folder is in use or is no bundle, or the source or the key may not be used.
+        BundleError: the source has no bundle, a broken one or one that the key has not signed, or the disk is full.
     """
     folder = place_of(source) if folder is None else folder.expanduser()
     if folder.exists() and not (folder / MANIFEST_NAME).is_file():
         raise UsageError(f"{folder}: it exists and is not a bundle; choose another folder")
     with source.files(allow_http=allow_http) as files:
-        content = _manifest_of(source, files)
+        content, text = _manifest_of(source, files)
+        if key is not None:
+            signature.check(content, text, key, source.text)
         manifest = parse(content, f"{source.text}/{MANIFEST_NAME}")
         with locked(folder, "another mbq", "another folder"):
             mark_pulled(content, source.text)
-            return _pulled(files, folder, content, manifest, progress)
+            done = _pulled(files, folder, content, manifest, progress)
+            _write_signature(folder, text)
+    return done
 
 
-def _manifest_of(source: Source, files: Files) -> bytes:
+def _manifest_of(source: Source, files: Files) -> tuple[bytes, bytes | None]:
+    """The manifest, and its signature if it has one."""
     try:
         content = files.small(MANIFEST_NAME, MOST_MANIFEST_BYTES)
+        text = files.small(SIGNATURE_NAME, signature.MOST_SIGNATURE_BYTES)
     except InterruptedFetchError as error:
         raise BundleError(f"{error}; check the address and the network") from None
     if content is None:
         raise BundleError(f"{source.text}: no {MANIFEST_NAME} there; give the address of a bundle's folder")
-    return content
+    return content, text
+
+
+def _write_signature(folder: Path, text: bytes | None) -> None:
+    path = folder / SIGNATURE_NAME
+    try:
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_bytes(text)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _pulled(files: Files, folder: Path, content: bytes, manifest: Manifest, progress: Progress | None) -> Pulled:

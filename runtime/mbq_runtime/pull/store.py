@@ -1,28 +1,19 @@
-"""The bundles in the cache folder, and the marks of what was pulled.
-
-``bundles/NAME`` is a whole bundle, ``bundles/.NAME.part`` one that is not whole yet.  ``pulled/HASH.json`` marks each
-bundle that came from elsewhere, by the SHA-256 of its manifest: the mark stays when the folder is moved or removed.
-"""
+"""The bundles in the cache folder: ``bundles/NAME``, or ``bundles/.NAME.part`` until all of a bundle is there."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest, parse
-from mbq_runtime.bundle.reading import parse_json, read_file
+from mbq_runtime.bundle.manifest import Manifest, read
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
+from mbq_runtime.trust.pulled import UNKNOWN, pulled_from
 
 from .sources import Source, is_source
-
-_MOST_MARK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +22,7 @@ class Kept:
 
     name: what ``mbq rm`` takes.
     folder: of the bundle, or of its unfinished files.
-    source: where it came from; "" if unknown.
+    source: where it came from.
     manifest: None if it cannot be read.
     whole: whether all files are there.
     """
@@ -76,10 +67,9 @@ def listed() -> list[Kept]:
 def _kept(folder: Path, whole: bool) -> Kept:
     name = folder.name if whole else folder.name[1 : -len(".part")]
     try:
-        content = read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES)
-        return Kept(name, folder, _source(content), parse(content, folder / MANIFEST_NAME), whole)
+        return Kept(name, folder, pulled_from(folder) or UNKNOWN, read(folder), whole)
     except BundleError:
-        return Kept(name, folder, "", None, whole)
+        return Kept(name, folder, UNKNOWN, None, whole)
 
 
 def remove(text: str) -> list[Kept]:
@@ -106,51 +96,3 @@ def remove(text: str) -> list[Kept]:
             except OSError as error:
                 raise BundleError(f"{error.filename}: cannot be removed ({error.strerror})") from None
     return found
-
-
-def mark_pulled(content: bytes, source: str) -> None:
-    """Remember that a bundle came from elsewhere.
-
-    Args:
-        content: of its manifest.
-        source: where it came from.
-
-    Raises:
-        BundleError: the cache folder cannot be written.
-    """
-    path = _mark(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be written ({error.strerror}); set MBQ_CACHE_DIR to a folder that can"
-        ) from None
-
-
-def pulled_from(folder: Path) -> str | None:
-    """Where a bundle was pulled from; None for one that was not pulled on this machine.
-
-    Args:
-        folder: of the bundle.
-
-    Raises:
-        BundleError: the manifest cannot be read.
-    """
-    content = read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES)
-    return (_source(content) or "unknown") if os.path.lexists(_mark(content)) else None
-
-
-def _mark(content: bytes) -> Path:
-    return cache_dir() / "pulled" / f"{sha256(content).hexdigest()}.json"
-
-
-def _source(content: bytes) -> str:
-    try:
-        document = parse_json(read_file(_mark(content), _MOST_MARK_BYTES))
-    except (BundleError, ValueError):
-        return ""
-    source = document.get("source") if isinstance(document, dict) else None
-    return source if isinstance(source, str) else ""

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 from file_server import CHUNK_BYTES, CHUNKS, WEIGHTS, FileServer
+from test_signature import write_keys
 from tiny_bundle import write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.cli import main
-from mbq_runtime.pull import Source, fetch, place_of, pull, pulled_from
+from mbq_runtime.pull import Source, fetch, place_of, pull
+from mbq_runtime.trust import signature
+from mbq_runtime.trust.pulled import pulled_from
 
 CHILD = f"""
 import sys
@@ -442,3 +445,18 @@ def test_two_at_once(server: FileServer, tmp_path: Path, capsys: pytest.CaptureF
     server.sent = second
     assert main(["pull", f"{server.url}/tiny", str(tmp_path / "here")]) == 0
     assert codes == [2]
+
+
+def test_a_signed_bundle(
+    server: FileServer, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --key, nothing comes of a bundle that the key has not signed."""
+    key = write_keys(tmp_path, "maker")
+    command = ["pull", f"{server.url}/tiny", str(tmp_path / "here"), "--key", f"{key}.pub"]
+    assert main(command) == 4
+    assert "it has no signature" in capsys.readouterr().err
+    assert [path for path, _, _ in server.asked] == ["/tiny/manifest.json"]
+    signature.sign(published, key)
+    assert main(command) == 0
+    assert main(["verify", str(tmp_path / "here"), "--key", f"{key}.pub"]) == 0
+    assert files_of(tmp_path / "here") == files_of(published)

@@ -1,0 +1,1 @@
+"""Whose code of a bundle may run, and who made a bundle."""
