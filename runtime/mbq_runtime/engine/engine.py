@@ -118,7 +118,7 @@ class Engine:
         """Load a bundle.
 
         Args:
-            path: folder of the bundle.
+            path: folder of the bundle, or a source such as hf:OWNER/NAME, which is pulled into the cache folder once.
             threads: processor threads; None for one per big core.
             avg_bits: first budget in average bits per weight; None for the bundle's default.
             context: most tokens of prompt and reply together, which cost memory; None for the bundle's most.

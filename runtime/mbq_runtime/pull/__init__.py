@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .pull import Pulled, place_of, pull
+from .pull import Pulled, local_folder, place_of, pull
 from .sources import Source, is_source
 from .store import Kept, listed, remove
 
-__all__ = ["Kept", "Pulled", "Source", "is_source", "listed", "place_of", "pull", "remove"]
+__all__ = ["Kept", "Pulled", "Source", "is_source", "listed", "local_folder", "place_of", "pull", "remove"]

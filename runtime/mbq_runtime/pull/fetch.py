@@ -11,16 +11,19 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from mbq_runtime.bundle.manifest import MANIFEST_NAME, Chunk, FileEntry, Manifest
 from mbq_runtime.errors import BundleError
 from mbq_runtime.progress import Progress
 
 from .files import Files, InterruptedFetchError
+
+T = TypeVar("T")
 
 MOST_TRIES = 5
 """A chunk that comes wrong so often is refused.  So is a source that breaks off so often without a chunk between."""
@@ -63,14 +66,24 @@ def check_disk(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def fill(files: Files, manifest: Manifest, folder: Path, progress: Progress | None = None) -> int:
-    """Fetch the chunks that are missing or wrong.
+def fill(
+    files: Files,
+    manifest: Manifest,
+    folder: Path,
+    progress: Progress | None = None,
+    arrived: Callable[[int], object] | None = None,
+) -> int:
+    """Fetch the chunks that are missing or wrong: first those that the lowest depth needs, then those of each next one.
+
+    Each file has its whole size from the begin.  What has not come is a hole, which reads as zeros.
 
     Args:
         files: the bundle at its source.
         manifest: of the bundle.
         folder: an existing folder of this user.  Files in it that the manifest does not list stay.
         progress: called with (bytes that are right, bytes in all).
+        arrived: called with a depth, 1-based, when all that it needs is there and right.  A bundle whose files mix the
+            slices of all depths has one call, with 1.
 
     Returns:
         Bytes that were fetched and were right.
@@ -78,36 +91,47 @@ def fill(files: Files, manifest: Manifest, folder: Path, progress: Progress | No
     Raises:
         BundleError: the source does not have what the manifest says, breaks off too often, or a file cannot be written.
     """
-    done = fetched = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        if progress is not None:
-            progress(done, manifest.total_bytes)
-
     # Small files first: what is wrong with them is seen before the weights come.
-    for entry in sorted(manifest.files, key=lambda entry: entry.size):
-        path = folder / entry.name
-        try:
-            descriptor = _opened(folder, entry)
-            try:
-                missing = list(_missing(descriptor, entry))
-                size = sum(chunk.end - chunk.begin for chunk in missing)
-                count(entry.size - size)
-                for chunk, content in _fetched(files, entry, missing):
+    entries = sorted(manifest.files, key=lambda entry: entry.size)
+    missing = {entry.name: _at(folder, entry, _missing) for entry in entries}
+    fetched, total = 0, manifest.total_bytes
+    left = sum(chunk.end - chunk.begin for chunks in missing.values() for chunk in chunks)
+    report = progress or (lambda done, total: None)
+    report(total - left, total)
+
+    for depth in range(1, max(len(manifest.parts), 1) + 1):
+        needed = manifest.needed_bytes(depth)
+        for entry in entries:
+            wanted = [chunk for chunk in missing[entry.name] if chunk.begin < needed[entry.name]]
+            missing[entry.name] = missing[entry.name][len(wanted) :]
+
+            def save(descriptor: int, entry: FileEntry, wanted: list[Chunk] = wanted) -> None:
+                nonlocal fetched
+                for chunk, content in _fetched(files, entry, wanted):
                     _write(descriptor, content, chunk.begin)
-                    count(len(content))
-                fetched += size
-                if missing:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise BundleError(
-                f"{path}: cannot be written ({error.strerror}); free some disk, or choose another folder"
-            ) from None
+                    fetched += len(content)
+                    report(total - left + fetched, total)
+                os.fsync(descriptor)
+
+            if wanted:
+                _at(folder, entry, save)
+        if arrived is not None:
+            arrived(depth)
     return fetched
+
+
+def _at(folder: Path, entry: FileEntry, work: Callable[[int, FileEntry], T]) -> T:
+    """What ``work`` returns for the open file."""
+    try:
+        descriptor = _opened(folder, entry)
+        try:
+            return work(descriptor, entry)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BundleError(
+            f"{folder / entry.name}: cannot be written ({error.strerror}); free some disk, or choose another folder"
+        ) from None
 
 
 def _opened(folder: Path, entry: FileEntry) -> int:
@@ -123,11 +147,13 @@ def _opened(folder: Path, entry: FileEntry) -> int:
     return descriptor
 
 
-def _missing(descriptor: int, entry: FileEntry) -> Iterator[Chunk]:
+def _missing(descriptor: int, entry: FileEntry) -> list[Chunk]:
     """The chunks that are not there or not right."""
-    for chunk in entry.ranges():
-        if not _has_data(descriptor, chunk) or _hash(descriptor, chunk) != chunk.sha256:
-            yield chunk
+    return [
+        chunk
+        for chunk in entry.ranges()
+        if not _has_data(descriptor, chunk) or _hash(descriptor, chunk) != chunk.sha256
+    ]
 
 
 def _has_data(descriptor: int, chunk: Chunk) -> bool:

@@ -19,7 +19,7 @@ from mbq_runtime.trust.pulled import mark_pulled
 
 from .fetch import check_disk, fill, remove_unlisted
 from .files import Files, InterruptedFetchError
-from .sources import Source
+from .sources import Source, is_source
 from .store import bundles_dir, draft_of
 
 
@@ -82,6 +82,22 @@ def pull(
             done = _pulled(files, folder, content, manifest, progress)
             _write_signature(folder, text)
     return done
+
+
+def local_folder(text: str) -> Path:
+    """The folder of a bundle.  A source is pulled into the cache folder, unless its bundle is there.
+
+    Args:
+        text: a folder, or a source such as hf:OWNER/NAME.
+
+    Raises:
+        UsageError, BundleError: as ``pull``.
+    """
+    if not is_source(text):
+        return Path(text)
+    source = Source.of(text)
+    folder = place_of(source)
+    return folder if folder.exists() else pull(source).folder
 
 
 def _manifest_of(source: Source, files: Files) -> tuple[bytes, bytes | None]:

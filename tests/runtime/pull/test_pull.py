@@ -8,8 +8,10 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -460,3 +462,35 @@ def test_a_signed_bundle(
     assert main(command) == 0
     assert main(["verify", str(tmp_path / "here"), "--key", f"{key}.pub"]) == 0
     assert files_of(tmp_path / "here") == files_of(published)
+
+
+def test_the_lowest_depth_comes_first(server: FileServer, published: Path, tmp_path: Path) -> None:
+    """When a depth has arrived, all that it needs is right, and what only deeper ones need has not been asked for."""
+    whole, size = (published / WEIGHTS).read_bytes(), (published / WEIGHTS).stat().st_size
+    cuts = (0, 20 * CHUNK_BYTES - 4096, 33 * CHUNK_BYTES + 8192, 33 * CHUNK_BYTES + 8192, size)
+    parts = tuple((manifest.FileRange(WEIGHTS, a, b),) for a, b in pairwise(cuts))
+    manifest.write(replace(manifest.read(published), parts=parts), published)
+    seen: list[int] = []
+    (tmp_path / "here").mkdir()
+
+    def arrived(depth: int) -> None:
+        seen.append(depth)
+        content = (tmp_path / "here" / WEIGHTS).read_bytes()
+        assert len(content) == size
+        assert content[: cuts[depth]] == whole[: cuts[depth]]
+        end = -(-cuts[depth] // CHUNK_BYTES) * CHUNK_BYTES
+        assert not any(content[end:])
+        assert all((tmp_path / "here" / entry.name).stat().st_size == entry.size for entry in found.files)
+
+    found = manifest.read(published)
+    with Source.of(f"{server.url}/tiny").files() as files:
+        fetch.fill(files, found, tmp_path / "here", arrived=arrived)
+    assert seen == [1, 2, 3, 4]
+    assert sorted(asked(server)) == list(range(CHUNKS))
+
+
+def test_a_source_in_python(server: FileServer) -> None:
+    for _ in range(2):
+        engine = Engine.load(f"{server.url}/tiny", threads=1)
+        assert engine.generate("xA", chat=False, max_tokens=3).text() == "BCD"
+    assert [path for path, _, _ in server.asked].count("/tiny/manifest.json") == 1
