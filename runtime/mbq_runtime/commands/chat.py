@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument, engine_option, template_kwargs_option, threads_option
+from .common import coming_bundle_argument, engine_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
+if TYPE_CHECKING:
+    from mbq_runtime.engine import Engine
+
 
 @click.command("chat")
-@bundle_argument
+@coming_bundle_argument
 @click.option("--system", help="System message, before the conversation.")
 @click.option("--max-tokens", type=int, default=512, help="Longest reply, in tokens.")
 @click.option("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: more varied.")
@@ -32,6 +36,7 @@ from .trust import note_code, trust_option
 @threads_option
 def command(
     bundle: Path,
+    follow: Callable[[Engine], None],
     system: str | None,
     max_tokens: int,
     temperature: float,
@@ -56,6 +61,7 @@ def command(
 
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
+    follow(loaded)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")
     terminal = sys.stdout.isatty()

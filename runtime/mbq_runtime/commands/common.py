@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 
@@ -35,6 +35,73 @@ def bundle_argument(function: F) -> F:
         return function(bundle=local_bundle(bundle, allow_http=allow_http), **options)
 
     return cast(F, click.argument("bundle")(allow_http_option(command)))
+
+
+def coming_bundle_argument(function: F) -> F:
+    """Add the argument BUNDLE and the option --allow-http to a command that can run a bundle while it is pulled.
+
+    Args:
+        function: a command; it gets ``bundle``, a context that gives ``Coming``, and ``engine`` of ``engine_option``.
+    """
+
+    @functools.wraps(function)
+    def command(*, bundle: str, allow_http: bool, engine: str | None, **options: Any) -> Any:
+        with coming_bundle(bundle, allow_http=allow_http, engine=engine) as coming:
+            return function(bundle=coming.folder, follow=coming.follow, engine=engine, **options)
+
+    return cast(F, click.argument("bundle")(allow_http_option(command)))
+
+
+class Coming(NamedTuple):
+    """A bundle that can run.
+
+    folder: of the bundle, or of its unfinished files.
+    follow: called with the engine that has loaded it, before its first reply.
+    """
+
+    folder: Path
+    follow: Callable[[Any], None]
+
+
+@contextmanager
+def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterator[Coming]:
+    """A bundle as soon as it can run.  The rest of a source comes while the block runs.
+
+    Args:
+        text: a folder, or a source such as hf:OWNER/NAME.
+        allow_http: whether an http server may be another machine.
+        engine: kind of engine that will run it; None for the bundle's default.
+
+    Yields:
+        The bundle.
+
+    Raises:
+        MbqError: as ``mbq_runtime.pull.pull``.
+    """
+    from mbq_runtime.pull.sources import Source, is_source
+
+    if not is_source(text):
+        yield Coming(Path(text), lambda loaded: None)
+        return
+    from mbq_runtime.pull import Incoming, place_of
+
+    source = Source.of(text, allow_http=allow_http)
+    if place_of(source).exists():
+        yield Coming(place_of(source), lambda loaded: None)
+        return
+    with progress_line(f"pulling {source.text}") as progress:
+        shown: list[Progress] = [progress]
+        incoming = Incoming(source, allow_http=allow_http, progress=lambda done, total: shown[0](done, total))
+        folder = incoming.folder(engine)
+        shown[0] = lambda done, total: None
+    if incoming.whole is None:
+        megabytes = incoming.done_bytes / 1e6
+        click.echo(f"note: it starts at the lowest budget with {megabytes:.1f} MB; the rest comes meanwhile", err=True)
+    yield Coming(folder, incoming.follow)
+    if incoming.error is not None:
+        click.echo(f"note: the rest did not come: {printable(str(incoming.error))}", err=True)
+    elif incoming.whole is None:
+        click.echo("note: the rest has not come yet; the same command goes on from here", err=True)
 
 
 def allow_http_option(function: F) -> F:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mbq_runtime.printable import without_controls
 
-from .common import bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
+from .common import coming_bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
+if TYPE_CHECKING:
+    from mbq_runtime.engine import Engine
+
 
 @click.command("run")
-@bundle_argument
+@coming_bundle_argument
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, default=128, help="Longest reply, in tokens.")
 @click.option("--raw", is_flag=True, help="Continue the prompt, without the chat template.")
@@ -33,6 +37,7 @@ from .trust import note_code, trust_option
 @json_option
 def command(
     bundle: Path,
+    follow: Callable[[Engine], None],
     prompt: str,
     max_tokens: int,
     raw: bool,
@@ -58,6 +63,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
+    follow(loaded)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,

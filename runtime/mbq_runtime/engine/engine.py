@@ -101,6 +101,8 @@ class Engine:
         self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
         # The native side reads it in every pass, so that a new budget costs one write.
         self._budget = np.array([manifest.budget.default_bits], np.float32)
+        self._wish = manifest.budget.default_bits
+        self._ceiling: float | None = None
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
         self._listeners_lock = threading.Lock()
@@ -157,7 +159,30 @@ class Engine:
         Args:
             value: average bits per weight.
         """
-        self._budget[0] = self.manifest.budget.check(value, str(self.path))
+        self._wish = self.manifest.budget.check(value, str(self.path))
+        self._budget[0] = self._allowed(self._wish)
+
+    @property
+    def ceiling_bits(self) -> float | None:
+        """Highest budget that is used, whatever is asked for; None for the bundle's own.
+
+        A bundle that is still being pulled has one.  A new value takes effect at the next token.
+        """
+        return self._ceiling
+
+    @ceiling_bits.setter
+    def ceiling_bits(self, value: float | None) -> None:
+        """Set the ceiling.
+
+        Args:
+            value: average bits per weight, or None.
+        """
+        self._ceiling = None if value is None else self.manifest.budget.check(value, str(self.path))
+        self._budget[0] = self._allowed(self._wish)
+
+    def _allowed(self, avg_bits: float) -> float:
+        value = self.manifest.budget.check(avg_bits, str(self.path))
+        return value if self._ceiling is None else min(value, self._ceiling)
 
     @property
     def threads(self) -> int:
@@ -366,7 +391,7 @@ class Engine:
 
     def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
         """(start, logits, bits used) of each chunk of ``tokens``, in one context.  Logits are valid until the next."""
-        budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
+        budget = np.array([self._allowed(avg_bits)], np.float32)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
             context = self._backend.start(len(ids), budget, None, every=True)
@@ -383,7 +408,7 @@ class Engine:
         """
         if not sizes or min(sizes) < 1 or sum(sizes) > self._context:
             raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
-        budget = np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32)
+        budget = np.array([self._allowed(avg_bits)], np.float32)
         ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
         seconds, bits, start = [], 0.0, 0
         with self._alone(), engine_errors(f"{self.path}: a pass failed"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .incoming import Incoming
 from .pull import Pulled, local_folder, place_of, pull
 from .sources import Source, is_source
 from .store import Kept, listed, remove
 
-__all__ = ["Kept", "Pulled", "Source", "is_source", "listed", "local_folder", "place_of", "pull", "remove"]
+__all__ = ["Incoming", "Kept", "Pulled", "Source", "is_source", "listed", "local_folder", "place_of", "pull", "remove"]

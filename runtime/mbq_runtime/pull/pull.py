@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ def pull(
     allow_http: bool = False,
     key: Path | None = None,
     progress: Progress | None = None,
+    arrived: Callable[[int, Path], object] | None = None,
 ) -> Pulled:
     """Fetch a bundle, or what is missing of it.  The folder appears when the bundle is whole.
 
@@ -64,6 +66,8 @@ def pull(
         allow_http: whether an http server may be another machine.
         key: file of the maker's public key; None: the bundle need not be signed.
         progress: called with (bytes that are right, bytes in all).
+        arrived: called with (depth, folder of the unfinished bundle) when all that the depth needs is there.  It is not
+            called where an older bundle is replaced.
 
     Raises:
         UsageError: the folder is in use or is no bundle, or the source or the key may not be used.
@@ -79,7 +83,7 @@ def pull(
         manifest = parse(content, f"{source.text}/{MANIFEST_NAME}")
         with locked(folder, "another mbq", "another folder"):
             mark_pulled(content, source.text)
-            done = _pulled(files, folder, content, manifest, progress)
+            done = _pulled(files, folder, content, manifest, progress, arrived)
             _write_signature(folder, text)
     return done
 
@@ -122,8 +126,16 @@ def _write_signature(folder: Path, text: bytes | None) -> None:
         raise BundleError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _pulled(files: Files, folder: Path, content: bytes, manifest: Manifest, progress: Progress | None) -> Pulled:
-    same = folder.exists() and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == content
+def _pulled(
+    files: Files,
+    folder: Path,
+    content: bytes,
+    manifest: Manifest,
+    progress: Progress | None,
+    arrived: Callable[[int, Path], object] | None,
+) -> Pulled:
+    new = not folder.exists()
+    same = not new and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == content
     draft = folder if same else draft_of(folder)
     try:
         draft.mkdir(mode=0o700, exist_ok=True)
@@ -132,7 +144,8 @@ def _pulled(files: Files, folder: Path, content: bytes, manifest: Manifest, prog
         check_disk(draft, manifest)
         if not same:
             _start(draft, folder, content, manifest)
-        fetched = fill(files, manifest, draft, progress)
+        tell = (lambda depth: arrived(depth, draft)) if arrived and new else None
+        fetched = fill(files, manifest, draft, progress, tell)
         _check(draft, manifest, remove=not same)
         if not same:
             draft.chmod(0o755)

@@ -1,0 +1,129 @@
+"""A bundle that runs while it comes: its lowest depth is there, and the budget stays there until all of it is.
+
+The engine maps the unfinished files.  What has not come is a hole in them.  At the lowest budget every token gets depth
+1, so a hole is not read.  Between two depths a router may give a token any depth.  Therefore the budget may rise only
+when the last slice is there.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from mbq_runtime.bundle.manifest import Manifest, read
+from mbq_runtime.errors import BundleError, MbqError
+from mbq_runtime.progress import Progress
+
+from .pull import Pulled, pull
+from .sources import Source
+
+MAPPED_ENGINES = ("onnx", "tvm")
+"""Engines that map the weights of a native bundle.  The others copy them when they load."""
+
+
+class Bounded(Protocol):
+    """What of an engine this module uses, see ``mbq_runtime.engine.Engine``."""
+
+    ceiling_bits: float | None
+
+
+class Incoming:
+    """A bundle that is pulled into the cache folder by a thread.
+
+    source: of the bundle.
+    allow_http: whether an http server may be another machine.
+    progress: called with (bytes that are right, bytes in all).
+    """
+
+    def __init__(self, source: Source, *, allow_http: bool = False, progress: Progress | None = None) -> None:
+        self._source, self._allow_http, self._progress = source, allow_http, progress
+        self._changed = threading.Condition()
+        self._draft: Path | None = None
+        self._done_bytes = 0
+        self._engine: Bounded | None = None
+        self.whole: Pulled | None = None
+        self.error: MbqError | None = None
+        # A daemon: a process that has answered need not wait.  The next one goes on from here.
+        self._thread = threading.Thread(target=self._pull, name="mbq-pull", daemon=True)
+        self._thread.start()
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are there and right."""
+        return self._done_bytes
+
+    def folder(self, engine: str | None = None) -> Path:
+        """Wait until the bundle can run, and return its folder.
+
+        Args:
+            engine: kind of engine that will run it; None for the bundle's default.
+
+        Raises:
+            MbqError: as ``pull``.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.whole or self.error or self._starts_early(engine))
+            if self.error is not None:
+                raise self.error
+            found = self.whole.folder if self.whole is not None else self._draft
+            assert found is not None
+            return found
+
+    def follow(self, engine: Bounded) -> None:
+        """Keep an engine at the lowest budget until all of the bundle is there.
+
+        Args:
+            engine: that runs the folder.  No reply of it has begun.
+        """
+        with self._changed:
+            if self.whole is None and self._draft is not None:
+                engine.ceiling_bits = float(read(self._draft).profile.min_bits)
+                self._engine = engine
+
+    def wait(self) -> None:
+        """Wait until all of the bundle is there, or an error ended it."""
+        self._thread.join()
+
+    def _starts_early(self, engine: str | None) -> bool:
+        return self._draft is not None and runs_in_part(read(self._draft), engine)
+
+    def _pull(self) -> None:
+        def count(done: int, total: int) -> None:
+            self._done_bytes = done
+            if self._progress is not None:
+                self._progress(done, total)
+
+        def arrived(depth: int, draft: Path) -> None:
+            if depth == 1:
+                with self._changed:
+                    self._draft = draft
+                    self._changed.notify_all()
+
+        try:
+            whole = pull(self._source, allow_http=self._allow_http, progress=count, arrived=arrived)
+        except MbqError as error:
+            self._end(error=error)
+        except BaseException as error:
+            self._end(error=BundleError(f"{self._source.text}: {type(error).__name__}: {error}"))
+            raise
+        else:
+            self._end(whole=whole)
+
+    def _end(self, *, whole: Pulled | None = None, error: MbqError | None = None) -> None:
+        with self._changed:
+            self.whole, self.error = whole, error
+            if whole is not None and self._engine is not None:
+                self._engine.ceiling_bits = None
+            self._changed.notify_all()
+
+
+def runs_in_part(manifest: Manifest, engine: str | None) -> bool:
+    """Whether a bundle can run when only its lowest depth is there.
+
+    Args:
+        manifest: of the bundle.
+        engine: kind of engine; None for the bundle's default.
+    """
+    mapped = manifest.native and (engine or manifest.target.engine) in MAPPED_ENGINES
+    return mapped and len(manifest.parts) > 1
