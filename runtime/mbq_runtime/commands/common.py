@@ -94,7 +94,9 @@ def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterato
         incoming = Incoming(source, allow_http=allow_http, progress=lambda done, total: shown[0](done, total))
         folder = incoming.folder(engine)
         shown[0] = lambda done, total: None
-    if incoming.whole is None:
+    if incoming.whole is not None:
+        _say_pulled(incoming.whole, source)
+    else:
         megabytes = incoming.done_bytes / 1e6
         click.echo(f"note: it starts at the lowest budget with {megabytes:.1f} MB; the rest comes meanwhile", err=True)
     yield Coming(folder, incoming.follow)
@@ -162,10 +164,14 @@ def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool, key: P
 
     with progress_line(f"pulling {source.text}") as progress:
         done = pull(source, folder, allow_http=allow_http, key=key, progress=progress)
+    _say_pulled(done, source)
+    return done
+
+
+def _say_pulled(done: Pulled, source: Source) -> None:
     size, fetched = done.manifest.total_bytes / 1e6, done.fetched_bytes / 1e6
     text = f"{done.folder}: {size:.1f} MB in {len(done.manifest.files)} files, all as the manifest says"
     click.echo(f"{printable(text)}; {fetched:.1f} MB came from {printable(source.text)}", err=True)
-    return done
 
 
 def json_option(function: F) -> F:
