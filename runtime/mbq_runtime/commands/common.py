@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
 
+SWITCH_S = 1e-4
+"""``sys.setswitchinterval`` of a command whose other threads must run beside an engine.
+
+A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes, a thread gets the lock only after it has
+waited this long.  Python's default of 5 ms is longer than many passes: the other threads would get no turn.
+"""
+
 
 def bundle_argument(function: F) -> F:
     """Add the argument BUNDLE, a folder or a source to pull from, and the option --allow-http.
@@ -97,6 +104,7 @@ def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterato
     if incoming.whole is not None:
         _say_pulled(incoming.whole, source)
     else:
+        sys.setswitchinterval(SWITCH_S)
         megabytes = incoming.done_bytes / 1e6
         click.echo(f"note: it starts at the lowest budget with {megabytes:.1f} MB; the rest comes meanwhile", err=True)
     yield Coming(folder, incoming.follow)

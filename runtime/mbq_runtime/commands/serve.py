@@ -16,15 +16,11 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import bundle_argument, engine_option, threads_option
+from .common import SWITCH_S, bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
 _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
-
-# A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes, a thread gets the lock only after it
-# has waited this long.  Python's default of 5 ms is longer than many passes: the event loop would get no turn.
-_SWITCH_S = 1e-4
 
 
 @click.command("serve")
@@ -98,7 +94,7 @@ def command(
         click.echo(f"{printable(server.model)}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
-        sys.setswitchinterval(_SWITCH_S)
+        sys.setswitchinterval(SWITCH_S)
         runner.run([Listener(fileno=listener.detach())])
 
 
