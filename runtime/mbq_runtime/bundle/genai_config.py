@@ -158,6 +158,16 @@ class Settings:
         return written
 
 
+def cache_bytes(manifest: Manifest, settings: Settings) -> int:
+    """Bytes of the keys and values of one token, which are float32.
+
+    Args:
+        manifest: the bundle's manifest.
+        settings: of the same bundle.
+    """
+    return 2 * 4 * manifest.model.layers * settings.kv_heads * settings.head_dim
+
+
 @dataclass(frozen=True)
 class _Decoder:
     num_attention_heads: int

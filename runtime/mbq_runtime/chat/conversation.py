@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
-_REPLY_SHARE = 4  # a quarter of the context stays free for the reply
+_FULL = 3 / 4  # share of the context from which turns are dropped: the rest is for the reply
+_FREED = 1 / 2  # share that is left after that: what follows a dropped turn is read again, so it must be rare
 
 
 class Conversation:
@@ -35,7 +36,7 @@ class Conversation:
         return [*self._opening, *self._turns]
 
     def ask(self, text: str) -> int:
-        """Add a message of the user, then drop the oldest turns until the rest fits in the context.
+        """Add a message of the user.  When the context is full, drop the oldest turns until half of it is free.
 
         The new message is never dropped.  If it is too long, the engine gives the error.
 
@@ -46,11 +47,10 @@ class Conversation:
             Number of turns that were dropped.
         """
         self._turns.append({"role": "user", "content": text})
-        room = self._engine.context_length - self._engine.context_length // _REPLY_SHARE
-        forgotten = 0
-        while len(self._turns) > 1 and self._length() > room:
+        forgotten, room = 0, _FULL
+        while len(self._turns) > 1 and self._length() > room * self._engine.context_length:
             del self._turns[:2]
-            forgotten += 1
+            forgotten, room = forgotten + 1, _FREED
         return forgotten
 
     def answer(self, text: str) -> None:

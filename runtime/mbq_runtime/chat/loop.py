@@ -69,6 +69,7 @@ class Chat:
     ) -> None:
         self._engine, self._bounded, self._governor = engine, bounded, governor
         self._screen, self._conversation, self._options = screen, conversation, options
+        self._session = engine.session()  # a turn reads what is new, not the whole conversation
 
     def run(self, read: ReadLine) -> None:
         """Run until /exit or the end of input.  Ctrl-C ends a reply or an unfinished message, not the chat.
@@ -148,7 +149,7 @@ class Chat:
             if forgotten:
                 turns = "turns" if forgotten > 1 else "turn"
                 self._screen.note(f"(the context is full: {forgotten} earlier {turns} dropped)")
-            reply = self._engine.generate(self._conversation.messages, **self._options)
+            reply = self._engine.generate(self._conversation.messages, session=self._session, **self._options)
         except MbqError as error:
             self._conversation.drop_unanswered()
             self._screen.note(str(error))

@@ -83,8 +83,8 @@ def command(
             "top_p": top_p,
             "top_k": top_k,
             "seed": seed,
+            "template_kwargs": template_kwargs,
         }
-        options["template_kwargs"] = template_kwargs
         conversation = Conversation(loaded, system, template_kwargs)
         Chat(loaded, bounded, governor, screen=screen, conversation=conversation, options=options).run(_reader())
 

@@ -35,6 +35,13 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 @click.option(
     "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
 )
+@click.option(
+    "--cache-mb",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Memory for the contexts of earlier conversations, in MB; 0 for none.",
+)
 @steering_options
 @engine_option
 @trust_option
@@ -47,6 +54,7 @@ def command(
     allow_origin: tuple[str, ...],
     queue: int,
     context: int | None,
+    cache_mb: int,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -87,7 +95,7 @@ def command(
         server = Server(
             loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
-            queue_limit=queue, host=host, api_key=api_key, origins=allow_origin,
+            queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key, origins=allow_origin,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .engine import Engine, Passes, Prompt, Score, Window
 from .generation import FinishReason, Generation, GenerationStats, Sampling, TokenListener
+from .kept_context import KeptContext
 from .session import Session
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "GenerationStats",
+    "KeptContext",
     "Passes",
     "Prompt",
     "Sampling",

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import UsageError
 
-from .generation import Sampling
 from .tokenizer import Tokenizer
 
 
@@ -30,16 +29,20 @@ class Context(Protocol):
             tokens: int32 [n], ids that are added to the context.
         """
 
+    def last_logits(self) -> NDArray[np.float32]:
+        """float32 [vocab]: logits of the last token of the last pass.  Valid until the next pass."""
+
     def logits(self) -> NDArray[np.float32]:
         """float32 [n, vocab]: logits of every token of the last pass.  Only after ``start(every=True)``."""
 
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""
 
-    def next_token(self) -> int | None:
-        """Choose a token and add it; None when the context is full.
+    def rewind(self, count: int) -> None:
+        """Drop the last tokens.  A pass must follow before the next logits.
 
-        The pass over a chosen token runs when the next one is asked for.
+        Args:
+            count: tokens that stay, from 0 to the number so far.
         """
 
 
@@ -54,15 +57,16 @@ class Backend(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer."""
 
-    def start(
-        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> Context:
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+
+    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> Context:
         """Begin an empty context.
 
         Args:
             length: most tokens of the context.
             budget: float32 [1], average bits per weight; read again in every pass.
-            sampling: how next tokens are chosen; None for the likeliest.
             every: whether ``logits`` will be called.
         """
 

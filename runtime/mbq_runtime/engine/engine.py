@@ -22,7 +22,9 @@ from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
 from .imports import engine_errors
+from .kept_context import KeptContext
 from .load import open_bundle
+from .sampling import Sampler
 from .score import mean_nll, scoring_chunk
 from .template import Message
 from .threads import cores
@@ -263,6 +265,7 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        session: KeptContext | None = None,
     ) -> Generation:
         """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
 
@@ -277,6 +280,7 @@ class Engine:
             seed: repeats a varied reply; None for a different one each time.
             stop: text or texts that end the reply and are not part of it.
             template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
+            session: made by ``session``; of the prompt, only what it does not keep is read.
 
         Returns:
             An iterator over the text of the reply.  Nothing runs until its first piece is asked for.
@@ -284,12 +288,30 @@ class Engine:
         Raises:
             UsageError: a value is out of range, or the prompt is empty or too long.
         """
+        if session is not None and not session.belongs_to(self._backend):
+            raise UsageError("session: it is another engine's; make one with this engine's session()")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
-        tokens = self._prompt_tokens(prompt, chat, template_kwargs)
+        tokens = np.asarray(self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs), np.int32)
         if avg_bits is not None:
             self.avg_bits = avg_bits
-        return Generation(lambda record: self._steps(tokens, sampling, record), len(tokens), stops, self._tell)
+        return Generation(lambda record: self._steps(tokens, sampling, record, session), len(tokens), stops, self._tell)
+
+    def session(self) -> KeptContext:
+        """A session for ``generate``: it keeps what it has read from one reply to the next.
+
+        A reply is the one that would come without a session, as long as the budget stays.  A token that was read with
+        a budget lower by more than ``REREAD_BITS`` is read again.
+
+        >>> engine = Engine.load("my-bundle", threads=1)
+        >>> session = engine.session()
+        >>> _ = engine.generate([68, 69, 70], max_tokens=2, session=session).text()
+        >>> reply = engine.generate([68, 69, 70, 71, 72, 73], max_tokens=2, session=session)
+        >>> _ = reply.text()
+        >>> reply.stats.cached_tokens
+        4
+        """
+        return KeptContext(self._backend, self._budget, self._context)
 
     def add_listener(self, listener: TokenListener) -> None:
         """Call ``listener`` after each decoded token, from the next token on.  From any thread.
@@ -394,7 +416,7 @@ class Engine:
         budget = np.array([self._allowed(avg_bits)], np.float32)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
-            context = self._backend.start(len(ids), budget, None, every=True)
+            context = self._backend.start(len(ids), budget, every=True)
             for start in range(0, len(ids), self._scoring_chunk):
                 context.append(ids[start : start + self._scoring_chunk])
                 yield start, context.logits(), context.bits_used()
@@ -412,7 +434,7 @@ class Engine:
         ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
         seconds, bits, start = [], 0.0, 0
         with self._alone(), engine_errors(f"{self.path}: a pass failed"):
-            context = self._backend.start(len(ids), budget, None)
+            context = self._backend.start(len(ids), budget)
             for size in sizes:
                 begin_s = time.perf_counter()
                 for at in range(start, start + size, self._chunk):
@@ -423,9 +445,19 @@ class Engine:
                 start += size
         return Passes(tuple(seconds), bits / len(ids))
 
-    def _prompt_tokens(
-        self, prompt: Prompt, chat: bool, template_kwargs: Mapping[str, Any] | None
-    ) -> NDArray[np.int32]:
+    def prompt_tokens(
+        self, prompt: Prompt, *, chat: bool = True, template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The ids that ``generate`` reads for a prompt.
+
+        Args:
+            prompt: see ``generate``.
+            chat: see ``generate``.
+            template_kwargs: see ``generate``.
+
+        Raises:
+            UsageError: the prompt is empty or too long, or an id is out of range.
+        """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise UsageError("the prompt is empty; give some text")
@@ -447,7 +479,8 @@ class Engine:
                 f"the prompt is {len(ids)} tokens long; with room for a reply the bundle takes at most "
                 f"{self._context - 1}; shorten it"
             )
-        return self._checked(ids)
+        self._checked(ids)
+        return ids
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
         ids = np.asarray(tokens, np.int64)
@@ -460,20 +493,30 @@ class Engine:
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
 
-    def _steps(self, prompt: NDArray[np.int32], sampling: Sampling, record: Record) -> Generator[Step, None, None]:
+    def _steps(
+        self, prompt: NDArray[np.int32], sampling: Sampling, record: Record, session: KeptContext | None
+    ) -> Generator[Step, None, None]:
         length = min(self._context, len(prompt) + sampling.max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
-            context = self._backend.start(length, self._budget, sampling)
+            context = KeptContext(self._backend, self._budget, length) if session is None else session
+            record.cached_tokens = context.rewind_for(prompt)
+            new = prompt[record.cached_tokens :]
             # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
-            for start in range(0, len(prompt), self._chunk):
+            for start in range(0, len(new), self._chunk):
                 if record.stopping:
                     return
-                chunk = prompt[start : start + self._chunk]
+                chunk = new[start : start + self._chunk]
                 context.append(chunk)
-                record.prompt_bits += context.bits_used() * len(chunk) / len(prompt)
-            stream, left = self._backend.tokenizer.stream(), length - len(prompt)
-            while not record.stopping and (token := context.next_token()) is not None:
-                ends, left = token in self._eos, left - 1
+                record.prompt_bits += context.bits_used() * len(chunk) / len(new)
+            sampler, stream = Sampler(sampling, self.path), self._backend.tokenizer.stream()
+            token = None
+            for left in reversed(range(length - len(prompt))):
+                if record.stopping:
+                    return
+                if token is not None:
+                    context.append(np.array([token], np.int32))
+                token = sampler.choose(context.last_logits())
+                ends = token in self._eos
                 text = "" if ends else stream.add(token)
                 yield Step(token, context.bits_used(), text if left and not ends else text + stream.rest(), ends)
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
 from mbq_runtime.bundle.manifest import Manifest
 
-from .generation import Sampling
 from .imports import engine_errors, import_engine
 from .private import engine_folder, ops_library
-from .sampling import check_finite
 from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
 
@@ -35,8 +34,8 @@ class Backend:
         self.tokenizer = Tokenizer(path)
         self._threads = ops_threads(self, ops_library(path, manifest))
         self.use_threads(threads)
-        self._og, self._path = og, path
-        self._vocab_size = manifest.model.vocab_size
+        self._og = og
+        self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
 
     def use_threads(self, count: int) -> bool:
         if self._threads is None:
@@ -44,28 +43,29 @@ class Backend:
         self._threads.mbq_set_threads(count)
         return True
 
-    def start(
-        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> _Context:
-        options = {"do_sample": False} if sampling is None else sampling.search_options(self._vocab_size)
+    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> _Context:
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(max_length=length, **options)
+        params.set_search_options(max_length=length)
         generator = self._og.Generator(self._model, params)
         # The generator keeps pointers to these arrays, and reads them in every pass.
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)
-        return _Context(generator, scored, every, self._path)
+        return _Context(generator, scored, every)
 
 
 class _Context:
-    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool, path: Path) -> None:
-        self._generator, self._scored, self._every, self._path = generator, scored, every, path
+    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
+        self._generator, self._scored, self._every = generator, scored, every
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         if self._every:
             self._scored[0] = len(tokens)
         self._generator.append_tokens(tokens)
+
+    def last_logits(self) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._generator.get_output("logits")[0, -1]
+        return logits
 
     def logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._generator.get_output("all_logits")[0]
@@ -74,9 +74,5 @@ class _Context:
     def bits_used(self) -> float:
         return float(self._generator.get_output("avg_bits_used")[0])
 
-    def next_token(self) -> int | None:
-        if self._generator.is_done():
-            return None
-        self._generator.generate_next_token()
-        check_finite(self._generator.get_output("logits")[0, -1], self._path)
-        return int(self._generator.get_next_tokens()[0])
+    def rewind(self, count: int) -> None:
+        self._generator.rewind_to(count)

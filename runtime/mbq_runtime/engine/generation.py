@@ -59,18 +59,6 @@ class Sampling:
         """Whether the likeliest token is taken."""
         return self.temperature < MIN_TEMPERATURE
 
-    def search_options(self, vocab_size: int) -> dict[str, bool | int | float]:
-        """The options of onnxruntime-genai for these choices.
-
-        Args:
-            vocab_size: bounds ``top_k``.
-        """
-        if self.is_greedy:
-            return {"do_sample": False}
-        seed = {} if self.seed is None else {"random_seed": self.seed}
-        top_k = min(self.top_k, vocab_size)
-        return {"do_sample": True, "temperature": self.temperature, "top_k": top_k, "top_p": float(self.top_p), **seed}
-
 
 @dataclass(frozen=True)
 class GenerationStats:
@@ -80,7 +68,8 @@ class GenerationStats:
     tokens: ids of the reply, without the id that ended it.
     bits: average bits per weight of each pass that gave a token.  The pass that gave the end token counts, so there may
         be one more than tokens.
-    prompt_bits: average bits per weight, mean over the prompt's tokens.
+    prompt_bits: average bits per weight, mean over the prompt's tokens that were read.
+    cached_tokens: tokens of the prompt that the session had kept, so that they were not read.
     ttft_s: seconds from the start to the first token.
     tokens_per_s: decoding speed: passes after the first token, divided by their seconds; 0 before there is one.
     finish_reason: "stop" (end token or stop text), "length", "closed" (by the caller), or None while the reply runs.
@@ -90,6 +79,7 @@ class GenerationStats:
     tokens: tuple[int, ...]
     bits: tuple[float, ...]
     prompt_bits: float
+    cached_tokens: int
     ttft_s: float
     tokens_per_s: float
     finish_reason: FinishReason | None
@@ -123,7 +113,8 @@ class Record:
     prompt_tokens: number of tokens in the prompt.
     tokens: ids of the reply so far.
     bits: average bits per weight of each pass that gave a token.
-    prompt_bits: average bits per weight of the prompt so far, mean over all its tokens.
+    prompt_bits: average bits per weight of the prompt so far, mean over all its tokens that must be read.
+    cached_tokens: tokens of the prompt that need not be read.
     ttft_s: seconds to the first token.
     decode_s: seconds of the passes after the first token.
     finish_reason: why the reply ended; None while it runs.
@@ -134,6 +125,7 @@ class Record:
     tokens: list[int] = field(default_factory=list)
     bits: list[float] = field(default_factory=list)
     prompt_bits: float = 0.0
+    cached_tokens: int = 0
     ttft_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -147,6 +139,7 @@ class Record:
             tuple(self.tokens),
             tuple(self.bits),
             self.prompt_bits,
+            self.cached_tokens,
             self.ttft_s,
             passes / self.decode_s if passes > 0 and self.decode_s > 0 else 0.0,
             self.finish_reason,

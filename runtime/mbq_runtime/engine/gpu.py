@@ -14,8 +14,6 @@ from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOL
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
-from .generation import Sampling
-from .sampling import Sampler, check_finite
 from .tokenizer import Tokenizer
 
 _FLOAT32_MAX = np.float32(3e38)
@@ -149,15 +147,17 @@ class DeviceBackend:
         """
         return False
 
-    def start(
-        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> DeviceContext:
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return sum(buffer.bytes for buffer in self.plan.buffers.values() if buffer.is_cache)
+
+    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> DeviceContext:
         """See ``backend.Backend``.
 
         Args:
             length: most tokens of the context.
             budget: float32 [1], average bits per weight; read again in every pass.
-            sampling: how next tokens are chosen; None for the likeliest.
             every: whether ``logits`` will be called.
 
         Raises:
@@ -175,10 +175,7 @@ class DeviceBackend:
         programs = {
             name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
         }
-        return DeviceContext(
-            plan, self.device, buffers, programs, length=length, budget=budget, sampling=sampling, every=every,
-            where=self._path,
-        )  # fmt: skip
+        return DeviceContext(plan, self.device, buffers, programs, budget=budget, every=every)
 
 
 class DeviceContext:
@@ -188,11 +185,8 @@ class DeviceContext:
     device: where it runs.
     buffers: all buffers of the plan, by name.
     programs: what ``Device.prepare`` returned, by the name of the program.
-    length: most tokens of the context.
     budget: float32 [1], average bits per weight; read again in every pass.
-    sampling: how next tokens are chosen; None for the likeliest.
     every: whether ``logits`` will be called.
-    where: the bundle, for messages.
     """
 
     def __init__(
@@ -202,21 +196,14 @@ class DeviceContext:
         buffers: Mapping[str, Any],
         programs: Mapping[str, Any],
         *,
-        length: int,
         budget: NDArray[np.float32],
-        sampling: Sampling | None,
         every: bool,
-        where: object = "the bundle",
     ) -> None:
-        self._where = where
         self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
-        self._length, self._budget, self._every = length, budget, every
-        # The device finds the likeliest token.
-        self._sampler = None if sampling is None or sampling.is_greedy else Sampler(sampling, where)
+        self._budget, self._every = budget, every
         self._position, self._count = 0, 0
         self._state = np.zeros(TOKENS + plan.chunk, np.int32)
-        self._due: int | None = None
-        self._bits = 0.0
+        self._bits: float | None = 0.0  # None: the device has them, with those of the head
         self._logits: list[NDArray[np.float32]] = []
 
     def append(self, tokens: NDArray[np.int32]) -> None:
@@ -231,13 +218,19 @@ class DeviceContext:
             self._pass(part)
             for row in range(len(part)) if self._every else ():
                 self._choose(row)
-                self._logits.append(self._read_logits())
-                bits += self._result()[1]
-            if not self._every:
+                self._logits.append(self.last_logits())
+                bits += self._head_bits()
+            if not self._every and len(tokens) > 1:
                 bits += self._body_bits() * len(part)
-        self._bits = bits / len(tokens)
+        self._bits = bits / len(tokens) if bits else None
         if not self._every:
             self._choose(self._count - 1)
+
+    def last_logits(self) -> NDArray[np.float32]:
+        """float32 [vocab]: logits of the last token of the last ``append``."""
+        logits = np.empty(self._plan.vocab_size, np.float32)
+        self._device.read(self._buffers[LOGITS], logits)
+        return logits
 
     def logits(self) -> NDArray[np.float32]:
         """float32 [n, vocab]: logits of every token of the last ``append``."""
@@ -245,27 +238,22 @@ class DeviceContext:
 
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""
+        if self._bits is None:
+            self._bits = self._head_bits()
         return self._bits
 
-    def next_token(self) -> int | None:
-        """Choose a token and add it; None when the context is full."""
-        if self._position + self._count + (self._due is not None) >= self._length:
-            return None
-        if self._due is not None:
-            self._pass(np.array([self._due], np.int32))
-            self._choose(0)
-        token, self._bits = self._result()
-        logits = self._read_logits()
-        check_finite(logits, self._where)
-        if self._sampler is not None:
-            token = self._sampler.choose(logits)
-        self._due = token
-        return token
+    def rewind(self, count: int) -> None:
+        """Drop the last tokens.
+
+        Args:
+            count: tokens that stay.
+        """
+        self._position, self._count = count, 0
 
     def _pass(self, tokens: NDArray[np.int32]) -> None:
         """Run the blocks over ``tokens``.  ``_choose`` can then take a row of the residual stream."""
         self._position += self._count
-        self._count, self._due = len(tokens), None
+        self._count = len(tokens)
         state = self._state
         state[:3] = self._position, self._count, 0
         state[THRESHOLDS : THRESHOLDS + len(self._plan.tables)] = thresholds(self._plan, self._budget[0]).view(np.int32)
@@ -280,11 +268,11 @@ class DeviceContext:
             self._device.write(self._buffers[STATE], self._state)
         self._device.run(self._programs["choose"])
 
-    def _result(self) -> tuple[int, float]:
-        """The likeliest token, and the average bits per weight of its pass."""
+    def _head_bits(self) -> float:
+        """Average bits per weight of the token whose logits are there, the head included."""
         result = np.empty(2, np.int32)
         self._device.read(self._buffers[RESULT], result)
-        return int(result[0]), float(result[1:].view(np.float32)[0])
+        return float(result[1:].view(np.float32)[0])
 
     def _body_bits(self) -> float:
         """Mean over the pass's tokens, without the head: it runs for the last token of a prompt alone."""
@@ -292,11 +280,6 @@ class DeviceContext:
         self._device.read(self._buffers[ROUTING], routing)
         used = routing.reshape(-1, 2)[: self._count, 1].view(np.float32)
         return float(used.mean()) / (1 - self._plan.head_share)
-
-    def _read_logits(self) -> NDArray[np.float32]:
-        logits = np.empty(self._plan.vocab_size, np.float32)
-        self._device.read(self._buffers[LOGITS], logits)
-        return logits
 
 
 def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Chooses a token from logits, for the engines that do not."""
+"""Chooses a token from logits, for every kind of engine."""
 
 from __future__ import annotations
 
@@ -55,16 +55,37 @@ class Sampler:
             BundleError: the logits are not finite.
         """
         check_finite(logits, self._where)
-        s = self._sampling
-        if s.is_greedy:
+        if self._sampling.is_greedy:
             return int(logits.argmax())
-        count = min(s.top_k or len(logits), len(logits))
-        likeliest = np.argpartition(-logits, count - 1)[:count] if count < len(logits) else np.arange(len(logits))
-        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-        scores = logits[likeliest].astype(np.float64)
-        weights = np.exp((scores - scores[0]) / s.temperature)
-        total = np.cumsum(weights)
+        tokens, weights = candidates(logits, self._sampling)
+        total = np.cumsum(weights, dtype=np.float64)
+        at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
+        return int(tokens[min(at, len(tokens) - 1)])
+
+
+def candidates(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The tokens that may be drawn, and how likely they are.
+
+    Args:
+        logits: float32 [vocab]; the largest one is finite.
+        sampling: with a temperature that is not greedy.
+
+    Returns:
+        int64 [n]: ids; float32 [n]: weights, of which the largest is 1.
+    """
+    s = sampling
+    scores = (logits - logits.max()) / np.float32(s.temperature)
+    tokens = np.arange(len(scores))
+    if 0 < s.top_k < len(scores):
+        least = np.partition(scores, len(scores) - s.top_k)[len(scores) - s.top_k]
+        tokens = np.flatnonzero(scores >= least)
+    weights = np.exp(scores[tokens])
+    if s.top_p < 1:
+        # The tokens below this weight have less than 1 - top_p together, so only the others are sorted.
+        likely = np.flatnonzero(weights >= (1 - s.top_p) * weights.sum(dtype=np.float64) / len(weights))
+        order = likely[np.argsort(-weights[likely], kind="stable")]
+        total = np.cumsum(weights[order], dtype=np.float64)
         # Keep the fewest tokens whose total probability reaches top_p.
-        kept = int(np.searchsorted(total, s.top_p * total[-1])) + 1 if s.top_p < 1 else len(total)
-        drawn = self._random.random() * total[min(kept, len(total)) - 1]
-        return int(likeliest[min(int(np.searchsorted(total, drawn, side="right")), len(total) - 1)])
+        kept = int(np.searchsorted(total, s.top_p * weights.sum(dtype=np.float64))) + 1
+        tokens, weights = tokens[order[:kept]], weights[order[:kept]]
+    return tokens, weights

@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.genai_config import read_settings
+from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
 
-from .generation import Sampling
 from .imports import engine_errors
 from .private import check_library
-from .sampling import Sampler
 from .tokenizer import Tokenizer
 
 _RUNTIME = "libtvm_runtime.so"
@@ -64,6 +62,7 @@ class Backend:
         settings = read_settings(path, manifest)
         self.layers, self.kv_heads, self.head_dim = manifest.model.layers, settings.kv_heads, settings.head_dim
         self.vocab_size = manifest.model.vocab_size
+        self.token_bytes = cache_bytes(manifest, settings)
         check_library(path, manifest, DECODER_LIBRARY)
         with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
@@ -92,18 +91,14 @@ class Backend:
         self._library.mbq_set_threads(count)
         return True
 
-    def start(
-        self, length: int, budget: NDArray[np.float32], sampling: Sampling | None, *, every: bool = False
-    ) -> _Context:
-        return _Context(self, length, budget, Sampler(sampling, self._path), every)
+    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> _Context:
+        return _Context(self, length, budget, every)
 
 
 class _Context:
-    def __init__(
-        self, backend: Backend, length: int, budget: NDArray[np.float32], sampler: Sampler, every: bool
-    ) -> None:
+    def __init__(self, backend: Backend, length: int, budget: NDArray[np.float32], every: bool) -> None:
         b, blocks = backend, -(-length // KEY_LANES)
-        self._backend, self._length, self._sampler, self._every = backend, length, sampler, every
+        self._backend, self._every = backend, every
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
@@ -116,7 +111,6 @@ class _Context:
         ]
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
-        self._due: int | None = None  # chosen; its pass has not run yet
 
     def append(self, tokens: NDArray[np.int32]) -> None:
         count = len(tokens)
@@ -133,10 +127,10 @@ class _Context:
     def bits_used(self) -> float:
         return float(self._used[0])
 
-    def next_token(self) -> int | None:
-        if int(self._past[0]) + (self._due is not None) >= self._length:
-            return None
-        if self._due is not None:
-            self.append(np.array([self._due], np.int32))
-        self._due = self._sampler.choose(self.logits()[-1])
-        return self._due
+    def last_logits(self) -> NDArray[np.float32]:
+        last: NDArray[np.float32] = self.logits()[-1]
+        return last
+
+    def rewind(self, count: int) -> None:
+        # Attention reads no key or value past the tokens that it is told of.
+        self._past[:] = count

@@ -59,6 +59,7 @@ class Server:
         feed: the data of the monitor page.
         budget: bits that requests can ask for, within the budget of the bundle.
         queue_limit: number of requests that can wait while one runs.
+        cache_bytes: bytes of the contexts that are kept after their reply; 0: none.
         host: address on which the server listens.
         api_key: key that clients must send; None: no key.
         origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
@@ -73,12 +74,13 @@ class Server:
         *,
         budget: Budget,
         queue_limit: int,
+        cache_bytes: int = 0,
         host: str = "127.0.0.1",
         api_key: str | None = None,
         origins: Sequence[str] = (),
     ) -> None:
         self.model = engine.manifest.model.name
-        self.worker = Worker(engine, bounded, governor, queue_limit)
+        self.worker = Worker(engine, bounded, governor, queue_limit, cache_bytes)
         self._engine, self._budget, self._feed = engine, budget, feed
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)

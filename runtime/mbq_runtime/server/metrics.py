@@ -120,10 +120,17 @@ class _Gauges(Collector):
             ("discharging", "1 while the board runs on its battery.", readings.discharging),
             ("replies_running", "Replies in progress: 0 or 1.", worker.running),
             ("requests_waiting", "Requests in the queue.", worker.waiting),
+            ("contexts_kept", "Conversations whose context is kept.", len(worker.contexts)),
+            ("cache_bytes", "Bytes of the contexts that are kept.", worker.contexts.kept_bytes),
+            ("cache_limit_bytes", "Bytes that kept contexts may have.", worker.contexts.most_bytes),
             ("queue_limit", "Requests that can wait.", worker.limit),
         )
         for name, text, value in gauges:
             if value is not None:
                 yield GaugeMetricFamily(f"mbq_{name}", text, value=float(value))
         yield CounterMetricFamily("mbq_prompt_tokens", "Tokens of prompts.", value=worker.prompt_tokens)
+        yield CounterMetricFamily(
+            "mbq_cached_prompt_tokens", "Tokens of prompts that were kept from an earlier reply.",
+            value=worker.cached_tokens,
+        )  # fmt: skip
         yield CounterMetricFamily("mbq_generated_tokens", "Tokens of replies.", value=worker.tokens)

@@ -109,6 +109,7 @@ def usage(result: Result) -> dict[str, Any]:
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.completion_tokens,
         "total_tokens": result.prompt_tokens + result.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
         "avg_bits": round(result.avg_bits, 3),
         "energy_j": None if result.energy_j is None else round(result.energy_j, 3),
         "tokens_per_s": round(result.tokens_per_s, 2),

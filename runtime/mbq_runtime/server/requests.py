@@ -238,13 +238,15 @@ class Order:
     """A request in the terms of the engine.
 
     Args:
-        prompt: the prompt for ``Engine.generate``.
-        options: its other arguments, without the budget.
+        prompt: the prompt for ``Engine.prompt_tokens``.
+        rendering: its other arguments.
+        options: the arguments of ``Engine.generate``, without the prompt and the budget.
         floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
     """
 
     prompt: str | list[int] | list[dict[str, str]]
+    rendering: Mapping[str, Any]
     options: Mapping[str, Any]
     floor_bits: float | None = None
     ceiling_bits: float | None = None
@@ -290,16 +292,15 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
     floor, ceiling = _bounds(body, budget)
     max_tokens = body.token_limit() or body.DEFAULT_MAX_TOKENS or context_length
     options = {
-        "chat": isinstance(body, ChatBody),
         "max_tokens": min(max_tokens, context_length),
         "temperature": 0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
         "top_p": body.top_p or 1.0,
         "top_k": body.top_k or 0,
         "seed": None if body.seed is None else body.seed % _INT32,
         "stop": tuple(body.stop or ()),
-        "template_kwargs": body.template_kwargs(),
     }
-    return Order(body.engine_prompt(), options, floor, ceiling)
+    rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
+    return Order(body.engine_prompt(), rendering, options, floor, ceiling)
 
 
 def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:

@@ -18,6 +18,7 @@ from mbq_runtime.control.metered_reply import MeteredReply
 from mbq_runtime.errors import MbqError, PromptTooLongError
 
 from .errors import ApiError
+from .kept_contexts import KeptContexts
 from .requests import Order
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Result:
         prompt_tokens: number of tokens of the prompt.
         completion_tokens: number of tokens of the reply.
         avg_bits: average bits per weight of its tokens.
+        cached_tokens: tokens of the prompt that were kept from an earlier reply.
         tokens_per_s: decode speed.
         ttft_s: time to the first token, in s.
         energy_j: energy in J; None without a power sensor.
@@ -48,6 +50,7 @@ class Result:
     prompt_tokens: int
     completion_tokens: int
     avg_bits: float
+    cached_tokens: int
     tokens_per_s: float
     ttft_s: float
     energy_j: float | None
@@ -139,21 +142,27 @@ class Job:
 class Worker:
     """Runs requests one after another on a thread of its own.  It is a context manager.
 
-    ``on_result`` is called on this thread after each reply, also after an abandoned one.  ``prompt_tokens`` and
-    ``tokens`` count the tokens of prompts and replies so far.
+    ``on_result`` is called on this thread after each reply, also after an abandoned one.  ``prompt_tokens``,
+    ``cached_tokens`` and ``tokens`` count the tokens of prompts, those of them that were not read, and the tokens of
+    replies so far.
 
     Args:
         engine: a loaded engine.
         bounded: the same engine, as the governor controls it.
         governor: gives the power.
         limit: number of requests that can wait while one runs.
+        cache_bytes: bytes of the contexts that are kept after their reply; 0: none.
     """
 
-    def __init__(self, engine: Engine, bounded: BoundedEngine, governor: Governor, limit: int) -> None:
+    def __init__(
+        self, engine: Engine, bounded: BoundedEngine, governor: Governor, limit: int, cache_bytes: int = 0
+    ) -> None:
         self._engine, self._bounded, self._governor = engine, bounded, governor
         self.limit = limit
         self.on_result: Callable[[Result], None] = lambda result: None
+        self.contexts = KeptContexts(engine, cache_bytes)
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.tokens = 0
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -236,6 +245,7 @@ class Worker:
                 # An error of one request must not stop the next one.
                 log.exception("a reply failed")
                 job.end(ApiError(500, FAILED, code="engine_failed"))
+            self.contexts.trim()
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -250,7 +260,9 @@ class Worker:
         order = job.order
         with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
             try:
-                reply = self._engine.generate(order.prompt, **order.options)
+                prompt = self._engine.prompt_tokens(order.prompt, **order.rendering)
+                session = self.contexts.take(prompt)
+                reply = self._engine.generate(prompt, session=session, **order.options)
             except PromptTooLongError as error:
                 raise ApiError(400, str(error), code="context_length_exceeded") from None
             except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
@@ -268,11 +280,13 @@ class Worker:
                     self.tokens += piece.tokens
         stats = reply.stats
         self.prompt_tokens += stats.prompt_tokens
+        self.cached_tokens += stats.cached_tokens
         result = Result(
             stats.finish_reason or "length",
             stats.prompt_tokens,
             len(stats.tokens),
             stats.avg_bits_used,
+            stats.cached_tokens,
             stats.tokens_per_s,
             stats.ttft_s,
             metered.energy_j,

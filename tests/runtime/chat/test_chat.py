@@ -171,15 +171,26 @@ def test_a_message_too_long_is_taken_back(talk: Talk) -> None:
     assert talk.say("hello")[0] == REPLY + "\n"
 
 
-def test_the_oldest_turns_make_room(engine: Engine) -> None:
+def test_the_oldest_turns_make_room_for_several_more(engine: Engine) -> None:
+    """What follows a dropped turn is read again, so that half of the context is freed at once."""
     conversation = Conversation(engine)
     for i in range(3):
         forgotten = conversation.ask(f"question {i}")
         conversation.answer("yes")
-    assert forgotten == 1
-    assert [m["content"] for m in conversation.messages] == ["question 1", "yes", "question 2", "yes"]
-    assert conversation.ask("y" * 60) == 2
+    assert forgotten == 2
+    assert [m["content"] for m in conversation.messages] == ["question 2", "yes"]
+    assert conversation.ask("y" * 60) == 1
     assert [m["content"] for m in conversation.messages] == ["y" * 60]
+
+
+def test_a_turn_reads_what_is_new(talk: Talk) -> None:
+    talk.say("hi")
+    reply = talk._chat._engine.generate(
+        [*talk.conversation.messages, {"role": "user", "content": "x"}], max_tokens=1, session=talk._chat._session
+    )
+    reply.text()
+    new = "\x02\n\x01user\nx\x02\n\x01assistant\n"  # from the end token of the reply, a letter a token
+    assert reply.stats.prompt_tokens - reply.stats.cached_tokens == len(new)
 
 
 def command(bundle: Path, *args: str) -> list[str]:

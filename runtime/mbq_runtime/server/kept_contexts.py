@@ -1,0 +1,74 @@
+"""The contexts that the server keeps, one for each of the last conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbq_runtime.engine import Engine, KeptContext
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A context, the length of the last prompt that it read, and how many tokens of prompts it lost to others."""
+
+    context: KeptContext
+    prompt_tokens: int = 0
+    lost: int = 0
+
+
+class KeptContexts:
+    """Finds the context that has the start of a prompt, and drops the ones that were not used for the longest time.
+
+    Args:
+        engine: makes contexts.
+        most_bytes: bytes of the keys and values of all contexts together; 0: nothing is kept.
+    """
+
+    def __init__(self, engine: Engine, most_bytes: int) -> None:
+        self._engine, self.most_bytes = engine, most_bytes
+        self._kept: list[_Kept] = []  # the one used last is at the end
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the keys and values of all contexts."""
+        return sum(kept.context.kept_bytes for kept in self._kept)
+
+    def take(self, prompt: list[int]) -> KeptContext | None:
+        """A context for a prompt: one that has its start, or a new one.
+
+        Most prompts begin with the last prompt of their conversation.  Another prompt takes the context of a
+        conversation only while that saves more tokens than the conversation may have to read again.  Two conversations
+        with a long beginning in common thus get a context each.
+
+        Args:
+            prompt: ids.
+
+        Returns:
+            None: nothing is kept.
+        """
+        if not self.most_bytes:
+            return None
+        best = max(self._kept, key=lambda kept: kept.context.common(prompt), default=None)
+        if best is not None:
+            common = best.context.common(prompt)
+            lost = max(0, best.prompt_tokens - common)
+            if not common or best.lost + lost > common:
+                best = None
+            else:
+                best.lost += lost
+                self._kept.remove(best)
+        best = best or _Kept(self._engine.session())
+        best.prompt_tokens = len(prompt)
+        self._kept.append(best)
+        return best.context
+
+    def trim(self) -> None:
+        """Drop contexts without tokens, then the ones used longest ago until the others are within the bytes."""
+        self._kept = [kept for kept in self._kept if len(kept.context)]
+        while self._kept and self.kept_bytes > self.most_bytes:
+            self._kept.pop(0).context.clear()

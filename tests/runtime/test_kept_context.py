@@ -1,0 +1,157 @@
+"""A session reads only what is new in a prompt, and its replies are those without a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_bundle import CONTEXT, ids
+
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.engine import genai
+from mbq_runtime.engine.kept_context import REREAD_BITS
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The tokens of every pass, in order."""
+    seen: list[int] = []
+    append = genai._Context.append
+
+    def noted(run: genai._Context, tokens: NDArray[np.int32]) -> None:
+        seen.extend(tokens.tolist())
+        append(run, tokens)
+
+    monkeypatch.setattr(genai._Context, "append", noted)
+    return seen
+
+
+def test_a_conversation_reads_each_token_once(engine: Engine, read: list[int]) -> None:
+    session, talk = engine.session(), ids("xA")
+    for turn in range(4):
+        read.clear()
+        reply = engine.generate(talk, max_tokens=5, session=session)
+        text = reply.text()
+        assert text == engine.generate(talk, max_tokens=5).text()
+        stats = reply.stats
+        # The last token of a reply has no pass until the next prompt has it.
+        new = 2 if turn == 0 else 1 + 3
+        assert stats.cached_tokens == len(talk) - new
+        assert read[: new + 4] == [*talk[-new:], *stats.tokens[:-1]]
+        assert session.tokens == [*talk, *stats.tokens[:-1]]
+        talk = [*talk, *stats.tokens, *ids("yzA")]
+
+
+def test_a_prompt_that_differs_in_the_middle(engine: Engine, read: list[int]) -> None:
+    session = engine.session()
+    engine.generate(ids("abcdefgh"), max_tokens=3, session=session).text()
+    read.clear()
+    reply = engine.generate(ids("abcdxyA"), max_tokens=3, session=session)
+    assert reply.text() == "BCD"
+    assert reply.stats.cached_tokens == 4
+    assert read == [*ids("xyA"), *ids("BC")]
+    assert session.tokens == ids("abcdxyABC")
+
+
+def test_the_same_prompt_again_reads_its_last_token(engine: Engine, read: list[int]) -> None:
+    session = engine.session()
+    texts = []
+    for _ in range(2):
+        reply = engine.generate(ids("xyzA"), max_tokens=3, session=session)
+        texts.append(reply.text())
+    assert texts == ["BCD", "BCD"]
+    assert reply.stats.cached_tokens == 3
+    assert len(read) == 4 + 2 + 1 + 2
+    shorter = engine.generate(ids("xy"), max_tokens=1, session=session)
+    shorter.text()
+    assert shorter.stats.cached_tokens == 1
+    assert session.tokens == ids("xy")
+
+
+def test_a_prompt_read_at_fewer_bits_is_read_again(engine: Engine, read: list[int]) -> None:
+    session, prompt = engine.session(), ids("uvwxyzA")
+    engine.generate(prompt, max_tokens=1, session=session, avg_bits=5.0).text()
+    for bits, cached in ((5.0 + REREAD_BITS, 6), (5.01 + REREAD_BITS, 0), (3.0, 6), (7.0, 6)):
+        reply = engine.generate(prompt, max_tokens=1, session=session, avg_bits=bits)
+        reply.text()
+        assert reply.stats.cached_tokens == cached, bits
+
+
+def test_only_what_follows_the_first_token_of_fewer_bits_is_read_again(engine: Engine) -> None:
+    session = engine.session()
+    engine.generate(ids("abcd"), max_tokens=1, session=session, avg_bits=8.0).text()
+    engine.generate(ids("abcdefgh"), max_tokens=1, session=session, avg_bits=4.0).text()
+    reply = engine.generate(ids("abcdefgh"), max_tokens=1, session=session, avg_bits=8.0)
+    reply.text()
+    assert reply.stats.cached_tokens == 4
+
+
+def test_a_stopped_prompt_keeps_what_was_read(engine: Engine) -> None:
+    session = engine.session()
+    reply = engine.generate("x" * 60, max_tokens=5, chat=False, session=session)
+    session_append = session.append
+
+    def stop_soon(tokens: NDArray[np.int32]) -> None:
+        session_append(tokens)
+        if len(session) >= 16:
+            reply.stop()
+
+    session.append = stop_soon  # type: ignore[method-assign]
+    assert reply.text() == ""
+    assert len(session) == 16
+    session.append = session_append  # type: ignore[method-assign]
+    again = engine.generate("x" * 60, max_tokens=5, chat=False, session=session)
+    again.text()
+    assert again.stats.cached_tokens == 16
+
+
+def test_a_failed_pass_leaves_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = engine.session()
+    engine.generate(ids("xyzA"), max_tokens=2, session=session).text()
+
+    def broken(run: genai._Context, tokens: NDArray[np.int32]) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(genai._Context, "append", broken)
+        with pytest.raises(BundleError, match="generation failed: no memory"):
+            engine.generate(ids("xyzAB"), max_tokens=2, session=session).text()
+    assert session.tokens == []
+    assert engine.generate(ids("xyzA"), max_tokens=2, session=session).text() == "BC"
+
+
+def test_sessions_do_not_mix(engine: Engine) -> None:
+    sessions = [engine.session() for _ in range(3)]
+    talks = [ids(start) for start in ("xA", "yzA", "wC")]
+    for _ in range(3):
+        for at, session in enumerate(sessions):
+            reply = engine.generate(talks[at], max_tokens=4, session=session)
+            assert reply.text() == engine.generate(talks[at], max_tokens=4).text()
+            talks[at] += reply.stats.tokens
+    assert all(talk[: len(session)] == session.tokens for talk, session in zip(talks, sessions, strict=True))
+    assert sessions[0].kept_bytes == len(sessions[0]) * 2 * 2 * 16 * 4  # keys and values, two heads of 16, float32
+
+
+def test_a_session_to_the_end_of_the_context(engine: Engine) -> None:
+    session = engine.session()
+    for _ in range(2):
+        reply = engine.generate(ids("A" * (CONTEXT - 3)), max_tokens=1000, session=session)
+        assert reply.text() == "BCD"
+        assert reply.stats.finish_reason == "length"
+
+
+def test_a_cleared_session_is_empty(engine: Engine) -> None:
+    session = engine.session()
+    engine.generate(ids("xA"), max_tokens=2, session=session).text()
+    session.clear()
+    assert (len(session), session.kept_bytes, session.tokens) == (0, 0, [])
+    assert engine.generate(ids("xA"), max_tokens=2, session=session).stats.cached_tokens == 0
+
+
+def test_a_session_of_another_engine_is_refused(engine: Engine, bundle: Path) -> None:
+    other = Engine.load(bundle, threads=1)
+    with pytest.raises(UsageError, match="session: it is another engine's; make one with this engine's session"):
+        engine.generate(ids("A"), session=other.session())
