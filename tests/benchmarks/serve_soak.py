@@ -40,7 +40,9 @@ GROWTH_BYTES, GROWTH_SHARE = 8 << 20, 0.03  # of resident memory, from the secon
 def serving(bundle: Path, queue: int, bits: float) -> Iterator[str]:
     """The address of a server in a process of its own."""
     command = [sys.executable, "-m", "mbq_runtime.cli", "serve", str(bundle), "--port", "0"]
-    server = subprocess.Popen([*command, "--queue", str(queue), "--bits", str(bits)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [*command, "--queue", str(queue), "--bits", str(bits), "--cache-mb", "64"], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         found = re.search(r"http://\S+?:\d+", server.stdout.readline())

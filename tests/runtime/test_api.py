@@ -30,8 +30,8 @@ PUBLIC = {
         "Piece", "Policy", "State", "Status", "Trigger", "find_policy", "start", "step",
     ],
     "mbq_runtime.engine": [
-        "Engine", "FinishReason", "Generation", "GenerationStats", "KeptContext", "Passes", "Prompt", "Sampling",
-        "Score", "Session", "TokenListener", "Window",
+        "Engine", "FinishReason", "Generation", "GenerationStats", "KeptContext", "Likelihood", "Passes",
+        "Prompt", "Sampling", "Score", "Session", "TokenListener", "Window",
     ],
     "mbq_runtime.sensing": ["Kind", "Readings", "Sensors", "Signal", "aggregate", "power"],
 }  # fmt: skip
@@ -108,6 +108,7 @@ def test_signatures() -> None:
     generate = inspect.signature(Engine.generate).parameters
     assert list(generate) == [
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
+        "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs",
         "template_kwargs", "session",
     ]  # fmt: skip
     load = inspect.signature(Engine.load).parameters

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_bundle import CONTEXT, ids
+from tiny_bundle import CIRCLE, CONTEXT, ids
 
 from mbq_runtime import BundleError, Engine, UsageError
-from mbq_runtime.engine import genai
+from mbq_runtime.engine import KeptContext, genai, kept_context
 from mbq_runtime.engine.kept_context import REREAD_BITS
 
 
@@ -132,7 +132,7 @@ def test_sessions_do_not_mix(engine: Engine) -> None:
             assert reply.text() == engine.generate(talks[at], max_tokens=4).text()
             talks[at] += reply.stats.tokens
     assert all(talk[: len(session)] == session.tokens for talk, session in zip(talks, sessions, strict=True))
-    assert sessions[0].kept_bytes == len(sessions[0]) * 2 * 2 * 16 * 4  # keys and values, two heads of 16, float32
+    assert sessions[0].kept_bytes == CONTEXT * 2 * 2 * 16 * 4  # keys and values, two heads of 16, float32
 
 
 def test_a_session_to_the_end_of_the_context(engine: Engine) -> None:
@@ -141,6 +141,35 @@ def test_a_session_to_the_end_of_the_context(engine: Engine) -> None:
         reply = engine.generate(ids("A" * (CONTEXT - 3)), max_tokens=1000, session=session)
         assert reply.text() == "BCD"
         assert reply.stats.finish_reason == "length"
+
+
+def test_a_full_session_gets_twice_the_room(engine: Engine, read: list[int]) -> None:
+    session = KeptContext(engine._backend, engine._budget, CONTEXT, 8, first=16)
+    token_bytes = engine._backend.token_bytes
+    engine.generate(ids("xA"), max_tokens=4, session=session).text()
+    assert session.kept_bytes == 16 * token_bytes
+    # The prompt needs more room: it is read as a whole, like a new one.
+    prompt = ids("xA" + CIRCLE * 2)
+    reply = engine.generate(prompt, max_tokens=8, session=session)
+    assert reply.text() == (CIRCLE * 2)[:8]
+    assert (reply.stats.cached_tokens, session.kept_bytes) == (0, 32 * token_bytes)
+    read.clear()
+    reply = engine.generate([*prompt, *reply.stats.tokens], max_tokens=4, session=session)
+    reply.text()
+    assert reply.stats.cached_tokens == len(prompt) + 7
+    assert len(read) == 1 + 3
+
+
+def test_a_reply_longer_than_its_room_goes_on(engine: Engine, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_context, "_REPLY_TOKENS", 4)
+    session = KeptContext(engine._backend, engine._budget, CONTEXT, 8, first=16)
+    reply = engine.generate(ids("xyzA"), max_tokens=60, session=session)
+    text = reply.text()
+    assert text == (CIRCLE * 9)[1:61]
+    assert reply.stats.finish_reason == "length"
+    assert session.tokens == [*ids("xyzA"), *reply.stats.tokens[:-1]]
+    assert len(read) == len(session) + 16 + 32  # it was full twice
+    assert session.kept_bytes == 64 * engine._backend.token_bytes
 
 
 def test_a_cleared_session_is_empty(engine: Engine) -> None:

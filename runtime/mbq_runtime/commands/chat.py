@@ -12,7 +12,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import coming_bundle_argument, engine_option, template_kwargs_option, threads_option
+from .common import choice_options, coming_bundle_argument, engine_option, template_kwargs_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=int, default=512, help="Longest reply, in tokens.")
 @click.option("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: more varied.")
 @click.option("--top-p", type=float, default=0.95, help="Choose among the likeliest tokens of this total probability.")
-@click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
-@click.option("--seed", type=int, help="Repeat a varied reply.")
+@choice_options
 @template_kwargs_option
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
 @steering_options
@@ -42,6 +41,8 @@ def command(
     temperature: float,
     top_p: float,
     top_k: int,
+    min_p: float,
+    repetition_penalty: float,
     seed: int | None,
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
@@ -82,6 +83,8 @@ def command(
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
             "seed": seed,
             "template_kwargs": template_kwargs,
         }

@@ -230,6 +230,22 @@ def engine_option(function: F) -> F:
     return click.option("--engine", metavar="NAME", help=help)(function)
 
 
+def choice_options(function: F) -> F:
+    """Add options of the choice of tokens that have the same default in every command.
+
+    Args:
+        function: a command; it gets ``top_k``, ``min_p``, ``repetition_penalty`` and ``seed``.
+    """
+    for option in reversed((
+        click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all."),
+        click.option("--min-p", type=float, default=0.0, help="Leave out tokens below this share of the likeliest."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: fewer repetitions; 1: no change."),
+        click.option("--seed", type=int, help="Repeat a varied reply."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def template_kwargs_option(function: F) -> F:
     """Add the option --chat-template-kwargs.
 

@@ -12,7 +12,14 @@ import click
 
 from mbq_runtime.printable import without_controls
 
-from .common import coming_bundle_argument, engine_option, json_option, template_kwargs_option, threads_option
+from .common import (
+    choice_options,
+    coming_bundle_argument,
+    engine_option,
+    json_option,
+    template_kwargs_option,
+    threads_option,
+)
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -27,8 +34,7 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Continue the prompt, without the chat template.")
 @click.option("--temperature", type=float, default=0.0, help="0: the likeliest token; higher: more varied.")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest tokens of this total probability.")
-@click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all.")
-@click.option("--seed", type=int, help="Repeat a varied reply.")
+@choice_options
 @template_kwargs_option
 @steering_options
 @engine_option
@@ -44,6 +50,8 @@ def command(
     temperature: float,
     top_p: float,
     top_k: int,
+    min_p: float,
+    repetition_penalty: float,
     seed: int | None,
     template_kwargs: dict[str, Any] | None,
     engine: str | None,
@@ -67,7 +75,7 @@ def command(
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            template_kwargs=template_kwargs,
+            min_p=min_p, repetition_penalty=repetition_penalty, template_kwargs=template_kwargs,
         )  # fmt: skip
         pieces = []
         with generation:

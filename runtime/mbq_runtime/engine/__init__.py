@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .engine import Engine, Passes, Prompt, Score, Window
-from .generation import FinishReason, Generation, GenerationStats, Sampling, TokenListener
+from .generation import FinishReason, Generation, GenerationStats, Likelihood, Sampling, TokenListener
 from .kept_context import KeptContext
 from .session import Session
 
@@ -13,6 +13,7 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "KeptContext",
+    "Likelihood",
     "Passes",
     "Prompt",
     "Sampling",

@@ -239,6 +239,17 @@ class Engine:
         """What the tokenizer puts before every text: [bos] or nothing."""
         return self._backend.tokenizer.opening_tokens
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token, which need not be whole characters.
+
+        Args:
+            token: its id.
+
+        >>> Engine.load("my-bundle").spell(68)
+        b'A'
+        """
+        return self._backend.tokenizer.spell(token)
+
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render a conversation by the bundle's chat template, ready for the reply.
 
@@ -264,6 +275,12 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         session: KeptContext | None = None,
     ) -> Generation:
@@ -279,6 +296,12 @@ class Engine:
             top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
             seed: repeats a varied reply; None for a different one each time.
             stop: text or texts that end the reply and are not part of it.
+            min_p: leave out tokens less likely than this share of the likeliest one, 0 to 1.
+            repetition_penalty: above 1 makes the tokens of prompt and reply less likely, below 1 more.
+            presence_penalty: above 0 makes the tokens of the reply less likely, -2 to 2.
+            frequency_penalty: the same for each time that the reply has a token.
+            logit_bias: what is added to the scores of tokens, by id, each -100 to 100.
+            logprobs: fill ``GenerationStats.likelihoods``, each with this many of the likeliest tokens; None: do not.
             template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
             session: made by ``session``; of the prompt, only what it does not keep is read.
 
@@ -291,7 +314,12 @@ class Engine:
         if session is not None and not session.belongs_to(self._backend):
             raise UsageError("session: it is another engine's; make one with this engine's session()")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
+        sampling = Sampling(
+            max_tokens, temperature, top_k, top_p, seed, stops, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {}, logprobs,
+        )  # fmt: skip
+        if sampling.logit_bias:
+            self._checked([*sampling.logit_bias])
         tokens = np.asarray(self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs), np.int32)
         if avg_bits is not None:
             self.avg_bits = avg_bits
@@ -311,7 +339,7 @@ class Engine:
         >>> reply.stats.cached_tokens
         4
         """
-        return KeptContext(self._backend, self._budget, self._context)
+        return KeptContext(self._backend, self._budget, self._context, self._chunk)
 
     def add_listener(self, listener: TokenListener) -> None:
         """Call ``listener`` after each decoded token, from the next token on.  From any thread.
@@ -498,8 +526,10 @@ class Engine:
     ) -> Generator[Step, None, None]:
         length = min(self._context, len(prompt) + sampling.max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
-            context = KeptContext(self._backend, self._budget, length) if session is None else session
-            record.cached_tokens = context.rewind_for(prompt)
+            context = session
+            if context is None:
+                context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
+            record.cached_tokens = context.rewind_for(prompt, length - len(prompt))
             new = prompt[record.cached_tokens :]
             # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
             for start in range(0, len(new), self._chunk):
@@ -508,17 +538,19 @@ class Engine:
                 chunk = new[start : start + self._chunk]
                 context.append(chunk)
                 record.prompt_bits += context.bits_used() * len(chunk) / len(new)
-            sampler, stream = Sampler(sampling, self.path), self._backend.tokenizer.stream()
+            sampler, stream = Sampler(sampling, prompt, self.path), self._backend.tokenizer.stream()
             token = None
             for left in reversed(range(length - len(prompt))):
                 if record.stopping:
                     return
                 if token is not None:
                     context.append(np.array([token], np.int32))
-                token = sampler.choose(context.last_logits())
+                logits = context.last_logits()
+                token = sampler.choose(logits)
                 ends = token in self._eos
                 text = "" if ends else stream.add(token)
-                yield Step(token, context.bits_used(), text if left and not ends else text + stream.rest(), ends)
+                text = text if left and not ends else text + stream.rest()
+                yield Step(token, context.bits_used(), text, ends, sampler.likelihood(logits, token))
 
 
 class _Alone:

@@ -6,9 +6,9 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mbq_runtime.errors import UsageError
 
@@ -19,9 +19,24 @@ MIN_TEMPERATURE = 1e-5
 """Temperatures below this one take the likeliest token: the scores divided by them leave the range of a float."""
 
 
+class Likelihood(NamedTuple):
+    """How likely the model found a token, before penalties, bias and temperature.
+
+    token: its id.
+    logprob: natural logarithm of its probability.
+    top: the likeliest tokens, each with its id and its logarithm; the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen, and when a reply stops.
+
+    The steps, in this order: bias, penalties, temperature, top_k, top_p, min_p.
 
     max_tokens: most tokens of a reply, at least 1.
     temperature: below 1e-5 takes the likeliest token; a higher value is more varied.
@@ -29,6 +44,12 @@ class Sampling:
     top_p: choose among the likeliest tokens of this total probability, above 0 and at most 1.
     seed: repeats a varied reply, 0 to 2147483647; None for a different one each time.
     stop: texts that end a reply and are not part of it.
+    min_p: leave out tokens less likely than this share of the likeliest one, 0 to 1.
+    repetition_penalty: divides positive scores of the tokens of prompt and reply, and multiplies negative ones.
+    presence_penalty: taken from the score of each token of the reply, -2 to 2.
+    frequency_penalty: taken from the score of a token each time that the reply has it, -2 to 2.
+    logit_bias: what is added to the scores of tokens, by id, each -100 to 100.
+    logprobs: how many of the likeliest tokens to report at each step, besides the chosen one; None for no report.
 
     Raises:
         UsageError: a value is out of range.
@@ -40,8 +61,15 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        bias = next((value for value in self.logit_bias.values() if not -100 <= value <= 100), 0.0)
         rules = (
             (self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
             (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or above"),
@@ -49,6 +77,12 @@ class Sampling:
             (0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"),
             (self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", self.seed, f"0 to {_MAX_SEED}"),
             (all(self.stop), "stop", self.stop, "texts that are not empty"),
+            (0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1"),
+            (0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty, "above 0, at most 10"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "-2 to 2"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "-2 to 2"),
+            (not bias, "logit_bias", bias, "values from -100 to 100"),
+            (self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or above"),
         )
         for holds, name, value, needed in rules:
             if not holds:
@@ -73,6 +107,7 @@ class GenerationStats:
     ttft_s: seconds from the start to the first token.
     tokens_per_s: decoding speed: passes after the first token, divided by their seconds; 0 before there is one.
     finish_reason: "stop" (end token or stop text), "length", "closed" (by the caller), or None while the reply runs.
+    likelihoods: one for each of the tokens, where ``logprobs`` asked for them.
     """
 
     prompt_tokens: int
@@ -83,6 +118,7 @@ class GenerationStats:
     ttft_s: float
     tokens_per_s: float
     finish_reason: FinishReason | None
+    likelihoods: tuple[Likelihood, ...] = ()
 
     @property
     def avg_bits_used(self) -> float:
@@ -98,12 +134,14 @@ class Step:
     bits: average bits per weight of its pass.
     text: the text that it completes; with the last token of a reply, also what was not complete.
     ends: whether it is an end token.
+    likelihood: where it was asked for.
     """
 
     token: int
     bits: float
     text: str
     ends: bool
+    likelihood: Likelihood | None = None
 
 
 @dataclass
@@ -119,6 +157,7 @@ class Record:
     decode_s: seconds of the passes after the first token.
     finish_reason: why the reply ended; None while it runs.
     stopping: set by any thread; the reply ends before its next pass.
+    likelihoods: one for each of the tokens, where they were asked for.
     """
 
     prompt_tokens: int
@@ -130,6 +169,7 @@ class Record:
     decode_s: float = 0.0
     finish_reason: FinishReason | None = None
     stopping: bool = False
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
     def freeze(self) -> GenerationStats:
         """The figures at this moment."""
@@ -143,6 +183,7 @@ class Record:
             self.ttft_s,
             passes / self.decode_s if passes > 0 and self.decode_s > 0 else 0.0,
             self.finish_reason,
+            tuple(self.likelihoods),
         )
 
 
@@ -230,6 +271,8 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
             record.bits.append(step.bits)
             if not step.ends:
                 record.tokens.append(step.token)
+                if step.likelihood is not None:
+                    record.likelihoods.append(step.likelihood)
             held += step.text
             cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
             if cut >= 0:

@@ -14,6 +14,13 @@ REREAD_BITS = 1.0
 
 See docs/log.md."""
 
+FIRST_TOKENS = 2048
+"""Room of a new session.  A session that is full gets twice the room, and reads its tokens again.
+
+Engines take the memory of a context at its start."""
+
+_REPLY_TOKENS = 512  # room that is made for a reply before its prompt is read
+
 
 class KeptContext:
     """Tokens, and their keys and values.  ``Engine.session`` makes one.
@@ -22,14 +29,19 @@ class KeptContext:
 
     backend: the engine's model.
     budget: float32 [1], average bits per weight; read again in every pass.
-    length: most tokens.
+    most: tokens that it can have.
+    chunk: most tokens of a pass.
+    first: room at the start, in tokens.
     """
 
-    def __init__(self, backend: Backend, budget: NDArray[np.float32], length: int) -> None:
-        self._backend, self._budget = backend, budget
+    def __init__(
+        self, backend: Backend, budget: NDArray[np.float32], most: int, chunk: int, *, first: int = FIRST_TOKENS
+    ) -> None:
+        self._backend, self._budget, self._most, self._chunk, self._first = backend, budget, most, chunk, first
         self._context: Context | None = None
-        self._ids = np.zeros(length, np.int32)
-        self._bits = np.zeros(length, np.float32)  # the budget with which each token was read
+        self._room = 0
+        self._ids = np.zeros(0, np.int32)
+        self._bits = np.zeros(0, np.float32)  # the budget with which each token was read
         self._count = 0
 
     def __len__(self) -> int:
@@ -42,8 +54,8 @@ class KeptContext:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the keys and values that are kept."""
-        return self._count * self._backend.token_bytes
+        """Bytes of memory for keys and values."""
+        return self._room * self._backend.token_bytes
 
     def common(self, prompt: Sequence[int] | NDArray[np.int32]) -> int:
         """How many tokens at the start of a prompt are kept.
@@ -57,7 +69,7 @@ class KeptContext:
 
     def clear(self) -> None:
         """Forget all tokens, and free their memory."""
-        self._context, self._count = None, 0
+        self._context, self._count, self._room = None, 0, 0
 
     def belongs_to(self, backend: Backend) -> bool:
         """Whether it keeps tokens of this model.
@@ -69,23 +81,26 @@ class KeptContext:
 
     # The engine calls these while it makes a reply.
 
-    def rewind_for(self, prompt: NDArray[np.int32]) -> int:
+    def rewind_for(self, prompt: NDArray[np.int32], max_tokens: int) -> int:
         """Keep what the prompt can use, and drop the rest.
 
         The last token of a prompt is always read: its logits are needed.
 
         Args:
             prompt: int32 [n], ids.
+            max_tokens: most tokens of the reply.
 
         Returns:
             How many tokens of the prompt need not be read.
         """
+        room = min(len(prompt) + min(max_tokens, _REPLY_TOKENS), self._most)
+        if room > self._room:
+            self._make_room(room)
+        assert self._context is not None
         count = min(self.common(prompt), len(prompt) - 1)
         poor = np.flatnonzero(self._bits[:count] < self._budget[0] - REREAD_BITS)
         count = int(poor[0]) if len(poor) else count
-        if self._context is None:
-            self._context = self._backend.start(len(self._ids), self._budget)
-        elif count < self._count:
+        if count < self._count:
             self._context.rewind(count)
         self._count = count
         return count
@@ -94,8 +109,24 @@ class KeptContext:
         """Read tokens in one pass.
 
         Args:
-            tokens: int32 [n], ids.
+            tokens: int32 [n], ids; ``most`` bounds them and those so far.
         """
+        count = self._count + len(tokens)
+        if count > self._room:
+            kept = self._ids[: self._count].copy()
+            self._make_room(count)
+            for start in range(0, len(kept), self._chunk):
+                self._read(kept[start : start + self._chunk])
+        self._read(tokens)
+
+    def _make_room(self, room: int) -> None:
+        """Start again with no tokens.  The old memory goes first."""
+        room = min(max(room, 2 * self._room, self._first), self._most)
+        self.clear()
+        self._context = self._backend.start(room, self._budget)
+        self._room, self._ids, self._bits = room, np.zeros(room, np.int32), np.zeros(room, np.float32)
+
+    def _read(self, tokens: NDArray[np.int32]) -> None:
         assert self._context is not None
         count, bits = self._count + len(tokens), self._budget[0]
         try:

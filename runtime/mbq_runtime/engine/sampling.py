@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError
 
-from .generation import Sampling
+from .generation import Likelihood, Sampling
 
 
 def check_finite(logits: NDArray[np.float32], where: object) -> None:
@@ -28,25 +30,33 @@ def check_finite(logits: NDArray[np.float32], where: object) -> None:
 
 
 class Sampler:
-    """Chooses one token after another.
+    """Chooses one token of a reply after another.
 
     sampling: how; None for the likeliest token.
+    prompt: int [n], ids that a repetition penalty counts.
     where: the bundle, for messages.
 
     >>> Sampler(None).choose(np.array([0.1, 2.0, 0.3], np.float32))
     1
     """
 
-    def __init__(self, sampling: Sampling | None, where: object = "the bundle") -> None:
+    def __init__(
+        self, sampling: Sampling | None, prompt: Sequence[int] | NDArray[np.int32] = (), where: object = "the bundle"
+    ) -> None:
         self._where = where
-        self._sampling = sampling or Sampling()
-        self._random = np.random.default_rng(self._sampling.seed)
+        self._sampling = s = sampling or Sampling()
+        self._random = np.random.default_rng(s.seed)
+        self._bias = np.array([*s.logit_bias], np.int64), np.array([*s.logit_bias.values()], np.float32)
+        self._repeats = s.repetition_penalty != 1
+        self._counts = s.presence_penalty != 0 or s.frequency_penalty != 0
+        self._seen = set(np.asarray(prompt).tolist()) if self._repeats else set[int]()
+        self._said: Counter[int] = Counter()
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """Choose a token.
 
         Args:
-            logits: float32 [vocab].
+            logits: float32 [vocab]; they stay as they are.
 
         Returns:
             The token's id.
@@ -55,12 +65,59 @@ class Sampler:
             BundleError: the logits are not finite.
         """
         check_finite(logits, self._where)
+        scores = self.scores(logits)
         if self._sampling.is_greedy:
-            return int(logits.argmax())
-        tokens, weights = candidates(logits, self._sampling)
-        total = np.cumsum(weights, dtype=np.float64)
-        at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-        return int(tokens[min(at, len(tokens) - 1)])
+            token = int(scores.argmax())
+        else:
+            tokens, weights = candidates(scores, self._sampling)
+            total = np.cumsum(weights, dtype=np.float64)
+            at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
+            token = int(tokens[min(at, len(tokens) - 1)])
+        if self._repeats:
+            self._seen.add(token)
+        if self._counts:
+            self._said[token] += 1
+        return token
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits with bias and penalties.
+
+        Args:
+            logits: float32 [vocab].
+
+        Returns:
+            float32 [vocab]; ``logits`` itself where nothing changes them.
+        """
+        s, (biased, bias) = self._sampling, self._bias
+        if not (len(biased) or self._seen or self._said):
+            return logits
+        scores = logits.copy()
+        scores[biased] += bias
+        if self._seen:
+            seen = np.fromiter(self._seen, np.int64)
+            before = scores[seen]
+            scores[seen] = np.where(before < 0, before * s.repetition_penalty, before / s.repetition_penalty)
+        if self._said:
+            said, times = (np.fromiter(part, np.float32) for part in (self._said.keys(), self._said.values()))
+            scores[said.astype(np.int64)] -= s.presence_penalty + s.frequency_penalty * times
+        return scores
+
+    def likelihood(self, logits: NDArray[np.float32], token: int) -> Likelihood | None:
+        """How likely a token was; None where ``logprobs`` does not ask for it.
+
+        Args:
+            logits: float32 [vocab], as for ``choose``.
+            token: its id.
+        """
+        count = self._sampling.logprobs
+        if count is None:
+            return None
+        peak = float(logits.max())
+        total = peak + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+        count = min(count, len(logits))
+        top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
+        top = top[np.argsort(-logits[top], kind="stable")]
+        return Likelihood(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top))
 
 
 def candidates(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -88,4 +145,7 @@ def candidates(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray
         # Keep the fewest tokens whose total probability reaches top_p.
         kept = int(np.searchsorted(total, s.top_p * weights.sum(dtype=np.float64))) + 1
         tokens, weights = tokens[order[:kept]], weights[order[:kept]]
+    if s.min_p:
+        kept_ones = weights >= s.min_p
+        tokens, weights = tokens[kept_ones], weights[kept_ones]
     return tokens, weights

@@ -19,6 +19,19 @@ from .template import ChatTemplate, Message
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not yet a character
 
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in vocabularies with byte fallback
+
+
+def _byte_names() -> dict[str, bytes]:
+    """The byte for which each character of a byte-level vocabulary stands."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {chr(byte): bytes([byte]) for byte in printable}
+    return names | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_names()
+
 
 class Tokenizer:
     """The tokenizer and chat template of a bundle.
@@ -36,6 +49,8 @@ class Tokenizer:
         self.template = ChatTemplate(path)
         self._special = frozenset(i for i, token in self._native.get_added_tokens_decoder().items() if token.special)
         names = (self._native.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        # The vocabulary's characters stand for bytes.
+        self._spells_bytes = "ByteLevel" in repr(self._native.decoder)
         self._bytes = frozenset(token for token in names if token is not None)
 
     @cached_property
@@ -66,6 +81,21 @@ class Tokenizer:
             raise UsageError(f"text has U+{code:04X}, half a character, at position {half.start()}; remove it")
         with _library_errors(f"{self.path}: the tokenizer fails for this text"):
             return list(self._native.encode(text, add_special_tokens=False).ids)
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token, which need not be whole characters.
+
+        Args:
+            token: its id.
+        """
+        name: str = self._native.id_to_token(token) or ""
+        if token in self._special:
+            return name.encode()
+        if self._spells_bytes:
+            return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in name)
+        if token in self._bytes:
+            return bytes([int(name[3:5], 16)])
+        return name.replace(_SPACE, " ").encode()
 
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """Render a conversation, ready for the reply.

@@ -181,7 +181,7 @@ class Server:
         job = self.worker.submit(order(body, self._budget, self._engine.context_length))
         return Reply(
             job,
-            shape(self.model),
+            shape(self.model, self._engine.spell),
             self.worker.cancel,
             stream=bool(body.stream),
             with_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError
-from .worker import Job, Result
+from .worker import Job, Part, Result
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -32,32 +32,42 @@ class Shape:
 
     Args:
         model: name of the model.
+        spell: returns the bytes of a token, by its id.
     """
 
     PREFIX: ClassVar[str]
     OBJECT: ClassVar[str]
     CHUNK: ClassVar[str]
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, spell: Callable[[int], bytes]) -> None:
+        self._spell = spell
         self._same = {"id": f"{self.PREFIX}-{uuid4().hex}", "created": int(time.time()), "model": model}
 
     def first(self) -> dict[str, Any] | None:
         """The choice of the first chunk of a stream; None: no such chunk."""
         return None
 
-    def part(self, text: str) -> dict[str, Any]:
+    def part(self, part: Part) -> dict[str, Any]:
         """The choice of a chunk.
 
         Args:
-            text: text of the chunk.
+            part: what the chunk has.
         """
         raise NotImplementedError
 
-    def whole(self, text: str) -> dict[str, Any]:
+    def whole(self, part: Part) -> dict[str, Any]:
         """The choice of a reply that is not streamed.
 
         Args:
-            text: text of the reply.
+            part: all of the reply.
+        """
+        raise NotImplementedError
+
+    def likelihoods(self, part: Part) -> dict[str, Any] | None:
+        """The field ``logprobs`` of a choice; None where nobody asked.
+
+        Args:
+            part: what the choice has.
         """
         raise NotImplementedError
 
@@ -81,11 +91,25 @@ class ChatShape(Shape):
     def first(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def part(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def part(self, part: Part) -> dict[str, Any]:
+        return {"delta": {"content": part.text} if part.text else {}}
 
-    def whole(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def whole(self, part: Part) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": part.text}}
+
+    def likelihoods(self, part: Part) -> dict[str, Any] | None:
+        if not part.likelihoods:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            spelled = self._spell(token)
+            return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
+
+        content = [
+            {**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top]}
+            for one in part.likelihoods
+        ]
+        return {"content": content, "refusal": None}
 
 
 class CompletionShape(Shape):
@@ -93,10 +117,35 @@ class CompletionShape(Shape):
 
     PREFIX, OBJECT, CHUNK = "cmpl", "text_completion", "text_completion"
 
-    def part(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def __init__(self, model: str, spell: Callable[[int], bytes]) -> None:
+        """See ``Shape``.
+
+        Args:
+            model: see ``Shape``.
+            spell: see ``Shape``.
+        """
+        super().__init__(model, spell)
+        self._offsets: dict[int, int] = {}  # characters of each reply whose tokens were reported
+
+    def part(self, part: Part) -> dict[str, Any]:
+        return {"text": part.text}
 
     whole = part
+
+    def likelihoods(self, part: Part) -> dict[str, Any] | None:
+        if not part.likelihoods:
+            return None
+        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for one in part.likelihoods:
+            text = self._spell(one.token).decode(errors="replace")
+            found["tokens"].append(text)
+            found["token_logprobs"].append(one.logprob)
+            # Bytes that are no character look the same: the likeliest of them stays.
+            likely = ((self._spell(token).decode(errors="replace"), value) for token, value in reversed(one.top))
+            found["top_logprobs"].append(dict(likely))
+            found["text_offset"].append(self._offsets.setdefault(part.reply, 0))
+            self._offsets[part.reply] += len(text)
+        return found
 
 
 def usage(result: Result) -> dict[str, Any]:
@@ -163,30 +212,57 @@ class Reply:
                 await send_events(send, _with_comments(self._events()))
                 return
             await self._job.started()
-            text = "".join([piece async for piece in self._job.pieces()])
-            result = self._job.result
-            choice = {**self._shape.whole(text), "finish_reason": result.finish_reason}
-            response = JSONResponse(self._shape.envelope(self._shape.OBJECT, [choice], usage=usage(result)))
+            parts = [part async for part in self._job.parts()]
+            choices = [
+                self._choice(self._shape.whole, _joined(reply, parts), reason)
+                for reply, reason in enumerate(self._job.result.finish_reasons)
+            ]
+            envelope = self._shape.envelope(self._shape.OBJECT, choices, usage=usage(self._job.result))
+            response = JSONResponse(envelope)
         except ApiError as error:
             response = error.response()
         await response(scope, receive, send)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        shape = self._shape
-        first = shape.first()
-        if first is not None:
-            yield event(shape.envelope(shape.CHUNK, [first]))
+        shape, begun = self._shape, set[int]()
+        for choice in self._opening(0, begun):
+            yield event(shape.envelope(shape.CHUNK, [choice]))
         try:
-            async for text in self._job.pieces():
-                yield event(shape.envelope(shape.CHUNK, [shape.part(text)]))
+            async for part in self._job.parts():
+                for choice in self._opening(part.reply, begun):
+                    yield event(shape.envelope(shape.CHUNK, [choice]))
+                yield event(shape.envelope(shape.CHUNK, [self._choice(shape.part, part)]))
         except ApiError as error:  # the status was already sent
             yield event(error.body())
             return
         result = self._job.result
-        yield event(shape.envelope(shape.CHUNK, [{**shape.part(""), "finish_reason": result.finish_reason}]))
+        for reply, reason in enumerate(result.finish_reasons):
+            for choice in self._opening(reply, begun):
+                yield event(shape.envelope(shape.CHUNK, [choice]))
+            yield event(shape.envelope(shape.CHUNK, [self._choice(shape.part, Part(reply, ""), reason)]))
         if self._with_usage:
             yield event(shape.envelope(shape.CHUNK, [], usage=usage(result)))
         yield b"data: [DONE]\n\n"
+
+    def _opening(self, reply: int, begun: set[int]) -> list[dict[str, Any]]:
+        """The choice before the first text of a reply; nothing for a reply that has begun."""
+        first = self._shape.first()
+        if first is None or reply in begun:
+            return []
+        begun.add(reply)
+        return [{**first, "index": reply}]
+
+    def _choice(
+        self, made: Callable[[Part], dict[str, Any]], part: Part, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        about = {"index": part.reply, "logprobs": self._shape.likelihoods(part), "finish_reason": finish_reason}
+        return made(part) | about
+
+
+def _joined(reply: int, parts: Sequence[Part]) -> Part:
+    """All parts of one reply."""
+    own = [part for part in parts if part.reply == reply]
+    return Part(reply, "".join(part.text for part in own), tuple(one for part in own for one in part.likelihoods))
 
 
 async def _with_comments(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

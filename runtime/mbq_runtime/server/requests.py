@@ -10,27 +10,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mbq_runtime.bundle.manifest import Budget
 
 from .errors import ApiError
 
-_INT32 = 2**31  # limit of the engine's whole numbers; seeds of the API have 64 bits
+_INT32 = 2**31  # limit of the engine's whole numbers
+MOST_SEEDS = _INT32
+"""Seeds of the engine are below it.  Those of the API have 64 bits."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
     "response_format": (None, {"type": "text"}),
     # Other servers' names for what changes a reply.
-    "repetition_penalty": (None, 1),
     "repeat_penalty": (None, 1),
     "repeat_last_n": (None, 0),
     "length_penalty": (None, 1),
@@ -38,7 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (None, 1),
     "dry_multiplier": (None, 0),
     "xtc_probability": (None, 0),
-    "min_p": (None, 0),
     "typical_p": (None, 1),
     "typ_p": (None, 1),
     "tfs_z": (None, 1),
@@ -133,6 +137,7 @@ def _one_prompt(value: Any) -> str | list[int]:
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_no_limit)]
 
 
@@ -182,6 +187,12 @@ class Body(_Strict):
     top_k: Annotated[int, Field(ge=0, lt=_INT32)] | None = None
     seed: int | None = None
     stop: Annotated[list[_Stop] | None, Field(max_length=16), BeforeValidator(_as_list)] = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     avg_bits: float | None = None
     min_bits: float | None = None
     max_bits: float | None = None
@@ -198,6 +209,10 @@ class Body(_Strict):
         """The highest number of tokens that the client asked for; None: no limit."""
         return self.max_tokens
 
+    def likelihoods(self) -> int | None:
+        """How many of the likeliest tokens to report at each token; None: no report."""
+        raise NotImplementedError
+
 
 class ChatBody(Body):
     """The body of /v1/chat/completions.
@@ -209,6 +224,15 @@ class ChatBody(Body):
     max_completion_tokens: _Limit = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _reported(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("set logprobs to true as well")
+        return value
 
     def engine_prompt(self) -> list[dict[str, str]]:
         system = {"developer": "system"}
@@ -221,6 +245,9 @@ class ChatBody(Body):
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    def likelihoods(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
 
 class CompletionBody(Body):
     """The body of /v1/completions."""
@@ -228,9 +255,13 @@ class CompletionBody(Body):
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the default of the API
 
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def engine_prompt(self) -> str | list[int]:
         return self.prompt
+
+    def likelihoods(self) -> int | None:
+        return self.logprobs
 
 
 @dataclass(frozen=True)
@@ -241,6 +272,7 @@ class Order:
         prompt: the prompt for ``Engine.prompt_tokens``.
         rendering: its other arguments.
         options: the arguments of ``Engine.generate``, without the prompt and the budget.
+        replies: number of replies to the prompt.
         floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
     """
@@ -248,6 +280,7 @@ class Order:
     prompt: str | list[int] | list[dict[str, str]]
     rendering: Mapping[str, Any]
     options: Mapping[str, Any]
+    replies: int = 1
     floor_bits: float | None = None
     ceiling_bits: float | None = None
 
@@ -296,11 +329,17 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "temperature": 0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
         "top_p": body.top_p or 1.0,
         "top_k": body.top_k or 0,
-        "seed": None if body.seed is None else body.seed % _INT32,
+        "seed": None if body.seed is None else body.seed % MOST_SEEDS,
         "stop": tuple(body.stop or ()),
+        "min_p": body.min_p or 0.0,
+        "repetition_penalty": body.repetition_penalty or 1.0,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
+        "logprobs": body.likelihoods(),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
-    return Order(body.engine_prompt(), rendering, options, floor, ceiling)
+    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling)
 
 
 def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:

@@ -8,37 +8,52 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 from mbq_runtime.control.metered_reply import MeteredReply
 from mbq_runtime.errors import MbqError, PromptTooLongError
 
 from .errors import ApiError
 from .kept_contexts import KeptContexts
-from .requests import Order
+from .requests import MOST_SEEDS, Order
 
 if TYPE_CHECKING:
     from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor
-    from mbq_runtime.engine import Engine, Generation
+    from mbq_runtime.engine import Engine, Generation, GenerationStats, KeptContext, Likelihood
 
 log = logging.getLogger(__name__)
 
 FAILED = "the engine failed; the log of the server has the reason"
 
 
+class Part(NamedTuple):
+    """Some text of a reply.
+
+    reply: number of the reply, from 0.
+    text: the text.
+    likelihoods: of the tokens that gave it, where they were asked for.
+    """
+
+    reply: int
+    text: str
+    likelihoods: tuple[Likelihood, ...] = ()
+
+
 @dataclass(frozen=True)
 class Result:
-    """Figures of a complete reply.
+    """Figures of a complete answer, which has one reply or several.
 
     Args:
-        finish_reason: why the reply ended: "stop" or "length".
+        finish_reasons: why each reply ended: "stop" or "length".
         prompt_tokens: number of tokens of the prompt.
-        completion_tokens: number of tokens of the reply.
+        completion_tokens: number of tokens of all replies.
         avg_bits: average bits per weight of its tokens.
         cached_tokens: tokens of the prompt that were kept from an earlier reply.
         tokens_per_s: decode speed.
@@ -46,7 +61,7 @@ class Result:
         energy_j: energy in J; None without a power sensor.
     """
 
-    finish_reason: str
+    finish_reasons: tuple[str, ...]
     prompt_tokens: int
     completion_tokens: int
     avg_bits: float
@@ -67,9 +82,11 @@ class Job:
         self.order = order
         self.cancelled = False
         self.reply: Generation | None = None
+        self.prompt: list[int] = []
+        self.session: KeptContext | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._waiting: deque[str] = deque()
+        self._waiting: deque[Part] = deque()
         self._begun = False
         self._end: Result | ApiError | None = None
 
@@ -85,24 +102,26 @@ class Job:
         if isinstance(self._end, ApiError) and not self._begun:
             raise self._end
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text of the reply.  Each piece is all the text that is ready.
+    async def parts(self) -> AsyncIterator[Part]:
+        """The text of the replies.  Each part is all the text of one reply that is ready.
 
         Raises:
             ApiError: the engine failed.
         """
         while True:
             end = self._end  # read before the text: no text follows the end
-            text = "".join(self._waiting.popleft() for _ in range(len(self._waiting)))
-            if text:
-                yield text
-            elif isinstance(end, ApiError):
+            ready = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            for reply, parts in groupby(ready, key=lambda part: part.reply):
+                _, texts, likelihoods = zip(*parts, strict=True)
+                yield Part(reply, "".join(texts), tuple(chain.from_iterable(likelihoods)))
+            if ready:
+                continue
+            if isinstance(end, ApiError):
                 raise end
-            elif end is not None:
+            if end is not None:
                 return
-            else:
-                await self._changed.wait()
-                self._changed.clear()
+            await self._changed.wait()
+            self._changed.clear()
 
     @property
     def result(self) -> Result:
@@ -117,13 +136,13 @@ class Job:
         self._begun = True
         self._notify()
 
-    def put(self, text: str) -> None:
-        """Add a piece of the reply.
+    def put(self, part: Part) -> None:
+        """Add a part of a reply.
 
         Args:
-            text: the piece.
+            part: the part.
         """
-        self._waiting.append(text)
+        self._waiting.append(part)
         self._notify()
 
     def end(self, how: Result | ApiError) -> None:
@@ -257,44 +276,71 @@ class Worker:
             return self._running
 
     def _answer(self, job: Job) -> Result:
-        order = job.order
+        order, done = job.order, []
+        energy_j: float | None = 0.0
         with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
-            try:
-                prompt = self._engine.prompt_tokens(order.prompt, **order.rendering)
-                session = self.contexts.take(prompt)
-                reply = self._engine.generate(prompt, session=session, **order.options)
-            except PromptTooLongError as error:
-                raise ApiError(400, str(error), code="context_length_exceeded") from None
-            except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
-                message = str(error).removeprefix(f"{self._engine.path}: ")
-                raise ApiError(400, message, code="invalid_prompt") from None
-            with self._changed:
-                job.reply = reply
-                if job.cancelled:
-                    reply.stop()
-            job.begin()
-            metered = MeteredReply(reply, self._governor)
-            with reply:
-                for piece in metered:
-                    job.put(piece.text)
-                    self.tokens += piece.tokens
-        stats = reply.stats
-        self.prompt_tokens += stats.prompt_tokens
-        self.cached_tokens += stats.cached_tokens
-        result = Result(
-            stats.finish_reason or "length",
-            stats.prompt_tokens,
-            len(stats.tokens),
-            stats.avg_bits_used,
-            stats.cached_tokens,
-            stats.tokens_per_s,
-            stats.ttft_s,
-            metered.energy_j,
-        )
+            for index in range(order.replies):
+                metered, stats = self._reply(job, index)
+                done.append(stats)
+                energy_j = None if energy_j is None or metered.energy_j is None else energy_j + metered.energy_j
+                if stats.finish_reason == "closed":
+                    break
+        result = _result(done, energy_j)
+        self.prompt_tokens += result.prompt_tokens
+        self.cached_tokens += result.cached_tokens
         self.on_result(result)
-        if self._closing and stats.finish_reason == "closed":
+        if self._closing and done[-1].finish_reason == "closed":
             raise _stopping()
         return result
+
+    def _reply(self, job: Job, index: int) -> tuple[MeteredReply, GenerationStats]:
+        """Make one reply.  index: its number, from 0; the replies after the first find the prompt read."""
+        order, seed = job.order, job.order.options["seed"]
+        try:
+            prompt = self._engine.prompt_tokens(order.prompt, **order.rendering) if index == 0 else job.prompt
+            if index == 0:
+                job.prompt, job.session = prompt, self.contexts.take(prompt)
+                if job.session is None and order.replies > 1:
+                    job.session = self._engine.session()
+            options = {**order.options, "seed": None if seed is None else (seed + index) % MOST_SEEDS}
+            reply = self._engine.generate(prompt, session=job.session, **options)
+        except PromptTooLongError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded") from None
+        except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
+            message = str(error).removeprefix(f"{self._engine.path}: ")
+            raise ApiError(400, message, code="invalid_prompt") from None
+        with self._changed:
+            job.reply = reply
+            if job.cancelled:
+                reply.stop()
+        job.begin()
+        metered, told = MeteredReply(reply, self._governor), 0
+        with reply:
+            for piece in metered:
+                likelihoods = reply.stats.likelihoods[told:]
+                told += len(likelihoods)
+                job.put(Part(index, piece.text, likelihoods))
+                self.tokens += piece.tokens
+        stats = reply.stats
+        if told < len(stats.likelihoods):  # tokens after the last text
+            job.put(Part(index, "", stats.likelihoods[told:]))
+        return metered, stats
+
+
+def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Result:
+    """The figures of all replies to one prompt."""
+    first, bits = replies[0], [bits for stats in replies for bits in stats.bits]
+    speeds = [stats.tokens_per_s for stats in replies]
+    return Result(
+        tuple(stats.finish_reason or "length" for stats in replies),
+        first.prompt_tokens,
+        sum(len(stats.tokens) for stats in replies),
+        math.fsum(bits) / len(bits) if bits else 0.0,
+        first.cached_tokens,
+        math.fsum(speeds) / len(speeds),
+        first.ttft_s,
+        energy_j,
+    )
 
 
 def _stopping() -> ApiError:

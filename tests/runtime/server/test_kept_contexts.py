@@ -8,18 +8,18 @@ import openai
 import pytest
 from openai.types import CompletionUsage
 from serving import Running, serve
-from tiny_bundle import CIRCLE, ids
+from tiny_bundle import CIRCLE, CONTEXT, ids
 
 from mbq_runtime import Engine
 from mbq_runtime.server.kept_contexts import KeptContexts
 
-TOKEN_BYTES = 2 * 2 * 16 * 4  # keys and values of two heads of 16, in float32
+CONTEXT_BYTES = CONTEXT * 2 * 2 * 16 * 4  # keys and values of two heads of 16, in float32
 
 
 @pytest.fixture
 def caching(engine: Engine) -> Iterator[Running]:
-    """A server that keeps 150 tokens."""
-    with serve(engine, cache_bytes=150 * TOKEN_BYTES) as found:
+    """A server that keeps three contexts."""
+    with serve(engine, cache_bytes=3 * CONTEXT_BYTES) as found:
         yield found
 
 
@@ -74,13 +74,13 @@ def test_the_context_used_longest_ago_goes_first(client: openai.OpenAI, caching:
         complete(client, start, 1)
     complete(client, starts[0] + "A", 1)  # now b is the oldest
     complete(client, "d" * 40, 1)
-    assert caching.server.worker.contexts.kept_bytes <= 150 * TOKEN_BYTES
+    assert caching.server.worker.contexts.kept_bytes == 3 * CONTEXT_BYTES
     assert [cached(complete(client, start + "AB", 1)[1]) > 0 for start in (starts[2], starts[0])] == [True, True]
     assert cached(complete(client, starts[1] + "AB", 1)[1]) == 0
 
 
 def test_a_context_larger_than_the_cache_is_not_kept(engine: Engine) -> None:
-    with serve(engine, cache_bytes=20 * TOKEN_BYTES) as small:
+    with serve(engine, cache_bytes=CONTEXT_BYTES - 1) as small:
         with openai.OpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
             complete(client, "x" * 40)
             assert cached(complete(client, "x" * 40)[1]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -113,6 +114,95 @@ def test_top_p_and_top_k_leave_only_the_likeliest(client: openai.OpenAI) -> None
     for narrow in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}):
         found = client.completions.create(model="tiny", prompt="xA", temperature=2, seed=1, max_tokens=12, **narrow)  # type: ignore[call-overload]
         assert found.choices[0].text == (CIRCLE * 2)[1:13]
+
+
+def test_several_replies(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "xA", "temperature": 2, "seed": 5, "max_tokens": 12}
+    ask["extra_body"] = {"avg_bits": 3}
+    found = client.completions.create(n=3, **ask)
+    assert [choice.index for choice in found.choices] == [0, 1, 2]
+    alone = [client.completions.create(**{**ask, "seed": 5 + i}) for i in range(3)]
+    assert [choice.text for choice in found.choices] == [one.choices[0].text for one in alone]
+    assert len({choice.text for choice in found.choices}) == 3
+    assert found.usage is not None
+    counts = [one.usage.completion_tokens for one in alone if one.usage is not None]
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (2, sum(counts))
+
+    texts, reasons = ["", "", ""], {}
+    for chunk in client.completions.create(n=3, stream=True, **ask):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        if choice.finish_reason:
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in found.choices]
+    assert reasons == {choice.index: choice.finish_reason for choice in found.choices}
+
+
+def test_several_replies_of_a_chat_each_begin_with_their_role(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0, n=2, stream=True)
+    roles, texts = [], ["", ""]
+    for chunk in stream:
+        (choice,) = chunk.choices
+        roles += [choice.index] if choice.delta.role else []
+        texts[choice.index] += choice.delta.content or ""
+    assert (roles, texts) == ([0, 1], [REPLY] * 2)
+
+
+def test_likelihoods_of_a_chat(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    found = client.chat.completions.create(**ask).choices[0]
+    assert found.logprobs is not None
+    content = found.logprobs.content
+    assert content is not None
+    assert bytes(byte for one in content for byte in one.bytes or []).decode() == REPLY
+    for one in content:
+        assert len(one.top_logprobs) == 3
+        assert one.top_logprobs[0].logprob == one.logprob <= 0  # the likeliest was taken
+        assert [likely.logprob for likely in one.top_logprobs] == sorted(
+            (likely.logprob for likely in one.top_logprobs), reverse=True
+        )
+    streamed = [
+        one
+        for chunk in client.chat.completions.create(stream=True, **ask)
+        if chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content or []
+    ]
+    assert streamed == content
+    without = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0, logprobs=True)
+    assert without.choices[0].logprobs is not None
+    assert without.choices[0].logprobs.content is not None
+    assert [one.logprob for one in without.choices[0].logprobs.content] == [one.logprob for one in content]
+    assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].logprobs is None
+
+
+def test_likelihoods_of_a_completion(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=4, logprobs=2)
+    about = found.choices[0].logprobs
+    assert about is not None
+    assert about.tokens == ["B", "C", "D", "E"]
+    assert about.text_offset == [0, 1, 2, 3]
+    assert about.top_logprobs is not None
+    assert about.token_logprobs == [likely[token] for likely, token in zip(about.top_logprobs, "BCDE", strict=True)]
+
+
+def test_the_choice_of_tokens_is_the_client_s(client: openai.OpenAI) -> None:
+    """The tiny model answers A with B, B with C and so on; each option alone changes that."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "xA", "temperature": 0, "max_tokens": 12}
+    plain = client.completions.create(**ask).choices[0].text
+    assert plain == (CIRCLE * 2)[1:13]
+    c = str(ord("C") + 3)
+    without_c = client.completions.create(logit_bias={c: -100}, **ask).choices[0].text
+    assert without_c[0] == "B"
+    assert "C" not in without_c
+    assert client.completions.create(logit_bias={c: 100}, **ask).choices[0].text == "C" * 12
+    long = {**ask, "max_tokens": 90}
+    assert client.completions.create(frequency_penalty=2.0, **long).choices[0].text != (CIRCLE * 14)[1:91]
+    varied = {**long, "temperature": 2, "seed": 1, "extra_body": {"avg_bits": 3}}
+    texts = {client.completions.create(presence_penalty=penalty, **varied).choices[0].text for penalty in (0.0, 2.0)}
+    assert len(texts) == 2
+    assert client.completions.create(extra_body={"repetition_penalty": 8.0}, **ask).choices[0].text != plain
+    narrow = {**ask, "temperature": 2, "seed": 1}
+    assert client.completions.create(extra_body={"min_p": 1.0}, **narrow).choices[0].text == plain
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""Time to the first token, turn by turn: a session beside an engine that reads the whole conversation again.
+
+    python tests/benchmarks/conversation.py BUNDLE --turns 12 --tokens 150 --bits 8 --clients 8
+
+A turn has ``--tokens`` tokens: a message, and a reply of 32.  Both sides get the same messages in one run, and
+their replies are compared.  Then ``--clients`` conversations go through two servers at once, one of which keeps
+nothing; that one is asked for turns 1, 2 and the last, as it reads everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+
+from mbq_runtime import Engine
+from mbq_runtime.bench import environment
+from mbq_runtime.sensing.sensors import Sensors
+
+REPLY = 32
+WORDS = ("tide", "boat", "harbour", "rope", "wind", "sail", "coast", "light", "storm", "gull", "net", "pilot", "bell")
+
+
+def message(engine: Engine, tokens: int, seed: int) -> str:
+    """A text of about so many tokens, and its own words."""
+    rng = np.random.default_rng(seed)
+    text = f"Story {seed}:"
+    while len(engine.encode(text)) < tokens:
+        text += " " + str(rng.choice(WORDS))
+    return text
+
+
+def one_conversation(engine: Engine, options: argparse.Namespace) -> bool:
+    """Print a table.  Returns whether all replies were the same."""
+    session, same = engine.session(), True
+    talk: list[dict[str, str]] = []
+    print("| turn | prompt | read | with a session | without | same reply |")
+    print("| ---: | ---: | ---: | ---: | ---: | --- |")
+    firsts = []
+    for turn in range(1, options.turns + 1):
+        talk.append({"role": "user", "content": message(engine, options.tokens - REPLY, turn)})
+        ask: dict[str, Any] = {"max_tokens": REPLY, "avg_bits": options.bits}
+        kept, whole = engine.generate(talk, session=session, **ask), engine.generate(talk, **ask)
+        text = kept.text()
+        whole.text()
+        equal = kept.stats.tokens == whole.stats.tokens
+        same = same and equal
+        new = kept.stats.prompt_tokens - kept.stats.cached_tokens
+        firsts.append(kept.stats.ttft_s)
+        print(
+            f"| {turn} | {kept.stats.prompt_tokens} | {new} | {kept.stats.ttft_s:.3f} s | {whole.stats.ttft_s:.3f} s | "
+            f"{'yes' if equal else 'no'} |"
+        )
+        talk.append({"role": "assistant", "content": text})
+    print(f"last turn over turn 2: {firsts[-1] / firsts[1]:.2f}\n")
+    return same
+
+
+@contextmanager
+def serving(options: argparse.Namespace, cache_mb: int) -> Iterator[openai.OpenAI]:
+    """A client of a server in a process of its own."""
+    command = [sys.executable, "-m", "mbq_runtime.cli", "serve", str(options.bundle), "--port", "0"]
+    command += ["--cache-mb", str(cache_mb), "--bits", str(options.bits), "--threads", str(options.threads)]
+    command += ["--engine", options.engine] if options.engine else []
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        found = re.search(r"http://\S+?:\d+", server.stdout.readline())
+        if found is None:
+            raise SystemExit("the server did not start")
+        yield openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0, timeout=3600)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def many_clients(engine: Engine, options: argparse.Namespace) -> bool:
+    """Print a table.  Returns whether all replies that were compared were the same."""
+    talks: list[list[dict[str, str]]] = [[] for _ in range(options.clients)]
+    same = True
+    print(f"| turn | {options.clients} clients, kept contexts | nothing kept | tokens read | same replies |")
+    print("| ---: | ---: | ---: | ---: | --- |")
+    with serving(options, options.cache_mb) as keeps, serving(options, 0) as forgets:
+        name = keeps.models.list().data[0].id
+
+        def ask(client: openai.OpenAI, talk: list[dict[str, str]]) -> Any:
+            return client.chat.completions.create(model=name, messages=talk, temperature=0, max_tokens=REPLY)  # type: ignore[arg-type]
+
+        firsts = []
+        with ThreadPoolExecutor(options.clients) as pool:
+            for turn in range(1, options.turns + 1):
+                for at, talk in enumerate(talks):
+                    talk.append({"role": "user", "content": message(engine, options.tokens - REPLY, 100 * at + turn)})
+                found = list(pool.map(lambda talk: ask(keeps, talk), talks))
+                kept_s = statistics.median(one.usage.ttft_s for one in found)
+                firsts.append(kept_s)
+                read = sum(one.usage.prompt_tokens - one.usage.prompt_tokens_details.cached_tokens for one in found)
+                others = ""
+                equal = "not compared"
+                if turn in (1, 2, options.turns):
+                    whole = list(pool.map(lambda talk: ask(forgets, talk), talks))
+                    others = f"{statistics.median(one.usage.ttft_s for one in whole):.3f} s"
+                    pairs = zip(found, whole, strict=True)
+                    alike = sum(a.choices[0].message.content == b.choices[0].message.content for a, b in pairs)
+                    equal = f"{alike} of {options.clients}"
+                    same = same and alike == options.clients
+                print(f"| {turn} | {kept_s:.3f} s | {others} | {read} | {equal} |", flush=True)
+                for talk, one in zip(talks, found, strict=True):
+                    talk.append({"role": "assistant", "content": one.choices[0].message.content})
+    print(f"last turn over turn 2: {firsts[-1] / firsts[1]:.2f}")
+    return same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--engine")
+    parser.add_argument("--bits", type=float, default=8.0)
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--clients", type=int, default=8, help="0: no servers")
+    parser.add_argument("--cache-mb", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    print(json.dumps(environment(Sensors().read)))
+    engine = Engine.load(options.bundle, engine=options.engine, threads=options.threads)
+    print(f"{engine.name}, {options.bits:g} bits, {options.threads} threads; times are to the first token")
+    same = one_conversation(engine, options)
+    if options.clients:
+        same = many_clients(engine, options) and same
+    print("all replies that were compared are the same" if same else "some replies differ")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
