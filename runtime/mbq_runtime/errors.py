@@ -39,3 +39,7 @@ class BuildError(MbqError):
     """A kernel library could not be compiled or linked."""
 
     exit_code = 5
+
+
+class GrammarError(UsageError):
+    """A grammar or a JSON schema that replies cannot be held to."""

@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import openai
 
-from mbq_runtime import Engine
+from mbq_runtime import Engine, Generation
 from mbq_runtime.bench import environment
 from mbq_runtime.sensing.sensors import Sensors
 
@@ -45,26 +46,36 @@ def one_conversation(engine: Engine, options: argparse.Namespace) -> bool:
     """Print a table.  Returns whether all replies were the same."""
     session, same = engine.session(), True
     talk: list[dict[str, str]] = []
-    print("| turn | prompt | read | with a session | without | same reply |")
+    print("| turn | prompt | read | with a session (CPU) | without (CPU) | same reply |")
     print("| ---: | ---: | ---: | ---: | ---: | --- |")
     firsts = []
     for turn in range(1, options.turns + 1):
         talk.append({"role": "user", "content": message(engine, options.tokens - REPLY, turn)})
         ask: dict[str, Any] = {"max_tokens": REPLY, "avg_bits": options.bits}
         kept, whole = engine.generate(talk, session=session, **ask), engine.generate(talk, **ask)
-        text = kept.text()
-        whole.text()
+        text, kept_cpu_s = timed(kept)
+        _, whole_cpu_s = timed(whole)
         equal = kept.stats.tokens == whole.stats.tokens
         same = same and equal
         new = kept.stats.prompt_tokens - kept.stats.cached_tokens
-        firsts.append(kept.stats.ttft_s)
+        firsts.append((kept.stats.ttft_s, kept_cpu_s))
         print(
-            f"| {turn} | {kept.stats.prompt_tokens} | {new} | {kept.stats.ttft_s:.3f} s | {whole.stats.ttft_s:.3f} s | "
-            f"{'yes' if equal else 'no'} |"
+            f"| {turn} | {kept.stats.prompt_tokens} | {new} | {kept.stats.ttft_s:.3f} s ({kept_cpu_s:.3f} s) | "
+            f"{whole.stats.ttft_s:.3f} s ({whole_cpu_s:.3f} s) | {'yes' if equal else 'no'} |",
+            flush=True,
         )
         talk.append({"role": "assistant", "content": text})
-    print(f"last turn over turn 2: {firsts[-1] / firsts[1]:.2f}\n")
+    wall, cpu = (last / second for last, second in zip(firsts[-1], firsts[1], strict=True))
+    print(f"last turn over turn 2: {wall:.2f}, of processor time {cpu:.2f}\n")
     return same
+
+
+def timed(reply: Generation) -> tuple[str, float]:
+    """The text of a reply, and the processor's seconds to its first token."""
+    start_s = time.process_time()
+    first = next(reply)
+    spent_s = time.process_time() - start_s
+    return first + reply.text(), spent_s
 
 
 @contextmanager

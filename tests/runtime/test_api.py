@@ -30,7 +30,7 @@ PUBLIC = {
         "Piece", "Policy", "State", "Status", "Trigger", "find_policy", "start", "step",
     ],
     "mbq_runtime.engine": [
-        "Engine", "FinishReason", "Generation", "GenerationStats", "KeptContext", "Likelihood", "Passes",
+        "Engine", "FinishReason", "Generation", "GenerationStats", "Grammar", "KeptContext", "Likelihood", "Passes",
         "Prompt", "Sampling", "Score", "Session", "TokenListener", "Window",
     ],
     "mbq_runtime.sensing": ["Kind", "Readings", "Sensors", "Signal", "aggregate", "power"],
@@ -108,7 +108,7 @@ def test_signatures() -> None:
     generate = inspect.signature(Engine.generate).parameters
     assert list(generate) == [
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
-        "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs",
+        "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "grammar",
         "template_kwargs", "session",
     ]  # fmt: skip
     load = inspect.signature(Engine.load).parameters

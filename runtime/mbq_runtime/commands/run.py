@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import without_controls
 
 from .common import (
@@ -26,6 +27,9 @@ from .trust import note_code, trust_option
 if TYPE_CHECKING:
     from mbq_runtime.engine import Engine
 
+if TYPE_CHECKING:
+    from mbq_runtime.engine import Grammar
+
 
 @click.command("run")
 @coming_bundle_argument
@@ -35,6 +39,12 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, default=0.0, help="0: the likeliest token; higher: more varied.")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest tokens of this total probability.")
 @choice_options
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Answer with JSON of this schema.",
+)
 @template_kwargs_option
 @steering_options
 @engine_option
@@ -53,6 +63,7 @@ def command(
     min_p: float,
     repetition_penalty: float,
     seed: int | None,
+    json_schema: Path | None,
     template_kwargs: dict[str, Any] | None,
     engine: str | None,
     trust: bool,
@@ -67,6 +78,7 @@ def command(
     from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine
 
+    grammar = None if json_schema is None else _grammar(json_schema)
     terminal = sys.stdout.isatty()
     text = sys.stdin.read() if prompt == "-" else prompt
     note_code(bundle, trust=trust)
@@ -75,7 +87,7 @@ def command(
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            min_p=min_p, repetition_penalty=repetition_penalty, template_kwargs=template_kwargs,
+            min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar, template_kwargs=template_kwargs,
         )  # fmt: skip
         pieces = []
         with generation:
@@ -103,3 +115,15 @@ def command(
         f"{stats.avg_bits_used:.2f} bits on average, energy {describe(status.energy_j_per_token)}",
         err=True,
     )
+
+
+def _grammar(path: Path) -> Grammar:
+    from mbq_runtime.engine import Grammar
+
+    try:
+        schema = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--json-schema {path}: cannot be read as JSON ({error}); give a file with a schema") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--json-schema {path}: has a {type(schema).__name__}, needed an object")
+    return Grammar.of_schema(schema)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .engine import Engine, Passes, Prompt, Score, Window
 from .generation import FinishReason, Generation, GenerationStats, Likelihood, Sampling, TokenListener
+from .grammar import Grammar
 from .kept_context import KeptContext
 from .session import Session
 
@@ -12,6 +13,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "GenerationStats",
+    "Grammar",
     "KeptContext",
     "Likelihood",
     "Passes",

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
 from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
+from .grammar import Grammar, Grammars, Matcher
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
@@ -281,6 +283,7 @@ class Engine:
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         session: KeptContext | None = None,
     ) -> Generation:
@@ -302,6 +305,7 @@ class Engine:
             frequency_penalty: the same for each time that the reply has a token.
             logit_bias: what is added to the scores of tokens, by id, each -100 to 100.
             logprobs: fill ``GenerationStats.likelihoods``, each with this many of the likeliest tokens; None: do not.
+            grammar: what the reply may say.
             template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
             session: made by ``session``; of the prompt, only what it does not keep is read.
 
@@ -309,7 +313,7 @@ class Engine:
             An iterator over the text of the reply.  Nothing runs until its first piece is asked for.
 
         Raises:
-            UsageError: a value is out of range, or the prompt is empty or too long.
+            UsageError: a value is out of range, the prompt is empty or too long, or the grammar is not understood.
         """
         if session is not None and not session.belongs_to(self._backend):
             raise UsageError("session: it is another engine's; make one with this engine's session()")
@@ -321,9 +325,16 @@ class Engine:
         if sampling.logit_bias:
             self._checked([*sampling.logit_bias])
         tokens = np.asarray(self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs), np.int32)
+        matcher = None if grammar is None else self._grammars.matcher(grammar)
         if avg_bits is not None:
             self.avg_bits = avg_bits
-        return Generation(lambda record: self._steps(tokens, sampling, record, session), len(tokens), stops, self._tell)
+        return Generation(
+            lambda record: self._steps(tokens, sampling, record, session, matcher), len(tokens), stops, self._tell
+        )
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.path, self.manifest.model.vocab_size, sorted(self._eos))
 
     def session(self) -> KeptContext:
         """A session for ``generate``: it keeps what it has read from one reply to the next.
@@ -522,7 +533,12 @@ class Engine:
         return _Alone(self._busy)
 
     def _steps(
-        self, prompt: NDArray[np.int32], sampling: Sampling, record: Record, session: KeptContext | None
+        self,
+        prompt: NDArray[np.int32],
+        sampling: Sampling,
+        record: Record,
+        session: KeptContext | None,
+        matcher: Matcher | None,
     ) -> Generator[Step, None, None]:
         length = min(self._context, len(prompt) + sampling.max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
@@ -538,7 +554,7 @@ class Engine:
                 chunk = new[start : start + self._chunk]
                 context.append(chunk)
                 record.prompt_bits += context.bits_used() * len(chunk) / len(new)
-            sampler, stream = Sampler(sampling, prompt, self.path), self._backend.tokenizer.stream()
+            sampler, stream = Sampler(sampling, prompt, matcher, self.path), self._backend.tokenizer.stream()
             token = None
             for left in reversed(range(length - len(prompt))):
                 if record.stopping:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mbq_runtime.errors import BundleError
 
 from .generation import Likelihood, Sampling
+from .grammar import Matcher
 
 
 def check_finite(logits: NDArray[np.float32], where: object) -> None:
@@ -34,6 +35,7 @@ class Sampler:
 
     sampling: how; None for the likeliest token.
     prompt: int [n], ids that a repetition penalty counts.
+    matcher: holds the reply to a grammar.
     where: the bundle, for messages.
 
     >>> Sampler(None).choose(np.array([0.1, 2.0, 0.3], np.float32))
@@ -41,9 +43,13 @@ class Sampler:
     """
 
     def __init__(
-        self, sampling: Sampling | None, prompt: Sequence[int] | NDArray[np.int32] = (), where: object = "the bundle"
+        self,
+        sampling: Sampling | None,
+        prompt: Sequence[int] | NDArray[np.int32] = (),
+        matcher: Matcher | None = None,
+        where: object = "the bundle",
     ) -> None:
-        self._where = where
+        self._where, self._matcher = where, matcher
         self._sampling = s = sampling or Sampling()
         self._random = np.random.default_rng(s.seed)
         self._bias = np.array([*s.logit_bias], np.int64), np.array([*s.logit_bias.values()], np.float32)
@@ -63,16 +69,21 @@ class Sampler:
 
         Raises:
             BundleError: the logits are not finite.
+            GrammarError: the grammar cannot be followed.
         """
         check_finite(logits, self._where)
         scores = self.scores(logits)
+        if self._matcher is not None:
+            scores = np.where(self._matcher.allowed(), scores, np.float32(-np.inf))
         if self._sampling.is_greedy:
             token = int(scores.argmax())
         else:
             tokens, weights = candidates(scores, self._sampling)
             total = np.cumsum(weights, dtype=np.float64)
             at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-            token = int(tokens[min(at, len(tokens) - 1)])
+            token = int(tokens[min(at, int(np.flatnonzero(weights)[-1]))])
+        if self._matcher is not None:
+            self._matcher.accept(token)
         if self._repeats:
             self._seen.add(token)
         if self._counts:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.engine.grammar import JSON_OBJECT, Grammar
 
 from .errors import ApiError
 
@@ -34,7 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
     # Other servers' names for what changes a reply.
     "repeat_penalty": (None, 1),
     "repeat_last_n": (None, 0),
@@ -63,7 +63,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature_last": (None, False),
     "json_schema": (None, {}),
     "grammar": (None, ""),
-    "structured_outputs": (None, {}),
     "guided_json": (None, {}),
     "guided_regex": (None, ""),
     "guided_choice": (None, []),
@@ -170,6 +169,54 @@ class Message(_Strict):
         return data
 
 
+class _Schema(_Strict):
+    """The schema of a ``response_format``."""
+
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+
+
+class ResponseFormat(_Strict):
+    """What a reply must be, in the terms of OpenAI."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs the field json_schema")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """The grammar of the reply; None for any text."""
+        if self.json_schema is not None and self.type == "json_schema":
+            return Grammar.of_schema(self.json_schema.schema_)
+        return JSON_OBJECT if self.type == "json_object" else None
+
+
+class StructuredOutputs(_Strict):
+    """What a reply must be, in the terms of vLLM: one of four fields."""
+
+    json_: dict[str, Any] | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("needed one of json, regex, choice, grammar")
+        return self
+
+    def as_grammar(self) -> Grammar:
+        """The grammar of the reply."""
+        if self.json_ is not None:
+            return Grammar.of_schema(self.json_)
+        if self.choice is not None:
+            return Grammar.of_choices(self.choice)
+        return Grammar("regex", self.regex) if self.regex is not None else Grammar("lark", self.grammar or "")
+
+
 class Body(_Strict):
     """Fields of both kinds of request.  null is the default.
 
@@ -193,6 +240,8 @@ class Body(_Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     avg_bits: float | None = None
     min_bits: float | None = None
     max_bits: float | None = None
@@ -208,6 +257,12 @@ class Body(_Strict):
     def token_limit(self) -> int | None:
         """The highest number of tokens that the client asked for; None: no limit."""
         return self.max_tokens
+
+    def grammar(self) -> Grammar | None:
+        """What the reply may say; None for any text."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.as_grammar()
+        return None if self.response_format is None else self.response_format.grammar()
 
     def likelihoods(self) -> int | None:
         """How many of the likeliest tokens to report at each token; None: no report."""
@@ -337,6 +392,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
         "logprobs": body.likelihoods(),
+        "grammar": body.grammar(),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling)

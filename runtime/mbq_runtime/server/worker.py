@@ -17,7 +17,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from mbq_runtime.control.metered_reply import MeteredReply
-from mbq_runtime.errors import MbqError, PromptTooLongError
+from mbq_runtime.errors import GrammarError, MbqError, PromptTooLongError
 
 from .errors import ApiError
 from .kept_contexts import KeptContexts
@@ -260,6 +260,8 @@ class Worker:
                 job.end(self._answer(job))
             except ApiError as error:
                 job.end(error)
+            except GrammarError as error:
+                job.end(ApiError(400, str(error), param="response_format", code="invalid_grammar"))
             except Exception:
                 # An error of one request must not stop the next one.
                 log.exception("a reply failed")
@@ -306,6 +308,8 @@ class Worker:
             reply = self._engine.generate(prompt, session=job.session, **options)
         except PromptTooLongError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
+        except GrammarError:
+            raise
         except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
             message = str(error).removeprefix(f"{self._engine.path}: ")
             raise ApiError(400, message, code="invalid_prompt") from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from typing import Any
+from typing import Any, Literal
 
+import needs
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from serving import SLOW_S, Running
@@ -183,6 +186,46 @@ def test_likelihoods_of_a_completion(client: openai.OpenAI) -> None:
     assert about.text_offset == [0, 1, 2, 3]
     assert about.top_logprobs is not None
     assert about.token_logprobs == [likely[token] for likely, token in zip(about.top_logprobs, "BCDE", strict=True)]
+
+
+class Boat(pydantic.BaseModel):
+    """What a client wants to know."""
+
+    kind: Literal["sloop", "ketch"]
+    masts: Literal[1, 2, 3]
+    crew: list[Literal["Ann", "Bo"]] = pydantic.Field(max_length=2)
+
+
+def test_a_reply_is_json_of_a_pydantic_model(client: openai.OpenAI) -> None:
+    needs.module("llguidance")
+    for seed in range(4):
+        found = client.chat.completions.parse(
+            model="tiny", messages=HELLO, temperature=1.5, seed=seed, response_format=Boat, max_tokens=70
+        )
+        boat = found.choices[0].message.parsed
+        assert boat is not None
+        assert found.choices[0].finish_reason == "stop"
+        assert boat.kind in ("sloop", "ketch")
+
+
+def test_json_mode_gives_an_object(client: openai.OpenAI) -> None:
+    needs.module("llguidance")
+    found = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, max_tokens=5, response_format={"type": "json_object"}
+    )
+    assert (found.choices[0].message.content or "").startswith("{")
+
+
+def test_structured_outputs(client: openai.OpenAI) -> None:
+    needs.module("llguidance")
+    for wanted, pattern in (
+        ({"regex": "[A-D]{3}!"}, "[A-D]{3}!"), ({"choice": ["yes", "no"]}, "yes|no"), ({"json": {"const": 5}}, "5"),
+        ({"grammar": 'start: "a" "b"'}, "ab"),
+    ):  # fmt: skip
+        stream = client.completions.create(
+            model="tiny", prompt="xA", stream=True, max_tokens=9, extra_body={"structured_outputs": wanted}
+        )
+        assert re.fullmatch(pattern, "".join(chunk.choices[0].text for chunk in stream))
 
 
 def test_the_choice_of_tokens_is_the_client_s(client: openai.OpenAI) -> None:

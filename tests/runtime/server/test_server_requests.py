@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 from hostile_templates import HOSTILE
 from serving import Running, serve
@@ -124,7 +125,14 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "bias of a word": (CHAT, chat(logit_bias={"sea": 1}), "logit_bias.sea.[key]", "pattern"),
     "bias of an unknown token": (CHAT, chat(logit_bias={"264": 1}), None, "token id 264: the model's ids go from"),
     "much bias": (CHAT, chat(logit_bias={"5": 101}), "logit_bias.5", "less than or equal to 100"),
-    "JSON mode": (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    "an unknown format": (CHAT, chat(response_format={"type": "xml"}), "response_format.type", "'json_object'"),
+    "a format without its schema": (
+        CHAT, chat(response_format={"type": "json_schema"}), "response_format", "needs the field json_schema",
+    ),
+    "two grammars": (
+        CHAT, chat(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs", "one of json, regex",
+    ),
+    "no choices": (CHAT, chat(structured_outputs={"choice": []}), "structured_outputs.choice", "at least 1"),
     "penalty": (CHAT, chat(presence_penalty=2.5), "presence_penalty", "less than or equal to 2"),
     "frequency": (CHAT, chat(frequency_penalty=-2.5), "frequency_penalty", "greater than or equal to -2"),
     "repetition": (CHAT, chat(repetition_penalty=0), "repetition_penalty", "greater than 0"),
@@ -138,7 +146,7 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     **{f"{field} under another name": (CHAT, chat(**{field: value}), field, "not supported") for field, value in (
         ("repeat_penalty", 1.1), ("typical_p", 0.9), ("mirostat", 2),
         ("json_schema", {"type": "object"}), ("grammar", "root ::= 'a'"), ("guided_json", {"type": "object"}),
-        ("structured_outputs", {"choice": ["a"]}), ("ignore_eos", True), ("min_tokens", 5), ("n_predict", 5),
+        ("guided_regex", "a"), ("ignore_eos", True), ("min_tokens", 5), ("n_predict", 5),
         ("max_new_tokens", 5), ("stop_token_ids", [1]), ("do_sample", False), ("function_call", {"name": "f"}),
         ("dry_multiplier", 0.8), ("chat_template", "{{ 1 }}"), ("documents", [{"text": "a"}]), ("verbosity", "low"),
     )},
@@ -157,6 +165,20 @@ def test_refused(running: Running, name: str) -> None:
     assert error["param"] == param, error
     assert words in error["message"]
     assert len(error["message"]) < 300
+    assert still_answers(running)
+
+
+def test_a_bad_schema_says_what_is_wrong(running: Running) -> None:
+    needs.module("llguidance")
+    wanted = {"type": "object", "properties": {"a": {"type": "strin"}}}
+    for stream in (False, True):
+        body = chat(
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}, stream=stream
+        )
+        status, found = ask(running, CHAT, body)
+        assert (status, found["error"]["code"]) == (400, "invalid_grammar")
+        assert found["error"]["param"] == "response_format"
+        assert "Invalid type: strin" in found["error"]["message"]
     assert still_answers(running)
 
 

@@ -1,0 +1,116 @@
+"""A reply says only what its grammar permits, at every budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import needs
+import pytest
+from schemas import schema
+from tiny_bundle import CIRCLE
+
+from mbq_runtime import Engine, UsageError
+from mbq_runtime.engine import Grammar
+from mbq_runtime.engine import grammar as grammar_module
+from mbq_runtime.errors import GrammarError
+
+pytestmark = pytest.mark.usefixtures("llguidance")
+
+
+@pytest.fixture(scope="module")
+def llguidance() -> None:
+    needs.module("llguidance")
+
+
+def test_replies_validate_at_every_budget(engine: Engine) -> None:
+    """Two hundred schemas.  A reply that the context cuts off proves nothing, so there must be few."""
+    jsonschema = needs.module("jsonschema")
+    whole = 0
+    for seed in range(200):
+        wanted = schema(seed)
+        bits = (3.0, 5.0, 8.0)[seed % 3]
+        reply = engine.generate(
+            "A", chat=False, max_tokens=94, temperature=1.5, seed=seed, avg_bits=bits, grammar=Grammar.of_schema(wanted)
+        )
+        text = reply.text()
+        if reply.stats.finish_reason == "stop":
+            whole += 1
+            jsonschema.validate(json.loads(text), wanted)
+    assert whole >= 180
+
+
+def test_greedy_choices_are_the_likeliest_that_fit(engine: Engine) -> None:
+    reply = engine.generate("A", chat=False, max_tokens=20, grammar=Grammar("regex", "[A-D]{3}x[E-G]+y"))
+    assert re.fullmatch("BCDx[E-G]+", reply.text())
+    assert engine.generate("A", chat=False, grammar=Grammar.of_choices(["xyz", "BCE", "BA"])).text() == "BCE"
+
+
+def test_a_reply_ends_where_the_grammar_ends(engine: Engine) -> None:
+    reply = engine.generate("A", chat=False, max_tokens=50, grammar=Grammar("lark", 'start: /[A-G]{9}/ "!"'))
+    assert reply.text() == (CIRCLE * 2)[1:10] + "!"
+    assert reply.stats.finish_reason == "stop"
+
+
+def test_a_session_and_likelihoods_go_with_a_grammar(engine: Engine) -> None:
+    session = engine.session()
+    for _ in range(2):
+        reply = engine.generate(
+            "xA", chat=False, session=session, logprobs=1, grammar=Grammar("regex", "C+D"), max_tokens=9
+        )
+        text = reply.text()
+        assert re.fullmatch("C+D", text)
+    assert reply.stats.cached_tokens == 1
+    assert reply.stats.likelihoods[0].top[0][0] == ord("B") + 3  # the model's own choice is reported
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar.of_schema({"type": "objet"}), "json_schema: Invalid type: objet"),
+        (Grammar.of_schema({"properties": {"a": {"$ref": "#/x"}}}), "'/x' does not exist"),
+        (Grammar.of_schema({"not": {"type": "string"}}), "json_schema: Unimplemented keys"),
+        (Grammar("json_schema", "{"), "json_schema: "),
+        (Grammar("regex", "(a"), "regex: .*unclosed group"),
+        (Grammar("lark", "start: x"), "lark: "),
+    ],
+)
+def test_a_bad_grammar_is_one_line(engine: Engine, grammar: Grammar, words: str) -> None:
+    with pytest.raises(GrammarError, match=words) as caught:
+        engine.generate("A", grammar=grammar)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_without_the_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UsageError, match=r"grammars need llguidance .*pip install 'mbq-export\[grammar\]'"):
+        grammar_module.Grammars(bundle, 264, [2])
+
+
+def run(bundle: Path, file: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "A", "--raw", "--json-schema", str(file)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "cannot be read as JSON"), ("[]", "has a list, needed an object"), ('{"type": 5}', "json_schema: ")],
+)
+def test_the_command_refuses_a_bad_schema(bundle: Path, tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "schema.json").write_text(content)
+    done = run(bundle, tmp_path / "schema.json")
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_the_command_answers_with_json(bundle: Path, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["B", "C"]}}, "required": ["a"]}
+    (tmp_path / "schema.json").write_text(json.dumps({**wanted, "additionalProperties": False}))
+    done = run(bundle, tmp_path / "schema.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["a"] in ("B", "C")
