@@ -92,6 +92,16 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
     assert reply.stats.bits[-4:] == pytest.approx([3.0] * 4)
     assert reply.stats.bits[0] == pytest.approx(8.0)
 
+    # A session reads what is new, and says what an empty context says.
+    session, talk = on_gpu.session(), PROMPT[:40]
+    for cached in (0, 40 + 5, 20):
+        replies = [on_gpu.generate(talk, max_tokens=6, session=kept, avg_bits=8) for kept in (session, None)]
+        for reply in replies:
+            reply.text()
+        assert replies[0].stats.tokens == replies[1].stats.tokens
+        assert replies[0].stats.cached_tokens == cached
+        talk = [*talk, *replies[0].stats.tokens, 3] if cached == 0 else [*PROMPT[:20], 1, 2]
+
     # The same seed gives the same sampled reply.
     twice = [on_gpu.generate(PROMPT[:9], max_tokens=6, temperature=2.0, seed=4, avg_bits=8) for _ in range(2)]
     assert twice[0].text() == twice[1].text()

@@ -99,6 +99,25 @@ def test_a_budget_changed_in_mid_generation(bundles: dict[str, tuple[Path, Path]
     assert 5 <= changed <= 8  # a piece of text may come some tokens later
 
 
+def test_a_session_says_what_an_empty_context_says(bundles: dict[str, tuple[Path, Path]]) -> None:
+    engine = Engine.load(bundles["llama"][1], engine="tvm", avg_bits=8)
+    session, talk = engine.session(), list(PROMPT)
+    for turn in range(3):
+        replies = [engine.generate(talk, max_tokens=8, session=kept) for kept in (session, None)]
+        for reply in replies:
+            reply.text()
+        assert replies[0].stats.tokens == replies[1].stats.tokens
+        assert replies[0].stats.cached_tokens == (len(talk) - 4 if turn else 0)
+        talk += [*replies[0].stats.tokens, 5, 6, 7]
+    # Another end: what followed is dropped.
+    talk[12:] = [9, 9, 9]
+    replies = [engine.generate(talk, max_tokens=8, session=kept) for kept in (session, None)]
+    for reply in replies:
+        reply.text()
+    assert replies[0].stats.tokens == replies[1].stats.tokens
+    assert replies[0].stats.cached_tokens == 12
+
+
 def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]) -> None:
     bundle = bundles["llama"][1]
     found = manifest.read(bundle)

@@ -109,6 +109,7 @@ def test_signatures() -> None:
     assert list(generate) == [
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
         "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "grammar",
+        "shown",
         "template_kwargs", "session",
     ]  # fmt: skip
     load = inspect.signature(Engine.load).parameters

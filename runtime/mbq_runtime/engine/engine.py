@@ -22,7 +22,7 @@ from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
 from .backend import choose_engine, load_backend
 from .generation import Generation, Record, Sampling, Step, TokenListener
-from .grammar import Grammar, Grammars, Matcher
+from .grammar import Grammar, Grammars
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
@@ -30,6 +30,7 @@ from .sampling import Sampler
 from .score import mean_nll, scoring_chunk
 from .template import Message
 from .threads import cores
+from .tokenizer import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +242,25 @@ class Engine:
         """What the tokenizer puts before every text: [bos] or nothing."""
         return self._backend.tokenizer.opening_tokens
 
+    def chat_template(self, *, tools: bool = False) -> str:
+        """The text of the chat template.
+
+        Args:
+            tools: that of conversations with tools, where the bundle has one of its own.
+
+        Raises:
+            BundleError: the bundle has no chat template.
+        """
+        return self._backend.tokenizer.template.source(tools)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None where the text is none.
+
+        Args:
+            text: its whole text, such as "<|im_end|>".
+        """
+        return self._backend.tokenizer.special_id(text)
+
     def spell(self, token: int) -> bytes:
         """The bytes of a token, which need not be whole characters.
 
@@ -284,6 +304,7 @@ class Engine:
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
         grammar: Grammar | None = None,
+        shown: Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
         session: KeptContext | None = None,
     ) -> Generation:
@@ -306,6 +327,7 @@ class Engine:
             logit_bias: what is added to the scores of tokens, by id, each -100 to 100.
             logprobs: fill ``GenerationStats.likelihoods``, each with this many of the likeliest tokens; None: do not.
             grammar: what the reply may say.
+            shown: special tokens whose text is part of the reply.
             template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
             session: made by ``session``; of the prompt, only what it does not keep is read.
 
@@ -328,9 +350,11 @@ class Engine:
         matcher = None if grammar is None else self._grammars.matcher(grammar)
         if avg_bits is not None:
             self.avg_bits = avg_bits
+        sampler, stream = Sampler(sampling, tokens, matcher, self.path), self._backend.tokenizer.stream(shown)
         return Generation(
-            lambda record: self._steps(tokens, sampling, record, session, matcher), len(tokens), stops, self._tell
-        )
+            lambda record: self._steps(tokens, max_tokens, record, session, sampler, stream),
+            len(tokens), stops, self._tell,
+        )  # fmt: skip
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -535,12 +559,13 @@ class Engine:
     def _steps(
         self,
         prompt: NDArray[np.int32],
-        sampling: Sampling,
+        max_tokens: int,
         record: Record,
         session: KeptContext | None,
-        matcher: Matcher | None,
+        sampler: Sampler,
+        stream: TextStream,
     ) -> Generator[Step, None, None]:
-        length = min(self._context, len(prompt) + sampling.max_tokens)
+        length = min(self._context, len(prompt) + max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
             context = session
             if context is None:
@@ -554,7 +579,6 @@ class Engine:
                 chunk = new[start : start + self._chunk]
                 context.append(chunk)
                 record.prompt_bits += context.bits_used() * len(chunk) / len(new)
-            sampler, stream = Sampler(sampling, prompt, matcher, self.path), self._backend.tokenizer.stream()
             token = None
             for left in reversed(range(length - len(prompt))):
                 if record.stopping:

@@ -71,6 +71,17 @@ class ChatTemplate:
         """Whether there is a template that renders a conversation."""
         return "default" in self._sources
 
+    def source(self, tools: bool = False) -> str:
+        """The text of the template that renders a conversation.
+
+        Args:
+            tools: whether it has tools.
+
+        Raises:
+            BundleError: there is no template.
+        """
+        return self._source({"tools": []} if tools else {})
+
     def render(
         self, messages: Sequence[Message], options: Mapping[str, Any] | None = None, *, strict: bool = True
     ) -> str:

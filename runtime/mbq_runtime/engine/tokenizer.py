@@ -110,9 +110,25 @@ class Tokenizer:
         """
         return self.template.render(messages, options)
 
-    def stream(self) -> TextStream:
-        """The text of a reply, token by token."""
-        return TextStream(self._native, self._special, self._bytes)
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None where the text is none.
+
+        Args:
+            text: its whole text.
+        """
+        token: int | None = self._native.token_to_id(text)
+        return token if token in self._special else None
+
+    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+        """The text of a reply, token by token.
+
+        Args:
+            shown: special tokens whose text is part of it.
+        """
+        ids = {self.special_id(text): text for text in shown}
+        return TextStream(
+            self._native, self._special, self._bytes, {token: text for token, text in ids.items() if token is not None}
+        )
 
 
 class TextStream:
@@ -125,10 +141,13 @@ class TextStream:
         native: a tokenizer of the package tokenizers.
         special: ids that have no text.
         bytes: ids of tokens that stand for one byte, in vocabularies with byte fallback.
+        shown: text of those special tokens that have text all the same.
     """
 
-    def __init__(self, native: Any, special: frozenset[int], bytes: frozenset[int]) -> None:
-        self._native, self._special, self._bytes = native, special, bytes
+    def __init__(
+        self, native: Any, special: frozenset[int], bytes: frozenset[int], shown: Mapping[int, str] | None = None
+    ) -> None:
+        self._native, self._special, self._bytes, self._shown = native, special, bytes, shown or {}
         # Decoders look at the tokens before: the last ones that gave text stay in the window.
         self._window: list[int] = []
         self._given = 0  # tokens of the window whose text is given
@@ -140,6 +159,8 @@ class TextStream:
         Args:
             token: its id.
         """
+        if token in self._shown:
+            return self.rest() + self._shown[token]
         if token in self._special:
             return ""
         self._window.append(token)

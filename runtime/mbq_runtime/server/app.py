@@ -28,6 +28,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .monitor_feed import FeedSampler, MonitorFeed
 from .replies import ChatShape, CompletionShape, Reply, Shape, send_events, while_connected
 from .requests import Body, ChatBody, CompletionBody, order, parse
+from .tools import FORMATS, ToolFormat, find_format, with_calls
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -178,14 +179,29 @@ class Server:
     async def _reply(self, request: Request, kind: type[Body], shape: type[Shape]) -> Reply:
         body = parse(kind, await self._read(request))
         self._check_model(body.model)
-        job = self.worker.submit(order(body, self._budget, self._engine.context_length))
+        made = order(body, self._budget, self._engine.context_length)
+        about: dict[str, Any] = {}
+        if isinstance(body, ChatBody) and body.offered_tools():
+            about["tool_format"] = tool_format = self._tool_format()
+            made = with_calls(made, body, tool_format, self._engine.special_id)
+        job = self.worker.submit(made)
         return Reply(
             job,
-            shape(self.model, self._engine.spell),
+            shape(self.model, self._engine.spell, **about),
             self.worker.cancel,
             stream=bool(body.stream),
             with_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
+
+    def _tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools.  Raises ApiError where nobody knows."""
+        found = find_format(self._engine.chat_template(tools=True))
+        if found is None:
+            message = (
+                f"tools: how this model writes calls is not known; known are {', '.join(FORMATS)}; leave tools out"
+            )
+            raise ApiError(400, message, param="tools", code="unsupported")
+        return found
 
     def _card(self) -> dict[str, Any]:
         facts = {"context_length": self._engine.context_length, "min_bits": self._budget.min_bits}

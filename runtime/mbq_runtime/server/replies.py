@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError
+from .tools import Call, CallReader, ToolFormat
 from .worker import Job, Part, Result
 
 EVENT_STREAM = [
@@ -47,11 +48,12 @@ class Shape:
         """The choice of the first chunk of a stream; None: no such chunk."""
         return None
 
-    def part(self, part: Part) -> dict[str, Any]:
+    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
         """The choice of a chunk.
 
         Args:
             part: what the chunk has.
+            last: whether the reply ends with it.
         """
         raise NotImplementedError
 
@@ -62,6 +64,15 @@ class Shape:
             part: all of the reply.
         """
         raise NotImplementedError
+
+    def reason(self, reply: int, reason: str) -> str:
+        """Why a reply ended, in the words of the API; after its last part.
+
+        Args:
+            reply: its number.
+            reason: why the engine ended it.
+        """
+        return reason
 
     def likelihoods(self, part: Part) -> dict[str, Any] | None:
         """The field ``logprobs`` of a choice; None where nobody asked.
@@ -88,14 +99,51 @@ class ChatShape(Shape):
 
     PREFIX, OBJECT, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str, spell: Callable[[int], bytes], tool_format: ToolFormat | None = None) -> None:
+        """See ``Shape``.
+
+        Args:
+            model: see ``Shape``.
+            spell: see ``Shape``.
+            tool_format: how the model writes calls of tools; None: a reply has none.
+        """
+        super().__init__(model, spell)
+        self._tool_format = tool_format
+        self._readers: dict[int, CallReader] = {}
+
     def first(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def part(self, part: Part) -> dict[str, Any]:
-        return {"delta": {"content": part.text} if part.text else {}}
+    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
+        before = self._calls(part.reply)
+        text, calls = self._divided(part, last)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [call.as_json(before + at) for at, call in enumerate(calls)]
+        return {"delta": delta}
 
     def whole(self, part: Part) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": part.text}}
+        text, calls = self._divided(part, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
+        return {"message": message}
+
+    def reason(self, reply: int, reason: str) -> str:
+        return "tool_calls" if self._calls(reply) and reason == "stop" else reason
+
+    def _calls(self, reply: int) -> int:
+        """Calls of a reply so far."""
+        return self._readers[reply].calls if reply in self._readers else 0
+
+    def _divided(self, part: Part, last: bool) -> tuple[str, list[Call]]:
+        """Text and calls that are complete."""
+        if self._tool_format is None:
+            return part.text, []
+        reader = self._readers.setdefault(part.reply, CallReader(self._tool_format))
+        found = [*reader.feed(part.text), *(reader.finish() if last else ())]
+        texts = [one for one in found if isinstance(one, str)]
+        return "".join(texts), [one for one in found if isinstance(one, Call)]
 
     def likelihoods(self, part: Part) -> dict[str, Any] | None:
         if not part.likelihoods:
@@ -127,7 +175,7 @@ class CompletionShape(Shape):
         super().__init__(model, spell)
         self._offsets: dict[int, int] = {}  # characters of each reply whose tokens were reported
 
-    def part(self, part: Part) -> dict[str, Any]:
+    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
         return {"text": part.text}
 
     whole = part
@@ -213,10 +261,11 @@ class Reply:
                 return
             await self._job.started()
             parts = [part async for part in self._job.parts()]
-            choices = [
-                self._choice(self._shape.whole, _joined(reply, parts), reason)
-                for reply, reason in enumerate(self._job.result.finish_reasons)
-            ]
+            choices = []
+            for reply, reason in enumerate(self._job.result.finish_reasons):
+                part = _joined(reply, parts)
+                choice = self._shape.whole(part) | {"finish_reason": self._shape.reason(reply, reason)}
+                choices.append(choice | self._about(part))
             envelope = self._shape.envelope(self._shape.OBJECT, choices, usage=usage(self._job.result))
             response = JSONResponse(envelope)
         except ApiError as error:
@@ -231,7 +280,9 @@ class Reply:
             async for part in self._job.parts():
                 for choice in self._opening(part.reply, begun):
                     yield event(shape.envelope(shape.CHUNK, [choice]))
-                yield event(shape.envelope(shape.CHUNK, [self._choice(shape.part, part)]))
+                choice = shape.part(part)
+                if part.likelihoods or any(choice.get("delta", choice).values()):  # not what is held back
+                    yield event(shape.envelope(shape.CHUNK, [choice | self._about(part)]))
         except ApiError as error:  # the status was already sent
             yield event(error.body())
             return
@@ -239,7 +290,12 @@ class Reply:
         for reply, reason in enumerate(result.finish_reasons):
             for choice in self._opening(reply, begun):
                 yield event(shape.envelope(shape.CHUNK, [choice]))
-            yield event(shape.envelope(shape.CHUNK, [self._choice(shape.part, Part(reply, ""), reason)]))
+            rest = shape.part(Part(reply, ""), last=True)
+            if rest.get("delta"):
+                yield event(shape.envelope(shape.CHUNK, [{**rest, "index": reply}]))
+                rest = {"delta": {}}
+            end = {"index": reply, "finish_reason": shape.reason(reply, reason)}
+            yield event(shape.envelope(shape.CHUNK, [rest | end]))
         if self._with_usage:
             yield event(shape.envelope(shape.CHUNK, [], usage=usage(result)))
         yield b"data: [DONE]\n\n"
@@ -252,11 +308,8 @@ class Reply:
         begun.add(reply)
         return [{**first, "index": reply}]
 
-    def _choice(
-        self, made: Callable[[Part], dict[str, Any]], part: Part, finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        about = {"index": part.reply, "logprobs": self._shape.likelihoods(part), "finish_reason": finish_reason}
-        return made(part) | about
+    def _about(self, part: Part) -> dict[str, Any]:
+        return {"index": part.reply, "logprobs": self._shape.likelihoods(part)}
 
 
 def _joined(reply: int, parts: Sequence[Part]) -> Part:

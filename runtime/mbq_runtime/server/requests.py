@@ -6,7 +6,9 @@ they have their neutral value.  Other unknown fields are ignored, because client
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -101,8 +103,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (None, True),
     "add_special_tokens": (None, True),
     "n_probs": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
 }
 
@@ -150,11 +150,36 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class _Function(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str = "{}"
+
+
+class _ToolCall(_Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: _Function
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as templates read it: its arguments are an object, not text."""
+        arguments: Any = self.function.arguments
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        return {
+            "id": self.id or "0" * 9,
+            "type": self.type,
+            "function": {"name": self.function.name, "arguments": arguments},
+        }
+
+
 class Message(_Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_as_text)]
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -162,11 +187,50 @@ class Message(_Strict):
         """Clients send null as the content of an assistant's empty turn."""
         if not isinstance(data, dict):
             return data
-        if data.get("tool_calls") or data.get("function_call"):
-            raise ValueError("tool calls are not supported")
+        if data.get("function_call"):
+            raise ValueError("function_call: it is out of date; give tool_calls")
         if data.get("role") == "assistant" and data.get("content") is None:
             return {**data, "content": ""}
         return data
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as templates read it."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if self.role == "tool":
+            given = {"name": self.name, "tool_call_id": self.tool_call_id}
+            message |= {field: value for field, value in given.items() if value is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
+
+
+class _ToolFunction(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Strict):
+    """A tool that a reply may call."""
+
+    type: Literal["function"]
+    function: _ToolFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as templates read it."""
+        function = self.function.model_dump(exclude_none=True, include={"name", "description", "parameters"})
+        return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, **function}}
+
+
+class _Named(_Strict):
+    name: str
+
+
+class ToolChoice(_Strict):
+    """The tool that a reply must call."""
+
+    type: Literal["function"]
+    function: _Named
 
 
 class _Schema(_Strict):
@@ -246,7 +310,7 @@ class Body(_Strict):
     min_bits: float | None = None
     max_bits: float | None = None
 
-    def engine_prompt(self) -> str | list[int] | list[dict[str, str]]:
+    def engine_prompt(self) -> str | list[int] | list[dict[str, Any]]:
         """The prompt for ``Engine.generate``."""
         raise NotImplementedError
 
@@ -289,13 +353,44 @@ class ChatBody(Body):
             raise ValueError("set logprobs to true as well")
         return value
 
-    def engine_prompt(self) -> list[dict[str, str]]:
-        system = {"developer": "system"}
-        return [{"role": system.get(m.role, m.role), "content": m.content} for m in self.messages]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        if wanted is not None and wanted not in names:
+            raise ValueError(f"tool_choice {wanted!r}: no such tool; tools has {', '.join(names) or 'none'}")
+        if self.must_call and not names:
+            raise ValueError("tool_choice asks for a call, and tools is empty")
+        if self.must_call and (self.response_format or self.structured_outputs):
+            raise ValueError("a reply that must call a tool can have no other format; leave response_format out")
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply must be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools for the template; none where no call is wanted."""
+        return [] if self.tool_choice == "none" else [tool.for_template() for tool in self.tools or ()]
+
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that a reply may call."""
+        if isinstance(self.tool_choice, ToolChoice):
+            return [one for one in self.offered_tools() if one["function"]["name"] == self.tool_choice.function.name]
+        return self.offered_tools()
+
+    def engine_prompt(self) -> list[dict[str, Any]]:
+        return [message.for_template() for message in self.messages]
 
     def template_kwargs(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
+        tools = self.offered_tools()
+        return effort | ({"tools": tools} if tools else {}) | (self.chat_template_kwargs or {})
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -332,7 +427,7 @@ class Order:
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
     """
 
-    prompt: str | list[int] | list[dict[str, str]]
+    prompt: str | list[int] | list[dict[str, Any]]
     rendering: Mapping[str, Any]
     options: Mapping[str, Any]
     replies: int = 1

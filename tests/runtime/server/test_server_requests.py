@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "empty messages": (CHAT, b'{"messages": []}', "messages", "at least 1"),
     "a message that is text": (CHAT, b'{"messages": ["A"]}', "messages.0", "object"),
     "no role": (CHAT, b'{"messages": [{"content": "A"}]}', "messages.0.role", "required"),
-    "unknown role": (CHAT, message("A", "tool"), "messages.0.role", "'user'"),
+    "unknown role": (CHAT, message("A", "boss"), "messages.0.role", "'user'"),
     "content is a number": (CHAT, message(5), "messages.0.content", "valid string"),
     "a picture": (CHAT, message([{"type": "image_url", "image_url": {}}]), "messages.0.content", "parts of type text"),
     "parts that are not objects": (CHAT, message([1]), "messages.0.content", "parts of type text"),
@@ -114,7 +114,18 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "no replies": (CHAT, chat(n=0), "n", "greater than or equal to 1"),
     "too many replies": (CHAT, chat(n=17), "n", "less than or equal to 16"),
     "the best of two": (COMPLETIONS, completion(best_of=2), "best_of", "not supported"),
-    "tools": (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    "a tool without a function": (CHAT, chat(tools=[{"type": "function"}]), "tools.0.function", "required"),
+    "a tool of another type": (
+        CHAT, chat(tools=[{"type": "web", "function": {"name": "f"}}]), "tools.0.type", "'function'",
+    ),
+    "tools of a template without them": (
+        CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not known; known are granite",
+    ),
+    "a call without tools": (CHAT, chat(tool_choice="required"), None, "tools is empty"),
+    "a call of another tool": (
+        CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice={
+            "type": "function", "function": {"name": "g"}}), None, "'g': no such tool; tools has f",
+    ),
     "template variables in a list": (CHAT, chat(chat_template_kwargs=[1]), "chat_template_kwargs", "an object"),
     "unknown template variable": (CHAT, chat(chat_template_kwargs={"think": True}), None, "no variable 'think'"),
     "effort without a use": (CHAT, chat(reasoning_effort="low"), None, "no variable 'reasoning_effort'"),
@@ -138,9 +149,13 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "repetition": (CHAT, chat(repetition_penalty=0), "repetition_penalty", "greater than 0"),
     "min_p": (CHAT, chat(min_p=1.5), "min_p", "less than or equal to 1"),
     "null of a user": (CHAT, message(None), "messages.0.content", "valid string"),
-    "a call of a tool": (
+    "a call without a function": (
         CHAT, json.dumps({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}).encode(),
-        "messages.0", "tool calls are not supported",
+        "messages.0.tool_calls.0.function", "required",
+    ),
+    "a function call": (
+        CHAT, json.dumps({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}).encode(),
+        "messages.0", "out of date",
     ),
     "max_tokens -2": (CHAT, chat(max_tokens=-2), "max_tokens", "greater than or equal to 1"),
     **{f"{field} under another name": (CHAT, chat(**{field: value}), field, "not supported") for field, value in (

@@ -1,0 +1,260 @@
+"""How models write calls of tools, by the family of their chat template, and the calls read out of a reply.
+
+A new family needs a row of ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from mbq_runtime.engine.grammar import Grammar
+
+from .errors import ApiError
+from .requests import ChatBody, Order, ToolChoice
+
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Call(NamedTuple):
+    """One call of a tool.
+
+    name: of the tool.
+    arguments: as the text of a JSON object.
+    """
+
+    name: str
+    arguments: str
+
+    def as_json(self, index: int | None = None) -> dict[str, Any]:
+        """The call in the format of OpenAI, with a new id.
+
+        Args:
+            index: its number in a stream; None for a whole reply.
+        """
+        # Nine letters and digits: the templates of Mistral take no other ids.
+        call = {"id": uuid4().hex[:9], "type": "function", "function": self._asdict()}
+        return call if index is None else {"index": index, **call}
+
+
+class ToolFormat(NamedTuple):
+    """How a family of models writes calls.
+
+    marks: texts in the chat template; a template that has all of them is of this family.
+    opens: text before a call; "": a reply that begins with a brace is a call.
+    closes: text after a call; "": a call goes to the end of the reply.
+    read: finds the calls in the text between; raises ValueError or SyntaxError where there are none.
+    arguments: name of the arguments in the JSON of a call; None: calls are not JSON.
+    listed: whether that JSON is a list of calls.
+    around: text before and after the JSON.
+    """
+
+    marks: tuple[str, ...]
+    opens: str
+    closes: str
+    read: Callable[[str], list[Call]]
+    arguments: str | None = "arguments"
+    listed: bool = False
+    around: tuple[str, str] = ("", "")
+
+
+def _json_calls(body: str) -> list[Call]:
+    """Calls as JSON: an object with "name" and "arguments" or "parameters", or a list of such objects."""
+    found = json.loads(body)
+    calls = []
+    for entry in found if isinstance(found, list) else [found]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError("no call")
+        arguments = entry.get("arguments", entry.get("parameters", {}))
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append(Call(entry["name"], text))
+    return calls
+
+
+def _python_calls(body: str) -> list[Call]:
+    """Calls as a list in Python: [name(key="value", other=3)].  It is read, never run."""
+    tree = ast.parse(body.strip(), mode="eval").body
+    calls = []
+    for entry in tree.elts if isinstance(tree, ast.List) else [tree]:
+        if not isinstance(entry, ast.Call) or entry.args or any(word.arg is None for word in entry.keywords):
+            raise ValueError("no call")
+        arguments = {word.arg: ast.literal_eval(word.value) for word in entry.keywords}
+        calls.append(Call(ast.unparse(entry.func), json.dumps(arguments, ensure_ascii=False)))
+    return calls
+
+
+FORMATS: Mapping[str, ToolFormat] = {
+    "granite": ToolFormat(("<|tool_call|>",), "<|tool_call|>", "", _json_calls, listed=True),
+    "lfm": ToolFormat(
+        ("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _python_calls, arguments=None
+    ),
+    "mistral": ToolFormat(("[TOOL_CALLS]",), "[TOOL_CALLS]", "", _json_calls, listed=True, around=(" ", "")),
+    "llama": ToolFormat(('"parameters": ', "ipython"), "", "", _json_calls, arguments="parameters"),
+    "hermes": ToolFormat(("<tool_call>",), "<tool_call>", "</tool_call>", _json_calls, around=("\n", "\n")),
+    "smollm": ToolFormat(("xml_tools",), "<tool_call>", "</tool_call>", _json_calls, around=("\n", "\n")),
+}
+"""By the name of the family.  The first row whose marks are all in a template counts."""
+
+_UNKNOWN_MARKS = ("<arg_key>",)  # templates that share a mark with a family, and write calls in another way
+
+
+def find_format(template: str) -> ToolFormat | None:
+    """How a model writes calls; None where no row of the table knows.
+
+    Args:
+        template: text of its chat template.
+    """
+    if any(mark in template for mark in _UNKNOWN_MARKS):
+        return None
+    return next((row for row in FORMATS.values() if all(mark in template for mark in row.marks)), None)
+
+
+def call_grammar(
+    tool_format: ToolFormat,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    several: bool,
+    special_id: Callable[[str], int | None],
+) -> Grammar | None:
+    """The grammar of a reply that is one call or several.
+
+    Args:
+        tool_format: how the model writes them.
+        tools: those that may be called, in the format of OpenAI.
+        several: whether there may be several calls.
+        special_id: returns the id of a text that is a special token, else None.
+
+    Returns:
+        None: calls of this format are not JSON.
+    """
+    if tool_format.arguments is None:
+        return None
+
+    def call(tool: Mapping[str, Any]) -> dict[str, Any]:
+        function = tool["function"]
+        arguments = function.get("parameters") or {"type": "object"}
+        properties = {"name": {"const": function["name"]}, tool_format.arguments: arguments}
+        required = ["name", tool_format.arguments]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    def literal(text: str) -> str:
+        token = special_id(text)
+        return "" if not text else json.dumps(text) if token is None else f"<[{token}]>"
+
+    schema: dict[str, Any] = {"anyOf": [call(tool) for tool in tools]}
+    if tool_format.listed:
+        schema = {"type": "array", "items": schema, "minItems": 1, **({} if several else {"maxItems": 1})}
+    before, after = tool_format.around
+    text = " ".join(
+        (literal(tool_format.opens), literal(before), "%json", json.dumps(schema | {"x-guidance": _SPACES}),
+         literal(after), literal(tool_format.closes))
+    )  # fmt: skip
+    more = ' ("\\n" call)*' if several and tool_format.closes else ""
+    return Grammar("lark", f"start: call{more}\ncall: {text}\n")
+
+
+def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id: Callable[[str], int | None]) -> Order:
+    """The order of a request whose reply may call tools.
+
+    Args:
+        made: the order without them.
+        body: the request.
+        tool_format: how the model writes calls.
+        special_id: returns the id of a text that is a special token, else None.
+
+    Raises:
+        ApiError: the reply must be a call, and calls of this format cannot be demanded.
+    """
+    options = {**made.options, "shown": [text for text in (tool_format.opens, tool_format.closes) if text]}
+    if body.must_call:
+        several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ToolChoice)
+        options["grammar"] = call_grammar(tool_format, body.callable_tools(), several=several, special_id=special_id)
+        if options["grammar"] is None:
+            message = "tool_choice: this model writes calls as Python, which cannot be demanded; use auto"
+            raise ApiError(400, message, param="tool_choice", code="unsupported")
+    return replace(made, options=options)
+
+
+class CallReader:
+    """Divides a reply into text and calls, as it comes.
+
+    tool_format: how the model writes calls.
+    """
+
+    def __init__(self, tool_format: ToolFormat) -> None:
+        self._format = tool_format
+        self._held = ""  # text that may be the start of a call, or the body of one
+        self._inside = False
+        self._begun = False  # whether there was anything but spaces
+        self.calls = 0
+
+    def feed(self, text: str) -> Iterator[str | Call]:
+        """Text and calls that are complete.
+
+        Args:
+            text: the next text of the reply.
+        """
+        self._held += text
+        while True:
+            if self._inside:
+                at = self._held.find(self._format.closes) if self._format.closes else -1
+                if at < 0:
+                    return
+                body, self._held = self._held[:at], self._held[at + len(self._format.closes) :]
+                self._inside = False
+                yield from self._read(body, self._format.opens + body + self._format.closes)
+                continue
+            at = self._opening()
+            if at < 0:
+                ready = len(self._held) - self._claimed()
+                yield from self._said(self._held[:ready])
+                self._held = self._held[ready:]
+                return
+            before, self._held = self._held[:at], self._held[at + len(self._format.opens) :]
+            self._inside = True
+            yield from self._said(before)
+
+    def finish(self) -> Iterator[str | Call]:
+        """What is left at the end of the reply."""
+        held, self._held = self._held, ""
+        if self._inside:
+            yield from self._read(held, self._format.opens + held)
+        elif held:
+            yield from self._said(held)
+
+    def _opening(self) -> int:
+        if self._format.opens:
+            return self._held.find(self._format.opens)
+        start = self._held.lstrip()
+        return len(self._held) - len(start) if start.startswith("{") and not self._begun else -1
+
+    def _claimed(self) -> int:
+        """Characters at the end of the text that may belong to a call."""
+        opens = self._format.opens
+        if not opens:
+            return len(self._held) if not self._held.strip() and not self._begun else 0
+        start = max(0, len(self._held) - len(opens) + 1)
+        partly = next((at for at in range(start, len(self._held)) if opens.startswith(self._held[at:])), None)
+        spaces = len(self._held) - len(self._held.rstrip())  # they may stand before a call
+        return max(len(self._held) - partly if partly is not None else 0, spaces)
+
+    def _said(self, text: str) -> Iterator[str]:
+        """Text of the reply.  Spaces between calls are none."""
+        if text.strip():
+            self._begun = True
+        elif self.calls or not text:
+            return
+        yield text
+
+    def _read(self, body: str, whole: str) -> Iterator[str | Call]:
+        try:
+            found = self._format.read(body)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            yield from self._said(whole)  # no call after all
+            return
+        self.calls += len(found)
+        yield from found
