@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write each value: a model can fill a reply with spaces where they are free."""
 
 
