@@ -71,6 +71,11 @@ class KeptContext:
         """Forget all tokens, and free their memory."""
         self._context, self._count, self._room = None, 0, 0
 
+    @property
+    def first_bytes(self) -> int:
+        """Bytes of memory that it takes when its first prompt is short."""
+        return min(self._first, self._most) * self._backend.token_bytes
+
     def belongs_to(self, backend: Backend) -> bool:
         """Whether it keeps tokens of this model.
 

@@ -23,7 +23,7 @@ class KeptContexts:
 
     Args:
         engine: makes contexts.
-        most_bytes: bytes of the keys and values of all contexts together; 0: nothing is kept.
+        most_bytes: bytes of the keys and values of all contexts together; one may have more; 0: nothing is kept.
     """
 
     def __init__(self, engine: Engine, most_bytes: int) -> None:
@@ -62,13 +62,20 @@ class KeptContexts:
             else:
                 best.lost += lost
                 self._kept.remove(best)
-        best = best or _Kept(self._engine.session())
+        if best is None:
+            best = _Kept(self._engine.session())
+            # Memory for the new one goes first, so that both together stay within the bytes.
+            while self._kept and self.kept_bytes + best.context.first_bytes > self.most_bytes:
+                self._kept.pop(0).context.clear()
         best.prompt_tokens = len(prompt)
         self._kept.append(best)
         return best.context
 
     def trim(self) -> None:
-        """Drop contexts without tokens, then the ones used longest ago until the others are within the bytes."""
+        """Drop contexts without tokens, then the ones used longest ago until the others are within the bytes.
+
+        The last one stays: its memory was needed for its reply.
+        """
         self._kept = [kept for kept in self._kept if len(kept.context)]
-        while self._kept and self.kept_bytes > self.most_bytes:
+        while len(self._kept) > 1 and self.kept_bytes > self.most_bytes:
             self._kept.pop(0).context.clear()
