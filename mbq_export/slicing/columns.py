@@ -91,9 +91,7 @@ class Grid:
         # The codes to choose from: their number.
         self._span = float(1 << (CODE_BITS - kept_bits))
         of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, per_step, cells, begins, counts)]
-        self.of_c = _GridOfC(
-            self.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c
-        )
+        self.of_c = _GridOfC(self.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c)
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
         """Values of codes at every depth, in cells of the base quantiser.
