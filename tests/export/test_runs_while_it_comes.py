@@ -30,7 +30,7 @@ BEFORE, AFTER = 6, 10  # tokens
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
     folder = tmp_path_factory.mktemp("comes")
-    arguments = ["--target", "host", "--model", write_checkpoint(folder / "llama", "llama"), "--engine", "onnx"]
+    arguments = ["--target", "host", "--model", write_checkpoint(folder / "llama", "llama"), "--engine", "both"]
     arguments += ["--output", folder / "bundle", "--calib-data", calibration_text, "--router", "norm", "--json"]
     arguments += ["--calib-tokens", 512, "--method", "rtn"]
     command([str(argument) for argument in arguments], standalone_mode=False)
