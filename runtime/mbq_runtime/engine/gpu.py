@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle import gpu_plan
 from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Kernel, Launch, Plan
+from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
 
@@ -128,7 +129,7 @@ class DeviceBackend:
         _check_needs(plan, self.device, path)
         self.device.compile(plan.kernels, _texts(plan, path), path / gpu_plan.FOLDER)
         weights = np.memmap(path / gpu_plan.WEIGHTS, np.uint8, "r")
-        _check_scales(plan, weights, path)
+        _check_scales(plan, weights, manifest.group_size, path)
         self._buffers = {
             name: self.device.buffer(
                 buffer.bytes, weights[buffer.offset : buffer.offset + buffer.bytes] if buffer.offset >= 0 else None
@@ -301,13 +302,22 @@ def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:
     return np.asarray(found, np.float32)
 
 
-def _check_scales(plan: Plan, weights: NDArray[np.uint8], path: Path) -> None:
-    """Refuse scales that are no numbers.  A GPU may compute on with NaN as if it were a number."""
+def _check_scales(plan: Plan, weights: NDArray[np.uint8], group_size: int, path: Path) -> None:
+    """Refuse factors of rows that are no numbers.  A GPU may compute on with NaN as if it were a number."""
     for name, buffer in plan.buffers.items():
-        if name.endswith(".scales") and buffer.offset >= 0:
-            scales = weights[buffer.offset : buffer.offset + buffer.bytes].view(np.float16)
-            if not np.isfinite(scales).all():
-                raise BundleError(f"{path / gpu_plan.WEIGHTS}: {name} are not finite; export the bundle again")
+        matrix = name.removesuffix(".scales")
+        planes = plan.buffers.get(f"{matrix}.planes")
+        if matrix == name or buffer.offset < 0 or planes is None:
+            continue
+        # A row has 2 bytes of its own and 2 for each group, and a byte of planes for each weight.
+        rows = buffer.bytes // 2 - planes.bytes // group_size
+        if rows < ROW_BLOCK or rows % ROW_BLOCK or buffer.bytes % (2 * rows):
+            raise BundleError(
+                f"{path / gpu_plan.PLAN}: {name} and its planes are of two sizes; export the bundle again"
+            )
+        scales = weights[buffer.offset : buffer.offset + buffer.bytes].reshape(rows // ROW_BLOCK, -1, 2 * ROW_BLOCK)
+        if not np.isfinite(np.ascontiguousarray(scales[:, 0]).view(np.float16)).all():
+            raise BundleError(f"{path / gpu_plan.WEIGHTS}: {name} are not finite; export the bundle again")
 
 
 def _check_needs(plan: Plan, device: Device, path: Path) -> None:
