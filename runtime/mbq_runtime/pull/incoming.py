@@ -40,6 +40,8 @@ class Incoming:
         self._source, self._allow_http, self._progress = source, allow_http, progress
         self._changed = threading.Condition()
         self._draft: Path | None = None
+        self._manifest: Manifest | None = None
+        self._given = False
         self._done_bytes = 0
         self._engine: Bounded | None = None
         self.whole: Pulled | None = None
@@ -66,9 +68,11 @@ class Incoming:
             self._changed.wait_for(lambda: self.whole or self.error or self._starts_early(engine))
             if self.error is not None:
                 raise self.error
-            found = self.whole.folder if self.whole is not None else self._draft
-            assert found is not None
-            return found
+            if self.whole is not None:
+                return self.whole.folder
+            assert self._draft is not None
+            self._given = True
+            return self._draft
 
     def follow(self, engine: Bounded) -> None:
         """Keep an engine at the lowest budget until all of the bundle is there.
@@ -77,16 +81,17 @@ class Incoming:
             engine: that runs the folder.  No reply of it has begun.
         """
         with self._changed:
-            if self.whole is None and self._draft is not None:
-                engine.ceiling_bits = float(read(self._draft).profile.min_bits)
+            if self._given and self._manifest is not None:
+                engine.ceiling_bits = float(self._manifest.profile.min_bits)
                 self._engine = engine
+                self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait until all of the bundle is there, or an error ended it."""
         self._thread.join()
 
     def _starts_early(self, engine: str | None) -> bool:
-        return self._draft is not None and runs_in_part(read(self._draft), engine)
+        return self._draft is not None and self._manifest is not None and runs_in_part(self._manifest, engine)
 
     def _pull(self) -> None:
         def count(done: int, total: int) -> None:
@@ -95,10 +100,14 @@ class Incoming:
                 self._progress(done, total)
 
         def arrived(depth: int, draft: Path) -> None:
-            if depth == 1:
-                with self._changed:
-                    self._draft = draft
+            with self._changed:
+                if depth == 1:
+                    self._draft, self._manifest = draft, read(draft)
                     self._changed.notify_all()
+                if self._manifest is not None and depth == max(len(self._manifest.parts), 1):
+                    # The folder gets its name next.  An engine that was given the unfinished one must have loaded it.
+                    self._changed.wait_for(lambda: not self._given or self._engine is not None)
+                    self._draft = None
 
         try:
             whole = pull(self._source, allow_http=self._allow_http, progress=count, arrived=arrived)
