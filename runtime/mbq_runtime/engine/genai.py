@@ -27,6 +27,8 @@ class Backend:
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
+        # Before the engine loads: nothing reads the file after its check.
+        self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
         # At other levels the engine also prints each error that it throws.
         session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
         with engine_errors(f"{path}: the engine cannot load it"), engine_folder(path, manifest, session) as folder:
@@ -35,7 +37,6 @@ class Backend:
         self._threads = ops_threads(self, ops_library(path, manifest))
         self.use_threads(threads)
         self._og = og
-        self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
 
     def use_threads(self, count: int) -> bool:
         if self._threads is None:
