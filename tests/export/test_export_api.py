@@ -60,7 +60,7 @@ def test_the_command_has_the_defaults_of_the_function() -> None:
     [
         ({"targets": ["commodore"]}, "commodore"),
         ({"engine": "steam"}, "--engine 'steam' is not known; choose one of: onnx, tvm, both"),
-        ({"method": "guess"}, "--method 'guess' is not known; choose one of: rtn, nested, learned"),
+        ({"method": "guess"}, "--method 'guess' is not known; choose one of: rtn, quick, nested, learned"),
         ({"router": "guess"}, "--router 'guess' is not known"),
         ({"group_size": 48}, "--group-size '48' is not known; choose one of: auto, 32, 64, 128"),
         ({"activation_bits": 4}, "--activations 4 is not known; choose one of: 8, 16"),

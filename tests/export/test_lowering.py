@@ -201,7 +201,7 @@ def test_a_board_infers_the_shapes_that_the_engine_makes(
     checkpoint: Checkpoint, calibrated: Calibrated, tmp_path: Path
 ) -> None:
     """Every value of the graph and of the functions, with tokens at the largest depth."""
-    model, tensors = lower(checkpoint, calibrated, "nbits")
+    model, tensors, _ = lower(checkpoint, calibrated, "nbits")
     files.write_model(model, tensors, tmp_path)
     model = inline_local_functions(onnx.load(tmp_path / "model.onnx", load_external_data=False))
     names = {name for node in model.graph.node for name in node.output if name}

@@ -470,7 +470,7 @@ def test_the_check_of_a_bundle_knows_every_operator(text: str, bits: int, mlp: b
     functions = portable_functions(profile, 64, bits, mlp=mlp)
     (tmp_path / "model.onnx").write_bytes(make_model([], {}, {}, {}, functions))
     found = read_graph(tmp_path / "model.onnx")
-    assert {name: len(nodes) for name, nodes in found.functions.items()} == {
+    assert {name: len(function.nodes) for name, function in found.functions.items()} == {
         f"{DOMAIN}.{function.name}": len(function.node) for function in functions
     }
     assert unknown_node([], found.functions, 1, profile.depths) == ""
