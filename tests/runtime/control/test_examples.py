@@ -28,5 +28,5 @@ def test_the_service_starts_what_exists() -> None:
     assert (Path(program).name, name) == ("mbq", "serve")
     options = command.make_context("serve", args).params
     assert options["policy"] == "auto"
-    assert options["bundle"] == Path("/opt/mbq/bundle")
+    assert options["bundle"] == "/opt/mbq/bundle"
     assert str(options["events"].parent) == f"/var/log/{unit['Service']['LogsDirectory']}"
