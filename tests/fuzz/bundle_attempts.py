@@ -90,6 +90,7 @@ def attempt(folder: Path, elsewhere: Path) -> Ended:
         elsewhere: the current folder of the commands.
     """
     with tempfile.TemporaryFile() as told:
+        before_mb = _resident_mb()
         pid = os.fork()
         if pid == 0:
             _child(folder, elsewhere, told.fileno())
@@ -109,7 +110,13 @@ def attempt(folder: Path, elsewhere: Path) -> Ended:
     seconds = usage.ru_utime + usage.ru_stime
     code = None if status is None else os.waitstatus_to_exitcode(status)
     text = results[-1]["out"] if len(results) == len(COMMANDS) else ""
-    return Ended(code, [r["code"] for r in results], [r["err"] for r in results], text, seconds, usage.ru_maxrss / 1000)
+    own_mb = max(0.0, usage.ru_maxrss / 1000 - before_mb)
+    return Ended(code, [r["code"] for r in results], [r["err"] for r in results], text, seconds, own_mb)
+
+
+def _resident_mb() -> float:
+    """Memory of this process, which a fork begins with."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def _child(folder: Path, elsewhere: Path, told: int) -> None:

@@ -40,7 +40,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "A"}]}],
         "max_tokens": 2, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "tools": [],
-        "response_format": {"type": "text"}, "chat_template_kwargs": {"a": 1},
+        "response_format": {"type": "text"}, "chat_template_kwargs": {"add_generation_prompt": True},
     },
 }  # fmt: skip
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/budget", "/events", "/%00", "//", "/../etc/passwd", "*", "/v1")

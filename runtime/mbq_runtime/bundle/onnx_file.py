@@ -41,6 +41,7 @@ _TENSOR_LISTS = (_TENSOR_DIMS, 4, *_TENSOR_INTS.values(), 10, 11, _TENSOR_EXTERN
 _MOST_BYTES = 16 << 20  # the exporter keeps larger tensors in another file
 _MOST_FIELDS = 500_000  # a graph of 100 blocks has fewer than 100,000
 _MOST_DIMENSIONS = 8
+_LARGEST_SIZE = 1 << 40  # of a tensor along one dimension
 _MOST_NUMBERS = 64  # of a tensor whose numbers are followed
 
 ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -269,6 +270,9 @@ class _Reader:
                 external[key] = entry.get(_ENTRY_VALUE, "")
         if len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"{name[:80]} has {len(shape)} dimensions")
+        for size in shape:
+            if not 0 <= size <= _LARGEST_SIZE:
+                raise ValueError(f"{name[:80]} has a size of {size}, needed 0 to {_LARGEST_SIZE}")
         file, offset = external.get("location", ""), _place(external, "offset", 0)
         tensor = Tensor(name, tuple(shape), element_type, file, offset, 0)
         length = _place(external, "length", tensor.bytes)
