@@ -85,7 +85,7 @@ class Method:
 METHODS = {
     "rtn": Method("round to nearest, no tuning", False, 32, sweeps=0, tuning_steps=0, calib_tokens=40960),
     "quick": Method(
-        "error feedback on little text, no tuning, a minute or two",
+        "error feedback on little text, no tuning, two minutes",
         True, 8, sweeps=0, tuning_steps=0, calib_tokens=4096, brief=True,
     ),
     "nested": Method(
