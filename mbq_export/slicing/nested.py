@@ -98,13 +98,14 @@ def slice_weight(
     scaled = _ranged(weight, group_size, name) if earlier is None else earlier
     for start in range(0, k, group_size):
         group, at = slice(start, start + group_size), slice(start // group_size, start // group_size + 1)
+        # Views: what is written to them is written to ``scaled``.
+        of_group = replace(scaled, scale_codes=scaled.scale_codes[:, at], zero_codes=scaled.zero_codes[:, at])
         if earlier is None:
             low_scale, low = group_range(streams[-1, group].T.cpu().numpy()[:, None], name)
-            scaled.scale_codes[:, at] = scale_codes(low_scale, scaled.row_scale, up=True)
-            scaled.zero_codes[:, at] = zero_codes(low, scaled.scale[:, at], up=True)
+            of_group.scale_codes[:] = scale_codes(low_scale, scaled.row_scale, up=True)
+            of_group.zero_codes[:] = zero_codes(low, of_group.scale, up=True)
         scale, offset = (
-            torch.from_numpy(values[:, start // group_size].copy()).to(device)
-            for values in (scaled.scale, scaled.offset)
+            torch.from_numpy(values[:, 0].copy()).to(device) for values in (of_group.scale, of_group.offset)
         )
         errors = feed_back(grid, streams[:, group], factor[group, group], codes[group], scale=scale, offset=offset)
         if group.stop < k:

@@ -46,7 +46,6 @@ MOST_MANIFEST_BYTES = 4 << 20
 """A larger manifest is refused.  Those of large models have a few hundred thousand bytes."""
 _BLOCK_BYTES = 1 << 18  # read at a time: small enough for the cache of a processor
 _LONGEST_NAME, _LONGEST_SHOWN = 255, 120  # characters
-_NAMES = f"names relative to the bundle, without .., of at most {_LONGEST_NAME} letters"
 PAPERS = ("README.md", "LICENSE", "NOTICE", ".gitattributes")
 """Files for people, which may be added to a bundle.  No engine reads them."""
 DOWNLOAD_RECORDS = re.compile(
