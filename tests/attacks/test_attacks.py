@@ -19,6 +19,9 @@ COMMANDS: tuple[tuple[str, ...], ...] = (("verify",), ("inspect",), ("run",))
 MOST_MB = 200
 MOST_S = 10  # 2 s on a machine that does nothing else
 
+LONG = ("a million slices", "20,000 files that are listed", "20,000 files that are not listed")
+"""Attacks that take seconds, refused as they are."""
+
 Run = Callable[[list[str]], dict[str, Any]]
 
 
@@ -62,7 +65,7 @@ def test_the_good_bundle_is_accepted(run: Run, good: Path) -> None:
         assert found["out"]
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.heavy] * (name in LONG)) for name in ATTACKS])
 def test_attack(run: Run, copy: Path, name: str) -> None:
     attack(copy, name)
     said = []

@@ -59,7 +59,7 @@ def gemma() -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=[published_smollm2, gemma])
+@pytest.fixture(scope="module", params=[pytest.param(published_smollm2, marks=pytest.mark.heavy), gemma])
 def original(request: pytest.FixtureRequest) -> Any:
     return request.param()
 

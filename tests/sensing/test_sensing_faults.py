@@ -14,15 +14,22 @@ from dataclasses import astuple
 import pytest
 from boards import Board
 from boards_pc import TERMUX
-from machines import Machine
+from machines import BOARDS, Machine
 from trees import FAULTS
 
 from mbq_runtime.sensing import Kind, Signal, aggregate
 from mbq_runtime.sensing.raspberry import BOARD, MAILBOX
 
 Key = tuple[Kind, str, str]
-AT_ONCE = 4
+AT_ONCE = 8
 """Files that are broken together."""
+IN_TURN = 4
+"""The quick tier breaks each board in one of so many ways, and in every way one of so many boards."""
+CASES = [
+    pytest.param(board, fault, marks=[pytest.mark.heavy] if (i + j) % IN_TURN else [])
+    for i, board in enumerate(BOARDS)
+    for j, fault in enumerate(FAULTS)
+]
 
 
 def known(signals: Iterable[Signal]) -> dict[Key, float]:
@@ -83,7 +90,7 @@ def check(signals: list[Signal], before: dict[Key, float], broken: Collection[st
     assert all(one.problem for one in signals if one.value is None)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("board", "fault"), CASES, indirect=["board"])
 def test_broken_from_the_start(machine: Machine, fault: str) -> None:
     before = healthy(machine)
     for files in batches(machine.board, before, fault):
@@ -98,7 +105,7 @@ def test_broken_from_the_start(machine: Machine, fault: str) -> None:
         machine.mend()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("board", "fault"), CASES, indirect=["board"])
 def test_broken_between_two_reads(machine: Machine, fault: str) -> None:
     """The signal is still listed, without a value, and with the reason."""
     before = healthy(machine)

@@ -41,7 +41,12 @@ def write(root: Path, path: str, content: str) -> None:
     elif content.startswith("-> "):
         file.symlink_to(os.path.relpath(root / content[4:], file.parent))
     else:
-        file.write_text(content if content.endswith("\0") else content + "\n")
+        data = (content if content.endswith("\0") else content + "\n").encode()
+        # Not cut to nothing first: a file system may then wait for its disk.
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.write(handle, data)
+        os.ftruncate(handle, len(data))
+        os.close(handle)
 
 
 def remove(root: Path, path: str) -> None:

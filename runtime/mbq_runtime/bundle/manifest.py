@@ -53,6 +53,7 @@ DOWNLOAD_RECORDS = re.compile(
 )
 """What a download with ``hf download --local-dir`` leaves beside the bundle.  Nothing reads it."""
 _FREE = (*PAPERS, SIGNATURE_NAME)
+_SHA256 = re.compile("[0-9a-f]{64}")
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
 """The large files, which ``parts`` divides by depth."""
@@ -697,17 +698,14 @@ def _is_harmless(name: str) -> bool:
 
 def _is_inside(name: str) -> bool:
     """Whether a name stays in the bundle on every system, and is not that of the manifest."""
-    path = PurePosixPath(name)
-    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
-    short = len(name) <= _LONGEST_NAME
     return (
-        plain
-        and short
-        and name not in (".", MANIFEST_NAME, SIGNATURE_NAME)
+        len(name) <= _LONGEST_NAME
+        and not {"", ".", ".."} & set(name.split("/"))
+        and name not in (MANIFEST_NAME, SIGNATURE_NAME)
         and name.isprintable()
         and not any(c in name for c in "\\:")
     )
 
 
 def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return _SHA256.fullmatch(text) is not None

@@ -43,8 +43,11 @@ def _value(kind: Any, value: object, field: str, path: Path | str) -> object:
         return _record(cast(type, kind), _expect(Mapping, value, field, path), field, path)
     origin = get_origin(kind)
     if origin is tuple:
-        item = get_args(kind)[0]
-        return tuple(_value(item, v, f"{field}[{i}]", path) for i, v in enumerate(_expect(tuple, value, field, path)))
+        item, values = get_args(kind)[0], _expect(tuple, value, field, path)
+        # A hostile list has a million numbers: each costs microseconds where it could be wrong.
+        if item in (int, str) and set(map(type, values)) <= {item}:
+            return tuple(values)
+        return tuple(_value(item, v, f"{field}[{i}]", path) for i, v in enumerate(values))
     if origin is Mapping:
         item = get_args(kind)[1]
         return {k: _value(item, v, f"{field}.{k}", path) for k, v in _expect(Mapping, value, field, path).items()}

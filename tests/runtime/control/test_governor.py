@@ -247,7 +247,7 @@ def hammer(set_bits: Callable[[float], None], generate: Callable[[], None]) -> i
         for i in range(1000):
             set_bits(BUDGETS[i % len(BUDGETS)])
             count += 1
-            time.sleep(0.001)
+            time.sleep(0.0002)  # about a pass of the tiny model
         done.set()
 
     thread = threading.Thread(target=change)
