@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from bundle_attempts import originals, run_cases
 
 CASES = int(os.environ.get("MBQ_FUZZ_BUNDLES", "120"))
 SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
 
 
+@pytest.mark.heavy
 def test_hostile_bundles() -> None:
     report = run_cases(range(CASES), SEED, lambda folder: originals(folder, targets=()))
     assert report.faults == []
