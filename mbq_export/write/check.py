@@ -179,12 +179,11 @@ def _run_tvm(work: Work, manifest: Manifest, expected: Recording) -> F32:
 
     last, prompt = len(expected.logits), expected.prompt.astype(np.int32)
     with engine_errors(f"{work.folder}: the check of the bundle failed"):
-        context = Backend(work.folder, manifest, cores()).start(
-            len(prompt), np.array([CODE_BITS], np.float32), every=True
-        )
+        context = Backend(work.folder, manifest, cores()).start(len(prompt), np.array([CODE_BITS], np.float32))
         # In passes of equal length, the last of which has the wanted logits.
         for end in range(len(prompt) % last or last, len(prompt) + 1, last):
-            context.append(prompt[max(0, end - last) : end])
+            part = prompt[max(0, end - last) : end]
+            context.append(part, len(part))
         return context.logits().copy()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import needs
 import numpy as np
 import pytest
+from guesses import assert_guesses_change_nothing
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
@@ -101,6 +102,8 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
         assert replies[0].stats.tokens == replies[1].stats.tokens
         assert replies[0].stats.cached_tokens == cached
         talk = [*talk, *replies[0].stats.tokens, 3] if cached == 0 else [*PROMPT[:20], 1, 2]
+
+    assert_guesses_change_nothing(on_gpu, replies=2, tokens=10)
 
     # The same seed gives the same sampled reply.
     twice = [on_gpu.generate(PROMPT[:9], max_tokens=6, temperature=2.0, seed=4, avg_bits=8) for _ in range(2)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from guesses import assert_guesses_change_nothing
 from safetensors.numpy import load_file
 from tiny_models import write_checkpoint
 
@@ -116,6 +117,11 @@ def test_a_session_says_what_an_empty_context_says(bundles: dict[str, tuple[Path
         reply.text()
     assert replies[0].stats.tokens == replies[1].stats.tokens
     assert replies[0].stats.cached_tokens == 12
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_guesses_change_nothing(engine: str, bundles: dict[str, tuple[Path, Path]]) -> None:
+    assert_guesses_change_nothing(Engine.load(bundles["llama"][1], engine=engine), replies=10, tokens=40)
 
 
 def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]) -> None:

@@ -565,9 +565,9 @@ def test_only_scoring_runs_in_the_smaller_chunks(engine: Engine, monkeypatch: py
     sizes: list[int] = []
     append = genai._Context.append
 
-    def counted(run: genai._Context, tokens: NDArray[np.int32]) -> None:
+    def counted(run: genai._Context, tokens: NDArray[np.int32], rows: int) -> None:
         sizes.append(len(tokens))
-        append(run, tokens)
+        append(run, tokens, rows)
 
     monkeypatch.setattr(genai._Context, "append", counted)
     before = engine.score(ids("A" * 16), 4.0)

@@ -21,9 +21,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
     append = genai._Context.append
 
-    def noted(run: genai._Context, tokens: NDArray[np.int32]) -> None:
+    def noted(run: genai._Context, tokens: NDArray[np.int32], rows: int) -> None:
         seen.extend(tokens.tolist())
-        append(run, tokens)
+        append(run, tokens, rows)
 
     monkeypatch.setattr(genai._Context, "append", noted)
     return seen
@@ -112,7 +112,7 @@ def test_a_failed_pass_leaves_nothing(engine: Engine, monkeypatch: pytest.Monkey
     session = engine.session()
     engine.generate(ids("xyzA"), max_tokens=2, session=session).text()
 
-    def broken(run: genai._Context, tokens: NDArray[np.int32]) -> None:
+    def broken(run: genai._Context, tokens: NDArray[np.int32], rows: int) -> None:
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:

@@ -12,7 +12,14 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import choice_options, coming_bundle_argument, engine_option, template_kwargs_option, threads_option
+from .common import (
+    choice_options,
+    coming_bundle_argument,
+    engine_option,
+    speculate_option,
+    template_kwargs_option,
+    threads_option,
+)
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 @choice_options
 @template_kwargs_option
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
+@speculate_option
 @steering_options
 @engine_option
 @trust_option
@@ -46,6 +54,7 @@ def command(
     seed: int | None,
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
+    speculate: str,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -62,6 +71,7 @@ def command(
 
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
+    loaded.speculate = speculate
     follow(loaded)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")

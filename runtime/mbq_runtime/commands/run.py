@@ -18,6 +18,7 @@ from .common import (
     coming_bundle_argument,
     engine_option,
     json_option,
+    speculate_option,
     template_kwargs_option,
     threads_option,
 )
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     help="Answer with JSON of this schema.",
 )
 @template_kwargs_option
+@speculate_option
 @steering_options
 @engine_option
 @trust_option
@@ -65,6 +67,7 @@ def command(
     seed: int | None,
     json_schema: Path | None,
     template_kwargs: dict[str, Any] | None,
+    speculate: str,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -83,6 +86,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
+    loaded.speculate = speculate
     follow(loaded)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
@@ -104,15 +108,18 @@ def command(
             "tokens_per_s": stats.tokens_per_s,
             "ttft_s": stats.ttft_s,
             "avg_bits_used": stats.avg_bits_used,
+            "guessed": stats.guessed,
+            "kept_guesses": stats.kept_guesses,
             "energy_j_per_token": status.energy_j_per_token,
             "reason": status.reason,
         }
         click.echo(json.dumps(figures, ensure_ascii=False))
         return
     click.echo()
+    guesses = f", {stats.kept_guesses} of {stats.guessed} guessed tokens were right" if stats.guessed else ""
     click.echo(
         f"{len(stats.tokens)} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_s:.2f} s, "
-        f"{stats.avg_bits_used:.2f} bits on average, energy {describe(status.energy_j_per_token)}",
+        f"{stats.avg_bits_used:.2f} bits on average, energy {describe(status.energy_j_per_token)}{guesses}",
         err=True,
     )
 

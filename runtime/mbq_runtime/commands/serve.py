@@ -16,7 +16,7 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import SWITCH_S, bundle_argument, engine_option, threads_option
+from .common import SWITCH_S, bundle_argument, engine_option, speculate_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -42,6 +42,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
     show_default=True,
     help="Memory for the contexts of earlier conversations, in MB; 0 for none.",
 )
+@speculate_option
 @steering_options
 @engine_option
 @trust_option
@@ -55,6 +56,7 @@ def command(
     queue: int,
     context: int | None,
     cache_mb: int,
+    speculate: str,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -89,6 +91,7 @@ def command(
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
         note_code(bundle, trust=trust)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
+        loaded.speculate = speculate
         feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
         bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))
         low, high = governor.policy.bounds

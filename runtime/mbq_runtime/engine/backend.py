@@ -22,18 +22,16 @@ from .tokenizer import Tokenizer
 class Context(Protocol):
     """The tokens so far, and their cache."""
 
-    def append(self, tokens: NDArray[np.int32]) -> None:
+    def append(self, tokens: NDArray[np.int32], rows: int = 1) -> None:
         """Run one pass, with the budget of this moment.
 
         Args:
             tokens: int32 [n], ids that are added to the context.
+            rows: how many of the last tokens get logits, 1 to n.
         """
 
-    def last_logits(self) -> NDArray[np.float32]:
-        """float32 [vocab]: logits of the last token of the last pass.  Valid until the next pass."""
-
     def logits(self) -> NDArray[np.float32]:
-        """float32 [n, vocab]: logits of every token of the last pass.  Only after ``start(every=True)``."""
+        """float32 [rows, vocab]: logits of the last tokens of the last pass.  Valid until the next pass."""
 
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""
@@ -61,13 +59,12 @@ class Backend(Protocol):
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
 
-    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> Context:
+    def start(self, length: int, budget: NDArray[np.float32]) -> Context:
         """Begin an empty context.
 
         Args:
             length: most tokens of the context.
             budget: float32 [1], average bits per weight; read again in every pass.
-            every: whether ``logits`` will be called.
         """
 
     def use_threads(self, count: int) -> bool:

@@ -28,6 +28,7 @@ from .kept_context import KeptContext
 from .load import open_bundle
 from .sampling import Sampler
 from .score import mean_nll, scoring_chunk
+from .speculation import Guesser, Mode, PassCosts, check_mode, checked
 from .template import Message
 from .threads import cores
 from .tokenizer import TextStream
@@ -83,6 +84,9 @@ class Engine:
     name: kind of engine, a key of ``backend.ENGINES``.
     threads, context: see ``load``.
 
+    ``speculate`` is "off", "on" or "auto": whether several tokens are guessed and checked in one pass, see
+    ``speculation``.  The reply is the same.  A new value takes effect at the next reply.
+
     >>> engine = Engine.load("my-bundle", threads=1)
     >>> reply = engine.generate("Hello", max_tokens=4, avg_bits=8.0)
     >>> reply.text()
@@ -108,6 +112,7 @@ class Engine:
         self._budget = np.array([manifest.budget.default_bits], np.float32)
         self._wish = manifest.budget.default_bits
         self._ceiling: float | None = None
+        self._speculate: Mode = "off"
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
         self._listeners_lock = threading.Lock()
@@ -188,6 +193,20 @@ class Engine:
     def _allowed(self, avg_bits: float) -> float:
         value = self.manifest.budget.check(avg_bits, str(self.path))
         return value if self._ceiling is None else min(value, self._ceiling)
+
+    @property
+    def speculate(self) -> str:
+        """Whether tokens are guessed: "off", "on" or "auto".  Another value raises UsageError."""
+        return self._speculate
+
+    @speculate.setter
+    def speculate(self, mode: str) -> None:
+        """Set the mode.
+
+        Args:
+            mode: "off", "on" or "auto".
+        """
+        self._speculate = check_mode(mode)
 
     @property
     def threads(self) -> int:
@@ -479,9 +498,10 @@ class Engine:
         budget = np.array([self._allowed(avg_bits)], np.float32)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
-            context = self._backend.start(len(ids), budget, every=True)
+            context = self._backend.start(len(ids), budget)
             for start in range(0, len(ids), self._scoring_chunk):
-                context.append(ids[start : start + self._scoring_chunk])
+                part = ids[start : start + self._scoring_chunk]
+                context.append(part, len(part))
                 yield start, context.logits(), context.bits_used()
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
@@ -567,6 +587,8 @@ class Engine:
     ) -> Generator[Step, None, None]:
         length = min(self._context, len(prompt) + max_tokens)
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
+            # Before the prompt: passes that are timed may change what a device keeps of the last one.
+            guesser = None if self._speculate == "off" else self._guesser(prompt, self._speculate)
             context = session
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
@@ -579,18 +601,36 @@ class Engine:
                 chunk = new[start : start + self._chunk]
                 context.append(chunk)
                 record.prompt_bits += context.bits_used() * len(chunk) / len(new)
-            token = None
-            for left in reversed(range(length - len(prompt))):
-                if record.stopping:
-                    return
-                if token is not None:
-                    context.append(np.array([token], np.int32))
-                logits = context.last_logits()
-                token = sampler.choose(logits)
-                ends = token in self._eos
-                text = "" if ends else stream.add(token)
-                text = text if left and not ends else text + stream.rest()
-                yield Step(token, context.bits_used(), text, ends, sampler.likelihood(logits, token))
+            left, guesses = length - len(prompt), list[int]()
+            while left and not record.stopping:
+                rows, bits = context.logits(), context.bits_used()
+                tokens = checked(rows, guesses, sampler, self._eos)
+                if guesses and guesser is not None:
+                    context.rewind(len(context) - len(guesses) + len(tokens) - 1)
+                    guesser.note(tokens, len(guesses))
+                    record.guessed += len(guesses)
+                    record.kept_guesses += len(tokens) - 1
+                for at, (token, logits) in enumerate(zip(tokens, rows, strict=False)):
+                    left -= 1
+                    ends = token in self._eos
+                    text = "" if ends else stream.add(token)
+                    text = text if left and not ends else text + stream.rest()
+                    of_pass = 0 if at else len(tokens)
+                    yield Step(token, bits, text, ends, sampler.likelihood(logits, token), of_pass)
+                    if record.stopping:
+                        return
+                if left:
+                    guesses = [] if guesser is None else guesser.guess(context, tokens[-1], sampler, left - 1)
+                    context.append([tokens[-1], *guesses], 1 + len(guesses))
+
+    @cached_property
+    def _pass_costs(self) -> PassCosts:
+        model, budget = self.manifest.model, self.manifest.budget
+        bits = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
+        return PassCosts.measure(self._backend, bits, model.vocab_size)
+
+    def _guesser(self, prompt: NDArray[np.int32], mode: Mode) -> Guesser:
+        return Guesser(prompt.tolist(), mode, self._pass_costs, self._eos)
 
 
 class _Alone:

@@ -44,7 +44,7 @@ class Backend:
         self._threads.mbq_set_threads(count)
         return True
 
-    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> _Context:
+    def start(self, length: int, budget: NDArray[np.float32]) -> _Context:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length)
         generator = self._og.Generator(self._model, params)
@@ -52,24 +52,20 @@ class Backend:
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)
-        return _Context(generator, scored, every)
+        return _Context(generator, scored)
 
 
 class _Context:
-    def __init__(self, generator: Any, scored: NDArray[np.int64], every: bool) -> None:
-        self._generator, self._scored, self._every = generator, scored, every
+    def __init__(self, generator: Any, scored: NDArray[np.int64]) -> None:
+        self._generator, self._scored = generator, scored
 
-    def append(self, tokens: NDArray[np.int32]) -> None:
-        if self._every:
-            self._scored[0] = len(tokens)
+    def append(self, tokens: NDArray[np.int32], rows: int = 1) -> None:
+        # The graph always gives the last row, and more rows in an output of their own.
+        self._scored[0] = rows if rows > 1 else 0
         self._generator.append_tokens(tokens)
 
-    def last_logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._generator.get_output("logits")[0, -1]
-        return logits
-
     def logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._generator.get_output("all_logits")[0]
+        logits: NDArray[np.float32] = self._generator.get_output("all_logits" if self._scored[0] else "logits")[0]
         return logits
 
     def bits_used(self) -> float:

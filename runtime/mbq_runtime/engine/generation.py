@@ -108,6 +108,8 @@ class GenerationStats:
     tokens_per_s: decoding speed: passes after the first token, divided by their seconds; 0 before there is one.
     finish_reason: "stop" (end token or stop text), "length", "closed" (by the caller), or None while the reply runs.
     likelihoods: one for each of the tokens, where ``logprobs`` asked for them.
+    guessed: tokens that were guessed and checked, see ``Engine.speculate``.
+    kept_guesses: guesses that are part of the reply.
     """
 
     prompt_tokens: int
@@ -119,6 +121,8 @@ class GenerationStats:
     tokens_per_s: float
     finish_reason: FinishReason | None
     likelihoods: tuple[Likelihood, ...] = ()
+    guessed: int = 0
+    kept_guesses: int = 0
 
     @property
     def avg_bits_used(self) -> float:
@@ -135,6 +139,7 @@ class Step:
     text: the text that it completes; with the last token of a reply, also what was not complete.
     ends: whether it is an end token.
     likelihood: where it was asked for.
+    of_pass: how many tokens its pass gave; 0 for those after the first of them.
     """
 
     token: int
@@ -142,6 +147,7 @@ class Step:
     text: str
     ends: bool
     likelihood: Likelihood | None = None
+    of_pass: int = 1
 
 
 @dataclass
@@ -158,6 +164,8 @@ class Record:
     finish_reason: why the reply ended; None while it runs.
     stopping: set by any thread; the reply ends before its next pass.
     likelihoods: one for each of the tokens, where they were asked for.
+    guessed: tokens that were guessed and checked.
+    kept_guesses: guesses that are part of the reply.
     """
 
     prompt_tokens: int
@@ -170,6 +178,8 @@ class Record:
     finish_reason: FinishReason | None = None
     stopping: bool = False
     likelihoods: list[Likelihood] = field(default_factory=list)
+    guessed: int = 0
+    kept_guesses: int = 0
 
     def freeze(self) -> GenerationStats:
         """The figures at this moment."""
@@ -184,6 +194,8 @@ class Record:
             passes / self.decode_s if passes > 0 and self.decode_s > 0 else 0.0,
             self.finish_reason,
             tuple(self.likelihoods),
+            self.guessed,
+            self.kept_guesses,
         )
 
 
@@ -259,10 +271,11 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
     """Run the steps, write their figures into ``record``, and yield text that cannot be part of a stop text."""
     held = ""
     steps = source(record)
-    start_s = time.perf_counter()
+    start_s, spent_s = time.perf_counter(), 0.0
     try:
         for step in steps:
-            spent_s = time.perf_counter() - start_s
+            if step.of_pass:  # the tokens of one pass share its time
+                spent_s = (time.perf_counter() - start_s) / step.of_pass
             if record.bits:
                 record.decode_s += spent_s
                 tell(spent_s, step.bits)

@@ -153,13 +153,12 @@ class DeviceBackend:
         """Bytes of the keys and values of one token."""
         return sum(buffer.bytes for buffer in self.plan.buffers.values() if buffer.is_cache)
 
-    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> DeviceContext:
+    def start(self, length: int, budget: NDArray[np.float32]) -> DeviceContext:
         """See ``backend.Backend``.
 
         Args:
             length: most tokens of the context.
             budget: float32 [1], average bits per weight; read again in every pass.
-            every: whether ``logits`` will be called.
 
         Raises:
             UsageError: the device does not take buffers of that length.
@@ -176,7 +175,7 @@ class DeviceBackend:
         programs = {
             name: self.device.prepare(launches, plan.kernels, buffers) for name, launches in plan.programs.items()
         }
-        return DeviceContext(plan, self.device, buffers, programs, budget=budget, every=every)
+        return DeviceContext(plan, self.device, buffers, programs, budget)
 
 
 class DeviceContext:
@@ -187,7 +186,6 @@ class DeviceContext:
     buffers: all buffers of the plan, by name.
     programs: what ``Device.prepare`` returned, by the name of the program.
     budget: float32 [1], average bits per weight; read again in every pass.
-    every: whether ``logits`` will be called.
     """
 
     def __init__(
@@ -196,46 +194,45 @@ class DeviceContext:
         device: Device,
         buffers: Mapping[str, Any],
         programs: Mapping[str, Any],
-        *,
         budget: NDArray[np.float32],
-        every: bool,
     ) -> None:
         self._plan, self._device, self._buffers, self._programs = plan, device, buffers, programs
-        self._budget, self._every = budget, every
+        self._budget = budget
         self._position, self._count = 0, 0
         self._state = np.zeros(TOKENS + plan.chunk, np.int32)
         self._bits: float | None = 0.0  # None: the device has them, with those of the head
         self._logits: list[NDArray[np.float32]] = []
 
-    def append(self, tokens: NDArray[np.int32]) -> None:
+    def append(self, tokens: NDArray[np.int32], rows: int = 1) -> None:
         """Run passes over ``tokens``, as many as chunks of the plan are needed.
 
         Args:
             tokens: int32 [n], ids that are added to the context.
+            rows: how many of the last tokens get logits.
         """
-        self._logits, bits = [], 0.0
+        self._logits, bits, first = [], 0.0, len(tokens) - rows
         for start in range(0, len(tokens), self._plan.chunk):
             part = tokens[start : start + self._plan.chunk]
             self._pass(part)
-            for row in range(len(part)) if self._every else ():
+            scored = range(max(first - start, 0), len(part)) if rows > 1 else range(0)
+            for row in scored:
                 self._choose(row)
-                self._logits.append(self.last_logits())
+                self._logits.append(self._read_logits())
                 bits += self._head_bits()
-            if not self._every and len(tokens) > 1:
-                bits += self._body_bits() * len(part)
+            if len(tokens) > 1 and len(scored) < len(part):
+                bits += self._body_bits() * (len(part) - len(scored))
         self._bits = bits / len(tokens) if bits else None
-        if not self._every:
+        if rows == 1:
             self._choose(self._count - 1)
 
-    def last_logits(self) -> NDArray[np.float32]:
-        """float32 [vocab]: logits of the last token of the last ``append``."""
+    def logits(self) -> NDArray[np.float32]:
+        """float32 [rows, vocab]: logits of the last tokens of the last ``append``."""
+        return np.stack(self._logits or [self._read_logits()])
+
+    def _read_logits(self) -> NDArray[np.float32]:
         logits = np.empty(self._plan.vocab_size, np.float32)
         self._device.read(self._buffers[LOGITS], logits)
         return logits
-
-    def logits(self) -> NDArray[np.float32]:
-        """float32 [n, vocab]: logits of every token of the last ``append``."""
-        return np.stack(self._logits)
 
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""

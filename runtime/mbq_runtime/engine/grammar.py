@@ -114,6 +114,10 @@ class Matcher:
         self._native, self._vocab_size = native, vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
 
+    def fork(self) -> Matcher:
+        """A matcher in the same state."""
+        return Matcher(self._native.deep_copy(), self._vocab_size)
+
     def allowed(self) -> NDArray[np.bool_]:
         """bool [vocab]: the tokens that may come next.
 

@@ -28,7 +28,7 @@ class KeptContext:
     Give it to ``Engine.generate`` again and again: of each prompt, only what differs from the tokens so far is read.
 
     backend: the engine's model.
-    budget: float32 [1], average bits per weight; read again in every pass.
+    budget: float32 [1], average bits per weight; read again before every pass.
     most: tokens that it can have.
     chunk: most tokens of a pass.
     first: room at the start, in tokens.
@@ -38,6 +38,7 @@ class KeptContext:
         self, backend: Backend, budget: NDArray[np.float32], most: int, chunk: int, *, first: int = FIRST_TOKENS
     ) -> None:
         self._backend, self._budget, self._most, self._chunk, self._first = backend, budget, most, chunk, first
+        self._budget_of_pass = budget.copy()  # the native side reads it
         self._context: Context | None = None
         self._room = 0
         self._ids = np.zeros(0, np.int32)
@@ -46,6 +47,11 @@ class KeptContext:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def avg_bits(self) -> float:
+        """The budget of the next pass."""
+        return float(self._budget[0])
 
     @property
     def tokens(self) -> list[int]:
@@ -105,47 +111,60 @@ class KeptContext:
         count = min(self.common(prompt), len(prompt) - 1)
         poor = np.flatnonzero(self._bits[:count] < self._budget[0] - REREAD_BITS)
         count = int(poor[0]) if len(poor) else count
+        self.rewind(count)
+        return count
+
+    def rewind(self, count: int) -> None:
+        """Drop the last tokens.  A pass must follow before the next logits.
+
+        Args:
+            count: tokens that stay, from 0 to the number so far.
+        """
+        assert self._context is not None
         if count < self._count:
             self._context.rewind(count)
         self._count = count
-        return count
 
-    def append(self, tokens: NDArray[np.int32]) -> None:
+    def append(self, tokens: Sequence[int] | NDArray[np.int32], rows: int = 1, avg_bits: float | None = None) -> None:
         """Read tokens in one pass.
 
         Args:
-            tokens: int32 [n], ids; ``most`` bounds them and those so far.
+            tokens: int [n], ids; ``most`` bounds them and those so far.
+            rows: how many of the last tokens get logits, 1 to n.
+            avg_bits: average bits per weight of this pass; None for the budget.
         """
+        tokens = np.asarray(tokens, np.int32)
         count = self._count + len(tokens)
         if count > self._room:
             kept = self._ids[: self._count].copy()
             self._make_room(count)
             for start in range(0, len(kept), self._chunk):
                 self._read(kept[start : start + self._chunk])
-        self._read(tokens)
+        self._read(tokens, rows, avg_bits)
 
     def _make_room(self, room: int) -> None:
         """Start again with no tokens.  The old memory goes first."""
         room = min(max(room, 2 * self._room, self._first), self._most)
         self.clear()
-        self._context = self._backend.start(room, self._budget)
+        self._context = self._backend.start(room, self._budget_of_pass)
         self._room, self._ids, self._bits = room, np.zeros(room, np.int32), np.zeros(room, np.float32)
 
-    def _read(self, tokens: NDArray[np.int32]) -> None:
+    def _read(self, tokens: NDArray[np.int32], rows: int = 1, avg_bits: float | None = None) -> None:
         assert self._context is not None
-        count, bits = self._count + len(tokens), self._budget[0]
+        count, bits = self._count + len(tokens), self._budget[0] if avg_bits is None else avg_bits
+        self._budget_of_pass[0] = bits
         try:
-            self._context.append(tokens)
+            self._context.append(tokens, rows)
         except BaseException:  # nobody knows what the pass has left behind
             self.clear()
             raise
         self._ids[self._count : count], self._bits[self._count : count] = tokens, bits
         self._count = count
 
-    def last_logits(self) -> NDArray[np.float32]:
-        """float32 [vocab]: logits of the last token that was read."""
+    def logits(self) -> NDArray[np.float32]:
+        """float32 [rows, vocab]: logits of the last tokens that were read.  Valid until the next pass."""
         assert self._context is not None
-        return self._context.last_logits()
+        return self._context.logits()
 
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ def check_finite(logits: NDArray[np.float32], where: object) -> None:
     peak = float(logits.max())  # NaN where any of them is
     if not math.isfinite(peak):
         raise BundleError(f"{where}: the model's logits are not finite ({peak}); run mbq verify, or export it again")
+
+
+_LEAST_NOISE = np.float32(1e-30)  # a quotient by it is finite
 
 
 class Sampler:
@@ -78,10 +82,11 @@ class Sampler:
         if self._sampling.is_greedy:
             token = int(scores.argmax())
         else:
+            # The shortest of the times exp(1) / weight: token i wins in weight_i of all cases.  The noise belongs to
+            # the token and its place, so that two samplers in one state agree where their logits are alike.
+            noise = self._random.standard_exponential(len(scores), np.float32)
             tokens, weights = candidates(scores, self._sampling)
-            total = np.cumsum(weights, dtype=np.float64)
-            at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-            token = int(tokens[min(at, int(np.flatnonzero(weights)[-1]))])
+            token = int(tokens[(weights / np.maximum(noise[tokens], _LEAST_NOISE)).argmax()])
         if self._matcher is not None:
             self._matcher.accept(token)
         if self._repeats:
@@ -89,6 +94,14 @@ class Sampler:
         if self._counts:
             self._said[token] += 1
         return token
+
+    def fork(self) -> Sampler:
+        """A sampler in the same state, which will draw the same.  Neither changes the other."""
+        twin = copy.copy(self)
+        twin._random = copy.deepcopy(self._random)
+        twin._matcher = None if self._matcher is None else self._matcher.fork()
+        twin._seen, twin._said = set(self._seen), Counter(self._said)
+        return twin
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits with bias and penalties.

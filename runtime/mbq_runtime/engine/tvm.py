@@ -91,14 +91,14 @@ class Backend:
         self._library.mbq_set_threads(count)
         return True
 
-    def start(self, length: int, budget: NDArray[np.float32], *, every: bool = False) -> _Context:
-        return _Context(self, length, budget, every)
+    def start(self, length: int, budget: NDArray[np.float32]) -> _Context:
+        return _Context(self, length, budget)
 
 
 class _Context:
-    def __init__(self, backend: Backend, length: int, budget: NDArray[np.float32], every: bool) -> None:
+    def __init__(self, backend: Backend, length: int, budget: NDArray[np.float32]) -> None:
         b, blocks = backend, -(-length // KEY_LANES)
-        self._backend, self._every = backend, every
+        self._backend, self._rows = backend, 1
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
@@ -112,24 +112,20 @@ class _Context:
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
 
-    def append(self, tokens: NDArray[np.int32]) -> None:
-        count = len(tokens)
+    def append(self, tokens: NDArray[np.int32], rows: int = 1) -> None:
+        count, self._rows = len(tokens), rows
         self._budget_of_pass[:] = self._budget
-        name = "decode" if count == 1 else "score" if self._every else "prefill"
+        name = "decode" if count == 1 else "score" if rows > 1 else "prefill"
         ids = self._backend.share(tokens.astype(np.int64))
         self._logits = self._backend.functions[name](ids, *self._state)
         self._past += count
 
     def logits(self) -> NDArray[np.float32]:
         # The compiled head pads rows to whole blocks.
-        return np.asarray(np.from_dlpack(self._logits), np.float32)[:, : self._backend.vocab_size]
+        return np.asarray(np.from_dlpack(self._logits), np.float32)[-self._rows :, : self._backend.vocab_size]
 
     def bits_used(self) -> float:
         return float(self._used[0])
-
-    def last_logits(self) -> NDArray[np.float32]:
-        last: NDArray[np.float32] = self.logits()[-1]
-        return last
 
     def rewind(self, count: int) -> None:
         # Attention reads no key or value past the tokens that it is told of.

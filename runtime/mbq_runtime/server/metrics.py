@@ -133,4 +133,6 @@ class _Gauges(Collector):
             "mbq_cached_prompt_tokens", "Tokens of prompts that were kept from an earlier reply.",
             value=worker.cached_tokens,
         )  # fmt: skip
+        yield CounterMetricFamily("mbq_guessed_tokens", "Tokens that were guessed.", value=worker.guessed)
+        yield CounterMetricFamily("mbq_kept_guesses", "Guessed tokens that were right.", value=worker.kept_guesses)
         yield CounterMetricFamily("mbq_generated_tokens", "Tokens of replies.", value=worker.tokens)

@@ -163,7 +163,7 @@ class Worker:
 
     ``on_result`` is called on this thread after each reply, also after an abandoned one.  ``prompt_tokens``,
     ``cached_tokens`` and ``tokens`` count the tokens of prompts, those of them that were not read, and the tokens of
-    replies so far.
+    replies so far; ``guessed`` and ``kept_guesses`` the tokens that were guessed, and those of them that were right.
 
     Args:
         engine: a loaded engine.
@@ -183,6 +183,8 @@ class Worker:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.tokens = 0
+        self.guessed = 0
+        self.kept_guesses = 0
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closing = False
@@ -326,6 +328,8 @@ class Worker:
                 job.put(Part(index, piece.text, likelihoods))
                 self.tokens += piece.tokens
         stats = reply.stats
+        self.guessed += stats.guessed
+        self.kept_guesses += stats.kept_guesses
         if told < len(stats.likelihoods):  # tokens after the last text
             job.put(Part(index, "", stats.likelihoods[told:]))
         return metered, stats

@@ -1,0 +1,270 @@
+"""Speculation: guesses of the next tokens, which one pass of the model checks together.
+
+A guess comes from the text so far (what followed the same tokens before), or from the model itself at its lowest
+budget.  The check reads the guesses at the budget that was asked for, and chooses a token after each as if it were the
+only one.  A guess that is the chosen token is kept.  At the first one that is not, the chosen token takes its place,
+and the rest is dropped.  So the reply is the one without guesses, for varied replies too: a token depends on its
+scores and on random numbers of its place in the reply, and on nothing that was guessed.
+
+Guesses of the model are chosen with the same random numbers as the tokens themselves, so that both often agree.
+(M. Daliri, C. Musco, A. T. Suresh: Coupling without Communication and Drafter-Invariant Speculative Decoding, 2024.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_runtime.errors import BundleError, GrammarError, UsageError
+
+from .backend import Backend
+from .kept_context import KeptContext
+from .sampling import Sampler
+
+Mode = Literal["off", "on", "auto"]
+"""off: no guesses; on: guesses always; auto: guesses where they are expected to save time."""
+
+MOST_GUESSES = 7
+"""Guesses of a round.  The pass that checks them has one token more."""
+
+_NGRAMS = (3, 2)  # how many of the last tokens must have come before; more of them are looked up first
+_SIZES = (1, 2, 4, MOST_GUESSES + 1)  # passes that are timed
+_TIMES = 3
+_PRIOR = 8.0  # guesses for which the first estimate stands
+_FADE = 0.95  # weight of what was seen one round ago
+_LEAST_BITS = 1.0  # the model guesses with a budget that is lower by at least this
+
+
+def check_mode(mode: str) -> Mode:
+    """Refuse a mode that does not exist.
+
+    Args:
+        mode: what was asked for.
+
+    Raises:
+        UsageError: there is no such mode.
+    """
+    found = next((known for known in get_args(Mode) if known == mode), None)
+    if found is None:
+        raise UsageError(f"speculate {mode!r}: needed one of {', '.join(get_args(Mode))}")
+    kept: Mode = found
+    return kept
+
+
+def checked(
+    rows: NDArray[np.float32], guesses: Sequence[int], sampler: Sampler, end_tokens: frozenset[int]
+) -> list[int]:
+    """The tokens of a pass: one after each guess that is right, and one more.
+
+    Args:
+        rows: float32 [1 + guesses, vocab], the logits after the last token and after each guess.
+        guesses: ids.
+        sampler: chooses the tokens.
+        end_tokens: ids after which there is no token.
+    """
+    tokens: list[int] = []
+    for logits, guess in zip(rows, [*guesses, None], strict=True):
+        tokens.append(sampler.choose(logits))
+        if tokens[-1] != guess or guess in end_tokens:
+            break
+    return tokens
+
+
+class LookUp:
+    """Guesses what followed the last tokens when they came before.
+
+    tokens: the prompt.
+
+    >>> LookUp([1, 2, 3, 4, 5, 1, 2, 3]).guess(2)
+    [4, 5]
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._follows: dict[tuple[int, ...], int] = {}  # where the token after these tokens is
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Add a token of the reply.
+
+        Args:
+            token: its id.
+        """
+        at = len(self._tokens)
+        for count in _NGRAMS:
+            if at >= count:
+                self._follows[tuple(self._tokens[at - count :])] = at
+        self._tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """The next tokens; none where the last ones are new.
+
+        Args:
+            most: most tokens.
+        """
+        for count in _NGRAMS:
+            at = self._follows.get(tuple(self._tokens[-count:]))
+            if at is not None:
+                return self._tokens[at : at + most]
+        return []
+
+
+class Acceptance:
+    """The share of guesses that are kept.  What was seen last counts most.
+
+    first: estimate before anything was seen.
+    """
+
+    def __init__(self, first: float) -> None:
+        self._kept, self._seen = first * _PRIOR, _PRIOR
+
+    def note(self, kept: int, guessed: int) -> None:
+        """Count a round.  Guesses after the first wrong one say nothing.
+
+        Args:
+            kept: guesses that were kept.
+            guessed: guesses of the round, at least 1.
+        """
+        self._kept = _FADE * self._kept + kept
+        self._seen = _FADE * self._seen + min(kept + 1, guessed)
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self._kept / self._seen
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Seconds of a pass, by the number of its tokens and by its budget.
+
+    sizes: numbers of tokens, from 1 up.
+    bits: two budgets in average bits per weight, the lower one first.
+    seconds: float64 [2, sizes].
+    """
+
+    sizes: tuple[int, ...]
+    bits: tuple[float, float]
+    seconds: NDArray[np.float64]
+
+    @classmethod
+    def measure(cls, backend: Backend, bits: tuple[float, float], vocab_size: int) -> PassCosts:
+        """Time passes over random tokens, each with logits for all of its tokens.
+
+        Args:
+            backend: a loaded model.
+            bits: two budgets in average bits per weight, the lower one first.
+            vocab_size: ids are below it.
+        """
+        budget, rng = np.zeros(1, np.float32), np.random.default_rng(0)
+        context = backend.start(sum(_SIZES), budget)
+        found = np.full((_TIMES, len(bits), len(_SIZES)), np.inf)
+        for turn in range(_TIMES):
+            for row, budget[0] in enumerate(bits):
+                for column, size in enumerate(_SIZES):
+                    tokens = rng.integers(0, vocab_size, size, np.int32)
+                    start_s = time.perf_counter()
+                    context.append(tokens, size)
+                    context.logits()
+                    found[turn, row, column] = time.perf_counter() - start_s
+                context.rewind(0)
+        return cls(_SIZES, bits, found.min(0))
+
+    def at(self, tokens: int, avg_bits: float) -> float:
+        """Seconds of a pass.
+
+        Args:
+            tokens: how many.
+            avg_bits: its budget.
+        """
+        low, high = (float(np.interp(tokens, self.sizes, row)) for row in self.seconds)
+        share = (avg_bits - self.bits[0]) / (self.bits[1] - self.bits[0]) if self.bits[1] > self.bits[0] else 1.0
+        return low + (high - low) * min(max(share, 0.0), 1.0)
+
+    def best_count(self, acceptance: float, guess_s: float, avg_bits: float, counts: range) -> int:
+        """How many guesses give the most tokens a second.
+
+        With a share a kept, k guesses give 1 + a + ... + a^k tokens.
+
+        Args:
+            acceptance: share of guesses that are kept.
+            guess_s: seconds that a guess takes.
+            avg_bits: budget of the check.
+            counts: from which to choose; the lower of two equal ones is taken.
+        """
+
+        def tokens_a_second(count: int) -> float:
+            tokens = sum(acceptance**power for power in range(count + 1))
+            return tokens / (count * guess_s + self.at(count + 1, avg_bits))
+
+        return max(counts, key=tokens_a_second)
+
+
+class Guesser:
+    """The guesses of one reply.
+
+    prompt: ids.
+    mode: "on" or "auto".
+    costs: of this model's passes.
+    end_tokens: ids after which nothing is guessed.
+    """
+
+    def __init__(self, prompt: Sequence[int], mode: Mode, costs: PassCosts, end_tokens: frozenset[int]) -> None:
+        self._look_up, self._costs, self._end_tokens = LookUp(prompt), costs, end_tokens
+        self._fewest = 1 if mode == "on" else 0
+        self._found, self._own = Acceptance(0.6), Acceptance(0.7)
+        self._last = self._found
+
+    def guess(self, context: KeptContext, token: int, sampler: Sampler, most: int) -> list[int]:
+        """Guess what follows a token.  The context is as before afterwards.
+
+        Args:
+            context: the tokens so far.
+            token: the last one, which is not in the context yet.
+            sampler: its state after that token.
+            most: most guesses.
+        """
+        self._look_up.add(token)
+        counts, bits = range(self._fewest, min(most, MOST_GUESSES) + 1), context.avg_bits
+        if not len(counts):
+            return []
+        found = self._look_up.guess(self._costs.best_count(self._found.share, 0.0, bits, counts))
+        if found:
+            self._last = self._found
+            return found
+        low = self._costs.bits[0]
+        if bits < low + _LEAST_BITS:
+            return []
+        self._last = self._own
+        count = self._costs.best_count(self._own.share, self._costs.at(1, low), bits, counts)
+        return self._of_model(context, token, sampler.fork(), count) if count else []
+
+    def _of_model(self, context: KeptContext, token: int, sampler: Sampler, count: int) -> list[int]:
+        """What the model says at its lowest budget."""
+        before, found = len(context), list[int]()
+        try:
+            while len(found) < count and token not in self._end_tokens:
+                context.append([token], avg_bits=self._costs.bits[0])
+                token = sampler.choose(context.logits()[0])
+                found.append(token)
+        except (BundleError, GrammarError):  # nothing that was guessed may end a reply
+            pass
+        context.rewind(before)
+        return found
+
+    def note(self, tokens: Sequence[int], guessed: int) -> None:
+        """Learn from a check.
+
+        Args:
+            tokens: the tokens that the check gave: the guesses that were kept, and one more.
+            guessed: guesses that were checked, at least 1.
+        """
+        for token in tokens[:-1]:
+            self._look_up.add(token)
+        self._last.note(len(tokens) - 1, guessed)
