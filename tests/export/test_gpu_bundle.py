@@ -72,7 +72,7 @@ def loaded(bundles: Path, engine: str) -> Engine:
 
 
 @pytest.mark.parametrize("engine", TARGETS)
-def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, engine: str) -> None:
+def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, engine: str, tmp_path: Path) -> None:
     on_gpu = loaded(bundles, engine)
     assert on_gpu.name == engine
     for bits in (8.0, 4.5):
@@ -102,6 +102,15 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
         assert replies[0].stats.tokens == replies[1].stats.tokens
         assert replies[0].stats.cached_tokens == cached
         talk = [*talk, *replies[0].stats.tokens, 3] if cached == 0 else [*PROMPT[:20], 1, 2]
+
+    # A session goes on from its file.
+    on_gpu.save_session(session, tmp_path / "file")
+    found = on_gpu.load_session(tmp_path / "file")
+    replies = [on_gpu.generate([*talk, 4, 5], max_tokens=6, session=kept, avg_bits=8) for kept in (found, None)]
+    for reply in replies:
+        reply.text()
+    assert replies[0].stats.tokens == replies[1].stats.tokens
+    assert replies[0].stats.cached_tokens == len(session)
 
     assert_guesses_change_nothing(on_gpu, replies=2, tokens=10)
 

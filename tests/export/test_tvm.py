@@ -124,6 +124,63 @@ def test_guesses_change_nothing(engine: str, bundles: dict[str, tuple[Path, Path
     assert_guesses_change_nothing(Engine.load(bundles["llama"][1], engine=engine), replies=10, tokens=40)
 
 
+def test_a_session_goes_on_from_its_file(bundles: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    bundle, file = bundles["llama"][1], tmp_path / "talk.session"
+    engine = Engine.load(bundle, engine="tvm")
+    session = engine.load_session(file)  # there is none yet
+    first = engine.generate(PROMPT, max_tokens=30, session=session)
+    first.text()
+    engine.save_session(session, file)
+    size = len(session) * engine._backend.token_bytes
+    assert size < file.stat().st_size < size + 64 * 2048  # keys come in blocks
+
+    again, talk = Engine.load(bundle, engine="tvm"), [*PROMPT, *first.stats.tokens, 7]
+    found = again.load_session(file)
+    assert found.tokens == session.tokens
+    reply, plain = again.generate(talk, max_tokens=20, session=found), again.generate(talk, max_tokens=20)
+    assert reply.text() == plain.text()
+    assert reply.stats.tokens == plain.stats.tokens
+    assert reply.stats.cached_tokens == len(talk) - 2  # the last token of a reply is not read
+
+    content = file.read_bytes()
+    for damaged, words in (
+        (content[:-1], "damaged; remove it"),
+        (content + b"x", "damaged; remove it"),
+        (content[:-1] + bytes([content[-1] ^ 1]), "damaged; remove it"),
+        (content.replace(b'"tokens": 49', b'"tokens": 48', 1), "damaged; remove it"),
+        (content.replace(b'"tokens": 49', b'"tokens": 9999', 1), "9999 tokens; needed 0 to"),
+        (content.replace(b'"version": "', b'"version": "9', 1), "its version is '9"),
+        (content.replace(b'"bundle": "', b'"bundle": "0', 1), "its bundle is '0"),
+        (b"[]\n", "not the file of a session"),
+        (b"{", "not the file of a session"),
+    ):
+        assert damaged != content
+        file.write_bytes(damaged)
+        with pytest.raises(UsageError, match=words):
+            again.load_session(file)
+    with pytest.raises(UsageError, match=r"cannot be written .*choose another place"):
+        again.save_session(found, tmp_path / "none" / "file")
+    other = Engine.load(bundle, engine="onnx")
+    with pytest.raises(UsageError, match="engine onnx cannot load keys and values from a file"):
+        other.load_session(file)
+    with pytest.raises(UsageError, match="it is another engine's"):
+        again.save_session(other.session(), file)
+
+
+def test_the_command_keeps_a_prompt(
+    bundles: dict[str, tuple[Path, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.session"
+    command = ["run", str(bundles["llama"][1]), "abc", "--raw", "--engine", "tvm", "--prompt-cache", str(file)]
+    said = []
+    for _ in range(2):
+        assert main([*command, "--max-tokens", "8"]) == 0
+        said.append(capfd.readouterr().out)
+        assert file.exists()
+    assert said[0] == said[1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_the_weights_are_plain_safetensors(bundles: dict[str, tuple[Path, Path]]) -> None:
     bundle = bundles["llama"][1]
     found = manifest.read(bundle)

@@ -180,6 +180,15 @@ def test_a_cleared_session_is_empty(engine: Engine) -> None:
     assert engine.generate(ids("xA"), max_tokens=2, session=session).stats.cached_tokens == 0
 
 
+def test_an_engine_that_cannot_keep_a_session_in_a_file_says_so(engine: Engine, tmp_path: Path) -> None:
+    words = "engine onnx cannot load keys and values from a file; export the bundle with --engine tvm"
+    with pytest.raises(UsageError, match=words):
+        engine.load_session(tmp_path / "file")
+    with pytest.raises(UsageError, match=words):
+        engine.save_session(engine.session(), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_session_of_another_engine_is_refused(engine: Engine, bundle: Path) -> None:
     other = Engine.load(bundle, threads=1)
     with pytest.raises(UsageError, match="session: it is another engine's; make one with this engine's session"):

@@ -15,7 +15,7 @@ from .screen import Screen
 if TYPE_CHECKING:
     from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.governor import Governor, Status
-    from mbq_runtime.engine import Engine, GenerationStats
+    from mbq_runtime.engine import Engine, GenerationStats, KeptContext
 
 PROMPT, MORE = ">>> ", "... "
 _FENCE = '"""'
@@ -55,6 +55,7 @@ class Chat:
         screen: shows the conversation.
         conversation: keeps the messages.
         options: arguments of ``Engine.generate``, without prompt and budget.
+        session: what was read before; None: nothing.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Chat:
         screen: Screen,
         conversation: Conversation,
         options: Mapping[str, Any],
+        session: KeptContext | None = None,
     ) -> None:
         self._engine, self._bounded, self._governor = engine, bounded, governor
         self._screen, self._conversation, self._options = screen, conversation, options
-        self._session = engine.session()  # a turn reads what is new, not the whole conversation
+        self._session = session or engine.session()  # a turn reads what is new, not the whole conversation
 
     def run(self, read: ReadLine) -> None:
         """Run until /exit or the end of input.  Ctrl-C ends a reply or an unfinished message, not the chat.

@@ -16,6 +16,7 @@ from .common import (
     choice_options,
     coming_bundle_argument,
     engine_option,
+    prompt_cache_option,
     speculate_option,
     template_kwargs_option,
     threads_option,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @choice_options
 @template_kwargs_option
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
+@prompt_cache_option
 @speculate_option
 @steering_options
 @engine_option
@@ -54,6 +56,7 @@ def command(
     seed: int | None,
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
+    prompt_cache: Path | None,
     speculate: str,
     engine: str | None,
     trust: bool,
@@ -99,7 +102,13 @@ def command(
             "template_kwargs": template_kwargs,
         }
         conversation = Conversation(loaded, system, template_kwargs)
-        Chat(loaded, bounded, governor, screen=screen, conversation=conversation, options=options).run(_reader())
+        session = loaded.session() if prompt_cache is None else loaded.load_session(prompt_cache)
+        chat = Chat(
+            loaded, bounded, governor, screen=screen, conversation=conversation, options=options, session=session
+        )
+        chat.run(_reader())
+        if prompt_cache is not None:
+            loaded.save_session(session, prompt_cache)
 
 
 def _reader() -> Any:

@@ -257,6 +257,18 @@ def speculate_option(function: F) -> F:
     return click.option("--speculate", type=choice, default="off", show_default=True, help=help)(function)
 
 
+def prompt_cache_option(function: F) -> F:
+    """Add the option --prompt-cache.
+
+    Args:
+        function: a command; it gets ``prompt_cache``, a Path or None.
+    """
+    help = "Keep what was read in this file, and begin with what is in it."
+    return click.option("--prompt-cache", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=help)(
+        function
+    )
+
+
 def template_kwargs_option(function: F) -> F:
     """Add the option --chat-template-kwargs.
 

@@ -18,6 +18,7 @@ from .common import (
     coming_bundle_argument,
     engine_option,
     json_option,
+    prompt_cache_option,
     speculate_option,
     template_kwargs_option,
     threads_option,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     help="Answer with JSON of this schema.",
 )
 @template_kwargs_option
+@prompt_cache_option
 @speculate_option
 @steering_options
 @engine_option
@@ -67,6 +69,7 @@ def command(
     seed: int | None,
     json_schema: Path | None,
     template_kwargs: dict[str, Any] | None,
+    prompt_cache: Path | None,
     speculate: str,
     engine: str | None,
     trust: bool,
@@ -87,11 +90,13 @@ def command(
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     loaded.speculate = speculate
+    session = None if prompt_cache is None else loaded.load_session(prompt_cache)
     follow(loaded)
     with steered(loaded, Steering(**steering)) as (_, governor):
         generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar, template_kwargs=template_kwargs,
+            session=session,
         )  # fmt: skip
         pieces = []
         with generation:
@@ -99,6 +104,8 @@ def command(
                 pieces.append(piece)
                 if not as_json:
                     click.echo(without_controls(piece) if terminal else piece, nl=False)
+    if session is not None and prompt_cache is not None:
+        loaded.save_session(session, prompt_cache)
     status = governor.status()
     stats = generation.stats
     if as_json:

@@ -6,9 +6,10 @@ A new kind needs a module in this folder with a class ``Backend``, a row of ``EN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,21 @@ class Context(Protocol):
     def bits_used(self) -> float:
         """Average bits per weight of the last pass, mean over its tokens."""
 
+    def kept(self, count: int) -> list[NDArray[Any]]:
+        """Keys and values of the first tokens.  Only where ``Backend.keeps`` is true.
+
+        Args:
+            count: how many tokens.
+        """
+
+    def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
+        """Take keys and values in place of those so far.  A pass must follow before the next logits.
+
+        Args:
+            count: of how many tokens.
+            arrays: what ``kept`` returned for that many.
+        """
+
     def rewind(self, count: int) -> None:
         """Drop the last tokens.  A pass must follow before the next logits.
 
@@ -58,6 +74,10 @@ class Backend(Protocol):
     @property
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether contexts give their keys and values, and take them back."""
 
     def start(self, length: int, budget: NDArray[np.float32]) -> Context:
         """Begin an empty context.

@@ -28,6 +28,7 @@ from .kept_context import KeptContext
 from .load import open_bundle
 from .sampling import Sampler
 from .score import mean_nll, scoring_chunk
+from .session_file import owner
 from .speculation import Guesser, Mode, PassCosts, check_mode, checked
 from .template import Message
 from .threads import cores
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation such as [{"role": "user", "content": "Hello"}]."""
 
+_OTHER_SESSION = "session: it is another engine's; make one with this engine's session()"
 _BUSY = "this engine is already generating; read that reply to its end, close() it, or load a second engine"
 
 
@@ -357,7 +359,7 @@ class Engine:
             UsageError: a value is out of range, the prompt is empty or too long, or the grammar is not understood.
         """
         if session is not None and not session.belongs_to(self._backend):
-            raise UsageError("session: it is another engine's; make one with this engine's session()")
+            raise UsageError(_OTHER_SESSION)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(
             max_tokens, temperature, top_k, top_p, seed, stops, min_p, repetition_penalty, presence_penalty,
@@ -394,6 +396,43 @@ class Engine:
         4
         """
         return KeptContext(self._backend, self._budget, self._context, self._chunk)
+
+    def save_session(self, session: KeptContext, path: str | os.PathLike[str]) -> None:
+        """Write what a session keeps to a file.  The file is whole, or as it was.
+
+        Args:
+            session: of this engine.
+            path: the file; keys and values take as many bytes as in memory.
+
+        Raises:
+            UsageError: the engine gives no keys and values, or the file cannot be written.
+        """
+        if not session.belongs_to(self._backend):
+            raise UsageError(_OTHER_SESSION)
+        session.save(Path(path), self._session_owner())
+
+    def load_session(self, path: str | os.PathLike[str]) -> KeptContext:
+        """A session with what ``save_session`` wrote.
+
+        Args:
+            path: the file; where there is none, the session is empty.
+
+        Raises:
+            UsageError: the engine takes no keys and values, or the file is damaged, or of another bundle, engine or
+                version.
+        """
+        session, owner = self.session(), self._session_owner()
+        if Path(path).exists():
+            session.load(Path(path), owner)
+        return session
+
+    def _session_owner(self) -> dict[str, Any]:
+        if not self._backend.keeps:
+            raise UsageError(
+                f"{self.path}: engine {self.name} cannot load keys and values from a file; export the bundle with "
+                "--engine tvm, or keep mbq serve running"
+            )
+        return owner(self.path, self.name)
 
     def add_listener(self, listener: TokenListener) -> None:
         """Call ``listener`` after each decoded token, from the next token on.  From any thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Backend:
     manifest: the bundle's manifest.
     threads: processor threads.
     """
+
+    keeps = False  # onnxruntime-genai takes no keys and values
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
@@ -70,6 +73,12 @@ class _Context:
 
     def bits_used(self) -> float:
         return float(self._generator.get_output("avg_bits_used")[0])
+
+    def kept(self, count: int) -> list[NDArray[Any]]:
+        raise NotImplementedError
+
+    def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
+        raise NotImplementedError
 
     def rewind(self, count: int) -> None:
         self._generator.rewind_to(count)

@@ -119,6 +119,7 @@ class DeviceBackend:
     """The device of a subclass."""
     dialect: ClassVar[str]
     """Language of the kernels that it compiles, see ``gpu_plan.Plan``."""
+    keeps = True
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         plan = gpu_plan.read_plan(path)
@@ -247,6 +248,33 @@ class DeviceContext:
             count: tokens that stay.
         """
         self._position, self._count = count, 0
+
+    def kept(self, count: int) -> list[NDArray[Any]]:
+        """Keys and values of the first tokens.
+
+        Args:
+            count: how many tokens.
+        """
+        found = []
+        for name, size in self._caches():
+            found.append(np.empty(size * count, np.uint8))
+            self._device.read(self._buffers[name], found[-1])
+        return found
+
+    def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
+        """Take keys and values in place of those so far.
+
+        Args:
+            count: of how many tokens.
+            arrays: what ``kept`` returned.
+        """
+        for (name, _), given in zip(self._caches(), arrays, strict=True):
+            self._device.write(self._buffers[name], given)
+        self._position, self._count = count, 0
+
+    def _caches(self) -> list[tuple[str, int]]:
+        """(name, bytes of a token) of each buffer of keys or values.  The first token comes first."""
+        return [(name, buffer.bytes) for name, buffer in self._plan.buffers.items() if buffer.is_cache]
 
     def _pass(self, tokens: NDArray[np.int32]) -> None:
         """Run the blocks over ``tokens``.  ``_choose`` can then take a row of the residual stream."""

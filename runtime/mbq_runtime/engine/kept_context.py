@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.errors import UsageError
+
 from .backend import Backend, Context
+from .session_file import read_about, read_arrays, write
 
 REREAD_BITS = 1.0
 """A kept token is read again when it was read with a budget that was lower than today's by more than this.
@@ -89,6 +94,46 @@ class KeptContext:
             backend: an engine's model.
         """
         return backend is self._backend
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write the tokens, their keys and their values to a file.  ``Engine.save_session`` calls it.
+
+        Args:
+            path: the file.
+            about: whose they are, see ``session_file.owner``.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        count = self._count
+        kept = [] if self._context is None else self._context.kept(count)
+        write(path, {**about, "tokens": count}, [self._ids[:count], self._bits[:count], *kept])
+
+    def load(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Take the tokens of a file in place of those so far.  ``Engine.load_session`` calls it.
+
+        Args:
+            path: the file.
+            about: whose they must be.
+
+        Raises:
+            UsageError: the file cannot be read, is damaged or another model's, or has too many tokens.
+        """
+        try:
+            with path.open("rb") as file:
+                found = read_about(file, path, about)
+                count = found["tokens"]
+                if not 0 <= count < self._most:
+                    raise UsageError(f"{path}: {count} tokens; needed 0 to {self._most - 1}, this engine's context")
+                self._make_room(count)
+                assert self._context is not None
+                like = [self._ids[:count], self._bits[:count], *(self._context.kept(count) if count else ())]
+                ids, bits, *kept = read_arrays(file, path, found, like)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror}); give another file") from None
+        if count:
+            self._context.keep(count, kept)
+        self._ids[:count], self._bits[:count], self._count = ids, bits, count
 
     # The engine calls these while it makes a reply.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Backend:
     threads: processor threads.
     """
 
+    keeps = True
+
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         self.ffi = _tvm()
         self._path = path
@@ -102,13 +105,9 @@ class _Context:
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
-        state: list[NDArray[Any]] = [
-            self._past,
-            self._budget_of_pass,
-            self._used,
-            np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32),
-            np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32),
-        ]
+        self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
+        self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
+        state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, self._keys, self._values]
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
 
@@ -126,6 +125,14 @@ class _Context:
 
     def bits_used(self) -> float:
         return float(self._used[0])
+
+    def kept(self, count: int) -> list[NDArray[Any]]:
+        return [self._keys[:, :, : -(-count // KEY_LANES)], self._values[:, :, :count]]
+
+    def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
+        for own, given in zip(self.kept(count), arrays, strict=True):
+            own[...] = given
+        self._past[:] = count
 
     def rewind(self, count: int) -> None:
         # Attention reads no key or value past the tokens that it is told of.
