@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from typing import Any
 
 MOST_S = 60
@@ -21,9 +20,8 @@ NEEDED_LATER = ("mbq_runtime.commands.inspect", "mbq_runtime.commands.run", "mbq
 
 
 def measured(arguments: list[str]) -> dict[str, Any]:
-    """Exit code, text, seconds and peak memory of ``mbq ARGUMENTS``."""
+    """Exit code, text, processor seconds and peak memory of ``mbq ARGUMENTS``."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start_s = time.perf_counter()
         child = os.fork()
         if child == 0:
             os.dup2(out.fileno(), 1)
@@ -41,7 +39,7 @@ def measured(arguments: list[str]) -> dict[str, Any]:
                     os.write(2, traceback.format_exc().encode())
                 os._exit(code)
         _, status, usage = os.wait4(child, 0)
-        found = {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - start_s}
+        found = {"code": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
         found["mb"] = usage.ru_maxrss / 1000
         for name, file in (("out", out), ("err", err)):
             file.seek(0)

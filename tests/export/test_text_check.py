@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,9 @@ def test_a_hostile_template_is_not_given_to_transformers(checkpoint: Path, tmp_p
     (tmp_path / "chat_template.jinja").write_text(HOSTILE["nested ranges"])
     for file in checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    source, start_s = locate(str(tmp_path)), time.perf_counter()
+    source = locate(str(tmp_path))
     with pytest.raises(ModelError, match=r"cannot be used: the chat template takes too long"):
         check_tokens(source, read_config(source))
-    assert time.perf_counter() - start_s < 10
 
 
 def test_other_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,10 +313,14 @@ def test_a_thread_for_each_big_core(
 def test_long_stop_texts_cost_little(engine: Engine) -> None:
     """The replies are cycles of A to G, so the first stop text may begin at every seventh character."""
     whole = engine.generate("A", chat=False, max_tokens=60).text()
-    begun = time.perf_counter()
-    stops = ["x" * 10**6, whole[:50] + "x" * 10**6, whole[1:] + "x" * 10**6, "é" * 10**6]
-    assert engine.generate("A", chat=False, max_tokens=60, stop=stops).text() == whole
-    assert time.perf_counter() - begun < 2
+
+    def cost_s(length: int) -> float:
+        stops = ["x" * length, whole[:50] + "x" * length, whole[1:] + "x" * length, "é" * length]
+        begun_s = time.process_time()
+        assert engine.generate("A", chat=False, max_tokens=60, stop=stops).text() == whole
+        return time.process_time() - begun_s
+
+    assert min(cost_s(10**6) for _ in range(3)) < 10 * min(cost_s(100) for _ in range(3))
 
 
 def test_a_reply_is_closed_from_another_thread(engine: Engine) -> None:

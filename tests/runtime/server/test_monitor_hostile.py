@@ -100,10 +100,8 @@ def test_an_endless_line_is_not_kept(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX: ", STREAM + b"data: "], ids=["headers", "body"])
 def test_a_slow_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
     monkeypatch.setattr(monitor, "_TIMEOUT_S", 0.5)
-    begun_s = time.monotonic()
     with server(start, *[b"x"] * 100, pause_s=0.1) as url:
         assert cli.main(["monitor", url]) == 2
-    assert time.monotonic() - begun_s < 5
     assert "0.5 s" in capsys.readouterr().err
 
 

@@ -73,17 +73,16 @@ def test_a_good_client_beside_a_flood(slow_engine: Engine, kind: str) -> None:
 def test_headers_and_the_rest_of_refused_bodies_have_a_deadline(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patience_s = 0.9 * connections.HEADER_S
     monkeypatch.setattr(connections, "HEADER_S", 0.3)
     starts = [b"", b"GET /he", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea"]
     starts.append(b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1")
     with serve(engine) as running:
         for start in starts:
-            with socket.create_connection(("127.0.0.1", running.port), timeout=10) as client:
+            with socket.create_connection(("127.0.0.1", running.port), timeout=patience_s) as client:
                 client.sendall(start)
-                begin_s = time.monotonic()
-                while client.recv(1000):
+                while client.recv(1000):  # it fails where the server does not close in time
                     pass
-                assert time.monotonic() - begin_s < 5, start
 
 
 def test_a_kept_connection_may_rest_longer_than_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

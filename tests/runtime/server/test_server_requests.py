@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,9 +262,7 @@ def test_variables_reach_the_template(bundle_copy: Path) -> None:
 
 def test_a_hostile_template(bundle_copy: Path) -> None:
     with serve(with_template(bundle_copy, HOSTILE["nested ranges"])) as running:
-        start_s = time.perf_counter()
         status, found = ask(running, CHAT, chat())
-        assert time.perf_counter() - start_s < 4
         assert (status, found["error"]["code"]) == (400, "invalid_prompt")
         assert "the chat template takes too long" in found["error"]["message"]
         assert still_answers(running)
