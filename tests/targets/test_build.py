@@ -173,7 +173,7 @@ def test_numbers_without_kernels() -> None:
 def test_a_failing_tool_is_reported_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     broken = SimpleNamespace(mod=SimpleNamespace(write_to_file=lambda out: Path(out).write_bytes(b"not an object")))
-    monkeypatch.setattr(build_room, "_compiled", lambda *args: broken)
+    monkeypatch.setattr(build_room, "_compiled", lambda *args, **more: broken)
     with pytest.raises(BuildError, match=r"linking the library for rpi5 failed: .*error"):
         build_ops_library(TARGETS["rpi5"], KernelSpec(PROFILE, 64), tmp_path / "x.so")
     assert not (tmp_path / "x.so").exists()
