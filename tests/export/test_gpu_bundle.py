@@ -110,7 +110,7 @@ def test_tokens_and_logits_are_the_processors(bundles: Path, on_cpu: Engine, eng
     for reply in replies:
         reply.text()
     assert replies[0].stats.tokens == replies[1].stats.tokens
-    assert replies[0].stats.cached_tokens == len(session)
+    assert replies[0].stats.cached_tokens == len(talk)
 
     assert_guesses_change_nothing(on_gpu, replies=2, tokens=10)
 

@@ -31,6 +31,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 @click.option(
     "--allow-origin", multiple=True, metavar="ORIGIN", help="Web page that may use the server, as https://chat.example."
 )
+@click.option("--any-model", is_flag=True, help="Answer requests for any model; else the name must be the bundle's.")
 @click.option("--queue", type=click.IntRange(0), default=16, help="Requests that may wait; others get status 429.")
 @click.option(
     "--context", type=int, help=f"Tokens of prompt and reply together.  [default: the bundle's, {_CONTEXT} at most]"
@@ -53,6 +54,7 @@ def command(
     port: int,
     api_key: str | None,
     allow_origin: tuple[str, ...],
+    any_model: bool,
     queue: int,
     context: int | None,
     cache_mb: int,
@@ -99,6 +101,7 @@ def command(
             loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
             queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key, origins=allow_origin,
+            any_model=any_model,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"

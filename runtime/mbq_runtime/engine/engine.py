@@ -26,6 +26,7 @@ from .grammar import Grammar, Grammars
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
+from .reasoning import Marks, Reasoning, find_marks, is_begun
 from .sampling import Sampler
 from .score import mean_nll, scoring_chunk
 from .session_file import owner
@@ -258,6 +259,20 @@ class Engine:
         ids = self._backend.tokenizer.encode(text)
         return [*self.opening_tokens, *ids] if add_bos else ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, as ``generate`` gives it.
+
+        Args:
+            tokens: ids; those of special tokens have no text.
+
+        Raises:
+            UsageError: an id is out of range.
+        """
+        if tokens:
+            self._checked(tokens)
+        stream = self._backend.tokenizer.stream()
+        return "".join([stream.add(token) for token in tokens]) + stream.rest()
+
     @property
     def opening_tokens(self) -> list[int]:
         """What the tokenizer puts before every text: [bos] or nothing."""
@@ -327,6 +342,7 @@ class Engine:
         grammar: Grammar | None = None,
         shown: Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_budget: int | None = None,
         session: KeptContext | None = None,
     ) -> Generation:
         """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
@@ -347,9 +363,11 @@ class Engine:
             frequency_penalty: the same for each time that the reply has a token.
             logit_bias: what is added to the scores of tokens, by id, each -100 to 100.
             logprobs: fill ``GenerationStats.likelihoods``, each with this many of the likeliest tokens; None: do not.
-            grammar: what the reply may say.
+            grammar: what the reply may say, after its reasoning.
             shown: special tokens whose text is part of the reply.
             template_kwargs: variables of the chat template, see ``chat_prompt``; only for a prompt that it renders.
+            reasoning_budget: most tokens of reasoning, after which it is ended; None for no limit.  A model that has
+                none ignores it.
             session: made by ``session``; of the prompt, only what it does not keep is read.
 
         Returns:
@@ -369,13 +387,34 @@ class Engine:
             self._checked([*sampling.logit_bias])
         tokens = np.asarray(self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs), np.int32)
         matcher = None if grammar is None else self._grammars.matcher(grammar)
+        reasoning = self._reasoning(tokens, reasoning_budget)
         if avg_bits is not None:
             self.avg_bits = avg_bits
-        sampler, stream = Sampler(sampling, tokens, matcher, self.path), self._backend.tokenizer.stream(shown)
+        sampler = Sampler(sampling, tokens, matcher, self.path, reasoning)
+        stream = self._backend.tokenizer.stream(shown)
         return Generation(
             lambda record: self._steps(tokens, max_tokens, record, session, sampler, stream),
             len(tokens), stops, self._tell,
         )  # fmt: skip
+
+    @cached_property
+    def reasoning_marks(self) -> Marks | None:
+        """The texts around the reasoning of this model; None where it has none."""
+        return find_marks(self.chat_template()) if self.has_chat_template else None
+
+    def _reasoning(self, prompt: NDArray[np.int32], budget: int | None) -> Reasoning | None:
+        marks = self.reasoning_marks
+        closes = None if marks is None else self._backend.tokenizer.token_id(marks.closes)
+        if budget is not None and budget < 0:
+            raise UsageError(f"reasoning_budget {budget}: needed 0 or above")
+        if marks is None:
+            return None
+        if closes is None:
+            if budget is not None:
+                raise UsageError(f"reasoning_budget: {self.path} has no token for {marks.closes}; leave it out")
+            return None
+        begun = is_begun(prompt.tolist(), self.spell, marks)
+        return Reasoning(self._backend.tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -644,6 +683,7 @@ class Engine:
             while left and not record.stopping:
                 rows, bits = context.logits(), context.bits_used()
                 tokens = checked(rows, guesses, sampler, self._eos)
+                record.reasoning_tokens = sampler.reasoning_tokens
                 if guesses and guesser is not None:
                     context.rewind(len(context) - len(guesses) + len(tokens) - 1)
                     guesser.note(tokens, len(guesses))

@@ -51,16 +51,16 @@ class Backend:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length)
         generator = self._og.Generator(self._model, params)
-        # The generator keeps pointers to these arrays, and reads them in every pass.
+        # The generator keeps pointers to these arrays, and reads them in every pass.  The context keeps the arrays.
         generator.set_model_input("avg_bits", budget)
         scored = np.zeros(1, np.int64)
         generator.set_model_input("scored", scored)
-        return _Context(generator, scored)
+        return _Context(generator, scored, budget)
 
 
 class _Context:
-    def __init__(self, generator: Any, scored: NDArray[np.int64]) -> None:
-        self._generator, self._scored = generator, scored
+    def __init__(self, generator: Any, scored: NDArray[np.int64], budget: NDArray[np.float32]) -> None:
+        self._generator, self._scored, self._budget = generator, scored, budget
 
     def append(self, tokens: NDArray[np.int32], rows: int = 1) -> None:
         # The graph always gives the last row, and more rows in an output of their own.

@@ -110,6 +110,8 @@ class GenerationStats:
     likelihoods: one for each of the tokens, where ``logprobs`` asked for them.
     guessed: tokens that were guessed and checked, see ``Engine.speculate``.
     kept_guesses: guesses that are part of the reply.
+    stop_text: the stop text that ended the reply; None where something else did.
+    reasoning_tokens: tokens of the model's reasoning.
     """
 
     prompt_tokens: int
@@ -123,6 +125,8 @@ class GenerationStats:
     likelihoods: tuple[Likelihood, ...] = ()
     guessed: int = 0
     kept_guesses: int = 0
+    stop_text: str | None = None
+    reasoning_tokens: int = 0
 
     @property
     def avg_bits_used(self) -> float:
@@ -166,6 +170,8 @@ class Record:
     likelihoods: one for each of the tokens, where they were asked for.
     guessed: tokens that were guessed and checked.
     kept_guesses: guesses that are part of the reply.
+    stop_text: the stop text that ended the reply.
+    reasoning_tokens: tokens of the model's reasoning.
     """
 
     prompt_tokens: int
@@ -180,6 +186,8 @@ class Record:
     likelihoods: list[Likelihood] = field(default_factory=list)
     guessed: int = 0
     kept_guesses: int = 0
+    stop_text: str | None = None
+    reasoning_tokens: int = 0
 
     def freeze(self) -> GenerationStats:
         """The figures at this moment."""
@@ -196,6 +204,8 @@ class Record:
             tuple(self.likelihoods),
             self.guessed,
             self.kept_guesses,
+            self.stop_text,
+            self.reasoning_tokens,
         )
 
 
@@ -287,9 +297,9 @@ def _pieces(source: StepSource, record: Record, stop: Sequence[str], tell: Token
                 if step.likelihood is not None:
                     record.likelihoods.append(step.likelihood)
             held += step.text
-            cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
-            if cut >= 0:
-                record.finish_reason = "stop"
+            cut, text = min(((at, text) for text in stop if (at := held.find(text)) >= 0), default=(-1, None))
+            if text is not None:
+                record.finish_reason, record.stop_text = "stop", text
                 held = held[:cut]
                 break
             if step.ends:

@@ -14,6 +14,7 @@ from mbq_runtime.errors import BundleError
 
 from .generation import Likelihood, Sampling
 from .grammar import Matcher
+from .reasoning import Reasoning
 
 
 def check_finite(logits: NDArray[np.float32], where: object) -> None:
@@ -41,6 +42,7 @@ class Sampler:
     prompt: int [n], ids that a repetition penalty counts.
     matcher: holds the reply to a grammar.
     where: the bundle, for messages.
+    reasoning: follows the reply through its reasoning; None where there is none.
 
     >>> Sampler(None).choose(np.array([0.1, 2.0, 0.3], np.float32))
     1
@@ -52,8 +54,9 @@ class Sampler:
         prompt: Sequence[int] | NDArray[np.int32] = (),
         matcher: Matcher | None = None,
         where: object = "the bundle",
+        reasoning: Reasoning | None = None,
     ) -> None:
-        self._where, self._matcher = where, matcher
+        self._where, self._matcher, self._reasoning = where, matcher, reasoning
         self._sampling = s = sampling or Sampling()
         self._random = np.random.default_rng(s.seed)
         self._bias = np.array([*s.logit_bias], np.int64), np.array([*s.logit_bias.values()], np.float32)
@@ -76,18 +79,11 @@ class Sampler:
             GrammarError: the grammar cannot be followed.
         """
         check_finite(logits, self._where)
-        scores = self.scores(logits)
-        if self._matcher is not None:
-            scores = np.where(self._matcher.allowed(), scores, np.float32(-np.inf))
-        if self._sampling.is_greedy:
-            token = int(scores.argmax())
-        else:
-            # The shortest of the times exp(1) / weight: token i wins in weight_i of all cases.  The noise belongs to
-            # the token and its place, so that two samplers in one state agree where their logits are alike.
-            noise = self._random.standard_exponential(len(scores), np.float32)
-            tokens, weights = candidates(scores, self._sampling)
-            token = int(tokens[(weights / np.maximum(noise[tokens], _LEAST_NOISE)).argmax()])
-        if self._matcher is not None:
+        token = None if self._reasoning is None else self._reasoning.forced
+        if token is None:
+            token = self._draw(self._permitted(self.scores(logits)))
+        reasons = self._reasoning is not None and self._reasoning.accept(token)
+        if self._matcher is not None and not reasons:
             self._matcher.accept(token)
         if self._repeats:
             self._seen.add(token)
@@ -95,10 +91,34 @@ class Sampler:
             self._said[token] += 1
         return token
 
+    def _permitted(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The scores, -inf for what the grammar does not permit."""
+        if self._matcher is None or (self._reasoning is not None and self._reasoning.inside):
+            return scores
+        allowed = self._matcher.allowed()
+        if self._reasoning is not None and self._reasoning.may_open is not None:
+            allowed[self._reasoning.may_open] = True
+        return np.where(allowed, scores, np.float32(-np.inf))
+
+    def _draw(self, scores: NDArray[np.float32]) -> int:
+        if self._sampling.is_greedy:
+            return int(scores.argmax())
+        # The shortest of the times exp(1) / weight: token i wins in weight_i of all cases.  The noise belongs to
+        # the token and its place, so that two samplers in one state agree where their logits are alike.
+        noise = self._random.standard_exponential(len(scores), np.float32)
+        tokens, weights = candidates(scores, self._sampling)
+        return int(tokens[(weights / np.maximum(noise[tokens], _LEAST_NOISE)).argmax()])
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of reasoning so far, its end included."""
+        return 0 if self._reasoning is None else self._reasoning.tokens
+
     def fork(self) -> Sampler:
         """A sampler in the same state, which will draw the same.  Neither changes the other."""
         twin = copy.copy(self)
         twin._random = copy.deepcopy(self._random)
+        twin._reasoning = copy.copy(self._reasoning)
         twin._matcher = None if self._matcher is None else self._matcher.fork()
         twin._seen, twin._said = set(self._seen), Counter(self._said)
         return twin

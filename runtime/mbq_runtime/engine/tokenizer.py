@@ -110,6 +110,15 @@ class Tokenizer:
         """
         return self.template.render(messages, options)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that stands for a text; None where no single one does.
+
+        Args:
+            text: its whole text, special or not.
+        """
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
     def special_id(self, text: str) -> int | None:
         """The id of a special token; None where the text is none.
 

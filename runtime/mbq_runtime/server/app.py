@@ -1,12 +1,15 @@
-"""The routes of the server: OpenAI's API, health, metrics and the monitor page."""
+"""The routes of the server: the APIs of OpenAI and Anthropic, health, metrics and the monitor page."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +23,18 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.errors import MbqError
 
+from . import messages, responses
 from .auth import Auth, PlainPaths, cors
+from .completions import ChatShape, CompletionShape
 from .connections import Uploads
+from .divide import Divider
 from .errors import ApiError
 from .metrics import CONTENT_TYPE, Metrics
 from .monitor_feed import FeedSampler, MonitorFeed
-from .replies import ChatShape, CompletionShape, Reply, Shape, send_events, while_connected
-from .requests import Body, ChatBody, CompletionBody, order, parse
+from .replies import Reply, Shape, send_events, while_connected
+from .requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, order, parse
 from .tools import FORMATS, ToolFormat, find_format, with_calls
 from .worker import Worker
 
@@ -64,6 +71,7 @@ class Server:
         host: address on which the server listens.
         api_key: key that clients must send; None: no key.
         origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
+        any_model: whether requests may name any model.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class Server:
         host: str = "127.0.0.1",
         api_key: str | None = None,
         origins: Sequence[str] = (),
+        any_model: bool = False,
     ) -> None:
         self.model = engine.manifest.model.name
         self.worker = Worker(engine, bounded, governor, queue_limit, cache_bytes)
@@ -86,7 +95,7 @@ class Server:
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
         self._uploads = Uploads(_FAIR_UPLOAD_S)
-        self._watchers = 0
+        self._watchers, self._any_model = 0, any_model
         self._started_s = int(time.time())
         routes = [
             Route("/", self._page),
@@ -97,6 +106,12 @@ class Server:
             Route("/v1/models/{name:path}", self._one_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
+            Route("/v1/messages", self._message, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
         ]
         self.metrics = Metrics(bounded, governor, self.worker, [route.path for route in routes])
         self.worker.on_result = self.metrics.reply
@@ -169,29 +184,87 @@ class Server:
         return JSONResponse(self._card())
 
     async def _chat(self, request: Request) -> Any:
-        if not self._engine.has_chat_template:
-            raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
-        return await self._reply(request, ChatBody, ChatShape)
+        body = parse(ChatBody, await self._read(request))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        shape = partial(ChatShape, self._named(body), self._engine.spell, self._engine.reasoning_marks)
+        return self._reply(body, lambda form: shape(form, with_usage=with_usage))
 
     async def _completion(self, request: Request) -> Any:
-        return await self._reply(request, CompletionBody, CompletionShape)
+        body = parse(CompletionBody, await self._read(request))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        shape = CompletionShape(self._named(body), self._engine.spell, with_usage=with_usage)
+        return self._reply(body, lambda form: shape)
 
-    async def _reply(self, request: Request, kind: type[Body], shape: type[Shape]) -> Reply:
-        body = parse(kind, await self._read(request))
+    async def _respond(self, request: Request) -> Any:
+        data = _object(await self._read(request))
+        body = parse(ChatBody, json.dumps(responses.as_chat(data)).encode())
+        return self._reply(body, lambda form: responses.ResponseShape(self._named(body), self._divider(form), data))
+
+    async def _message(self, request: Request) -> Any:
+        data = _object(await self._read(request))
+        body = parse(ChatBody, json.dumps(messages.as_chat(data)).encode())
+        if body.max_tokens is None:
+            raise ApiError(400, "max_tokens: field required", param="max_tokens", code="missing")
+        return self._reply(body, lambda form: messages.MessageShape(self._named(body), self._divider(form)))
+
+    async def _count(self, request: Request) -> Response:
+        chat = messages.as_chat(_object(await self._read(request)))
+        body = parse(ChatBody, json.dumps(chat).encode())
+        tokens = await self._tokens(body.engine_prompt(), template_kwargs=body.template_kwargs())
+        return JSONResponse({"input_tokens": len(tokens)})
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = parse(TokenizeBody, await self._read(request))
+        if body.messages is not None:
+            tokens = await self._tokens([message.for_template() for message in body.messages])
+        else:
+            text = body.content if body.content is not None else body.prompt or ""
+            tokens = await self._tokens(text, add_bos=body.add_special or bool(body.add_special_tokens))
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.context_length})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = parse(DetokenizeBody, await self._read(request))
+        try:
+            text = await asyncio.to_thread(self._engine.decode, body.tokens)
+        except MbqError as error:
+            raise ApiError(400, str(error), param="tokens", code="invalid_prompt") from None
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def _tokens(
+        self, prompt: str | list[dict[str, Any]], *, add_bos: bool = False, template_kwargs: Any = None
+    ) -> list[int]:
+        """The ids of a text or a conversation.  A template takes time, so a thread renders it."""
+        try:
+            if isinstance(prompt, list):
+                prompt = await asyncio.to_thread(self._engine.chat_prompt, prompt, template_kwargs)
+            return await asyncio.to_thread(self._engine.encode, prompt, add_bos=add_bos)
+        except MbqError as error:
+            raise ApiError(400, str(error).removeprefix(f"{self._engine.path}: "), code="invalid_prompt") from None
+
+    async def _embeddings(self, _: Request) -> Response:
+        message = f"{self.model} writes text and gives no embeddings; use a model that was made for them"
+        raise ApiError(400, message, code="unsupported")
+
+    def _reply(self, body: Body, shape: Callable[[ToolFormat | None], Shape]) -> Reply:
+        """Queue a request.  shape: makes its format, given how calls of tools are written."""
         self._check_model(body.model)
-        made = order(body, self._budget, self._engine.context_length)
-        about: dict[str, Any] = {}
-        if isinstance(body, ChatBody) and body.offered_tools():
-            about["tool_format"] = tool_format = self._tool_format()
-            made = with_calls(made, body, tool_format, self._engine.special_id)
-        job = self.worker.submit(made)
-        return Reply(
-            job,
-            shape(self.model, self._engine.spell, **about),
-            self.worker.cancel,
-            stream=bool(body.stream),
-            with_usage=body.stream_options is not None and body.stream_options.include_usage,
-        )
+        made, tool_format = order(body, self._budget, self._engine.context_length), None
+        if isinstance(body, ChatBody):
+            if not self._engine.has_chat_template:
+                raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
+            if (marks := self._engine.reasoning_marks) is not None:
+                made = replace(made, options={**made.options, "shown": list(marks)})
+            if body.offered_tools():
+                tool_format = self._tool_format()
+                made = with_calls(made, body, tool_format, self._engine.special_id)
+        return Reply(self.worker.submit(made), shape(tool_format), self.worker.cancel, stream=bool(body.stream))
+
+    def _divider(self, tool_format: ToolFormat | None) -> Divider:
+        return Divider(self._engine.reasoning_marks, tool_format)
+
+    def _named(self, body: Body) -> str:
+        """The model's name as the client knows it."""
+        return body.model or self.model
 
     def _tool_format(self) -> ToolFormat:
         """How the model writes calls of tools.  Raises ApiError where nobody knows."""
@@ -209,8 +282,8 @@ class Server:
         return {"id": self.model, "object": "model", "created": self._started_s, "owned_by": "local", **facts}
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model:
-            message = f"model {name[:80]!r} is unknown; this server has {self.model!r}"
+        if name is not None and name != self.model and not self._any_model:
+            message = f"model {name[:80]!r} is unknown; this server has {self.model!r} (--any-model accepts each name)"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _read(self, request: Request) -> bytes:
@@ -234,6 +307,17 @@ class Server:
         except ClientDisconnect:
             raise ApiError(400, "the request body was cut off") from None
         return bytes(data)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    """The body as a JSON object."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the request body: needed a JSON object", code="json_invalid")
+    return found
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -21,10 +21,11 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 class Auth:
     """ASGI middleware that refuses requests without access.
 
-    With a key, each path except the open ones needs ``Authorization: Bearer KEY``.  Without a key, each page in a
-    browser on this machine could reach the server.  Therefore requests from pages of other sites are refused.  When the
-    server listens only to this machine, requests with another host name are refused too, because a page can make such a
-    name point to this machine.
+    With a key, each path except the open ones needs ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``.
+
+    Without a key, each page in a browser on this machine could reach the server.  Therefore requests from pages of
+    other sites are refused.  When the server listens only to this machine, requests with another host name are refused
+    too, because a page can make such a name point to this machine.
 
     Args:
         app: the application behind it.
@@ -60,7 +61,8 @@ class Auth:
         if method == "OPTIONS" and origin is not None:  # allowed origins are answered before this
             raise _foreign(origin)
         if self._digest is not None:
-            if path not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+            given = headers.get("authorization", "") or f"Bearer {headers.get('x-api-key', '')}"
+            if path not in OPEN_PATHS and not self._has_key(given):
                 raise ApiError(
                     401, "wrong or missing API key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
                 )

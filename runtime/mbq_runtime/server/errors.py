@@ -1,4 +1,7 @@
-"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format of OpenAI's API, with the field that Anthropic's has besides.
+
+{"type": "error", "error": {"message", "type", "param", "code"}}
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object of the error."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"type": "error", "error": about}
 
     def response(self) -> JSONResponse:
         """The HTTP response of the error."""

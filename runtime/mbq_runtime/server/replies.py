@@ -1,20 +1,17 @@
-"""Replies in the format of OpenAI's API: one JSON object, or server-sent events."""
+"""Replies on their way to clients: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, ClassVar
-from uuid import uuid4
+from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError
-from .tools import Call, CallReader, ToolFormat
 from .worker import Job, Part, Result
 
 EVENT_STREAM = [
@@ -28,199 +25,45 @@ _COMMENT = b": the reply is on its way\n\n"
 _STALL_S = 30.0  # a client that reads nothing for this long is gone
 
 
-class Shape:
-    """The format of one reply of one endpoint.
+class Shape(Protocol):
+    """The format of one answer of one endpoint."""
+
+    def events(self, job: Job) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events, errors included.
+
+        Args:
+            job: whose parts are read.
+        """
+
+    def document(self, parts: Sequence[Part], result: Result) -> dict[str, Any]:
+        """The answer as one JSON object.
+
+        Args:
+            parts: all of them.
+            result: the figures.
+        """
+
+
+def joined(reply: int, parts: Sequence[Part]) -> Part:
+    """All parts of one reply.
 
     Args:
-        model: name of the model.
-        spell: returns the bytes of a token, by its id.
+        reply: its number.
+        parts: of all replies.
     """
-
-    PREFIX: ClassVar[str]
-    OBJECT: ClassVar[str]
-    CHUNK: ClassVar[str]
-
-    def __init__(self, model: str, spell: Callable[[int], bytes]) -> None:
-        self._spell = spell
-        self._same = {"id": f"{self.PREFIX}-{uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def first(self) -> dict[str, Any] | None:
-        """The choice of the first chunk of a stream; None: no such chunk."""
-        return None
-
-    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
-        """The choice of a chunk.
-
-        Args:
-            part: what the chunk has.
-            last: whether the reply ends with it.
-        """
-        raise NotImplementedError
-
-    def whole(self, part: Part) -> dict[str, Any]:
-        """The choice of a reply that is not streamed.
-
-        Args:
-            part: all of the reply.
-        """
-        raise NotImplementedError
-
-    def reason(self, reply: int, reason: str) -> str:
-        """Why a reply ended, in the words of the API; after its last part.
-
-        Args:
-            reply: its number.
-            reason: why the engine ended it.
-        """
-        return reason
-
-    def likelihoods(self, part: Part) -> dict[str, Any] | None:
-        """The field ``logprobs`` of a choice; None where nobody asked.
-
-        Args:
-            part: what the choice has.
-        """
-        raise NotImplementedError
-
-    def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The JSON object around choices.
-
-        Args:
-            kind: value of its field ``object``.
-            choices: the choices; missing fields get their default.
-            more: additional fields.
-        """
-        filled = [{"index": 0, "logprobs": None, "finish_reason": None, **choice} for choice in choices]
-        return {**self._same, "object": kind, "choices": filled, **more}
+    own = [part for part in parts if part.reply == reply]
+    return Part(reply, "".join(part.text for part in own), tuple(one for part in own for one in part.likelihoods))
 
 
-class ChatShape(Shape):
-    """The format of /v1/chat/completions."""
-
-    PREFIX, OBJECT, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str, spell: Callable[[int], bytes], tool_format: ToolFormat | None = None) -> None:
-        """See ``Shape``.
-
-        Args:
-            model: see ``Shape``.
-            spell: see ``Shape``.
-            tool_format: how the model writes calls of tools; None: a reply has none.
-        """
-        super().__init__(model, spell)
-        self._tool_format = tool_format
-        self._readers: dict[int, CallReader] = {}
-
-    def first(self) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
-        before = self._calls(part.reply)
-        text, calls = self._divided(part, last)
-        delta: dict[str, Any] = {"content": text} if text else {}
-        if calls:
-            delta["tool_calls"] = [call.as_json(before + at) for at, call in enumerate(calls)]
-        return {"delta": delta}
-
-    def whole(self, part: Part) -> dict[str, Any]:
-        text, calls = self._divided(part, last=True)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        if calls:
-            message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
-        return {"message": message}
-
-    def reason(self, reply: int, reason: str) -> str:
-        return "tool_calls" if self._calls(reply) and reason == "stop" else reason
-
-    def _calls(self, reply: int) -> int:
-        """Calls of a reply so far."""
-        return self._readers[reply].calls if reply in self._readers else 0
-
-    def _divided(self, part: Part, last: bool) -> tuple[str, list[Call]]:
-        """Text and calls that are complete."""
-        if self._tool_format is None:
-            return part.text, []
-        reader = self._readers.setdefault(part.reply, CallReader(self._tool_format))
-        found = [*reader.feed(part.text), *(reader.finish() if last else ())]
-        texts = [one for one in found if isinstance(one, str)]
-        return "".join(texts), [one for one in found if isinstance(one, Call)]
-
-    def likelihoods(self, part: Part) -> dict[str, Any] | None:
-        if not part.likelihoods:
-            return None
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            spelled = self._spell(token)
-            return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
-
-        content = [
-            {**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top]}
-            for one in part.likelihoods
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionShape(Shape):
-    """The format of /v1/completions."""
-
-    PREFIX, OBJECT, CHUNK = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, model: str, spell: Callable[[int], bytes]) -> None:
-        """See ``Shape``.
-
-        Args:
-            model: see ``Shape``.
-            spell: see ``Shape``.
-        """
-        super().__init__(model, spell)
-        self._offsets: dict[int, int] = {}  # characters of each reply whose tokens were reported
-
-    def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
-        return {"text": part.text}
-
-    whole = part
-
-    def likelihoods(self, part: Part) -> dict[str, Any] | None:
-        if not part.likelihoods:
-            return None
-        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for one in part.likelihoods:
-            text = self._spell(one.token).decode(errors="replace")
-            found["tokens"].append(text)
-            found["token_logprobs"].append(one.logprob)
-            # Bytes that are no character look the same: the likeliest of them stays.
-            likely = ((self._spell(token).decode(errors="replace"), value) for token, value in reversed(one.top))
-            found["top_logprobs"].append(dict(likely))
-            found["text_offset"].append(self._offsets.setdefault(part.reply, 0))
-            self._offsets[part.reply] += len(text)
-        return found
-
-
-def usage(result: Result) -> dict[str, Any]:
-    """OpenAI's counts, average bits per weight, speed, and energy in J (null without a power sensor).
-
-    Args:
-        result: figures of the reply.
-    """
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": result.completion_tokens,
-        "total_tokens": result.prompt_tokens + result.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
-        "avg_bits": round(result.avg_bits, 3),
-        "energy_j": None if result.energy_j is None else round(result.energy_j, 3),
-        "tokens_per_s": round(result.tokens_per_s, 2),
-        "ttft_s": round(result.ttft_s, 4),
-    }
-
-
-def event(payload: Any) -> bytes:
+def event(payload: Any, name: str | None = None) -> bytes:
     """One server-sent event.
 
     Args:
         payload: its data, as values for JSON.
+        name: of the event; None: it has none.
     """
-    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 class Reply:
@@ -231,12 +74,10 @@ class Reply:
         shape: the format of the endpoint.
         done: called with the job when the client has its reply or is gone.
         stream: whether the reply is sent as server-sent events.
-        with_usage: whether a stream ends with a chunk of the counts.
     """
 
-    def __init__(self, job: Job, shape: Shape, done: Callable[[Job], None], *, stream: bool, with_usage: bool) -> None:
-        self._job, self._shape, self._done = job, shape, done
-        self._stream, self._with_usage = stream, with_usage
+    def __init__(self, job: Job, shape: Shape, done: Callable[[Job], None], *, stream: bool) -> None:
+        self._job, self._shape, self._done, self._stream = job, shape, done, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply.
@@ -257,65 +98,14 @@ class Reply:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PROMPT_S):
                         await self._job.started()
-                await send_events(send, _with_comments(self._events()))
+                await send_events(send, _with_comments(self._shape.events(self._job)))
                 return
             await self._job.started()
             parts = [part async for part in self._job.parts()]
-            choices = []
-            for reply, reason in enumerate(self._job.result.finish_reasons):
-                part = _joined(reply, parts)
-                choice = self._shape.whole(part) | {"finish_reason": self._shape.reason(reply, reason)}
-                choices.append(choice | self._about(part))
-            envelope = self._shape.envelope(self._shape.OBJECT, choices, usage=usage(self._job.result))
-            response = JSONResponse(envelope)
+            response = JSONResponse(self._shape.document(parts, self._job.result))
         except ApiError as error:
             response = error.response()
         await response(scope, receive, send)
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        shape, begun = self._shape, set[int]()
-        for choice in self._opening(0, begun):
-            yield event(shape.envelope(shape.CHUNK, [choice]))
-        try:
-            async for part in self._job.parts():
-                for choice in self._opening(part.reply, begun):
-                    yield event(shape.envelope(shape.CHUNK, [choice]))
-                choice = shape.part(part)
-                if part.likelihoods or any(choice.get("delta", choice).values()):  # not what is held back
-                    yield event(shape.envelope(shape.CHUNK, [choice | self._about(part)]))
-        except ApiError as error:  # the status was already sent
-            yield event(error.body())
-            return
-        result = self._job.result
-        for reply, reason in enumerate(result.finish_reasons):
-            for choice in self._opening(reply, begun):
-                yield event(shape.envelope(shape.CHUNK, [choice]))
-            rest = shape.part(Part(reply, ""), last=True)
-            if rest.get("delta"):
-                yield event(shape.envelope(shape.CHUNK, [{**rest, "index": reply}]))
-                rest = {"delta": {}}
-            end = {"index": reply, "finish_reason": shape.reason(reply, reason)}
-            yield event(shape.envelope(shape.CHUNK, [rest | end]))
-        if self._with_usage:
-            yield event(shape.envelope(shape.CHUNK, [], usage=usage(result)))
-        yield b"data: [DONE]\n\n"
-
-    def _opening(self, reply: int, begun: set[int]) -> list[dict[str, Any]]:
-        """The choice before the first text of a reply; nothing for a reply that has begun."""
-        first = self._shape.first()
-        if first is None or reply in begun:
-            return []
-        begun.add(reply)
-        return [{**first, "index": reply}]
-
-    def _about(self, part: Part) -> dict[str, Any]:
-        return {"index": part.reply, "logprobs": self._shape.likelihoods(part)}
-
-
-def _joined(reply: int, parts: Sequence[Part]) -> Part:
-    """All parts of one reply."""
-    own = [part for part in parts if part.reply == reply]
-    return Part(reply, "".join(part.text for part in own), tuple(one for part in own for one in part.likelihoods))
 
 
 async def _with_comments(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

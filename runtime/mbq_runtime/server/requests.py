@@ -98,7 +98,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "function_call": (None, "none", "auto"),
     "thinking": (None,),
-    "enable_thinking": (None,),
+    "thinking_budget": (None,),
+    "thinking_token_budget": (None,),
+    "thinking_budget_tokens": (None,),
+    "reasoning_format": (None, "auto", "deepseek"),
     "verbosity": (None, "medium"),
     "skip_special_tokens": (None, True),
     "add_special_tokens": (None, True),
@@ -180,6 +183,8 @@ class Message(_Strict):
     name: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -199,6 +204,8 @@ class Message(_Strict):
         if self.role == "tool":
             given = {"name": self.name, "tool_call_id": self.tool_call_id}
             message |= {field: value for field, value in given.items() if value is not None}
+        if thoughts := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = thoughts
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
@@ -322,6 +329,10 @@ class Body(_Strict):
         """The highest number of tokens that the client asked for; None: no limit."""
         return self.max_tokens
 
+    def reasoning_limit(self) -> int | None:
+        """Most tokens of reasoning; None: no limit."""
+        return None
+
     def grammar(self) -> Grammar | None:
         """What the reply may say; None for any text."""
         if self.structured_outputs is not None:
@@ -336,13 +347,16 @@ class Body(_Strict):
 class ChatBody(Body):
     """The body of /v1/chat/completions.
 
-    chat_template_kwargs: variables of the chat template; reasoning_effort: the variable of that name.
+    chat_template_kwargs: variables of the chat template; reasoning_effort, enable_thinking: variables of these names.
+    reasoning_budget: most tokens of reasoning; -1: no limit.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: _Limit = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    reasoning_budget: Annotated[int, Field(ge=-1, lt=_INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -388,9 +402,13 @@ class ChatBody(Body):
         return [message.for_template() for message in self.messages]
 
     def template_kwargs(self) -> dict[str, Any]:
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        given = {name: value for name, value in named.items() if value is not None}
         tools = self.offered_tools()
-        return effort | ({"tools": tools} if tools else {}) | (self.chat_template_kwargs or {})
+        return given | ({"tools": tools} if tools else {}) | (self.chat_template_kwargs or {})
+
+    def reasoning_limit(self) -> int | None:
+        return None if self.reasoning_budget == -1 else self.reasoning_budget
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -414,6 +432,32 @@ class CompletionBody(Body):
         return self.logprobs
 
 
+class TokenizeBody(_Strict):
+    """The body of /tokenize: a text, or a conversation.
+
+    content, prompt: the text, under the names of two other servers.
+    add_special: put the model's opening token first.
+    """
+
+    content: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special: bool = False
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if sum(value is not None for value in (self.content, self.prompt, self.messages)) != 1:
+            raise ValueError("needed one of content, prompt, messages")
+        return self
+
+
+class DetokenizeBody(_Strict):
+    """The body of /detokenize: ids."""
+
+    tokens: list[Annotated[int, Field(ge=0, lt=_INT32)]]
+
+
 @dataclass(frozen=True)
 class Order:
     """A request in the terms of the engine.
@@ -435,7 +479,7 @@ class Order:
     ceiling_bits: float | None = None
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=_Strict)
 
 
 def parse(kind: type[B], data: bytes) -> B:
@@ -488,6 +532,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
         "logprobs": body.likelihoods(),
         "grammar": body.grammar(),
+        "reasoning_budget": body.reasoning_limit(),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling)

@@ -169,7 +169,8 @@ def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id:
     Raises:
         ApiError: the reply must be a call, and calls of this format cannot be demanded.
     """
-    options = {**made.options, "shown": [text for text in (tool_format.opens, tool_format.closes) if text]}
+    shown = [*made.options.get("shown", ()), *(text for text in (tool_format.opens, tool_format.closes) if text)]
+    options = {**made.options, "shown": shown}
     if body.must_call:
         several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ToolChoice)
         options["grammar"] = call_grammar(tool_format, body.callable_tools(), several=several, special_id=special_id)

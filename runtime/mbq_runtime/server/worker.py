@@ -17,6 +17,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from mbq_runtime.control.metered_reply import MeteredReply
+from mbq_runtime.engine.reasoning import is_begun
 from mbq_runtime.errors import GrammarError, MbqError, PromptTooLongError
 
 from .errors import ApiError
@@ -52,20 +53,24 @@ class Result:
 
     Args:
         finish_reasons: why each reply ended: "stop" or "length".
+        stop_texts: the stop text that ended each reply, or None.
         prompt_tokens: number of tokens of the prompt.
         completion_tokens: number of tokens of all replies.
         avg_bits: average bits per weight of its tokens.
         cached_tokens: tokens of the prompt that were kept from an earlier reply.
+        reasoning_tokens: tokens of all replies that are reasoning.
         tokens_per_s: decode speed.
         ttft_s: time to the first token, in s.
         energy_j: energy in J; None without a power sensor.
     """
 
     finish_reasons: tuple[str, ...]
+    stop_texts: tuple[str | None, ...]
     prompt_tokens: int
     completion_tokens: int
     avg_bits: float
     cached_tokens: int
+    reasoning_tokens: int
     tokens_per_s: float
     ttft_s: float
     energy_j: float | None
@@ -320,6 +325,9 @@ class Worker:
             if job.cancelled:
                 reply.stop()
         job.begin()
+        marks = self._engine.reasoning_marks if order.rendering.get("chat") else None
+        if marks is not None and is_begun(prompt, self._engine.spell, marks):
+            job.put(Part(index, marks.opens))  # the prompt has it, and those who divide the reply need it
         metered, told = MeteredReply(reply, self._governor), 0
         with reply:
             for piece in metered:
@@ -341,10 +349,12 @@ def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Resul
     speeds = [stats.tokens_per_s for stats in replies]
     return Result(
         tuple(stats.finish_reason or "length" for stats in replies),
+        tuple(stats.stop_text for stats in replies),
         first.prompt_tokens,
         sum(len(stats.tokens) for stats in replies),
         math.fsum(bits) / len(bits) if bits else 0.0,
         first.cached_tokens,
+        sum(stats.reasoning_tokens for stats in replies),
         math.fsum(speeds) / len(speeds),
         first.ttft_s,
         energy_j,

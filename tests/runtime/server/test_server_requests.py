@@ -235,7 +235,7 @@ def test_slashes_are_merged(running: Running, path: str) -> None:
     assert ask(running, path, b"", "GET")[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/v1/responses", "/api/tags", "/models", "/v1"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/rerank", "/api/tags", "/models", "/v1"])
 def test_a_path_that_is_not_served_lists_what_is(running: Running, path: str) -> None:
     status, found = ask(running, path, b"{}")
     assert (status, found["error"]["code"]) == (404, "not_found")

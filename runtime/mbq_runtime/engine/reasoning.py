@@ -1,0 +1,89 @@
+"""Reasoning: the part of a reply that a model writes for itself, before its answer.
+
+A new family needs a row of ``MARKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Marks(NamedTuple):
+    """The texts around reasoning."""
+
+    opens: str
+    closes: str
+
+
+MARKS = (Marks("<think>", "</think>"), Marks("[THINK]", "[/THINK]"))
+"""The first row whose closing text is in a chat template counts."""
+
+_TAIL = 16  # tokens at the end of a prompt in which an opening text lies
+
+
+def find_marks(template: str) -> Marks | None:
+    """How a model marks its reasoning; None where it has none.
+
+    Args:
+        template: text of its chat template.
+    """
+    return next((marks for marks in MARKS if marks.closes in template), None)
+
+
+def is_begun(prompt: Sequence[int], spell: Callable[[int], bytes], marks: Marks) -> bool:
+    """Whether a prompt ends with the opening text, so that the reply begins with reasoning.
+
+    Args:
+        prompt: ids.
+        spell: returns the bytes of a token.
+        marks: of the model.
+    """
+    tail = b"".join(spell(int(token)) for token in prompt[-_TAIL:])
+    return tail.rstrip().endswith(marks.opens.encode())
+
+
+class Reasoning:
+    """Follows one reply through its reasoning.  While it lasts, a grammar does not hold.
+
+    opens: the token that begins it, where the reply itself can begin it.
+    closes: the token that ends it.
+    begun: whether the prompt has begun it.
+    budget: most tokens of reasoning, after which it is ended; None for no limit.
+
+    ``inside`` is whether the next token belongs to it, ``tokens`` how many it has so far.
+    """
+
+    def __init__(self, opens: int | None, closes: int, *, begun: bool, budget: int | None) -> None:
+        self._opens, self._closes, self._budget = opens, closes, budget
+        self.inside = begun
+        self._first, self.tokens = not begun, 0
+
+    @property
+    def may_open(self) -> int | None:
+        """The token that would begin it now; None where nothing does."""
+        return self._opens if self._first else None
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next: the end of a reasoning that is as long as it may be."""
+        return self._closes if self.inside and self._budget is not None and self.tokens >= self._budget else None
+
+    def accept(self, token: int) -> bool:
+        """Add a token to the reply.
+
+        Args:
+            token: its id.
+
+        Returns:
+            Whether it belongs to the reasoning or its marks.
+        """
+        if self._first and token == self._opens:
+            self.inside, self._first = True, False
+            return True
+        self._first = False
+        if not self.inside:
+            return False
+        self.tokens += 1
+        self.inside = token != self._closes
+        return True
