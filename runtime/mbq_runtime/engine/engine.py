@@ -21,13 +21,13 @@ from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
 from .backend import choose_engine, load_backend
-from .generation import Generation, Record, Sampling, Step, TokenListener
+from .generation import Generation, Likelihood, Record, Sampling, Step, TokenListener
 from .grammar import Grammar, Grammars
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
 from .reasoning import Marks, Reasoning, find_marks, is_begun
-from .sampling import Sampler
+from .sampling import Sampler, likelihood
 from .score import mean_nll, scoring_chunk
 from .session_file import owner
 from .speculation import Guesser, Mode, PassCosts, check_mode, checked
@@ -539,6 +539,25 @@ class Engine:
         if not math.isfinite(nll):
             raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
         return Score(nll / (len(tokens) - 1), bits / len(tokens))
+
+    def likelihoods(self, tokens: Sequence[int], avg_bits: float, count: int = 0) -> list[Likelihood]:
+        """How likely each token of a text is, given those before it.  The engine's budget does not change.
+
+        Args:
+            tokens: 1 to ``context_length`` ids.
+            avg_bits: budget in average bits per weight.
+            count: how many of the likeliest tokens are told besides.
+
+        Returns:
+            One for each token.  That of the first, before which there is nothing, is NaN.
+        """
+        if not 1 <= len(tokens) <= self._context:
+            raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
+        found = [Likelihood(int(tokens[0]), math.nan, ())]
+        for start, logits, _ in self._passes(tokens, avg_bits):
+            following = tokens[start + 1 : start + 1 + len(logits)]
+            found += [likelihood(row, int(token), count) for row, token in zip(logits, following, strict=False)]
+        return found
 
     def score_against(
         self, tokens: Sequence[int], avg_bits: float, original: NDArray[np.float32]

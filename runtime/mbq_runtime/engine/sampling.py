@@ -154,14 +154,23 @@ class Sampler:
             token: its id.
         """
         count = self._sampling.logprobs
-        if count is None:
-            return None
-        peak = float(logits.max())
-        total = peak + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
-        count = min(count, len(logits))
-        top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
-        top = top[np.argsort(-logits[top], kind="stable")]
-        return Likelihood(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top))
+        return None if count is None else likelihood(logits, token, count)
+
+
+def likelihood(logits: NDArray[np.float32], token: int, count: int) -> Likelihood:
+    """How likely a token is.
+
+    Args:
+        logits: float32 [vocab].
+        token: its id.
+        count: how many of the likeliest tokens are told besides.
+    """
+    peak = float(logits.max())
+    total = peak + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+    count = min(count, len(logits))
+    top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
+    top = top[np.argsort(-logits[top], kind="stable")]
+    return Likelihood(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top))
 
 
 def candidates(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

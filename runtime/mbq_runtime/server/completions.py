@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar
@@ -248,10 +249,11 @@ class CompletionShape(_Choices):
         for one in part.likelihoods:
             text = self._spell(one.token).decode(errors="replace")
             found["tokens"].append(text)
-            found["token_logprobs"].append(one.logprob)
+            first = math.isnan(one.logprob)  # of the prompt: nothing is before it
+            found["token_logprobs"].append(None if first else one.logprob)
             # Bytes that are no character look the same: the likeliest of them stays.
             likely = ((self._spell(token).decode(errors="replace"), value) for token, value in reversed(one.top))
-            found["top_logprobs"].append(dict(likely))
+            found["top_logprobs"].append(None if first else dict(likely))
             found["text_offset"].append(self._offsets.setdefault(part.reply, 0))
             self._offsets[part.reply] += len(text)
         return found

@@ -35,7 +35,6 @@ MOST_SEEDS = _INT32
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
-    "echo": (None, False),
     "suffix": (None, ""),
     # Other servers' names for what changes a reply.
     "repeat_penalty": (None, 1),
@@ -418,11 +417,15 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    """The body of /v1/completions."""
+    """The body of /v1/completions.
+
+    echo: whether the reply begins with the prompt.
+    """
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the default of the API
 
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def engine_prompt(self) -> str | list[int]:
@@ -469,6 +472,7 @@ class Order:
         replies: number of replies to the prompt.
         floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
+        echo: whether the prompt comes before each reply.
     """
 
     prompt: str | list[int] | list[dict[str, Any]]
@@ -477,6 +481,7 @@ class Order:
     replies: int = 1
     floor_bits: float | None = None
     ceiling_bits: float | None = None
+    echo: bool = False
 
 
 B = TypeVar("B", bound=_Strict)
@@ -535,7 +540,8 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "reasoning_budget": body.reasoning_limit(),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
-    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling)
+    echo = isinstance(body, CompletionBody) and bool(body.echo)
+    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling, echo)
 
 
 def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:

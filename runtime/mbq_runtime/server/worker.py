@@ -325,6 +325,8 @@ class Worker:
             if job.cancelled:
                 reply.stop()
         job.begin()
+        if order.echo:
+            job.put(self._echo(job, index))
         marks = self._engine.reasoning_marks if order.rendering.get("chat") else None
         if marks is not None and is_begun(prompt, self._engine.spell, marks):
             job.put(Part(index, marks.opens))  # the prompt has it, and those who divide the reply need it
@@ -341,6 +343,13 @@ class Worker:
         if told < len(stats.likelihoods):  # tokens after the last text
             job.put(Part(index, "", stats.likelihoods[told:]))
         return metered, stats
+
+    def _echo(self, job: Job, index: int) -> Part:
+        """The prompt as a part of a reply."""
+        count = job.order.options["logprobs"]
+        likelihoods = [] if count is None else self._engine.likelihoods(job.prompt, self._bounded.avg_bits, count)
+        given = job.order.prompt
+        return Part(index, given if isinstance(given, str) else self._engine.decode(job.prompt), tuple(likelihoods))
 
 
 def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Result:

@@ -317,3 +317,22 @@ def test_text_travels_as_utf8(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HELLO, temperature=0)
     assert json.loads(raw.content)["choices"][0]["message"]["content"] == REPLY
     assert "ö".encode() in raw.content
+
+
+def test_a_prompt_that_is_echoed_has_its_likelihoods(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 2, "logprobs": 1, "echo": True}
+    found = client.completions.create(prompt="xABC", **ask).choices[0]
+    assert found.text == "xABCDE"
+    about = found.logprobs
+    assert about is not None
+    assert about.tokens == ["x", "A", "B", "C", "D", "E"]
+    assert about.text_offset == list(range(6))
+    assert about.token_logprobs is not None
+    assert about.top_logprobs is not None
+    assert (about.token_logprobs[0], about.top_logprobs[0]) == (None, None)
+    assert about.token_logprobs[1] < -5  # after x comes y
+    assert all(value > -0.1 for value in about.token_logprobs[2:])
+    parts = list(client.completions.create(prompt=[byte + 3 for byte in b"xABC"], stream=True, **ask))
+    assert "".join(part.choices[0].text for part in parts) == "xABCDE"
+    plain = client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=2, echo=True)
+    assert plain.choices[0].text == "xABC"

@@ -164,7 +164,6 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
         ("max_new_tokens", 5), ("stop_token_ids", [1]), ("do_sample", False), ("function_call", {"name": "f"}),
         ("dry_multiplier", 0.8), ("chat_template", "{{ 1 }}"), ("documents", [{"text": "a"}]), ("verbosity", "low"),
     )},
-    "echo": (COMPLETIONS, completion(echo=True), "echo", "not supported"),
 }  # fmt: skip
 
 
@@ -314,3 +313,25 @@ def test_wrong_paths_and_methods_are_refused_in_the_same_shape(
     found, body = ask(running, path, b"", method)
     assert found == status
     assert set(body["error"]) == {"message", "type", "param", "code"}
+
+
+def test_tokens_of_texts_and_conversations(running: Running) -> None:
+    for body in ({"content": "AB"}, {"prompt": "AB"}, {"content": "AB", "add_special": True}):
+        status, found = ask(running, "/tokenize", json.dumps(body).encode())
+        assert (status, found["tokens"], found["count"], found["max_model_len"]) == (200, [68, 69], 2, 96)
+    status, found = ask(running, "/tokenize", b'{"messages": [{"role": "user", "content": "hello"}]}')
+    assert (status, found["count"]) == (200, 24)
+    status, found = ask(running, "/detokenize", b'{"tokens": [68, 69, 2, 198, 185]}')
+    assert (status, found["content"]) == (200, "AB\N{LATIN SMALL LETTER O WITH DIAERESIS}")
+    for path, body, words in (
+        ("/tokenize", b"{}", "needed one of content, prompt, messages"),
+        ("/tokenize", b'{"content": "a", "prompt": "b"}', "needed one of"),
+        ("/detokenize", b'{"tokens": [999]}', "token id 999"),
+        ("/detokenize", b'{"tokens": ["a"]}', "tokens.0"),
+        ("/v1/responses", b"[]", "needed a JSON object"),
+        ("/v1/messages", b'{"messages": [{"role": "user", "content": "A"}]}', "max_tokens: field required"),
+    ):
+        status, found = ask(running, path, body)
+        assert status == 400, path
+        assert words in found["error"]["message"]
+        assert found["type"] == "error"

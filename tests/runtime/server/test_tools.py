@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import needs
 import openai
 import pytest
-from serving import serve
-from tiny_bundle import write_manifest
+from serving import Running
 
 from mbq_runtime import Engine
 from mbq_runtime.engine import Grammar
@@ -112,24 +110,11 @@ TIDE: dict[str, Any] = {
     },
 }
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
-TEMPLATE = (
-    "{% if tools %}{% for tool in tools %}{{ tool.function.name[0] }}{% endfor %}{% endif %}"
-    "{% for m in messages %}{{ m.role[0] + m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments.place or '' }}{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
-def client(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A server of the tiny bundle with a template of the family hermes."""
-    needs.module("llguidance")
-    folder = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("tools") / "bundle"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    write_manifest(folder)
-    with (
-        serve(Engine.load(folder, threads=1)) as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=30) as found,
-    ):
+def client(with_tools: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{with_tools.url}/v1", api_key="none", max_retries=0, timeout=30) as found:
         yield found
 
 
