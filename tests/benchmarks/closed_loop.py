@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from typing import Any
 
 import click
 from matplotlib.figure import Figure
+from measured_on import measured_on
 
 from mbq_runtime import Engine
 from mbq_runtime.control.events import Event
@@ -171,18 +171,6 @@ def draw(title: str, runs: list[Recording], end_s: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def environment(engine: Engine, threads: int | None) -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    model, target = engine.manifest.model.name, engine.manifest.target.name
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads or cores(), "load_average": os.getloadavg()[0],
-        "python": platform.python_version(), "kernel": platform.release(), "model": model, "target": target,
-    }  # fmt: skip
-
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the plots and result.json.")
@@ -197,7 +185,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     loaded.generate(PROMPT, max_tokens=32).text()
-    result: dict[str, Any] = {"environment": environment(loaded, threads), "limits": LIMITS}
+    of_bundle = {"model": loaded.manifest.model.name, "target": loaded.manifest.target.name}
+    result: dict[str, Any] = {"environment": measured_on(threads=threads or cores(), **of_bundle), "limits": LIMITS}
     click.echo(json.dumps(result["environment"]))
     policies = [replace(POLICIES["fixed"], ceiling_bits=8.0), POLICIES["auto"]]
     good = True

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measured_on import measured_on
 
 from mbq_runtime import Engine
 from mbq_runtime.control.controller import start, step
@@ -80,11 +80,9 @@ def main(bundle: Path, rounds: int, tokens: int, threads: int | None, json_path:
     low, high = interval(off, on)
     one_s = look_s(engine)
     result: dict[str, Any] = {
-        "environment": {
-            "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads or os.cpu_count(),
-            "load_average": os.getloadavg()[0], "python": platform.python_version(),
-            "model": engine.manifest.model.name, "target": engine.manifest.target.name,
-        },
+        "environment": measured_on(
+            threads=threads or os.cpu_count(), model=engine.manifest.model.name, target=engine.manifest.target.name
+        ),
         "ratio": ratio, "interval": [low, high], "look_cpu_s": one_s, "core_share": one_s / PERIOD_S,
         "off_tokens_per_s": off, "on_tokens_per_s": on,
     }  # fmt: skip

@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 import openai
+from measured_on import measured_on
 
 from mbq_runtime import Engine, Generation
-from mbq_runtime.bench import environment
-from mbq_runtime.sensing.sensors import Sensors
 
 REPLY = 32
 WORDS = ("tide", "boat", "harbour", "rope", "wind", "sail", "coast", "light", "storm", "gull", "net", "pilot", "bell")
@@ -144,7 +143,7 @@ def main() -> None:
     parser.add_argument("--cache-mb", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    print(json.dumps(environment(Sensors().read)))
+    print(json.dumps(measured_on()))
     engine = Engine.load(options.bundle, engine=options.engine, threads=options.threads)
     print(f"{engine.name}, {options.bits:g} bits, {options.threads} threads; times are to the first token")
     same = one_conversation(engine, options)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from measured_on import measured_on
 from onnx import helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -157,17 +157,6 @@ def feed(session: ort.InferenceSession, avg_bits: float) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def environment(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": os.getloadavg()[0],
-        "onnxruntime": ort.__version__, "python": platform.python_version(), "target": resolve("host").name,
-    }  # fmt: skip
-
-
 @click.command()
 @click.option("--slices", default="2,2,2,2")
 @click.option("--threads", default=2)
@@ -204,7 +193,7 @@ def main(slices: str, threads: int, rounds: int, json_file: Path | None) -> None
                 start = time.perf_counter()
                 session.run(["logits"], values)
                 times[name].append((time.perf_counter() - start) * 1e3)
-    facts = environment(threads)
+    facts = measured_on(threads=threads, target=resolve("host").name)
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     slowest = statistics.median(times["MatMul float32"])
     print(f"{'linears':20} {'ms/token':>9} {'quartiles':>15} {'tokens/s':>9} {'x float32':>9}")

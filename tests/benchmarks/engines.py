@@ -13,10 +13,10 @@ import json
 import statistics
 from pathlib import Path
 
+from measured_on import measured_on
+
 from mbq_runtime import Engine
-from mbq_runtime.bench import environment
 from mbq_runtime.bundle.manifest import read
-from mbq_runtime.sensing.sensors import Sensors
 
 PROMPT_TOKENS = 16
 
@@ -38,7 +38,7 @@ def main() -> None:
             passes = engines[name].time_passes([PROMPT_TOKENS, *[1] * options.tokens], bits).seconds[1:]
             if round_:  # the first warms up
                 found.append(options.tokens / sum(passes))
-    print(json.dumps(environment(Sensors().read)))
+    print(json.dumps(measured_on()))
     print(f"{options.threads or 'all'} threads, {options.rounds} rounds of {options.tokens} tokens, in turns")
     print("| bits | engine | tokens/s, median (quartiles) | over ONNX |")
     print("| ---: | --- | ---: | ---: |")

@@ -44,10 +44,9 @@ def main() -> None:
     if options.once is not None:
         once(options.bundle, options.engine, options.once)
         return
-    from mbq_runtime.bench import environment
-    from mbq_runtime.sensing.sensors import Sensors
+    from measured_on import measured_on
 
-    print(json.dumps(environment(Sensors().read)))
+    print(json.dumps(measured_on()))
     print(f"{options.bundle.name} on {options.engine}, median of {options.runs} processes each")
     print("| bits | first token s | peak resident MB |")
     print("| ---: | ---: | ---: |")

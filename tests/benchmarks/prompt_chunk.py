@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
 
+from measured_on import measured_on
+
 from mbq_runtime import Engine
-from mbq_runtime.bench import environment
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.genai_config import PROMPT_CHUNK
-from mbq_runtime.sensing.sensors import Sensors
 
 SHAPE = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -94,7 +94,7 @@ def measure(bundle: Path, chunks: list[int], options: argparse.Namespace) -> Non
             taken = sum(engine.time_passes([options.prompt], engine.manifest.budget.default_bits).seconds)
             if round_:  # the first warms up
                 seconds[chunk].append(taken)
-    print(json.dumps(environment(Sensors().read)))
+    print(json.dumps(measured_on()))
     print(f"{options.prompt} tokens, vocabulary {engine.manifest.model.vocab_size}, {engine.threads} threads")
     for chunk, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)

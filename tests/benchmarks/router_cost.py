@@ -15,9 +15,9 @@ import random
 import statistics
 from pathlib import Path
 
+from measured_on import measured_on
+
 from mbq_runtime import Engine
-from mbq_runtime.bench import environment
-from mbq_runtime.sensing.sensors import Sensors
 
 PROMPT_TOKENS = 16
 BELOW_BITS = 1e-3
@@ -49,7 +49,7 @@ def main() -> None:
 
     chance, rounds = random.Random(0), list(range(options.rounds))
     resampled = sorted(share(chance.choices(rounds, k=len(rounds))) for _ in range(2000))
-    print(json.dumps(environment(Sensors().read)))
+    print(json.dumps(measured_on()))
     for name, bits in budgets.items():
         print(f"{name:8} {bits:6.3f} bits  {statistics.median(step_us[name]):8.1f} us a token")
     low, high = resampled[50], resampled[-51]

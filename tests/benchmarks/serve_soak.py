@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -29,6 +27,7 @@ from typing import Any
 
 import click
 import openai
+from measured_on import measured_on
 
 PROMPTS = 60
 MAX_TOKENS = 12
@@ -148,7 +147,7 @@ def main(bundle: Path, seconds: float, clients: int, queue: int, bits: float, js
         after = gauges(address)
     memory, descriptors = (list(column) for column in zip(*soak.memory, strict=True))
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "environment": measured_on(),
         "bundle": bundle.name,
         "clients": clients,
         "queue": queue,

@@ -8,14 +8,13 @@ Prints the machine, the median times, and the ratio within a round.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from unittest.mock import patch
 
 import click
 import torch
+from measured_on import measured_on
 
 from mbq_export.format.codes import F32
 from mbq_export.slicing import columns, nested
@@ -44,12 +43,8 @@ def main(shape: str, slices: str, rounds: int, sweeps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2 * k, k, generator=generator) @ torch.randn(k, k, generator=generator)
     weight, hessian = torch.randn(n, k, generator=generator).numpy(), (inputs.T @ inputs).double() / len(inputs)
-    environment = {
-        "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0], "python": platform.python_version(), "torch": torch.__version__,
-        "shape": shape, "slices": slices, "sweeps": sweeps,
-    }  # fmt: skip
-    click.echo(json.dumps(environment))
+    of_run = {"torch": torch.__version__, "shape": shape, "slices": slices, "sweeps": sweeps}
+    click.echo(json.dumps(measured_on(threads=torch.get_num_threads(), **of_run)))
     profile = SliceProfile.parse(slices)
     seconds(weight, hessian, profile, 0, compiled=True)  # compiled now, if not before
     found: dict[bool, list[float]] = {True: [], False: []}

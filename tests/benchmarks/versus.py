@@ -14,8 +14,6 @@ llama-cpp-python, built for this machine, and onnx-ir (for onnxruntime-genai's b
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measured_on import measured_on
 from versus_models import CHECKPOINTS, OURS, Side, default_work_folder, library_versions, sides
 from versus_worker import PROBE_BYTES
 
@@ -107,16 +106,6 @@ class Line:
     def speed(self, test: str) -> float:
         """Tokens/s, median."""
         return TESTS[test] / statistics.median(self.seconds[test])
-
-
-def environment(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": round(os.getloadavg()[0], 2),
-        "target": resolve("host").name, "python": platform.python_version(), **library_versions(),
-    }  # fmt: skip
 
 
 def start(found: Sequence[Side], threads: int, clock: str, stack: ExitStack) -> list[Line]:
@@ -218,7 +207,7 @@ def main(
         raise click.UsageError("--clock cpu counts the time of one thread: use --threads 1")
     budgets, wanted = tuple(map(float, bits.split(","))), tests.split(",")
     found = [side for side in sides(work, model, slices, budgets) if re.search(only, side.name)]
-    facts = environment(threads) | {"clock": clock}
+    facts = measured_on(threads=threads, clock=clock, target=resolve("host").name, **library_versions())
     with ExitStack() as stack:
         probe = stack.enter_context(worker(Side("probe", "probe", work), threads, 0, clock))
         lines = start(found, threads, clock, stack)

@@ -66,6 +66,9 @@ def test_a_result_says_where_it_comes_from(path: Path) -> None:
     for owner in (found, *found["rows"]):
         for key in ("commit", "published_in"):
             assert owner.get(key) is None or re.fullmatch("[0-9a-f]{7,40}", owner[key]), (key, owner)
+    for row in found["rows"]:
+        known = [owner.get(key) for owner in (row, found) for key in ("commit", "published_in")]
+        assert any(known), f"nobody can tell which code gave {row}: it needs the commit that was measured"
 
 
 def test_every_table_is_on_a_page() -> None:
