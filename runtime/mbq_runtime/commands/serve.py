@@ -44,6 +44,12 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
     help="Memory for the contexts of earlier conversations, in MB; 0 for none.",
 )
 @speculate_option
+@click.option(
+    "--sleep-idle-seconds",
+    type=click.FloatRange(0, min_open=True),
+    metavar="S",
+    help="Free the model's memory after S seconds without a request.  [default: never]",
+)
 @steering_options
 @engine_option
 @trust_option
@@ -59,6 +65,7 @@ def command(
     context: int | None,
     cache_mb: int,
     speculate: str,
+    sleep_idle_seconds: float | None,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -101,7 +108,7 @@ def command(
             loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
             queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key, origins=allow_origin,
-            any_model=any_model,
+            any_model=any_model, sleep_s=sleep_idle_seconds,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
-from .backend import choose_engine, load_backend
+from .backend import Backend, choose_engine, load_backend
 from .generation import Generation, Likelihood, Record, Sampling, Step, TokenListener
 from .grammar import Grammar, Grammars
 from .imports import engine_errors
@@ -33,7 +34,7 @@ from .session_file import owner
 from .speculation import Guesser, Mode, PassCosts, check_mode, checked
 from .template import Message
 from .threads import cores
-from .tokenizer import TextStream
+from .tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Engine:
         self.path, self.manifest, self.name = path, manifest, name
         settings = read_settings(path, manifest)
         self._threads = self._most_threads = threads or cores()
-        self._backend = load_backend(name, path, manifest, self._threads)
+        self._loaded: Backend | None = load_backend(name, path, manifest, self._threads)
         self._context = manifest.model.context_length
         if context is not None:
             if not 2 <= context <= self._context:
@@ -156,6 +157,36 @@ class Engine:
         if avg_bits is not None:
             loaded.avg_bits = avg_bits
         return loaded
+
+    @property
+    def _backend(self) -> Backend:
+        """The model.  A sleeping one is loaded."""
+        if self._loaded is None:
+            self._loaded = load_backend(self.name, self.path, self.manifest, self._most_threads)
+            self._loaded.use_threads(self._threads)
+        return self._loaded
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._backend.tokenizer
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the model is not in memory."""
+        return self._loaded is None
+
+    def sleep(self) -> None:
+        """Free the memory of the model.  The next reply loads it again.  Sessions from before are refused then.
+
+        Texts are still encoded and rendered, without the model.
+
+        Raises:
+            UsageError: a reply is running.
+        """
+        with self._alone():
+            _ = self._tokenizer  # stays
+            self._loaded = None
+        gc.collect()
 
     @property
     def avg_bits(self) -> float:
@@ -230,7 +261,7 @@ class Engine:
         """
         if not 1 <= count <= self._most_threads:
             raise UsageError(f"threads {count}: needed 1 to {self._most_threads}, with which the engine was loaded")
-        if self._backend.use_threads(count):
+        if self._loaded is None or self._loaded.use_threads(count):
             self._threads = count
 
     @property
@@ -241,7 +272,7 @@ class Engine:
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle can render a conversation."""
-        return self._backend.tokenizer.has_chat_template
+        return self._tokenizer.has_chat_template
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """The token ids of a text.
@@ -256,7 +287,7 @@ class Engine:
         >>> Engine.load("my-bundle").encode("AB")
         [68, 69]
         """
-        ids = self._backend.tokenizer.encode(text)
+        ids = self._tokenizer.encode(text)
         return [*self.opening_tokens, *ids] if add_bos else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -270,13 +301,13 @@ class Engine:
         """
         if tokens:
             self._checked(tokens)
-        stream = self._backend.tokenizer.stream()
+        stream = self._tokenizer.stream()
         return "".join([stream.add(token) for token in tokens]) + stream.rest()
 
     @property
     def opening_tokens(self) -> list[int]:
         """What the tokenizer puts before every text: [bos] or nothing."""
-        return self._backend.tokenizer.opening_tokens
+        return self._tokenizer.opening_tokens
 
     def chat_template(self, *, tools: bool = False) -> str:
         """The text of the chat template.
@@ -287,7 +318,7 @@ class Engine:
         Raises:
             BundleError: the bundle has no chat template.
         """
-        return self._backend.tokenizer.template.source(tools)
+        return self._tokenizer.template.source(tools)
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token; None where the text is none.
@@ -295,7 +326,7 @@ class Engine:
         Args:
             text: its whole text, such as "<|im_end|>".
         """
-        return self._backend.tokenizer.special_id(text)
+        return self._tokenizer.special_id(text)
 
     def spell(self, token: int) -> bytes:
         """The bytes of a token, which need not be whole characters.
@@ -306,7 +337,7 @@ class Engine:
         >>> Engine.load("my-bundle").spell(68)
         b'A'
         """
-        return self._backend.tokenizer.spell(token)
+        return self._tokenizer.spell(token)
 
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render a conversation by the bundle's chat template, ready for the reply.
@@ -319,7 +350,7 @@ class Engine:
             BundleError: the bundle has no chat template, or one that fails or takes too much time or memory.
             UsageError: the template refuses the conversation, or has no such variable.
         """
-        return self._backend.tokenizer.chat_prompt(messages, template_kwargs)
+        return self._tokenizer.chat_prompt(messages, template_kwargs)
 
     def generate(
         self,
@@ -391,7 +422,7 @@ class Engine:
         if avg_bits is not None:
             self.avg_bits = avg_bits
         sampler = Sampler(sampling, tokens, matcher, self.path, reasoning)
-        stream = self._backend.tokenizer.stream(shown)
+        stream = self._tokenizer.stream(shown)
         return Generation(
             lambda record: self._steps(tokens, max_tokens, record, session, sampler, stream),
             len(tokens), stops, self._tell,
@@ -404,7 +435,7 @@ class Engine:
 
     def _reasoning(self, prompt: NDArray[np.int32], budget: int | None) -> Reasoning | None:
         marks = self.reasoning_marks
-        closes = None if marks is None else self._backend.tokenizer.token_id(marks.closes)
+        closes = None if marks is None else self._tokenizer.token_id(marks.closes)
         if budget is not None and budget < 0:
             raise UsageError(f"reasoning_budget {budget}: needed 0 or above")
         if marks is None:
@@ -414,7 +445,7 @@ class Engine:
                 raise UsageError(f"reasoning_budget: {self.path} has no token for {marks.closes}; leave it out")
             return None
         begun = is_begun(prompt.tolist(), self.spell, marks)
-        return Reasoning(self._backend.tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
+        return Reasoning(self._tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
 
     @cached_property
     def _grammars(self) -> Grammars:

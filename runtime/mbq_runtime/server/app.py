@@ -72,6 +72,7 @@ class Server:
         api_key: key that clients must send; None: no key.
         origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
         any_model: whether requests may name any model.
+        sleep_s: seconds without a request after which the model's memory is freed; None: never.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Server:
         api_key: str | None = None,
         origins: Sequence[str] = (),
         any_model: bool = False,
+        sleep_s: float | None = None,
     ) -> None:
         self.model = engine.manifest.model.name
-        self.worker = Worker(engine, bounded, governor, queue_limit, cache_bytes)
+        self.worker = Worker(engine, bounded, governor, limit=queue_limit, cache_bytes=cache_bytes, sleep_s=sleep_s)
         self._engine, self._budget, self._feed = engine, budget, feed
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)

@@ -71,6 +71,12 @@ class KeptContexts:
         self._kept.append(best)
         return best.context
 
+    def clear(self) -> None:
+        """Drop all contexts."""
+        for kept in self._kept:
+            kept.context.clear()
+        self._kept.clear()
+
     def trim(self) -> None:
         """Drop contexts without tokens, then the ones used longest ago until the others are within the bytes.
 

@@ -123,6 +123,7 @@ class _Gauges(Collector):
             ("contexts_kept", "Conversations whose context is kept.", len(worker.contexts)),
             ("cache_bytes", "Bytes of the contexts that are kept.", worker.contexts.kept_bytes),
             ("cache_limit_bytes", "Bytes that kept contexts may have.", worker.contexts.most_bytes),
+            ("asleep", "1 while the model is not in memory.", worker.asleep),
             ("queue_limit", "Requests that can wait.", worker.limit),
         )
         for name, text, value in gauges:

@@ -176,12 +176,20 @@ class Worker:
         governor: gives the power.
         limit: number of requests that can wait while one runs.
         cache_bytes: bytes of the contexts that are kept after their reply; 0: none.
+        sleep_s: seconds without a request after which the model's memory is freed; None: never.
     """
 
     def __init__(
-        self, engine: Engine, bounded: BoundedEngine, governor: Governor, limit: int, cache_bytes: int = 0
+        self,
+        engine: Engine,
+        bounded: BoundedEngine,
+        governor: Governor,
+        *,
+        limit: int,
+        cache_bytes: int = 0,
+        sleep_s: float | None = None,
     ) -> None:
-        self._engine, self._bounded, self._governor = engine, bounded, governor
+        self._engine, self._bounded, self._governor, self._sleep_s = engine, bounded, governor, sleep_s
         self.limit = limit
         self.on_result: Callable[[Result], None] = lambda result: None
         self.contexts = KeptContexts(engine, cache_bytes)
@@ -208,6 +216,11 @@ class Worker:
     def waiting(self) -> int:
         """Number of requests that wait."""
         return len(self._waiting)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the model is not in memory."""
+        return self._engine.asleep
 
     @property
     def running(self) -> bool:
@@ -273,16 +286,23 @@ class Worker:
                 # An error of one request must not stop the next one.
                 log.exception("a reply failed")
                 job.end(ApiError(500, FAILED, code="engine_failed"))
+            job.session = job.reply = None  # the model's memory cannot be freed while a job has them
             self.contexts.trim()
 
     def _next(self) -> Job | None:
-        with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if self._closing:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+        while True:
+            with self._changed:
+                self._running = None
+                patience_s = None if self._engine.asleep else self._sleep_s
+                awake = self._changed.wait_for(lambda: self._waiting or self._closing, patience_s)
+                if self._closing:
+                    return None
+                if awake:
+                    self._running = self._waiting.popleft()
+                    return self._running
+            self.contexts.clear()
+            self._engine.sleep()
+            log.info("%s: asleep after %g s without a request", self._engine.path, self._sleep_s)
 
     def _answer(self, job: Job) -> Result:
         order, done = job.order, []
