@@ -190,6 +190,8 @@ def test_look_up_takes_the_longest_and_last_match() -> None:
     assert LookUp([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).guess(3) == [4, 9, 2]
     assert LookUp([1, 2, 3, 4, 9, 2, 3]).guess(9) == [4, 9, 2, 3]
     assert LookUp([1, 2, 3]).guess(3) == LookUp([]).guess(3) == []
+    matches = [LookUp([1, 2, 3, 4, 5, 9, *tail]).match() for tail in ((9, 5), (4, 5), (3, 4, 5), (1, 2, 3, 4, 5))]
+    assert matches == [0, 2, 3, 5]
     found = LookUp([7, 8, 5, 7, 8])
     found.add(6)
     for token in (7, 8):

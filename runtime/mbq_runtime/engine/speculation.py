@@ -32,7 +32,9 @@ Mode = Literal["off", "on", "auto"]
 MOST_GUESSES = 7
 """Guesses of a round.  The pass that checks them has one token more."""
 
-_NGRAMS = (3, 2)  # how many of the last tokens must have come before; more of them are looked up first
+_MATCHES = {5: 0.85, 3: 0.5, 2: 0.3}
+"""How many of the last tokens came before -> the share of guesses that is expected at first.  The longest counts."""
+
 _SIZES = (1, 2, 4, MOST_GUESSES + 1)  # passes that are timed
 _TIMES = 3
 _PRIOR = 8.0  # guesses for which the first estimate stands
@@ -80,8 +82,9 @@ class LookUp:
 
     tokens: the prompt.
 
-    >>> LookUp([1, 2, 3, 4, 5, 1, 2, 3]).guess(2)
-    [4, 5]
+    >>> found = LookUp([1, 2, 3, 4, 5, 1, 2, 3])
+    >>> found.match(), found.guess(2)
+    (3, [4, 5])
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
@@ -97,10 +100,14 @@ class LookUp:
             token: its id.
         """
         at = len(self._tokens)
-        for count in _NGRAMS:
+        for count in _MATCHES:
             if at >= count:
                 self._follows[tuple(self._tokens[at - count :])] = at
         self._tokens.append(token)
+
+    def match(self) -> int:
+        """How many of the last tokens have come before, a key of ``_MATCHES``; 0: too few."""
+        return next((count for count in _MATCHES if tuple(self._tokens[-count:]) in self._follows), 0)
 
     def guess(self, most: int) -> list[int]:
         """The next tokens; none where the last ones are new.
@@ -108,11 +115,8 @@ class LookUp:
         Args:
             most: most tokens.
         """
-        for count in _NGRAMS:
-            at = self._follows.get(tuple(self._tokens[-count:]))
-            if at is not None:
-                return self._tokens[at : at + most]
-        return []
+        at = self._follows.get(tuple(self._tokens[-self.match() :]), len(self._tokens))
+        return self._tokens[at : at + most]
 
 
 class Acceptance:
@@ -218,8 +222,8 @@ class Guesser:
     def __init__(self, prompt: Sequence[int], mode: Mode, costs: PassCosts, end_tokens: frozenset[int]) -> None:
         self._look_up, self._costs, self._end_tokens = LookUp(prompt), costs, end_tokens
         self._fewest = 1 if mode == "on" else 0
-        self._found, self._own = Acceptance(0.6), Acceptance(0.7)
-        self._last = self._found
+        self._found = {count: Acceptance(share) for count, share in _MATCHES.items()}
+        self._own = self._last = Acceptance(0.7)
 
     def guess(self, context: KeptContext, token: int, sampler: Sampler, most: int) -> list[int]:
         """Guess what follows a token.  The context is as before afterwards.
@@ -234,10 +238,11 @@ class Guesser:
         counts, bits = range(self._fewest, min(most, MOST_GUESSES) + 1), context.avg_bits
         if not len(counts):
             return []
-        found = self._look_up.guess(self._costs.best_count(self._found.share, 0.0, bits, counts))
-        if found:
-            self._last = self._found
-            return found
+        if match := self._look_up.match():
+            self._last = self._found[match]
+            found = self._look_up.guess(self._costs.best_count(self._last.share, 0.0, bits, counts))
+            if found:
+                return found
         low = self._costs.bits[0]
         if bits < low + _LEAST_BITS:
             return []
