@@ -12,7 +12,7 @@ from .divide import Divider
 from .errors import ApiError
 from .replies import event
 from .tools import Call
-from .translate import Fields, refuse, text_of
+from .translate import Fields, objects, refuse, text_of
 from .worker import Result
 
 _STOP = {"length": "max_tokens", "stop": "end_turn"}
@@ -32,15 +32,17 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = Fields(data, _NO_EFFECT)
     chat = {name: fields.take(name) for name in _SAME if name in data}
     chat["messages"] = [*_system(fields.take("system"))]
-    for at, message in enumerate(fields.take("messages") or []):
-        chat["messages"] += _message(message, f"messages.{at}")
+    for where, message in fields.objects("messages"):
+        chat["messages"] += _message(message, where)
     if stops := fields.take("stop_sequences"):
         chat["stop"] = stops
-    if tools := fields.take("tools"):
-        chat["tools"] = [_tool(tool, f"tools.{at}") for at, tool in enumerate(tools)]
-    chat |= _choice(fields.take("tool_choice")) | _thinking(fields.take("thinking"))
-    wanted = fields.take("output_format") or (fields.take("output_config") or {}).get("format")
+    if tools := fields.objects("tools"):
+        chat["tools"] = [_tool(tool, where) for where, tool in tools]
+    chat |= _choice(fields.take("tool_choice", dict)) | _thinking(fields.take("thinking", dict))
+    wanted = fields.take("output_format", dict) or (fields.take("output_config", dict) or {}).get("format")
     if wanted:
+        if not isinstance(wanted, dict):
+            raise refuse("output_config.format", "needed an object")
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema", {})}}
     fields.refuse_rest()
     return chat
@@ -51,25 +53,26 @@ def _system(system: Any) -> Iterator[dict[str, Any]]:
         yield {"role": "system", "content": text_of(system, "system", ("text",))}
 
 
-def _message(message: Any, where: str) -> Iterator[dict[str, Any]]:
+def _message(message: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """A message may become several: results of tools are messages of their own."""
-    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+    if message.get("role") not in ("user", "assistant", "system"):
         raise refuse(where, "needed a message of user or assistant")
     content, calls, texts, thoughts = message.get("content"), [], [], []
-    for at, block in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content or []):
-        kind = block.get("type") if isinstance(block, dict) else None
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for path, block in objects(blocks or [], f"{where}.content"):
+        kind = block.get("type")
         if kind == "text":
-            texts.append(block.get("text", ""))
+            texts.append(text_of(block.get("text", ""), path, ()))
         elif kind == "tool_use":
             call = {"name": block.get("name"), "arguments": json.dumps(block.get("input", {}), ensure_ascii=False)}
             calls.append({"id": block.get("id"), "type": "function", "function": call})
         elif kind == "tool_result":
-            result = text_of(block.get("content") or "", f"{where}.content.{at}", ("text",))
+            result = text_of(block.get("content") or "", path, ("text",))
             yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result}
         elif kind == "thinking":
-            thoughts.append(block.get("thinking", ""))
+            thoughts.append(text_of(block.get("thinking", ""), path, ()))
         elif kind != "redacted_thinking":
-            raise refuse(f"{where}.content.{at}", f"type {kind!r}: this server has text, tools and thinking")
+            raise refuse(path, f"type {kind!r}: this server has text, tools and thinking")
     if texts or calls or message["role"] != "user":
         found: dict[str, Any] = {"role": message["role"], "content": "\n".join(texts)}
         if calls:
@@ -79,8 +82,8 @@ def _message(message: Any, where: str) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _tool(tool: Any, where: str) -> dict[str, Any]:
-    if not isinstance(tool, dict) or tool.get("type", "custom") not in ("custom", None):
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type", "custom") not in ("custom", None):
         raise refuse(where, "this server runs no tools of its own; needed a tool with an input_schema")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
     if tool.get("description"):
@@ -91,7 +94,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
 def _choice(choice: Any) -> dict[str, Any]:
     if choice is None:
         return {}
-    kind = choice.get("type") if isinstance(choice, dict) else None
+    kind = choice.get("type")
     named = {"type": "function", "function": {"name": choice.get("name")}} if kind == "tool" else None
     wanted = {"auto": "auto", "any": "required", "none": "none", "tool": named}.get(str(kind))
     if wanted is None:

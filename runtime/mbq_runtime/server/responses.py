@@ -15,7 +15,7 @@ from .divide import Divider
 from .errors import ApiError
 from .replies import event
 from .tools import Call
-from .translate import Fields, refuse, text_of
+from .translate import Fields, objects, refuse, text_of
 from .worker import Result
 
 _SAME = (
@@ -41,25 +41,27 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = Fields(data, _NO_EFFECT)
     chat = {name: fields.take(name) for name in _SAME if name in data}
     chat["messages"] = []
-    if instructions := fields.take("instructions"):
+    if instructions := fields.take("instructions", str):
         chat["messages"].append({"role": "system", "content": instructions})
-    given = fields.take("input")
+    given = fields.take("input", str, list)
     chat["messages"] += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given or [])
     if (most := fields.take("max_output_tokens")) is not None:
         chat["max_tokens"] = most
-    if tools := fields.take("tools"):
-        chat["tools"] = [_tool(tool, f"tools.{at}") for at, tool in enumerate(tools)]
+    if tools := fields.objects("tools"):
+        chat["tools"] = [_tool(tool, where) for where, tool in tools]
     choice = fields.take("tool_choice")
     if isinstance(choice, dict):
         choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
     if choice is not None:
         chat["tool_choice"] = choice
-    wanted = (fields.take("text") or {}).get("format") or {}
+    wanted = (fields.take("text", dict) or {}).get("format") or {}
+    if not isinstance(wanted, dict):
+        raise refuse("text.format", "needed an object")
     if wanted.get("type") == "json_schema":
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema", {})}}
     elif wanted:
         chat["response_format"] = wanted
-    if effort := (fields.take("reasoning") or {}).get("effort"):
+    if effort := (fields.take("reasoning", dict) or {}).get("effort"):
         chat["reasoning_effort"] = effort
     if fields.take("truncation") not in (None, "disabled"):
         raise refuse("truncation", "this server cuts no prompts; leave it out")
@@ -69,11 +71,9 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _messages(items: Any) -> list[dict[str, Any]]:
     """Messages.  The calls that follow an assistant's message belong to it."""
-    if not isinstance(items, list):
-        raise refuse("input", "needed a text or a list")
     found: list[dict[str, Any]] = []
-    for at, item in enumerate(items):
-        where, kind = f"input.{at}", item.get("type", "message") if isinstance(item, dict) else None
+    for where, item in objects(items, "input"):
+        kind = item.get("type", "message")
         if kind == "message":
             found.append({"role": item.get("role"), "content": text_of(item.get("content"), where, _TEXT_PARTS)})
         elif kind == "function_call":
@@ -86,8 +86,8 @@ def _messages(items: Any) -> list[dict[str, Any]]:
             output = text_of(item.get("output"), where, _TEXT_PARTS)
             found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         elif kind == "reasoning":
-            thoughts = [part.get("text", "") for part in item.get("content") or []]
-            found.append({"role": "assistant", "content": "", "reasoning_content": "".join(thoughts)})
+            thought = text_of(item.get("content") or "", where, ("reasoning_text",))
+            found.append({"role": "assistant", "content": "", "reasoning_content": thought})
         else:
             raise refuse(where, f"type {kind!r}: this server has messages, reasoning and calls of functions")
     return _merged(found)
@@ -107,8 +107,8 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _tool(tool: Any, where: str) -> dict[str, Any]:
-    if not isinstance(tool, dict) or tool.get("type") != "function":
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type") != "function":
         raise refuse(where, "this server runs no tools of its own; needed a tool of type function")
     names = ("name", "description", "parameters")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}

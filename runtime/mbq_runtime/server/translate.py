@@ -18,6 +18,27 @@ def refuse(param: str, reason: str) -> ApiError:
     return ApiError(400, f"{param}: {reason}", param=param, code="unsupported")
 
 
+_NAMES: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+
+
+def objects(values: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its path.
+
+    Args:
+        values: the list.
+        where: its path.
+
+    Raises:
+        ApiError: it is no list of objects.
+    """
+    if not isinstance(values, list):
+        raise refuse(where, "needed a list")
+    for at, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise refuse(f"{where}.{at}", "needed an object")
+    return [(f"{where}.{at}", value) for at, value in enumerate(values)]
+
+
 class Fields:
     """The fields of a body.  Those that nobody takes, and that would change a reply, are refused.
 
@@ -28,13 +49,31 @@ class Fields:
     def __init__(self, data: Mapping[str, Any], no_effect: Sequence[str]) -> None:
         self._rest = {name: value for name, value in data.items() if name not in no_effect}
 
-    def take(self, name: str) -> Any:
-        """A field; None where it is missing.
+    def take(self, name: str, *kinds: type) -> Any:
+        """A field; None where it is missing or empty.
 
         Args:
             name: its name.
+            kinds: types that it may have; none for every type.
+
+        Raises:
+            ApiError: it has another type.
         """
-        return self._rest.pop(name, None)
+        value = self._rest.pop(name, None)
+        if value is not None and kinds and not isinstance(value, kinds):
+            raise refuse(name, f"needed {' or '.join(_NAMES[kind] for kind in kinds)}")
+        return value
+
+    def objects(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """The objects of a list, each with its path; none where the field is missing.
+
+        Args:
+            name: of the field.
+
+        Raises:
+            ApiError: it is no list of objects.
+        """
+        return objects(self.take(name, list) or [], name)
 
     def refuse_rest(self) -> None:
         """Refuse what is left.

@@ -335,3 +335,49 @@ def test_tokens_of_texts_and_conversations(running: Running) -> None:
         assert status == 400, path
         assert words in found["error"]["message"]
         assert found["type"] == "error"
+
+
+WRONG = (
+    None,
+    True,
+    7,
+    "x",
+    [],
+    [7],
+    ["x"],
+    [[]],
+    {},
+    {"type": 7},
+    [{}],
+    [{"type": "x"}],
+    {"x": []},
+    [{"role": "user"}],
+)
+FIELDS = {
+    "/v1/responses": (
+        "input", "instructions", "tools", "tool_choice", "text", "reasoning", "truncation", "max_output_tokens",
+        "metadata", "temperature",
+    ),
+    "/v1/messages": (
+        "messages", "system", "tools", "tool_choice", "thinking", "output_config", "output_format", "stop_sequences",
+        "max_tokens",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_fields_of_wrong_types_never_break_the_server(running: Running, path: str) -> None:
+    whole = {"input": "A"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "A"}]}
+    most = {"max_output_tokens": 1} if path == "/v1/responses" else {"max_tokens": 1}
+    refused = 0
+    for field in FIELDS[path]:
+        for value in WRONG:
+            status, found = ask(running, path, json.dumps({**whole, **most, field: value}).encode())
+            assert status in (200, 400), (field, value, found)
+            refused += status == 400
+    for item in WRONG:
+        name = "content" if path == "/v1/messages" else "output"
+        body = {**whole, **most, next(iter(whole)): [{"role": "user", "type": "function_call_output", name: item}]}
+        status, found = ask(running, path, json.dumps(body).encode())
+        assert status in (200, 400), (item, found)
+    assert refused > 60
