@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -184,12 +185,21 @@ class PassCosts:
         """Seconds of a pass.
 
         Args:
-            tokens: how many.
+            tokens: how many, 1 to ``MOST_GUESSES`` + 1.
             avg_bits: its budget.
         """
-        low, high = (float(np.interp(tokens, self.sizes, row)) for row in self.seconds)
+        low, high = self._by_tokens[tokens]
         share = (avg_bits - self.bits[0]) / (self.bits[1] - self.bits[0]) if self.bits[1] > self.bits[0] else 1.0
         return low + (high - low) * min(max(share, 0.0), 1.0)
+
+    @cached_property
+    def _by_tokens(self) -> list[tuple[float, float]]:
+        """Seconds at both budgets, by the number of tokens."""
+        counts = range(MOST_GUESSES + 2)
+        return [
+            (float(a), float(b))
+            for a, b in zip(*(np.interp(counts, self.sizes, row) for row in self.seconds), strict=True)
+        ]
 
     def best_count(self, acceptance: float, guess_s: float, avg_bits: float, counts: range) -> int:
         """How many guesses give the most tokens a second.
@@ -203,11 +213,13 @@ class PassCosts:
             counts: from which to choose; the lower of two equal ones is taken.
         """
 
-        def tokens_a_second(count: int) -> float:
-            tokens = sum(acceptance**power for power in range(count + 1))
-            return tokens / (count * guess_s + self.at(count + 1, avg_bits))
-
-        return max(counts, key=tokens_a_second)
+        best, highest, tokens = counts[0], 0.0, 0.0
+        for count in range(counts[-1] + 1):
+            tokens += acceptance**count
+            speed = tokens / (count * guess_s + self.at(count + 1, avg_bits))
+            if count in counts and speed > highest:
+                best, highest = count, speed
+        return best
 
 
 class Guesser:
