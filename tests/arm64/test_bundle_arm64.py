@@ -35,7 +35,7 @@ TARGETS = list(CORES)
 Array = NDArray[Any]
 
 PROMPT = "The history of the lighthouse begins"
-REPLY_TOKENS = 24
+REPLY_TOKENS = 12
 TIE = 1e-3  # logits this close may swap places
 
 TEXT = "A river delta forms where a stream meets still water."

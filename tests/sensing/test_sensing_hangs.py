@@ -13,7 +13,7 @@ from boards import Board
 from boards_arm import ORIN_NANO, PI_5
 from boards_pc import PHONE_UNDER_TERMUX, TERMUX, THINKPAD
 from machines import Machine, settled, until, waits
-from test_sensing_faults import check, concerned, healthy, measured
+from test_sensing_faults import batches, check, concerned, healthy, measured
 from trees import Clock, Commands, Mailbox, answer, build, hang, remove
 
 from mbq_runtime.sensing import Kind, Sensors, Signal, aggregate
@@ -28,20 +28,25 @@ def of(signals: list[Signal], path: str) -> list[Signal]:
 
 
 def test_hanging_from_the_start(machine: Machine) -> None:
-    """For each file that hangs: the call returns, other devices are read, and this one is read later."""
+    """Files of a few devices hang: the call returns, other devices are read, and these are read later."""
     before = healthy(machine)
-    for file in measured(machine.board, before):
-        machine.smash(file, hang)
+    for files in batches(machine.board, before, "hanging"):
+        for file in files:
+            machine.smash(file, hang)
         machine.start()
-        others_answer(machine, file)
+        others_answer(machine, *files)
         machine.go_on()
-        check(others_answer(machine, file), before, [file])
+        check(others_answer(machine, *files), before, files)
         machine.mend()
 
 
-def others_answer(machine: Machine, file: str) -> list[Signal]:
-    """The signals after all sensors answered that do not need the file."""
-    return machine.until(lambda signals: not any(waits(one) and not concerned(one.source, file) for one in signals))
+def others_answer(machine: Machine, *files: str) -> list[Signal]:
+    """The signals after all sensors answered that do not need the files."""
+
+    def hung(one: Signal) -> bool:
+        return any(concerned(one.source, file) for file in files)
+
+    return machine.until(lambda signals: not any(waits(one) and not hung(one) for one in signals))
 
 
 @pytest.mark.parametrize("board", [PI_5, ORIN_NANO, THINKPAD], ids=["pi-5", "orin-nano", "thinkpad"])
