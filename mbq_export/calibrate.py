@@ -128,7 +128,7 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
             f"needs one; start fewer, or give more --calib-tokens ({method.hessian_windows} windows are the most)"
         )
     head_input, head_scale = None, np.ones(d.hidden_size, np.float32)
-    if method.feedback and not d.family.post_norms:
+    if method.feedback and d.turns:
         head_input = rotate(checkpoint, calibration.seed)
     else:
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))

@@ -14,7 +14,7 @@ from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from .format.codes import Sliced
 from .format.router import RouterParams
-from .model.families import Decoder, Unit
+from .model.shape import Decoder, Unit
 
 if TYPE_CHECKING:
     from .model.recording import Recording

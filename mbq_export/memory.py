@@ -8,7 +8,7 @@ import sys
 from mbq_runtime.bundle.isa import this_machine
 
 from .methods import CONTEXT_TOKENS
-from .model.families import Decoder
+from .model.shape import Decoder
 
 KEPT_ACTIVATION_BYTES = 2 << 30
 """Most activations of a window that are kept for a backward pass.  Larger ones are computed again block by block."""

@@ -19,7 +19,7 @@ from .methods import (
     Phase,
     held_back_windows,
 )
-from .model.families import Decoder
+from .model.shape import Decoder
 
 SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 8}
 """Bytes per group, by layout: an 8-bit scale and an 8-bit zero, or a float32 step and a float32 centre."""
@@ -104,7 +104,7 @@ class Plan:
         """Size of the bundle, to a few percent."""
         d = self.decoder
         per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES[self.layout] / self.group_size
-        rotary = len({d.rotary_kind(layer) for layer in range(d.layers)}) * d.context_length * d.head_dim * 4
+        rotary = len(d.rotary_kinds) * d.context_length * d.head_dim * 4
         return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
 
     @property

@@ -18,8 +18,8 @@ from .data.windows import TextSource, open_source
 from .lines import one_line
 from .methods import METHODS, tunings
 from .model.boundary import reading
-from .model.families import Decoder
 from .model.loading import check_tokens, read_config
+from .model.shape import Decoder
 from .model.source import ModelSource, locate
 from .options import Options
 from .plan import Plan

@@ -20,9 +20,9 @@ from . import processes
 from .context import Calibration
 from .format.codes import Sliced
 from .model.blocks import Blocks, Hidden, autocast, replaced
-from .model.families import Unit
 from .model.routed_linear import RoutedUnit
 from .model.router_inputs import ModelDepths, RouterInputs
+from .model.shape import Unit
 from .tuning.teacher import TOKENS_AT_ONCE, Teacher
 
 
@@ -110,7 +110,7 @@ def measure(
             expected = original.log_probabilities(original.inputs(torch.tensor([j])))
             for i, case in enumerate(cases):
                 head.depths.use(case[d.head.name])
-                logits = head.layers[0](blocks.final(hidden[i][j]))
+                logits = checkpoint.capped(head.layers[0](blocks.final(hidden[i][j])))
                 count(i, [head])
                 found[j, i] = _of_window(logits, expected, tokens)
     progress(d.layers + 1, d.layers + 1)

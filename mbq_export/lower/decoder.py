@@ -10,9 +10,11 @@ that method to ``Builder`` and to the three builders.
 Lifecycle of one pass over a token::
 
     embed
-    for each layer:  norm -> linear -> attention -> linear [-> post_norm]
-                     norm -> linear -> gate      -> linear [-> post_norm]
+    for each layer:  norm or add -> linear -> attention -> linear [-> post_norm]
+                     norm or add -> linear -> gate      -> linear [-> post_norm]
     final_norm [-> head_input] -> logits
+
+A family without norms before its blocks adds where the others norm.
 
 The walk does not add a branch (the output of attention or MLP) to the residual stream.  It gives both to the next
 ``norm``, because engines add and norm in one kernel.  It also tells each step which linear layer reads the result
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -31,7 +33,8 @@ from numpy.typing import NDArray
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
-from ..model.families import Decoder
+from ..model.checkpoint import Checkpoint
+from ..model.shape import Decoder
 
 V = TypeVar("V")
 """How a builder refers to an activation: a name in a graph, a variable, a buffer."""
@@ -62,20 +65,37 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """The norms of q and of k.
+
+    q, k: the norms; whole_row: each is over all heads together, not over one; rotated_first: they come behind the
+    rotation, not before it.
+    """
+
+    q: Norm
+    k: Norm
+    whole_row: bool
+    rotated_first: bool
+
+
+@dataclass(frozen=True)
 class Attention:
     """What one layer's attention computes between its two linear layers.
 
     name: in a graph; layer: index of its cache, from 0; rotary: kind of its table of rotations, as
-    ``Checkpoint.rotary`` takes it; window: tokens that a token sees, itself included, None for all;
-    scale: multiplies q . k; head_norms: norms over each head of q and of k before the rotation, None for none.
+    ``Checkpoint.rotary`` takes it, None for no rotation; window: tokens that a token sees, itself included, None for
+    all; scale: multiplies q . k; head_norms: norms of q and of k, None for none; cap: soft cap of the scores, None for
+    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``.
     """
 
     name: str
     layer: int
-    rotary: str
+    rotary: str | None
     window: int | None
     scale: float
-    head_norms: tuple[Norm, Norm] | None
+    head_norms: HeadNorms | None
+    cap: float | None = None
+    grows: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,20 @@ class Builder(ABC, Generic[V]):
 
         Returns:
             The normed sum and the sum, each [tokens, hidden].
+        """
+
+    @abstractmethod
+    def add(self, residual: V, branch: V | None, name: str, feeds: RoutedLinear) -> tuple[V, V]:
+        """Add a branch to the residual stream, which the next linear layer reads without a norm.
+
+        Args:
+            residual: stream, [tokens, hidden].
+            branch: what the last attention or MLP adds to it, [tokens, hidden]; None before the first.
+            name: of the sum in a graph.
+            feeds: the linear layer that reads the sum.
+
+        Returns:
+            The sum as the layer reads it, and the sum as the stream, each [tokens, hidden].
         """
 
     @abstractmethod
@@ -207,7 +241,7 @@ class Builder(ABC, Generic[V]):
             routed_by: what the router reads: the stream behind the final norm, [tokens, hidden].
 
         Returns:
-            Logits, [tokens, vocab].
+            Logits, [tokens, vocab], with the soft cap of ``Decoder.logits_cap``.
         """
 
 
@@ -220,6 +254,27 @@ class Stream(Generic[V]):
 
     residual: V
     branch: V | None
+
+
+def in_halves(checkpoint: Checkpoint, calibrated: Calibrated) -> Calibrated:
+    """Put the rows of q and k in the order of an engine, which rotates a channel of a head with one half a head away.
+
+    Args:
+        checkpoint: the model.
+        calibrated: its slices and routers, with rows in the order of the checkpoint.
+
+    Returns:
+        The same object where a family is in this order.
+    """
+    if not checkpoint.decoder.family.interleaved:
+        return calibrated
+    units = dict(calibrated.units)
+    for layer in range(checkpoint.decoder.layers):
+        name = checkpoint.decoder.layer_units(layer)["attn_in"].name
+        linear, order = units[name], checkpoint.halves_order(layer)
+        bias = None if linear.bias is None else linear.bias[order]
+        units[name] = replace(linear, sliced=linear.sliced.rows(order), bias=bias)
+    return replace(calibrated, units=units)
 
 
 def first_depths(decoder: Decoder, calibrated: Calibrated, slices: Sequence[str]) -> dict[str, int]:
@@ -254,8 +309,11 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
         linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
         for part in ("attn", "mlp"):
             reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
-            norm = Norm(f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in"))
-            x, residual = builder.norm(residual, branch, norm, reads)
+            name, source = f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in")
+            if source is None:
+                x, residual = builder.add(residual, branch, f"{name}.sum", reads)
+            else:
+                x, residual = builder.norm(residual, branch, Norm(name, source), reads)
             stacked = builder.linear(reads, x, residual)
             if part == "attn":
                 inner = builder.attention(_attention(decoder, layer), stacked, writes)
@@ -298,12 +356,18 @@ def _embedding(decoder: Decoder, calibrated: Calibrated) -> Embedding:
 
 def _attention(decoder: Decoder, layer: int) -> Attention:
     name = f"layers.{layer}.attention"
-    q, k = (Norm(f"{name}.{part}_norm", decoder.head_norm(layer, part)) for part in "qk")
+    norms, sources = decoder.family.head_norms, decoder.head_norms(layer)
+    head_norms = None
+    if norms is not None and sources is not None:
+        q, k = (Norm(f"{name}.{part}_norm", source) for part, source in zip("qk", sources, strict=True))
+        head_norms = HeadNorms(q, k, norms.whole_row, norms.rotated_first)
     return Attention(
         name,
         layer,
         rotary=decoder.rotary_kind(layer),
         window=decoder.window(layer),
         scale=decoder.attention_scale,
-        head_norms=(q, k) if decoder.family.qk_norm else None,
+        head_norms=head_norms,
+        cap=decoder.attention_cap,
+        grows=decoder.query_growth is not None,
     )

@@ -32,7 +32,7 @@ from ..format.codes import Sliced
 from ..format.planes import pack_scales, pack_slices
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from .decoder import Attention, Builder, Embedding, Gate, Norm, in_halves, walk_blocks, walk_head
 from .gpu_launches import Array, Launches
 
 _PRODUCTS = {"normed": "stacked", "attended": "branch", "gated": "branch"}
@@ -69,6 +69,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Low
     """
     gpu, d = target.gpu, checkpoint.decoder
     assert gpu is not None
+    calibrated = in_halves(checkpoint, calibrated)
     chunk, launches = gpu.work_groups.chunk, Launches(calibrated.profile.depths)
     for name, numbers in (
         (STATE, TOKENS + chunk), (RESULT, 2), (ROUTING, 2 * chunk), ("order", chunk), (LOGITS, d.vocab_size)
@@ -126,6 +127,10 @@ class GpuBuilder(Builder[str]):
     def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         return self._routed_norm(residual, branch, norm, feeds, last=False)
 
+    def add(self, residual: str, branch: str | None, name: str, feeds: RoutedLinear) -> tuple[str, str]:
+        # The sum is also put where a norm would put its result: products take their inputs from there.
+        return self._routed_norm(residual, branch, None, feeds, last=False)
+
     def post_norm(self, branch: str, norm: Norm) -> str:
         k, tokens, threads = self.decoder.hidden_size, self.tokens, self.work_groups.token_threads
         kernel = routing.plain_norm(f"post_norm_{tokens}", k, self.decoder.norm_eps, threads, tokens)
@@ -138,26 +143,35 @@ class GpuBuilder(Builder[str]):
 
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens
-        rotary = f"{attention.rotary}.rotary"
-        if rotary not in self.launches.tensors:
-            self.launches.tensor(rotary, np.concatenate(self.checkpoint.rotary(attention.rotary), axis=1))
-        rotated = self.launches.tensors[rotary].shape[1]
+        rotary, rotated = f"{attention.rotary}.rotary", 0
+        if attention.rotary is not None:
+            if rotary not in self.launches.tensors:
+                self.launches.tensor(rotary, np.concatenate(self.checkpoint.rotary(attention.rotary), axis=1))
+            rotated = self.launches.tensors[rotary].shape[1]
         heads = attention_kernels.Heads(d.heads, d.kv_heads, d.head_dim, rotated)
         q = self.launches.scratch("q", tokens * d.heads * d.head_dim)
         token_bytes = 4 * d.kv_heads * d.head_dim
         cache = {part: self.launches.cache(f"{part}.{attention.layer}", token_bytes) for part in ("keys", "values")}
-        buffers, eps = {"qkv": qkv, "rotary": rotary, "q": q, **cache}, None
-        if attention.head_norms is not None:
-            eps = d.norm_eps
-            norms = np.stack([self.checkpoint.norm(norm.source) for norm in attention.head_norms])
-            buffers["norms"] = self.launches.tensor(f"layers.{attention.layer}.head_norms", norms)
-        rotate = attention_kernels.rotate(f"rotate_{tokens}", heads, tokens, _ROTATE_THREADS, eps)
+        buffers = {"qkv": qkv, **({"rotary": rotary} if rotated else {}), "q": q, **cache}
+        head_norm, norms = None, attention.head_norms
+        if norms is not None:
+            head_norm = attention_kernels.HeadNorm(d.norm_eps, norms.whole_row, norms.rotated_first)
+            gains = np.concatenate([self.checkpoint.norm(norm.source) for norm in (norms.q, norms.k)])
+            gains = gains.reshape(-1, d.head_dim)
+            buffers["norms"] = self.launches.tensor(f"layers.{attention.layer}.head_norms", gains)
+        if attention.grows and (growth := self.checkpoint.query_growth()) is not None:
+            buffers["growth"] = self.launches.tensor("query_growth", growth)
+        rotate = attention_kernels.rotate(
+            f"rotate_{tokens}{'' if rotated else '_still'}", heads, tokens, _ROTATE_THREADS,
+            norm=head_norm, grows=attention.grows,
+        )  # fmt: skip
         self.launches.launch(rotate, buffers, 4 * rotated)
         name = f"attend_{tokens}{'' if attention.window is None else f'_window_{attention.window}'}"
         y = self.launches.scratch("attended", tokens * d.heads * d.head_dim)
         attend = attention_kernels.attend(
-            name, heads, tokens, self.work_groups.attention_threads, scale=attention.scale, window=attention.window
-        )
+            name, heads, tokens, self.work_groups.attention_threads,
+            scale=attention.scale, window=attention.window, cap=attention.cap,
+        )  # fmt: skip
         self.launches.launch(attend, {"q": q, "y": y, **cache})
         k = d.heads * d.head_dim
         router, router_buffers, size = self._router(feeds)
@@ -213,6 +227,9 @@ class GpuBuilder(Builder[str]):
         """
         logits = self._linear(head, x, LOGITS)
         groups = self.work_groups
+        if self.decoder.logits_cap is not None:
+            kernel = sampling.cap("cap", self.decoder.vocab_size, groups.token_threads, self.decoder.logits_cap)
+            self.launches.launch(kernel, {"logits": logits})
         kernel = sampling.argmax("argmax", self.decoder.vocab_size, groups.token_threads, groups.chunk)
         self.launches.launch(kernel, {"logits": logits, "result": RESULT})
         return logits
@@ -226,19 +243,21 @@ class GpuBuilder(Builder[str]):
         return {"planes": planes, "scales": scales}
 
     def _routed_norm(
-        self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear, *, last: bool
+        self, residual: str, branch: str | None, norm: Norm | None, feeds: RoutedLinear, *, last: bool
     ) -> tuple[str, str]:
-        """A norm and the router behind it.  last: of one token, which ``state`` names, in a chunk."""
+        """A norm, or a sum alone, and the router behind it.  last: of one token, which ``state`` names, in a chunk."""
         k, tokens = self.decoder.hidden_size, self.work_groups.chunk if last else self.tokens
         router, buffers, size = self._router(feeds)
         y = self.launches.scratch("normed", k if last else tokens * k)
         kernel = routing.norm(
-            f"norm_{'last' if last else tokens}{'_first' * (branch is None)}",
+            f"{'sum' if norm is None else 'norm'}_{'last' if last else tokens}{'_first' * (branch is None)}",
             k, self.decoder.norm_eps, self.work_groups.token_threads, tokens,
-            branch=branch is not None, router=router, last=last,
+            branch=branch is not None, router=router, last=last, normed=norm is not None,
         )  # fmt: skip
-        weight = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
-        buffers |= {"residual": residual, "weight": weight, "y": y}
+        buffers["residual"] = residual
+        if norm is not None:
+            buffers["weight"] = self.launches.tensor(norm.source, self.checkpoint.norm(norm.source))
+        buffers["y"] = y
         if branch is not None:
             buffers["branch"] = branch
         self.launches.launch(kernel, buffers, size + 4 * k)

@@ -24,13 +24,12 @@ from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format import nbits, planes
 from ..format.codes import Sliced
 from ..model.checkpoint import Checkpoint
-from ..model.families import Decoder
-from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, walk_blocks, walk_head
+from ..model.shape import Decoder
+from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .onnx_attention import MS, AttentionNodes
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
-
-MS = "com.microsoft"
 
 SCORED = "scored"
 """Input that asks for logits of that many of the last tokens."""
@@ -82,8 +81,9 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, acti
         The model and its tensors.
     """
     layout, decoder = LAYOUTS[layout_name], checkpoint.decoder
+    calibrated = in_halves(checkpoint, calibrated)
     builder = OnnxBuilder(checkpoint, calibrated, layout)
-    builder.positions()
+    builder.attentions.positions()
     walk_head(decoder, calibrated, builder, walk_blocks(decoder, calibrated, builder))
     builder.bits_used()
     values = list(_signature(decoder))
@@ -121,18 +121,7 @@ class OnnxBuilder(Builder[str]):
         self.depths: list[str] = []
         self.shared_table: str | None = None
         self.matrices: dict[str, list[str]] = {}
-
-    def positions(self) -> None:
-        """Make what attention asks for: how many tokens there are, and how many with the cache."""
-        g = self.graph
-        axis = g.numbers("one_axis", 1)
-        one = g.tensor("one", np.array(1, np.int64))
-        lengths = g.node("ReduceSum", ["attention_mask", axis], "lengths", keepdims=0)
-        last = g.node("Sub", [lengths, one], "last_positions")
-        g.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
-        shape = g.node("Shape", ["attention_mask"], "mask_shape")
-        total = g.node("Gather", [shape, one], "total_length", axis=0)
-        g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
+        self.attentions = AttentionNodes(self.graph, checkpoint)
 
     def embed(self, embedding: Embedding) -> str:
         g, d = self.graph, self.decoder
@@ -149,7 +138,7 @@ class OnnxBuilder(Builder[str]):
 
     def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         if branch is None:
-            return self._norm(residual, norm), residual
+            return self.attentions.norm(residual, norm), residual
         weight = self.graph.tensor(f"{norm.name}.weight", self.checkpoint.norm(norm.source))
         self.graph.node(
             "SkipSimplifiedLayerNormalization", [residual, branch, weight], norm.name, MS,
@@ -157,8 +146,12 @@ class OnnxBuilder(Builder[str]):
         )  # fmt: skip
         return norm.name, f"{norm.name}.sum"
 
+    def add(self, residual: str, branch: str | None, name: str, feeds: RoutedLinear) -> tuple[str, str]:
+        summed = residual if branch is None else self.graph.node("Add", [residual, branch], name)
+        return summed, summed
+
     def post_norm(self, branch: str, norm: Norm) -> str:
-        return self._norm(branch, norm)
+        return self.attentions.norm(branch, norm)
 
     def linear(self, linear: RoutedLinear, x: str, routed_by: str) -> str:
         product, depth = self._routed(linear, x, routed_by, linear.unit.name, f"{linear.unit.name}.depth")
@@ -166,20 +159,7 @@ class OnnxBuilder(Builder[str]):
         return product
 
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
-        g, d = self.graph, self.decoder
-        query = (
-            [qkv, "", ""] if attention.head_norms is None else self._normed_heads(attention, qkv, attention.head_norms)
-        )
-        past = [f"past_key_values.{attention.layer}.{part}" for part in ("key", "value")]
-        present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
-        window = {} if attention.window is None else {"local_window_size": attention.window}
-        return g.node(
-            "GroupQueryAttention",
-            [*query, *past, "seqlens_k", "total_sequence_length", *self._rotary(attention.rotary)],
-            attention.name, MS, outputs=[attention.name, *present],
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=attention.scale, do_rotary=1, rotary_interleaved=0,
-            **window,
-        )  # fmt: skip
+        return self.attentions.attend(attention, qkv)
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self.graph.node(GATES[gate.activation], [stacked], gate.name, DOMAIN)
@@ -215,13 +195,15 @@ class OnnxBuilder(Builder[str]):
         g = self.graph
         axis, end = g.numbers("one_axis", 1), g.numbers("end", 2**62)
         last = g.node("Slice", [x, g.numbers("last", -1), end, axis], "last_token")
-        logits, depth = self._routed(head, last, routed_by, "logits", "head.depth")
+        logits, depth = self._routed(head, last, routed_by, self._uncapped("logits"), "head.depth")
         self.depths.append(depth)
+        logits = self._capped(logits, "logits")
         length = g.node("Shape", ["input_ids"], "length", start=1, end=2)
         first = g.node("Sub", [length, SCORED], "first_scored")
         scored, scored_by = (g.node("Slice", [part, first, end, axis], f"{part}.scored") for part in (x, routed_by))
         # These depths are not counted: the last token's product has counted every token.
-        self._routed(head, scored, scored_by, "all_logits", "all_logits.depth")
+        every, _ = self._routed(head, scored, scored_by, self._uncapped("all_logits"), "all_logits.depth")
+        self._capped(every, "all_logits")
         return logits
 
     def bits_used(self) -> None:
@@ -250,13 +232,6 @@ class OnnxBuilder(Builder[str]):
             self.matrices[name] = [self.graph.tensor(f"{name}.{part}", value) for part, value in packed.items()]
         return self.matrices[name]
 
-    def _norm(self, x: str, norm: Norm) -> str:
-        weight = self.graph.tensor(f"{norm.name}.weight", self.checkpoint.norm(norm.source))
-        return self.graph.node(
-            "SimplifiedLayerNormalization", [x, weight], norm.name,
-            axis=-1, epsilon=self.decoder.norm_eps, stash_type=1,
-        )  # fmt: skip
-
     def _routed(self, linear: RoutedLinear, x: str, routed_by: str, output: str, depth: str) -> tuple[str, str]:
         """One RoutedMatMul and its bias.  output, depth: names of the product and of the tokens' depths."""
         g, name = self.graph, linear.unit.name
@@ -283,27 +258,19 @@ class OnnxBuilder(Builder[str]):
             inputs.append(g.tensor(f"{name}.w2", router.w2))
         return inputs
 
-    def _normed_heads(self, attention: Attention, qkv: str, norms: tuple[Norm, Norm]) -> list[str]:
-        """q, k and v as three tensors, each head of q and k normed."""
-        g = self.graph
-        sizes = g.numbers("qkv_sizes", *self.decoder.qkv_sizes)
-        q, k, v = (f"{attention.name}.{part}" for part in "qkv")
-        g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=[q, k, v], axis=-1)
-        return [self._head_norm(q, norms[0]), self._head_norm(k, norms[1]), v]
+    def _uncapped(self, name: str) -> str:
+        return name if self.decoder.logits_cap is None else f"{name}.uncapped"
 
-    def _head_norm(self, x: str, norm: Norm) -> str:
-        g = self.graph
-        per_head, flat = g.numbers("per_head", 0, 0, -1, self.decoder.head_dim), g.numbers("flat", 0, 0, -1)
-        split = g.node("Reshape", [x, per_head], f"{x}_heads")
-        return g.node("Reshape", [self._norm(split, norm), flat], f"{x}_normed")
-
-    def _rotary(self, kind: str) -> list[str]:
-        """cos and sin of the layers of one kind."""
-        names = [f"{kind}.cos", f"{kind}.sin"]
-        if names[0] not in self.graph.tensors:
-            for name, values in zip(names, self.checkpoint.rotary(kind), strict=True):
-                self.graph.tensor(name, values)
-        return names
+    def _capped(self, x: str, name: str) -> str:
+        """``cap * tanh(x / cap)``, or x where the model has no soft cap."""
+        if self.decoder.logits_cap is None:
+            return x
+        g, cap = self.graph, self.decoder.logits_cap
+        scalars = [
+            g.tensor(f"logits_cap.{what}", np.array(v, np.float32)) for what, v in (("in", 1 / cap), ("out", cap))
+        ]
+        small = g.node("Tanh", [g.node("Mul", [x, scalars[0]], f"{name}.small")], f"{name}.tanh")
+        return g.node("Mul", [small, scalars[1]], name)
 
 
 def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:

@@ -27,8 +27,8 @@ from mbq_targets.spec import KernelSpec
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, walk_blocks, walk_head
-from .tvm_weights import Array, collect, places
+from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .tvm_weights import QUERY_GROWTH, Array, collect, head_norm_tensors, places
 
 
 class Lowered(NamedTuple):
@@ -57,11 +57,13 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     """
     from tvm import relax, tirx
 
+    calibrated = in_halves(checkpoint, calibrated)
     tensors = collect(checkpoint, calibrated)
     slices = weight_inputs(calibrated.profile)[: calibrated.profile.depths]
     depths = first_depths(checkpoint.decoder, calibrated, slices)
     entries = places(tensors, depths)
-    rotated = 2 * tensors[f"{checkpoint.decoder.rotary_kind(0)}.cos"].shape[1]
+    kinds = checkpoint.decoder.rotary_kinds
+    rotated = 2 * tensors[f"{kinds[0]}.cos"].shape[1] if kinds else 0
     functions = relax.BlockBuilder(_operations(checkpoint, calibrated, spec, rotated))
     tokens = tirx.Var("tokens", "int64")
     for name, rows, wanted in (("decode", 1, 1), ("prefill", tokens, 1), ("score", tokens, tokens)):
@@ -80,10 +82,16 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
     from mbq_targets.tvm_ops.module import Shape, build_module
 
     d, turn = checkpoint.decoder, calibrated.head_input
-    norm_eps = d.norm_eps if d.family.qk_norm else None
-    heads = Heads(d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, norm_eps)
+    norms = d.family.head_norms
+    heads = Heads(
+        d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, None if norms is None else d.norm_eps,
+        norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
+        some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
+        cap=d.attention_cap, grows=d.query_growth is not None,
+    )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
-    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors))
+    adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
+    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap))
 
 
 def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) -> dict[str, Any]:
@@ -128,7 +136,8 @@ class RelaxBuilder(Builder[Any]):
         rows: Any,
         wanted: Any,
     ) -> None:
-        self.decoder, self.profile, self.entries = checkpoint.decoder, calibrated.profile, entries
+        self.checkpoint, self.decoder = checkpoint, checkpoint.decoder
+        self.profile, self.entries = calibrated.profile, entries
         self.functions, self.parameters = functions, parameters
         self.rows, self.wanted = rows, wanted
         self.routed_parameters = sum(linear.parameters for linear in calibrated.units.values())
@@ -148,6 +157,12 @@ class RelaxBuilder(Builder[Any]):
         summed, normed = (self.functions.emit(relax.TupleGetItem(both, i)) for i in range(2))
         return normed, summed
 
+    def add(self, residual: Any, branch: Any | None, name: str, feeds: RoutedLinear) -> tuple[Any, Any]:
+        if branch is None:
+            return residual, residual
+        summed = self._call("add", [residual, branch], [], (self.rows, self.decoder.hidden_size))
+        return summed, summed
+
     def post_norm(self, branch: Any, norm: Norm) -> Any:
         return self._norm(branch, norm)
 
@@ -155,11 +170,16 @@ class RelaxBuilder(Builder[Any]):
         return self._linear(linear, x, routed_by, self.rows)
 
     def attention(self, attention: Attention, qkv: Any, feeds: RoutedLinear) -> Any:
+        from mbq_targets.tvm_ops.attention import STILL
+
         d = self.decoder
-        norms = [0, 0] if attention.head_norms is None else [self._place(n.source) for n in attention.head_norms]
-        rotary = [self._place(f"{attention.rotary}.{part}") for part in ("cos", "sin")]
-        # The scale and whether heads are normed are compiled into the operation.
-        numbers = [attention.layer, *rotary, *norms, attention.window or d.context_length]
+        rotary = [STILL, STILL]
+        gains = [self._place(name) for name in head_norm_tensors(self.checkpoint, attention.layer)] or [0, 0]
+        if attention.rotary is not None:
+            rotary = [self._place(f"{attention.rotary}.{part}") for part in ("cos", "sin")]
+        # The scale, the soft cap and how heads are normed are compiled into the operation.
+        numbers = [attention.layer, *rotary, *gains, attention.window or d.context_length]
+        numbers += [self._place(QUERY_GROWTH)] if attention.grows else []
         tensors = [qkv, "past", "keys", "values", "weights"]
         return self._call("attention", tensors, numbers, (self.rows, d.heads * d.head_dim))
 
@@ -178,7 +198,10 @@ class RelaxBuilder(Builder[Any]):
         return self._call("head_input", [x, "weights"], places, (self.wanted, self.decoder.hidden_size))
 
     def logits(self, head: RoutedLinear, x: Any, routed_by: Any) -> Any:
-        return self._linear(head, x, routed_by, self.wanted)
+        logits = self._linear(head, x, routed_by, self.wanted)
+        if self.decoder.logits_cap is None:
+            return logits
+        return self._call("cap", [logits], [], (self.wanted, -(-self.decoder.vocab_size // ROW_BLOCK) * ROW_BLOCK))
 
     def _call(self, operation: str, tensors: list[Any], numbers: list[int], *shapes: tuple[Any, int]) -> Any:
         """One operation.  tensors: variables, or names of parameters; shapes: of its float32 results."""

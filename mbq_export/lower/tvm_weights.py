@@ -18,6 +18,9 @@ from ..model.checkpoint import Checkpoint
 
 Array = NDArray[np.generic]
 
+QUERY_GROWTH = "query_growth"
+"""The tensor of ``Checkpoint.query_growth``."""
+
 _DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 
 
@@ -38,10 +41,12 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
     if calibrated.embedding is not None:
         tensors |= _matrix("embedding", calibrated.embedding, calibrated)
     tensors["embedding.scale"] = calibrated.embedding_factors(d)
-    for name in _norms(checkpoint):
-        tensors[name] = checkpoint.norm(name)
-    for kind in dict.fromkeys(d.rotary_kind(layer) for layer in range(d.layers)):
+    for name, source in _norms(checkpoint).items():
+        tensors[name] = checkpoint.norm(source)
+    for kind in d.rotary_kinds:
         tensors[f"{kind}.cos"], tensors[f"{kind}.sin"] = checkpoint.rotary(kind)
+    if (growth := checkpoint.query_growth()) is not None:
+        tensors[QUERY_GROWTH] = growth
     if turn := calibrated.head_input:
         parts = {"left": turn.left, "left_back": turn.left.T, "right": turn.right, "right_back": turn.right.T}
         tensors |= {f"head_input.{part}": np.ascontiguousarray(value) for part, value in parts.items()}
@@ -69,13 +74,28 @@ def _beside(linear: RoutedLinear) -> dict[str, Array]:
     return {name: np.ascontiguousarray(value) for name, value in found.items() if value is not None}
 
 
-def _norms(checkpoint: Checkpoint) -> list[str]:
+def head_norm_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, str]:
+    """The norms of q and of k in a block: their names in the checkpoint, by the names of their tensors.
+
+    Args:
+        checkpoint: the model.
+        layer: index of the block.
+    """
+    d, norms = checkpoint.decoder, checkpoint.decoder.family.head_norms
+    sources = d.head_norms(layer) or ()
+    if norms is None or not norms.whole_row:
+        return {source: source for source in sources}
+    return {f"layers.{layer}.attention.{part}_row": source for part, source in zip("qk", sources, strict=True)}
+
+
+def _norms(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names in the checkpoint, by the names of tensors."""
     d = checkpoint.decoder
-    names = [d.final_norm]
+    names = {d.final_norm: d.final_norm}
     for layer in range(d.layers):
-        names += [d.input_norm(layer, role) for role in ("attn_in", "mlp_in")]
-        names += [name for role in ("attn_out", "mlp_out") if (name := d.output_norm(layer, role))]
-        names += [d.head_norm(layer, part) for part in "qk"] if d.family.qk_norm else []
+        of_block = [norm for norm, _ in d.normed_units(layer).values()]
+        of_block += [name for role in ("attn_out", "mlp_out") if (name := d.output_norm(layer, role))]
+        names |= {name: name for name in of_block} | head_norm_tensors(checkpoint, layer)
     return names
 
 

@@ -18,7 +18,7 @@ from mbq_runtime.errors import ModelError
 
 from ..memory import fast_bytes
 from .checkpoint import Checkpoint
-from .families import Unit
+from .shape import Unit
 
 
 @cache

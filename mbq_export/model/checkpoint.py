@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .families import Decoder, Unit, stacked
+from .shape import Decoder, Unit, stacked
 from .source import ModelSource
 
 
@@ -185,3 +185,40 @@ class Checkpoint:
         cos, sin = self.model.model.rotary_emb(torch.zeros(1, device=self.device), ids, **of_kind)
         half = cos.shape[-1] // 2
         return cos[0, :, :half].cpu().numpy().copy(), sin[0, :, :half].cpu().numpy().copy()
+
+    def halves_order(self, layer: int) -> NDArray[np.int64]:
+        """The order of the rows of q, k and v in which a rotation turns channels half a head apart.
+
+        A checkpoint of an ``interleaved`` family has the two channels of a rotation side by side.
+
+        Args:
+            layer: index of the block.
+
+        Returns:
+            int64 [rows of q, k and v]: for each row of the new order, its row in the checkpoint.
+        """
+        d, kind = self.decoder, self.decoder.rotary_kind(layer)
+        rows = np.arange(sum(d.qkv_sizes))
+        if kind is not None:
+            half = self.rotary_at(kind, [0])[0].shape[1]
+            heads = rows[: (d.heads + d.kv_heads) * d.head_dim].reshape(-1, d.head_dim)
+            pairs = heads[:, : 2 * half].reshape(-1, half, 2)
+            heads[:, : 2 * half] = pairs.swapaxes(1, 2).reshape(-1, 2 * half).copy()
+        return rows
+
+    def query_growth(self) -> NDArray[np.float32] | None:
+        """What queries are multiplied by at each position, float32 [context], or None for nothing."""
+        growth = self.decoder.query_growth
+        if growth is None:
+            return None
+        places = np.arange(self.decoder.context_length)
+        return (1 + growth.beta * np.log1p(places // growth.original)).astype(np.float32)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits with the model's soft cap.
+
+        Args:
+            logits: the head's products, of any shape.
+        """
+        cap = self.decoder.logits_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,42 +1,82 @@
-"""The shape of a decoder: one row per model family, one description per model.
+"""The families of decoders: one row each, which says how a checkpoint of the family is built.
 
-Every family here is a pre-norm decoder with RMS norms, rotary embeddings, grouped-query attention and a gated MLP.
-A row says where the family differs.  Calibration and the lowerings read a ``Decoder``.  Only this module knows the
-names of a checkpoint's modules.
+A decoder is a list of blocks.  A block is a mixer (attention), then a feed-forward (a gated MLP), with RMS norms in
+stated places.  A row says where the family differs from Llama.  Only this module knows the names of a checkpoint's
+modules.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mbq_runtime.errors import ModelError
 
+Linears = Mapping[str, tuple[str, ...]]
+"""By role, the linear layers of a unit by their names in a block, in the order in which they are stacked."""
+
+LINEARS: Linears = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp_out": ("mlp.down_proj",),
+}
+_FUSED_MLP: Linears = {**LINEARS, "mlp_in": ("mlp.gate_up_proj",)}
+_FUSED: Linears = {**_FUSED_MLP, "attn_in": ("self_attn.qkv_proj",)}
+_SHARED_MLP: Linears = {**LINEARS, "mlp_in": ("shared_mlp.input_linear",), "mlp_out": ("shared_mlp.output_linear",)}
+
+Norms = Mapping[str, str]
+"""By role, the norm before a unit that ends in _in, and the norm after a unit that ends in _out, by its name in a
+block.  A role that is not named has no norm there."""
+
+PRE_NORMS: Norms = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+POST_NORMS: Norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+SANDWICH_NORMS: Norms = {**POST_NORMS, "attn_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
+_GLM_NORMS: Norms = {**PRE_NORMS, "attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of q and k.
+
+    q, k: their names in a block.
+    """
+
+    q: str = "self_attn.q_norm"
+    k: str = "self_attn.k_norm"
+    whole_row: bool = False
+    """One norm over all heads together.  False: the same norm over each head."""
+    rotated_first: bool = False
+    """The norms come after the rotation."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """A family and its differences.
+    """A family and its differences from Llama.
 
     model_type, architecture: as in config.json.
     """
 
     model_type: str
     architecture: str
-    qk_norm: bool = False
-    """RMS norm over each head of q and k, before the rotation."""
-    fused: bool = False
-    """The checkpoint has one layer for q, k and v, and one for gate and up, stacked as in a unit."""
-    post_norms: bool = False
-    """The outputs of attention and MLP go through a norm before they are added to the residual stream."""
+    linears: Linears = field(default_factory=lambda: LINEARS)
+    norms: Norms = field(default_factory=lambda: PRE_NORMS)
+    head_norms: HeadNorms | None = None
     norm_offset: float = 0.0
     """An RMS norm multiplies by its weight plus this."""
     scaled_embedding: bool = False
     """Rows of the embedding are multiplied by sqrt(hidden_size)."""
     local_rotary: bool = False
     """Layers with a sliding window have rotary frequencies of their own."""
+    interleaved: bool = False
+    """A rotation turns neighbouring channels of a head.  False: a channel of the first half with one of the second."""
+    windows_rotate: bool = False
+    """In a model with sliding windows only the layers with a window rotate q and k."""
+    ffn_size: str = "intermediate_size"
+    """The key of the MLP's width in config.json."""
+    without: tuple[str, ...] = ()
+    """First parts of keys that only describe parts which a supported model of the family does not have."""
 
 
 FAMILIES = {
@@ -44,258 +84,64 @@ FAMILIES = {
     for family in (
         Family("llama", "LlamaForCausalLM"),
         Family("mistral", "MistralForCausalLM"),
+        Family("ministral", "MinistralForCausalLM"),
+        Family("ministral3", "Ministral3ForCausalLM"),
         Family("qwen2", "Qwen2ForCausalLM"),
-        Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+        Family("qwen3", "Qwen3ForCausalLM", head_norms=HeadNorms()),
+        Family("smollm3", "SmolLM3ForCausalLM"),
+        Family("seed_oss", "SeedOssForCausalLM"),
+        Family("granite", "GraniteForCausalLM"),
+        Family(
+            "granitemoehybrid", "GraniteMoeHybridForCausalLM",
+            linears=_SHARED_MLP, ffn_size="shared_intermediate_size",
+            without=(
+                "mamba_", "time_step_limit", "num_experts_per_tok", "router_aux_loss_coef", "intermediate_size",
+                "layers_block_type",
+            ),
+        ),
+        Family(
+            "gemma", "GemmaForCausalLM",
+            norm_offset=1.0, scaled_embedding=True,
+        ),
+        Family(
+            "gemma2", "Gemma2ForCausalLM",
+            norms=SANDWICH_NORMS, norm_offset=1.0, scaled_embedding=True,
+        ),
         Family(
             "gemma3_text", "Gemma3ForCausalLM",
-            qk_norm=True, post_norms=True, norm_offset=1.0, scaled_embedding=True, local_rotary=True,
+            head_norms=HeadNorms(), norms=SANDWICH_NORMS, norm_offset=1.0, scaled_embedding=True, local_rotary=True,
         ),
-        Family("phi3", "Phi3ForCausalLM", fused=True),
+        Family("phi3", "Phi3ForCausalLM", linears=_FUSED),
+        Family("olmo2", "Olmo2ForCausalLM", norms=POST_NORMS, head_norms=HeadNorms(whole_row=True)),
+        Family(
+            "olmo3", "Olmo3ForCausalLM",
+            norms=POST_NORMS, head_norms=HeadNorms(whole_row=True), local_rotary=True,
+        ),
+        Family("exaone4", "Exaone4ForCausalLM", norms=POST_NORMS, head_norms=HeadNorms(), windows_rotate=True),
+        Family(
+            "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM",
+            head_norms=HeadNorms("self_attn.query_layernorm", "self_attn.key_layernorm", rotated_first=True),
+        ),
+        Family("ernie4_5", "Ernie4_5ForCausalLM", interleaved=True),
+        Family("helium", "HeliumForCausalLM", interleaved=True),
+        Family("glm4", "Glm4ForCausalLM", linears=_FUSED_MLP, norms=_GLM_NORMS, interleaved=True),
     )
 }  # fmt: skip
 
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""The activation function of the gate, by its name in config.json."""
-
-HEAD_DIM_STEP = 16
-"""ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU."""
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers, by their names in config.json."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Linear layers that share one input, and so one router and one sliced matmul.
-
-    name: as in the graph and in the manifest; sources: the layers' names in the checkpoint, in the order in which their
-    weights are stacked along N.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows [start, stop) of the weight and the bias of a linear layer.
-
-    layer: the layer's name in the checkpoint; start, stop: row indices.
-    """
-
-    layer: str
-    start: int
-    stop: int
-
-
-_SEPARATE = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_out": ("mlp.down_proj",),
+WRAPPERS = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-_FUSED = _SEPARATE | {"attn_in": ("self_attn.qkv_proj",), "mlp_in": ("mlp.gate_up_proj",)}
-
-# By Family.post_norms: the norm before each unit that ends in _in, and after each unit that ends in _out.
-_NORMS = {
-    False: {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
-    True: {
-        "attn_in": "input_layernorm",
-        "attn_out": "post_attention_layernorm",
-        "mlp_in": "pre_feedforward_layernorm",
-        "mlp_out": "post_feedforward_layernorm",
-    },
-}
+"""Models of text and other media, by ``model_type``, with their entry in ``architectures``.  Their text part loads."""
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """The shape of one model, in the units of its config.
-
-    family: its row of ``FAMILIES``; layers: number of blocks; hidden_size: width of the residual stream;
-    ffn_size: width of the MLP; heads: query heads; kv_heads: heads of keys and values; head_dim: channels in a head;
-    vocab_size: number of tokens in the vocabulary; context_length: most tokens in a context;
-    norm_eps: added to the mean square in RMS norms.
-    """
-
-    family: Family
-    layers: int
-    hidden_size: int
-    ffn_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context_length: int
-    norm_eps: float
-    tied: bool
-    """Whether the head is the embedding."""
-    activation: str
-    """A value of ``ACTIVATIONS``."""
-    attention_scale: float
-    """Multiplies q . k."""
-    layer_kinds: tuple[str, ...]
-    """FULL or SLIDING, by layer."""
-    sliding_window: int
-    """Tokens that a token attends to in sliding layers, itself included."""
-
-    @property
-    def embedding_scale(self) -> float:
-        """What a row of the embedding is multiplied by."""
-        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
-
-    @property
-    def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of q, k and v in the stacked projection."""
-        kv = self.kv_heads * self.head_dim
-        return self.heads * self.head_dim, kv, kv
-
-    @property
-    def parts(self) -> dict[str, dict[str, slice]]:
-        """By role, the rows of each part (q, k, v, o, gate, up, down) in the stacked matrix."""
-        sizes = {
-            "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
-            "attn_out": {"o": self.hidden_size},
-            "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
-            "mlp_out": {"down": self.hidden_size},
-        }
-        return {role: dict(zip(of, stacked(*of.values()), strict=True)) for role, of in sizes.items()}
-
-    @property
-    def role_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each role's stacked matrix in a block."""
-        attended = self.heads * self.head_dim
-        return {
-            "attn_in": (sum(self.qkv_sizes), self.hidden_size),
-            "attn_out": (self.hidden_size, attended),
-            "mlp_in": (2 * self.ffn_size, self.hidden_size),
-            "mlp_out": (self.hidden_size, self.ffn_size),
-        }
-
-    def unit_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of every unit by name, in the order of ``units``."""
-        shapes = {
-            unit.name: self.role_shapes[role]
-            for layer in range(self.layers)
-            for role, unit in self.layer_units(layer).items()
-        }
-        return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
-        of_units = self.layers * sum(n * k for n, k in self.role_shapes.values())
-        return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
-
-    def block(self, layer: int) -> str:
-        """The name of a block's module.
-
-        Args:
-            layer: index of the block.
-        """
-        return f"model.layers.{layer}"
-
-    def layer_units(self, layer: int) -> dict[str, Unit]:
-        """The units of one block, by role.
-
-        Args:
-            layer: index of the block.
-        """
-        sources = _FUSED if self.family.fused else _SEPARATE
-        return {
-            role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
-            for role, names in sources.items()
-        }
-
-    @property
-    def head(self) -> Unit:
-        """The unit that makes logits."""
-        return Unit("head", ("lm_head",))
-
-    def units(self) -> Iterator[Unit]:
-        """All units in the order in which the graph runs them."""
-        for layer in range(self.layers):
-            yield from self.layer_units(layer).values()
-        yield self.head
-
-    def input_norm(self, layer: int, role: str) -> str:
-        """The name of the norm that makes a unit's input.
-
-        Args:
-            layer: index of the block.
-            role: attn_in or mlp_in.
-        """
-        return f"{self.block(layer)}.{_NORMS[self.family.post_norms][role]}"
-
-    def output_norm(self, layer: int, role: str) -> str | None:
-        """The name of the norm that a unit's output goes through, or None where the family has no such norm.
-
-        Args:
-            layer: index of the block.
-            role: attn_out or mlp_out.
-        """
-        return f"{self.block(layer)}.{_NORMS[True][role]}" if self.family.post_norms else None
-
-    @property
-    def final_norm(self) -> str:
-        """The name of the norm that makes the head's input."""
-        return "model.norm"
-
-    def head_norm(self, layer: int, part: str) -> str:
-        """The name of the norm over each head of q or k, where the family has one.
-
-        Args:
-            layer: index of the block.
-            part: q or k.
-        """
-        return f"{self.block(layer)}.self_attn.{part}_norm"
-
-    def rows(self, layer: int, part: str) -> Rows:
-        """Where a part of a block is in the checkpoint.
-
-        Args:
-            layer: index of the block.
-            part: q, k, v, o, gate, up or down.
-        """
-        role = next(role for role, of in self.parts.items() if part in of)
-        within, names = self.parts[role][part], self.layer_units(layer)[role].sources
-        if len(names) == 1:
-            return Rows(names[0], within.start, within.stop)
-        return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
-
-    def rotary_kind(self, layer: int) -> str:
-        """The kind of rotation of a block.  Blocks of one kind use the same frequencies.
-
-        Args:
-            layer: index of the block.
-        """
-        return self.layer_kinds[layer] if self.family.local_rotary else FULL
-
-    def window(self, layer: int) -> int | None:
-        """How many tokens a token attends to in a block, itself included, or None for all.
-
-        Args:
-            layer: index of the block.
-        """
-        sliding = self.layer_kinds[layer] == SLIDING and self.sliding_window < self.context_length
-        return self.sliding_window if sliding else None
-
-
-def stacked(*sizes: int) -> list[slice]:
-    """The places of parts that are stacked one after the other.
-
-    Args:
-        sizes: number of rows of each part.
-    """
-    return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
-
-
-def _supported() -> str:
-    return ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
-
-
-_WITHOUT_LOWERING = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+def supported() -> str:
+    """The families that have a lowering, for messages."""
+    named = ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
+    return f"{named}; and the text parts of {', '.join(WRAPPERS.values())}"
 
 
 def check_family(model_type: str, architectures: Any, where: str) -> Family:
@@ -312,65 +158,5 @@ def check_family(model_type: str, architectures: Any, where: str) -> Family:
     family, named = FAMILIES.get(model_type), architectures or []
     if family is None or not isinstance(named, list) or any(name != family.architecture for name in named):
         seen = ", ".join(map(str, named)) if isinstance(named, list) and named else model_type
-        raise ModelError(f"{where}: architecture {seen} is not supported; supported: {_supported()}")
+        raise ModelError(f"{where}: architecture {seen} is not supported; supported: {supported()}")
     return family
-
-
-def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
-    """The description of a model.
-
-    Args:
-        config: transformers' config of the model.
-        where: the model's name, for errors.
-        tied: whether the loaded model's head is its embedding.  None: what the config says.
-
-    Raises:
-        ModelError: the family, or a feature of the model, has no lowering.
-    """
-    family = check_family(config.model_type, getattr(config, "architectures", None), where)
-    activation = getattr(config, "hidden_act", None) or config.hidden_activation
-    if activation not in ACTIVATIONS:
-        raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")
-    for feature in _WITHOUT_LOWERING:
-        if getattr(config, feature, None):
-            raise ModelError(
-                f"{where}: {feature} is {getattr(config, feature)!r}; only models that leave it unset have a lowering"
-            )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim % HEAD_DIM_STEP:
-        raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * config.num_hidden_layers
-    unknown = set(kinds) - {FULL, SLIDING}
-    if unknown:
-        raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
-    return Decoder(
-        family=family,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        vocab_size=config.vocab_size,
-        context_length=_context_length(config),
-        norm_eps=config.rms_norm_eps,
-        tied=config.tie_word_embeddings if tied is None else tied,
-        activation=ACTIVATIONS[activation],
-        attention_scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
-        layer_kinds=tuple(kinds),
-        sliding_window=window or config.max_position_embeddings,
-    )
-
-
-def _context_length(config: Any) -> int:
-    """The longest context that one table of rotations serves.
-
-    A model with longrope uses other frequencies past its original length, and so other keys for all earlier tokens.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    longest: int = config.max_position_embeddings
-    if rope.get("rope_type") != "longrope":
-        return longest
-    original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return min(longest, int(original))

@@ -21,10 +21,13 @@ from mbq_runtime.errors import BundleError, ModelError
 from .boundary import reading
 from .checkpoint import Checkpoint
 from .config_schema import check_values
-from .families import Decoder, check_family, describe
+from .describe import describe
+from .families import check_family
 from .float8 import FLOAT8, float32_weights, is_float8
+from .folding import fold
 from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
 from .mapped_weights import in_file
+from .shape import Decoder
 from .source import ModelSource, read_json, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
 from .text_check import check_text, without_folder
@@ -194,6 +197,7 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
     with reading(source.name, "weights"):
         config, model = _float32_model(source, weights_folder)
         decoder = describe(config, source.name, tied=_is_tied(model))
+        fold(model, decoder)
     try:
         model.eval().requires_grad_(False).to(device)
     except torch.OutOfMemoryError:
@@ -219,7 +223,7 @@ def _check_tables(checkpoint: Checkpoint) -> None:
     with reading(name, "generation config"):
         _check_saved(checkpoint.model.generation_config, name)
     with reading(name, "rotary parameters"):
-        for kind in {decoder.rotary_kind(layer) for layer in range(decoder.layers)}:
+        for kind in decoder.rotary_kinds:
             last = checkpoint.rotary_at(kind, [0, decoder.context_length - 1])
             width = 2 * last[0].shape[1]
             if width > decoder.head_dim or not all(np.isfinite(table).all() for table in last):

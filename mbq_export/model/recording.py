@@ -20,7 +20,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from ..format.codes import Sliced
 from .blocks import watching_inputs
 from .checkpoint import Checkpoint
-from .families import Decoder
+from .shape import Decoder
 from .sliced_linear import SlicedLinear, sliced_layers, values_at
 
 LAST_TOKENS = 32
@@ -79,18 +79,19 @@ class Difference:
 
 
 def stream_places(decoder: Decoder) -> dict[str, str]:
-    """The norms that read the residual stream.
+    """The modules that read the residual stream: norms, or linear layers where a family has no norm.
 
     Args:
         decoder: the model.
 
     Returns:
-        The norm's name in the checkpoint, by the place that writes the stream right before it.
+        The module's name in the checkpoint, by the place that writes the stream right before it.
     """
     places, place = dict[str, str](), "embedding"
     for layer in range(decoder.layers):
+        units = decoder.layer_units(layer)
         for role, part in (("attn_in", "attention"), ("mlp_in", "MLP")):
-            places[place] = decoder.input_norm(layer, role)
+            places[place] = decoder.input_norm(layer, role) or units[role].sources[0]
             place = f"layers.{layer} {part}"
     places[place] = decoder.final_norm
     return places

@@ -9,8 +9,8 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..format.codes import Sliced
 from .checkpoint import Checkpoint
-from .families import Unit
 from .router_inputs import RouterInputs, UnitDepths
+from .shape import Unit
 from .sliced_linear import values_at
 
 

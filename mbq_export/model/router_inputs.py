@@ -14,7 +14,7 @@ import torch
 
 from .blocks import watching_inputs
 from .checkpoint import Checkpoint
-from .families import Decoder, Unit
+from .shape import Decoder, Unit
 
 Depths = Callable[[torch.Tensor], torch.Tensor]
 """A unit's router input, float32 [tokens, width] -> depths, int64 [tokens], 1-based; both on the processor."""
@@ -34,8 +34,7 @@ def norms_before(decoder: Decoder) -> dict[str, str]:
     """
     found = {decoder.head.name: decoder.final_norm}
     for layer in range(decoder.layers):
-        for role in ("attn_in", "mlp_in"):
-            found[decoder.layer_units(layer)[role].name] = decoder.input_norm(layer, role)
+        found |= {unit.name: norm for norm, unit in decoder.normed_units(layer).values()}
     return found
 
 

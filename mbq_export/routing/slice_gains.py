@@ -24,9 +24,9 @@ from ..context import Calibration
 from ..format.codes import Sliced
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
 from ..model.blocks import require_finite
-from ..model.families import Unit
 from ..model.gradients import backpropagate_samples, lean_backward
 from ..model.router_inputs import RouterInputs
+from ..model.shape import Unit
 from ..model.sliced_linear import SlicedLinear, sliced_layers, values_at
 
 F32 = NDArray[np.float32]

@@ -20,7 +20,7 @@ from ..format.codes import F32, Sliced, joined
 from ..memory import WEIGHTS_AT_ONCE
 from ..model.blocks import Blocks, Hidden, fast_autocast, require_finite, watching_inputs
 from ..model.checkpoint import Checkpoint
-from ..model.families import Unit
+from ..model.shape import Unit
 from ..model.sliced_linear import row_ranges, values_at
 from . import nested
 from .importance import Importance

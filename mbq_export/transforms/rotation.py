@@ -129,7 +129,7 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
     """Rotate the checkpoint's weights in place.
 
     Args:
-        checkpoint: the model, of a family without post norms.
+        checkpoint: the model, of a family without norms on what blocks put out.
         seed: of the rotations.
 
     Returns:
@@ -139,8 +139,8 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
     stream, heads = Rotation.random(d.hidden_size, seed), Rotation.random(d.head_dim, seed + 1)
     with torch.no_grad():
         for layer in range(d.layers):
-            for role in ("attn_in", "mlp_in"):
-                _absorb(checkpoint, d.input_norm(layer, role), d.layer_units(layer)[role].sources, stream)
+            for norm, unit in d.normed_units(layer).values():
+                _absorb(checkpoint, norm, unit.sources, stream)
             v, v_bias = checkpoint.part(layer, "v")
             o, o_bias = checkpoint.part(layer, "o")
             v.copy_(_per_head(_exact(v).T, heads).T)

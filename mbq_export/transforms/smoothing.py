@@ -4,7 +4,8 @@ A few channels of an LLM's activations are far larger than the rest.  Each linea
 ``s = (rms of the channel / mean rms)**ALPHA``, and the columns of its weight are multiplied by ``s``.  Then int8
 activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant, arXiv 2211.10438,
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
-attention), the rows of up (through the gate).  The function of the model stays the same.
+attention), the rows of up (through the gate).  The function of the model stays the same.  A unit that reads the
+residual stream without a norm is left as it is: the stream has other readers.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def smooth(
     with torch.no_grad():
         for layer in range(d.layers):
             units = d.layer_units(layer)
-            for role in ("attn_in", "mlp_in"):
-                scale = _spread(rms[units[role].name])
-                checkpoint.scale_norm(d.input_norm(layer, role), 1 / scale)
-                for name in units[role].sources:
+            for norm, unit in d.normed_units(layer).values():
+                scale = _spread(rms[unit.name])
+                checkpoint.scale_norm(norm, 1 / scale)
+                for name in unit.sources:
                     checkpoint.linear(name).weight *= scale
             per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
             _rescale(checkpoint, layer, "v", per_value, "o", per_query)

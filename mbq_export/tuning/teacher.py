@@ -43,7 +43,7 @@ class Teacher:
         # A process may have no window of its own.
         none = torch.empty(0, windows.shape[1], checkpoint.decoder.hidden_size, device=checkpoint.device)
         self._inputs = torch.stack(inputs) if inputs else none
-        head = checkpoint.model.lm_head
+        head, self._capped = checkpoint.model.lm_head, checkpoint.capped
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)
         self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
@@ -68,7 +68,8 @@ class Teacher:
         Returns:
             float32 [tokens, vocab].
         """
-        return functional.linear(inputs.to(self._weight.dtype), self._weight, self._bias).float().log_softmax(-1)
+        logits = functional.linear(inputs.to(self._weight.dtype), self._weight, self._bias).float()
+        return self._capped(logits).log_softmax(-1)
 
 
 def divergence(logits: torch.Tensor, teacher: Teacher, inputs: torch.Tensor) -> torch.Tensor:

@@ -196,11 +196,7 @@ def _trained_norms(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
     Afterwards the layers behind them take back the change.
     """
     d = checkpoint.decoder
-    readers = {
-        d.input_norm(layer, role): d.layer_units(layer)[role].sources
-        for layer in range(d.layers)
-        for role in ("attn_in", "mlp_in")
-    }
+    readers = {norm: unit.sources for layer in range(d.layers) for norm, unit in d.normed_units(layer).values()}
     before = {name: checkpoint.norm(name).copy() for name in readers}
     norms = [checkpoint.model.get_submodule(name).weight for name in readers]
     for norm in norms:

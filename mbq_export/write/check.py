@@ -147,10 +147,10 @@ def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequ
 def _streams(work: Work, graph: Path, library: Path | None, expected: Recording) -> dict[str, F32]:
     """The residual stream of a graph at every place.  The graph runs once more, with the stream as an output."""
     model = onnx.load(str(graph), load_external_data=False)
-    first_norm = next(node for node in model.graph.node if node.name == "layers.0.attn_norm")
+    first_reader = next(node for node in model.graph.node if node.name in ("layers.0.attn_norm", "layers.0.attn_in"))
     layers = range(work.checkpoint.decoder.layers)
     sums = [f"layers.{layer}.{part}_norm.sum" for layer in layers for part in ("attn", "mlp")]
-    names = [first_norm.input[0], *sums[1:], "final_norm.sum"]
+    names = [first_reader.input[0], *sums[1:], "final_norm.sum"]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     # Beside the graph, where its tensors are.

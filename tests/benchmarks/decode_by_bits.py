@@ -35,7 +35,8 @@ from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.lower.onnx_text import DOMAIN
 from mbq_export.model.checkpoint import Checkpoint
-from mbq_export.model.families import Unit, describe
+from mbq_export.model.describe import describe
+from mbq_export.model.shape import Unit
 from mbq_export.model.source import ModelSource
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn

@@ -75,7 +75,7 @@ def stored_routers(manifest: Manifest, tensors: Tensors) -> dict[str, RouterPara
 def restore(checkpoint: Checkpoint, manifest: Manifest, tensors: Tensors) -> dict[str, Sliced]:
     """Make all but the linear layers what the bundle's are; returns its slices."""
     d = checkpoint.decoder
-    if d.family.post_norms or not d.tied or not METHODS[manifest.calibration["method"]].feedback:
+    if not d.turns or not d.tied or not METHODS[manifest.calibration["method"]].feedback:
         raise click.UsageError(
             f"{d.family.model_type} by {manifest.calibration['method']}: needed a rotated, tied model"
         )

@@ -20,8 +20,8 @@ from mbq_export.lower.decoder import Attention, Gate
 from mbq_export.methods import Recipe
 from mbq_export.model import recording
 from mbq_export.model.checkpoint import Checkpoint
-from mbq_export.model.families import Decoder
 from mbq_export.model.loading import load
+from mbq_export.model.shape import Decoder
 from mbq_export.model.source import locate
 from mbq_export.options import Options
 from mbq_export.prepare import prepare

@@ -12,7 +12,8 @@ from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
-from mbq_export.model.families import Decoder, describe
+from mbq_export.model.describe import describe
+from mbq_export.model.shape import Decoder
 from mbq_export.transforms.rotation import HeadInput
 from mbq_runtime.bundle.slice_profile import SliceProfile
 

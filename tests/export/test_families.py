@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from mbq_export.model.families import FULL, SLIDING, Decoder, Rows, describe
+from mbq_export.model.describe import describe
+from mbq_export.model.shape import FULL, SLIDING, Decoder, Rows
 from mbq_runtime.errors import ModelError
 
 # As published, without what says nothing of the decoder's shape.

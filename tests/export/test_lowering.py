@@ -19,8 +19,8 @@ from mbq_export.format.codes import decode_f32
 from mbq_export.format.router import RouterParams
 from mbq_export.lower.onnx import lower
 from mbq_export.model.checkpoint import Checkpoint
-from mbq_export.model.families import Unit
 from mbq_export.model.loading import load
+from mbq_export.model.shape import Unit
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.write import files

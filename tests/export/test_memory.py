@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mbq_export import memory
 from mbq_export.cli import command
 from mbq_export.methods import METHODS
-from mbq_export.model.families import describe
+from mbq_export.model.describe import describe
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_export.plan import Plan

@@ -14,8 +14,8 @@ from mbq_export.format.router import RouterParams
 from mbq_export.lower import onnx, tvm_weights
 from mbq_export.lower.decoder import first_depths
 from mbq_export.model.checkpoint import Checkpoint
-from mbq_export.model.families import Unit
 from mbq_export.model.loading import load
+from mbq_export.model.shape import Unit
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.write import files, parts

@@ -17,7 +17,7 @@ from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import Recipe
-from mbq_export.model.families import describe
+from mbq_export.model.describe import describe
 from mbq_export.plan import Plan
 from mbq_export.routing import kinds, select
 from mbq_export.routing.slice_gains import UnitStatistics

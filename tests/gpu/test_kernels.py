@@ -241,7 +241,7 @@ def test_rotation_and_cache(runner: Runner, rotated: int, normed: bool) -> None:
     rotary = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     norms = rng.uniform(0.5, 2, (2, 32)).astype(np.float32)
     keys, values = np.full((2, context, 2, 32), 9, np.float32)
-    kernel = attention.rotate("r", shape, tokens, 16, 1e-6 if normed else None)
+    kernel = attention.rotate("r", shape, tokens, 16, norm=attention.HeadNorm(1e-6) if normed else None)
     arrays = {
         "qkv": qkv, "rotary": rotary, "norms": norms, "keys": keys, "values": values,
         "state": state(position, count, tokens=[0] * tokens), "q": np.zeros((tokens, 6, 32), np.float32),

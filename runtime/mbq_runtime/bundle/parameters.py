@@ -21,6 +21,9 @@ _Kind = tuple[str, tuple[int, ...]]
 
 _ROTARY = (".cos", ".sin")
 _HEAD_INPUT = "head_input."
+_QUERY_GROWTH = "query_growth"
+_HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm", "q_layernorm", "k_layernorm", "q_row", "k_row")
+"""Last parts of names of norms over each head, and over all heads together."""
 _AGAIN = "export the bundle again"
 
 
@@ -103,13 +106,20 @@ def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
 
 
 def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
-    """The kind of a tensor whose name the manifest does not give: padding, a table of rotations, a turn, or a norm."""
+    """The kind of a tensor whose name the manifest does not give: padding, a table, a turn, or a norm."""
     if name.startswith(PADDING):
         return "U8", (-1,)
     if name.endswith(_ROTARY) or name.startswith(_HEAD_INPUT):
         return "F32", (-1, -1)
-    of_heads = name.rpartition(".")[2] in ("q_norm", "k_norm")
-    return "F32", ((settings.head_dim if settings else -1) if of_heads else manifest.model.hidden_size,)
+    if name == _QUERY_GROWTH:
+        return "F32", (manifest.model.context_length,)
+    last = name.rpartition(".")[2]
+    if last not in _HEAD_NORMS:
+        return "F32", (manifest.model.hidden_size,)
+    if settings is None:
+        return "F32", (-1,)
+    together = {"q_row": settings.heads, "k_row": settings.kv_heads}.get(last, 1)
+    return "F32", (together * settings.head_dim,)
 
 
 def _fits(shape: tuple[int, ...], needed: tuple[int, ...]) -> bool:

@@ -417,6 +417,14 @@ def _norm(inputs: _Inputs, _: _Attributes) -> list[Value]:
     return [x] * 4
 
 
+def _rotated(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """Heads of a row, behind the tokens that the cache holds already."""
+    x, past = _given(inputs, 0).shape, _given(inputs, 1).shape
+    if len(x) != 3 or past != (1,) or x[-1] % attributes["num_heads"]:
+        raise ValueError
+    return [Value(x)]
+
+
 def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     """Query, key and value in one or in three; the cache has all positions already."""
     query, past = _given(inputs, 0).shape, _given(inputs, 3).shape
@@ -431,7 +439,8 @@ _MS, _MBQ = "com.microsoft.", "ai.mbq."
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("BitShift", "BitwiseAnd", "Greater", "GreaterOrEqual", "LessOrEqual", "Max", "Where"), _spread),
     **dict.fromkeys(
-        ("Abs", "Cast", "Clip", "Gelu", f"{_MS}QuickGelu", "Log", "Round", "ScatterND", "Sigmoid", "Sqrt"), _same
+        ("Abs", "Cast", "Clip", "Gelu", f"{_MS}QuickGelu", "Log", "Round", "ScatterND", "Sigmoid", "Sqrt", "Tanh"),
+        _same,
     ),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
     **dict.fromkeys(("SimplifiedLayerNormalization", f"{_MS}SkipSimplifiedLayerNormalization"), _norm),
@@ -461,6 +470,7 @@ _RULES: dict[str, _Rule] = {
     f"{_MBQ}SlicedGather": _packed_gather,
     f"{_MS}GroupQueryAttention": _attention,
     f"{_MS}MatMulNBits": _packed_product,
+    f"{_MS}RotaryEmbedding": _rotated,
 }
 """Shapes of the outputs of each operator that a graph may have."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from ..kernels.emit import Expr, bind, const
+from ..kernels.emit import Expr, bind, cast, const
 from .kernel import (
     ANY_SIZE,
     COUNT,
@@ -25,6 +26,31 @@ from .kernel import (
 )
 
 _LOWEST = -3e38
+
+
+def soft_cap(x: Expr, cap: float) -> Expr:
+    """``cap * tanh(x / cap)``. The tanh of some drivers overflows, so it is made of an exponential.
+
+    Args:
+        x: float32.
+        cap: the largest value that is reached.
+    """
+    u = bind(T.exp(const(-2 / cap, "float32") * T.max(x, const(-20 * cap, "float32"))))
+    return bind(const(cap, "float32") * ((const(1, "float32") - u) / (const(1, "float32") + u)))
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """An RMS norm of q and of k.
+
+    eps: added to the mean square.
+    rows: the norm is over all heads of q together, and of k. False: the same norm over each head.
+    last: the norm comes behind the rotation, not before it.
+    """
+
+    eps: float
+    rows: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +74,14 @@ class Heads:
         return self.heads + 2 * self.kv_heads
 
 
-def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float | None = None) -> Kernel:
+def rotate(
+    name: str, shape: Heads, tokens: int, threads: int, *, norm: HeadNorm | None = None, grows: bool = False
+) -> Kernel:
     """Rotates queries and keys. Writes keys and values to their caches at the positions of the pass.
 
-    Buffers: qkv float32 [tokens, heads + 2 kv_heads, head_dim]; rotary float32 [context, 2, rotated / 2], cos and sin;
-    norms float32 [2, head_dim]; q float32 [tokens, heads, head_dim]; keys and values float32
+    Buffers: qkv float32 [tokens, heads + 2 kv_heads, head_dim]; rotary float32 [context, 2, rotated / 2], cos and sin,
+    absent where nothing is rotated; norms float32 [2, head_dim], or [heads + kv_heads, head_dim] of whole rows; growth
+    float32 [context], which queries are multiplied by; q float32 [tokens, heads, head_dim]; keys and values float32
     [context, kv_heads, head_dim].
 
     Args:
@@ -60,12 +89,18 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
         shape: the heads.
         tokens: rows.
         threads: work-items for each head of a token.
-        norm_eps: added to the mean square in an RMS norm over each head of q and k before the rotation. None: no norm.
+        norm: of q and k. None: no norm.
+        grows: whether there is the buffer growth.
     """
     width, half = shape.head_dim, shape.rotated // 2
-    buffers = {"qkv": ("float32", tokens * shape.all * width), "rotary": ("float32", ANY_SIZE)}
-    if norm_eps is not None:
-        buffers["norms"] = ("float32", 2 * width)
+    whole = norm is not None and norm.rows
+    buffers = {"qkv": ("float32", tokens * shape.all * width)}
+    if half:
+        buffers["rotary"] = ("float32", ANY_SIZE)
+    if norm is not None:
+        buffers["norms"] = ("float32", (shape.heads + shape.kv_heads if whole else 2) * width)
+    if grows:
+        buffers["growth"] = ("float32", ANY_SIZE)
     buffers |= {
         "state": ("int32", TOKENS + tokens),
         "q": ("float32", tokens * shape.heads * width),
@@ -81,31 +116,59 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
             position = bind(of["state"][POSITION] + token)
             start = bind((token * shape.all + head) * width)
             factor: Expr = None
-            if norm_eps is not None:
-                partial = registers(1)
-                put(partial, 0, const(0, "float32"))
-                with strided(item, width, threads) as i:
-                    v = bind(of["qkv"][start + i])
-                    put(partial, 0, partial[0] + v * v)
-                sums = reduce_sums(item, threads, [partial[0]])
-                mean = sums[0] * const(1 / width, "float32") + const(norm_eps, "float32")
-                factor = bind(const(1, "float32") / T.sqrt(mean))
+
+            def gain(i: Expr, part: int) -> Expr:
+                return of["norms"][(head if whole else part) * width + i]
 
             def value(i: Expr, part: int) -> Expr:
                 v = of["qkv"][start + i]
-                return bind(v if factor is None else v * factor * of["norms"][part * width + i])
+                normed = norm is not None and not norm.last
+                return bind(v * factor * gain(i, part) if normed else v)
+
+            def rotated(i: Expr, part: int) -> Any:
+                """Number i of a head of q (part 0) or k (part 1), in a register."""
+                result = registers(1)
+                put(result, 0, value(i, part))
+                if half:
+                    with when(i < shape.rotated):
+                        first = bind(T.Select(i < half, i, i - half))
+                        cos = bind(of["rotary"][position * shape.rotated + first])
+                        sin = bind(of["rotary"][position * shape.rotated + half + first])
+                        other = value(bind(T.Select(i < half, i + half, i - half)), part)
+                        signed = T.Select(i < half, const(0, "float32") - other, other)
+                        put(result, 0, result[0] * cos + signed * sin)
+                return result
+
+            if norm is not None:
+                partial = registers(1)
+                put(partial, 0, const(0, "float32"))
+                if whole:
+                    bounds = registers(2, "int32")
+                    of_q = bind(head < shape.heads)
+                    first_head = T.Select(of_q, T.int32(0), T.int32(shape.heads))
+                    put(bounds, 0, (token * shape.all + first_head) * width)
+                    put(bounds, 1, T.Select(of_q, T.int32(shape.heads * width), T.int32(shape.kv_heads * width)))
+                    row, count = bind(bounds[0]), bind(bounds[1])
+                    with strided(item, count, threads) as i:
+                        v = bind(of["qkv"][row + i])
+                        put(partial, 0, partial[0] + v * v)
+                    share = bind(const(1, "float32") / cast(count, "float32", 1))
+                else:
+                    with strided(item, width, threads) as i:
+                        v = bind(rotated(i, 0)[0] if norm.last else of["qkv"][start + i])
+                        put(partial, 0, partial[0] + v * v)
+                    share = const(1 / width, "float32")
+                sums = reduce_sums(item, threads, [partial[0]])
+                mean = sums[0] * share + const(norm.eps, "float32")
+                factor = bind(const(1, "float32") / T.sqrt(mean))
 
             def turned(i: Expr, part: int) -> None:
                 """Write number i of a head of q (part 0) or k (part 1)."""
-                result = registers(1)
-                put(result, 0, value(i, part))
-                with when(i < shape.rotated):
-                    first = bind(T.Select(i < half, i, i - half))
-                    cos = bind(of["rotary"][position * shape.rotated + first])
-                    sin = bind(of["rotary"][position * shape.rotated + half + first])
-                    other = value(bind(T.Select(i < half, i + half, i - half)), part)
-                    signed = T.Select(i < half, const(0, "float32") - other, other)
-                    put(result, 0, result[0] * cos + signed * sin)
+                result = rotated(i, part)
+                if norm is not None and norm.last:
+                    put(result, 0, result[0] * factor * gain(i, part))
+                if part == 0 and grows:
+                    put(result, 0, result[0] * of["growth"][position])
                 if part == 0:
                     put(of["q"], (token * shape.heads + head) * width + i, result[0])
                 else:
@@ -124,7 +187,9 @@ def rotate(name: str, shape: Heads, tokens: int, threads: int, norm_eps: float |
     return Kernel(name, grid, threads, body)
 
 
-def attend(name: str, shape: Heads, tokens: int, threads: int, *, scale: float, window: int | None) -> Kernel:
+def attend(
+    name: str, shape: Heads, tokens: int, threads: int, *, scale: float, window: int | None, cap: float | None = None
+) -> Kernel:
     """q float32 [tokens, heads, head_dim], keys and values float32 [context, kv_heads, head_dim] -> y as q.
 
     A work-group handles one head of one token. It reads the cache ``threads`` positions at a time and keeps a running
@@ -137,6 +202,7 @@ def attend(name: str, shape: Heads, tokens: int, threads: int, *, scale: float, 
         threads: positions at a time, and work-items of a work-group.
         scale: factor of q . k.
         window: positions that a token sees, itself included. None: all.
+        cap: soft cap of the scores. None: none.
     """
     width, quads = shape.head_dim, shape.head_dim // 4
     per_item = -(-width // threads)
@@ -185,6 +251,8 @@ def attend(name: str, shape: Heads, tokens: int, threads: int, *, scale: float, 
                     t = bind(total[0])
                     dot = element(t, 0, 4) + element(t, 1, 4) + element(t, 2, 4) + element(t, 3, 4)
                     put(score, 0, dot * const(scale, "float32"))
+                    if cap is not None:
+                        put(score, 0, soft_cap(score[0], cap))
                 put(scores, item.thread, score[0])
                 barrier()
                 peak = registers(1)

@@ -117,7 +117,7 @@ def when(condition: Expr) -> Iterator[None]:
 
 
 @contextmanager
-def strided(item: Item, size: int, threads: int) -> Iterator[Expr]:
+def strided(item: Item, size: int | Expr, threads: int) -> Iterator[Expr]:
     """``for i in range(thread, size, threads)``. Yields i.
 
     Args:
@@ -125,9 +125,9 @@ def strided(item: Item, size: int, threads: int) -> Iterator[Expr]:
         size: where the range ends.
         threads: work-items of the group.
     """
-    with T.serial(0, -(-size // threads)) as step:
+    with T.serial(0, (size + (threads - 1)) // threads) as step:
         index = bind(step * threads + item.thread)
-        if size % threads:
+        if not isinstance(size, int) or size % threads:
             with when(index < size):
                 yield index
         else:

@@ -165,7 +165,7 @@ def _decide(item: Item, k: int, shape: RouterShape, of: Buffers, sums: Any, toke
 
 def norm(
     name: str, k: int, eps: float, threads: int, tokens: int, *, branch: bool, router: RouterShape | None,
-    last: bool = False,
+    last: bool = False, normed: bool = True,
 ) -> Kernel:  # fmt: skip
     """Adds ``branch`` to the residual stream, takes the RMS norm, and routes by the input of the norm.
 
@@ -181,11 +181,14 @@ def norm(
         branch: whether there is a branch to add.
         router: the router behind the norm, or None.
         last: compute only the row that ``state`` names, and write its norm and depth to row 0.
+        normed: False writes the sum to y as it is; there is no weight then.
     """
     buffers = {"residual": ("float32", tokens * k)}
     if branch:
         buffers["branch"] = ("float32", tokens * k)
-    buffers |= {"weight": ("float32", k), "y": ("float32", tokens * k)}
+    if normed:
+        buffers["weight"] = ("float32", k)
+    buffers["y"] = ("float32", tokens * k)
     if router:
         buffers |= _router_buffers(router, k, tokens)
     grid = (1 if last else tokens, 1)
@@ -207,11 +210,13 @@ def norm(
                 return v
 
             sums = _sums(item, threads, k, router, of, visit)
-            inverse = bind(const(1, "float32") / T.sqrt(sums[0] * const(1 / k, "float32") + const(eps, "float32")))
+            if normed:
+                mean = sums[0] * const(1 / k, "float32") + const(eps, "float32")
+                inverse = bind(const(1, "float32") / T.sqrt(mean))
             with strided(item, k, threads) as column:
                 at = bind(token * k + column)
                 v = of["residual"][at] + of["branch"][at] if branch and last else of["residual"][at]
-                put(of["y"], place * k + column, v * inverse * of["weight"][column])
+                put(of["y"], place * k + column, v * inverse * of["weight"][column] if normed else v)
             if router:
                 _decide(item, k, router, of, sums, token, place)
 

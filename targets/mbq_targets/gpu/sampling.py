@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.tirx.script import builder as T
 
 from ..kernels.emit import bind, const
+from .attention import soft_cap
 from .kernel import ROW, TOKENS, Kernel, barrier, frame, put, registers, shared, strided, when
 
 _LOWEST = -3e38
@@ -40,6 +41,26 @@ def turn(name: str, a: int, b: int, side: str, threads: int, *, gain: bool = Fal
                     x, f = (i * b + column, row * a + i) if side == "left" else (row * b + i, i * b + column)
                     put(total, 0, total[0] + of["x"][x] * of["factor"][f])
                 put(of["y"], at, total[0] * of["gain"][at] if gain else total[0])
+
+    return Kernel(name, grid, threads, body)
+
+
+def cap(name: str, n: int, threads: int, limit: float) -> Kernel:
+    """logits float32 [n] -> their soft cap, in place.
+
+    Args:
+        name: the kernel's name.
+        n: logits.
+        threads: work-items of a work-group.
+        limit: the largest value that is reached.
+    """
+    grid = (-(-n // threads), 1)
+
+    def body() -> None:
+        with frame(name, {"logits": ("float32", n)}, grid, threads) as (logits, item):
+            at = bind(item.x * threads + item.thread)
+            with when(at < n):
+                put(logits, at, soft_cap(bind(logits[at]), limit))
 
     return Kernel(name, grid, threads, body)
 

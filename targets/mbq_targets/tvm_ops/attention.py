@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
 from mbq_runtime.bundle.layout import KEY_LANES
 
 from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
-from ..kernels.exp import exp
+from ..kernels.exp import exp, tanh
 from .drivers import Tensor, driver, each, reduce, scratch, view
 
 SERIAL_SCORES = 4096
@@ -29,6 +29,9 @@ _CHAINS = 4
 _NEVER = -1e30
 """A score whose exponential is 0."""
 
+STILL = -1
+"""The place of a table of rotations, in a layer that is not rotated."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -40,6 +43,11 @@ class Attention:
     rotated: how many of the first numbers of a head are rotated.
     scale: factor of q . k.
     norm_eps: added to the mean square in a norm over each head of q and k. None: no norm.
+    norm_rows: that norm is over all heads of q together, and of k.
+    norm_last: that norm comes behind the rotation, not before it.
+    some_still: some layers are not rotated. They give ``STILL`` for the places of their tables.
+    cap: soft cap of the scores. None: none.
+    grows: queries are multiplied by a number of their position.
     """
 
     heads: int
@@ -48,14 +56,25 @@ class Attention:
     rotated: int
     scale: float
     norm_eps: float | None
+    norm_rows: bool = False
+    norm_last: bool = False
+    some_still: bool = False
+    cap: float | None = None
+    grows: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the operation's integers."""
+        return ("layer", "cos", "sin", "q_norm", "k_norm", "window", *(("growth",) if self.grows else ()))
 
 
 def attention(shape: Attention, name: str) -> None:
     """Operation: qkv float32 [M, (heads + 2 kv_heads) * head_dim] -> out float32 [M, heads * head_dim].
 
     Arguments: past int64 [1], positions before the first of the M tokens; keys and values, the cache, which must have
-    room for the M tokens and gets their keys and values; weights uint8; layer; cos, sin, q_norm, k_norm, places in the
-    weights in bytes; window, positions that a token sees, itself included.
+    room for the M tokens and gets their keys and values; weights uint8; ``Attention.fields``: layer; cos, sin, q_norm,
+    k_norm, places in the weights in bytes; window, positions that a token sees, itself included; growth, the place of
+    float32 [context] that queries are multiplied by.
 
     Args:
         shape: the heads.
@@ -65,8 +84,8 @@ def attention(shape: Attention, name: str) -> None:
         "qkv": ("float32", 2), "past": ("int64", 1), "keys": ("float32", 5), "values": ("float32", 4),
         "weights": ("uint8", 1), "out": ("float32", 2),
     }  # fmt: skip
-    with driver(name, tensors, ("layer", "cos", "sin", "q_norm", "k_norm", "window")) as args:
-        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window = args
+    with driver(name, tensors, shape.fields) as args:
+        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *growth = args
         s = shape
         width = (s.heads + 2 * s.kv_heads) * s.head_dim
         rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
@@ -74,17 +93,26 @@ def attention(shape: Attention, name: str) -> None:
         queries = scratch(rows * (s.heads * s.head_dim), "float32")
         tables = [view(weights.at(place), "float32") for place in (cos, sin)]
         norms = [view(weights.at(place), "float32") for place in (q_norm, k_norm)]
+        growths = [view(weights.at(place), "float32") for place in growth]
 
         def enter(m: Expr) -> None:
             position = bind(start + m)
+            rows_scale = registers(2, "float32") if s.norm_rows else None
+            for part, heads in enumerate((s.heads, s.kv_heads) if s.norm_rows and s.norm_eps is not None else ()):
+                at = bind(m * width + part * s.heads * s.head_dim)
+                store(rows_scale, part, 1, _inverse_rms(qkv.flat, at, heads * s.head_dim, s.norm_eps))
             with T.serial(0, T.int64(s.heads)) as h:
-                turned = _turn(s, qkv.flat, m * width + h * s.head_dim, norms[0], tables, position)
+                norm = _HeadNorm(norms[0], rows_scale, 0, h)
+                turned = _turn(s, qkv.flat, m * width + h * s.head_dim, norm, tables, position, cos)
                 for d in range(0, s.head_dim, LANES):
                     value = load(turned, d, LANES) * const(s.scale, "float32", LANES)
+                    for table in growths:
+                        value = value * splat(load(table, position, 1), LANES)
                     store(queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
             block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
             with T.serial(0, T.int64(s.kv_heads)) as h:
-                turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norms[1], tables, position)
+                norm = _HeadNorm(norms[1], rows_scale, 1, h)
+                turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norm, tables, position, cos)
                 head = bind(layer * s.kv_heads + h)
                 with T.serial(0, T.int64(s.head_dim)) as d:
                     store(
@@ -111,13 +139,45 @@ def attention(shape: Attention, name: str) -> None:
                 attend(i)
 
 
-def _turn(s: Attention, x: Any, at: Expr, norm: Any, tables: list[Any], position: Expr) -> Any:
-    """The head at ``x[at]``, with its norm and its rotation, in registers."""
+class _HeadNorm(NamedTuple):
+    """The norm of a head. gain: its weights; rows_scale: of the whole row, by part; part: 0 for q, 1 for k; head:
+    which of the part's heads."""
+
+    gain: Any
+    rows_scale: Any
+    part: int
+    head: Expr
+
+
+def _turn(s: Attention, x: Any, at: Expr, norm: _HeadNorm, tables: list[Any], position: Expr, cos: Expr) -> Any:
+    """The head at ``x[at]``, with its norm and its rotation, in registers. cos: place of the rotation's table."""
     values = registers(s.head_dim, "float32")
-    scale = None if s.norm_eps is None else bind(splat(_inverse_rms(x, at, s.head_dim, s.norm_eps), LANES))
+    if s.norm_eps is None or s.norm_last:
+        for d in range(0, s.head_dim, LANES):
+            store(values, d, LANES, load(x, at + d, LANES))
+    else:
+        _norm_head(s, norm, x, at, values)
+    if s.some_still:
+        with T.If(cos != T.int64(STILL)), T.Then():
+            _rotate(s, values, tables, position)
+    else:
+        _rotate(s, values, tables, position)
+    if s.norm_eps is not None and s.norm_last:
+        _norm_head(s, norm, values, T.int64(0), values)
+    return values
+
+
+def _norm_head(s: Attention, norm: _HeadNorm, x: Any, at: Expr, values: Any) -> None:
+    """Put the normed head at ``x[at]`` into ``values``."""
+    assert s.norm_eps is not None
+    inverse = load(norm.rows_scale, norm.part, 1) if s.norm_rows else _inverse_rms(x, at, s.head_dim, s.norm_eps)
+    scale = bind(splat(inverse, LANES))
+    first = norm.head * s.head_dim if s.norm_rows else 0
     for d in range(0, s.head_dim, LANES):
-        value = load(x, at + d, LANES)
-        store(values, d, LANES, value if scale is None else value * scale * load(norm, d, LANES))
+        store(values, d, LANES, load(x, at + d, LANES) * scale * load(norm.gain, first + d, LANES))
+
+
+def _rotate(s: Attention, values: Any, tables: list[Any], position: Expr) -> None:
     half = s.rotated // 2
     lanes = math.gcd(half, LANES)
     for d in range(0, half, lanes):
@@ -125,7 +185,6 @@ def _turn(s: Attention, x: Any, at: Expr, norm: Any, tables: list[Any], position
         a, b = load(values, d, lanes), load(values, half + d, lanes)
         store(values, d, lanes, a * cos - b * sin)
         store(values, half + d, lanes, b * cos + a * sin)
-    return values
 
 
 def _inverse_rms(x: Any, at: Expr, width: int, eps: float) -> Expr:
@@ -173,6 +232,9 @@ def _attend(
                 )
         sides = [load(chains, chain, LANES) + load(chains, chain + LANES, LANES) for chain in (0, 2 * LANES)]
         scores = bind(sides[0] + sides[1])
+        if s.cap is not None:
+            store(weight, 0, LANES, scores * const(1 / s.cap, "float32", LANES))
+            scores = bind(tanh(load(weight, 0, LANES), LANES) * const(s.cap, "float32", LANES))
         positions = bind(T.ramp(cast(block * KEY_LANES, "int32", 1), 1, KEY_LANES))
         low, high = (splat(load(limits, side, 1), LANES) for side in (0, 1))
         scores = bind(T.Select(positions >= low, scores, const(_NEVER, "float32", LANES)))

@@ -9,7 +9,7 @@ from ..kernels.emit import module
 from ..spec import KernelSpec
 from .attention import Attention, attention
 from .linear import linear
-from .pointwise import embed, gate, head_input, last, norm
+from .pointwise import add, cap, embed, gate, head_input, last, norm
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Shape:
     activation: of the gate, a key of ``kernels.gate.ACTIVATIONS``.
     attention: the heads.
     head_input: sizes of the two factors of the rotation of the head's input, or None.
+    adds: some sums are read without a norm.
+    logits_cap: soft cap of the logits, or None.
     """
 
     spec: KernelSpec
@@ -28,13 +30,17 @@ class Shape:
     activation: str
     attention: Attention
     head_input: tuple[int, int] | None
+    adds: bool = False
+    logits_cap: float | None = None
 
 
 def build_module(shape: Shape) -> Any:
-    """IRModule with mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate, mbq_head_input.
+    """IRModule with the operations: mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate,
+    mbq_head_input, mbq_add, mbq_cap.
 
     Args:
-        shape: what is compiled in. Without ``head_input`` there is no mbq_head_input.
+        shape: what is compiled in. Without ``head_input`` there is no mbq_head_input, without ``adds`` no mbq_add,
+            without ``logits_cap`` no mbq_cap.
     """
     with module() as builder:
         embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
@@ -46,4 +52,8 @@ def build_module(shape: Shape) -> Any:
         gate(shape.activation, "mbq_gate")
         if shape.head_input is not None:
             head_input(*shape.head_input, "mbq_head_input")
+        if shape.adds:
+            add("mbq_add")
+        if shape.logits_cap is not None:
+            cap(shape.logits_cap, "mbq_cap")
     return builder.get()

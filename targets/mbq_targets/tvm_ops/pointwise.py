@@ -10,6 +10,7 @@ from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..kernels.emit import LANES, Expr, bind, const, fma, load, registers, splat, store
+from ..kernels.exp import tanh
 from .drivers import call, driver, each, matrix_at, matrix_fields, reduce, scratch, view
 
 
@@ -81,6 +82,32 @@ def norm(eps: float, name: str, *, adds: bool) -> None:
                 store(out.flat, at, LANES, load(summed.flat, at, LANES) * scale * load(gain, i * LANES, LANES))
 
         each(rows, one)
+
+
+def add(name: str) -> None:
+    """Operation: x, branch float32 [M, K] -> out = x + branch. K is a multiple of 16.
+
+    Args:
+        name: the function's symbol.
+    """
+    with driver(name, {"x": ("float32", 2), "branch": ("float32", 2), "out": ("float32", 2)}) as (x, branch, out):
+        vectors = x.shape[0] * x.shape[1] // LANES
+        with T.serial(0, vectors) as i:
+            store(out.flat, i * LANES, LANES, load(x.flat, i * LANES, LANES) + load(branch.flat, i * LANES, LANES))
+
+
+def cap(limit: float, name: str) -> None:
+    """Operation: x float32 [M, N] -> out = limit * tanh(x / limit). N is a multiple of 16.
+
+    Args:
+        limit: the largest value that is reached.
+        name: the function's symbol.
+    """
+    with driver(name, {"x": ("float32", 2), "out": ("float32", 2)}) as (x, out):
+        vectors = x.shape[0] * x.shape[1] // LANES
+        with T.serial(0, vectors) as i:
+            small = bind(load(x.flat, i * LANES, LANES) * const(1 / limit, "float32", LANES))
+            store(out.flat, i * LANES, LANES, tanh(small, LANES) * const(limit, "float32", LANES))
 
 
 def last(name: str) -> None:

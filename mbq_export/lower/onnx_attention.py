@@ -1,0 +1,135 @@
+"""The nodes of attention in an ONNX graph: what comes between the stacked projection and the attended values."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from ..model.checkpoint import Checkpoint
+from .decoder import Attention, Norm
+from .onnx_graph import Graph
+
+MS = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+
+class AttentionNodes:
+    """Writes the nodes of attention.
+
+    Args:
+        graph: where nodes and constants go.
+        checkpoint: norms, rotations and shape of the model.
+    """
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint) -> None:
+        self.graph, self.checkpoint, self.decoder = graph, checkpoint, checkpoint.decoder
+        self.values: dict[str, str] = {}
+
+    def positions(self) -> None:
+        """Make what attention asks for: how many tokens there are, and how many with the cache."""
+        g = self.graph
+        axis = g.numbers("one_axis", 1)
+        one = g.tensor("one", np.array(1, np.int64))
+        lengths = g.node("ReduceSum", ["attention_mask", axis], "lengths", keepdims=0)
+        last = g.node("Sub", [lengths, one], "last_positions")
+        g.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+        shape = g.node("Shape", ["attention_mask"], "mask_shape")
+        total = g.node("Gather", [shape, one], "total_length", axis=0)
+        g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
+
+    def attend(self, attention: Attention, qkv: str) -> str:
+        """Write one layer's attention, with its cache.
+
+        Args:
+            attention: what the layer does.
+            qkv: queries, keys and values, stacked.
+
+        Returns:
+            The attended values.
+        """
+        g, d = self.graph, self.decoder
+        norms = attention.head_norms
+        query = [qkv, "", ""] if norms is None and not attention.grows else self._separate_heads(attention, qkv)
+        rotates = attention.rotary is not None and not (norms is not None and norms.rotated_first)
+        tables = self._rotary(attention.rotary) if rotates and attention.rotary is not None else []
+        past = [f"past_key_values.{attention.layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
+        more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
+        more |= {} if attention.cap is None else {"softcap": attention.cap}
+        return g.node(
+            "GroupQueryAttention",
+            [*query, *past, "seqlens_k", "total_sequence_length", *tables],
+            attention.name, MS, outputs=[attention.name, *present],
+            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=attention.scale, do_rotary=int(rotates),
+            rotary_interleaved=0, **more,
+        )  # fmt: skip
+
+    def norm(self, x: str, norm: Norm) -> str:
+        """Write an RMS norm.
+
+        Args:
+            x: what is normed, [..., width].
+            norm: which norm.
+        """
+        weight = self.graph.tensor(f"{norm.name}.weight", self.checkpoint.norm(norm.source))
+        return self.graph.node(
+            "SimplifiedLayerNormalization", [x, weight], norm.name,
+            axis=-1, epsilon=self.decoder.norm_eps, stash_type=1,
+        )  # fmt: skip
+
+    def _separate_heads(self, attention: Attention, qkv: str) -> list[str]:
+        """q, k and v as three tensors, with what comes between their product and the cache, rotation apart."""
+        g, norms, d = self.graph, attention.head_norms, self.decoder
+        sizes = g.numbers("qkv_sizes", *d.qkv_sizes)
+        q, k, v = (f"{attention.name}.{part}" for part in "qkv")
+        g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=[q, k, v], axis=-1)
+        if norms is not None:
+            if norms.rotated_first and attention.rotary is not None:
+                q, k = (self._rotated(x, n, attention.rotary) for x, n in ((q, d.heads), (k, d.kv_heads)))
+            q, k = (
+                self.norm(x, norm) if norms.whole_row else self._head_norm(x, norm)
+                for x, norm in ((q, norms.q), (k, norms.k))
+            )
+        if attention.grows:
+            q = g.node("Mul", [q, self._growth()], f"{q}_grown")
+        return [q, k, v]
+
+    def _past_tokens(self) -> str:
+        """int64 [1]: how many tokens the cache holds."""
+        g = self.graph
+        if "past_tokens" not in self.values:
+            tokens = g.node("Shape", ["input_ids"], "tokens", start=1, end=2)
+            self.values["past_tokens"] = g.node("Sub", ["total_length", tokens], "past_tokens")
+        return self.values["past_tokens"]
+
+    def _rotated(self, x: str, heads: int, kind: str) -> str:
+        cos, sin = self._rotary(kind)
+        return self.graph.node(
+            "RotaryEmbedding", [x, self._past_tokens(), cos, sin], f"{x}_rotated", MS,
+            num_heads=heads, rotary_embedding_dim=2 * self.graph.tensors[cos].shape[1],
+        )  # fmt: skip
+
+    def _growth(self) -> str:
+        """float32 [tokens, 1]: what the queries of each token are multiplied by."""
+        g, table = self.graph, self.checkpoint.query_growth()
+        assert table is not None
+        if "query_growth" not in self.values:
+            end = g.node("Add", [self._past_tokens(), "tokens"], "all_tokens")
+            axis = g.numbers("zero_axis", 0)
+            rows = [g.tensor("query_growth.table", table[:, None]), self._past_tokens(), end, axis]
+            self.values["query_growth"] = g.node("Slice", rows, "query_growth")
+        return self.values["query_growth"]
+
+    def _head_norm(self, x: str, norm: Norm) -> str:
+        g = self.graph
+        per_head, flat = g.numbers("per_head", 0, 0, -1, self.decoder.head_dim), g.numbers("flat", 0, 0, -1)
+        split = g.node("Reshape", [x, per_head], f"{x}_heads")
+        return g.node("Reshape", [self.norm(split, norm), flat], f"{x}_normed")
+
+    def _rotary(self, kind: str) -> list[str]:
+        """cos and sin of the layers of one kind."""
+        names = [f"{kind}.cos", f"{kind}.sin"]
+        if names[0] not in self.graph.tensors:
+            for name, values in zip(names, self.checkpoint.rotary(kind), strict=True):
+                self.graph.tensor(name, values)
+        return names

@@ -1,0 +1,121 @@
+"""The description of a model, made from its config."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mbq_runtime.errors import ModelError
+
+from .config_keys import ConfigKeys
+from .families import Family, check_family
+from .shape import FULL, SLIDING, Decoder, QueryGrowth
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""The activation function of the gate, by its name in config.json."""
+
+HEAD_DIM_STEP = 16
+"""ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU."""
+
+
+def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
+    """The description of a model.
+
+    Args:
+        config: transformers' config of the model.
+        where: the model's name, for errors.
+        tied: whether the loaded model's head is its embedding.  None: what the config says.
+
+    Raises:
+        ModelError: the family, or a feature of the model, has no lowering.
+    """
+    family = check_family(config.model_type, getattr(config, "architectures", None), where)
+    keys = ConfigKeys(config, family.without)
+    decoder = _described(keys, family, where, tied)
+    for key, value in keys.unread():
+        raise ModelError(
+            f"{where}: {key} is {value!r}; a {config.model_type} model of transformers reads it, and this exporter has "
+            "no lowering for it: give a model that leaves it as it is by default"
+        )
+    return decoder
+
+
+def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) -> Decoder:
+    activation = keys.get("hidden_act") or keys.get("hidden_activation")
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")
+    layers, heads = keys.get("num_hidden_layers"), keys.get("num_attention_heads")
+    hidden = keys.get("hidden_size")
+    head_dim = keys.get("head_dim") or hidden // heads
+    if head_dim % HEAD_DIM_STEP:
+        raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
+    window, kinds = _windows(keys, layers, where)
+    told_tied = bool(keys.get("tie_word_embeddings"))
+    beta = keys.rope("llama_4_scaling_beta")
+    if keys.get("num_local_experts"):
+        raise ModelError(f"{where}: num_local_experts is {keys.get('num_local_experts')}; experts have no lowering")
+    return Decoder(
+        family=family,
+        layers=layers,
+        hidden_size=hidden,
+        ffn_size=keys.get(family.ffn_size),
+        heads=heads,
+        kv_heads=keys.get("num_key_value_heads"),
+        head_dim=head_dim,
+        vocab_size=keys.get("vocab_size"),
+        context_length=_context_length(keys),
+        norm_eps=keys.get("rms_norm_eps"),
+        tied=told_tied if tied is None else tied,
+        activation=ACTIVATIONS[activation],
+        attention_scale=_attention_scale(keys, head_dim),
+        layer_kinds=kinds,
+        sliding_window=window or keys.get("max_position_embeddings"),
+        embedding_scale=math.sqrt(hidden) if family.scaled_embedding else float(keys.get("embedding_multiplier") or 1),
+        rotates=_rotates(keys, family, window, kinds),
+        attention_cap=keys.get("attn_logit_softcapping") or None,
+        logits_cap=keys.get("final_logit_softcapping") or None,
+        query_growth=QueryGrowth(beta, keys.rope("original_max_position_embeddings")) if beta else None,
+        branch_scale=float(keys.get("residual_multiplier") or 1),
+        logits_scale=1 / float(keys.get("logits_scaling") or 1),
+    )
+
+
+def _windows(keys: ConfigKeys, layers: int, where: str) -> tuple[int | None, tuple[str, ...]]:
+    """The sliding window, and the kind of each layer."""
+    window = keys.get("sliding_window") if keys.get("use_sliding_window", True) else None
+    kinds = keys.get("layer_types") or [SLIDING if window else FULL] * layers
+    unknown = set(kinds) - {FULL, SLIDING}
+    if unknown:
+        raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
+    return window, tuple(kinds)
+
+
+def _attention_scale(keys: ConfigKeys, head_dim: int) -> float:
+    multiplier = keys.get("attention_multiplier")
+    if multiplier is not None:
+        return float(multiplier)
+    return float((keys.get("query_pre_attn_scalar") or head_dim) ** -0.5)
+
+
+def _rotates(keys: ConfigKeys, family: Family, window: int | None, kinds: tuple[str, ...]) -> tuple[bool, ...] | None:
+    """Whether q and k are rotated, by layer."""
+    listed = keys.get("no_rope_layers")  # 1 for a layer with rotation
+    if listed is not None:
+        rotates = tuple(bool(one) for one in listed[: len(kinds)])
+    elif family.windows_rotate and window is not None:
+        rotates = tuple(kind == SLIDING for kind in kinds)
+    else:
+        rotates = (keys.get("position_embedding_type", "rope") == "rope",) * len(kinds)
+    return None if all(rotates) else rotates
+
+
+def _context_length(keys: ConfigKeys) -> int:
+    """The longest context that one table of rotations serves.
+
+    A model with longrope uses other frequencies past its original length, and so other keys for all earlier tokens.
+    """
+    longest: int = keys.get("max_position_embeddings")
+    if keys.rope("rope_type") != "longrope":
+        return longest
+    original = keys.rope("original_max_position_embeddings") or keys.get("original_max_position_embeddings")
+    return min(longest, int(original))

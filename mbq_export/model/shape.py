@@ -1,0 +1,264 @@
+"""The shape of one decoder: what calibration and the lowerings read of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from .families import Family
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, by their names in config.json."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linear layers that share one input, and so one router and one sliced matmul.
+
+    name: as in the graph and in the manifest; sources: the layers' names in the checkpoint, in the order in which their
+    weights are stacked along N.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of the weight and the bias of a linear layer.
+
+    layer: the layer's name in the checkpoint; start, stop: row indices.
+    """
+
+    layer: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """A factor of the queries that grows with the position: ``1 + beta * log(1 + floor(position / original))``.
+
+    beta: of the logarithm; original: tokens of context from which on the factor is above 1.
+    """
+
+    beta: float
+    original: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The shape of one model, in the units of its config.
+
+    family: its row of ``FAMILIES``; layers: number of blocks; hidden_size: width of the residual stream;
+    ffn_size: width of the MLP; heads: query heads; kv_heads: heads of keys and values; head_dim: channels in a head;
+    vocab_size: number of tokens in the vocabulary; context_length: most tokens in a context;
+    norm_eps: added to the mean square in RMS norms.
+    """
+
+    family: Family
+    layers: int
+    hidden_size: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    tied: bool
+    """Whether the head is the embedding."""
+    activation: str
+    """A value of ``describe.ACTIVATIONS``."""
+    attention_scale: float
+    """Multiplies q . k."""
+    layer_kinds: tuple[str, ...]
+    """FULL or SLIDING, by layer."""
+    sliding_window: int
+    """Tokens that a token attends to in sliding layers, itself included."""
+    embedding_scale: float = 1.0
+    """What a row of the embedding is multiplied by."""
+    rotates: tuple[bool, ...] | None = None
+    """Whether q and k are rotated, by layer.  None: in all."""
+    attention_cap: float | None = None
+    """Soft cap of the scores: ``cap * tanh(score / cap)``."""
+    logits_cap: float | None = None
+    """Soft cap of the logits."""
+    query_growth: QueryGrowth | None = None
+    """How queries grow with their position."""
+    branch_scale: float = 1.0
+    """What attention and MLP put out is multiplied by.  Folded into weights when the model is loaded."""
+    logits_scale: float = 1.0
+    """What logits are multiplied by.  Folded into the final norm when the model is loaded."""
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in the stacked projection."""
+        kv = self.kv_heads * self.head_dim
+        return self.heads * self.head_dim, kv, kv
+
+    @property
+    def parts(self) -> dict[str, dict[str, slice]]:
+        """By role, the rows of each part (q, k, v, o, gate, up, down) in the stacked matrix."""
+        sizes = {
+            "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
+            "attn_out": {"o": self.hidden_size},
+            "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
+            "mlp_out": {"down": self.hidden_size},
+        }
+        return {role: dict(zip(of, stacked(*of.values()), strict=True)) for role, of in sizes.items()}
+
+    @property
+    def role_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each role's stacked matrix in a block."""
+        attended = self.heads * self.head_dim
+        return {
+            "attn_in": (sum(self.qkv_sizes), self.hidden_size),
+            "attn_out": (self.hidden_size, attended),
+            "mlp_in": (2 * self.ffn_size, self.hidden_size),
+            "mlp_out": (self.hidden_size, self.ffn_size),
+        }
+
+    def unit_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of every unit by name, in the order of ``units``."""
+        shapes = {
+            unit.name: self.role_shapes[role]
+            for layer in range(self.layers)
+            for role, unit in self.layer_units(layer).items()
+        }
+        return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
+        of_units = self.layers * sum(n * k for n, k in self.role_shapes.values())
+        return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+
+    def block(self, layer: int) -> str:
+        """The name of a block's module.
+
+        Args:
+            layer: index of the block.
+        """
+        return f"model.layers.{layer}"
+
+    def layer_units(self, layer: int) -> dict[str, Unit]:
+        """The units of one block, by role.
+
+        Args:
+            layer: index of the block.
+        """
+        return {
+            role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
+            for role, names in self.family.linears.items()
+        }
+
+    @property
+    def head(self) -> Unit:
+        """The unit that makes logits."""
+        return Unit("head", ("lm_head",))
+
+    def units(self) -> Iterator[Unit]:
+        """All units in the order in which the graph runs them."""
+        for layer in range(self.layers):
+            yield from self.layer_units(layer).values()
+        yield self.head
+
+    def input_norm(self, layer: int, role: str) -> str | None:
+        """The name of the norm that makes a unit's input, or None where the unit reads the residual stream itself.
+
+        Args:
+            layer: index of the block.
+            role: attn_in or mlp_in.
+        """
+        return self._norm(layer, role)
+
+    def normed_units(self, layer: int) -> dict[str, tuple[str, Unit]]:
+        """The norm before each unit that has one, and the unit, by role.
+
+        Args:
+            layer: index of the block.
+        """
+        units = self.layer_units(layer)
+        norms = {role: self.input_norm(layer, role) for role in ("attn_in", "mlp_in")}
+        return {role: (norm, units[role]) for role, norm in norms.items() if norm is not None}
+
+    def output_norm(self, layer: int, role: str) -> str | None:
+        """The name of the norm that a unit's output goes through, or None where the family has no such norm.
+
+        Args:
+            layer: index of the block.
+            role: attn_out or mlp_out.
+        """
+        return self._norm(layer, role)
+
+    def _norm(self, layer: int, role: str) -> str | None:
+        name = self.family.norms.get(role)
+        return None if name is None else f"{self.block(layer)}.{name}"
+
+    @property
+    def turns(self) -> bool:
+        """Whether the residual stream can be rotated: no norm is on what a block adds to it."""
+        return not any(role.endswith("_out") for role in self.family.norms)
+
+    @property
+    def final_norm(self) -> str:
+        """The name of the norm that makes the head's input."""
+        return "model.norm"
+
+    def head_norms(self, layer: int) -> tuple[str, str] | None:
+        """The names of the norms of q and of k, or None where the family has none.
+
+        Args:
+            layer: index of the block.
+        """
+        norms = self.family.head_norms
+        return None if norms is None else (f"{self.block(layer)}.{norms.q}", f"{self.block(layer)}.{norms.k}")
+
+    def rows(self, layer: int, part: str) -> Rows:
+        """Where a part of a block is in the checkpoint.
+
+        Args:
+            layer: index of the block.
+            part: q, k, v, o, gate, up or down.
+        """
+        role = next(role for role, of in self.parts.items() if part in of)
+        within, names = self.parts[role][part], self.layer_units(layer)[role].sources
+        if len(names) == 1:
+            return Rows(names[0], within.start, within.stop)
+        return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
+
+    def rotary_kind(self, layer: int) -> str | None:
+        """The kind of rotation of a block, or None for no rotation.  Blocks of one kind use the same frequencies.
+
+        Args:
+            layer: index of the block.
+        """
+        if self.rotates is not None and not self.rotates[layer]:
+            return None
+        return self.layer_kinds[layer] if self.family.local_rotary else FULL
+
+    @property
+    def rotary_kinds(self) -> list[str]:
+        """The kinds of rotation that occur, in the order of their first layers."""
+        kinds = (self.rotary_kind(layer) for layer in range(self.layers))
+        return [kind for kind in dict.fromkeys(kinds) if kind is not None]
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token attends to in a block, itself included, or None for all.
+
+        Args:
+            layer: index of the block.
+        """
+        sliding = self.layer_kinds[layer] == SLIDING and self.sliding_window < self.context_length
+        return self.sliding_window if sliding else None
+
+
+def stacked(*sizes: int) -> list[slice]:
+    """The places of parts that are stacked one after the other.
+
+    Args:
+        sizes: number of rows of each part.
+    """
+    return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
