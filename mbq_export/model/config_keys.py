@@ -52,6 +52,9 @@ class ConfigKeys:
 
     def __init__(self, config: Any, without: tuple[str, ...] = ()) -> None:
         self._config, self._without = config, without
+        config_class: Any = type(config)
+        self._usual = _defaults(config_class)
+        self._known = self._usual.keys() | _named_in_source(config_class) | {"tie_word_embeddings"}
         self._read: set[str] = set()
         self._read_of_rope: set[str] = set()
 
@@ -60,10 +63,10 @@ class ConfigKeys:
 
         Args:
             key: as in config.json.
-            default: for a key that the config does not have.
+            default: for a key that the config does not have, or that transformers does not read of this family.
         """
         self._read.add(key)
-        return getattr(self._config, key, default)
+        return getattr(self._config, key, default) if key in self._known else default
 
     def rope(self, key: str) -> Any:
         """The value of a key of ``rope_parameters``, which counts as read; None for a key that it does not have.
@@ -77,11 +80,10 @@ class ConfigKeys:
     def unread(self) -> Iterator[tuple[str, Any]]:
         """Keys with their values that transformers reads, that have not been read, and that are not as by default."""
         known = self._read | _INERT | _IN_WEIGHTS | _IN_OTHER_KEYS | {"rope_parameters"}
-        config_class: Any = type(self._config)
-        usual, given = _defaults(config_class), self._config.to_dict()
-        for key in sorted((usual.keys() | (_named_in_source(config_class) & given.keys())) - known):
+        given = self._config.to_dict()
+        for key in sorted((self._usual.keys() | (self._known & given.keys())) - known):
             value = getattr(self._config, key, None)
-            if not key.startswith(self._without or "\0") and value != usual.get(key):
+            if not key.startswith(self._without or "\0") and value != self._usual.get(key):
                 yield key, value
         yield from self._unread_of_rope(getattr(self._config, "rope_parameters", None) or {}, "rope_parameters")
 

@@ -51,7 +51,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
     window, kinds = _windows(keys, layers, where)
     told_tied = bool(keys.get("tie_word_embeddings"))
-    beta = keys.rope("llama_4_scaling_beta")
+    beta = keys.rope("llama_4_scaling_beta") if family.growing_queries else None
     if keys.get("num_local_experts"):
         raise ModelError(f"{where}: num_local_experts is {keys.get('num_local_experts')}; experts have no lowering")
     return Decoder(

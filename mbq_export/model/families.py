@@ -73,6 +73,8 @@ class Family:
     """A rotation turns neighbouring channels of a head.  False: a channel of the first half with one of the second."""
     windows_rotate: bool = False
     """In a model with sliding windows only the layers with a window rotate q and k."""
+    growing_queries: bool = False
+    """Queries grow with their position by ``llama_4_scaling_beta``."""
     ffn_size: str = "intermediate_size"
     """The key of the MLP's width in config.json."""
     without: tuple[str, ...] = ()
@@ -85,7 +87,7 @@ FAMILIES = {
         Family("llama", "LlamaForCausalLM"),
         Family("mistral", "MistralForCausalLM"),
         Family("ministral", "MinistralForCausalLM"),
-        Family("ministral3", "Ministral3ForCausalLM"),
+        Family("ministral3", "Ministral3ForCausalLM", growing_queries=True),
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", head_norms=HeadNorms()),
         Family("smollm3", "SmolLM3ForCausalLM"),

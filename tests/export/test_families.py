@@ -118,6 +118,8 @@ def test_gemma_3() -> None:
     assert d.attention_scale == 1 / 16
     assert d.embedding_scale == pytest.approx(33.9411, abs=1e-4)
     assert d.family.norm_offset == 1
+    assert (d.attention_cap, d.logits_cap) == (None, None)
+    assert described("gemma-3-1b-it", final_logit_softcapping=30.0).logits_cap == 30
     assert [layer for layer in range(26) if d.window(layer) is None] == [5, 11, 17, 23]
     assert d.window(0) == 512
     assert (d.rotary_kind(0), d.rotary_kind(5)) == (SLIDING, FULL)
@@ -167,7 +169,6 @@ def test_windows_of_other_families() -> None:
             {"architectures": ["Gemma3ForSequenceClassification"]},
             "Gemma3ForSequenceClassification is not supported; supported: LlamaForCausalLM .*Phi3ForCausalLM",
         ),
-        ("gemma-3-1b-it", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("Phi-3-mini-4k-instruct", {"hidden_act": "relu"}, "hidden_act is 'relu'; only silu"),
         ("Phi-3-mini-4k-instruct", {"hidden_size": 3200}, "head_dim is 100; .*multiple of 16"),

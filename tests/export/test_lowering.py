@@ -68,9 +68,9 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
         checkpoint.part(layer, after)[0].mul_(columns)
 
     for layer in range(d.layers):
-        for role in ("attn_in", "mlp_in"):
+        for role, (norm, _) in d.normed_units(layer).items():
             factor = factors(d.hidden_size)
-            checkpoint.scale_norm(d.input_norm(layer, role), 1 / factor)
+            checkpoint.scale_norm(norm, 1 / factor)
             for part in d.parts[role]:
                 checkpoint.part(layer, part)[0].mul_(factor)
         factor = factors(d.kv_heads * d.head_dim)

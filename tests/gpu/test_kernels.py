@@ -192,6 +192,15 @@ def test_norm_adds_the_branch_and_routes_by_the_sum(runner: Runner, last: bool) 
         np.testing.assert_array_equal(after[:, 0], depth)
 
 
+def test_sum_without_a_norm(runner: Runner) -> None:
+    rng = np.random.default_rng(5)
+    residual, branch = rng.standard_normal((2, 3, 100)).astype(np.float32)
+    kernel = rules.norm("s", 100, 1e-6, 32, 3, branch=True, router=None, normed=False)
+    arrays = {"residual": residual, "branch": branch, "y": np.zeros_like(residual)}
+    for found in runner(kernel, arrays, "residual", "y"):
+        np.testing.assert_array_equal(found, residual + branch)
+
+
 def test_plain_norm(runner: Runner) -> None:
     rng = np.random.default_rng(5)
     x, gain = rng.standard_normal((3, 100)).astype(np.float32), rng.uniform(0.5, 2, 100).astype(np.float32)
@@ -231,28 +240,46 @@ def turned(x: F64, cos: Any, sin: Any) -> F64:
     return np.concatenate([a * c - b * s, b * c + a * s, x[..., 2 * half :]], axis=-1)
 
 
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("rotated", [32, 24])
-def test_rotation_and_cache(runner: Runner, rotated: int, normed: bool) -> None:
+@pytest.mark.parametrize(
+    ("rotated", "norm"),
+    [
+        (32, None), (24, None), (0, None),
+        (32, attention.HeadNorm(1e-6)), (24, attention.HeadNorm(1e-6)), (0, attention.HeadNorm(1e-6)),
+        (32, attention.HeadNorm(1e-6, rows=True)), (24, attention.HeadNorm(1e-6, last=True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rotation_and_cache(runner: Runner, rotated: int, norm: attention.HeadNorm | None) -> None:
     rng = np.random.default_rng(7)
     shape, tokens, count, position, context = attention.Heads(6, 2, 32, rotated), 4, 3, 5, 12
     qkv = rng.standard_normal((tokens, shape.all, 32)).astype(np.float32)
     angle = rng.uniform(0, 7, (context, rotated // 2))
     rotary = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    norms = rng.uniform(0.5, 2, (2, 32)).astype(np.float32)
+    whole, last = (norm is not None and norm.rows), (norm is not None and norm.last)
+    norms = rng.uniform(0.5, 2, (8 if whole else 2, 32)).astype(np.float32)
+    growth = rng.uniform(1, 2, context).astype(np.float32)
     keys, values = np.full((2, context, 2, 32), 9, np.float32)
-    kernel = attention.rotate("r", shape, tokens, 16, norm=attention.HeadNorm(1e-6) if normed else None)
+    kernel = attention.rotate("r", shape, tokens, 16, norm=norm, grows=last)
     arrays = {
-        "qkv": qkv, "rotary": rotary, "norms": norms, "keys": keys, "values": values,
+        "qkv": qkv, "rotary": rotary, "norms": norms, "keys": keys, "values": values, "growth": growth,
         "state": state(position, count, tokens=[0] * tokens), "q": np.zeros((tokens, 6, 32), np.float32),
     }  # fmt: skip
     q, keys, values = runner(kernel, arrays, "q", "keys", "values")
-    parts = np.split(qkv.astype(np.float64), [6, 8], axis=1)
-    if normed:
-        for i in (0, 1):
-            parts[i] = parts[i] / np.sqrt((parts[i] ** 2).mean(-1, keepdims=True) + 1e-6) * norms[i]
     where = slice(position, position + tokens)
-    want_q, want_k = (turned(part, rotary[where, 0], rotary[where, 1]) for part in parts[:2])
+    gains = (norms[:6], norms[6:]) if whole else (norms[0], norms[1])
+
+    def normed(part: F64, i: int) -> F64:
+        mean = (part**2).mean((-2, -1) if whole else -1, keepdims=True)
+        return part / np.sqrt(mean + 1e-6) * gains[i]
+
+    def made(part: F64, i: int) -> F64:
+        part = normed(part, i) if norm is not None and not last else part
+        part = turned(part, rotary[where, 0], rotary[where, 1])
+        return normed(part, i) if last else part
+
+    want_q, want_k = (made(part, i) for i, part in enumerate(np.split(qkv[:, :8].astype(np.float64), [6], axis=1)))
+    if last:
+        want_q = want_q * growth[where, None, None]
     np.testing.assert_allclose(q[:count], want_q[:count], atol=1e-5)
     here = slice(position, position + count)
     np.testing.assert_allclose(keys[here], want_k[:count], atol=1e-5)
@@ -261,13 +288,15 @@ def test_rotation_and_cache(runner: Runner, rotated: int, normed: bool) -> None:
         assert (np.delete(cache, np.arange(position, position + count), axis=0) == 9).all()
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (6, None), (6, 2.0)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 3, 64)])
 @pytest.mark.parametrize("threads", [16, 64])
-def test_attention(runner: Runner, heads: int, kv_heads: int, width: int, threads: int, window: int | None) -> None:
+def test_attention(
+    runner: Runner, heads: int, kv_heads: int, width: int, threads: int, window: int | None, cap: float | None
+) -> None:
     rng = np.random.default_rng(8)
     shape, tokens, count, context = attention.Heads(heads, kv_heads, width, width), 4, 3, 50
-    kernel = attention.attend("a", shape, tokens, threads, scale=width**-0.5, window=window)
+    kernel = attention.attend("a", shape, tokens, threads, scale=width**-0.5, window=window, cap=cap)
     q = rng.standard_normal((tokens, heads, width)).astype(np.float32) * 3
     keys, values = rng.standard_normal((2, context, kv_heads, width)).astype(np.float32)
     for position in (0, 37):
@@ -280,6 +309,7 @@ def test_attention(runner: Runner, heads: int, kv_heads: int, width: int, thread
             for head in range(heads):
                 kv = head // (heads // kv_heads)
                 scores = keys[seen, kv].astype(np.float64) @ q[token, head] * width**-0.5
+                scores = scores if cap is None else cap * np.tanh(scores / cap)
                 shares = np.exp(scores - scores.max())
                 want = shares / shares.sum() @ values[seen, kv]
                 np.testing.assert_allclose(y[token, head], want, atol=1e-5)
@@ -297,6 +327,12 @@ def test_turn_of_the_heads_input(runner: Runner) -> None:
     arrays = {"x": x, "factor": right, "gain": gain, "y": y}
     (two,) = runner(sampling.turn("t", a, b, "right", 32, gain=True), arrays, "y")
     np.testing.assert_allclose(two, x @ right * gain, atol=1e-4)
+
+
+def test_soft_cap(runner: Runner) -> None:
+    logits = np.linspace(-200, 200, 1001).astype(np.float32)
+    (y,) = runner(sampling.cap("c", 1001, 64, 30.0), {"logits": logits}, "logits")
+    np.testing.assert_allclose(y, 30 * np.tanh(logits.astype(np.float64) / 30), atol=1e-4)
 
 
 def test_argmax_takes_the_first_of_equals_and_reports_bits(runner: Runner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
 from mbq_targets.machines import resolve
 from mbq_targets.spec import KernelSpec
-from mbq_targets.tvm_ops.attention import Attention
+from mbq_targets.tvm_ops.attention import STILL, Attention
 from mbq_targets.tvm_ops.linear import fields
 from mbq_targets.tvm_ops.module import Shape, build_module
 
@@ -28,18 +29,20 @@ pytestmark = pytest.mark.heavy
 PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
 SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
+ROWS = replace(HEADS, norm_rows=True, some_still=True)
+LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True)
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
 Array = NDArray[Any]
 
 
-def compiled(spec: KernelSpec, folder: Path) -> Callable[[str], Any]:
+def compiled(spec: KernelSpec, folder: Path, heads: Attention = HEADS) -> Callable[[str], Any]:
     import tvm
 
     target = resolve("host")
     if not target.native:
         pytest.skip("no kernels for this machine")
-    shape = Shape(spec, 1e-5, "gelu_tanh", HEADS, (16, 20))
+    shape = Shape(spec, 1e-5, "gelu_tanh", heads, (16, 20), adds=heads.norm_rows, logits_cap=heads.cap)
     build_decoder(target, spec, build_module(shape), folder / "ops.so")
     module = tvm.runtime.load_module(str(folder / "ops.so"))
     return lambda name: module[f"mbq_{name}"]
@@ -106,15 +109,43 @@ def test_linear(
 @pytest.mark.parametrize("window", [5, 1000])
 @pytest.mark.parametrize("parts", [(1, 1, 1), (20,), (3, 30, 1, 1), (150,)])
 def test_attention_in_parts(ops: Callable[[str], Any], parts: tuple[int, ...], window: int) -> None:
-    """A cache filled by passes of several sizes, in the second of two layers."""
-    h, total, layer = HEADS, sum(parts), 1
+    check_attention(ops, HEADS, parts, window)
+
+
+@pytest.mark.parametrize("heads", [ROWS, LAST], ids=["norms of rows", "norms behind the rotation"])
+def test_other_attentions(heads: Attention, tmp_path: Path) -> None:
+    ops, rng = compiled(SPECS[0], tmp_path, heads), np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 3, 64)).astype(np.float32) * 2
+    out = np.zeros_like(x)
+    if heads.cap is None:
+        check_attention(ops, heads, (5, 1, 12), 9, still=True)
+        ops("add")(x, y, out)
+        np.testing.assert_array_equal(out, x + y)
+    else:
+        ops("cap")(x, out)
+        assert np.abs(out - heads.cap * np.tanh(x.astype(np.float64) / heads.cap)).max() < RELATIVE
+    check_attention(ops, heads, (5, 1, 12), 9)
+
+
+def check_attention(
+    ops: Callable[[str], Any], h: Attention, parts: tuple[int, ...], window: int, *, still: bool = False
+) -> None:
+    """A cache filled by passes of several sizes, in the second of two layers.  still: a layer without rotation."""
+    total, layer = sum(parts), 1
     rng = np.random.default_rng(total)
     width = (h.heads + 2 * h.kv_heads) * h.head_dim
     qkv = rng.standard_normal((total, width)).astype(np.float32)
     angles = rng.random((total, h.rotated // 2))
     tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
-    norms = [rng.random(h.head_dim).astype(np.float32) + 0.5 for _ in "qk"]
-    data, places = weights(dict(zip(("cos", "sin", "q_norm", "k_norm"), [*tables, *norms], strict=True)))
+    sizes = (h.heads, h.kv_heads) if h.norm_rows else (1, 1)
+    norms = [rng.random(size * h.head_dim).astype(np.float32) + 0.5 for size in sizes]
+    growth = rng.random(total).astype(np.float32) + 1
+    arrays = dict(zip(("cos", "sin", "q_norm", "k_norm"), [*tables, *norms], strict=True))
+    data, places = weights(arrays | ({"growth": growth} if h.grows else {}))
+    if still:
+        places |= {"cos": STILL, "sin": STILL}
+        tables = [np.ones_like(tables[0]), np.zeros_like(tables[1])]
+    numbers = {"layer": layer, "window": window, **places}
     blocks = -(-total // 16)
     keys = np.zeros((2, h.kv_heads, blocks, h.head_dim, 16), np.float32)
     values = np.zeros((2, h.kv_heads, blocks * 16, h.head_dim), np.float32)
@@ -122,29 +153,38 @@ def test_attention_in_parts(ops: Callable[[str], Any], parts: tuple[int, ...], w
     for size in parts:
         out = np.zeros((size, h.heads * h.head_dim), np.float32)
         given = qkv[start : start + size].copy()
-        ops("attention")(given, np.array([start]), keys, values, data, layer, *places.values(), window, out)
+        ops("attention")(given, np.array([start]), keys, values, data, *(numbers[field] for field in h.fields), out)
         found.append(out)
         start += size
-    expected = reference_attention(qkv.astype(np.float64), tables, norms, window)
+    expected = reference_attention(h, qkv.astype(np.float64), tables, norms, window, growth)
     assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
     assert not keys[0].any()
     assert not values[0].any()
 
 
-def reference_attention(qkv: Array, tables: list[Array], norms: list[Array], window: int) -> Array:
-    h, total = HEADS, len(qkv)
+def reference_attention(
+    h: Attention, qkv: Array, tables: list[Array], norms: list[Array], window: int, growth: Array
+) -> Array:
+    total = len(qkv)
     q, k, v = np.split(qkv.reshape(total, -1, h.head_dim), [h.heads, h.heads + h.kv_heads], axis=1)
     half = h.rotated // 2
     cos, sin = (table[:, None] for table in tables)
 
+    def normed(x: Array, gain: Array) -> Array:
+        mean = (x**2).mean((-2, -1) if h.norm_rows else -1, keepdims=True)
+        return x / np.sqrt(mean + 1e-5) * (gain.reshape(x.shape[1:]) if h.norm_rows else gain)
+
     def turned(x: Array, gain: Array) -> Array:
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+        x = x if h.norm_last else normed(x, gain)
         a, b = x[..., :half], x[..., half : 2 * half]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
+        x = np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
+        return normed(x, gain) if h.norm_last else x
 
     q, k = turned(q, norms[0]), turned(k, norms[1])
+    q = q * growth[:, None, None] if h.grows else q
     k, v = (np.repeat(x, h.heads // h.kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("mhd,nhd->hmn", q, k) * h.scale
+    scores = scores if h.cap is None else h.cap * np.tanh(scores / h.cap)
     ahead = np.arange(total)[None] - np.arange(total)[:, None]
     scores[:, (ahead > 0) | (ahead <= -window)] = -np.inf
     scores = np.exp(scores - scores.max(-1, keepdims=True))
