@@ -244,7 +244,9 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "model": prepared.source.name,
         "architecture": plan.decoder.family.architecture,
         "layers": plan.decoder.layers,
+        "parameters": plan.parameters,
         "routed_parameters": plan.routed_parameters,
+        "bytes_per_token": {f"{bits:g}": plan.bytes_per_token(bits) for bits in plan.profile.depth_bits},
         "slices": list(plan.profile.slices),
         "profiles": [str(profile) for profile in prepared.options.profiles],
         "group_size": plan.group_size,
@@ -273,8 +275,12 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     d = plan.decoder
     shape = f"{d.layers} layers, {d.context_length} tokens of context"
     yield "Model", f"{prepared.source.name}: {d.family.architecture}, {shape}"
+    if prepared.left_out:
+        yield "", f"its text part alone; left out: {', '.join(prepared.left_out)}"
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
         yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}"
+    by_depth = (f"{plan.bytes_per_token(bits) / 1e6:.0f} MB at {bits} bits" for bits in plan.profile.depth_bits)
+    yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {', '.join(by_depth)}"
     profiles = " or ".join(map(str, prepared.options.profiles))
     yield "Slices", f"{profiles} in groups of {plan.group_size}, router {prepared.options.router}"
     where = "" if prepared.device == "cpu" else f" of {prepared.device}"

@@ -18,7 +18,7 @@ from .data.windows import TextSource, open_source
 from .lines import one_line
 from .methods import METHODS, tunings
 from .model.boundary import reading
-from .model.loading import check_tokens, read_config
+from .model.loading import check_tokens, left_out, read_config
 from .model.shape import Decoder
 from .model.source import ModelSource, locate
 from .options import Options
@@ -44,6 +44,8 @@ class Prepared:
     text: TextSource
     plans: dict[Path, Plan]
     device: str
+    left_out: tuple[str, ...] = ()
+    """Parts of the model that are not exported, such as vision."""
 
     @property
     def plan(self) -> Plan:
@@ -84,8 +86,9 @@ def prepare(options: Options) -> Prepared:
         raise UsageError("; ".join(found))
     log.info("%s: groups of %d, calibrated on %s", source.name, group_size, device)
     return Prepared(
-        options, source, open_source(options.calib_data, replies=not METHODS[options.method].brief), plans, device
-    )
+        options, source, open_source(options.calib_data, replies=not METHODS[options.method].brief), plans, device,
+        left_out(source),
+    )  # fmt: skip
 
 
 def _calib_tokens(options: Options) -> int:

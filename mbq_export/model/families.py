@@ -55,7 +55,8 @@ class HeadNorms:
 class Family:
     """A family and its differences from Llama.
 
-    model_type, architecture: as in config.json.
+    model_type, architecture: as in config.json; linears: its linear layers; norms: the norms of its blocks;
+    head_norms: norms of q and k, None for none.
     """
 
     model_type: str

@@ -22,7 +22,6 @@ from .boundary import reading
 from .checkpoint import Checkpoint
 from .config_schema import check_values
 from .describe import describe
-from .families import check_family
 from .float8 import FLOAT8, float32_weights, is_float8
 from .folding import fold
 from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
@@ -31,6 +30,7 @@ from .shape import Decoder
 from .source import ModelSource, read_json, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
 from .text_check import check_text, without_folder
+from .wrappers import RENAMED, check_wrapper, of_other_media, renamed, text_part
 
 _UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Stored by old versions of transformers, which compute it since."""
@@ -147,21 +147,43 @@ def _check_saved(generation_config: Any, name: str) -> None:
             raise ModelError(f"{name}: {without_folder(folder, error)}") from None
 
 
+def left_out(source: ModelSource) -> tuple[str, ...]:
+    """The parts of a model that are not exported, such as vision; nothing for a model of text alone.
+
+    Args:
+        source: where the model lies.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    with reading(source.name, _config_file(source)):
+        return _config_and_rest(source)[1]
+
+
 def _config(source: ModelSource) -> Any:
+    return _config_and_rest(source)[0]
+
+
+def _config_and_rest(source: ModelSource) -> tuple[Any, tuple[str, ...]]:
+    """The config of the text model, and the names of the parts that are left out."""
     if source.gguf is not None:
         config = config_of(_gguf(source))
         check_values(config.to_dict(), f"{source.name}: metadata")
-        return config
-    from transformers import AutoConfig
+        return config, ()
+    from transformers import AutoConfig, PreTrainedConfig
 
+    # The file alone is looked at first: transformers would refuse an unknown model in words of its own.
     if source.local is not None:
         values = read_json(source.local / "config.json")
-        _check_config(values, source.name)
-        if isinstance(values.get("model_type"), str):
-            check_family(values["model_type"], values.get("architectures"), source.name)
-    config = AutoConfig.from_pretrained(**source.load_args)
+    else:
+        values = PreTrainedConfig.get_config_dict(source.folder)[0]
+    _check_config(values, source.name)
+    if isinstance(values.get("text_config"), dict):
+        _check_config(values["text_config"], source.name)
+    check_wrapper(values, source.name)
+    config, rest = text_part(AutoConfig.from_pretrained(**source.load_args))
     _check_config(config.to_dict(), source.name)
-    return config
+    return config, rest
 
 
 def _check_config(values: dict[str, Any], name: str) -> None:
@@ -269,7 +291,8 @@ def _from_float8(source: ModelSource, config: Any) -> Any:
     if source.local is None:
         raise ModelError(f"{source.name}: float8 weights are read from a folder; download the model and give that")
     del config.quantization_config
-    model, weights = _empty_model(config), float32_weights(weight_files(source.local), source.name)
+    stored = float32_weights(weight_files(source.local), source.name)
+    model, weights = _empty_model(config), {renamed(name): weight for name, weight in stored.items()}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     _check_names(
@@ -296,7 +319,7 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
     dtype = torch.float32 if weights_folder is None else "auto"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **source.load_args, config=config, dtype=dtype, output_loading_info=True
+        **source.load_args, config=config, dtype=dtype, output_loading_info=True, key_mapping=RENAMED
     )
     model, report = loaded
     mismatched = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
@@ -322,7 +345,9 @@ def _check_names(
         raise ModelError(
             f"{source.name}: weight {min(mismatched)} has another shape than config.json says; download both again"
         )
-    unused = sorted(name for name in unexpected if not _UNEXPECTED_BUT_IRRELEVANT.search(name))
+    unused = sorted(
+        name for name in unexpected if not (_UNEXPECTED_BUT_IRRELEVANT.search(name) or of_other_media(name))
+    )
     if unused:
         raise ModelError(
             f"{source.name}: {len(unused)} weights are in the files that a {config.model_type} model of this "

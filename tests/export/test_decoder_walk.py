@@ -39,6 +39,10 @@ class Recorder(Builder[str]):
         self._made(norm.name, f"norm {residual} + {branch} for {feeds.unit.name}")
         return norm.name, f"{norm.name}.sum"
 
+    def add(self, residual: str, branch: str | None, name: str, feeds: RoutedLinear) -> tuple[str, str]:
+        self._made(name, f"{residual} + {branch} for {feeds.unit.name}")
+        return name, name
+
     def post_norm(self, branch: str, norm: Norm) -> str:
         return self._made(norm.name, f"post_norm {branch}")
 
@@ -116,7 +120,35 @@ def test_quirks_are_steps_or_facts_of_a_step() -> None:
     assert (sliding.rotary, full.rotary) == ("sliding_attention", "full_attention")
     assert sliding.scale == 48**-0.5
     assert full.head_norms is not None
-    assert [norm.source for norm in full.head_norms] == [f"model.layers.1.self_attn.{part}_norm" for part in "qk"]
+    assert [full.head_norms.q.source, full.head_norms.k.source] == [
+        f"model.layers.1.self_attn.{part}_norm" for part in "qk"
+    ]
+    assert not full.head_norms.whole_row
+
+
+def test_a_block_that_only_norms_what_it_adds() -> None:
+    decoder = described("olmo3")
+    recorder = walked(decoder, calibrated(decoder))
+    assert recorder.calls[1:8] == [
+        "layers.0.attn_norm.sum = rows + None for layers.0.attn_in",
+        "layers.0.attn_in = linear layers.0.attn_norm.sum by layers.0.attn_norm.sum",
+        "layers.0.attention = attention layers.0.attn_in for layers.0.attn_out",
+        "layers.0.attn_out = linear layers.0.attention by layers.0.attention",
+        "layers.0.attn_post_norm = post_norm layers.0.attn_out",
+        "layers.0.mlp_norm.sum = layers.0.attn_norm.sum + layers.0.attn_post_norm for layers.0.mlp_in",
+        "layers.0.mlp_in = linear layers.0.mlp_norm.sum by layers.0.mlp_norm.sum",
+    ]
+    norms = recorder.attentions[0].head_norms
+    assert norms is not None
+    assert norms.whole_row
+
+
+def test_layers_without_rotation_and_growing_queries() -> None:
+    decoder = described("smollm3")
+    rotary = [attention.rotary for attention in walked(decoder, calibrated(decoder)).attentions]
+    assert rotary == ["full_attention", None, "full_attention"]
+    decoder = described("ministral3")
+    assert all(attention.grows for attention in walked(decoder, calibrated(decoder)).attentions)
 
 
 def test_a_table_of_its_own_and_a_turned_head() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import write_checkpoint
+from tiny_models import MODELS, write_checkpoint
+from transformers import AutoModelForCausalLM
 
 from mbq_export.cli import command
 from mbq_export.model.loading import load
@@ -18,7 +19,7 @@ from mbq_runtime.engine import Session
 pytestmark = pytest.mark.heavy
 
 EXPORTS = [
-    *((name, "portable") for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3")),
+    *((name, "portable") for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3")),
     ("gemma3_text", "host"),
 ]
 PROMPT = np.random.default_rng(5).integers(0, 256, 20).tolist()
@@ -57,3 +58,40 @@ def test_a_bundle_says_what_its_model_says(
     with torch.no_grad():
         original = load(locate(str(source))).model(torch.tensor([[*PROMPT, *said]])).logits[0].numpy()
     assert np.linalg.norm(window.logits - original) < TOLERANCE[method] * np.linalg.norm(original)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "host"])
+@pytest.mark.parametrize("name", MODELS)
+def test_three_texts_on_every_engine(name: str, target: str, calibration_text: Path, tmp_path: Path) -> None:
+    """The export itself compares the bundle with the sliced model, on 300 tokens and to 0.002."""
+    source, bundle = write_checkpoint(tmp_path / name, name), tmp_path / "bundle"
+    options = ["--target", target, "--model", source, "--output", bundle, "--calib-data", calibration_text]
+    options += [
+        "--calib-tokens",
+        1024,
+        "--method",
+        "rtn",
+        "--json",
+        *(["--engine", "both"] if target == "host" else []),
+    ]
+    command([str(option) for option in options], standalone_mode=False)
+    texts = np.random.default_rng(3).integers(0, 256, (3, 200 if name != "phi3-longrope" else 40))
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = original(torch.from_numpy(texts)).logits.numpy()
+    session = Session(bundle)
+    found = np.stack([session.run(text.tolist(), 8.0).logits for text in texts])
+    assert np.linalg.norm(found - wanted) < TOLERANCE["rtn"] * np.linalg.norm(wanted)
+    for text in texts:
+        replies = []
+        for engine in ("onnx", "tvm") if target == "host" else ("onnx",):
+            reply = Engine.load(bundle, engine=engine).generate(text.tolist(), max_tokens=NEW_TOKENS, avg_bits=8)
+            reply.text()
+            replies.append(reply.stats.tokens)
+        steps = session.run([*text.tolist(), *replies[0]], 8.0).logits[len(text) - 1 : -1]
+        for said in replies:
+            # The engines may part at a tie.
+            same = next((i for i, (a, b) in enumerate(zip(said, replies[0], strict=True)) if a != b), len(said))
+            chosen = steps[np.arange(len(said)), said][: same + 1]
+            assert (steps.max(1)[: same + 1] - chosen <= TIE * np.abs(steps).max()).all()

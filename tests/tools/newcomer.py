@@ -72,9 +72,9 @@ USES = {
         Use(("-m", "pytest", "-q", "tests/targets/test_table.py"), "passed"),
     ),
     "family": (
-        Use(("-c", TINY_MODEL.format(name="seed_oss")), ""),
-        Use(("-m", "mbq_export.cli", "--model", "seed_oss", "--target", "portable", "--dry-run"), "seed_oss"),
-        Use(("-m", "pytest", "-q", "tests/export/test_every_family.py", "-k", "seed_oss"), "passed"),
+        Use(("-c", TINY_MODEL.format(name="glm")), ""),
+        Use(("-m", "mbq_export.cli", "--model", "glm", "--target", "portable", "--dry-run"), "GlmForCausalLM"),
+        Use(("-m", "pytest", "-q", "tests/export/test_every_family.py", "-k", "glm and portable-rtn"), "passed"),
     ),
 }
 """Page -> what to do after its diffs."""

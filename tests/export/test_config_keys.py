@@ -1,0 +1,92 @@
+"""A key of a config that changes what a model computes is read by its description, or refused."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import COMMON, MODELS
+from transformers import AutoConfig
+
+from mbq_export.model.config_keys import ConfigKeys
+from mbq_export.model.describe import describe
+from mbq_export.model.families import FAMILIES
+from mbq_runtime.errors import ModelError
+
+CONFIGURATION = """
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+@strict
+class NewConfig(LlamaConfig):
+    output_gate: bool = False
+"""
+MODELING = """
+class NewModel:
+    def __init__(self, config):
+        self.cap = getattr(config, "value_cap", None)
+"""
+
+
+def config_of(name: str, **changes: object) -> Any:
+    return AutoConfig.for_model(**{"model_type": name, **COMMON, **MODELS[name], **changes})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tiny_model_is_read_whole(name: str) -> None:
+    assert describe(config_of(name), name).layers == config_of(name).num_hidden_layers
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert FAMILIES.keys() <= {str(changes.get("model_type", name)) for name, changes in MODELS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
+        ("granitemoehybrid", {"layer_types": ["attention", "mamba"]}, "layers of kind"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+            r"rope_parameters.llama_4_scaling_beta is 0.1",
+        ),
+    ],
+)
+def test_what_no_lowering_knows_is_refused(name: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as raised:
+        describe(config_of(name, **changes), name)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_of_a_class_and_of_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new class is looked at as transformers has it: no list names its keys."""
+    (tmp_path / "newfamily").mkdir()
+    (tmp_path / "newfamily" / "__init__.py").touch()
+    (tmp_path / "newfamily" / "configuration_new.py").write_text(CONFIGURATION)
+    (tmp_path / "newfamily" / "modeling_new.py").write_text(MODELING)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = importlib.import_module("newfamily.configuration_new").NewConfig
+    try:
+        assert not unread(made())
+        assert unread(made(output_gate=True)) == {"output_gate": True}  # the class declares it
+        assert unread(made(value_cap=5.0)) == {"value_cap": 5.0}  # the source names it
+        assert not unread(made(colour="red"))  # nobody reads it
+    finally:
+        for module in [module for module in sys.modules if module.startswith("newfamily")]:
+            del sys.modules[module]
+
+
+def unread(config: Any) -> dict[str, Any]:
+    keys = ConfigKeys(config)
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        keys.get(key)
+    return dict(keys.unread())
+
+
+def test_a_key_that_transformers_ignores_is_ignored() -> None:
+    assert describe(config_of("llama", residual_multiplier=0.5), "llama").branch_scale == 1

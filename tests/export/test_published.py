@@ -1,0 +1,78 @@
+"""Published models of every family: the plan of an export, made from a config and files of the right size alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from published import CONFIGS
+from tiny_models import tokenizer
+
+from mbq_export import devices
+from mbq_export.cli import command
+from mbq_export.model.loading import read_config
+from mbq_export.model.source import locate
+
+GIB = 1 << 30
+# A Pi 5 or a phone has 8 GB; calibration maps the weights of a large model from a file.
+MOST_MEMORY = 14 * GIB
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    """A model folder whose weights are a file with holes: it says how many there are, and takes no room."""
+    config, parameters = CONFIGS[name]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer().save_pretrained(folder)
+    count = int(parameters)
+    header = json.dumps({"all": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * count)
+    return folder
+
+
+def plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1 << 50)
+    monkeypatch.setattr("mbq_export.prepare.shutil.disk_usage", lambda path: type("Disk", (), {"free": 1 << 50})())
+    options = ["--model", folder_of(name, tmp_path / name), "--target", "rpi5", "--output", tmp_path / "bundle"]
+    options += ["--slices", "3,1,2,2", "--device", "cpu", "--dry-run", "--json"]
+    said = CliRunner().invoke(command, [str(option) for option in options], catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    document: dict[str, Any] = json.loads(said.stdout)
+    return document
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_of_a_published_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, (_, parameters) = plan(name, tmp_path, monkeypatch), CONFIGS[name]
+    assert found["parameters"] == pytest.approx(parameters, rel=0.02)
+    read, routed = found["bytes_per_token"], found["routed_parameters"]
+    assert list(read) == ["3", "4", "6", "8"]
+    # A scale and a zero of a byte each for 64 weights or fewer, and the routers.
+    for bits, size in read.items():
+        assert routed * int(bits) / 8 < size < routed * (int(bits) / 8 + 0.1)
+    assert found["outputs"][0]["disk_bytes"] > read["8"]
+    assert parameters < found["peak_memory_bytes"] < MOST_MEMORY + 2 * parameters
+
+
+def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
+    of = {name: read_config(locate(str(folder_of(name, tmp_path / name)))) for name in CONFIGS}
+    smollm = of["SmolLM3-3B"]
+    assert [layer for layer in range(36) if smollm.rotary_kind(layer) is None] == list(range(3, 36, 4))
+    granite = of["granite-4.0-micro"]
+    assert (granite.attention_scale, granite.embedding_scale, granite.logits_scale) == (1 / 64, 12, 0.1)
+    assert granite.branch_scale == pytest.approx(0.22)
+    assert of["gemma-2-2b-it"].attention_cap == 50
+    assert of["gemma-2-2b-it"].logits_cap == 30
+    olmo = of["Olmo-3-7B-Instruct"]
+    assert [layer for layer in range(32) if olmo.window(layer) is None] == list(range(3, 32, 4))
+    assert olmo.input_norm(0, "attn_in") is None
+    assert of["EXAONE-4.0-1.2B"].rotates is None  # without windows all layers rotate
+    growth = of["Ministral-3-3B-Instruct-2512"].query_growth
+    assert growth is not None
+    assert (growth.beta, growth.original) == (0.1, 16384)
+    assert of["MiniCPM5-1B"].family.model_type == "llama"
