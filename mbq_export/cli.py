@@ -278,7 +278,7 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if prepared.left_out:
         yield "", f"its text part alone; left out: {', '.join(prepared.left_out)}"
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
-        yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers}"
+        yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers_of(role)}"
     by_depth = (f"{plan.bytes_per_token(bits) / 1e6:.0f} MB at {bits} bits" for bits in plan.profile.depth_bits)
     yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {', '.join(by_depth)}"
     profiles = " or ".join(map(str, prepared.options.profiles))

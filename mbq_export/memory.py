@@ -44,8 +44,8 @@ def activation_bytes(decoder: Decoder) -> int:
     Args:
         decoder: the model.
     """
-    widths = sum(2 * n + 2 * k for n, k in decoder.role_shapes.values()) + decoder.heads * CONTEXT_TOKENS
-    return 4 * CONTEXT_TOKENS * widths * decoder.layers
+    widths = sum((2 * n + 2 * k) * decoder.layers_of(role) for role, (n, k) in decoder.role_shapes.items())
+    return 4 * CONTEXT_TOKENS * (widths + decoder.heads * CONTEXT_TOKENS * decoder.layers)
 
 
 def router_input_bytes(decoder: Decoder, tokens: int) -> int:

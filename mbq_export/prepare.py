@@ -134,8 +134,10 @@ def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str
         options: what was asked for.
         device: where to calibrate, as torch names it.
     """
+    decoder = next(iter(plans.values())).decoder
     return [
         *_bad_options(options),
+        *_without_kernels(decoder, options),
         *_missing_packages(options),
         *_bad_folders(plans, options),
         *_too_little_memory(max(plan.peak_memory_bytes for plan in plans.values()), device),
@@ -158,6 +160,13 @@ def _bad_options(options: Options) -> Iterator[str]:
                 f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
                 "leave it out"
             )
+
+
+def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
+    if decoder.layers_of("conv_in"):
+        for target in options.outputs.values():
+            if target.gpu:
+                yield f"target {target.name}: short convolutions have no GPU kernel; choose a processor's target"
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

@@ -10,8 +10,8 @@ that method to ``Builder`` and to the three builders.
 Lifecycle of one pass over a token::
 
     embed
-    for each layer:  norm or add -> linear -> attention -> linear [-> post_norm]
-                     norm or add -> linear -> gate      -> linear [-> post_norm]
+    for each layer:  norm or add -> linear -> attention or convolution -> linear [-> post_norm]
+                     norm or add -> linear -> gate                     -> linear [-> post_norm]
     final_norm [-> head_input] -> logits
 
 A family without norms before its blocks adds where the others norm.
@@ -96,6 +96,18 @@ class Attention:
     head_norms: HeadNorms | None
     cap: float | None = None
     grows: bool = False
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a short convolution computes between its two linear layers: ``c * convolved(b * x)``, channel by channel.
+
+    name: in a graph; layer: index of the block; source: the module of the taps in the checkpoint.
+    """
+
+    name: str
+    layer: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,19 @@ class Builder(ABC, Generic[V]):
 
         Returns:
             Attended values, [tokens, heads * head_dim].
+        """
+
+    @abstractmethod
+    def convolution(self, convolution: Convolution, stacked: V, feeds: RoutedLinear) -> V:
+        """Multiply b and x, convolve each channel over the last tokens, multiply by c.
+
+        Args:
+            convolution: which taps.
+            stacked: b, then c, then x, [tokens, 3 * hidden].
+            feeds: the linear layer that reads the result.
+
+        Returns:
+            The product, [tokens, hidden].
         """
 
     @abstractmethod
@@ -307,7 +332,7 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
     residual, branch = builder.embed(_embedding(decoder, calibrated)), None
     for layer in range(decoder.layers):
         linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
-        for part in ("attn", "mlp"):
+        for part in (decoder.mixer(layer), "mlp"):
             reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
             name, source = f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in")
             if source is None:
@@ -317,6 +342,9 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
             stacked = builder.linear(reads, x, residual)
             if part == "attn":
                 inner = builder.attention(_attention(decoder, layer), stacked, writes)
+            elif part == "conv":
+                convolution = Convolution(f"layers.{layer}.convolution", layer, decoder.convolution(layer))
+                inner = builder.convolution(convolution, stacked, writes)
             else:
                 inner = builder.gate(Gate(f"layers.{layer}.mlp.gated", decoder.activation), stacked, writes)
             branch = builder.linear(writes, inner, inner)

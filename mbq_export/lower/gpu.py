@@ -32,7 +32,7 @@ from ..format.codes import Sliced
 from ..format.planes import pack_scales, pack_slices
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Embedding, Gate, Norm, in_halves, walk_blocks, walk_head
+from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, in_halves, walk_blocks, walk_head
 from .gpu_launches import Array, Launches
 
 _PRODUCTS = {"normed": "stacked", "attended": "branch", "gated": "branch"}
@@ -178,6 +178,11 @@ class GpuBuilder(Builder[str]):
         route = routing.route(f"route_{tokens}", k, self.work_groups.token_threads, tokens, router)
         self.launches.launch(route, {"x": y, **router_buffers}, size)
         return y
+
+    def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
+        raise ModelError(
+            f"{convolution.name}: a short convolution has no GPU kernel; export for a processor's target"
+        )
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens

@@ -25,7 +25,7 @@ from ..format import nbits, planes
 from ..format.codes import Sliced
 from ..model.checkpoint import Checkpoint
 from ..model.shape import Decoder
-from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
 from .onnx_attention import MS, AttentionNodes
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph
@@ -161,6 +161,22 @@ class OnnxBuilder(Builder[str]):
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
         return self.attentions.attend(attention, qkv)
 
+    def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
+        g, name, layer = self.graph, convolution.name, convolution.layer
+        taps, bias = self.checkpoint.taps(convolution.source)
+        sizes = g.numbers("conv_sizes", *[self.decoder.hidden_size] * 3)
+        b, c, x = (f"{name}.{part}" for part in "bcx")
+        g.node("Split", [stacked, sizes], f"{name}.split", outputs=[b, c, x], axis=-1)
+        channels = g.node("Transpose", [g.node("Mul", [b, x], f"{name}.bx")], f"{name}.channels", perm=[0, 2, 1])
+        inputs = [channels, g.tensor(f"{name}.taps", taps[:, None])]
+        inputs += ["" if bias is None else g.tensor(f"{name}.bias", bias), f"past.{layer}.conv"]
+        g.node(
+            "CausalConvWithState", inputs, f"{name}.convolved", MS,
+            outputs=[f"{name}.convolved", f"present.{layer}.conv"], ndim=1, activation="none",
+        )  # fmt: skip
+        tokens = g.node("Transpose", [f"{name}.convolved"], f"{name}.tokens", perm=[0, 2, 1])
+        return g.node("Mul", [c, tokens], name)
+
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self.graph.node(GATES[gate.activation], [stacked], gate.name, DOMAIN)
 
@@ -288,6 +304,10 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
     yield False, value("all_logits", TensorProto.FLOAT, ["batch", SCORED, decoder.vocab_size])
     for is_input, name, length in ((True, "past_key_values", "past_sequence"), (False, "present", "total_sequence")):
         for layer in range(decoder.layers):
+            if decoder.mixer(layer) == "conv":
+                held: list[str | int] = ["batch", decoder.hidden_size, decoder.conv_taps - 1]
+                yield is_input, value(f"{name.removesuffix('_key_values')}.{layer}.conv", TensorProto.FLOAT, held)
+                continue
             for part in ("key", "value"):
                 shape: list[str | int] = ["batch", decoder.kv_heads, length, decoder.head_dim]
                 yield is_input, value(f"{name}.{layer}.{part}", TensorProto.FLOAT, shape)

@@ -118,8 +118,9 @@ class Blocks:
         Returns:
             float32 [context, hidden_size].
         """
+        final_norm = self.checkpoint.model.get_submodule(self.checkpoint.decoder.final_norm)
         with torch.no_grad():
-            normed: torch.Tensor = self.checkpoint.model.model.norm(hidden)[0]
+            normed: torch.Tensor = final_norm(hidden)[0]
         return normed
 
 

@@ -128,6 +128,19 @@ class Checkpoint:
         bias = None if linear.bias is None else linear.bias[rows.start : rows.stop]
         return linear.weight[rows.start : rows.stop], bias
 
+    def taps(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """What a convolution multiplies the last tokens by.
+
+        Args:
+            name: the convolution's name in the checkpoint.
+
+        Returns:
+            float32 [hidden, taps], the newest token last; and the bias, float32 [hidden] or None.
+        """
+        module = self.model.get_submodule(name)
+        bias = None if module.bias is None else module.bias.detach().cpu().numpy()
+        return module.weight.detach()[:, 0].cpu().numpy(), bias
+
     def norm(self, name: str) -> NDArray[np.float32]:
         """What an RMS norm multiplies by, float32 [width].
 

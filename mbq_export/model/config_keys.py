@@ -22,12 +22,12 @@ _INERT = {
 }  # fmt: skip
 """Keys that change training, or how a model is called, but not what it computes of tokens."""
 
-_IN_WEIGHTS = {"attention_bias", "attention_out_bias", "mlp_bias", "use_bias"}
+_IN_WEIGHTS = {"attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "conv_bias"}
 """Keys that say which weights there are.  A weight that the description does not know is refused when it is loaded."""
 
 _IN_OTHER_KEYS = {
     "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "partial_rotary_factor", "rope_scaling",
-    "rope_theta", "original_max_position_embeddings",
+    "rope_theta", "original_max_position_embeddings", "full_attn_idxs", "block_ffn_dim_multiplier", "block_multiple_of",
 }  # fmt: skip
 """Keys that transformers' config class itself turns into ``layer_types``, ``no_rope_layers`` or ``rope_parameters``."""
 

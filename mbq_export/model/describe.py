@@ -9,7 +9,7 @@ from mbq_runtime.errors import ModelError
 
 from .config_keys import ConfigKeys
 from .families import Family, check_family
-from .shape import FULL, SLIDING, Decoder, QueryGrowth
+from .shape import CONV, FULL, SLIDING, Decoder, QueryGrowth
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activation function of the gate, by its name in config.json."""
@@ -41,7 +41,7 @@ def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
 
 
 def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) -> Decoder:
-    activation = keys.get("hidden_act") or keys.get("hidden_activation")
+    activation = keys.get("hidden_act") or keys.get("hidden_activation") or family.activation
     if activation not in ACTIVATIONS:
         raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")
     layers, heads = keys.get("num_hidden_layers"), keys.get("num_attention_heads")
@@ -49,7 +49,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
     head_dim = keys.get("head_dim") or hidden // heads
     if head_dim % HEAD_DIM_STEP:
         raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
-    window, kinds = _windows(keys, layers, where)
+    window, kinds = _windows(keys, family, layers, where)
     told_tied = bool(keys.get("tie_word_embeddings"))
     beta = keys.rope("llama_4_scaling_beta") if family.growing_queries else None
     if keys.get("num_local_experts"):
@@ -58,13 +58,13 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         family=family,
         layers=layers,
         hidden_size=hidden,
-        ffn_size=keys.get(family.ffn_size),
+        ffn_size=_ffn_size(keys, family),
         heads=heads,
         kv_heads=keys.get("num_key_value_heads"),
         head_dim=head_dim,
         vocab_size=keys.get("vocab_size"),
         context_length=_context_length(keys),
-        norm_eps=keys.get("rms_norm_eps"),
+        norm_eps=keys.get(family.norm_eps),
         tied=told_tied if tied is None else tied,
         activation=ACTIVATIONS[activation],
         attention_scale=_attention_scale(keys, head_dim),
@@ -75,19 +75,30 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         attention_cap=keys.get("attn_logit_softcapping") or None,
         logits_cap=keys.get("final_logit_softcapping") or None,
         query_growth=QueryGrowth(beta, keys.rope("original_max_position_embeddings")) if beta else None,
+        conv_taps=keys.get("conv_L_cache") or 0,
         branch_scale=float(keys.get("residual_multiplier") or 1),
         logits_scale=1 / float(keys.get("logits_scaling") or 1),
     )
 
 
-def _windows(keys: ConfigKeys, layers: int, where: str) -> tuple[int | None, tuple[str, ...]]:
+def _windows(keys: ConfigKeys, family: Family, layers: int, where: str) -> tuple[int | None, tuple[str, ...]]:
     """The sliding window, and the kind of each layer."""
     window = keys.get("sliding_window") if keys.get("use_sliding_window", True) else None
     kinds = keys.get("layer_types") or [SLIDING if window else FULL] * layers
-    unknown = set(kinds) - {FULL, SLIDING}
+    unknown = set(kinds) - {FULL, SLIDING, *((CONV,) if "conv_in" in family.linears else ())}
     if unknown:
         raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
     return window, tuple(kinds)
+
+
+def _ffn_size(keys: ConfigKeys, family: Family) -> int:
+    """The width of the MLP.  LFM2 gives a width that is cut to two thirds and rounded up, as Llama's first paper did."""
+    size: int = keys.get(family.ffn_size)
+    if not keys.get("block_auto_adjust_ff_dim"):
+        return size
+    size = int(2 * size / 3)
+    multiplier, multiple = keys.get("block_ffn_dim_multiplier"), keys.get("block_multiple_of")
+    return size if multiplier is None else -(-int(multiplier * size) // multiple) * multiple
 
 
 def _attention_scale(keys: ConfigKeys, head_dim: int) -> float:

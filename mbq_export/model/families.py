@@ -1,7 +1,7 @@
 """The families of decoders: one row each, which says how a checkpoint of the family is built.
 
-A decoder is a list of blocks.  A block is a mixer (attention), then a feed-forward (a gated MLP), with RMS norms in
-stated places.  A row says where the family differs from Llama.  Only this module knows the names of a checkpoint's
+A decoder is a list of blocks.  A block is a mixer (attention, or a short convolution), then a feed-forward (a gated
+MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this module knows the names of a checkpoint's
 modules.
 """
 
@@ -26,6 +26,15 @@ _FUSED_MLP: Linears = {**LINEARS, "mlp_in": ("mlp.gate_up_proj",)}
 _FUSED: Linears = {**_FUSED_MLP, "attn_in": ("self_attn.qkv_proj",)}
 _SHARED_MLP: Linears = {**LINEARS, "mlp_in": ("shared_mlp.input_linear",), "mlp_out": ("shared_mlp.output_linear",)}
 
+_SHORT_CONV: Linears = {
+    "attn_in": LINEARS["attn_in"],
+    "attn_out": ("self_attn.out_proj",),
+    "conv_in": ("conv.in_proj",),
+    "conv_out": ("conv.out_proj",),
+    "mlp_in": ("feed_forward.w1", "feed_forward.w3"),
+    "mlp_out": ("feed_forward.w2",),
+}
+
 Norms = Mapping[str, str]
 """By role, the norm before a unit that ends in _in, and the norm after a unit that ends in _out, by its name in a
 block.  A role that is not named has no norm there."""
@@ -33,6 +42,7 @@ block.  A role that is not named has no norm there."""
 PRE_NORMS: Norms = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 POST_NORMS: Norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 SANDWICH_NORMS: Norms = {**POST_NORMS, "attn_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
+_LFM_NORMS: Norms = {"attn_in": "operator_norm", "conv_in": "operator_norm", "mlp_in": "ffn_norm"}
 _GLM_NORMS: Norms = {**PRE_NORMS, "attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 
 
@@ -74,6 +84,12 @@ class Family:
     """A rotation turns neighbouring channels of a head.  False: a channel of the first half with one of the second."""
     windows_rotate: bool = False
     """In a model with sliding windows only the layers with a window rotate q and k."""
+    activation: str | None = None
+    """The activation of the gate, in a family whose config does not say it."""
+    final_norm: str = "model.norm"
+    """The name of the norm before the head."""
+    norm_eps: str = "rms_norm_eps"
+    """The key of what is added to the mean square in RMS norms."""
     growing_queries: bool = False
     """Queries grow with their position by ``llama_4_scaling_beta``."""
     ffn_size: str = "intermediate_size"
@@ -124,6 +140,12 @@ FAMILIES = {
         Family(
             "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM",
             head_norms=HeadNorms("self_attn.query_layernorm", "self_attn.key_layernorm", rotated_first=True),
+        ),
+        Family(
+            "lfm2", "Lfm2ForCausalLM",
+            linears=_SHORT_CONV, norms=_LFM_NORMS, final_norm="model.embedding_norm", norm_eps="norm_eps",
+            activation="silu",
+            head_norms=HeadNorms("self_attn.q_layernorm", "self_attn.k_layernorm"),
         ),
         Family("ernie4_5", "Ernie4_5ForCausalLM", interleaved=True),
         Family("helium", "HeliumForCausalLM", interleaved=True),

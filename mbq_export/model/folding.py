@@ -25,7 +25,7 @@ def fold(model: Any, decoder: Decoder) -> None:
         if decoder.branch_scale != 1:
             for layer in range(decoder.layers):
                 units = decoder.layer_units(layer)
-                for name in (*units["attn_out"].sources, *units["mlp_out"].sources):
+                for name in [name for role in units if role.endswith("_out") for name in units[role].sources]:
                     for parameter in model.get_submodule(name).parameters():
                         parameter.mul_(decoder.branch_scale)
                 model.get_submodule(decoder.block(layer)).residual_multiplier = 1.0

@@ -40,6 +40,8 @@ _CLEAR = 5.0
 
 _SMALLEST = 1e-30
 
+_PARTS = {"attn_in": "attention", "conv_in": "convolution", "mlp_in": "MLP"}
+
 F32 = NDArray[np.float32]
 
 
@@ -90,9 +92,9 @@ def stream_places(decoder: Decoder) -> dict[str, str]:
     places, place = dict[str, str](), "embedding"
     for layer in range(decoder.layers):
         units = decoder.layer_units(layer)
-        for role, part in (("attn_in", "attention"), ("mlp_in", "MLP")):
+        for role in (role for role in units if role.endswith("_in")):
             places[place] = decoder.input_norm(layer, role) or units[role].sources[0]
-            place = f"layers.{layer} {part}"
+            place = f"layers.{layer} {_PARTS[role]}"
     places[place] = decoder.final_norm
     return places
 

@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 
 from .families import Family
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers, by their names in config.json."""
+FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
+"""Kinds of layers, by their names in config.json: attention to all tokens, to a window, and a short convolution."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Decoder:
     attention_scale: float
     """Multiplies q . k."""
     layer_kinds: tuple[str, ...]
-    """FULL or SLIDING, by layer."""
+    """FULL, SLIDING or CONV, by layer."""
     sliding_window: int
     """Tokens that a token attends to in sliding layers, itself included."""
     embedding_scale: float = 1.0
@@ -87,10 +87,29 @@ class Decoder:
     """Soft cap of the logits."""
     query_growth: QueryGrowth | None = None
     """How queries grow with their position."""
+    conv_taps: int = 0
+    """Tokens that a convolution sees, the newest included."""
     branch_scale: float = 1.0
     """What attention and MLP put out is multiplied by.  Folded into weights when the model is loaded."""
     logits_scale: float = 1.0
     """What logits are multiplied by.  Folded into the final norm when the model is loaded."""
+
+    def mixer(self, layer: int) -> str:
+        """What mixes tokens in a block: attn or conv, the first part of its roles.
+
+        Args:
+            layer: index of the block.
+        """
+        return "conv" if self.layer_kinds[layer] == CONV else "attn"
+
+    def layers_of(self, role: str) -> int:
+        """How many blocks have a unit of this role.
+
+        Args:
+            role: such as attn_in.
+        """
+        mixer = role.partition("_")[0]
+        return self.layers if mixer == "mlp" else sum(self.mixer(layer) == mixer for layer in range(self.layers))
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -100,10 +119,12 @@ class Decoder:
 
     @property
     def parts(self) -> dict[str, dict[str, slice]]:
-        """By role, the rows of each part (q, k, v, o, gate, up, down) in the stacked matrix."""
+        """By role, the rows of each part (q, k, v, o, gate, up, down; b, c, x, y) in the stacked matrix."""
         sizes = {
             "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
             "attn_out": {"o": self.hidden_size},
+            "conv_in": dict.fromkeys("bcx", self.hidden_size),
+            "conv_out": {"y": self.hidden_size},
             "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
             "mlp_out": {"down": self.hidden_size},
         }
@@ -111,14 +132,17 @@ class Decoder:
 
     @property
     def role_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each role's stacked matrix in a block."""
+        """(N, K) of each role's stacked matrix in a block, for the roles that occur."""
         attended = self.heads * self.head_dim
-        return {
+        shapes = {
             "attn_in": (sum(self.qkv_sizes), self.hidden_size),
             "attn_out": (self.hidden_size, attended),
+            "conv_in": (3 * self.hidden_size, self.hidden_size),
+            "conv_out": (self.hidden_size, self.hidden_size),
             "mlp_in": (2 * self.ffn_size, self.hidden_size),
             "mlp_out": (self.hidden_size, self.ffn_size),
         }
+        return {role: shape for role, shape in shapes.items() if self.layers_of(role)}
 
     def unit_shapes(self) -> dict[str, tuple[int, int]]:
         """(N, K) of every unit by name, in the order of ``units``."""
@@ -132,7 +156,7 @@ class Decoder:
     @property
     def parameters(self) -> int:
         """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
-        of_units = self.layers * sum(n * k for n, k in self.role_shapes.values())
+        of_units = sum(self.layers_of(role) * n * k for role, (n, k) in self.role_shapes.items())
         return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
 
     def block(self, layer: int) -> str:
@@ -152,6 +176,7 @@ class Decoder:
         return {
             role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
             for role, names in self.family.linears.items()
+            if role.startswith((self.mixer(layer), "mlp"))
         }
 
     @property
@@ -170,7 +195,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_in or mlp_in.
+            role: attn_in, conv_in or mlp_in.
         """
         return self._norm(layer, role)
 
@@ -181,7 +206,7 @@ class Decoder:
             layer: index of the block.
         """
         units = self.layer_units(layer)
-        norms = {role: self.input_norm(layer, role) for role in ("attn_in", "mlp_in")}
+        norms = {role: self.input_norm(layer, role) for role in (f"{self.mixer(layer)}_in", "mlp_in")}
         return {role: (norm, units[role]) for role, norm in norms.items() if norm is not None}
 
     def output_norm(self, layer: int, role: str) -> str | None:
@@ -189,7 +214,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_out or mlp_out.
+            role: attn_out, conv_out or mlp_out.
         """
         return self._norm(layer, role)
 
@@ -205,15 +230,23 @@ class Decoder:
     @property
     def final_norm(self) -> str:
         """The name of the norm that makes the head's input."""
-        return "model.norm"
+        return self.family.final_norm
 
-    def head_norms(self, layer: int) -> tuple[str, str] | None:
-        """The names of the norms of q and of k, or None where the family has none.
+    def convolution(self, layer: int) -> str:
+        """The name of the module with a convolution's taps.
 
         Args:
             layer: index of the block.
         """
-        norms = self.family.head_norms
+        return f"{self.block(layer)}.conv.conv"
+
+    def head_norms(self, layer: int) -> tuple[str, str] | None:
+        """The names of the norms of q and of k, or None where the block has none.
+
+        Args:
+            layer: index of the block.
+        """
+        norms = self.family.head_norms if self.mixer(layer) == "attn" else None
         return None if norms is None else (f"{self.block(layer)}.{norms.q}", f"{self.block(layer)}.{norms.k}")
 
     def rows(self, layer: int, part: str) -> Rows:
@@ -221,7 +254,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            part: q, k, v, o, gate, up or down.
+            part: q, k, v, o, gate, up or down; b, c, x or y.
         """
         role = next(role for role, of in self.parts.items() if part in of)
         within, names = self.parts[role][part], self.layer_units(layer)[role].sources
@@ -235,7 +268,7 @@ class Decoder:
         Args:
             layer: index of the block.
         """
-        if self.rotates is not None and not self.rotates[layer]:
+        if self.mixer(layer) != "attn" or (self.rotates is not None and not self.rotates[layer]):
             return None
         return self.layer_kinds[layer] if self.family.local_rotary else FULL
 

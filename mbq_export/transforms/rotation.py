@@ -141,15 +141,13 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         for layer in range(d.layers):
             for norm, unit in d.normed_units(layer).values():
                 _absorb(checkpoint, norm, unit.sources, stream)
-            v, v_bias = checkpoint.part(layer, "v")
-            o, o_bias = checkpoint.part(layer, "o")
-            v.copy_(_per_head(_exact(v).T, heads).T)
-            if v_bias is not None:
-                v_bias.copy_(_per_head(_exact(v_bias)[None], heads)[0])
-            o.copy_(stream.rows(_per_head(_exact(o), heads)))
-            down, down_bias = checkpoint.part(layer, "down")
-            down.copy_(stream.rows(_exact(down)))
-            for bias in (o_bias, down_bias):
+            attends = d.mixer(layer) == "attn"
+            if attends:
+                _rotate_values(checkpoint, layer, heads)
+            for part in ("o" if attends else "y", "down"):
+                weight, bias = checkpoint.part(layer, part)
+                exact = _exact(weight)
+                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" else exact))
                 if bias is not None:
                     bias.copy_(stream.rows(_exact(bias)))
         table = model.get_input_embeddings().weight
@@ -161,8 +159,18 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         model.lm_head.weight = torch.nn.Parameter(table.clone(), requires_grad=False)
         gain = torch.from_numpy(checkpoint.norm(d.final_norm).copy())
         checkpoint.reset_norm(d.final_norm)
-        model.model.norm = RotatedNorm(model.model.norm, gain, stream).to(checkpoint.device)
+        owner, _, attribute = d.final_norm.rpartition(".")
+        turned = RotatedNorm(model.get_submodule(d.final_norm), gain, stream).to(checkpoint.device)
+        setattr(model.get_submodule(owner), attribute, turned)
         return HeadInput(stream.left.float().numpy(), stream.right.float().numpy(), gain.numpy())
+
+
+def _rotate_values(checkpoint: Checkpoint, layer: int, heads: Rotation) -> None:
+    """Rotate the rows of v within each head."""
+    v, v_bias = checkpoint.part(layer, "v")
+    v.copy_(_per_head(_exact(v).T, heads).T)
+    if v_bias is not None:
+        v_bias.copy_(_per_head(_exact(v_bias)[None], heads)[0])
 
 
 def _absorb(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...], stream: Rotation) -> None:

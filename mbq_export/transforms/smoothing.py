@@ -4,7 +4,7 @@ A few channels of an LLM's activations are far larger than the rest.  Each linea
 ``s = (rms of the channel / mean rms)**ALPHA``, and the columns of its weight are multiplied by ``s``.  Then int8
 activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant, arXiv 2211.10438,
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
-attention), the rows of up (through the gate).  The function of the model stays the same.  A unit that reads the
+attention), the rows of up (through the gate), the rows of c (behind a convolution).  The function of the model stays the same.  A unit that reads the
 residual stream without a norm is left as it is: the stream has other readers.
 """
 
@@ -85,8 +85,12 @@ def smooth(
                 checkpoint.scale_norm(norm, 1 / scale)
                 for name in unit.sources:
                     checkpoint.linear(name).weight *= scale
-            per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
-            _rescale(checkpoint, layer, "v", per_value, "o", per_query)
+            if d.mixer(layer) == "attn":
+                per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
+                _rescale(checkpoint, layer, "v", per_value, "o", per_query)
+            else:
+                scale = _spread(rms[units["conv_out"].name])
+                _rescale(checkpoint, layer, "c", scale, "y", scale)
             scale = _spread(rms[units["mlp_out"].name])
             _rescale(checkpoint, layer, "up", scale, "down", scale)
         scale = _spread(rms[d.head.name])

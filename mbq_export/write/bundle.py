@@ -94,6 +94,8 @@ def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, .
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         native=target.native and "onnx" in engines,
+        convolutions=[layer for layer in range(d.layers) if d.mixer(layer) == "conv"],
+        conv_cache_size=d.conv_taps - 1 if d.conv_taps else 0,
     )
 
 

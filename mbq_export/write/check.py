@@ -12,6 +12,7 @@ lowering and the kernels lie between the two.  What runs where:
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from mbq_runtime.bundle.layout import PORTABLE_LAYOUT
 from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.engine.imports import engine_errors, import_engine
+from mbq_runtime.engine.session import empty_past
 from mbq_runtime.engine.threads import cores
 from mbq_targets.machines import best_for
 
@@ -139,7 +141,7 @@ def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequ
         }
         for value in session.get_inputs():
             if value.name not in feeds:
-                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+                feeds[value.name] = empty_past(value.shape)
         names = ["all_logits", *more]
         return {name: value[0, -last:] for name, value in zip(names, session.run(names, feeds), strict=True)}
 
@@ -147,9 +149,9 @@ def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequ
 def _streams(work: Work, graph: Path, library: Path | None, expected: Recording) -> dict[str, F32]:
     """The residual stream of a graph at every place.  The graph runs once more, with the stream as an output."""
     model = onnx.load(str(graph), load_external_data=False)
-    first_reader = next(node for node in model.graph.node if node.name in ("layers.0.attn_norm", "layers.0.attn_in"))
-    layers = range(work.checkpoint.decoder.layers)
-    sums = [f"layers.{layer}.{part}_norm.sum" for layer in layers for part in ("attn", "mlp")]
+    first_reader = next(node for node in model.graph.node if re.fullmatch(r"layers\.0\.(attn|conv)_(norm|in)", node.name))
+    d = work.checkpoint.decoder
+    sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in (d.mixer(layer), "mlp")]
     names = [first_reader.input[0], *sums[1:], "final_norm.sum"]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))

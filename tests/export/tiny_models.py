@@ -120,6 +120,13 @@ MODELS: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
     },
+    "lfm2": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "block_multiple_of": 64,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "helium": {"tie_word_embeddings": False},
     "glm4": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,12 @@ Longer passes were measured to gain little: see docs/log.md."""
 # Families the engine knows by name; any other decoder runs under its generic name.
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
+# A decoder with short convolutions runs under the name of the family that the engine knows them of.
+_CONVOLUTIONS = "lfm2"
+
 _MOST_BYTES = 1 << 20
 _MOST_CHUNK = 8192  # tokens
+_MOST_KEPT = 64  # tokens of a convolution
 
 
 def genai_config(
@@ -41,6 +45,8 @@ def genai_config(
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
     native: bool,
+    convolutions: Collection[int] = (),
+    conv_cache_size: int = 0,
 ) -> dict[str, Any]:
     """What onnxruntime-genai must know of a decoder with this project's inputs and outputs.
 
@@ -59,6 +65,8 @@ def genai_config(
         bos_token_id: id that opens a text, if the model has one.
         pad_token_id: None for the first of ``eos_token_ids``.
         native: the bundle has an ops library.  Its path is relative to the bundle, so that the folder can be moved.
+        convolutions: blocks that have a short convolution in place of attention.
+        conv_cache_size: tokens that a convolution keeps.
 
     Raises:
         ModelError: ``eos_token_ids`` is empty or has an id outside the vocabulary.
@@ -70,9 +78,14 @@ def genai_config(
             "set eos_token_id in the model's generation_config.json"
         )
     ids = {"bos_token_id": bos_token_id, "pad_token_id": eos[0] if pad_token_id is None else pad_token_id}
+    inputs, outputs, more = dict[str, str](), dict[str, str](), dict[str, Any]()
+    if convolutions:
+        inputs, outputs = {"past_conv_names": "past.%d.conv"}, {"present_conv_names": "present.%d.conv"}
+        kinds = ["conv" if layer in convolutions else "full_attention" for layer in range(layers)]
+        more = {"layer_types": kinds, "conv_cache_size": conv_cache_size}
     return {
         "model": {
-            "type": family if family in _MODEL_TYPES else "decoder",
+            "type": _CONVOLUTIONS if convolutions else family if family in _MODEL_TYPES else "decoder",
             **{name: value for name, value in ids.items() if value is not None},
             "eos_token_id": eos,
             "vocab_size": vocab_size,
@@ -94,12 +107,15 @@ def genai_config(
                     "attention_mask": "attention_mask",
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
+                    **inputs,
                 },
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
+                    **outputs,
                 },
+                **more,
             },
         },
         "search": {
@@ -123,6 +139,7 @@ class Settings:
     bos_token_id: id that opens a text, or None.
     pad_token_id: id that fills a batch.
     chunk_size: prompt tokens of one pass.
+    conv_cache_size: tokens that a short convolution keeps; 0 where there is none.
     """
 
     heads: int
@@ -132,6 +149,7 @@ class Settings:
     bos_token_id: int | None
     pad_token_id: int | None
     chunk_size: int
+    conv_cache_size: int = 0
 
     def document(self, manifest: Manifest) -> dict[str, Any]:
         """What ``genai_config.json`` says for these values.  Nothing else is given to an engine.
@@ -153,9 +171,21 @@ class Settings:
             bos_token_id=self.bos_token_id,
             pad_token_id=self.pad_token_id,
             native=manifest.ops_library is not None,
+            convolutions=convolutions(manifest),
+            conv_cache_size=self.conv_cache_size,
         )
         written["search"]["chunk_size"] = self.chunk_size
         return written
+
+
+def convolutions(manifest: Manifest) -> tuple[int, ...]:
+    """The blocks that have a short convolution in place of attention.
+
+    Args:
+        manifest: the bundle's manifest.
+    """
+    parts = (linear.name.split(".") for linear in manifest.weights.linears)
+    return tuple(int(part[1]) for part in parts if part[-1] == "conv_in" and len(part) == 3 and part[1].isdecimal())
 
 
 def cache_bytes(manifest: Manifest, settings: Settings) -> int:
@@ -165,7 +195,8 @@ def cache_bytes(manifest: Manifest, settings: Settings) -> int:
         manifest: the bundle's manifest.
         settings: of the same bundle.
     """
-    return 2 * 4 * manifest.model.layers * settings.kv_heads * settings.head_dim
+    layers = manifest.model.layers - len(convolutions(manifest))
+    return 2 * 4 * layers * settings.kv_heads * settings.head_dim
 
 
 @dataclass(frozen=True)
@@ -214,11 +245,21 @@ def read_settings(folder: Path, manifest: Manifest) -> Settings:
         bos_token_id=_token_id(path, model, "bos_token_id"),
         pad_token_id=_token_id(path, model, "pad_token_id"),
         chunk_size=found.search.chunk_size,
+        conv_cache_size=_conv_cache_size(path, document),
     )
     _check(path, settings, manifest)
     if difference := next(_differences(document, settings.document(manifest), ""), None):
         raise BundleError(f"{path}: {difference}; export the bundle again")
     return settings
+
+
+def _conv_cache_size(path: Path, document: Mapping[str, Any]) -> int:
+    value = document["model"]["decoder"].get("conv_cache_size", 0)
+    if type(value) is not int or not 0 <= value <= _MOST_KEPT:
+        raise BundleError(
+            f"{path}: model.decoder.conv_cache_size is {_shown(value)}, needed 0 to {_MOST_KEPT}; export the bundle again"
+        )
+    return value
 
 
 def _token_id(path: Path, model: Mapping[str, Any], name: str) -> int | None:
@@ -260,13 +301,16 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
     rows = (settings.heads + 2 * settings.kv_heads) * settings.head_dim
     shapes = {"attn_in": (rows, model.hidden_size), "head": (model.vocab_size, model.hidden_size)}
     shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
+    shapes |= {"conv_in": (3 * model.hidden_size, model.hidden_size), "conv_out": (model.hidden_size, model.hidden_size)}
     for linear in linears:
         shape = shapes.get(linear.name.rpartition(".")[2])
         if shape is not None:
             yield shape == (linear.N, linear.K), f"shape for {linear.name}", shape, f"{(linear.N, linear.K)}"
-    blocks = sum(linear.name.endswith(".attn_in") for linear in linears)
+    blocks = sum(linear.name.endswith((".attn_in", ".conv_in")) for linear in linears)
     if linears:
         yield blocks == model.layers, "model.layers", model.layers, f"{blocks}, the manifest's attn_in matrices"
+    held = bool(convolutions(manifest)) == (settings.conv_cache_size > 0)
+    yield held, "model.decoder.conv_cache_size", settings.conv_cache_size, "above 0 where there are convolutions alone"
 
 
 def _differences(seen: Any, needed: Any, field: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ _Kind = tuple[str, tuple[int, ...]]
 
 _ROTARY = (".cos", ".sin")
 _HEAD_INPUT = "head_input."
-_QUERY_GROWTH = "query_growth"
+_QUERY_GROWTH, _TAPS = "query_growth", "taps"
 _HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm", "q_layernorm", "k_layernorm", "q_row", "k_row")
 """Last parts of names of norms over each head, and over all heads together."""
 _AGAIN = "export the bundle again"
@@ -58,6 +58,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
     vocab, hidden = manifest.model.vocab_size, manifest.model.hidden_size
     sides = {"head": (vocab, hidden), "attn_in": (-1, hidden), "mlp_in": (-1, hidden)}
     sides |= {"attn_out": (hidden, -1), "mlp_out": (hidden, -1)}
+    sides |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     for linear in manifest.weights.linears:
         needed = sides.get(linear.name.rpartition(".")[2], (-1, -1))
         if not _fits((linear.N, linear.K), needed):
@@ -114,6 +115,8 @@ def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
     if name == _QUERY_GROWTH:
         return "F32", (manifest.model.context_length,)
     last = name.rpartition(".")[2]
+    if last == _TAPS:
+        return "F32", (-1 if settings is None else settings.conv_cache_size + 1, manifest.model.hidden_size)
     if last not in _HEAD_NORMS:
         return "F32", (manifest.model.hidden_size,)
     if settings is None:

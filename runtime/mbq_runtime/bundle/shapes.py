@@ -425,6 +425,14 @@ def _rotated(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     return [Value(x)]
 
 
+def _convolution(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    """[1, channels, tokens], taps [channels, 1, k] and a state [1, channels, k - 1]."""
+    x, taps, state = (_given(inputs, at).shape for at in (0, 1, 3))
+    if len(x) != 3 or taps[:2] != (x[1], 1) or state != (x[0], x[1], taps[2] - 1):
+        raise ValueError
+    return [Value(x), Value(state)]
+
+
 def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     """Query, key and value in one or in three; the cache has all positions already."""
     query, past = _given(inputs, 0).shape, _given(inputs, 3).shape
@@ -468,6 +476,7 @@ _RULES: dict[str, _Rule] = {
     "Unsqueeze": _unsqueeze,
     f"{_MBQ}RoutedMatMul": _routed_product,
     f"{_MBQ}SlicedGather": _packed_gather,
+    f"{_MS}CausalConvWithState": _convolution,
     f"{_MS}GroupQueryAttention": _attention,
     f"{_MS}MatMulNBits": _packed_product,
     f"{_MS}RotaryEmbedding": _rotated,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, UsageError
 
@@ -14,6 +15,16 @@ from .imports import engine_errors, import_engine
 from .load import open_bundle
 from .private import ops_library
 from .threads import SHORT_SPINNING, cores, ops_threads
+
+
+def empty_past(shape: Sequence[int | str]) -> NDArray[np.float32]:
+    """What a graph is given for the tokens before its first pass: no keys or values, and a convolution's zeros.
+
+    Args:
+        shape: of the graph's input.
+    """
+    sides = [1, *shape[1:]] if len(shape) == 3 else [1, shape[1], 0, shape[3]]
+    return np.zeros([int(side) for side in sides], np.float32)
 
 
 class Session:
@@ -48,9 +59,9 @@ class Session:
             )
         ops_threads(self, library)
         self._empty_past = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            value.name: empty_past(value.shape)
             for value in self._session.get_inputs()
-            if value.name.startswith("past_key_values.")
+            if value.name.startswith("past")
         }
 
     def run(self, tokens: Sequence[int], avg_bits: float) -> Window:
