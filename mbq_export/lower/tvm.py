@@ -27,7 +27,7 @@ from mbq_targets.spec import KernelSpec
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
 from .tvm_weights import QUERY_GROWTH, Array, collect, head_norm_tensors, places
 
 
@@ -91,22 +91,26 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
     adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
-    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap))
+    convolution = None
+    if layers := [layer for layer in range(d.layers) if d.mixer(layer) == "conv"]:
+        convolution = (d.conv_taps, checkpoint.taps(d.convolution(layers[0]))[1] is not None)
+    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution))
 
 
 def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) -> dict[str, Any]:
     """Parameters of one function, by name.  rows: tokens that it takes."""
     from tvm import relax, tirx
 
-    d = checkpoint.decoder
+    d, attending = checkpoint.decoder, checkpoint.decoder.layers_of("attn_in")
     blocks, positions = tirx.Var("blocks", "int64"), tirx.Var("positions", "int64")
     shapes: dict[str, tuple[list[Any], str]] = {
         "ids": ([rows], "int64"),
         "past": ([1], "int64"),
         "avg_bits": ([1], "float32"),
         "used": ([1], "float32"),
-        "keys": ([d.layers, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
-        "values": ([d.layers, d.kv_heads, positions, d.head_dim], "float32"),
+        "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
+        "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
+        **({"states": ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")} if attending < d.layers else {}),
         "weights": ([max(entry.place + entry.size for entry in entries.values())], "uint8"),
     }
     return {name: relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in shapes.items()}
@@ -178,10 +182,20 @@ class RelaxBuilder(Builder[Any]):
         if attention.rotary is not None:
             rotary = [self._place(f"{attention.rotary}.{part}") for part in ("cos", "sin")]
         # The scale, the soft cap and how heads are normed are compiled into the operation.
-        numbers = [attention.layer, *rotary, *gains, attention.window or d.context_length]
+        numbers = [self._index(attention.layer), *rotary, *gains, attention.window or d.context_length]
         numbers += [self._place(QUERY_GROWTH)] if attention.grows else []
         tensors = [qkv, "past", "keys", "values", "weights"]
         return self._call("attention", tensors, numbers, (self.rows, d.heads * d.head_dim))
+
+    def convolution(self, convolution: Convolution, stacked: Any, feeds: RoutedLinear) -> Any:
+        places = [self._place(f"{convolution.source}.{part}") for part in ("taps", "bias") if f"{convolution.source}.{part}" in self.entries]
+        numbers = [self._index(convolution.layer), *places]
+        return self._call("convolution", [stacked, "states", "weights"], numbers, (self.rows, self.decoder.hidden_size))
+
+    def _index(self, layer: int) -> int:
+        """The index of a block among those with the same mixer: caches and states have no gaps."""
+        d = self.decoder
+        return sum(d.mixer(before) == d.mixer(layer) for before in range(layer))
 
     def gate(self, gate: Gate, stacked: Any, feeds: RoutedLinear) -> Any:
         # The activation is compiled into the operation.

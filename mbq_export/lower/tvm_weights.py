@@ -45,6 +45,12 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
         tensors[name] = checkpoint.norm(source)
     for kind in d.rotary_kinds:
         tensors[f"{kind}.cos"], tensors[f"{kind}.sin"] = checkpoint.rotary(kind)
+    for layer in range(d.layers):
+        if d.mixer(layer) == "conv":
+            taps, bias = checkpoint.taps(d.convolution(layer))
+            tensors[f"{d.convolution(layer)}.taps"] = np.ascontiguousarray(taps.T)
+            if bias is not None:
+                tensors[f"{d.convolution(layer)}.bias"] = bias
     if (growth := checkpoint.query_growth()) is not None:
         tensors[QUERY_GROWTH] = growth
     if turn := calibrated.head_input:

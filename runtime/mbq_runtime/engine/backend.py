@@ -76,6 +76,10 @@ class Backend(Protocol):
         """Bytes of the keys and values of one token."""
 
     @property
+    def rewinds(self) -> bool:
+        """Whether contexts can drop their last tokens.  The state of a short convolution is that of the last alone."""
+
+    @property
     def keeps(self) -> bool:
         """Whether contexts give their keys and values, and take them back."""
 

@@ -240,7 +240,12 @@ class Engine:
         Args:
             mode: "off", "on" or "auto".
         """
-        self._speculate = check_mode(mode)
+        if check_mode(mode) == "on" and not self._backend.rewinds:
+            raise UsageError(
+                f"{self.path}: speculate: the state of a convolution cannot be taken back when a guess is wrong; "
+                "leave it off"
+            )
+        self._speculate = check_mode(mode) if self._backend.rewinds else "off"
 
     @property
     def threads(self) -> int:

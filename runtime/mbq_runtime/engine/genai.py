@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
+from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
 from mbq_runtime.bundle.manifest import Manifest
 
 from .imports import engine_errors, import_engine
@@ -32,6 +32,7 @@ class Backend:
         og = import_engine("onnxruntime_genai")
         # Before the engine loads: nothing reads the file after its check.
         self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
+        self.rewinds = not convolutions(manifest)
         # At other levels the engine also prints each error that it throws.
         session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
         with engine_errors(f"{path}: the engine cannot load it"), engine_folder(path, manifest, session) as folder:

@@ -119,7 +119,7 @@ class DeviceBackend:
     """The device of a subclass."""
     dialect: ClassVar[str]
     """Language of the kernels that it compiles, see ``gpu_plan.Plan``."""
-    keeps = True
+    keeps = rewinds = True
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         plan = gpu_plan.read_plan(path)

@@ -156,6 +156,9 @@ class KeptContext:
         count = min(self.common(prompt), len(prompt) - 1)
         poor = np.flatnonzero(self._bits[:count] < self._budget[0] - REREAD_BITS)
         count = int(poor[0]) if len(poor) else count
+        if count < self._count and not self._backend.rewinds:
+            self._make_room(room)
+            return 0
         self.rewind(count)
         return count
 

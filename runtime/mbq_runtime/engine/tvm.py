@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
+from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
@@ -57,13 +57,15 @@ class Backend:
     threads: processor threads.
     """
 
-    keeps = True
-
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         self.ffi = _tvm()
         self._path = path
         settings = read_settings(path, manifest)
-        self.layers, self.kv_heads, self.head_dim = manifest.model.layers, settings.kv_heads, settings.head_dim
+        self.kv_heads, self.head_dim = settings.kv_heads, settings.head_dim
+        convolved = len(convolutions(manifest))
+        self.layers = manifest.model.layers - convolved
+        self.states = (convolved, settings.conv_cache_size, manifest.model.hidden_size) if convolved else None
+        self.rewinds = self.keeps = convolved == 0  # a convolution holds the last tokens alone
         self.vocab_size = manifest.model.vocab_size
         self.token_bytes = cache_bytes(manifest, settings)
         check_library(path, manifest, DECODER_LIBRARY)
@@ -108,6 +110,8 @@ class _Context:
         self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
         self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
         state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, self._keys, self._values]
+        if b.states is not None:
+            state.append(np.zeros(b.states, np.float32))
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
 

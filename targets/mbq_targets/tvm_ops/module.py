@@ -9,7 +9,7 @@ from ..kernels.emit import module
 from ..spec import KernelSpec
 from .attention import Attention, attention
 from .linear import linear
-from .pointwise import add, cap, embed, gate, head_input, last, norm
+from .pointwise import add, cap, convolution, embed, gate, head_input, last, norm
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Shape:
     head_input: sizes of the two factors of the rotation of the head's input, or None.
     adds: some sums are read without a norm.
     logits_cap: soft cap of the logits, or None.
+    convolution: taps of short convolutions, and whether they have a bias; None for no convolutions.
     """
 
     spec: KernelSpec
@@ -32,15 +33,16 @@ class Shape:
     head_input: tuple[int, int] | None
     adds: bool = False
     logits_cap: float | None = None
+    convolution: tuple[int, bool] | None = None
 
 
 def build_module(shape: Shape) -> Any:
     """IRModule with the operations: mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate,
-    mbq_head_input, mbq_add, mbq_cap.
+    mbq_head_input, mbq_add, mbq_cap, mbq_convolution.
 
     Args:
         shape: what is compiled in. Without ``head_input`` there is no mbq_head_input, without ``adds`` no mbq_add,
-            without ``logits_cap`` no mbq_cap.
+            without ``logits_cap`` no mbq_cap, without ``convolution`` no mbq_convolution.
     """
     with module() as builder:
         embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
@@ -56,4 +58,6 @@ def build_module(shape: Shape) -> Any:
             add("mbq_add")
         if shape.logits_cap is not None:
             cap(shape.logits_cap, "mbq_cap")
+        if shape.convolution is not None:
+            convolution(shape.convolution[0], "mbq_convolution", bias=shape.convolution[1])
     return builder.get()

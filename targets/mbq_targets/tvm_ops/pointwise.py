@@ -110,6 +110,50 @@ def cap(limit: float, name: str) -> None:
             store(out.flat, i * LANES, LANES, tanh(small, LANES) * const(limit, "float32", LANES))
 
 
+def convolution(taps: int, name: str, *, bias: bool) -> None:
+    """Operation: stacked float32 [M, 3 K], b then c then x -> out float32 [M, K] = c * (convolution of b * x).
+
+    Arguments: states float32 [layers, taps - 1, K], b * x of the last tokens, the newest last, which the operation
+    brings up to date; weights uint8; layer, index of the state; place in the weights of float32 [taps, K], the newest
+    token last, and of the bias, float32 [K], if there is one. K is a multiple of 16.
+
+    Args:
+        taps: tokens that the convolution sees.
+        name: the function's symbol.
+        bias: whether there is one.
+    """
+    tensors = {"stacked": ("float32", 2), "states": ("float32", 3), "weights": ("uint8", 1), "out": ("float32", 2)}
+    with driver(name, tensors, ("layer", "taps", *(("bias",) if bias else ()))) as args:
+        stacked, states, weights, out, layer, place, *bias_place = args
+        (rows, k), held = out.shape, taps - 1
+        factors = view(weights.at(place), "float32")
+        biases = [view(weights.at(p), "float32") for p in bias_place]
+        state = bind(layer * (held * k))
+        # b * x of the tokens before the pass, then of those of the pass.
+        seen = scratch((rows + held) * k, "float32")
+        vectors = k // LANES
+        with T.serial(0, held * vectors) as i:
+            store(seen, i * LANES, LANES, load(states.flat, state + i * LANES, LANES))
+
+        def enter(m: Expr) -> None:
+            with T.serial(0, vectors) as i:
+                at = bind(m * (3 * k) + i * LANES)
+                product = load(stacked.flat, at, LANES) * load(stacked.flat, at + 2 * k, LANES)
+                store(seen, (m + held) * k + i * LANES, LANES, product)
+
+        def convolve(m: Expr) -> None:
+            with T.serial(0, vectors) as i:
+                total = load(biases[0], i * LANES, LANES) if biases else const(0, "float32", LANES)
+                for tap in range(taps):
+                    total = fma(load(factors, tap * k + i * LANES, LANES), load(seen, (m + tap) * k + i * LANES, LANES), total)
+                store(out.flat, m * k + i * LANES, LANES, total * load(stacked.flat, m * (3 * k) + k + i * LANES, LANES))
+
+        each(rows, enter)
+        each(rows, convolve)
+        with T.serial(0, held * vectors) as i:
+            store(states.flat, state + i * LANES, LANES, load(seen, rows * k + i * LANES, LANES))
+
+
 def last(name: str) -> None:
     """Operation: x float32 [M, K] -> out float32 [M', K], its last M' rows.
 
