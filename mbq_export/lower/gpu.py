@@ -180,9 +180,7 @@ class GpuBuilder(Builder[str]):
         return y
 
     def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
-        raise ModelError(
-            f"{convolution.name}: a short convolution has no GPU kernel; export for a processor's target"
-        )
+        raise ModelError(f"{convolution.name}: a short convolution has no GPU kernel; export for a processor's target")
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens

@@ -25,7 +25,18 @@ from ..format import nbits, planes
 from ..format.codes import Sliced
 from ..model.checkpoint import Checkpoint
 from ..model.shape import Decoder
-from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .decoder import (
+    Attention,
+    Builder,
+    Convolution,
+    Embedding,
+    Gate,
+    Norm,
+    first_depths,
+    in_halves,
+    walk_blocks,
+    walk_head,
+)
 from .onnx_attention import MS, AttentionNodes
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph

@@ -27,7 +27,18 @@ from mbq_targets.spec import KernelSpec
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, first_depths, in_halves, walk_blocks, walk_head
+from .decoder import (
+    Attention,
+    Builder,
+    Convolution,
+    Embedding,
+    Gate,
+    Norm,
+    first_depths,
+    in_halves,
+    walk_blocks,
+    walk_head,
+)
 from .tvm_weights import QUERY_GROWTH, Array, collect, head_norm_tensors, places
 
 
@@ -110,7 +121,11 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
         "used": ([1], "float32"),
         "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
-        **({"states": ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")} if attending < d.layers else {}),
+        **(
+            {"states": ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")}
+            if attending < d.layers
+            else {}
+        ),
         "weights": ([max(entry.place + entry.size for entry in entries.values())], "uint8"),
     }
     return {name: relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in shapes.items()}
@@ -188,7 +203,11 @@ class RelaxBuilder(Builder[Any]):
         return self._call("attention", tensors, numbers, (self.rows, d.heads * d.head_dim))
 
     def convolution(self, convolution: Convolution, stacked: Any, feeds: RoutedLinear) -> Any:
-        places = [self._place(f"{convolution.source}.{part}") for part in ("taps", "bias") if f"{convolution.source}.{part}" in self.entries]
+        places = [
+            self._place(f"{convolution.source}.{part}")
+            for part in ("taps", "bias")
+            if f"{convolution.source}.{part}" in self.entries
+        ]
         numbers = [self._index(convolution.layer), *places]
         return self._call("convolution", [stacked, "states", "weights"], numbers, (self.rows, self.decoder.hidden_size))
 

@@ -92,6 +92,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         ),
         0.36e9,
     ),
+    "LFM2-1.2B": (
+        _config(
+            "Lfm2ForCausalLM", "lfm2", (16, 2048, 12288, 32, 8, 65536, 128000),
+            conv_L_cache=3, conv_bias=False, block_auto_adjust_ff_dim=True, block_multiple_of=256,
+            block_ffn_dim_multiplier=1.0, block_dim=2048, full_attn_idxs=[2, 5, 8, 10, 12, 14], norm_eps=1e-05,
+            rope_theta=1000000.0, tie_embedding=True,
+        ),
+        1.17e9,
+    ),
     "gemma-2-2b-it": (
         _config(
             "Gemma2ForCausalLM", "gemma2", (26, 2304, 9216, 8, 4, 256000, 8192),

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
-from mbq_export.lower.decoder import Attention, Builder, Embedding, Gate, Norm, walk_blocks, walk_head
+from mbq_export.lower.decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, walk_blocks, walk_head
 from mbq_export.model.describe import describe
 from mbq_export.model.shape import Decoder
 from mbq_export.transforms.rotation import HeadInput
@@ -52,6 +52,9 @@ class Recorder(Builder[str]):
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
         self.attentions.append(attention)
         return self._made(attention.name, f"attention {qkv} for {feeds.unit.name}")
+
+    def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
+        return self._made(convolution.name, f"{convolution.source} {stacked} for {feeds.unit.name}")
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self._made(gate.name, f"{gate.activation} {stacked} for {feeds.unit.name}")
@@ -141,6 +144,18 @@ def test_a_block_that_only_norms_what_it_adds() -> None:
     norms = recorder.attentions[0].head_norms
     assert norms is not None
     assert norms.whole_row
+
+
+def test_a_block_with_a_convolution() -> None:
+    decoder = described("lfm2")
+    recorder = walked(decoder, calibrated(decoder))
+    assert recorder.calls[1:5] == [
+        "layers.0.conv_norm = norm rows + None for layers.0.conv_in",
+        "layers.0.conv_in = linear layers.0.conv_norm by layers.0.conv_norm.sum",
+        "layers.0.convolution = model.layers.0.conv.conv layers.0.conv_in for layers.0.conv_out",
+        "layers.0.conv_out = linear layers.0.convolution by layers.0.convolution",
+    ]
+    assert [attention.layer for attention in recorder.attentions] == [1]
 
 
 def test_layers_without_rotation_and_growing_queries() -> None:

@@ -66,6 +66,8 @@ def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     granite = of["granite-4.0-micro"]
     assert (granite.attention_scale, granite.embedding_scale, granite.logits_scale) == (1 / 64, 12, 0.1)
     assert granite.branch_scale == pytest.approx(0.22)
+    assert [layer for layer in range(16) if of["LFM2-1.2B"].mixer(layer) == "attn"] == [2, 5, 8, 10, 12, 14]
+    assert of["LFM2-1.2B"].ffn_size == 8192
     assert of["gemma-2-2b-it"].attention_cap == 50
     assert of["gemma-2-2b-it"].logits_cap == 30
     olmo = of["Olmo-3-7B-Instruct"]

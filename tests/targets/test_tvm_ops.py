@@ -42,7 +42,16 @@ def compiled(spec: KernelSpec, folder: Path, heads: Attention = HEADS) -> Callab
     target = resolve("host")
     if not target.native:
         pytest.skip("no kernels for this machine")
-    shape = Shape(spec, 1e-5, "gelu_tanh", heads, (16, 20), adds=heads.norm_rows, logits_cap=heads.cap)
+    shape = Shape(
+        spec,
+        1e-5,
+        "gelu_tanh",
+        heads,
+        (16, 20),
+        adds=heads.norm_rows,
+        logits_cap=heads.cap,
+        convolution=(3, True) if heads.norm_rows else None,
+    )
     build_decoder(target, spec, build_module(shape), folder / "ops.so")
     module = tvm.runtime.load_module(str(folder / "ops.so"))
     return lambda name: module[f"mbq_{name}"]
@@ -119,12 +128,31 @@ def test_other_attentions(heads: Attention, tmp_path: Path) -> None:
     out = np.zeros_like(x)
     if heads.cap is None:
         check_attention(ops, heads, (5, 1, 12), 9, still=True)
+        check_convolution(ops)
         ops("add")(x, y, out)
         np.testing.assert_array_equal(out, x + y)
     else:
         ops("cap")(x, out)
         assert np.abs(out - heads.cap * np.tanh(x.astype(np.float64) / heads.cap)).max() < RELATIVE
     check_attention(ops, heads, (5, 1, 12), 9)
+
+
+def check_convolution(ops: Callable[[str], Any]) -> None:
+    """In passes of several sizes, the second of two states."""
+    rng, k = np.random.default_rng(2), 48
+    stacked = rng.standard_normal((9, 3 * k)).astype(np.float32)
+    taps, bias = rng.standard_normal((3, k)).astype(np.float32), rng.standard_normal(k).astype(np.float32)
+    data, places = weights({"taps": taps, "bias": bias})
+    states, found = np.zeros((2, 2, k), np.float32), []
+    for part in np.split(stacked, [4, 5, 6]):
+        out = np.zeros((len(part), k), np.float32)
+        ops("convolution")(part.copy(), states, data, 1, *places.values(), out)
+        found.append(out)
+    b, c, x = np.split(stacked.astype(np.float64), 3, axis=1)
+    seen = np.concatenate([np.zeros((2, k)), b * x])
+    expected = c * (sum(taps[i] * seen[i : i + 9] for i in range(3)) + bias)
+    assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert not states[0].any()
 
 
 def check_attention(

@@ -301,7 +301,10 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
     rows = (settings.heads + 2 * settings.kv_heads) * settings.head_dim
     shapes = {"attn_in": (rows, model.hidden_size), "head": (model.vocab_size, model.hidden_size)}
     shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
-    shapes |= {"conv_in": (3 * model.hidden_size, model.hidden_size), "conv_out": (model.hidden_size, model.hidden_size)}
+    shapes |= {
+        "conv_in": (3 * model.hidden_size, model.hidden_size),
+        "conv_out": (model.hidden_size, model.hidden_size),
+    }
     for linear in linears:
         shape = shapes.get(linear.name.rpartition(".")[2])
         if shape is not None:

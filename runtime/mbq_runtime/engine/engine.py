@@ -502,6 +502,10 @@ class Engine:
         return session
 
     def _session_owner(self) -> dict[str, Any]:
+        if not self._backend.rewinds:
+            raise UsageError(
+                f"{self.path}: the state of a convolution is not written to a file; keep mbq serve running"
+            )
         if not self._backend.keeps:
             raise UsageError(
                 f"{self.path}: engine {self.name} cannot load keys and values from a file; export the bundle with "

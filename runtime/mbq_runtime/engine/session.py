@@ -59,9 +59,7 @@ class Session:
             )
         ops_threads(self, library)
         self._empty_past = {
-            value.name: empty_past(value.shape)
-            for value in self._session.get_inputs()
-            if value.name.startswith("past")
+            value.name: empty_past(value.shape) for value in self._session.get_inputs() if value.name.startswith("past")
         }
 
     def run(self, tokens: Sequence[int], avg_bits: float) -> Window:
