@@ -121,13 +121,10 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
         "used": ([1], "float32"),
         "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
-        **(
-            {"states": ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")}
-            if attending < d.layers
-            else {}
-        ),
-        "weights": ([max(entry.place + entry.size for entry in entries.values())], "uint8"),
     }
+    if attending < d.layers:
+        shapes["states"] = ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")
+    shapes["weights"] = ([max(entry.place + entry.size for entry in entries.values())], "uint8")
     return {name: relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in shapes.items()}
 
 
@@ -203,11 +200,8 @@ class RelaxBuilder(Builder[Any]):
         return self._call("attention", tensors, numbers, (self.rows, d.heads * d.head_dim))
 
     def convolution(self, convolution: Convolution, stacked: Any, feeds: RoutedLinear) -> Any:
-        places = [
-            self._place(f"{convolution.source}.{part}")
-            for part in ("taps", "bias")
-            if f"{convolution.source}.{part}" in self.entries
-        ]
+        names = (f"{convolution.source}.{part}" for part in ("taps", "bias"))
+        places = [self._place(name) for name in names if name in self.entries]
         numbers = [self._index(convolution.layer), *places]
         return self._call("convolution", [stacked, "states", "weights"], numbers, (self.rows, self.decoder.hidden_size))
 

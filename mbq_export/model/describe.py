@@ -92,7 +92,7 @@ def _windows(keys: ConfigKeys, family: Family, layers: int, where: str) -> tuple
 
 
 def _ffn_size(keys: ConfigKeys, family: Family) -> int:
-    """The width of the MLP.  LFM2 gives a width that is cut to two thirds and rounded up, as Llama's first paper did."""
+    """The width of the MLP.  LFM2's config gives a width that is cut to two thirds and rounded up."""
     size: int = keys.get(family.ffn_size)
     if not keys.get("block_auto_adjust_ff_dim"):
         return size

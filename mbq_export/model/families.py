@@ -1,8 +1,8 @@
 """The families of decoders: one row each, which says how a checkpoint of the family is built.
 
 A decoder is a list of blocks.  A block is a mixer (attention, or a short convolution), then a feed-forward (a gated
-MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this module knows the names of a checkpoint's
-modules.
+MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this module knows the
+names of a checkpoint's modules.
 """
 
 from __future__ import annotations

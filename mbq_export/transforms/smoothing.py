@@ -4,8 +4,8 @@ A few channels of an LLM's activations are far larger than the rest.  Each linea
 ``s = (rms of the channel / mean rms)**ALPHA``, and the columns of its weight are multiplied by ``s``.  Then int8
 activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant, arXiv 2211.10438,
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
-attention), the rows of up (through the gate), the rows of c (behind a convolution).  The function of the model stays the same.  A unit that reads the
-residual stream without a norm is left as it is: the stream has other readers.
+attention), the rows of up (through the gate), the rows of c (behind a convolution).  The function of the model stays
+the same.  A unit that reads the residual stream without a norm is left as it is: the stream has other readers.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from mbq_export.write import files
 from mbq_runtime.bundle.onnx_file import read_graph
 from mbq_runtime.bundle.shapes import Bounds, Value, infer
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.engine.session import empty_past
 
 PROFILE = SliceProfile.parse("3,1,2,2")
 GROUP_SIZE = 64
@@ -73,9 +74,13 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
             checkpoint.scale_norm(norm, 1 / factor)
             for part in d.parts[role]:
                 checkpoint.part(layer, part)[0].mul_(factor)
-        factor = factors(d.kv_heads * d.head_dim)
-        by_query = factor.reshape(d.kv_heads, 1, -1).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
-        move(layer, "v", "o", factor, by_query)
+        if d.mixer(layer) == "attn":
+            factor = factors(d.kv_heads * d.head_dim)
+            by_query = factor.reshape(d.kv_heads, 1, -1).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
+            move(layer, "v", "o", factor, by_query)
+        else:
+            factor = factors(d.hidden_size)
+            move(layer, "c", "y", factor, factor)
         factor = factors(d.ffn_size)
         move(layer, "up", "down", factor, factor)
     factor = factors(d.hidden_size)
@@ -122,18 +127,20 @@ def _torch_logits(model: torch.nn.Module) -> Logits:
         return np.asarray(model(torch.tensor([TOKENS])).logits[0].numpy())
 
 
+def _made(name: str) -> str:
+    """The output that becomes this input in the next pass."""
+    return name.replace("past_key_values", "present").replace("past.", "present.")
+
+
 def _run(
     session: ort.InferenceSession, tokens: list[int], bits: float, past: dict[str, NDArray[np.float32]] | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """Run one pass.  past: outputs of the pass before it, None for the first.  Returns outputs by name."""
-    caches = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    caches = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past")}
     feed: dict[str, NDArray[np.generic]] = {
-        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
-        if past is None
-        else past[name.replace("past_key_values", "present")]
-        for name, shape in caches.items()
+        name: empty_past(shape) if past is None else past[_made(name)] for name, shape in caches.items()
     }
-    seen = next(iter(feed.values())).shape[2]
+    seen = next((array.shape[2] for array in feed.values() if array.ndim == 4), 0)
     feed["input_ids"] = np.array([tokens], np.int64)
     feed["attention_mask"] = np.ones((1, seen + len(tokens)), np.int64)
     feed["avg_bits"] = np.array([bits], np.float32)
@@ -212,7 +219,7 @@ def test_a_board_infers_the_shapes_that_the_engine_makes(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), options)
     past = {
-        o.name: np.zeros((1, o.shape[1], 4, o.shape[3]), np.float32)
+        o.name: np.zeros((1, o.shape[1], *((4, o.shape[3]) if len(o.shape) == 4 else (o.shape[2],))), np.float32)
         for o in session.get_outputs()
         if o.name.startswith("present")
     }
@@ -221,8 +228,8 @@ def test_a_board_infers_the_shapes_that_the_engine_makes(
     given = {tensor.name: Value(tensor.shape, tensor.numbers) for tensor in graph.initializers}
     given |= {"input_ids": Value((1, 5)), "attention_mask": Value((1, 9)), "avg_bits": Value((1,))}
     given |= {"scored": Value((1,), (5,))}
-    for name in past:
-        given[name.replace("present", "past_key_values")] = Value(made[name].shape)
+    for name in (i.name for i in session.get_inputs() if i.name.startswith("past")):
+        given[name] = Value(made[_made(name)].shape)
     found = infer(graph.nodes, graph.functions, given, Bounds(10**9, 10**12))
     assert names <= found.keys()
     assert {name: found[name].shape for name in made} == {name: value.shape for name, value in made.items()}

@@ -11,8 +11,10 @@ from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
 from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle import genai_config
 from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
 from mbq_runtime.engine import Session
+from mbq_runtime.engine.load import open_bundle
 
 pytestmark = pytest.mark.heavy
 
@@ -25,18 +27,8 @@ TIE = 1e-3
 def bundle(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
     folder = tmp_path_factory.mktemp("lfm2")
     options = ["--model", write_checkpoint(folder / "lfm2", "lfm2"), "--output", folder / "bundle", "--target", "host"]
-    options += [
-        "--engine",
-        "both",
-        "--calib-data",
-        calibration_text,
-        "--calib-tokens",
-        512,
-        "--method",
-        "rtn",
-        "--json",
-    ]
-    command([str(option) for option in options], standalone_mode=False)
+    options += ["--engine", "both", "--calib-data", calibration_text, "--calib-tokens", 512, "--method", "rtn"]
+    command([str(option) for option in [*options, "--json"]], standalone_mode=False)
     return folder / "bundle"
 
 
@@ -80,17 +72,12 @@ def test_attention_alone_has_a_cache(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"conv_cache_size": 3}, {"layer_types": ["conv"] * 3}, {"conv_cache_size": "2"}])
-def test_another_state_is_refused(bundle: Path, changes: dict[str, object]) -> None:
-    file = bundle / "genai_config.json"
-    before = file.read_text(encoding="utf-8")
-    document = json.loads(before)
+def test_another_state_is_refused(bundle: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    document = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
     document["model"]["decoder"] |= changes
-    try:
-        file.write_text(json.dumps(document), encoding="utf-8")
-        with pytest.raises(BundleError, match=r"conv_cache_size|layer_types|past\.0\.conv"):
-            Engine.load(bundle)
-    finally:
-        file.write_text(before, encoding="utf-8")
+    monkeypatch.setattr(genai_config, "read_json", lambda path, most: document)
+    with pytest.raises(BundleError, match=r"conv_cache_size|layer_types|past\.0\.conv"):
+        open_bundle(bundle, None)
 
 
 def test_a_gpu_is_refused_before_any_work(tmp_path: Path) -> None:

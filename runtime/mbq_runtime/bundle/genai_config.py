@@ -257,7 +257,8 @@ def _conv_cache_size(path: Path, document: Mapping[str, Any]) -> int:
     value = document["model"]["decoder"].get("conv_cache_size", 0)
     if type(value) is not int or not 0 <= value <= _MOST_KEPT:
         raise BundleError(
-            f"{path}: model.decoder.conv_cache_size is {_shown(value)}, needed 0 to {_MOST_KEPT}; export the bundle again"
+            f"{path}: model.decoder.conv_cache_size is {_shown(value)}, needed 0 to {_MOST_KEPT}; "
+            "export the bundle again"
         )
     return value
 
@@ -301,10 +302,8 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
     rows = (settings.heads + 2 * settings.kv_heads) * settings.head_dim
     shapes = {"attn_in": (rows, model.hidden_size), "head": (model.vocab_size, model.hidden_size)}
     shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
-    shapes |= {
-        "conv_in": (3 * model.hidden_size, model.hidden_size),
-        "conv_out": (model.hidden_size, model.hidden_size),
-    }
+    hidden = model.hidden_size
+    shapes |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     for linear in linears:
         shape = shapes.get(linear.name.rpartition(".")[2])
         if shape is not None:

@@ -145,12 +145,10 @@ def convolution(taps: int, name: str, *, bias: bool) -> None:
             with T.serial(0, vectors) as i:
                 total = load(biases[0], i * LANES, LANES) if biases else const(0, "float32", LANES)
                 for tap in range(taps):
-                    total = fma(
-                        load(factors, tap * k + i * LANES, LANES), load(seen, (m + tap) * k + i * LANES, LANES), total
-                    )
-                store(
-                    out.flat, m * k + i * LANES, LANES, total * load(stacked.flat, m * (3 * k) + k + i * LANES, LANES)
-                )
+                    value = load(seen, (m + tap) * k + i * LANES, LANES)
+                    total = fma(load(factors, tap * k + i * LANES, LANES), value, total)
+                c = load(stacked.flat, m * (3 * k) + k + i * LANES, LANES)
+                store(out.flat, m * k + i * LANES, LANES, total * c)
 
         each(rows, enter)
         each(rows, convolve)
