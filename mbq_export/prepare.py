@@ -163,10 +163,13 @@ def _bad_options(options: Options) -> Iterator[str]:
 
 
 def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
-    if decoder.layers_of("conv_in"):
+    if decoder.layers_of("conv_in") or decoder.family.head_gates:
         for target in options.outputs.values():
             if target.gpu:
-                yield f"target {target.name}: short convolutions have no GPU kernel; choose a processor's target"
+                yield (
+                    f"target {target.name}: short convolutions and gates of heads have no GPU kernel; "
+                    "choose a processor's target"
+                )
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

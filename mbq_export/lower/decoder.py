@@ -85,7 +85,8 @@ class Attention:
     name: in a graph; layer: index of its cache, from 0; rotary: kind of its table of rotations, as
     ``Checkpoint.rotary`` takes it, None for no rotation; window: tokens that a token sees, itself included, None for
     all; scale: multiplies q . k; head_norms: norms of q and of k, None for none; cap: soft cap of the scores, None for
-    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``.
+    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``; gated: whether what a head attends to is
+    multiplied by the sigmoid of the number that the projection has for it behind v.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Attention:
     head_norms: HeadNorms | None
     cap: float | None = None
     grows: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Builder(ABC, Generic[V]):
 
         Args:
             attention: what this layer's attention does.
-            qkv: queries, keys and values, [tokens, (heads + 2 * kv_heads) * head_dim].
+            qkv: queries, keys and values, [tokens, (heads + 2 * kv_heads) * head_dim], then gates, [tokens, heads].
             feeds: the linear layer that reads the result.
 
         Returns:
@@ -398,4 +400,5 @@ def _attention(decoder: Decoder, layer: int) -> Attention:
         head_norms=head_norms,
         cap=decoder.attention_cap,
         grows=decoder.query_growth is not None,
+        gated=decoder.family.head_gates,
     )

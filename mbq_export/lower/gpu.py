@@ -143,6 +143,8 @@ class GpuBuilder(Builder[str]):
 
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens
+        if attention.gated:
+            raise ModelError(f"{attention.name}: gates of heads have no GPU kernel; export for a processor's target")
         rotary, rotated = f"{attention.rotary}.rotary", 0
         if attention.rotary is not None:
             if rotary not in self.launches.tensors:

@@ -49,20 +49,33 @@ class AttentionNodes:
         """
         g, d = self.graph, self.decoder
         norms = attention.head_norms
-        query = [qkv, "", ""] if norms is None and not attention.grows else self._separate_heads(attention, qkv)
+        together = norms is None and not attention.grows and not attention.gated
+        query = [qkv, "", ""] if together else self._separate_heads(attention, qkv)
         rotates = attention.rotary is not None and not (norms is not None and norms.rotated_first)
         tables = self._rotary(attention.rotary) if rotates and attention.rotary is not None else []
         past = [f"past_key_values.{attention.layer}.{part}" for part in ("key", "value")]
         present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
         more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
         more |= {} if attention.cap is None else {"softcap": attention.cap}
-        return g.node(
+        name = f"{attention.name}.ungated" if attention.gated else attention.name
+        attended = g.node(
             "GroupQueryAttention",
             [*query, *past, "seqlens_k", "total_sequence_length", *tables],
-            attention.name, MS, outputs=[attention.name, *present],
+            name, MS, outputs=[name, *present],
             num_heads=d.heads, kv_num_heads=d.kv_heads, scale=attention.scale, do_rotary=int(rotates),
             rotary_interleaved=0, **more,
         )  # fmt: skip
+        return self._gated(attention, attended) if attention.gated else attended
+
+    def _gated(self, attention: Attention, attended: str) -> str:
+        """Each head times the sigmoid of its gate."""
+        g, d = self.graph, self.decoder
+        opening = g.node("Sigmoid", [f"{attention.name}.g"], f"{attention.name}.opening")
+        of_heads = g.numbers("gate_of_heads", 0, 0, d.heads, 1)
+        opening = g.node("Reshape", [opening, of_heads], f"{attention.name}.opening_of_heads")
+        heads = g.node("Reshape", [attended, g.numbers("per_head", 0, 0, -1, d.head_dim)], f"{attended}_heads")
+        gated = g.node("Mul", [heads, opening], f"{attention.name}.gated_heads")
+        return g.node("Reshape", [gated, g.numbers("flat", 0, 0, -1)], attention.name)
 
     def norm(self, x: str, norm: Norm) -> str:
         """Write an RMS norm.
@@ -80,9 +93,10 @@ class AttentionNodes:
     def _separate_heads(self, attention: Attention, qkv: str) -> list[str]:
         """q, k and v as three tensors, with what comes between their product and the cache, rotation apart."""
         g, norms, d = self.graph, attention.head_norms, self.decoder
-        sizes = g.numbers("qkv_sizes", *d.qkv_sizes)
+        sizes = g.numbers("qkv_sizes", *d.attention_sizes.values())
         q, k, v = (f"{attention.name}.{part}" for part in "qkv")
-        g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=[q, k, v], axis=-1)
+        parts = [f"{attention.name}.{part}" for part in d.attention_sizes]
+        g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=parts, axis=-1)
         if norms is not None:
             if norms.rotated_first and attention.rotary is not None:
                 q, k = (self._rotated(x, n, attention.rotary) for x, n in ((q, d.heads), (k, d.kv_heads)))

@@ -98,7 +98,7 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
         d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, None if norms is None else d.norm_eps,
         norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
         some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
-        cap=d.attention_cap, grows=d.query_growth is not None,
+        cap=d.attention_cap, grows=d.query_growth is not None, gated=d.family.head_gates,
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
     adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))

@@ -35,6 +35,12 @@ _SHORT_CONV: Linears = {
     "mlp_out": ("feed_forward.w2",),
 }
 
+_GATED_CONV: Linears = {
+    **_SHORT_CONV,
+    "attn_in": (*LINEARS["attn_in"], "self_attn.g_proj"),
+    "attn_out": LINEARS["attn_out"],
+}
+
 Norms = Mapping[str, str]
 """By role, the norm before a unit that ends in _in, and the norm after a unit that ends in _out, by its name in a
 block.  A role that is not named has no norm there."""
@@ -43,6 +49,12 @@ PRE_NORMS: Norms = {"attn_in": "input_layernorm", "mlp_in": "post_attention_laye
 POST_NORMS: Norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 SANDWICH_NORMS: Norms = {**POST_NORMS, "attn_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
 _LFM_NORMS: Norms = {"attn_in": "operator_norm", "conv_in": "operator_norm", "mlp_in": "ffn_norm"}
+_LFM3_NORMS: Norms = {
+    **_LFM_NORMS,
+    "attn_out": "post_operator_norm",
+    "conv_out": "post_operator_norm",
+    "mlp_out": "post_ffn_norm",
+}
 _GLM_NORMS: Norms = {**PRE_NORMS, "attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 
 
@@ -90,6 +102,8 @@ class Family:
     """The name of the norm before the head."""
     norm_eps: str = "rms_norm_eps"
     """The key of what is added to the mean square in RMS norms."""
+    head_gates: bool = False
+    """What a head attends to is multiplied by the sigmoid of a number, which a layer behind q, k and v makes."""
     growing_queries: bool = False
     """Queries grow with their position by ``llama_4_scaling_beta``."""
     ffn_size: str = "intermediate_size"
@@ -146,6 +160,11 @@ FAMILIES = {
             linears=_SHORT_CONV, norms=_LFM_NORMS, final_norm="model.embedding_norm", norm_eps="norm_eps",
             activation="silu",
             head_norms=HeadNorms("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ),
+        Family(
+            "lfm3", "Lfm3ForCausalLM",
+            linears=_GATED_CONV, norms=_LFM3_NORMS, final_norm="model.embedding_norm", norm_eps="norm_eps",
+            activation="silu", head_norms=HeadNorms(), head_gates=True, local_rotary=True,
         ),
         Family("ernie4_5", "Ernie4_5ForCausalLM", interleaved=True),
         Family("helium", "HeliumForCausalLM", interleaved=True),

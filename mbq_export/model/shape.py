@@ -118,10 +118,16 @@ class Decoder:
         return self.heads * self.head_dim, kv, kv
 
     @property
+    def attention_sizes(self) -> dict[str, int]:
+        """Rows of q, k and v in the stacked projection, and of the heads' gates (g) where the family has them."""
+        sizes = dict(zip("qkv", self.qkv_sizes, strict=True))
+        return {**sizes, "g": self.heads} if self.family.head_gates else sizes
+
+    @property
     def parts(self) -> dict[str, dict[str, slice]]:
-        """By role, the rows of each part (q, k, v, o, gate, up, down; b, c, x, y) in the stacked matrix."""
+        """By role, the rows of each part (q, k, v, g, o, gate, up, down; b, c, x, y) in the stacked matrix."""
         sizes = {
-            "attn_in": dict(zip("qkv", self.qkv_sizes, strict=True)),
+            "attn_in": self.attention_sizes,
             "attn_out": {"o": self.hidden_size},
             "conv_in": dict.fromkeys("bcx", self.hidden_size),
             "conv_out": {"y": self.hidden_size},
@@ -135,7 +141,7 @@ class Decoder:
         """(N, K) of each role's stacked matrix in a block, for the roles that occur."""
         attended = self.heads * self.head_dim
         shapes = {
-            "attn_in": (sum(self.qkv_sizes), self.hidden_size),
+            "attn_in": (sum(self.attention_sizes.values()), self.hidden_size),
             "attn_out": (self.hidden_size, attended),
             "conv_in": (3 * self.hidden_size, self.hidden_size),
             "conv_out": (self.hidden_size, self.hidden_size),

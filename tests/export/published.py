@@ -101,6 +101,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         ),
         1.17e9,
     ),
+    "LFM3-1.7B": (
+        _config("Lfm3ForCausalLM", "lfm3", (24, 2048, 7680, 16, 4, 128000, 128000), head_dim=128, norm_eps=1e-05),
+        1.72e9,
+    ),
     "gemma-2-2b-it": (
         _config(
             "Gemma2ForCausalLM", "gemma2", (26, 2304, 9216, 8, 4, 256000, 8192),

@@ -68,6 +68,9 @@ def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     assert granite.branch_scale == pytest.approx(0.22)
     assert [layer for layer in range(16) if of["LFM2-1.2B"].mixer(layer) == "attn"] == [2, 5, 8, 10, 12, 14]
     assert of["LFM2-1.2B"].ffn_size == 8192
+    lfm = of["LFM3-1.7B"]
+    assert [lfm.layer_kinds.count(kind) for kind in ("conv", "sliding_attention", "full_attention")] == [13, 5, 6]
+    assert (lfm.conv_taps, lfm.sliding_window, lfm.role_shapes["attn_in"]) == (7, 256, (3072 + 16, 2048))
     assert of["gemma-2-2b-it"].attention_cap == 50
     assert of["gemma-2-2b-it"].logits_cap == 30
     olmo = of["Olmo-3-7B-Instruct"]

@@ -127,6 +127,13 @@ MODELS: dict[str, dict[str, object]] = {
         "conv_L_cache": 3,
         "block_multiple_of": 64,
     },
+    "lfm3": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "conv_L_cache": 7,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "helium": {"tie_word_embeddings": False},
     "glm4": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},

@@ -30,7 +30,7 @@ PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
 SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
 ROWS = replace(HEADS, norm_rows=True, some_still=True)
-LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True)
+LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True, gated=True)
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
 Array = NDArray[Any]
@@ -162,7 +162,9 @@ def check_attention(
     total, layer = sum(parts), 1
     rng = np.random.default_rng(total)
     width = (h.heads + 2 * h.kv_heads) * h.head_dim
-    qkv = rng.standard_normal((total, width)).astype(np.float32)
+    stride = width + (16 if h.gated else 0)  # of a row; gates are padded to a whole block
+    given = rng.standard_normal((total, stride)).astype(np.float32)
+    qkv, gates = given[:, :width], given[:, width : width + h.heads].astype(np.float64)
     angles = rng.random((total, h.rotated // 2))
     tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
     sizes = (h.heads, h.kv_heads) if h.norm_rows else (1, 1)
@@ -180,11 +182,13 @@ def check_attention(
     found, start = [], 0
     for size in parts:
         out = np.zeros((size, h.heads * h.head_dim), np.float32)
-        given = qkv[start : start + size].copy()
-        ops("attention")(given, np.array([start]), keys, values, data, *(numbers[field] for field in h.fields), out)
+        rows = given[start : start + size].copy()
+        ops("attention")(rows, np.array([start]), keys, values, data, *(numbers[field] for field in h.fields), out)
         found.append(out)
         start += size
     expected = reference_attention(h, qkv.astype(np.float64), tables, norms, window, growth)
+    if h.gated:
+        expected *= np.repeat(1 / (1 + np.exp(-gates)), h.head_dim, axis=1)
     assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
     assert not keys[0].any()
     assert not values[0].any()

@@ -306,6 +306,8 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
     shapes |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     for linear in linears:
         shape = shapes.get(linear.name.rpartition(".")[2])
+        if linear.name.endswith(".attn_in") and rows + settings.heads == linear.N:
+            shape = (linear.N, hidden)  # a gate for each head
         if shape is not None:
             yield shape == (linear.N, linear.K), f"shape for {linear.name}", shape, f"{(linear.N, linear.K)}"
     blocks = sum(linear.name.endswith((".attn_in", ".conv_in")) for linear in linears)

@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from mbq_runtime.bundle.layout import KEY_LANES
 
 from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
-from ..kernels.exp import exp, tanh
+from ..kernels.exp import exp, sigmoid, tanh
 from .drivers import Tensor, driver, each, reduce, scratch, view
 
 SERIAL_SCORES = 4096
@@ -48,6 +48,7 @@ class Attention:
     some_still: some layers are not rotated. They give ``STILL`` for the places of their tables.
     cap: soft cap of the scores. None: none.
     grows: queries are multiplied by a number of their position.
+    gated: behind v, qkv has a number for each head. What the head attends to is multiplied by its sigmoid.
     """
 
     heads: int
@@ -61,6 +62,7 @@ class Attention:
     some_still: bool = False
     cap: float | None = None
     grows: bool = False
+    gated: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -87,7 +89,8 @@ def attention(shape: Attention, name: str) -> None:
     with driver(name, tensors, shape.fields) as args:
         qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *growth = args
         s = shape
-        width = (s.heads + 2 * s.kv_heads) * s.head_dim
+        # Rows of the projection are padded to whole blocks. Without gates they are whole.
+        width = qkv.shape[1] if s.gated else (s.heads + 2 * s.kv_heads) * s.head_dim
         rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
         blocks = keys.shape[2]
         queries = scratch(rows * (s.heads * s.head_dim), "float32")
@@ -129,6 +132,11 @@ def attention(shape: Attention, name: str) -> None:
             place = bind((m * s.heads + h) * s.head_dim)
             first = bind(T.max(start + m + 1 - window, T.int64(0)))
             _attend(s, queries, place, keys, values, bind(head * blocks), first, bind(start + m), out)
+            if s.gated:
+                gate = load(qkv.flat, m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h, 1)
+                opening = sigmoid(splat(gate, LANES), LANES)
+                for d in range(0, s.head_dim, LANES):
+                    store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * opening)
 
         each(rows, enter)
         count = bind(rows * s.heads)
