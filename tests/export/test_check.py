@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import EVERY_PART, write_checkpoint
 
 from mbq_export import calibrate, check, export
 from mbq_export.calibrated import Calibrated
@@ -30,7 +30,7 @@ def exported(model: Path, text: Path, output: Path, target: str = "portable", **
 @pytest.mark.parametrize(
     ("name", "target", "options"),
     [
-        *((name, "portable", {}) for name in MODELS),
+        *((name, "portable", {}) for name in EVERY_PART),
         ("gemma3_text", "host", {"engine": "both"}),
         ("llama", "host", {"activation_bits": 8}),
         ("llama", "portable", {"method": "nested", "tune_steps": 4}),

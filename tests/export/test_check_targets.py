@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import write_checkpoint
 
 from mbq_export.calibrate import calibrate
 from mbq_export.calibrated import Calibrated
@@ -72,7 +72,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) ->
 
 
 @pytest.mark.parametrize("target", ["host", "arm64", "rpi4"])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "lfm3"])
 def test_every_family_passes(name: str, target: str, written: Callable[[str], Written]) -> None:
     assert (written(name).write(target) / "manifest.json").is_file()
 

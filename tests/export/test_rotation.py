@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import write_checkpoint
 
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
@@ -27,7 +27,7 @@ def test_a_rotation_is_orthogonal_and_its_factors_are_the_matrix(n: int) -> None
     torch.testing.assert_close(rotation.rows(weight[0]), matrix.T @ weight[0])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "granite", "lfm2"])
 def test_a_rotated_model_computes_the_same(name: str, tmp_path: Path) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / name, name))))
     with torch.no_grad():

@@ -153,6 +153,13 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
+# Those that together have every part of a block, for tests that cost seconds a model.
+EVERY_PART = (
+    "llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "phi3-longrope",
+    "smollm3", "granite", "gemma2", "olmo3", "hunyuan_v1_dense", "ministral3", "ernie4_5", "lfm3",
+)  # fmt: skip
+
+
 def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) -> Path:
     """A Hugging Face folder: safetensors, config, byte-level tokenizer.  name: a key of ``MODELS``."""
     torch.manual_seed(seed)
