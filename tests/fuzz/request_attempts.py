@@ -41,7 +41,30 @@ BODIES: dict[str, dict[str, Any]] = {
         "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "A"}]}],
         "max_tokens": 2, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "tools": [],
         "response_format": {"type": "text"}, "chat_template_kwargs": {"add_generation_prompt": True},
+        "reasoning_budget": 3,
     },
+    "/v1/responses": {
+        "instructions": "a", "max_output_tokens": 2, "temperature": 0, "stream": False,
+        "text": {"format": {"type": "text"}},
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "A"}]},
+            {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "a"}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "b"},
+        ],
+    },
+    "/v1/messages": {
+        "max_tokens": 2, "system": [{"type": "text", "text": "a"}], "stream": True, "stop_sequences": ["x"],
+        "thinking": {"type": "enabled", "budget_tokens": 3}, "tool_choice": {"type": "none"},
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "A"}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "b"}]},
+        ],
+    },
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "A"}], "system": "a"},
+    "/tokenize": {"content": "A", "add_special": True},
+    "/detokenize": {"tokens": [68, 69]},
 }  # fmt: skip
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/budget", "/events", "/%00", "//", "/../etc/passwd", "*", "/v1")
 METHODS = (b"GET", b"PUT", b"DELETE", b"OPTIONS", b"HEAD", b"PATCH", b"\x00", b"POST ", b"GETGETGETGET" * 20)
@@ -52,7 +75,10 @@ def _body(draw: random.Random) -> tuple[str, bytes]:
     path = draw.choice(list(BODIES))
     document = copy.deepcopy(BODIES[path])
     for _ in range(draw.randint(1, 3)):
-        container, key = draw.choice(nodes(document))
+        places = nodes(document)
+        if not places:
+            break
+        container, key = draw.choice(places)
         if draw.random() < 0.15:
             del container[key]
         else:

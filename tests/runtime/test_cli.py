@@ -69,7 +69,8 @@ def test_run_json_holds_everything_and_stdout_nothing_else(capsys: pytest.Captur
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == {
-        "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "reason",
+        "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "reason", "guessed",
+        "kept_guesses",
     }  # fmt: skip
     assert found["reason"] == "fixed"
     assert found["text"] == "BCDEF"

@@ -54,6 +54,7 @@ def command(
     min_p: float,
     repetition_penalty: float,
     seed: int | None,
+    reasoning_budget: int | None,
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
     prompt_cache: Path | None,
@@ -99,6 +100,7 @@ def command(
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "reasoning_budget": reasoning_budget,
             "template_kwargs": template_kwargs,
         }
         conversation = Conversation(loaded, system, template_kwargs)

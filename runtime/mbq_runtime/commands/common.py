@@ -234,13 +234,14 @@ def choice_options(function: F) -> F:
     """Add options of the choice of tokens that have the same default in every command.
 
     Args:
-        function: a command; it gets ``top_k``, ``min_p``, ``repetition_penalty`` and ``seed``.
+        function: a command; it gets ``top_k``, ``min_p``, ``repetition_penalty``, ``seed`` and ``reasoning_budget``.
     """
     for option in reversed((
         click.option("--top-k", type=int, default=0, help="Choose among this many likeliest tokens; 0: all."),
         click.option("--min-p", type=float, default=0.0, help="Leave out tokens below this share of the likeliest."),
         click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: fewer repetitions; 1: no change."),
         click.option("--seed", type=int, help="Repeat a varied reply."),
+        click.option("--reasoning-budget", type=int, help="Most tokens of the model's reasoning.  [default: no limit]"),
     )):  # fmt: skip
         function = option(function)
     return function

@@ -67,6 +67,7 @@ def command(
     min_p: float,
     repetition_penalty: float,
     seed: int | None,
+    reasoning_budget: int | None,
     json_schema: Path | None,
     template_kwargs: dict[str, Any] | None,
     prompt_cache: Path | None,
@@ -96,7 +97,7 @@ def command(
         generation = loaded.generate(
             text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar, template_kwargs=template_kwargs,
-            session=session,
+            reasoning_budget=reasoning_budget, session=session,
         )  # fmt: skip
         pieces = []
         with generation:

@@ -71,7 +71,7 @@ def command(
     threads: int | None,
     **steering: Any,
 ) -> None:
-    """Serve BUNDLE over HTTP with the API of OpenAI, and show the board on a page at /.
+    """Serve BUNDLE over HTTP with the APIs of OpenAI and Anthropic, and show the board on a page at /.
 
     A request may set avg_bits, or bound them by min_bits and max_bits.
     """

@@ -212,7 +212,6 @@ class PassCosts:
             avg_bits: budget of the check.
             counts: from which to choose; the lower of two equal ones is taken.
         """
-
         best, highest, tokens = counts[0], 0.0, 0.0
         for count in range(counts[-1] + 1):
             tokens += acceptance**count

@@ -199,19 +199,18 @@ class Server:
 
     async def _respond(self, request: Request) -> Any:
         data = _object(await self._read(request))
-        body = parse(ChatBody, json.dumps(responses.as_chat(data)).encode())
+        body = _chat_body(responses.as_chat(data))
         return self._reply(body, lambda form: responses.ResponseShape(self._named(body), self._divider(form), data))
 
     async def _message(self, request: Request) -> Any:
         data = _object(await self._read(request))
-        body = parse(ChatBody, json.dumps(messages.as_chat(data)).encode())
+        body = _chat_body(messages.as_chat(data))
         if body.max_tokens is None:
             raise ApiError(400, "max_tokens: field required", param="max_tokens", code="missing")
         return self._reply(body, lambda form: messages.MessageShape(self._named(body), self._divider(form)))
 
     async def _count(self, request: Request) -> Response:
-        chat = messages.as_chat(_object(await self._read(request)))
-        body = parse(ChatBody, json.dumps(chat).encode())
+        body = _chat_body(messages.as_chat(_object(await self._read(request))))
         tokens = await self._tokens(body.engine_prompt(), template_kwargs=body.template_kwargs())
         return JSONResponse({"input_tokens": len(tokens)})
 
@@ -320,6 +319,14 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ApiError(400, "the request body: needed a JSON object", code="json_invalid")
     return found
+
+
+def _chat_body(chat: dict[str, Any]) -> ChatBody:
+    """The body of a translated request."""
+    try:
+        return parse(ChatBody, json.dumps(chat).encode())
+    except RecursionError:
+        raise ApiError(400, "the request body: too many levels", code="json_invalid") from None
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

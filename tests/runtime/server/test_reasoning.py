@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,21 @@ def test_marks_are_seen_in_the_template() -> None:
     assert find_marks("{{ '<think>' + x + '</think>' }}") == THINK
     assert find_marks("[THINK]{{ x }}[/THINK]") == Marks("[THINK]", "[/THINK]")
     assert find_marks(TEMPLATE) is None
+
+
+def test_the_command_ends_a_reasoning(thinking_bundle: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mbq_runtime.cli",
+        "run",
+        str(thinking_bundle),
+        "hi",
+        "--max-tokens",
+        "4",
+        "--json",
+    ]
+    done = subprocess.run([*command, "--reasoning-budget", "0"], capture_output=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout)["tokens"][0] == CLOSES
+    bad = subprocess.run([*command, "--reasoning-budget", "-1"], capture_output=True, encoding="utf-8", check=False)
+    assert (bad.returncode, "reasoning_budget -1: needed 0 or above" in bad.stderr) == (2, True)
