@@ -23,8 +23,10 @@ from mbq_export.model.checkpoint import Checkpoint
 from mbq_runtime.errors import ModelError
 
 FILE_TYPES = ("Q2_K", "IQ3_XXS", "Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-"""llama.cpp's name where it is not transformers' model_type."""
+_ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "phi3": "phi3",
+}  # fmt: skip
+"""llama.cpp's name by transformers' model_type, of the families whose files can be written."""
 
 
 def names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -169,4 +171,9 @@ def read_weights(file: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.Te
 
 def _architecture(checkpoint: Checkpoint) -> str:
     model_type = checkpoint.decoder.family.model_type
-    return _ARCHITECTURES.get(model_type, model_type)
+    if model_type not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ModelError(
+            f"llama.cpp files are written of {known}, not of {model_type}; leave those methods out with --methods"
+        )
+    return _ARCHITECTURES[model_type]

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from tiny_models import COMMON, MODELS
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mbq_export.model.config_keys import ConfigKeys
 from mbq_export.model.describe import describe
 from mbq_export.model.families import FAMILIES
+from mbq_export.model.loading import read_config
+from mbq_export.model.source import locate
 from mbq_runtime.errors import ModelError
 
 CONFIGURATION = """
@@ -90,3 +92,18 @@ def unread(config: Any) -> dict[str, Any]:
 
 def test_a_key_that_transformers_ignores_is_ignored() -> None:
     assert describe(config_of("llama", residual_multiplier=0.5), "llama").branch_scale == 1
+
+
+def test_an_unknown_family_of_the_hub_is_refused_by_its_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def told(name: str) -> tuple[dict[str, object], dict[str, object]]:
+        asked.append(name)
+        return {"model_type": "new", "architectures": ["NewForCausalLM"]}, {}
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", told)
+    message = r"^model: architecture NewForCausalLM is not supported; supported: LlamaForCausalLM .*Lfm3ForCausalLM"
+    with pytest.raises(ModelError, match=message) as raised:
+        read_config(locate("somebody/model"))
+    assert "\n" not in str(raised.value)
+    assert asked == ["somebody/model"]

@@ -100,10 +100,12 @@ def attention(shape: Attention, name: str) -> None:
 
         def enter(m: Expr) -> None:
             position = bind(start + m)
-            rows_scale = registers(2, "float32") if s.norm_rows else None
-            for part, heads in enumerate((s.heads, s.kv_heads) if s.norm_rows and s.norm_eps is not None else ()):
-                at = bind(m * width + part * s.heads * s.head_dim)
-                store(rows_scale, part, 1, _inverse_rms(qkv.flat, at, heads * s.head_dim, s.norm_eps))
+            rows_scale = None
+            if s.norm_rows and s.norm_eps is not None:
+                rows_scale = registers(2, "float32")
+                for part, heads in enumerate((s.heads, s.kv_heads)):
+                    at = bind(m * width + part * s.heads * s.head_dim)
+                    store(rows_scale, part, 1, _inverse_rms(qkv.flat, at, heads * s.head_dim, s.norm_eps))
             with T.serial(0, T.int64(s.heads)) as h:
                 norm = _HeadNorm(norms[0], rows_scale, 0, h)
                 turned = _turn(s, qkv.flat, m * width + h * s.head_dim, norm, tables, position, cos)
