@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def command(
     """
     from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine
+    from mbq_runtime.engine.reasoning import Thought, ThoughtReader, is_begun
 
     grammar = None if json_schema is None else _grammar(json_schema)
     terminal = sys.stdout.isatty()
@@ -94,14 +96,20 @@ def command(
     session = None if prompt_cache is None else loaded.load_session(prompt_cache)
     follow(loaded)
     with steered(loaded, Steering(**steering)) as (_, governor):
+        tokens = loaded.prompt_tokens(text, chat=not raw, template_kwargs=template_kwargs)
+        marks = loaded.reasoning_marks if json_schema is not None else None
+        reader = ThoughtReader(marks, begun=marks is not None and is_begun(tokens, loaded.spell, marks))
         generation = loaded.generate(
-            text, max_tokens=max_tokens, chat=not raw, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar, template_kwargs=template_kwargs,
+            tokens, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar,
             reasoning_budget=reasoning_budget, session=session,
         )  # fmt: skip
         pieces = []
         with generation:
-            for piece in generation:
+            for piece in chain((part for text in generation for part in reader.feed(text)), reader.feed("", last=True)):
+                if isinstance(piece, Thought):  # stdout is for the JSON
+                    click.echo(without_controls(piece), nl=False, err=True)
+                    continue
                 pieces.append(piece)
                 if not as_json:
                     click.echo(without_controls(piece) if terminal else piece, nl=False)

@@ -5,7 +5,7 @@ A new family needs a row of ``MARKS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -87,3 +87,61 @@ class Reasoning:
         self.tokens += 1
         self.inside = token != self._closes
         return True
+
+
+class Thought(str):
+    """Text of a model's reasoning."""
+
+    __slots__ = ()
+
+
+class ThoughtReader:
+    """Divides the text of one reply into reasoning and answer.  What may be the start of a mark waits.
+
+    marks: around the reasoning; None where the model has none.
+    begun: whether the prompt has begun it.
+    """
+
+    def __init__(self, marks: Marks | None, *, begun: bool = False) -> None:
+        self._marks = marks
+        self._state = "answer" if marks is None else "reasoning" if begun else "start"
+        self._held = ""
+
+    def feed(self, text: str, *, last: bool = False) -> Iterator[Thought | str]:
+        """What a text completes: reasoning as ``Thought``, the answer as plain text.
+
+        Args:
+            text: the next text of the reply.
+            last: whether the reply ends with it.
+        """
+        held, self._held = self._held + text, ""
+        if self._state == "start":
+            assert self._marks is not None
+            opens, begin = self._marks.opens, held.lstrip()
+            if begin.startswith(opens):
+                self._state, held = "reasoning", begin.removeprefix(opens)
+            elif opens.startswith(begin) and not last:
+                self._held = held
+                return
+            else:
+                self._state = "answer"
+        if self._state == "reasoning":
+            assert self._marks is not None
+            thought, closes, held = held.partition(self._marks.closes)
+            if closes:
+                self._state = "space"
+            else:
+                keep = 0 if last else _overlap(thought, self._marks.closes)
+                thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
+            if thought:
+                yield Thought(thought)
+        if self._state == "space":  # between the reasoning and the answer
+            held = held.lstrip()
+            self._state = "answer" if held else "space"
+        if self._state == "answer" and held:
+            yield held
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Characters at the end of a text that may be the start of a mark."""
+    return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Literal
 
-from .divide import Divider, Thought
+from mbq_runtime.engine.reasoning import Thought
+
+from .divide import Divider
 from .errors import ApiError
 from .replies import joined
 from .tools import Call

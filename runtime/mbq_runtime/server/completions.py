@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from mbq_runtime.engine.reasoning import Marks
+from mbq_runtime.engine.reasoning import Marks, Thought
 
-from .divide import Divider, Thought
+from .divide import Divider
 from .errors import ApiError
 from .replies import event, joined
 from .tools import Call, ToolFormat

@@ -18,8 +18,8 @@ from serving import serve
 from tiny_bundle import TEMPLATE, write_manifest
 
 from mbq_runtime import Engine, UsageError
-from mbq_runtime.engine.reasoning import MARKS, Marks, find_marks
-from mbq_runtime.server.divide import Divider, Thought
+from mbq_runtime.engine.reasoning import MARKS, Marks, Thought, find_marks
+from mbq_runtime.server.divide import Divider
 from mbq_runtime.server.tools import FORMATS, Call
 
 THINK = MARKS[0]
@@ -185,3 +185,8 @@ def test_the_command_ends_a_reasoning(thinking_bundle: Path) -> None:
     assert json.loads(done.stdout)["tokens"][0] == CLOSES
     bad = subprocess.run([*command, "--reasoning-budget", "-1"], capture_output=True, encoding="utf-8", check=False)
     assert (bad.returncode, "reasoning_budget -1: needed 0 or above" in bad.stderr) == (2, True)
+    (thinking_bundle.parent / "schema.json").write_text('{"const": 12345}')
+    command[-3:] = ["--max-tokens", "20", "--json-schema", str(thinking_bundle.parent / "schema.json")]
+    needs.module("llguidance")
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout) == 12345
