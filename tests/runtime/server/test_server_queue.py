@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 from serving import Running, serve, wait_for
+from tiny_bundle import REPLY
 
 from mbq_runtime import Engine
 from mbq_runtime.server import replies
@@ -254,6 +255,8 @@ def test_a_client_of_openai_reads_past_the_comments(slow_engine: Engine, monkeyp
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=9, stream=True)
         assert "".join(chunk.choices[0].text for chunk in stream) == "BCDEFGABC"
+        events = client.responses.create(model="tiny", input="hello", temperature=0, max_output_tokens=9, stream=True)
+        assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == REPLY[:8]
         client.close()
 
 
