@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 _INERT = {
-    "initializer_range", "use_cache", "attention_dropout", "residual_dropout", "pretraining_tp", "output_router_logits",
-    "bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id",
+    "initializer_range", "use_cache", "attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop",
+    "pretraining_tp", "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id",
 }  # fmt: skip
 """Keys that change training, or how a model is called, but not what it computes of tokens."""
 
