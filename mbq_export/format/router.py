@@ -73,7 +73,7 @@ def threshold_at(avg_bits: float, router: RouterParams) -> float:
     return float(np.interp(avg_bits, router.budgets, router.thresholds))
 
 
-def route(x: F32, avg_bits: float, router: RouterParams) -> I32:
+def route(x: F32, avg_bits: float, router: RouterParams, deepest: int | None = None) -> I32:
     """Op ``Router``: the depth of each token.
 
     Depth is one more than the number of leading scores above the threshold, so only prefixes of slices occur.
@@ -83,14 +83,16 @@ def route(x: F32, avg_bits: float, router: RouterParams) -> I32:
         x: float32 [M, K], the router's input.
         avg_bits: the budget, average bits per weight.
         router: its parameters.
+        deepest: the most that a depth may be; None for E.
 
     Returns:
         int32 [M], depths of 1 to E.
     """
     scores = router_scores(x, router)
     if avg_bits <= router.budgets[0]:
-        return np.ones(len(x), np.int32)
-    if avg_bits >= router.budgets[-1]:
-        return np.full(len(x), scores.shape[1] + 1, np.int32)
-    passed = np.cumprod(scores > threshold_at(avg_bits, router), axis=1)
-    return np.asarray(1 + passed.sum(axis=1), np.int32)
+        depth = np.ones(len(x), np.int32)
+    elif avg_bits >= router.budgets[-1]:
+        depth = np.full(len(x), scores.shape[1] + 1, np.int32)
+    else:
+        depth = 1 + np.cumprod(scores > threshold_at(avg_bits, router), axis=1).sum(axis=1)
+    return np.minimum(depth, deepest or scores.shape[1] + 1).astype(np.int32)

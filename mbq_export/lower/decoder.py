@@ -42,7 +42,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Embedding:
-    """The table that tokens are looked up in, at full depth.
+    """The table that tokens are looked up in, at full depth or the deepest one of the pass.
 
     name: first part of its tensors' names, "head" for a tied table; table: its slices, [vocab, hidden];
     factors: float32 [hidden], multiply each row that is read; None for none.
@@ -307,17 +307,13 @@ def in_halves(checkpoint: Checkpoint, calibrated: Calibrated) -> Calibrated:
 def first_depths(decoder: Decoder, calibrated: Calibrated, slices: Sequence[str]) -> dict[str, int]:
     """The first depth that reads the tensor of each slice, by name.
 
-    The table that tokens are looked up in is read at full depth, so its tensors are not named: depth 1 reads them all.
-
     Args:
         decoder: shape of the model.
         calibrated: its slices and routers.
         slices: last parts of the names of a matrix's slices, in order.
     """
-    table = _embedding(decoder, calibrated).name
-    return {
-        f"{unit}.{part}": depth for unit in calibrated.units if unit != table for depth, part in enumerate(slices, 1)
-    }
+    names = dict.fromkeys([*calibrated.units, _embedding(decoder, calibrated).name])
+    return {f"{name}.{part}": depth for name in names for depth, part in enumerate(slices, 1)}
 
 
 def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -> Stream[V]:

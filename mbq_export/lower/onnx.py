@@ -140,7 +140,7 @@ class OnnxBuilder(Builder[str]):
         self._weights("head", self.calibrated.units["head"].sliced)
         table = self._weights(embedding.name, embedding.table)
         rows = g.node(
-            "SlicedGather", ["input_ids", *table], "embedding", DOMAIN,
+            "SlicedGather", ["input_ids", "avg_bits", *table], "embedding", DOMAIN,
             **self._shape(d.vocab_size, d.hidden_size), depth=self.calibrated.profile.depths,
         )  # fmt: skip
         if embedding.factors is None:
@@ -308,7 +308,7 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
 
     yield True, value("input_ids", TensorProto.INT64, ["batch", "sequence"])
     yield True, value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
-    yield True, value("avg_bits", TensorProto.FLOAT, [1])
+    yield True, value("avg_bits", TensorProto.FLOAT, [2])
     yield True, value(SCORED, TensorProto.INT64, [1])
     # A fixed 1 tells onnxruntime-genai that the graph returns the last token alone.
     yield False, value("logits", TensorProto.FLOAT, ["batch", 1, decoder.vocab_size])

@@ -6,7 +6,7 @@ a model.  Shapes are attributes of the nodes; slices, group size and kind of rou
 
     RoutedMatMul(x, routed_by, avg_bits, table, bias, norm_gain, *weights[, w1, b1, w2]) -> y, depth
                                                   attributes N, K, group_size, slices
-    SlicedGather(indices, *weights) -> y          attributes N, K, group_size, slices, depth
+    SlicedGather(indices, avg_bits, *weights) -> y          attributes N, K, group_size, slices, depth
     GatedSilu(x) -> y, GatedGelu(x) -> y
 
 RoutedMatMul calls two functions more, ``Router`` (``onnx_router``) and ``SlicedMatMul`` (``onnx_matmul``).
@@ -77,7 +77,11 @@ def _sliced_gather(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
     all_rows = {ints(-1)}
     flat = Reshape (indices, all_rows)
     grouping = {ints(0, 0, group_size)}
-    depth = Constant <value_int : int = @depth> ()
+    own_depth = Constant <value_int : int = @depth> ()
+    second = Constant <value_int = 1> ()
+    most = Gather (avg_bits, second)
+    deepest = Cast <to = {onnx.TensorProto.INT64}> (most)
+    depth = Min (own_depth, deepest)
     halves = {floats(0, *half_steps(profile))}
     units_0 = Gather (halves, depth)
     """
@@ -96,7 +100,7 @@ def _sliced_gather(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
     y_shape = Concat <axis = 0> (leading, k_row)
     y = Reshape (values, y_shape)
     """
-    inputs = ("indices", *weight_inputs(profile))
+    inputs = ("indices", "avg_bits", *weight_inputs(profile))
     return function("SlicedGather", "<N, K, group_size, slices, depth>", inputs, "y", body)
 
 

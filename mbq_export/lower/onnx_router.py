@@ -51,6 +51,7 @@ _ONE_DEPTH = """
 _PARAMETERS = f"""
     zero = {ints(0)}
     one = {ints(1)}
+    two = {ints(2)}
     minus_one = {ints(-1)}
     everything = {ints(np.iinfo(np.int64).max)}
     one_after = {ints(0, 1)}
@@ -105,8 +106,11 @@ _MLP_SCORES = f"""
 def _threshold_and_depth(scores: str, depths: int) -> str:
     """Scores [M, E] -> depth [...].  scores: their name."""
     return f"""
+    budget = Slice (avg_bits, zero, one)
+    deepest = Slice (avg_bits, one, two)
+
     # The threshold: linear between the entries of the table.
-    over = Sub (avg_bits, from_budgets)
+    over = Sub (budget, from_budgets)
     shares = Div (over, spans)
     nothing = Constant <value = float {{0.0}}> ()
     whole = Constant <value = float {{1.0}}> ()
@@ -120,11 +124,13 @@ def _threshold_and_depth(scores: str, depths: int) -> str:
     routed = Add (leading, one)
 
     # At the ends of the table every token has the same depth.
-    most = {ints(depths)}
-    at_top = GreaterOrEqual (avg_bits, last_budget)
-    capped = Where (at_top, most, routed)
-    at_bottom = LessOrEqual (avg_bits, first_budget)
-    depth_wide = Where (at_bottom, one, capped)
+    all_slices = {ints(depths)}
+    at_top = GreaterOrEqual (budget, last_budget)
+    wanted = Where (at_top, all_slices, routed)
+    at_bottom = LessOrEqual (budget, first_budget)
+    asked = Where (at_bottom, one, wanted)
+    most = Cast <to = {onnx.TensorProto.INT64}> (deepest)
+    depth_wide = Min (asked, most)
     depth_flat = Cast <to = {onnx.TensorProto.INT32}> (depth_wide)
     shape = Shape <start = 0, end = -1> (x)
     depth = Reshape <allowzero = 1> (depth_flat, shape)

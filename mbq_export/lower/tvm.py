@@ -3,7 +3,7 @@
 Each step calls an operation of ``mbq_targets.tvm_ops`` by name.  A parameter is a place in one weights file, given to
 the call as a number (see ``tvm_weights``).  All functions of the module have one signature:
 
-    (ids i64 [M], past i64 [1], avg_bits f32 [1], used f32 [1],
+    (ids i64 [M], past i64 [1], avg_bits f32 [2], used f32 [1],
      keys f32 [layers, kv_heads, blocks, head_dim, 16], values f32 [layers, kv_heads, positions, head_dim],
      weights u8 [bytes]) -> logits f32 [M', vocab, padded to row blocks]
 
@@ -117,7 +117,7 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
     shapes: dict[str, tuple[list[Any], str]] = {
         "ids": ([rows], "int64"),
         "past": ([1], "int64"),
-        "avg_bits": ([1], "float32"),
+        "avg_bits": ([2], "float32"),
         "used": ([1], "float32"),
         "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
@@ -161,7 +161,9 @@ class RelaxBuilder(Builder[Any]):
     def embed(self, embedding: Embedding) -> Any:
         numbers = [self._place(f"{embedding.name}.{part}") for part in weight_inputs(self.profile)]
         numbers += [self._place("embedding.scale"), self.decoder.vocab_size]
-        return self._call("embed", ["ids", "weights", "used"], numbers, (self.rows, self.decoder.hidden_size))
+        return self._call(
+            "embed", ["ids", "avg_bits", "weights", "used"], numbers, (self.rows, self.decoder.hidden_size)
+        )
 
     def norm(self, residual: Any, branch: Any | None, norm: Norm, feeds: RoutedLinear) -> tuple[Any, Any]:
         from tvm import relax

@@ -42,6 +42,8 @@ from .engines import Work
 LIMITS = {16: 2e-3, 8: 0.03}
 """Largest relative error of the logits, by the bits of activations.  Measurements are in docs/log.md."""
 
+_ALL_SLICES = np.array([CODE_BITS, CODE_BITS], np.float32)
+"""The input ``avg_bits`` of a pass at full depth."""
 _REPLY = "bVQ7"
 """A reply that no template contains."""
 
@@ -136,7 +138,7 @@ def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequ
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": prompt[None],
             "attention_mask": np.ones((1, len(prompt)), np.int64),
-            "avg_bits": np.array([CODE_BITS], np.float32),
+            "avg_bits": _ALL_SLICES,
             "scored": np.array([last], np.int64),
         }
         for value in session.get_inputs():
@@ -182,7 +184,7 @@ def _run_tvm(work: Work, manifest: Manifest, expected: Recording) -> F32:
 
     last, prompt = len(expected.logits), expected.prompt.astype(np.int32)
     with engine_errors(f"{work.folder}: the check of the bundle failed"):
-        context = Backend(work.folder, manifest, cores()).start(len(prompt), np.array([CODE_BITS], np.float32))
+        context = Backend(work.folder, manifest, cores()).start(len(prompt), _ALL_SLICES)
         # In passes of equal length, the last of which has the wanted logits.
         for end in range(len(prompt) % last or last, len(prompt) + 1, last):
             part = prompt[max(0, end - last) : end]

@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),
     "pull": Entry("pull", "Fetch a bundle from a server, a hub or a folder."),
+    "trim": Entry("trim", "Copy a bundle without its deeper slices."),
     "list": Entry("list", "Show the bundles in the cache folder."),
     "rm": Entry("rm", "Remove a bundle from the cache folder."),
     "simulate": Entry("simulate", "Compare policies on a modelled board or on recorded readings."),

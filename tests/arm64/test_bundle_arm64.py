@@ -236,7 +236,7 @@ def run_probe(
     feeds: dict[str, Array] = {
         "input_ids": np.array([tokens], np.int64),
         "attention_mask": np.ones((1, len(tokens)), np.int64),
-        "avg_bits": np.array([bits], np.float32),
+        "avg_bits": np.array([bits, 8], np.float32),
         "scored": np.array([len(tokens)], np.int64),
     }
     for value in whole.get_inputs():

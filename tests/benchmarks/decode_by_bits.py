@@ -146,7 +146,7 @@ def feed(session: ort.InferenceSession, avg_bits: float) -> dict[str, Any]:
     values: dict[str, Any] = {
         "input_ids": np.array([[7]], np.int64),
         "attention_mask": np.ones((1, PAST_TOKENS + 1), np.int64),
-        "avg_bits": np.array([avg_bits], np.float32),
+        "avg_bits": np.array([avg_bits, 8], np.float32),
         "scored": np.zeros(1, np.int64),
     }
     rng = np.random.default_rng(1)

@@ -42,7 +42,7 @@ def feed(session: ort.InferenceSession, tokens: int, past: int, bits: float) -> 
     values: dict[str, np.ndarray] = {
         "input_ids": rng.integers(0, 1000, (1, tokens)).astype(np.int64),
         "attention_mask": np.ones((1, past + tokens), np.int64),
-        "avg_bits": np.array([bits], np.float32),
+        "avg_bits": np.array([bits, 8], np.float32),
         "scored": np.zeros(1, np.int64),
     }
     for item in session.get_inputs():

@@ -143,7 +143,7 @@ def _run(
     seen = next((array.shape[2] for array in feed.values() if array.ndim == 4), 0)
     feed["input_ids"] = np.array([tokens], np.int64)
     feed["attention_mask"] = np.ones((1, seen + len(tokens)), np.int64)
-    feed["avg_bits"] = np.array([bits], np.float32)
+    feed["avg_bits"] = np.array([bits, 8], np.float32)
     feed["scored"] = np.array([len(tokens)], np.int64)
     outputs = [o.name for o in session.get_outputs()]
     return dict(zip(outputs, session.run(outputs, feed), strict=True))
@@ -226,7 +226,7 @@ def test_a_board_infers_the_shapes_that_the_engine_makes(
     made = _run(session, TOKENS[:5], 8.0, past)
     graph = read_graph(tmp_path / "model.onnx")
     given = {tensor.name: Value(tensor.shape, tensor.numbers) for tensor in graph.initializers}
-    given |= {"input_ids": Value((1, 5)), "attention_mask": Value((1, 9)), "avg_bits": Value((1,))}
+    given |= {"input_ids": Value((1, 5)), "attention_mask": Value((1, 9)), "avg_bits": Value((2,))}
     given |= {"scored": Value((1,), (5,))}
     for name in (i.name for i in session.get_inputs() if i.name.startswith("past")):
         given[name] = Value(made[_made(name)].shape)

@@ -217,12 +217,14 @@ def test_sliced_gather_is_the_reference(slices: str, n: int, k: int, group_size:
     weights = pack_nbits(sliced, profile)
     indices = np.array([[0, n - 1, 3], [3, 2, 0]], np.int64)
     for depth in range(1, profile.depths + 1):
-        node = weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=depth)
-        inputs = {"indices": (onnx.TensorProto.INT64, 2)}
+        node = weighted_node("SlicedGather", ["indices", "avg_bits"], "rows", sliced, profile, depth=depth)
+        inputs = {"indices": (onnx.TensorProto.INT64, 2), "avg_bits": (onnx.TensorProto.FLOAT, 1)}
         session = load(make_model([node], inputs, {"rows": (onnx.TensorProto.FLOAT, 3)}, weights, functions))
-        rows = session.run(None, {"indices": indices})[0]
-        assert rows.shape == (2, 3, k)
-        assert_close(rows.reshape(6, k), sliced_gather(indices.reshape(-1), sliced, profile, depth), 1e-6)
+        for deepest in (8, 2):
+            rows = session.run(None, {"indices": indices, "avg_bits": np.array([3, deepest], np.float32)})[0]
+            assert rows.shape == (2, 3, k)
+            wanted = sliced_gather(indices.reshape(-1), sliced, profile, min(depth, deepest))
+            assert_close(rows.reshape(6, k), wanted, 1e-6)
 
 
 def random_router(profile: SliceProfile, k: int, entries: int, mlp: bool, rng: np.random.Generator) -> RouterParams:
@@ -273,15 +275,16 @@ def test_router_is_the_reference(slices: str, entries: int, mlp: bool) -> None:
     scores = router_scores(x, router)
     inside = np.linspace(router.budgets[0], router.budgets[-1], 7)
     seen = Counter[int]()
-    for avg_bits in (0.0, *inside, *router.budgets, 8.0, 9.0):
-        budget = np.float32(avg_bits)
-        depth = session.run(None, {"x": x.reshape(4, 10, 64), "avg_bits": budget.reshape(1)})[0]
+    for case, avg_bits in enumerate((0.0, *inside, *router.budgets, 8.0, 9.0)):
+        budget, deepest = np.float32(avg_bits), 2 if case % 3 == 2 else 8
+        allowed = np.array([budget, deepest], np.float32)
+        depth = session.run(None, {"x": x.reshape(4, 10, 64), "avg_bits": allowed})[0]
         assert depth.shape == (4, 10)
         assert depth.dtype == np.int32
         # Tokens so close to the threshold that float32 may decide them otherwise do not count.
         clear = (np.abs(scores - threshold_at(float(budget), router)) > 1e-4).all(axis=1)
         assert clear.mean() > 0.9
-        wanted = route(x, float(budget), router)
+        wanted = route(x, float(budget), router, deepest)
         np.testing.assert_array_equal(depth.reshape(-1)[clear], wanted[clear])
         seen.update(wanted.tolist())
     assert seen.keys() >= {1, profile.depths}
@@ -305,7 +308,7 @@ def test_routed_matmul_is_both_in_one(slices: str, mlp: bool) -> None:
     session = load(make_model([node], inputs, outputs, weights | tensors, functions))
     x = rng.standard_normal((1, 12, 128)).astype(np.float32)
     by = rng.standard_normal((1, 12, 64)).astype(np.float32)
-    budget = router.budgets[1:3].mean(keepdims=True).astype(np.float32)
+    budget = np.array([router.budgets[1:3].mean(), 8], np.float32)
     for rows in (12, 1, 0):
         feed = {"x": x[:, 12 - rows :], "routed_by": by, "avg_bits": budget}
         y, depth = session.run(None, feed)
@@ -354,7 +357,7 @@ def test_pack_nbits_layout() -> None:
 def tied_chain(calls: int, profile: SliceProfile, sliced: Sliced, router: RouterParams) -> bytes:
     """Embedding rows, then ``calls`` times Router + SlicedMatMul with the embedding's own tensors."""
     weights, tensors = pack_nbits(sliced, profile), router_tensors(router)
-    nodes = [weighted_node("SlicedGather", ["indices"], "rows", sliced, profile, depth=profile.depths)]
+    nodes = [weighted_node("SlicedGather", ["indices", "avg_bits"], "rows", sliced, profile, depth=profile.depths)]
     state = "rows"
     for call in range(calls):
         depth, multiplied, following = f"depth_{call}", f"product_{call}", f"state_{call}"
@@ -385,7 +388,7 @@ def test_whole_graph_at_every_optimisation_level(mlp: bool) -> None:
     avg_bits = float(router.budgets[1:3].mean(dtype=np.float32))
     feed: dict[str, Array] = {
         "indices": np.arange(12, dtype=np.int64).reshape(3, 4),
-        "avg_bits": np.array([avg_bits], np.float32),
+        "avg_bits": np.array([avg_bits, 8], np.float32),
     }
     results = [load(model, level).run(None, feed) for level in LEVELS]
     _, *depths = results[0]
@@ -406,7 +409,7 @@ def test_a_hundred_calls_load() -> None:
     rng = np.random.default_rng(6)
     sliced = random_sliced(64, 64, 64, rng)
     session = load(tied_chain(120, profile, sliced, random_router(profile, 64, 4, True, rng)))
-    feed = {"indices": np.zeros((1, 1), np.int64), "avg_bits": np.array([5.0], np.float32)}
+    feed = {"indices": np.zeros((1, 1), np.int64), "avg_bits": np.array([5.0, 8.0], np.float32)}
     state = session.run(None, feed)[0]
     assert state.shape == (1, 1, 64)
     assert np.isfinite(state).all()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,11 +11,25 @@ import numpy as np
 import pytest
 from json_fields import set_in
 from numpy.typing import NDArray
-from tiny_bundle import CIRCLE, CONTEXT, EOS, REPLY, TEMPLATE, VOCAB, ids, successors, write_bundle, write_manifest
+from tiny_bundle import (
+    CIRCLE,
+    CONTEXT,
+    EOS,
+    REPLY,
+    TEMPLATE,
+    VOCAB,
+    facts,
+    ids,
+    successors,
+    write_bundle,
+    write_manifest,
+)
 
 from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle.manifest import Budget
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import engine as engine_module
+from mbq_runtime.engine.allowance import Allowance
 from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import SCORING_LOGITS_BYTES, mean_nll, scoring_chunk
 from mbq_runtime.engine.threads import cores
@@ -136,11 +151,17 @@ def test_free_running_thread_changes_the_budget_of_a_running_reply(engine: Engin
     assert (np.diff(used) < -1).sum() == 1
 
 
-def test_budget_switch_keeps_the_array_the_engine_points_at(engine: Engine) -> None:
-    address = engine._budget.ctypes.data
-    engine.avg_bits = 3.75
-    assert engine._budget.ctypes.data == address
-    assert engine.avg_bits == 3.75
+def test_what_native_code_reads_of_a_budget() -> None:
+    """At the bits of the ceiling every token gets them: the budget is then the last one of the routers' table."""
+    allowance = Allowance(facts(), 5.0)
+    assert allowance.numbers.tolist() == [5, 4]
+    for ceiling, bits, numbers in ((4.0, 4.0, [8, 2]), (5.9, 4.0, [8, 2]), (3.0, 3.0, [8, 1]), (6.0, 5.0, [5, 3])):
+        allowance.set(5.0, ceiling)
+        assert (allowance.bits, allowance.numbers.tolist()) == (bits, numbers)
+    allowance.set(8.0, None)
+    assert (allowance.bits, allowance.numbers.tolist()) == (8, [8, 4])
+    trimmed = Allowance(replace(facts(), budget=Budget(3, 4, 4)), 3.5)
+    assert (trimmed.numbers.tolist(), trimmed.within(8), trimmed.numbers_at(4).tolist()) == ([3.5, 2], 4, [8, 2])
 
 
 @pytest.mark.parametrize("value", [2.9, 8.01, float("nan"), float("inf"), -1, "much"])

@@ -110,6 +110,7 @@ def write_model(path: Path) -> None:
         "sin": np.sin(angles).astype(np.float32),
         "one": np.array([1], np.int32),
         "axis": np.array([1], np.int64),
+        "zero": np.array([0], np.int64),
         "last": np.array(1, np.int64),
         "minus_one": np.array([-1], np.int64),
         "end": np.array([2**62], np.int64),
@@ -131,7 +132,8 @@ def write_model(path: Path) -> None:
              domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV_HEADS, do_rotary=1),
         node("MatMul", ["a", "wo"], ["o"]),
         node("Add", ["x", "o"], ["h"]),
-        node("Mul", ["avg_bits", "per_full_bits"], ["gain"]),
+        node("Slice", ["avg_bits", "zero", "axis"], ["budget"]),
+        node("Mul", ["budget", "per_full_bits"], ["gain"]),
         node("Slice", ["h", "minus_one", "end", "axis"], ["last_h"]),
         node("MatMul", ["last_h", "head"], ["raw"]),
         node("Mul", ["raw", "gain"], ["logits"]),
@@ -143,14 +145,14 @@ def write_model(path: Path) -> None:
         node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
         node("Mul", ["ids", "thousandth"], ["small"]),
         node("ReduceMean", ["small"], ["mean"], keepdims=0),
-        node("Add", ["avg_bits", "mean"], ["avg_bits_used"]),
+        node("Add", ["budget", "mean"], ["avg_bits_used"]),
     ]  # fmt: skip
     value = helper.make_tensor_value_info
     cache: list[int | str | None] = ["batch", KV_HEADS, "past", HEAD_DIM]
     inputs = [
         value("input_ids", TensorProto.INT64, ["batch", "seq"]),
         value("attention_mask", TensorProto.INT64, ["batch", "total"]),
-        value("avg_bits", TensorProto.FLOAT, [1]),
+        value("avg_bits", TensorProto.FLOAT, [2]),
         value("scored", TensorProto.INT64, [1]),
         *(value(f"past_key_values.0.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")),
     ]

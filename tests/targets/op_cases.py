@@ -69,7 +69,7 @@ def dictating(depths: int) -> RouterParams:
 def dictated(depth: I32) -> dict[str, Any]:
     """The inputs routed_by and avg_bits with which a router of ``dictating`` chooses these depths, [...]."""
     rows = np.exp((depth.astype(np.float32) - 1) / 2)  # the logarithm of the mean square is depth - 1
-    return {"routed_by": np.repeat(rows[..., None], DICTATED_WIDTH, axis=-1), "avg_bits": np.ones(1, np.float32)}
+    return {"routed_by": np.repeat(rows[..., None], DICTATED_WIDTH, axis=-1), "avg_bits": np.array([1, 8], np.float32)}
 
 
 def matmul_model(sliced: Sliced, profile: SliceProfile, constants: dict[str, Any], **changes: Any) -> onnx.ModelProto:
@@ -123,7 +123,7 @@ def matmul_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec) -> R
 def gather_model(sliced: Sliced, profile: SliceProfile, depth: int) -> onnx.ModelProto:
     n, k = sliced.codes.shape
     attrs = {"N": n, "K": k, "group_size": sliced.group_size, "slices": list(profile.slices), "depth": depth}
-    inputs = {"indices": (TensorProto.INT64, ["b", "s"])}
+    inputs = {"indices": (TensorProto.INT64, ["b", "s"]), "avg_bits": (TensorProto.FLOAT, [2])}
     return op_model("SlicedGather", inputs, stored(sliced, profile), (TensorProto.FLOAT, ["b", "s", k]), **attrs)
 
 
@@ -133,10 +133,11 @@ def gather_case(
     n = len(sliced.codes)
     model = gather_model(sliced, profile, depth)
     runs: Runs = []
-    for indices in (np.array([n - 1]), np.array([0, n - 1, 7]), rng.integers(0, n, 40)):
-        y = sliced_gather(indices.astype(np.int64), sliced, profile, depth)
+    for indices, deepest in ((np.array([n - 1]), 8), (np.array([0, n - 1, 7]), 1), (rng.integers(0, n, 40), 2)):
+        y = sliced_gather(indices.astype(np.int64), sliced, profile, min(depth, deepest))
         tolerance = 1e-6 * float(np.abs(y).max())
-        runs.append({"in": {"indices": indices.astype(np.int64)[None]}, "out": {"y": y[None]}, "tol": {"y": tolerance}})
+        given = {"indices": indices.astype(np.int64)[None], "avg_bits": np.array([3, deepest], np.float32)}
+        runs.append({"in": given, "out": {"y": y[None]}, "tol": {"y": tolerance}})
     return model, runs
 
 
@@ -169,13 +170,19 @@ def router_constants(router: RouterParams) -> dict[str, Any]:
     return constants
 
 
-def clear_tokens(rng: np.random.Generator, router: RouterParams, k: int, bits: float, tokens: int) -> tuple[F32, I32]:
-    """Up to ``tokens`` rows [M, k] that are not near the threshold, and their depths [M]."""
+def clear_tokens(
+    rng: np.random.Generator, router: RouterParams, k: int, allowed: tuple[float, int], tokens: int
+) -> tuple[F32, I32]:
+    """Up to ``tokens`` rows [M, k] that are not near the threshold, and their depths [M].
+
+    allowed: the budget, and the deepest depth.
+    """
+    bits, deepest = allowed
     x = rng.standard_normal((4 * tokens, k)) * np.exp(rng.standard_normal((4 * tokens, 1)))
     x32 = x.astype(np.float32)
     distance = np.abs(router_scores(x32, router) - threshold_at(bits, router))
     x32 = x32[(distance > 1e-4).all(axis=1)][:tokens]
-    return x32, route(x32, bits, router)
+    return x32, route(x32, bits, router, deepest)
 
 
 def routed_model(
@@ -192,7 +199,7 @@ def routed_model(
     inputs: Inputs = {
         "x": (TensorProto.FLOAT, ["b", "s", k]),
         "routed_by": (TensorProto.FLOAT, ["b", "t", width]),
-        "avg_bits": (TensorProto.FLOAT, [1]),
+        "avg_bits": (TensorProto.FLOAT, [2]),
     }
     routing = router_constants(router)
     rules = {name: routing[name] for name in ("table", "bias", "norm_gain")}
@@ -205,12 +212,16 @@ def routed_model(
 
 
 def routed_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, router: RouterParams, width: int) -> Runs:
-    """Budgets below, at, between and above the table's ends.  One token and many: all multiplied, the last, or none."""
+    """Budgets below, at, between and above the table's ends, and a ceiling for some.
+
+    One token and many: all multiplied, the last, or none.
+    """
     k, group = sliced.codes.shape[1], sliced.group_size
     runs: Runs = []
     for bits in (1.0, 2.0, 2.2, 2.5, 3.3, 5.1, 7.9, 8.0, 9.0):
         for tokens, rows in ((1, 1), (60, 4)) if bits != 3.3 else ((1, 1), (30, 30), (30, 4), (30, 0)):
-            by, depth = clear_tokens(rng, router, width, bits, tokens)
+            deepest = 2 if bits in (2.0, 5.1, 9.0) else 8
+            by, depth = clear_tokens(rng, router, width, (bits, deepest), tokens)
             rows = min(rows, len(by))
             x = activations(rng, rows, k, group)
             last = depth[len(depth) - rows :]
@@ -218,7 +229,7 @@ def routed_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, rout
             tolerance = matmul_tolerance(x, last, sliced, spec)
             runs.append(
                 {
-                    "in": {"x": x[None], "routed_by": by[None], "avg_bits": np.array([bits], np.float32)},
+                    "in": {"x": x[None], "routed_by": by[None], "avg_bits": np.array([bits, deepest], np.float32)},
                     "out": {"y": y[None], "depth": depth[None]},
                     "tol": {"y": tolerance[None], "depth": 0},
                 }

@@ -126,8 +126,15 @@ def test_gather_depth(tmp_path: Path, built: Path, weight: Any, depth: int) -> N
 def test_gather_index(tmp_path: Path, built: Path, weight: Any, index: int) -> None:
     """Also the padding rows of the last block are out of reach."""
     model = op_cases.gather_model(weight, PROFILE, 4)
-    feeds = {"indices": np.array([[0, index]], np.int64)}
+    feeds = {"indices": np.array([[0, index]], np.int64), "avg_bits": np.array([3, 4], np.float32)}
     assert f"index {index} is outside the table's {N} rows" in refused(tmp_path, built, model, feeds)
+
+
+def test_the_deepest_depth(tmp_path: Path, built: Path, weight: Any) -> None:
+    model = op_cases.gather_model(weight, PROFILE, 4)
+    for deepest in (0, np.nan):
+        feeds = {"indices": np.array([[0]], np.int64), "avg_bits": np.array([3, deepest], np.float32)}
+        assert f"the deepest depth is {deepest:g}, it must be at least 1" in refused(tmp_path, built, model, feeds)
 
 
 def test_router_shapes(tmp_path: Path, built: Path, weight: Any) -> None:
@@ -136,7 +143,7 @@ def test_router_shapes(tmp_path: Path, built: Path, weight: Any) -> None:
     feeds = {
         "x": np.ones((1, 1, K), np.float32),
         "routed_by": np.ones((1, 1, 96), np.float32),
-        "avg_bits": np.array([3], np.float32),
+        "avg_bits": np.array([3, 4], np.float32),
     }
     assert "w1 must be [H, 96]" in refused(tmp_path, built, model, feeds)
 
@@ -149,7 +156,7 @@ def test_rows_that_are_not_routed(tmp_path: Path, built: Path, weight: Any, batc
     feeds = {
         "x": np.ones((batch, rows, K), np.float32),
         "routed_by": np.ones((batch, 3, 64), np.float32),
-        "avg_bits": np.array([3], np.float32),
+        "avg_bits": np.array([3, 4], np.float32),
     }
     message = refused(tmp_path, built, model, feeds)
     assert f"x has {batch * rows} rows and routed_by {batch * 3}: needed as many, or fewer in a batch of one" in message
@@ -161,7 +168,7 @@ def test_routers_width(tmp_path: Path, built: Path, weight: Any) -> None:
     feeds = {
         "x": np.ones((1, 1, K), np.float32),
         "routed_by": np.ones((1, 1, 50), np.float32),
-        "avg_bits": np.array([3], np.float32),
+        "avg_bits": np.array([3, 4], np.float32),
     }
     message = refused(tmp_path, built, model, feeds)
     assert "the last dimension of routed_by is 50, it must be a multiple of 32" in message

@@ -79,11 +79,12 @@ def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("bits", [3.0, 4.6, 8.0])
+@pytest.mark.parametrize(("bits", "deepest"), [(3.0, 4), (4.6, 4), (8.0, 4), (4.6, 2), (8.0, 3)])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (2, 2), (9, 1), (40, 40)])
 def test_linear(
-    of_spec: Callable[[KernelSpec], Callable[[str], Any]], tokens: int, wanted: int, bits: float, spec: KernelSpec
-) -> None:
+    of_spec: Callable[[KernelSpec], Callable[[str], Any]], tokens: int, wanted: int, bits: float, deepest: int,
+    spec: KernelSpec,
+) -> None:  # fmt: skip
     ops = of_spec(spec)
     rng = np.random.default_rng(tokens)
     sliced = weight(rng, N, K, GROUP)
@@ -106,8 +107,8 @@ def test_linear(
     x = rng.standard_normal((tokens, K)).astype(np.float32)
     used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
     given = (numbers[field] for field in fields(PROFILE))
-    ops("linear")(x[-wanted:].copy(), x, np.array([bits], np.float32), data, used, *given, out)
-    depth = route(x, bits, router)
+    ops("linear")(x[-wanted:].copy(), x, np.array([bits, deepest], np.float32), data, used, *given, out)
+    depth = route(x, bits, router, deepest)
     expected = sliced_matmul(x, depth, sliced, PROFILE, spec.activation_bits)[-wanted:] + bias[:N]
     tolerance = matmul_tolerance(x[-wanted:], depth[-wanted:], sliced, spec)
     assert (np.abs(out[:, :N] - expected) <= tolerance + RELATIVE * np.abs(bias).max()).all()

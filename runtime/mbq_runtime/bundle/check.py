@@ -97,8 +97,14 @@ def _check_onnx(folder: Path, manifest: Manifest, settings: Settings | None) -> 
     _check_reach(path, graph, manifest)
     tensors = graph.initializers
     sizes = {entry.name: entry.size for entry in manifest.files}
+    held = {entry.name: entry.size for entry in manifest.held_files}
     for tensor in tensors:
         _check_extent(path, tensor, sizes)
+        if tensor.file and tensor.length > held[tensor.file]:
+            raise BundleError(
+                f"{path}: {tensor.name} has {tensor.length} bytes, more than all that is left of {tensor.file}; trim "
+                "the bundle at more bits"
+            )
     if manifest.native:
         _check_packed(path, tensors, manifest)
     else:
@@ -110,7 +116,7 @@ def _check_onnx(folder: Path, manifest: Manifest, settings: Settings | None) -> 
 
 def _check_tvm(folder: Path, manifest: Manifest, settings: Settings | None) -> None:
     path = folder / WEIGHTS
-    entries = read_entries(path)
+    entries = read_entries(path, {entry.name: entry.size for entry in manifest.files}.get(WEIGHTS))
     for name, entry in entries.items():
         if name.endswith(_ROTARY):
             _check_rotary(path, name, entry.shape, manifest)
@@ -224,7 +230,7 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     inputs = {
         "input_ids": Value((1, tokens)),
         "attention_mask": Value((1, model.context_length)),
-        "avg_bits": Value((1,)),
+        "avg_bits": Value((2,)),
         "scored": Value((1,), (1,)),
         **{f"past_key_values.{layer}.{part}": cache for layer in attending for part in _KEY_VALUE},
         **{f"past.{layer}.conv": state for layer in convolved},
@@ -234,6 +240,11 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
         if tensor.name in given:
             raise BundleError(f"{path}: two values have the name {tensor.name[:80]!r}; export the bundle again")
         given[tensor.name] = Value(tensor.shape, tensor.numbers)
+    if graph.inputs.get("avg_bits") != inputs["avg_bits"].shape:
+        raise BundleError(
+            f"{path}: avg_bits has shape {list(graph.inputs.get('avg_bits', ())) or 'none'}, needed "
+            f"{list(inputs['avg_bits'].shape)}; export the bundle again"
+        )
     if unknown := sorted(graph.inputs.keys() - inputs.keys()):
         raise BundleError(f"{path}: the input {unknown[0][:80]!r} is none of a decoder; export the bundle again")
     weight_bytes = sum(tensor.bytes for tensor in graph.initializers)

@@ -3,11 +3,12 @@
 A plan has no position and no token count.  Those are in the buffer ``state``, which the engine writes before each
 pass::
 
-    int32 position, count, row, 0;  float32 thresholds [4];  int32 tokens [chunk]
+    int32 position, count, row, deepest;  float32 thresholds [4];  int32 tokens [chunk]
 
 position: tokens in the cache before the pass.
 count: tokens of the pass.
 row: the token of the pass that a next token is wanted for.
+deepest: the most that a depth may be.
 thresholds: one for each table of routers, at the budget of the pass.
 """
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +31,8 @@ from .tensors import WEIGHTS
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.json.sig"
 """The maker's signature of the manifest.  A bundle need not have one."""
+TRIM_NAME = "trim.json"
+"""The depth that a trimmed bundle was cut behind.  A whole bundle has no such file."""
 FORMAT = "mbq-bundle"
 FORMAT_VERSION = 2
 CHUNK_BYTES = 4 << 20
@@ -42,6 +44,7 @@ ARCHITECTURES = ("aarch64", "x86_64", "any")
 OPS_LIBRARY = "lib/libmbq_ops.so"
 DECODER_LIBRARY = "decoder.so"
 GPU_FILES = ("gpu/plan.json", "gpu/weights.bin")
+MOST_TRIM_BYTES = 1000
 MOST_MANIFEST_BYTES = 4 << 20
 """A larger manifest is refused.  Those of large models have a few hundred thousand bytes."""
 _BLOCK_BYTES = 1 << 18  # read at a time: small enough for the cache of a processor
@@ -52,7 +55,7 @@ DOWNLOAD_RECORDS = re.compile(
     r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|(download|upload)/([^/]+/)*[^/]+\.(metadata|lock))"
 )
 """What a download with ``hf download --local-dir`` leaves beside the bundle.  Nothing reads it."""
-_FREE = (*PAPERS, SIGNATURE_NAME)
+_FREE = (*PAPERS, SIGNATURE_NAME, TRIM_NAME)
 _SHA256 = re.compile("[0-9a-f]{64}")
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
 WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
@@ -253,6 +256,17 @@ class FileEntry:
         for begin in range(0, self.size, CHUNK_BYTES):
             yield Chunk(begin, min(begin + CHUNK_BYTES, self.size), hashes[begin // CHUNK_BYTES])
 
+    def first(self, needed: int) -> FileEntry:
+        """The entry of a file that has only the first chunks: those with the bytes that are needed.
+
+        ``sha256`` is still that of the whole file.
+
+        Args:
+            needed: bytes.
+        """
+        count = -(-needed // CHUNK_BYTES)
+        return replace(self, size=min(self.size, count * CHUNK_BYTES), chunks=self.chunks[:count])
+
 
 @dataclass(frozen=True)
 class FileRange:
@@ -323,9 +337,56 @@ class Manifest:
         return OPS_LIBRARY if self.native and "onnx" in self.engines else None
 
     @property
+    def deepest(self) -> int:
+        """The deepest depth that a token may get, 1-based."""
+        return 1 + sum(bits < self.budget.max_bits for bits in self.profile.depth_bits[:-1])
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether the bundle lacks its deeper slices."""
+        return self.held_files != self.files
+
+    @property
+    def held_files(self) -> tuple[FileEntry, ...]:
+        """``files`` as they are in the folder: a trimmed bundle has only the first chunks of its weight files."""
+        needed = self.needed_bytes(self.deepest)
+        return tuple(entry.first(needed[entry.name]) for entry in self.files)
+
+    @property
     def total_bytes(self) -> int:
-        """Size of all files but the manifest."""
-        return sum(entry.size for entry in self.files)
+        """Size of all files in the folder but the manifest."""
+        return sum(entry.size for entry in self.held_files)
+
+    def limited(self, depth: int) -> Manifest:
+        """The manifest of the same bundle without its deeper slices.
+
+        What was measured is left out: it was measured with all slices.  The quality floor stays, if it is held.
+
+        Args:
+            depth: the deepest depth that stays, 1-based.
+
+        Raises:
+            BundleError: the bundle cannot be cut there.
+        """
+        bits = self.profile.depth_bits
+        if not 1 <= depth <= len(bits):
+            raise BundleError(f"depth {depth}: the bundle has depths 1 to {len(bits)}; pull or trim it again")
+        if depth == len(bits):
+            return self
+        if len(self.parts) != len(bits):
+            raise BundleError(
+                "the weights of this bundle are not divided by depth, so it cannot be trimmed; use all of it, or "
+                "export it for a processor"
+            )
+        most = float(bits[depth - 1])
+        default = min(self.budget.default_bits, most)
+        sizes = {key: size for key, size in self.weights.bytes_per_token.items() if float(key) <= most}
+        return replace(
+            self,
+            budget=replace(self.budget, max_bits=most, default_bits=default),
+            weights=replace(self.weights, bytes_per_token=sizes),
+            quality=replace(self.quality, floor_bits=min(self.quality.floor_bits, most), curve=()),
+        )
 
     def needed_bytes(self, depth: int) -> dict[str, int]:
         """By file: how many bytes, counted from its begin, a reader needs.
@@ -355,7 +416,43 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         raise BundleError(f"{folder}: no such folder; give the folder that mbq-export wrote")
     if not os.path.lexists(path):
         raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote")
-    return parse(read_file(path, MOST_MANIFEST_BYTES), path)
+    manifest = parse(read_file(path, MOST_MANIFEST_BYTES), path)
+    trim = folder / TRIM_NAME
+    if not os.path.lexists(trim):
+        return manifest
+    return limited(manifest, read_file(trim, MOST_TRIM_BYTES), trim)
+
+
+def limited(manifest: Manifest, trim: bytes, path: Path | str) -> Manifest:
+    """The manifest of a trimmed bundle.
+
+    Args:
+        manifest: what its ``manifest.json`` says, which is of the whole bundle.
+        trim: content of its ``trim.json``.
+        path: of that file or its address, for messages.
+
+    Raises:
+        BundleError: the content is not a depth of the bundle.
+    """
+    try:
+        document = parse_json(trim)
+        depth = document["depth"] if isinstance(document, dict) else None
+        if type(depth) is not int:
+            raise ValueError("needed an object with a whole number as depth")
+        return manifest.limited(depth)
+    except (ValueError, KeyError, BundleError) as error:
+        raise BundleError(f"{path}: {error}; pull or trim the bundle again") from None
+
+
+def trim_text(manifest: Manifest) -> bytes | None:
+    """Content of ``trim.json`` for a bundle; None for one that needs no such file.
+
+    Args:
+        manifest: of the bundle, from ``Manifest.limited`` for a trimmed one.
+    """
+    if manifest.deepest == manifest.profile.depths:
+        return None
+    return json.dumps({"depth": manifest.deepest}).encode() + b"\n"
 
 
 def parse(content: bytes, path: Path | str) -> Manifest:
@@ -397,7 +494,7 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
 
 
 def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
-    """Size and hash of every file but the manifest and its signature, sorted by name.
+    """Size and hash of every file but the manifest, its signature and ``trim.json``, sorted by name.
 
     Args:
         folder: folder of the bundle.
@@ -406,7 +503,7 @@ def file_entries(folder: str | os.PathLike[str]) -> tuple[FileEntry, ...]:
     entries = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name not in (MANIFEST_NAME, SIGNATURE_NAME):
+        if name not in (MANIFEST_NAME, SIGNATURE_NAME, TRIM_NAME):
             entries.append(_entry(path, name))
     return tuple(entries)
 
@@ -445,7 +542,7 @@ def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     for parent in sorted({str(parent) for entry in manifest.files for parent in PurePosixPath(entry.name).parents}):
         if parent != "." and (folder / parent).is_symlink():
             raise BundleError(f"{folder / parent}: a symbolic link, needed a folder; copy the bundle with cp -rL")
-    for entry in manifest.files:
+    for entry in manifest.held_files:
         path = folder / entry.name
         size = check_regular(path)
         if size != entry.size:
@@ -510,28 +607,30 @@ def verify(folder: str | os.PathLike[str], progress: Progress | None = None) -> 
         if progress is not None:
             progress(done, manifest.total_bytes)
 
-    for entry in manifest.files:
+    for entry, held in zip(manifest.files, manifest.held_files, strict=True):
         path = folder / entry.name
         try:
             with open_file(path) as file:
-                _check_hashes(path, file, entry, count)
+                _check_hashes(path, file, held, count, whole=held == entry)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
     return manifest
 
 
-def _check_hashes(path: Path, file: BinaryIO, entry: FileEntry, count: Callable[[int], None]) -> None:
-    whole = sha256()
+def _check_hashes(path: Path, file: BinaryIO, entry: FileEntry, count: Callable[[int], None], *, whole: bool) -> None:
+    """whole: whether all of the file is there, so that its own hash can be compared."""
+    together = sha256()
     for chunk in entry.ranges():
         found = sha256()
         for begin in range(chunk.begin, chunk.end, _BLOCK_BYTES):
             block = file.read(min(_BLOCK_BYTES, chunk.end - begin))
             found.update(block)
-            whole.update(block)
+            together.update(block)
             count(len(block))
         if entry.chunks:
             _check_hash(path, found.hexdigest(), chunk.sha256, f"bytes {chunk.begin} to {chunk.end} differ")
-    _check_hash(path, whole.hexdigest(), entry.sha256, "its contents differ")
+    if whole:
+        _check_hash(path, together.hexdigest(), entry.sha256, "its contents differ")
 
 
 def _check_hash(path: Path, found: str, needed: str, what: str) -> None:
@@ -701,7 +800,7 @@ def _is_inside(name: str) -> bool:
     return (
         len(name) <= _LONGEST_NAME
         and not {"", ".", ".."} & set(name.split("/"))
-        and name not in (MANIFEST_NAME, SIGNATURE_NAME)
+        and name not in (MANIFEST_NAME, SIGNATURE_NAME, TRIM_NAME)
         and name.isprintable()
         and not any(c in name for c in "\\:")
     )

@@ -7,14 +7,14 @@ named, not opened.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from ..errors import BundleError
 from .operators import Constant, Function, Node, Reference, full_name
-from .reading import open_file
+from .reading import open_file, read_file
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 8, 14, 20, 25
@@ -129,6 +129,30 @@ def read_graph(path: Path) -> Graph:
             return _Reader().model(memoryview(data))
         except (IndexError, ValueError, TypeError, RecursionError) as error:
             raise BundleError(f"{path}: not an ONNX file ({error}); copy or export the bundle again") from None
+
+
+def without_absent(path: Path, held: Mapping[str, int]) -> bytes:
+    """The content of an ONNX file whose tensors all lie in what is there of other files.
+
+    A tensor of a slice that is not there gets the place 0 in its file.  Nothing reads it.
+
+    Args:
+        path: ONNX file.
+        held: bytes that are there, by name of the file.
+
+    Raises:
+        BundleError: the file cannot be read, or a place cannot be changed.
+    """
+    data = read_file(path, _MOST_BYTES)
+    for tensor in initializers(path):
+        if tensor.file and tensor.offset + tensor.length > held[tensor.file]:
+            # As many digits as before, so that no length in the file changes.
+            digits = str(tensor.offset).encode()
+            entry = b"\x0a\x06offset\x12" + bytes([len(digits)])
+            if data.count(entry + digits) != 1:
+                raise BundleError(f"{path}: the place of {tensor.name[:80]} cannot be found; export the bundle again")
+            data = data.replace(entry + digits, entry + b"0" * len(digits))
+    return data
 
 
 class _Reader:

@@ -445,7 +445,9 @@ def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
 
 _MS, _MBQ = "com.microsoft.", "ai.mbq."
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(("BitShift", "BitwiseAnd", "Greater", "GreaterOrEqual", "LessOrEqual", "Max", "Where"), _spread),
+    **dict.fromkeys(
+        ("BitShift", "BitwiseAnd", "Greater", "GreaterOrEqual", "LessOrEqual", "Max", "Min", "Where"), _spread
+    ),
     **dict.fromkeys(
         ("Abs", "Cast", "Clip", "Gelu", f"{_MS}QuickGelu", "Log", "Round", "ScatterND", "Sigmoid", "Sqrt", "Tanh"),
         _same,

@@ -95,24 +95,25 @@ def _header(entries: Mapping[str, Entry]) -> bytes:
     return text + b" " * (-(8 + len(text)) % PAGE_BYTES)
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
+def read_entries(path: Path, size: int | None = None) -> dict[str, Entry]:
     """The tensors of a file, by name.
 
     Args:
         path: safetensors file.
+        size: bytes of the whole file, where only its first part is there; None for what is there.
 
     Raises:
         BundleError: the file cannot be read, is no safetensors file, or a tensor reaches past its end.
     """
     try:
         with open_file(path) as file:
-            size = file.seek(0, 2)
+            held = file.seek(0, 2)
             file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, _MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            if length > min(held, _MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {held}")
             document = parse_json(file.read(length))
-        return dict(_entries(document, 8 + length, size))
+        return dict(_entries(document, 8 + length, held if size is None else size))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BundleError(f"{path}: not a safetensors file ({error}); export the bundle again") from None
 

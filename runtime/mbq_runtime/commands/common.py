@@ -106,7 +106,9 @@ def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterato
     else:
         sys.setswitchinterval(SWITCH_S)
         megabytes = incoming.done_bytes / 1e6
-        click.echo(f"note: it starts at the lowest budget with {megabytes:.1f} MB; the rest comes meanwhile", err=True)
+        click.echo(
+            f"note: it starts with {megabytes:.1f} MB at the lowest budget, which rises as the rest comes", err=True
+        )
     yield Coming(folder, incoming.follow)
     if incoming.error is not None:
         click.echo(f"note: the rest did not come: {printable(str(incoming.error))}", err=True)
@@ -156,7 +158,14 @@ def local_bundle(text: str, *, allow_http: bool) -> Path:
     return folder if folder.exists() else pull_bundle(source, None, allow_http=allow_http).folder
 
 
-def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool, key: Path | None = None) -> Pulled:
+def pull_bundle(
+    source: Source,
+    folder: Path | None,
+    *,
+    allow_http: bool,
+    key: Path | None = None,
+    max_bits: float | None = None,
+) -> Pulled:
     """Pull a bundle, and say on stderr what was done.
 
     Args:
@@ -164,6 +173,7 @@ def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool, key: P
         folder: where it goes; None for the cache folder.
         allow_http: whether an http server may be another machine.
         key: file of the maker's public key; None: the bundle need not be signed.
+        max_bits: fetch only the depths of at most so many bits per weight; None for all.
 
     Raises:
         MbqError: as ``mbq_runtime.pull.pull``.
@@ -171,7 +181,7 @@ def pull_bundle(source: Source, folder: Path | None, *, allow_http: bool, key: P
     from mbq_runtime.pull import pull
 
     with progress_line(f"pulling {source.text}") as progress:
-        done = pull(source, folder, allow_http=allow_http, key=key, progress=progress)
+        done = pull(source, folder, allow_http=allow_http, key=key, max_bits=max_bits, progress=progress)
     _say_pulled(done, source)
     return done
 

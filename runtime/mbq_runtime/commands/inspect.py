@@ -76,6 +76,11 @@ def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _left_out(m: Manifest) -> str:
+    whole = sum(entry.size for entry in m.files)
+    return f", trimmed from {whole / 1e6:.1f} MB" if m.trimmed else ""
+
+
 def _lines(m: Manifest) -> list[tuple[str, str]]:
     machine = " ".join(filter(None, (m.target.arch, m.target.cpu, *m.target.features)))
     activations = "float activations" if m.target.engine in _SOFTWARE else f"{m.activation_bits}-bit activations"
@@ -91,5 +96,5 @@ def _lines(m: Manifest) -> list[tuple[str, str]]:
         ("routers", f"{m.router.kind}, {m.router.bytes / 1e3:.1f} kB"),
         ("routed", f"{m.weights.routed_parameters / 1e6:.1f} M weights in {len(m.weights.linears)} matrices"),
         *((f"at {bits:g} bits", f"{size / 1e6:.1f} MB read per token") for bits, size in per_token),
-        ("size", f"{m.total_bytes / 1e6:.1f} MB in {len(m.files)} files"),
+        ("size", f"{m.total_bytes / 1e6:.1f} MB in {len(m.files)} files{_left_out(m)}"),
     ]

@@ -88,7 +88,7 @@ class Backend(Protocol):
 
         Args:
             length: most tokens of the context.
-            budget: float32 [1], average bits per weight; read again in every pass.
+            budget: float32 [2], average bits per weight and the deepest depth; read again in every pass.
         """
 
     def use_threads(self, count: int) -> bool:

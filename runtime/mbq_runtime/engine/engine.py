@@ -21,6 +21,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 
+from .allowance import Allowance
 from .backend import Backend, choose_engine, load_backend
 from .generation import Generation, Likelihood, Record, Sampling, Step, TokenListener
 from .grammar import Grammar, Grammars
@@ -112,11 +113,10 @@ class Engine:
         self._eos = frozenset(settings.eos_token_ids)
         self._chunk = settings.chunk_size
         self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
-        # The native side reads it in every pass, so that a new budget costs one write.
-        self._budget = np.array([manifest.budget.default_bits], np.float32)
         self._wish = manifest.budget.default_bits
         self._ceiling: float | None = None
         self._speculate: Mode = "off"
+        self._budget = Allowance(manifest, self._wish)
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
         self._listeners_lock = threading.Lock()
@@ -194,7 +194,7 @@ class Engine:
 
         A value outside the bundle's range raises UsageError.
         """
-        return float(self._budget[0])
+        return self._budget.bits
 
     @avg_bits.setter
     def avg_bits(self, value: float) -> None:
@@ -204,13 +204,14 @@ class Engine:
             value: average bits per weight.
         """
         self._wish = self.manifest.budget.check(value, str(self.path))
-        self._budget[0] = self._allowed(self._wish)
+        self._budget.set(self._wish, self._ceiling)
 
     @property
     def ceiling_bits(self) -> float | None:
-        """Highest budget that is used, whatever is asked for; None for the bundle's own.
+        """Most bits per weight that any token reads, whatever the budget; None for the bundle's own.
 
-        A bundle that is still being pulled has one.  A new value takes effect at the next token.
+        Between the bits of two depths, the ceiling is the lower depth.  A bundle that is still being pulled has one.
+        A new value takes effect at the next token.
         """
         return self._ceiling
 
@@ -219,14 +220,13 @@ class Engine:
         """Set the ceiling.
 
         Args:
-            value: average bits per weight, or None.
+            value: bits per weight, or None.
         """
         self._ceiling = None if value is None else self.manifest.budget.check(value, str(self.path))
-        self._budget[0] = self._allowed(self._wish)
+        self._budget.set(self._wish, self._ceiling)
 
-    def _allowed(self, avg_bits: float) -> float:
-        value = self.manifest.budget.check(avg_bits, str(self.path))
-        return value if self._ceiling is None else min(value, self._ceiling)
+    def _allowed(self, avg_bits: float) -> Allowance:
+        return Allowance(self.manifest, self.manifest.budget.check(avg_bits, str(self.path)), self._ceiling)
 
     @property
     def speculate(self) -> str:
@@ -632,10 +632,10 @@ class Engine:
 
     def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
         """(start, logits, bits used) of each chunk of ``tokens``, in one context.  Logits are valid until the next."""
-        budget = np.array([self._allowed(avg_bits)], np.float32)
+        budget = self._allowed(avg_bits)
         ids = self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
-            context = self._backend.start(len(ids), budget)
+            context = self._backend.start(len(ids), budget.numbers)
             for start in range(0, len(ids), self._scoring_chunk):
                 part = ids[start : start + self._scoring_chunk]
                 context.append(part, len(part))
@@ -650,11 +650,11 @@ class Engine:
         """
         if not sizes or min(sizes) < 1 or sum(sizes) > self._context:
             raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
-        budget = np.array([self._allowed(avg_bits)], np.float32)
+        budget = self._allowed(avg_bits)
         ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
         seconds, bits, start = [], 0.0, 0
         with self._alone(), engine_errors(f"{self.path}: a pass failed"):
-            context = self._backend.start(len(ids), budget)
+            context = self._backend.start(len(ids), budget.numbers)
             for size in sizes:
                 begin_s = time.perf_counter()
                 for at in range(start, start + size, self._chunk):
@@ -764,8 +764,8 @@ class Engine:
     @cached_property
     def _pass_costs(self) -> PassCosts:
         model, budget = self.manifest.model, self.manifest.budget
-        bits = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
-        return PassCosts.measure(self._backend, bits, model.vocab_size)
+        budgets = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
+        return PassCosts.measure(self._backend, budgets, model.vocab_size)
 
     def _guesser(self, prompt: NDArray[np.int32], mode: Mode) -> Guesser:
         return Guesser(prompt.tolist(), mode, self._pass_costs, self._eos)

@@ -13,7 +13,7 @@ from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_sett
 from mbq_runtime.bundle.manifest import Manifest
 
 from .imports import engine_errors, import_engine
-from .private import engine_folder, ops_library
+from .private import GRAPH, LINK, WEIGHTS_FOLDER, engine_folder, ops_library, trimmed_graph
 from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
 
@@ -34,9 +34,19 @@ class Backend:
         self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
         self.rewinds = not convolutions(manifest)
         # At other levels the engine also prints each error that it throws.
-        session = {"log_severity_level": 4, "intra_op_num_threads": threads, SHORT_SPINNING[0]: SHORT_SPINNING[1]}
+        session: dict[str, Any] = {
+            "log_severity_level": 4,
+            "intra_op_num_threads": threads,
+            SHORT_SPINNING[0]: SHORT_SPINNING[1],
+        }
+        graph = trimmed_graph(path, manifest)
+        if graph is not None:
+            session[WEIGHTS_FOLDER] = LINK
         with engine_errors(f"{path}: the engine cannot load it"), engine_folder(path, manifest, session) as folder:
-            self._model = og.Model(og.Config(str(folder)))
+            config = og.Config(str(folder))
+            if graph is not None:
+                config.add_model_data(f"{LINK}/{GRAPH}", graph)
+            self._model = og.Model(config)
         self.tokenizer = Tokenizer(path)
         self._threads = ops_threads(self, ops_library(path, manifest))
         self.use_threads(threads)

@@ -159,7 +159,7 @@ class DeviceBackend:
 
         Args:
             length: most tokens of the context.
-            budget: float32 [1], average bits per weight; read again in every pass.
+            budget: float32 [2], average bits per weight and the deepest depth; read again in every pass.
 
         Raises:
             UsageError: the device does not take buffers of that length.
@@ -186,7 +186,7 @@ class DeviceContext:
     device: where it runs.
     buffers: all buffers of the plan, by name.
     programs: what ``Device.prepare`` returned, by the name of the program.
-    budget: float32 [1], average bits per weight; read again in every pass.
+    budget: float32 [2], average bits per weight and the deepest depth; read again in every pass.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class DeviceContext:
         self._position += self._count
         self._count = len(tokens)
         state = self._state
-        state[:3] = self._position, self._count, 0
+        state[:4] = self._position, self._count, 0, self._budget[1]
         state[THRESHOLDS : THRESHOLDS + len(self._plan.tables)] = thresholds(self._plan, self._budget[0]).view(np.int32)
         state[TOKENS:] = 0
         state[TOKENS : TOKENS + len(tokens)] = tokens

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import UsageError
 
+from .allowance import Allowance
 from .backend import Backend, Context
 from .session_file import read_about, read_arrays, write
 
@@ -33,17 +34,17 @@ class KeptContext:
     Give it to ``Engine.generate`` again and again: of each prompt, only what differs from the tokens so far is read.
 
     backend: the engine's model.
-    budget: float32 [1], average bits per weight; read again before every pass.
+    budget: read again before every pass.
     most: tokens that it can have.
     chunk: most tokens of a pass.
     first: room at the start, in tokens.
     """
 
     def __init__(
-        self, backend: Backend, budget: NDArray[np.float32], most: int, chunk: int, *, first: int = FIRST_TOKENS
+        self, backend: Backend, budget: Allowance, most: int, chunk: int, *, first: int = FIRST_TOKENS
     ) -> None:
         self._backend, self._budget, self._most, self._chunk, self._first = backend, budget, most, chunk, first
-        self._budget_of_pass = budget.copy()  # the native side reads it
+        self._budget_of_pass = np.zeros(2, np.float32)  # the native side reads it
         self._context: Context | None = None
         self._room = 0
         self._ids = np.zeros(0, np.int32)
@@ -56,7 +57,7 @@ class KeptContext:
     @property
     def avg_bits(self) -> float:
         """The budget of the next pass."""
-        return float(self._budget[0])
+        return self._budget.bits
 
     @property
     def tokens(self) -> list[int]:
@@ -154,7 +155,7 @@ class KeptContext:
             self._make_room(room)
         assert self._context is not None
         count = min(self.common(prompt), len(prompt) - 1)
-        poor = np.flatnonzero(self._bits[:count] < self._budget[0] - REREAD_BITS)
+        poor = np.flatnonzero(self._bits[:count] < self._budget.bits - REREAD_BITS)
         count = int(poor[0]) if len(poor) else count
         if count < self._count and not self._backend.rewinds:
             self._make_room(room)
@@ -199,8 +200,11 @@ class KeptContext:
 
     def _read(self, tokens: NDArray[np.int32], rows: int = 1, avg_bits: float | None = None) -> None:
         assert self._context is not None
-        count, bits = self._count + len(tokens), self._budget[0] if avg_bits is None else avg_bits
-        self._budget_of_pass[0] = bits
+        count, bits = (
+            self._count + len(tokens),
+            self._budget.within(self._budget.bits if avg_bits is None else avg_bits),
+        )
+        self._budget_of_pass[:] = self._budget.numbers_at(bits)
         try:
             self._context.append(tokens, rows)
         except BaseException:  # nobody knows what the pass has left behind

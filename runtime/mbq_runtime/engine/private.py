@@ -18,12 +18,18 @@ from typing import Any
 
 from mbq_runtime.bundle.genai_config import FILE, read_settings
 from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.bundle.onnx_file import without_absent
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.trust.code import check_trusted
 
-_LINK = "bundle"
+GRAPH = "model.onnx"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Setting of ONNX Runtime: the folder of the weights of a graph that is no file.
+
+onnxruntime-genai takes it relative to its configuration."""
+LINK = "bundle"
 _MOST_LIBRARY_BYTES = 64 << 20
 
 _folders: dict[str, tempfile.TemporaryDirectory[str]] = {}
@@ -83,6 +89,24 @@ def ops_library(path: Path, manifest: Manifest) -> Path | None:
     return copy
 
 
+def trimmed_graph(path: Path, manifest: Manifest) -> bytes | None:
+    """The graph of a trimmed bundle, for an engine that is told by ``WEIGHTS_FOLDER`` where the weights are.
+
+    Args:
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+
+    Returns:
+        Content of the graph, none of whose tensors lies behind the end of a file; None for a whole bundle.
+
+    Raises:
+        BundleError: the graph cannot be read.
+    """
+    if not manifest.trimmed:
+        return None
+    return without_absent(path / GRAPH, {entry.name: entry.size for entry in manifest.held_files})
+
+
 @contextmanager
 def engine_folder(path: Path, manifest: Manifest, session: Mapping[str, Any]) -> Iterator[Path]:
     """The folder from which onnxruntime-genai loads a bundle.
@@ -99,9 +123,9 @@ def engine_folder(path: Path, manifest: Manifest, session: Mapping[str, Any]) ->
     library = ops_library(path, manifest)
     with _lock:
         folder = library.parent if library is not None else Path(_folder("portable", executable=False))
-        link, file = folder / _LINK, folder / FILE
+        link, file = folder / LINK, folder / FILE
         decoder = document["model"]["decoder"]
-        decoder["filename"] = f"{_LINK}/{decoder['filename']}"
+        decoder["filename"] = f"{LINK}/{decoder['filename']}"
         decoder["session_options"] |= session
         if library is not None:
             # The engine takes a library only from the folder of its configuration.

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, UsageError
 
+from .allowance import Allowance
 from .engine import Window
 from .imports import engine_errors, import_engine
 from .load import open_bundle
-from .private import ops_library
+from .private import GRAPH, WEIGHTS_FOLDER, ops_library, trimmed_graph
 from .threads import SHORT_SPINNING, cores, ops_threads
 
 
@@ -54,9 +55,11 @@ class Session:
         with engine_errors(f"{self.path}: the model cannot be loaded"):
             if library is not None:
                 options.register_custom_ops_library(str(library))
-            self._session = onnxruntime.InferenceSession(
-                str(self.path / "model.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            model: str | bytes = str(self.path / GRAPH)
+            if (graph := trimmed_graph(self.path, self.manifest)) is not None:
+                model = graph
+                options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path))
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         ops_threads(self, library)
         self._empty_past = {
             value.name: empty_past(value.shape) for value in self._session.get_inputs() if value.name.startswith("past")
@@ -74,10 +77,11 @@ class Session:
         """
         if not 1 <= len(tokens) <= self.manifest.model.context_length:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self.manifest.model.context_length}")
+        budget = Allowance(self.manifest, self.manifest.budget.check(avg_bits, str(self.path)))
         feeds = {
             "input_ids": np.asarray(tokens, np.int64)[None],
             "attention_mask": np.ones((1, len(tokens)), np.int64),
-            "avg_bits": np.array([self.manifest.budget.check(avg_bits, str(self.path))], np.float32),
+            "avg_bits": budget.numbers,
             "scored": np.array([len(tokens)], np.int64),
             **self._empty_past,
         }

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
+from .allowance import Allowance
 from .backend import Backend
 from .kept_context import KeptContext
 from .sampling import Sampler
@@ -159,19 +160,20 @@ class PassCosts:
     seconds: NDArray[np.float64]
 
     @classmethod
-    def measure(cls, backend: Backend, bits: tuple[float, float], vocab_size: int) -> PassCosts:
+    def measure(cls, backend: Backend, budgets: tuple[Allowance, Allowance], vocab_size: int) -> PassCosts:
         """Time passes over random tokens, each with logits for all of its tokens.
 
         Args:
             backend: a loaded model.
-            bits: two budgets in average bits per weight, the lower one first.
+            budgets: two, the lower one first.
             vocab_size: ids are below it.
         """
-        budget, rng = np.zeros(1, np.float32), np.random.default_rng(0)
+        budget, rng = np.zeros(2, np.float32), np.random.default_rng(0)
         context = backend.start(sum(_SIZES), budget)
-        found = np.full((_TIMES, len(bits), len(_SIZES)), np.inf)
+        found = np.full((_TIMES, len(budgets), len(_SIZES)), np.inf)
         for turn in range(_TIMES):
-            for row, budget[0] in enumerate(bits):
+            for row, of_row in enumerate(budgets):
+                budget[:] = of_row.numbers
                 for column, size in enumerate(_SIZES):
                     tokens = rng.integers(0, vocab_size, size, np.int32)
                     start_s = time.perf_counter()
@@ -179,7 +181,7 @@ class PassCosts:
                     context.logits()
                     found[turn, row, column] = time.perf_counter() - start_s
                 context.rewind(0)
-        return cls(_SIZES, bits, found.min(0))
+        return cls(_SIZES, (budgets[0].bits, budgets[1].bits), found.min(0))
 
     def at(self, tokens: int, avg_bits: float) -> float:
         """Seconds of a pass.

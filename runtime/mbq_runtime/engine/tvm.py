@@ -23,6 +23,7 @@ from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
 
 from .imports import engine_errors
+from .mapping import mapped
 from .private import check_library
 from .tokenizer import Tokenizer
 
@@ -73,8 +74,9 @@ class Backend:
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
             self.functions = {name: machine[name] for name in ("decode", "prefill", "score")}
-        # The file is mapped: pages that no depth reads stay on disk.  Mode c, because DLPack wants a writable array.
-        self.weights = self.share(np.memmap(path / WEIGHTS, np.uint8, mode="c"))
+        # The file is mapped: pages that no depth reads stay on disk.
+        (entry,) = (entry for entry in manifest.files if entry.name == WEIGHTS)
+        self.weights = self.share(mapped(path / WEIGHTS, entry.size))
         # mbq_set_threads is a plain C function, which TVM does not see.
         self._library = ctypes.CDLL(str(path / DECODER_LIBRARY))
         self.use_threads(threads)

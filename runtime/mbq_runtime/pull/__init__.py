@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from .incoming import Incoming
-from .pull import Pulled, local_folder, place_of, pull
+from .pull import Pulled, local_folder, place_of, pull, trim
 from .sources import Source, is_source
 from .store import Kept, listed, remove
 
-__all__ = ["Incoming", "Kept", "Pulled", "Source", "is_source", "listed", "local_folder", "place_of", "pull", "remove"]
+__all__ = [
+    "Incoming",
+    "Kept",
+    "Pulled",
+    "Source",
+    "is_source",
+    "listed",
+    "local_folder",
+    "place_of",
+    "pull",
+    "remove",
+    "trim",
+]

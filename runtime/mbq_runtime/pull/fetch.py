@@ -40,7 +40,7 @@ def needed_disk_bytes(folder: Path, manifest: Manifest) -> int:
         manifest: of the bundle.
     """
     needed = 0
-    for entry in manifest.files:
+    for entry in manifest.held_files:
         held = 0
         with suppress(OSError):
             held = os.lstat(folder / entry.name).st_blocks * 512
@@ -72,6 +72,8 @@ def fill(
     folder: Path,
     progress: Progress | None = None,
     arrived: Callable[[int], object] | None = None,
+    *,
+    served: Manifest | None = None,
 ) -> int:
     """Fetch the chunks that are missing or wrong: first those that the lowest depth needs, then those of each next one.
 
@@ -84,6 +86,7 @@ def fill(
         progress: called with (bytes that are right, bytes in all).
         arrived: called with a depth, 1-based, when all that it needs is there and right.  A bundle whose files mix the
             slices of all depths has one call, with 1.
+        served: the manifest of what the source has, if that is more than ``manifest`` wants.
 
     Returns:
         Bytes that were fetched and were right.
@@ -92,14 +95,15 @@ def fill(
         BundleError: the source does not have what the manifest says, breaks off too often, or a file cannot be written.
     """
     # Small files first: what is wrong with them is seen before the weights come.
-    entries = sorted(manifest.files, key=lambda entry: entry.size)
+    entries = sorted(manifest.held_files, key=lambda entry: entry.size)
+    at_source = {entry.name: entry for entry in (served or manifest).held_files}
     missing = {entry.name: _at(folder, entry, _missing) for entry in entries}
     fetched, total = 0, manifest.total_bytes
     left = sum(chunk.end - chunk.begin for chunks in missing.values() for chunk in chunks)
     report = progress or (lambda done, total: None)
     report(total - left, total)
 
-    for depth in range(1, max(len(manifest.parts), 1) + 1):
+    for depth in range(1, (manifest.deepest if len(manifest.parts) > 1 else 1) + 1):
         needed = manifest.needed_bytes(depth)
         for entry in entries:
             wanted = [chunk for chunk in missing[entry.name] if chunk.begin < needed[entry.name]]
@@ -107,7 +111,7 @@ def fill(
 
             def save(descriptor: int, entry: FileEntry, wanted: list[Chunk] = wanted) -> None:
                 nonlocal fetched
-                for chunk, content in _fetched(files, entry, wanted):
+                for chunk, content in _fetched(files, at_source[entry.name], wanted):
                     _write(descriptor, content, chunk.begin)
                     fetched += len(content)
                     report(total - left + fetched, total)

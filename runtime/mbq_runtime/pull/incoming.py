@@ -1,8 +1,7 @@
-"""A bundle that runs while it comes: its lowest depth is there, and the budget stays there until all of it is.
+"""A bundle that runs while it comes: its lowest depth is there, and the engine's ceiling rises with each next one.
 
-The engine maps the unfinished files.  What has not come is a hole in them.  At the lowest budget every token gets depth
-1, so a hole is not read.  Between two depths a router may give a token any depth.  Therefore the budget may rise only
-when the last slice is there.
+The engine maps the unfinished files.  What has not come is a hole in them.  No token reads slices above the ceiling, so
+a hole is not read.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Incoming:
         self._changed = threading.Condition()
         self._draft: Path | None = None
         self._manifest: Manifest | None = None
-        self._given = False
+        self._given, self._arrived = False, 0
         self._done_bytes = 0
         self._engine: Bounded | None = None
         self.whole: Pulled | None = None
@@ -75,16 +74,21 @@ class Incoming:
             return self._draft
 
     def follow(self, engine: Bounded) -> None:
-        """Keep an engine at the lowest budget until all of the bundle is there.
+        """Keep an engine below the slices that are not there yet.
 
         Args:
             engine: that runs the folder.  No reply of it has begun.
         """
         with self._changed:
             if self._given and self._manifest is not None:
-                engine.ceiling_bits = float(self._manifest.profile.min_bits)
                 self._engine = engine
+                self._raise_ceiling()
                 self._changed.notify_all()
+
+    def _raise_ceiling(self) -> None:
+        """Let the engine read what is there."""
+        if self._engine is not None and self._manifest is not None and len(self._manifest.parts) > 1:
+            self._engine.ceiling_bits = float(self._manifest.profile.depth_bits[self._arrived - 1])
 
     def wait(self) -> None:
         """Wait until all of the bundle is there, or an error ended it."""
@@ -104,7 +108,9 @@ class Incoming:
                 if depth == 1:
                     self._draft, self._manifest = draft, read(draft)
                     self._changed.notify_all()
-                if self._manifest is not None and depth == max(len(self._manifest.parts), 1):
+                self._arrived = depth
+                self._raise_ceiling()
+                if self._manifest is not None and depth == (self._manifest.deepest if self._manifest.parts[1:] else 1):
                     # The folder gets its name next.  An engine that was given the unfinished one must have loaded it.
                     self._changed.wait_for(lambda: not self._given or self._engine is not None)
                     self._draft = None

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq_runtime.bundle.check import check_bundle
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, SIGNATURE_NAME, Manifest, parse
+from mbq_runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    MOST_MANIFEST_BYTES,
+    MOST_TRIM_BYTES,
+    SIGNATURE_NAME,
+    TRIM_NAME,
+    Manifest,
+    limited,
+    parse,
+    read,
+    trim_text,
+)
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
@@ -19,7 +30,7 @@ from mbq_runtime.trust import signature
 from mbq_runtime.trust.pulled import mark_pulled
 
 from .fetch import check_disk, fill, remove_unlisted
-from .files import Files, InterruptedFetchError
+from .files import Files, FolderFiles, InterruptedFetchError
 from .sources import Source, is_source
 from .store import bundles_dir, draft_of
 
@@ -53,6 +64,7 @@ def pull(
     *,
     allow_http: bool = False,
     key: Path | None = None,
+    max_bits: float | None = None,
     progress: Progress | None = None,
     arrived: Callable[[int, Path], object] | None = None,
 ) -> Pulled:
@@ -65,27 +77,76 @@ def pull(
         folder: where it goes; None for the cache folder.
         allow_http: whether an http server may be another machine.
         key: file of the maker's public key; None: the bundle need not be signed.
+        max_bits: fetch only the depths of at most so many bits per weight; None for all that the source has.
         progress: called with (bytes that are right, bytes in all).
         arrived: called with (depth, folder of the unfinished bundle) when all that the depth needs is there.  It is not
             called where an older bundle is replaced.
 
     Raises:
-        UsageError: the folder is in use or is no bundle, or the source or the key may not be used.
+        UsageError: the folder is in use or is no bundle, no depth has so few bits, or the source or the key may not be
+            used.
         BundleError: the source has no bundle, a broken one or one that the key has not signed, or the disk is full.
     """
     folder = place_of(source) if folder is None else folder.expanduser()
     if folder.exists() and not (folder / MANIFEST_NAME).is_file():
         raise UsageError(f"{folder}: it exists and is not a bundle; choose another folder")
     with source.files(allow_http=allow_http) as files:
-        content, text = _manifest_of(source, files)
+        offer = _offer(source.text, files)
         if key is not None:
-            signature.check(content, text, key, source.text)
-        manifest = parse(content, f"{source.text}/{MANIFEST_NAME}")
+            signature.check(offer.content, offer.signature, key, source.text)
+        manifest = limit(offer.manifest, max_bits)
         with locked(folder, "another mbq", "another folder"):
-            mark_pulled(content, source.text)
-            done = _pulled(files, folder, content, manifest, progress, arrived)
-            _write_signature(folder, text)
-    return done
+            mark_pulled(offer.content, source.text)
+            return _pulled(files, folder, offer, manifest, progress, arrived)
+
+
+def trim(bundle: Path, folder: Path, max_bits: float, progress: Progress | None = None) -> Pulled:
+    """Copy a bundle without its deeper slices.  The folder appears when the copy is whole and its hashes are right.
+
+    The manifest and its signature stay as they are: they have a hash for each chunk that is left.
+
+    Args:
+        bundle: folder of the bundle.
+        folder: of the copy; it must not exist.
+        max_bits: the depths of at most so many bits per weight stay.
+        progress: called with (bytes that are right, bytes in all).
+
+    Raises:
+        UsageError: the folder exists, no depth has so few bits, or none has more.
+        BundleError: the bundle is broken or its weights are not divided by depth, or the disk is full.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder}: it exists; choose another folder")
+    read(bundle)  # it says best what is wrong with a folder
+    files = FolderFiles(bundle)
+    offer = _offer(str(bundle), files)
+    manifest = limit(offer.manifest, max_bits)
+    if manifest == offer.manifest:
+        most = offer.manifest.budget.max_bits
+        raise UsageError(f"--max-bits {max_bits:g}: the bundle has no depth of more bits, its most are {most:g}")
+    with locked(folder, "another mbq", "another folder"):
+        return _pulled(files, folder, offer, manifest, progress, None)
+
+
+def limit(manifest: Manifest, max_bits: float | None) -> Manifest:
+    """The manifest of a bundle without the depths of more bits.
+
+    Args:
+        manifest: of the bundle.
+        max_bits: most bits per weight; None for all.
+
+    Raises:
+        UsageError: no depth has so few bits.
+        BundleError: the weights are not divided by depth.
+    """
+    if max_bits is None:
+        return manifest
+    bits = manifest.profile.depth_bits
+    depth = sum(held <= max_bits for held in bits)
+    if not depth:
+        shown = ", ".join(map(str, bits))
+        raise UsageError(f"--max-bits {max_bits:g}: the bundle has depths of {shown} bits; give at least {bits[0]}")
+    return manifest.limited(min(depth, manifest.deepest))
 
 
 def local_folder(text: str) -> Path:
@@ -104,16 +165,28 @@ def local_folder(text: str) -> Path:
     return folder if folder.exists() else pull(source).folder
 
 
-def _manifest_of(source: Source, files: Files) -> tuple[bytes, bytes | None]:
-    """The manifest, and its signature if it has one."""
+@dataclass(frozen=True)
+class _Offer:
+    """What a source has: the manifest and its content, and the signature or None."""
+
+    manifest: Manifest
+    content: bytes
+    signature: bytes | None
+
+
+def _offer(source: str, files: Files) -> _Offer:
     try:
         content = files.small(MANIFEST_NAME, MOST_MANIFEST_BYTES)
         text = files.small(SIGNATURE_NAME, signature.MOST_SIGNATURE_BYTES)
+        trim = files.small(TRIM_NAME, MOST_TRIM_BYTES)
     except InterruptedFetchError as error:
         raise BundleError(f"{error}; check the address and the network") from None
     if content is None:
-        raise BundleError(f"{source.text}: no {MANIFEST_NAME} there; give the address of a bundle's folder")
-    return content, text
+        raise BundleError(f"{source}: no {MANIFEST_NAME} there; give the address of a bundle's folder")
+    manifest = parse(content, f"{source}/{MANIFEST_NAME}")
+    if trim is not None:
+        manifest = limited(manifest, trim, f"{source}/{TRIM_NAME}")
+    return _Offer(manifest, content, text)
 
 
 def _write_signature(folder: Path, text: bytes | None) -> None:
@@ -129,13 +202,14 @@ def _write_signature(folder: Path, text: bytes | None) -> None:
 def _pulled(
     files: Files,
     folder: Path,
-    content: bytes,
+    offer: _Offer,
     manifest: Manifest,
     progress: Progress | None,
     arrived: Callable[[int, Path], object] | None,
 ) -> Pulled:
     new = not folder.exists()
-    same = not new and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == content
+    same = not new and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == offer.content
+    same = same and _trim_of(folder) == trim_text(manifest)
     draft = folder if same else draft_of(folder)
     try:
         draft.mkdir(mode=0o700, exist_ok=True)
@@ -143,18 +217,23 @@ def _pulled(
             raise BundleError(f"{draft}: a link, or a folder of another user; remove it, or choose another folder")
         check_disk(draft, manifest)
         if not same:
-            _start(draft, folder, content, manifest)
+            _start(draft, folder, offer.content, manifest)
         tell = (lambda depth: arrived(depth, draft)) if arrived and new else None
-        fetched = fill(files, manifest, draft, progress, tell)
+        fetched = fill(files, manifest, draft, progress, tell, served=offer.manifest)
         _check(draft, manifest, remove=not same)
         if not same:
             draft.chmod(0o755)
             _swap(draft, folder)
+        _write_signature(folder, offer.signature)
     except OSError as error:
         raise BundleError(
             f"{error.filename or draft}: {error.strerror}; free some disk, or choose another folder"
         ) from None
     return Pulled(folder, manifest, fetched)
+
+
+def _trim_of(folder: Path) -> bytes | None:
+    return read_file(folder / TRIM_NAME, MOST_TRIM_BYTES) if os.path.lexists(folder / TRIM_NAME) else None
 
 
 def _check(draft: Path, manifest: Manifest, *, remove: bool) -> None:
@@ -171,6 +250,8 @@ def _start(draft: Path, folder: Path, content: bytes, manifest: Manifest) -> Non
     """Keep what may be of use: files of an unfinished pull, or else of the older bundle that is replaced."""
     remove_unlisted(draft, manifest)
     (draft / MANIFEST_NAME).write_bytes(content)
+    if (text := trim_text(manifest)) is not None:
+        (draft / TRIM_NAME).write_bytes(text)
     for entry in manifest.files:
         old, new = folder / entry.name, draft / entry.name
         if old.is_file() and not old.is_symlink() and not os.path.lexists(new):

@@ -12,11 +12,12 @@ from tvm.tirx.script import builder as T
 
 from ..kernels.emit import Expr, bind, cast, const, reinterpret, splat
 
-POSITION, COUNT, ROW, THRESHOLDS, TOKENS = 0, 1, 2, 4, 8
+POSITION, COUNT, ROW, DEEPEST, THRESHOLDS, TOKENS = 0, 1, 2, 3, 4, 8
 """Words of the buffer ``state``, int32.
 
-POSITION: tokens in the cache before this pass. COUNT: tokens of this pass. ROW: the token whose logits are wanted. From
-THRESHOLDS on: the threshold of each table, as the bits of a float32. From TOKENS on: the ids of the tokens.
+POSITION: tokens in the cache before this pass. COUNT: tokens of this pass. ROW: the token whose logits are wanted.
+DEEPEST: the most that a depth may be. From THRESHOLDS on: the threshold of each table, as the bits of a float32. From
+TOKENS on: the ids of the tokens.
 
 The buffer ``routing`` is int32 [tokens, 2]: the depth that the last router gave a token, and the bits that the token
 has used so far, weighted by the share of each matrix, as the bits of a float32."""

@@ -25,6 +25,7 @@ from ..kernels.emit import Expr, bind, cast, const, dtype
 from ..kernels.layout import STEP, DepthPlan, plan_depth
 from .kernel import (
     COUNT,
+    DEEPEST,
     TOKENS,
     Item,
     Kernel,
@@ -266,7 +267,9 @@ def _tile_tokens(of: Buffers, item: Item, tokens: int, tile: int) -> tuple[list[
 
 
 def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: bool = False) -> Kernel:
-    """Rows of a table at full depth for the tokens in ``state``: x float32 [tokens, k]. Clears the used bits.
+    """Rows of a table for the tokens in ``state``: x float32 [tokens, k]. Clears the used bits.
+
+    They are read at full depth, or at the deepest one that ``state`` allows.
 
     Args:
         name: the kernel's name.
@@ -276,7 +279,7 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
         scaled: multiply by factors float32 [k].
     """
     n, k, group, profile = table.n, table.k, table.group, table.profile
-    plan, steps = plan_depth(profile, profile.depths), k // STEP
+    steps = k // STEP
     buffers = {
         "state": ("int32", TOKENS + tokens),
         "planes": ("uint32", plane_words(n, k)),
@@ -295,7 +298,9 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
             token = bind(of["state"][TOKENS + item.x])
             block, row = bind(token // ROW_BLOCK), bind(token % ROW_BLOCK)
             factor = _row_factor(of["scales"], block, k // group, row)
-            with strided(item, steps, threads) as step:
+            deepest = bind(of["state"][DEEPEST])
+
+            def values(plan: DepthPlan, step: Expr) -> None:
                 words = _step_words(of["planes"], plan.plane_bits, n, k, bind(block * steps + step), row, 1)
                 at = bind(block * (1 + k // group) + 1 + step * STEP // group)
                 scale, offset = _affine(of["scales"], at, row, 1, plan)
@@ -306,5 +311,10 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
                             column = bind(step * STEP + 16 * half + 4 * j + t)
                             value = bind(_values(levels, t, scale, offset, 1) * factor)
                             put(of["x"], item.x * k + column, value * of["factors"][column] if scaled else value)
+
+            with strided(item, steps, threads) as step:
+                for depth in range(1, profile.depths + 1):
+                    with when(deepest == depth if depth < profile.depths else deepest >= depth):
+                        values(plan_depth(profile, depth), step)
 
     return Kernel(name, grid, threads, body)

@@ -19,6 +19,7 @@ from ..constants import MEAN_SQUARE_EPS
 from ..kernels.emit import Expr, bind, cast, const, reinterpret
 from .kernel import (
     COUNT,
+    DEEPEST,
     ROW,
     THRESHOLDS,
     TOKENS,
@@ -153,6 +154,7 @@ def _decide(item: Item, k: int, shape: RouterShape, of: Buffers, sums: Any, toke
         for e in range(steps):
             put(passing, 0, T.Select(scores[e] > threshold, passing[0], T.int32(0)))
             put(depth, 0, depth[0] + passing[0])
+        put(depth, 0, T.min(depth[0], bind(of["state"][DEEPEST])))
         bits = registers(1)
         put(bits, 0, const(shape.profile.depth_bits[0], "float32"))
         for e in range(1, shape.profile.depths):

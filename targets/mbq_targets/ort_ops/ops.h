@@ -78,11 +78,14 @@ typedef struct Routing {
   const float *bias, *gain, *b1, *w2;
   const void *w1;
   int64_t k, hidden;
-  int32_t depths; /* E */
+  int32_t depths; /* E, or the deepest depth of this pass if it is less */
   int32_t fixed;  /* the depth of all tokens if the budget is at an end of the table, else 0 */
   double threshold;
 } Routing;
 
+/* The input avg_bits has two values: average bits, and the deepest depth of this pass. */
+OrtStatus *check_budget(const Node *node, const Tensor *avg_bits);
+int32_t deepest(const Tensor *avg_bits, int32_t depths);
 /* Read and check the inputs from `first` (avg_bits) on, and from `hidden` (w1, may be absent) on.
  * shape: of the rows that are routed. */
 OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden,

@@ -1,4 +1,4 @@
-/* RoutedMatMul(x f32 [..., M', K], routed_by f32 [..., M, R], avg_bits f32 [1], table f32 [2, T], bias f32 [E-1],
+/* RoutedMatMul(x f32 [..., M', K], routed_by f32 [..., M, R], avg_bits f32 [2], table f32 [2, T], bias f32 [E-1],
  *              norm_gain f32 [E-1], planes_1 u8, ..., planes_E u8, scales u8 [, w1 f16 [H, R], b1 f32 [H], w2 f32 [E-1, H]])
  *     -> y f32 [..., M', N], depth i32 [..., M].
  *

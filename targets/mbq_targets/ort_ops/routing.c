@@ -84,6 +84,18 @@ static OrtStatus *read_hidden(const Node *node, const OrtKernelContext *context,
   return NULL;
 }
 
+OrtStatus *check_budget(const Node *node, const Tensor *avg_bits) {
+  if (elements(&avg_bits->shape) != 2)
+    return fail(node, "avg_bits has %lld values, it must have 2", (long long)elements(&avg_bits->shape));
+  const double most = ((const float *)avg_bits->data)[1];
+  return most >= 1 ? NULL : fail(node, "the deepest depth is %g, it must be at least 1", most);
+}
+
+int32_t deepest(const Tensor *avg_bits, int32_t depths) {
+  const float most = ((const float *)avg_bits->data)[1];
+  return most < (float)depths ? (int32_t)most : depths;
+}
+
 OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_t first, size_t hidden,
                         const Shape *shape, Routing *by) {
   Tensor avg_bits, table, bias, gain;
@@ -97,8 +109,7 @@ OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_
     return fail(node, "bias has %lld values and norm_gain %lld: both must have one per depth after the first, at most 7",
                 (long long)more, (long long)elements(&gain.shape));
   by->depths = (int32_t)more + 1;
-  if (elements(&avg_bits.shape) != 1)
-    return fail(node, "avg_bits has %lld values, it must have 1", (long long)elements(&avg_bits.shape));
+  TRY(check_budget(node, &avg_bits));
   if (table.shape.rank != 2 || table.shape.dims[0] != 2 || table.shape.dims[1] < 1)
     return fail(node, "table must be [2, T] with T at least 1, it has %lld values", (long long)elements(&table.shape));
   by->k = shape->rank ? shape->dims[shape->rank - 1] : 0;
@@ -107,6 +118,7 @@ OrtStatus *routing_open(const Node *node, const OrtKernelContext *context, size_
                 MBQ_ROUTER_STEP);
   TRY(read_hidden(node, context, hidden, by));
   const double bits = *(const float *)avg_bits.data;
+  by->depths = deepest(&avg_bits, by->depths);
   const int64_t count = table.shape.dims[1];
   const float *budgets = table.data;
   if (bits <= budgets[0]) by->fixed = 1;

@@ -1,15 +1,19 @@
-/* SlicedGather(indices i64 [...], planes_1 u8, ..., planes_E u8, scales u8) -> y f32 [..., K]: rows of a table at one depth. */
+/* SlicedGather(indices i64 [...], avg_bits f32 [2], planes_1 u8, ..., planes_E u8, scales u8) -> y f32 [..., K]: rows of a
+ * table at one depth: that of the attribute, or the deepest one of this pass if it is less. */
 
 #include "ops.h"
 
 typedef struct Gather {
   Node node;
   Weight weight;
-  Kernel kernel;
+  int32_t depth;
 } Gather;
+
+enum { INDICES, AVG_BITS, PLANES, INPUTS = PLANES + MBQ_DEPTHS + 1 };
 
 typedef struct Job {
   const Gather *op;
+  Kernel kernel;
   const int64_t *indices;
   const Stored *stored;
   float *y;
@@ -25,7 +29,7 @@ static void piece(void *data, size_t index) {
   const Weight *w = &job->op->weight;
   const int64_t end = piece_start(job->rows, job->pieces, index + 1);
   for (int64_t m = piece_start(job->rows, job->pieces, index); m < end; ++m)
-    CALL(job->op->kernel, WEIGHT(job->stored), PTR(job->y + m * w->k), INT(w->blocks), INT(w->groups),
+    CALL(job->kernel, WEIGHT(job->stored), PTR(job->y + m * w->k), INT(w->blocks), INT(w->groups),
          INT(job->indices[m]));
 }
 
@@ -33,10 +37,12 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   const Gather *op = state;
   const Node *node = &op->node;
   const Weight *w = &op->weight;
-  Tensor indices;
+  Tensor indices, avg_bits;
   Stored stored;
-  TRY(input(node, context, 0, &indices));
-  TRY(weight_open(node, context, 1, w, &stored));
+  TRY(input(node, context, INDICES, &indices));
+  TRY(input(node, context, AVG_BITS, &avg_bits));
+  TRY(check_budget(node, &avg_bits));
+  TRY(weight_open(node, context, PLANES, w, &stored));
   Shape shape = indices.shape;
   if (shape.rank == MAX_RANK) return fail(node, "indices has rank 8, the most is 7");
   const int64_t rows = elements(&shape);
@@ -48,6 +54,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   void *y;
   TRY(output(context, 0, &shape, &y));
   Job job = {.op = op, .indices = index, .stored = &stored, .y = y, .rows = rows};
+  job.kernel = kernels[deepest(&avg_bits, op->depth) - 1];
   job.pieces = pieces_of(rows, rows * w->k * 8);
   return parallel(context, job.pieces, piece, &job);
 }
@@ -57,11 +64,11 @@ static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelIn
   Gather op = {0};
   int64_t depth;
   TRY(node_init(&op.node, "SlicedGather", info));
-  TRY(weight_init(&op.node, info, 1, &op.weight));
+  TRY(weight_init(&op.node, info, PLANES, &op.weight));
   TRY(attribute(&op.node, info, "depth", &depth));
   if (depth < 1 || depth > MBQ_DEPTHS)
     return fail(&op.node, "depth is %lld, slices %s allow 1 to %d", (long long)depth, MBQ_SLICES_TEXT, MBQ_DEPTHS);
-  op.kernel = kernels[depth - 1];
+  op.depth = (int32_t)depth;
   return keep(&op.node, &op, sizeof op, kernel);
 }
 
@@ -73,10 +80,10 @@ static OrtStatus *infer(const OrtCustomOp *self, OrtInferContext *context) {
 }
 
 static const char *name(const OrtCustomOp *self) { return (void)self, "SlicedGather"; }
-static size_t input_count(const OrtCustomOp *self) { return (void)self, 2 + MBQ_DEPTHS; }
+static size_t input_count(const OrtCustomOp *self) { return (void)self, INPUTS; }
 static int output_type(const OrtCustomOp *self, size_t index) { return (void)self, (void)index, ORT_FLOAT; }
 static int input_type(const OrtCustomOp *self, size_t index) {
-  return (void)self, index == 0 ? ORT_INT64 : ORT_UINT8;
+  return (void)self, index == INDICES ? ORT_INT64 : index == AVG_BITS ? ORT_FLOAT : ORT_UINT8;
 }
 
 const OrtCustomOp mbq_gather_op = {

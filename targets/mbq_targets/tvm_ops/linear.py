@@ -41,8 +41,8 @@ def linear(spec: KernelSpec, name: str) -> None:
     """Operation: x float32 [M', K], routed_by float32 [M, K] -> out float32 [M', N16].
 
     M' is M, or less if only the last tokens are wanted. All M tokens are routed. N16 is N rounded up to whole row
-    blocks; columns past N are 0. Other arguments: avg_bits float32 [1]; weights uint8 [bytes]; used float32 [1], which
-    grows by this matrix's share of the average bits; the integers of ``fields``.
+    blocks; columns past N are 0. Other arguments: avg_bits float32 [2], average bits and the deepest depth; weights
+    uint8 [bytes]; used float32 [1], which grows by this matrix's share of the average bits; the integers of ``fields``.
 
     Args:
         spec: slices, group size and activation bits of the model.
@@ -72,17 +72,17 @@ def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, 
     rows, k = x.shape
     table = view(weights.at(at["table"]), "float32")
     last = bind(at["entries"] - 1)
-    bits = _float64(avg_bits.flat, 0)
+    bits, most = _float64(avg_bits.flat, 0), bind(cast(load(avg_bits.flat, 1, 1), "int32", 1))
     first_budget, last_budget = _float64(table, 0), _float64(table, last)
     with T.If(bits <= first_budget):
         with T.Then(), T.serial(0, rows) as m:
             store(out, m, 1, T.int32(1))
         with T.Else(), T.If(bits >= last_budget):
             with T.Then(), T.serial(0, rows) as m:
-                store(out, m, 1, T.int32(profile.depths))
+                store(out, m, 1, bind(T.min(most, T.int32(profile.depths))))
             with T.Else():
                 threshold = _threshold(table, at["entries"], bits)
-                each(rows, lambda m: _depth(profile, x.at(m * k), k, weights, at, threshold, out, m))
+                each(rows, lambda m: _depth(profile, x.at(m * k), k, weights, at, (threshold, most), out, m))
 
 
 def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
@@ -98,10 +98,14 @@ def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
 
 
 def _depth(
-    profile: SliceProfile, x: Expr, k: Expr, weights: Tensor, at: dict[str, Expr], threshold: Expr, out: Any, m: Expr
-) -> None:
-    """The depth of one token. A kernel computes the long sums. The few numbers that follow are float64."""
-    hidden = at["hidden"]
+    profile: SliceProfile, x: Expr, k: Expr, weights: Tensor, at: dict[str, Expr], limits: tuple[Expr, Expr], out: Any,
+    m: Expr,
+) -> None:  # fmt: skip
+    """The depth of one token. limits: the threshold, and the deepest depth.
+
+    A kernel computes the long sums. The few numbers that follow are float64.
+    """
+    hidden, (threshold, most) = at["hidden"], limits
     sums = T.alloc_buffer(((1 + MAX_HIDDEN) * LANES,), "float32", scope="global")
     call("router_sums", x, weights.at(at["w1"]), pointer(sums, 0), k, hidden)
 
@@ -130,7 +134,7 @@ def _depth(
     for e in range(steps):
         passed = bind(passed * cast(load(scores, e, 1) > threshold, "int32", 1))
         depth = bind(depth + passed)
-    store(out, m, 1, depth)
+    store(out, m, 1, bind(T.min(depth, most)))
 
 
 def _count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at: dict[str, Expr]) -> None:

@@ -9,15 +9,16 @@ from tvm.tirx.script import builder as T
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..kernels.emit import LANES, Expr, bind, const, fma, load, registers, splat, store
+from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
 from ..kernels.exp import tanh
 from .drivers import call, driver, each, matrix_at, matrix_fields, reduce, scratch, view
 
 
 def embed(profile: SliceProfile, group: int, name: str) -> None:
-    """Operation: ids int64 [M] -> out float32 [M, K], rows of a table at full depth times float32 [K] at ``scale``.
+    """Operation: ids int64 [M] -> out float32 [M, K], rows of a table times float32 [K] at ``scale``.
 
-    Other arguments: weights uint8; used float32 [1], which is set to 0 before the matrices add to it; the
+    They are read at full depth, or at the deepest one of this pass. Other arguments: avg_bits float32 [2], average
+    bits and the deepest depth; weights uint8; used float32 [1], which is set to 0 before the matrices add to it; the
     table's ``matrix_fields`` and scale, places in the weights in bytes; rows of the table.
 
     Args:
@@ -25,19 +26,25 @@ def embed(profile: SliceProfile, group: int, name: str) -> None:
         group: weights that share a scale.
         name: the function's symbol.
     """
-    tensors = {"ids": ("int64", 1), "weights": ("uint8", 1), "used": ("float32", 1), "out": ("float32", 2)}
+    tensors = {
+        "ids": ("int64", 1), "avg_bits": ("float32", 1), "weights": ("uint8", 1), "used": ("float32", 1),
+        "out": ("float32", 2),
+    }  # fmt: skip
     with driver(name, tensors, (*matrix_fields(profile), "scale", "rows")) as args:
-        ids, weights, used, out, *places, scale, rows = args
+        ids, avg_bits, weights, used, out, *places, scale, rows = args
+        most = bind(cast(load(avg_bits.flat, 1, 1), "int32", 1))
         matrix = matrix_at(weights, places)
         k = out.shape[1]
         factors = view(weights.at(scale), "float32")
         store(used.flat, 0, 1, T.float32(0))
 
         def row(m: Expr) -> None:
-            call(
-                f"gather_d{profile.depths}", *matrix(), out.at(m * k),
-                bind((rows + ROW_BLOCK - 1) // ROW_BLOCK), bind(k // group), load(ids.flat, m, 1),
-            )  # fmt: skip
+            for d in range(1, profile.depths + 1):
+                with T.If(most == d if d < profile.depths else most >= d), T.Then():
+                    call(
+                        f"gather_d{d}", *matrix(), out.at(m * k),
+                        bind((rows + ROW_BLOCK - 1) // ROW_BLOCK), bind(k // group), load(ids.flat, m, 1),
+                    )  # fmt: skip
             with T.serial(0, k // LANES) as i:
                 at = bind(m * k + i * LANES)
                 store(out.flat, at, LANES, load(out.flat, at, LANES) * load(factors, i * LANES, LANES))

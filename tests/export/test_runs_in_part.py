@@ -1,0 +1,226 @@
+"""A bundle runs without its deeper slices: while it is pulled, and trimmed.  It never reads what is not there."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from file_server import serving
+from tiny_models import write_checkpoint
+
+from mbq_export.cli import command
+from mbq_runtime import BundleError, Engine, Generation, UsageError
+from mbq_runtime.bundle import manifest
+from mbq_runtime.engine import Session
+from mbq_runtime.pull import Incoming, Source, pull, trim
+from mbq_runtime.pull.incoming import runs_in_part
+from mbq_runtime.trust import code
+
+pytestmark = pytest.mark.heavy
+
+CHUNK_BYTES = 4096
+PROMPT = np.random.default_rng(5).integers(0, 256, 12).tolist()
+BEFORE, AFTER = 6, 10  # tokens
+
+
+def export(folder: Path, text: Path, target: str, engine: str) -> Path:
+    arguments = ["--target", target, "--model", write_checkpoint(folder / "llama", "llama"), "--engine", engine]
+    arguments += ["--output", folder / "bundle", "--calib-data", text, "--router", "norm", "--json"]
+    arguments += ["--calib-tokens", 512, "--method", "rtn"]
+    command([str(argument) for argument in arguments], standalone_mode=False)
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
+    return export(tmp_path_factory.mktemp("comes"), calibration_text, "host", "both")
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
+    return export(tmp_path_factory.mktemp("portable"), calibration_text, "portable", "onnx")
+
+
+def in_small_chunks(bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a bundle whose files have hashes of small chunks, as those of a large model."""
+    shutil.copytree(bundle, copy)
+    found = manifest.read(copy)
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", CHUNK_BYTES)
+    manifest.write(replace(found, files=manifest.file_entries(copy)), copy)
+    return copy
+
+
+def spoken(reply: Generation, rise: Callable[[], object]) -> tuple[int, ...]:
+    """The tokens of a reply whose ceiling rises after some pieces."""
+    with reply:
+        for count, _ in enumerate(reply, 1):
+            if count == BEFORE:
+                rise()
+    return reply.stats.tokens
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_it_speaks_from_its_first_slices(
+    engine: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poison stands where deeper slices will be.  The reply is that of the whole bundle under the same ceilings."""
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    published = in_small_chunks(exported, tmp_path / "served" / "bundle", monkeypatch)
+    found = manifest.read(published)
+    assert runs_in_part(found, engine)
+    held = {name: -(-size // CHUNK_BYTES) * CHUNK_BYTES for name, size in found.needed_bytes(1).items()}
+    released = threading.Event()
+
+    def wait(path: str, begin: int, data: bytes) -> bytes:
+        if begin >= held.get(path.removeprefix("/bundle/"), 1 << 60):
+            released.wait(60)
+        return data
+
+    with serving(tmp_path / "served") as server:
+        server.change = wait
+        incoming = Incoming(Source.of(f"{server.url}/bundle"))
+        try:
+            folder = incoming.folder(engine)
+            assert folder.name.endswith(".part")
+            poisoned = 0
+            for entry in found.files:
+                if held[entry.name] < entry.size:
+                    with (folder / entry.name).open("r+b") as file:
+                        file.seek(held[entry.name])
+                        poisoned += file.write(b"\xa5" * (entry.size - held[entry.name]))
+            assert poisoned > found.total_bytes * 0.1
+            code.trust(found)
+            early = Engine.load(folder, threads=1, engine=engine)
+            incoming.follow(early)
+            assert early.ceiling_bits == early.avg_bits == found.profile.min_bits
+
+            def release() -> None:
+                released.set()
+                incoming.wait()
+
+            tokens = spoken(early.generate(PROMPT, max_tokens=BEFORE + AFTER, avg_bits=8.0), release)
+        finally:
+            released.set()
+            incoming.wait()
+    assert incoming.whole is not None, incoming.error
+    assert early.avg_bits == 8.0
+    manifest.verify(incoming.whole.folder)
+
+    whole = Engine.load(incoming.whole.folder, threads=1, engine=engine)
+
+    def rise() -> None:
+        whole.ceiling_bits = None
+
+    whole.ceiling_bits = found.profile.min_bits
+    assert tokens == spoken(whole.generate(PROMPT, max_tokens=BEFORE + AFTER, avg_bits=8.0), rise)
+    assert len(tokens) == BEFORE + AFTER
+
+
+ENGINES = ["onnx", "tvm", "portable"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bits", [3, 4.5, 6])
+def test_a_trimmed_bundle_gives_the_tokens_of_the_whole(
+    engine: str, bits: float, exported: Path, portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same ceiling, at each budget that is left."""
+    name = None if engine == "portable" else engine
+    bundle = in_small_chunks(portable if name is None else exported, tmp_path / "bundle", monkeypatch)
+    found = trim(bundle, tmp_path / "small", bits).manifest
+    assert found.budget.max_bits == int(bits)
+    verified = manifest.verify(tmp_path / "small")
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in (tmp_path / "small", bundle)]
+    assert verified == found == manifest.read(tmp_path / "small")
+    assert found.total_bytes < manifest.read(bundle).total_bytes - (sizes[1] - sizes[0]) / 2
+    whole, small = (Engine.load(folder, threads=1, engine=name) for folder in (bundle, tmp_path / "small"))
+    whole.ceiling_bits = bits
+    for budget in (3.0, min(3.6, found.budget.max_bits), found.budget.max_bits):
+        wanted, given = (e.generate(PROMPT, max_tokens=8, avg_bits=budget) for e in (whole, small))
+        assert given.text() == wanted.text()
+        assert given.stats.tokens == wanted.stats.tokens
+        assert given.stats.avg_bits_used == wanted.stats.avg_bits_used <= bits
+        np.testing.assert_array_equal(small.logits(PROMPT, budget).logits, whole.logits(PROMPT, budget).logits)
+    assert small.avg_bits == found.budget.max_bits
+    assert small.generate(PROMPT, max_tokens=2).text() is not None
+    with pytest.raises(UsageError, match=f"takes a number from 3 to {found.budget.max_bits:g}"):
+        small.avg_bits = 8.0
+    if name == "onnx":
+        session = Session(tmp_path / "small", threads=1).run(PROMPT, 3.6 if bits > 3 else 3.0)
+        assert np.isfinite(session.logits).all()
+
+
+def test_a_trimmed_bundle_can_be_published_and_completed(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    bundle = in_small_chunks(exported, tmp_path / "served" / "bundle", monkeypatch)
+    small = trim(bundle, tmp_path / "served" / "small", 6).manifest
+    with serving(tmp_path / "served") as server:
+        again = pull(Source.of(f"{server.url}/small"), tmp_path / "again")
+        assert again.manifest == small
+        assert again.fetched_bytes == small.total_bytes
+        place, less = tmp_path / "place", pull(Source.of(f"{server.url}/bundle"), tmp_path / "place", max_bits=4)
+        assert less.manifest == small.limited(2)
+        assert less.fetched_bytes == less.manifest.total_bytes
+        more = pull(Source.of(f"{server.url}/bundle"), place)
+    assert more.manifest == manifest.verify(place)
+    assert not more.manifest.trimmed
+    assert more.fetched_bytes == more.manifest.total_bytes - less.manifest.total_bytes
+    shrunk = pull(Source.of(f"file:{bundle}"), place, max_bits=3)
+    assert shrunk.fetched_bytes == 0
+    assert manifest.verify(place) == shrunk.manifest == small.limited(1)
+
+
+def test_what_cannot_be_trimmed(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = in_small_chunks(exported, tmp_path / "bundle", monkeypatch)
+    (tmp_path / "there").mkdir()
+    for bits, place, message in (
+        (2.5, "new", "--max-bits 2.5: the bundle has depths of 3, 4, 6, 8 bits; give at least 3"),
+        (8, "new", "--max-bits 8: the bundle has no depth of more bits, its most are 8"),
+        (4, "there", "there: it exists; choose another folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            trim(bundle, tmp_path / place, bits)
+    weights = bundle / "model.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[5000] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: bytes 4096 to 8192 came"):
+        trim(bundle, tmp_path / "new", 4)
+    assert not (tmp_path / "new").exists()
+    found = manifest.read(bundle)
+    manifest.write(replace(found, parts=manifest.undivided(found.files)), bundle)
+    with pytest.raises(BundleError, match="not divided by depth, so it cannot be trimmed"):
+        trim(bundle, tmp_path / "newer", 4)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"depth": 0}', '{"depth": 9}', '{"depth": "2"}', '{"depth": 2.0}', "[2]"])
+def test_a_broken_trim_file_is_refused(text: str, exported: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    (bundle / "trim.json").write_text(text)
+    with pytest.raises(BundleError, match=r"trim\.json: .*pull or trim the bundle again"):
+        manifest.read(bundle)
+
+
+def test_a_short_file_is_no_trimmed_bundle(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = in_small_chunks(exported, tmp_path / "bundle", monkeypatch)
+    trim(bundle, tmp_path / "small", 4)
+    (tmp_path / "small" / "trim.json").unlink()
+    with pytest.raises(BundleError, match="an incomplete copy"):
+        manifest.verify(tmp_path / "small")
+    (tmp_path / "small" / "trim.json").write_text('{"depth": 1}')
+    with pytest.raises(BundleError, match="an incomplete copy"):
+        Engine.load(tmp_path / "small")
+
+
+def test_what_cannot_run_in_part(exported: Path) -> None:
+    found = manifest.read(exported)
+    assert not runs_in_part(replace(found, layout="nbits"), "onnx"), "ONNX Runtime copies stock operands"
+    assert not runs_in_part(found, "webgpu")
+    assert not runs_in_part(replace(found, parts=manifest.undivided(found.files)), "onnx")
