@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from file_server import serving
 from tiny_models import write_checkpoint
 
-from mbq_export.cli import command
+from mbq_export import cli
 from mbq_runtime import BundleError, Engine, Generation, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.engine import Session
@@ -25,14 +31,14 @@ pytestmark = pytest.mark.heavy
 
 CHUNK_BYTES = 4096
 PROMPT = np.random.default_rng(5).integers(0, 256, 12).tolist()
-BEFORE, AFTER = 6, 10  # tokens
+STEP = 5  # tokens between two rises of the ceiling
 
 
 def export(folder: Path, text: Path, target: str, engine: str) -> Path:
     arguments = ["--target", target, "--model", write_checkpoint(folder / "llama", "llama"), "--engine", engine]
     arguments += ["--output", folder / "bundle", "--calib-data", text, "--router", "norm", "--json"]
     arguments += ["--calib-tokens", 512, "--method", "rtn"]
-    command([str(argument) for argument in arguments], standalone_mode=False)
+    cli.command([str(argument) for argument in arguments], standalone_mode=False)
     return folder / "bundle"
 
 
@@ -55,13 +61,37 @@ def in_small_chunks(bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -
     return copy
 
 
-def spoken(reply: Generation, rise: Callable[[], object]) -> tuple[int, ...]:
-    """The tokens of a reply whose ceiling rises after some pieces."""
+def spoken(reply: Generation, rises: Sequence[Callable[[], object]]) -> tuple[int, ...]:
+    """The tokens of a reply whose ceiling rises again and again."""
     with reply:
         for count, _ in enumerate(reply, 1):
-            if count == BEFORE:
-                rise()
+            if count % STEP == 0 and count < 3 * STEP:
+                rises[count // STEP - 1]()
     return reply.stats.tokens
+
+
+class Gates:
+    """A server that sends the chunks of a depth when its gate is opened; those of depth 1 at once."""
+
+    def __init__(self, found: manifest.Manifest) -> None:
+        depths = range(1, found.profile.depths)
+        self.held = [
+            {name: -(-size // CHUNK_BYTES) * CHUNK_BYTES for name, size in found.needed_bytes(depth).items()}
+            for depth in depths
+        ]
+        self.gates = [threading.Event() for _ in depths]
+
+    def change(self, path: str, begin: int, data: bytes) -> bytes:
+        name = path.rpartition("/bundle/")[2]
+        for held, gate in zip(self.held, self.gates, strict=True):
+            if begin >= held.get(name, 1 << 60):
+                gate.wait(60)
+        return data
+
+    def open(self, *depths: int) -> None:
+        """Let depths of at least 2 come; all without any."""
+        for depth in depths or range(2, len(self.gates) + 2):
+            self.gates[depth - 2].set()
 
 
 @pytest.mark.parametrize("engine", ["onnx", "tvm"])
@@ -73,21 +103,14 @@ def test_it_speaks_from_its_first_slices(
     published = in_small_chunks(exported, tmp_path / "served" / "bundle", monkeypatch)
     found = manifest.read(published)
     assert runs_in_part(found, engine)
-    held = {name: -(-size // CHUNK_BYTES) * CHUNK_BYTES for name, size in found.needed_bytes(1).items()}
-    released = threading.Event()
-
-    def wait(path: str, begin: int, data: bytes) -> bytes:
-        if begin >= held.get(path.removeprefix("/bundle/"), 1 << 60):
-            released.wait(60)
-        return data
-
+    gates = Gates(found)
     with serving(tmp_path / "served") as server:
-        server.change = wait
+        server.change = gates.change
         incoming = Incoming(Source.of(f"{server.url}/bundle"))
         try:
             folder = incoming.folder(engine)
             assert folder.name.endswith(".part")
-            poisoned = 0
+            poisoned, held = 0, gates.held[0]
             for entry in found.files:
                 if held[entry.name] < entry.size:
                     with (folder / entry.name).open("r+b") as file:
@@ -98,27 +121,66 @@ def test_it_speaks_from_its_first_slices(
             early = Engine.load(folder, threads=1, engine=engine)
             incoming.follow(early)
             assert early.ceiling_bits == early.avg_bits == found.profile.min_bits
+            bits = found.profile.depth_bits
 
-            def release() -> None:
-                released.set()
+            def second() -> None:
+                gates.open(2)
+                while early.ceiling_bits != bits[1]:
+                    time.sleep(0.01)
+
+            def rest() -> None:
+                gates.open()
                 incoming.wait()
 
-            tokens = spoken(early.generate(PROMPT, max_tokens=BEFORE + AFTER, avg_bits=8.0), release)
+            tokens = spoken(early.generate(PROMPT, max_tokens=3 * STEP, avg_bits=5.0), [second, rest])
         finally:
-            released.set()
+            gates.open()
             incoming.wait()
     assert incoming.whole is not None, incoming.error
-    assert early.avg_bits == 8.0
+    assert (early.ceiling_bits, early.avg_bits) == (None, 5.0)
     manifest.verify(incoming.whole.folder)
 
     whole = Engine.load(incoming.whole.folder, threads=1, engine=engine)
+    whole.ceiling_bits = bits[0]
+    rises = [lambda ceiling=ceiling: setattr(whole, "ceiling_bits", ceiling) for ceiling in (bits[1], None)]
+    assert tokens == spoken(whole.generate(PROMPT, max_tokens=3 * STEP, avg_bits=5.0), rises)
+    assert len(tokens) == 3 * STEP
 
-    def rise() -> None:
-        whole.ceiling_bits = None
 
-    whole.ceiling_bits = found.profile.min_bits
-    assert tokens == spoken(whole.generate(PROMPT, max_tokens=BEFORE + AFTER, avg_bits=8.0), rise)
-    assert len(tokens) == BEFORE + AFTER
+def test_a_server_answers_while_its_bundle_comes(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    gates = Gates(manifest.read(in_small_chunks(exported, tmp_path / "served" / "bundle", monkeypatch)))
+    small = f"from mbq_runtime.bundle import manifest; manifest.CHUNK_BYTES = {CHUNK_BYTES}"
+    program = f"{small}; from mbq_runtime.cli import main; main()"
+    with serving(tmp_path / "served") as server:
+        server.change = gates.change
+        arguments = ["serve", f"{server.url}/bundle", "--port", "0", "--threads", "1", "--bits", "6", "--trust"]
+        with subprocess.Popen(
+            [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                address = process.stdout.readline().split()[1].removesuffix("/v1")
+
+                def ask(path: str, body: dict[str, object] | None = None) -> Any:
+                    data = None if body is None else json.dumps(body).encode()
+                    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        return json.load(answer)
+
+                assert ask("/health")["ceiling_bits"] == 3
+                completion = {"model": "llama", "prompt": "A", "max_tokens": 4}
+                assert ask("/v1/completions", completion)["usage"]["avg_bits"] == 3
+                gates.open()
+                while ask("/health")["ceiling_bits"] < 8:
+                    time.sleep(0.05)
+                assert ask("/v1/completions", completion)["usage"]["avg_bits"] > 3
+            finally:
+                gates.open()
+                process.terminate()
+                process.wait(30)
 
 
 ENGINES = ["onnx", "tvm", "portable"]

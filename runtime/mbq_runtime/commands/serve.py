@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import SWITCH_S, bundle_argument, engine_option, speculate_option, threads_option
+from .common import SWITCH_S, coming_bundle_argument, engine_option, speculate_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -24,7 +25,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 
 
 @click.command("serve")
-@bundle_argument
+@coming_bundle_argument
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 for a free one.")
 @click.option("--api-key", envvar="MBQ_API_KEY", help="Key that clients must send; better set as MBQ_API_KEY.")
@@ -56,6 +57,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 @threads_option
 def command(
     bundle: Path,
+    follow: Callable[[Any], None],
     host: str,
     port: int,
     api_key: str | None,
@@ -100,6 +102,7 @@ def command(
         most = min(manifest.read(bundle).model.context_length, _CONTEXT)
         note_code(bundle, trust=trust)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
+        follow(loaded)
         loaded.speculate = speculate
         feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
         bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))

@@ -52,6 +52,12 @@ class BoundedEngine:
             self._apply()
 
     @property
+    def ceiling_bits(self) -> float:
+        """Most bits per weight that a token can read now: fewer than the bundle's while a part of it is still coming."""
+        ceiling = self._engine.ceiling_bits
+        return self.manifest.budget.max_bits if ceiling is None else ceiling
+
+    @property
     def threads(self) -> int:
         """Number of processor threads that the engine uses.
 

@@ -93,7 +93,7 @@ class Server:
     ) -> None:
         self.model = engine.manifest.model.name
         self.worker = Worker(engine, bounded, governor, limit=queue_limit, cache_bytes=cache_bytes, sleep_s=sleep_s)
-        self._engine, self._budget, self._feed = engine, budget, feed
+        self._engine, self._bounded, self._budget, self._feed = engine, bounded, budget, feed
         self._sample = FeedSampler(bounded, governor, self.worker)
         self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
         self._uploads = Uploads(_FAIR_UPLOAD_S)
@@ -158,7 +158,7 @@ class Server:
         return Response(page, headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     async def _health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "ceiling_bits": self._bounded.ceiling_bits})
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})

@@ -99,6 +99,11 @@ class _Gauges(Collector):
         readings = status.readings
         gauges = (
             ("avg_bits", "Budget in force, average bits per weight.", self._bounded.avg_bits),
+            (
+                "ceiling_bits",
+                "Most bits per weight of a token; fewer while a bundle comes.",
+                self._bounded.ceiling_bits,
+            ),
             ("threads", "Processor threads in use.", self._bounded.threads),
             ("avg_bits_used", "Average bits per weight of the last tokens.", status.avg_bits_used),
             ("tokens_per_second", "Decoding speed of the last tokens.", status.tokens_per_s),
