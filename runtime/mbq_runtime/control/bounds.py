@@ -53,7 +53,7 @@ class BoundedEngine:
 
     @property
     def ceiling_bits(self) -> float:
-        """Most bits per weight that a token can read now: fewer than the bundle's while a part of it is still coming."""
+        """Most bits per weight that a token can read now; fewer than the bundle has while a part of it is coming."""
         ceiling = self._engine.ceiling_bits
         return self.manifest.budget.max_bits if ceiling is None else ceiling
 
