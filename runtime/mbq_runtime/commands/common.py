@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -99,6 +99,7 @@ def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterato
     with progress_line(f"pulling {source.text}") as progress:
         shown: list[Progress] = [progress]
         incoming = Incoming(source, allow_http=allow_http, progress=lambda done, total: shown[0](done, total))
+        _import_packages(engine)
         folder = incoming.folder(engine)
         shown[0] = lambda done, total: None
     if incoming.whole is not None:
@@ -114,6 +115,16 @@ def coming_bundle(text: str, *, allow_http: bool, engine: str | None) -> Iterato
         click.echo(f"note: the rest did not come: {printable(str(incoming.error))}", err=True)
     elif incoming.whole is None:
         click.echo("note: the rest has not come yet; the same command goes on from here", err=True)
+
+
+def _import_packages(engine: str | None) -> None:
+    """Import what an engine needs, while its bundle comes.  Later each second would be that of a person who waits."""
+    import mbq_runtime.engine  # noqa: F401
+    from mbq_runtime.engine.imports import import_engine
+
+    if engine in (None, "onnx"):
+        with suppress(UsageError):  # whoever loads the engine says what is missing
+            import_engine("onnxruntime_genai")
 
 
 def allow_http_option(function: F) -> F:
