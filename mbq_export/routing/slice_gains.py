@@ -7,10 +7,9 @@ is ``0.5 * (g . dW_k x)**2``.  This is the second-order term of the loss, with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from .. import processes
 from ..context import Calibration
 from ..format.codes import Sliced
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
-from ..model.blocks import require_finite
+from ..model.blocks import fast_dtype, require_finite
 from ..model.gradients import backpropagate_samples, lean_backward
 from ..model.router_inputs import RouterInputs
 from ..model.shape import Unit
@@ -92,22 +91,34 @@ class _Recorder:
         require_finite(self.unit.name, self.x)
         x = self.x[:: self.every]
         g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
-        # Weights are rebuilt each time: to keep them would take E times the model's memory.
-        depths = range(1, self.profile.depths + 1)
-        outputs = [x @ values_at(self.sliced, self.profile, depth, device=x.device).T for depth in depths]
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
         mean_square = (seen**2).mean(1) + MEAN_SQUARE_EPS
         rows = slice(self.done, self.done + len(g))
         self.kept["mean_square"][rows] = mean_square
-        for depth, output in enumerate(outputs):
-            self.kept["loss"][rows, depth] = 0.5 * (g * (outputs[-1] - output)).sum(1) ** 2
-        for depth, (before, after) in enumerate(pairwise(outputs)):
-            self.kept["change"][rows, depth] = ((after - before) ** 2).sum(1)
+        gains = torch.zeros(len(g), self.profile.depths, device=g.device)
+        for slice_, change in enumerate(self._changes(x)):
+            self.kept["change"][rows, slice_] = (change**2).sum(1)
+            gains[:, slice_] = (g * change).sum(1)
+        # What all slices after a depth change.
+        self.kept["loss"][rows] = 0.5 * gains.flip(1).cumsum(1).flip(1).cpu() ** 2
         if self.keep_inputs:
             self.kept["inputs"][rows] = (seen / mean_square.sqrt()[:, None]).half()
         self.done = rows.stop
         self.x = None
         self.grads.clear()
+
+    def _changes(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What each slice after the first adds to the output, float32 [tokens, N].
+
+        Weights are rebuilt each time: to keep them would take E times the model's memory.  A product of differences
+        loses nothing by fewer digits, as a difference of products would.
+        """
+        dtype = fast_dtype(x.device)
+        x, below = x.to(dtype), values_at(self.sliced, self.profile, 1, device=x.device)
+        for depth in range(2, self.profile.depths + 1):
+            deeper = values_at(self.sliced, self.profile, depth, device=x.device)
+            yield (x @ below.neg_().add_(deeper).to(dtype).T).float()
+            below = deeper
 
     def result(self) -> UnitStatistics:
         of_all = processes.gathered([self.kept])

@@ -57,8 +57,8 @@ def test_losses_are_those_of_second_order_but_for_one_token_in_a_hundred(tmp_pat
     cut = (expected > highest).any(1)
     in_a_hundred = len(expected) // 100
     assert in_a_hundred <= cut.sum() <= in_a_hundred * (PROFILE.depths - 1)
-    assert (np.abs(found - expected)[~cut] <= 1e-3 * expected[~cut] + 1e-5 * highest).all()
-    np.testing.assert_allclose(found.max(0), highest, rtol=1e-3)
+    assert (np.abs(found - expected)[~cut] <= 0.03 * expected[~cut] + 1e-3 * highest).all()
+    np.testing.assert_allclose(found.max(0), highest, rtol=0.03)
 
 
 def test_a_few_spoilt_tokens_do_not_move_a_units_worth() -> None:
