@@ -233,6 +233,16 @@ TABLES = {
             minutes=("minutes", 1),
         ),
     ),
+    "first-words": Table(
+        "first-words",
+        _columns(
+            event=("event", None),
+            ceiling_bits=("ceiling, bits", 0),
+            megabytes=("MB that have come", 1),
+            share_percent=("of all, %", 1),
+            token=("before token", 0),
+        ),
+    ),
     "arm-static": Table(
         "arm-static",
         _columns(side=("kernel", None), depth_bits=("bits", 0), weight_bytes_per_cycle=("weight bytes a cycle", 1)),
