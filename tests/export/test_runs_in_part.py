@@ -137,9 +137,11 @@ def test_it_speaks_from_its_first_slices(
             gates.open()
             incoming.wait()
     assert incoming.whole is not None, incoming.error
-    assert (early.ceiling_bits, early.avg_bits) == (None, 5.0)
+    assert (early.ceiling_bits, early.avg_bits, early.path) == (None, 5.0, incoming.whole.folder)
     manifest.verify(incoming.whole.folder)
 
+    early.sleep()
+    assert early.generate("A", max_tokens=2).text() == early.generate("A", max_tokens=2).text()
     whole = Engine.load(incoming.whole.folder, threads=1, engine=engine)
     whole.ceiling_bits = bits[0]
     rises = [lambda ceiling=ceiling: setattr(whole, "ceiling_bits", ceiling) for ceiling in (bits[1], None)]

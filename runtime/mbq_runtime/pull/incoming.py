@@ -24,7 +24,12 @@ MAPPED_ENGINES = ("onnx", "tvm")
 class Bounded(Protocol):
     """What of an engine this module uses, see ``mbq_runtime.engine.Engine``."""
 
+    path: Path
     ceiling_bits: float | None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """See ``Engine``.  It loads the tokenizer."""
 
 
 class Incoming:
@@ -81,6 +86,7 @@ class Incoming:
         """
         with self._changed:
             if self._given and self._manifest is not None:
+                _ = engine.has_chat_template  # an engine may read these files late, and the folder's name will change
                 self._engine = engine
                 self._raise_ceiling()
                 self._changed.notify_all()
@@ -129,7 +135,7 @@ class Incoming:
         with self._changed:
             self.whole, self.error = whole, error
             if whole is not None and self._engine is not None:
-                self._engine.ceiling_bits = None
+                self._engine.path, self._engine.ceiling_bits = whole.folder, None
             self._changed.notify_all()
 
 
