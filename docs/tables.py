@@ -233,6 +233,19 @@ TABLES = {
             minutes=("minutes", 1),
         ),
     ),
+    "format-2": Table(
+        "format-2",
+        _columns(
+            bits=("bits", 0),
+            mb_before=("MB a token, before", 1),
+            mb_now=("now", 1),
+            kl_before=("KL, before", 4),
+            kl_now=("now", 4),
+            cpu_ms_before=("processor ms, before", 2),
+            cpu_ms_now=("now", 2),
+            time_ratio=("now / before", 3),
+        ),
+    ),
     "first-words": Table(
         "first-words",
         _columns(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,30 @@ def test_machine_as_the_runtime_sees_it(userland: Userland, tiny_bundle: Path) -
     board = userland.run(["-m", "mbq_runtime.cli", "inspect", str(tiny_bundle), "--json"])
     assert board.returncode == 0, board.stderr
     assert json.loads(board.stdout)["runs_here"] is True
+
+
+def test_a_pulled_bundle_chats(userland: Userland, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The commands of a board's user, with a server of plain files that knows no ranges."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tiny_bundle.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        source, environment = f"http://127.0.0.1:{http.server_port}/bundle", {"MBQ_CACHE_DIR": str(tmp_path)}
+        try:
+            pulled = userland.run(["-m", "mbq_runtime.cli", "pull", source], env=environment)
+        finally:
+            http.shutdown()
+            thread.join()
+    assert pulled.returncode == 0, pulled.stderr
+    folder = pulled.stdout.strip()
+    assert Path(folder).parent == tmp_path / "bundles"
+    options = ["--bits", "4", "--max-tokens", "8"]
+    # The server is gone: the source is the name of what was pulled.
+    command = ["-m", "mbq_runtime.cli", "chat", source, *options]
+    talk = userland.run(command, env=environment, input="hello\n/exit\n")
+    assert talk.returncode == 0, talk.stderr
+    host = subprocess.run(
+        [sys.executable, "-m", "mbq_runtime.cli", "chat", folder, *options],
+        input="hello\n/exit\n", capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert talk.stdout == host.stdout != ""
