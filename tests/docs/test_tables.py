@@ -80,6 +80,7 @@ def test_every_table_is_on_a_page() -> None:
     assert sources <= set(re.findall(r'Table\(\s*"([\w-]+)"', TABLES.read_text(encoding="utf-8")))
 
 
+@pytest.mark.heavy
 def test_the_figures_are_drawn(tmp_path: Path) -> None:
     script = ROOT / "docs" / "figures" / "make.py"
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True)

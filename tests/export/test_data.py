@@ -235,7 +235,7 @@ def test_a_device_is_no_file(tmp_path: Path, path: str) -> None:
         open_source(path)
 
 
-@pytest.mark.parametrize("read", [corpora.wikipedia, corpora.code])
+@pytest.mark.parametrize("read", [pytest.param(corpora.wikipedia, marks=pytest.mark.heavy), corpora.code])
 def test_parts_of_a_packaged_text_share_nothing(read: Callable[[str], str]) -> None:
     parts = {name: read(name) for name in ("calibration", "validation", "evaluation")}
     lines = {name: {line for line in part.split("\n") if len(line) > 90} for name, part in parts.items()}

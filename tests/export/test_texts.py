@@ -81,7 +81,9 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]
     return prompts
 
 
-@pytest.mark.parametrize("kind", replies.KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.heavy) if kind == "conversation" else kind for kind in replies.KINDS]
+)
 def test_replies_are_written_once(
     checkpoint: Checkpoint, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ def shown(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.heavy
 def test_kernels_of_a_processor() -> None:
     by_depth = [f"{kind}_d{depth}" for kind in ("gemv", "gemm", "gather") for depth in (1, 2, 3)]
     names = shown("rpi5", "--slices", "2,2,4").split()
