@@ -27,6 +27,7 @@ def llguidance() -> None:
     needs.module("llguidance")
 
 
+@pytest.mark.heavy
 def test_replies_validate_at_every_budget(engine: Engine) -> None:
     """Two hundred schemas.  A reply that the context cuts off proves nothing, so there must be few."""
     jsonschema = needs.module("jsonschema")

@@ -172,7 +172,7 @@ def test_a_flapping_load_makes_the_rises_rarer() -> None:
     assert all(later - earlier > 600 for earlier, later in pairwise(rises))
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (1, 2, 3, 4))])
 def test_noise_in_a_steady_state_makes_no_more_than_one_change_in_20_s(seed: int) -> None:
     noise = random.Random(seed)
     for mean in (0.08, 0.12, 0.2, 0.3):

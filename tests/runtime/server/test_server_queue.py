@@ -53,6 +53,7 @@ def idle(running: Running) -> Iterator[int]:
     assert text(completion(running, max_tokens=3)) == "BCD"
 
 
+@pytest.mark.heavy
 def test_fifty_clients_each_get_their_own_answer_or_a_refusal(engine: Engine) -> None:
     # "@" and "G" are metered by the same.
     prompts = [f"x{chr(byte)}" for byte in range(ord("!"), ord("!") + CLIENTS + 1) if chr(byte) != "@"]

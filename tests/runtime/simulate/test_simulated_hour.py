@@ -13,6 +13,7 @@ from mbq_runtime.simulate.closed_loop import PolicyRun, contenders, simulate
 from mbq_runtime.simulate.model import SMOLLM2_135M
 
 STEADY_S = 900.0
+OTHER_POLICIES = ("battery", "cool", "quality")
 
 
 @cache
@@ -51,7 +52,7 @@ def test_auto_gains_where_the_board_throttles_and_costs_nothing_where_it_does_no
         assert figure(auto, "mean_bits") == 8.0
 
 
-@pytest.mark.parametrize("policy", ["auto", "battery", "cool", "quality"])
+@pytest.mark.parametrize("policy", ["auto", *(pytest.param(p, marks=pytest.mark.heavy) for p in OTHER_POLICIES)])
 @pytest.mark.parametrize("board", BOARDS)
 def test_no_policy_oscillates(board: str, policy: str) -> None:
     switches = an_hour(board, policy).switches
