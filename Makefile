@@ -11,8 +11,8 @@ PYTEST := $(BIN)/python -m pytest
 
 # What the quick tier leaves out: exports of the real model, emulated boards, and whatever compiles much.
 QUICK := not slow and not heavy
-# Two runs of pytest share the two cores, so each multiplies on one.
-FIRST := tests/runtime
+# Two runs of pytest share the two cores, so each multiplies on one.  Some tests of the first wait, so it has fewer.
+FIRST := $(addprefix tests/runtime/,chat control server) $(wildcard tests/runtime/test_*.py)
 SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
 # Parts of all tests, the longest first: a part begins when a core is free.  The first has the real model, here and on
 # emulated boards; finished exports are kept for the next run.

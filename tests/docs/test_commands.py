@@ -374,6 +374,8 @@ class _Server:
 
 _serving = _Server
 COMMANDS = shell_commands()
+LONG = re.compile(r"mbq (simulate|perplexity|serve|bench) ")
+"""Commands that start a server, draw or measure: about a second of a core."""
 
 
 def _bare(command: str) -> str:
@@ -381,7 +383,9 @@ def _bare(command: str) -> str:
     return re.sub(r"^(?:[A-Z_]+=\S+ )+|\s+>>?\s*\S+$", "", command)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, id=one, marks=[pytest.mark.heavy] * bool(LONG.search(one))) for one in COMMANDS]
+)
 def test_a_command_of_the_pages_works(command: str, inside: Path) -> None:
     bare = _bare(command)
     for row in ROWS:
