@@ -1,8 +1,10 @@
 """The controller: a pure function from readings to the budget of the next tokens.
 
-Each trigger of the policy gives a pressure from 0 to 1.  The highest pressure sets the budget: the policy's ceiling at
-pressure 0, its floor at pressure 1.  The budget falls within seconds.  It rises after a calm time.  The calm time
-doubles when the budget must fall soon after a rise.
+Each trigger of the policy gives a wish: the highest budget that is enough for it.  A trigger computes it from what the
+controller learned about the board (its need).  Before anything is learned, the trigger's band gives a pressure from 0
+to 1: the policy's ceiling at pressure 0, its floor at pressure 1.  The lowest wish sets the budget.
+
+The budget falls when a wish lasts.  It rises in steps that every trigger allows for some time.
 """
 
 from __future__ import annotations
@@ -14,38 +16,22 @@ from typing import NamedTuple
 
 from mbq_runtime.sensing.readings import Readings
 
+from .learned import Learned
 from .policy import Policy
-from .triggers import TRIGGERS, Situation, Trigger
+from .tracks import HOLD_S, Track, sense
+from .triggers import TRIGGERS, Situation
+from .wishes import Wish, describe, wishes
 
-STEP_BITS = 0.5
-"""Distance between two budgets in bits.  A budget is the floor plus a multiple of this, or the ceiling."""
-
-_CONFIRM_S = 1.0  # the pressure must last this long before the budget falls
-_CLEAR_S = 20.0  # shortest calm time before a rise, and shortest time between a change and a rise
+_CLEAR_S = 20.0  # shortest calm time before a rise without a model, and shortest time between a change and a rise
 _CLEAR_MOST_S = 160.0
+_SAFE_S = 5.0  # calm time before a rise that the model knows to be safe
+_APART_S = 10.0  # shortest time between a change and such a rise, or a small fall
 _STABLE_S = 600.0  # after this long without a change the calm time is the shortest one again
-_SETTLED_S = 5.0
+_SETTLED_S = 2.0
 _LARGE_BITS = 1.0
-_HYSTERESIS = 0.08  # pressure that is added when a rise is considered
-_HOLD_S = 30.0  # the last value of a sensor without new readings is used for this long
-_GRACE_S = 5.0  # sensors without any reading by then are reported as unknown
-_SLOPE_S = 10.0  # time constant of a slope
-_ABSURD = 1e6  # limit for values of broken sensors, so that smoothing stays finite
-_UNKNOWN = "unknown"
+_LAPSE_S = 1.1  # a wish that pauses for this long still lasts
+_PACE_S = 0.5  # time constant of the smoothed time of a token
 _LONGEST_S = 60.0  # a longer time between two steps counts as this: the machine slept, or its clock jumped
-
-
-class Track(NamedTuple):
-    """One signal over time.
-
-    value: smoothed value, in the unit of the trigger; slope: change of it per second; at_s: controller time of the last
-    known value; readings: the readings that gave it.
-    """
-
-    value: float
-    slope: float
-    at_s: float
-    readings: Readings
 
 
 @dataclass(frozen=True)
@@ -58,14 +44,17 @@ class State:
         now_s: time of the last step on the caller's clock; None before the first one.
         changed_s: time of the last change of the budget.
         rose_s: time of the last rise, if no fall came after it.
-        fall_since_s: time since which a fall is wanted; None when none is.
+        wanted: by trigger, (time since which it wants a fall, time at which it last did).
         calm_since_s: time since which a rise is possible; None when none is.
         calm_bits: lowest budget that was possible in this calm time.
-        clear_s: length of the calm time that a rise needs.
+        clear_s: length of the calm time that a rise needs without a model.
         cause: name of the trigger that last lowered the budget; "" when none did.
         tracks: the signals that are known, by trigger name.
         best_tps: best speed in tokens/s, by budget.
         best_clock: highest share of the clock that was allowed so far; None when it was never known.
+        pace_s: smoothed time of a token at the highest budget of the bundle, in s; None when none is known.
+        paced: (controller time in s, number of threads) of the last tokens in ``pace_s``.
+        learned: what is known about the board.
         notices: messages about sensors from this step.
         told: names of the sensors about which a notice was given.
     """
@@ -75,7 +64,7 @@ class State:
     now_s: float | None = None
     changed_s: float = -math.inf
     rose_s: float = -math.inf
-    fall_since_s: float | None = None
+    wanted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     calm_since_s: float | None = None
     calm_bits: float = 0.0
     clear_s: float = _CLEAR_S
@@ -83,6 +72,9 @@ class State:
     tracks: Mapping[str, Track] = field(default_factory=dict)
     best_tps: Mapping[float, float] = field(default_factory=dict)
     best_clock: float | None = None
+    pace_s: float | None = None
+    paced: tuple[float, int] = (0.0, 1)
+    learned: Learned = field(default_factory=Learned)
     notices: tuple[str, ...] = ()
     told: frozenset[str] = frozenset()
 
@@ -99,18 +91,14 @@ class Decision(NamedTuple):
     reason: str
 
 
-class _Press(NamedTuple):
-    pressure: float
-    name: str
-
-
-def start(policy: Policy) -> State:
+def start(policy: Policy, learned: Learned | None = None) -> State:
     """The state before the first step: the budget is the ceiling.
 
     Args:
         policy: a policy that has bounds.
+        learned: what is known about the board; None: nothing.
     """
-    return State(bits=policy.bounds[1])
+    return State(bits=policy.bounds[1], learned=learned or Learned())
 
 
 def step(state: State, readings: Readings, now: float, policy: Policy) -> Decision:
@@ -137,11 +125,16 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
     )
     if not policy.bands:
         return Decision(replace(state, bits=high), high, "fixed")
-    state = _sense(state, _finite(readings), elapsed_s, policy)
-    presses = _presses(state, policy)
+    readings = _finite(readings)
+    state = _paced(state, readings, elapsed_s, policy)
+    at = _situation(state, readings, policy)
+    seen = sense(state.tracks, state.told, at, state.clock_s, elapsed_s)
+    state = replace(state, tracks=seen.tracks, notices=seen.notices, told=seen.told)
+    found = wishes(state.tracks, at, state.clock_s)
     before = state.bits
-    state = _move(state, presses, policy)
-    return Decision(state, state.bits, _reason(before, state, presses, policy))
+    state = _move(state, found, elapsed_s, policy)
+    reason = _reason(before, state, found, at)
+    return Decision(_learn(state, found, at, elapsed_s), state.bits, reason)
 
 
 def _finite(readings: Readings) -> Readings:
@@ -151,108 +144,77 @@ def _finite(readings: Readings) -> Readings:
     return replace(readings, **broken) if broken else readings  # type: ignore[arg-type]
 
 
-def _sense(state: State, readings: Readings, elapsed_s: float, policy: Policy) -> State:
-    """Add the readings to the smoothed signals.  Give a notice for each sensor that is missing or lost."""
-    sandboxed = "heat" not in state.tracks and "cpu" not in state.tracks
+def _paced(state: State, readings: Readings, elapsed_s: float, policy: Policy) -> State:
+    """Add the last tokens to the smoothed time of a token."""
+    threads = readings.decode_threads or policy.threads or 1
+    tps = readings.tokens_per_s
+    if tps is None or not 1e-3 < tps < 1e6:
+        return state if state.clock_s - state.paced[0] <= HOLD_S else replace(state, pace_s=None)
+    part = policy.part(readings.decode_bits or state.bits)
+    now_s = 1 / tps / state.learned.token_time(threads).shape(part)
+    if state.pace_s is not None and threads == state.paced[1]:
+        now_s = state.pace_s + (1 - math.exp(-elapsed_s / _PACE_S)) * (now_s - state.pace_s)
+    return replace(state, pace_s=now_s, paced=(state.clock_s, threads))
+
+
+def _situation(state: State, readings: Readings, policy: Policy) -> Situation:
     # Fewer bits are never slower, so a speed that was reached at more bits is possible here too.
     best_tps = max((tps for bits, tps in state.best_tps.items() if bits >= state.bits), default=None)
     clock = max(filter(None, (state.best_clock, readings.cpu_freq_fraction)), default=None)
-    at = Situation(readings, policy, state.now_s or 0.0, state.bits, best_tps, clock, sandboxed)
-    tracks, notices, told = dict(state.tracks), [], set(state.told)
-    for name in policy.bands:
-        trigger, track = TRIGGERS[name], tracks.get(name)
-        silent_s = state.clock_s - track.at_s if track else 0.0
-        value = trigger.value(at)
-        if value is not None:
-            known = track if silent_s <= _HOLD_S else None
-            tracks[name] = _smoothed(known, trigger, value, state.clock_s, elapsed_s, readings)
-        elif track and not trigger.sensor:
-            del tracks[name]
-        elif silent_s > _HOLD_S and name not in told:
-            told.add(name)
-            notices.append(f"{name}: no reading for {_HOLD_S:.0f} s; it is ignored")
-    if state.clock_s >= _GRACE_S and _UNKNOWN not in told:
-        told.add(_UNKNOWN)
-        unknown = [name for name in policy.bands if TRIGGERS[name].sensor and name not in tracks]
-        if unknown:
-            notices.append(f"unknown on this board, and ignored: {', '.join(unknown)}")
-    best = state.best_tps
-    if readings.tokens_per_s is not None and readings.tokens_per_s > best.get(state.bits, 0.0):
-        best = {**best, state.bits: readings.tokens_per_s}
-    state = replace(state, best_tps=best, best_clock=clock)
-    return replace(state, tracks=tracks, notices=tuple(notices), told=frozenset(told))
+    return Situation(
+        readings, policy, state.now_s or 0.0, state.bits,
+        best_tps=best_tps, best_clock=clock, sandboxed="heat" not in state.tracks and "cpu" not in state.tracks,
+        pace_s=state.pace_s, threads=state.paced[1], learned=state.learned,
+    )  # fmt: skip
 
 
-def _smoothed(
-    track: Track | None, trigger: Trigger, value: float, clock_s: float, elapsed_s: float, readings: Readings
-) -> Track:
-    value = _believable(value)
-    if track is None:
-        return Track(value, 0.0, clock_s, readings)
-    weight = 1 - math.exp(-elapsed_s / trigger.smooth_s) if trigger.smooth_s else 1.0
-    change = weight * (value - track.value)
-    slope = track.slope
-    if elapsed_s:
-        # The time between two steps can be almost 0.
-        slope += (1 - math.exp(-elapsed_s / _SLOPE_S)) * (_believable(change / elapsed_s) - slope)
-    return Track(track.value + change, slope, clock_s, readings)
+def _learn(state: State, found: list[Wish], at: Situation, elapsed_s: float) -> State:
+    """Add the last tokens to what is known, if nothing slowed them."""
+    readings, best = at.readings, state.best_tps
+    tps = readings.tokens_per_s
+    state = replace(state, best_clock=at.best_clock)
+    if tps is None:
+        return state
+    if tps > best.get(state.bits, 0.0):
+        state = replace(state, best_tps={**best, state.bits: tps})
+    quiet = any(wish.name == "cpu" for wish in found) and not any(wish.slows for wish in found)
+    if not quiet or elapsed_s == 0 or tps <= 0:
+        return state
+    part = at.policy.part(readings.decode_bits or at.bits)
+    return replace(state, learned=state.learned.with_token(at.threads, part, 1 / tps, min(elapsed_s, 1.0)))
 
 
-def _believable(value: float) -> float:
-    return min(max(value, -_ABSURD), _ABSURD)
-
-
-def _presses(state: State, policy: Policy) -> list[_Press]:
-    """The pressure of each signal that has a value of the last ``_HOLD_S`` seconds."""
-    found = []
-    for name, band in policy.bands.items():
-        track, trigger = state.tracks.get(name), TRIGGERS[name]
-        if track is not None and state.clock_s - track.at_s <= _HOLD_S:
-            ahead = min(max(track.slope * trigger.forecast_s, 0.0), trigger.forecast_most)
-            found.append(_Press(band.pressure(track.value + ahead), name))
-    return found
-
-
-def _target(pressure: float, low: float, high: float) -> float:
-    """The budget at a pressure: the floor plus a multiple of ``STEP_BITS``, or the ceiling."""
-    if pressure <= 0:
-        return high
-    return low + max(math.floor((1 - pressure) * (high - low) / STEP_BITS + 1e-9), 0) * STEP_BITS
-
-
-def _move(state: State, presses: list[_Press], policy: Policy) -> State:
-    """Lower the budget to what the highest pressure needs, or raise it after a calm time."""
-    low, high = policy.bounds
+def _move(state: State, found: list[Wish], elapsed_s: float, policy: Policy) -> State:
+    """Lower the budget to the lowest wish, or raise it after a calm time."""
     now_s, bits = state.clock_s, state.bits
     since_s = now_s - state.changed_s
-    wishes = [(_target(press.pressure, low, high), press.name) for press in presses]
     # Some signals answer to a change only after a time.  Until then they can stop a rise, but cannot cause a fall.
     # A small fall soon after a change is not allowed either.
     falls = [
-        (target, name)
-        for target, name in wishes
-        if target < bits and since_s >= (TRIGGERS[name].settle_s if bits - target >= _LARGE_BITS else _CLEAR_S)
+        wish
+        for wish in found
+        if wish.target < bits and since_s >= (wish.settle_s if bits - wish.target >= _LARGE_BITS else wish.apart_s)
     ]
-    if falls:
-        wanted_s = now_s if state.fall_since_s is None else state.fall_since_s
-        state = replace(state, fall_since_s=wanted_s, calm_since_s=None)
-        if now_s - wanted_s < _CONFIRM_S:
-            return state
-        target, cause = min(falls, key=lambda fall: fall[0])
-        early = now_s - state.rose_s < 2 * state.clear_s
+    lapse_s = max(_LAPSE_S, elapsed_s)
+    lasting = {name: times for name, times in state.wanted.items() if now_s - times[1] <= lapse_s}
+    wanted = lasting | {wish.name: (lasting.get(wish.name, (now_s, now_s))[0], now_s) for wish in falls}
+    state = replace(state, wanted=wanted)
+    ready = [wish for wish in falls if now_s - wanted[wish.name][0] >= wish.confirm_s]
+    if ready:
+        lowest = min(ready, key=lambda wish: wish.target)
+        early = now_s - state.rose_s < 2 * state.clear_s and not lowest.known
         return replace(
             state,
-            bits=target,
-            cause=cause,
+            bits=lowest.target,
+            cause=lowest.name,
             changed_s=now_s,
-            fall_since_s=None,
+            wanted={},
             rose_s=-math.inf,
+            calm_since_s=None,
             clear_s=min(2 * state.clear_s, _CLEAR_MOST_S) if early else state.clear_s,
         )
-    state = replace(state, fall_since_s=None)
-    raised = [press.pressure + _HYSTERESIS for press in presses if press.pressure > 0]
-    allowed = _target(max(raised, default=0.0), low, high)
-    if allowed <= bits:
+    allowed = min((wish.allowed for wish in found), default=policy.bounds[1])
+    if falls or allowed <= bits:
         return replace(state, calm_since_s=None)
     calm_since_s = state.calm_since_s
     if calm_since_s is None:
@@ -260,22 +222,26 @@ def _move(state: State, presses: list[_Press], policy: Policy) -> State:
     # In the first seconds the smoothed signals still show the pressure from before.
     settled = now_s - calm_since_s >= _SETTLED_S
     state = replace(state, calm_bits=min(state.calm_bits, allowed) if settled else allowed)
+    cause = next((wish for wish in found if wish.name == state.cause), None)
+    known = cause is not None and cause.known
     clear_s = _CLEAR_S if since_s > _STABLE_S else state.clear_s
-    if min(now_s - calm_since_s, since_s) < clear_s:
+    if now_s - calm_since_s < (_SAFE_S if known else clear_s) or since_s < (_APART_S if known else clear_s):
         return state
-    most = TRIGGERS[state.cause].rise_bits if state.cause else math.inf
+    most = TRIGGERS[state.cause].rise_bits if state.cause and not known else math.inf
     bits = min(state.calm_bits, bits + most)
     return replace(state, bits=bits, changed_s=now_s, rose_s=now_s, calm_since_s=None, clear_s=clear_s)
 
 
-def _reason(before: float, state: State, presses: list[_Press], policy: Policy) -> str:
+def _reason(before: float, state: State, found: list[Wish], at: Situation) -> str:
     """The reason for the budget, as text for people."""
-    low, high = policy.bounds
-    strongest = max(presses, key=lambda press: press.pressure, default=_Press(0.0, ""))
-    name = state.cause if state.bits < before else strongest.name
-    if strongest.pressure > 0 and _target(strongest.pressure, low, high) <= state.bits <= before:
-        return TRIGGERS[name].describe(state.tracks[name].readings)
+    lowest = min(found, key=lambda wish: wish.target, default=None)
+    if lowest is not None and lowest.target < at.policy.bounds[1] and lowest.target <= state.bits <= before:
+        fell = state.bits < before
+        wish = next(wish for wish in found if wish.name == state.cause) if fell else lowest
+        return describe(wish, state.tracks[wish.name].readings, at, state.bits)
     cause = state.cause or "pressure"
     if state.bits > before:
         return f"{cause} decreased"
-    return f"{cause} decreased; the budget rises after a calm time" if state.bits < high else "no pressure"
+    return (
+        f"{cause} decreased; the budget rises after a calm time" if state.bits < at.policy.bounds[1] else "no pressure"
+    )

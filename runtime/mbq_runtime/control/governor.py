@@ -24,7 +24,7 @@ from .threads import Threads
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 0.5
+PERIOD_S = 0.4
 """Time between two looks at the sensors, in s."""
 _OVERDUE_S = 1.5 * PERIOD_S  # without a token for this long the governor's own thread looks
 _SAME_BITS = 1e-3  # engines keep the budget in single precision
@@ -177,7 +177,8 @@ class Governor:
         """Look once and set the budget.  Inside the ``with`` block the governor calls it; do not call it there."""
         now_s, before = self._clock(), self._state
         speed, used = self._drain(now_s)
-        readings = replace(self._sensors.read(), tokens_per_s=speed)
+        threads = None if self._threaded is None else self._threaded.threads
+        readings = replace(self._sensors.read(), tokens_per_s=speed, decode_bits=used, decode_threads=threads)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
         self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget

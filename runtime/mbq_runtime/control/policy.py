@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import NamedTuple
 
 from mbq_runtime.bundle.manifest import Manifest
@@ -47,6 +48,7 @@ class Policy:
         ceiling_bits: highest budget, in average bits per weight; None: the highest of the bundle.
         min_tps: speed goal in tokens/s; bits are given up to reach it.
         last_until_s: time until which the battery must last, in s on the clock of ``step``.
+        kept_speed: share of the speed without pressure that is held while something slows the board, 0 to 1.
         bytes_at: pairs of a budget and the bytes of weights that a token reads at it; ``within`` sets it.
         threads: number of threads that the engine was loaded with; the governor sets it.
 
@@ -61,6 +63,7 @@ class Policy:
     ceiling_bits: float | None = None
     min_tps: float | None = None
     last_until_s: float | None = None
+    kept_speed: float = 0.8
     bytes_at: tuple[tuple[float, int], ...] = ()
     threads: int | None = None
 
@@ -103,6 +106,21 @@ class Policy:
             raise UsageError(f"policy {self.name} has no bounds; use policy.within(manifest)")
         return self.floor_bits, self.ceiling_bits
 
+    def part(self, bits: float) -> float:
+        """Bytes of weights that a token reads at a budget, over its bytes at the highest budget of the bundle.
+
+        Without a table of bytes it is the share of the ceiling's bits.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        if len(self.bytes_at) < 2:
+            return min(max(bits / self.bounds[1], 1e-3), 1.0)
+        pairs = pairwise(self.bytes_at)
+        (low, least), (high, most) = next((pair for pair in pairs if bits <= pair[1][0]), self.bytes_at[-2:])
+        size = least + (most - least) * (bits - low) / (high - low)
+        return min(max(size / self.bytes_at[-1][1], 1e-3), 1.0)
+
 
 def quality_floor(manifest: Manifest) -> float:
     """The lowest average bits per weight at which the bundle still writes acceptable text.
@@ -113,15 +131,16 @@ def quality_floor(manifest: Manifest) -> float:
     return max(manifest.budget.min_bits, min(manifest.quality.floor_bits, manifest.budget.max_bits))
 
 
-# Bands of the policies that trade quality against heat, load, energy and memory.
+# Bands of the policies that trade quality against heat, load, energy and memory.  A need replaces the band of its
+# trigger as soon as the controller knows the board (see ``TRIGGERS``).
 _TRADED = {
     "heat": Band(-5.0, 0.0),
     "throttle": Band(0.0, 1.0),
     "supply": Band(0.0, 1.0),
-    "clock": Band(0.1, 0.5),
+    "clock": Band(0.1, 0.6),
     "battery": Band(0.7, 0.9),
-    "cpu": Band(0.1, 0.3),
-    "quota": Band(0.05, 0.3),
+    "cpu": Band(0.15, 0.65),
+    "quota": Band(0.1, 0.6),
     "memory": Band(0.0, 1.0),
     "pace": Band(0.3, 0.6),
     "latency": Band(0.0, 1.0),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from mbq_runtime.sensing.readings import Readings
 
+from .learned import Learned
 from .policy import Policy
 
 
@@ -23,6 +24,9 @@ class Situation:
         best_tps: best speed so far at this budget or a higher one, in tokens/s; None when there is none.
         best_clock: highest share of the clock that was allowed so far; None when it was never known.
         sandboxed: whether neither the heat nor the load of this board was ever known.
+        pace_s: smoothed time that a token would take now at the highest budget of the bundle, in s; None is unknown.
+        threads: number of threads that the engine uses.
+        learned: what is known about the board.
     """
 
     readings: Readings
@@ -30,8 +34,11 @@ class Situation:
     now_s: float
     bits: float
     best_tps: float | None
-    best_clock: float | None
-    sandboxed: bool
+    best_clock: float | None = None
+    sandboxed: bool = False
+    pace_s: float | None = None
+    threads: int = 1
+    learned: Learned = field(default_factory=Learned)
 
     def pressure_at(self, bits: float) -> float:
         """The pressure, from 0 to 1, that gives a budget.
@@ -41,6 +48,25 @@ class Situation:
         """
         low, high = self.policy.bounds
         return min(max((high - bits) / (high - low), 0.0), 1.0) if high > low else 0.0
+
+    @property
+    def goal_tps(self) -> float | None:
+        """The speed to hold in tokens/s: that of the policy, or a share of the speed without pressure.  None is
+        unknown."""
+        if self.policy.min_tps is not None:
+            return self.policy.min_tps
+        line = self.learned.token_time(self.policy.threads or 1)
+        return self.policy.kept_speed / line.at(self.policy.part(self.policy.bounds[1])) if line.is_known else None
+
+    def token_s(self, bits: float) -> float | None:
+        """Time of a token in s that is expected at a budget, if everything else stays as it is.  None is unknown.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        if self.pace_s is None:
+            return None
+        return self.pace_s * self.learned.token_time(self.threads).shape(self.policy.part(bits))
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,13 @@ class Trigger:
             budget itself moves needs this time to answer.
         rise_bits: largest rise, in bits, after this trigger lowered the budget.
         sensor: whether a notice is given when the value is missing.
+        need: computes from what is known about the board the highest of some budgets that is enough, with some room as
+            a share; None is unknown, and the policy's band counts.
+        describe_need: makes the reason of a need, without the budget.
+        gate: the need counts while the value is above this.
+        room: room that a rise needs, as a share.
+        confirm_s: how long a need must last before the budget falls, in s.
+        slows: whether nothing can be learned about the speed of the board while the value is above ``gate``.
     """
 
     value: Callable[[Situation], float | None]
@@ -67,6 +100,12 @@ class Trigger:
     settle_s: float = 2.0
     rise_bits: float = math.inf
     sensor: bool = True
+    need: Callable[[Situation, Sequence[float], float], float | None] | None = None
+    describe_need: Callable[[Situation, Readings], str] | None = None
+    gate: float = 0.0
+    room: float = 0.05
+    confirm_s: float = 1.0
+    slows: bool = False
 
 
 _BEFORE_OFF_C = 10.0  # without another limit, the limit is this far below the temperature of switching off
@@ -120,9 +159,12 @@ def _battery(at: Situation) -> float | None:
     return None if r.discharging is None or r.battery_fraction is None else 1 - r.battery_fraction
 
 
-def _cpu(at: Situation) -> float | None:
-    r = at.readings
+def _foreign(r: Readings) -> float | None:
     return r.cpu_pressure if r.foreign_cpu_fraction is None else r.foreign_cpu_fraction
+
+
+def _cpu(at: Situation) -> float | None:
+    return _foreign(at.readings)
 
 
 def _quota(at: Situation) -> float | None:
@@ -149,18 +191,21 @@ def _memory(at: Situation) -> float | None:
 
 
 def _latency(at: Situation) -> float | None:
-    """The pressure that changes the budget by the missing share of the speed.
-
-    A speed of up to 10 % above the goal keeps the budget.
-    """
+    """The share of the speed goal that is missing."""
     goal, tps = at.policy.min_tps, at.readings.tokens_per_s
-    if goal is None or tps is None:
+    return None if goal is None or tps is None else 1 - tps / goal
+
+
+def _hold_speed(at: Situation, budgets: Sequence[float], room: float) -> float | None:
+    """The highest budget at which the speed stays at the goal; the lowest one if none is fast enough."""
+    goal = at.goal_tps
+    if goal is None:
         return None
-    missing = 1 - tps / goal
-    if -0.1 <= missing <= 0:
-        return at.pressure_at(at.bits)
-    # Only part of a token's time depends on the bits: lower by more than the missing share, raise by less.
-    return at.pressure_at(at.bits * (1 - missing * (1.5 if missing > 0 else 0.5)))
+    if at.pace_s is None:  # no tokens come, so no speed is missing
+        return budgets[0]
+    most_s = 1 / (goal * (1 + room))
+    fast = (bits for bits in budgets if (expected_s := at.token_s(bits)) is not None and expected_s <= most_s)
+    return next(fast, budgets[-1])
 
 
 def _lifetime(at: Situation) -> float | None:
@@ -210,16 +255,78 @@ def _describe_lifetime(r: Readings) -> str:
     return f"lifetime: {_text(r.power_w, '.1f')} W is too much for {_text(r.battery_energy_wh, '.1f')} Wh to last"
 
 
+def _beside(what: Callable[[Readings], str]) -> Callable[[Situation, Readings], str]:
+    """The reason of a speed that is held.  what: names what slows the board."""
+
+    def describe(at: Situation, r: Readings) -> str:
+        goal, expected_s = at.goal_tps or math.nan, at.token_s(at.policy.bounds[0])
+        if expected_s is not None and expected_s * goal > 1:
+            return f"{1 / expected_s:.1f} of {goal:.1f} tokens/s {what(r)}".rstrip()
+        return f"holds {goal:.1f} tokens/s {what(r)}".rstrip()
+
+    return describe
+
+
+def _load(r: Readings) -> str:
+    return f"beside a load of {_text(_foreign(r), '.0%')}"
+
+
+def _limit(r: Readings) -> str:
+    return f"within a limit of {_text(r.available_cpus, '.1f')} processors"
+
+
+_SPIKE_S = 2.2  # a load that is shorter costs no quality
+_SEEN = 0.06  # share of time that other programs use on an idle machine, and that the clocks cannot tell from nothing
+
 TRIGGERS: dict[str, Trigger] = {
     "heat": Trigger(_heat, _describe_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
-    "throttle": Trigger(_throttle, lambda r: "throttle: heat slows the board now", rise_bits=1),
-    "supply": Trigger(_supply, lambda r: "supply: under-voltage slows the board now", rise_bits=1),
+    "throttle": Trigger(
+        _throttle,
+        lambda r: "throttle: heat slows the board now",
+        rise_bits=1,
+        need=_hold_speed,
+        describe_need=_beside(lambda r: "while heat slows the board"),
+        slows=True,
+    ),
+    "supply": Trigger(
+        _supply,
+        lambda r: "supply: under-voltage slows the board now",
+        rise_bits=1,
+        need=_hold_speed,
+        describe_need=_beside(lambda r: "while under-voltage slows the board"),
+        slows=True,
+    ),
     "clock": Trigger(
-        _clock, lambda r: f"clock: limited to {_text(r.cpu_freq_fraction, '.0%')}", smooth_s=5, rise_bits=1
+        _clock,
+        lambda r: f"clock: limited to {_text(r.cpu_freq_fraction, '.0%')}",
+        smooth_s=5,
+        rise_bits=1,
+        need=_hold_speed,
+        describe_need=_beside(lambda r: f"at a clock of {_text(r.cpu_freq_fraction, '.0%')}"),
+        gate=_SEEN,
+        slows=True,
     ),
     "battery": Trigger(_battery, lambda r: f"battery: {_text(r.battery_fraction, '.0%')} left", settle_s=20),
-    "cpu": Trigger(_cpu, _describe_cpu, smooth_s=1.2),
-    "quota": Trigger(_quota, _describe_quota, smooth_s=1.2),
+    "cpu": Trigger(
+        _cpu,
+        _describe_cpu,
+        smooth_s=1.2,
+        need=_hold_speed,
+        describe_need=_beside(_load),
+        gate=_SEEN,
+        confirm_s=_SPIKE_S,
+        slows=True,
+    ),
+    "quota": Trigger(
+        _quota,
+        _describe_quota,
+        smooth_s=1.2,
+        need=_hold_speed,
+        describe_need=_beside(_limit),
+        gate=_SEEN,
+        confirm_s=_SPIKE_S,
+        slows=True,
+    ),
     "memory": Trigger(_memory, lambda r: f"memory: {_text(r.available_memory_bytes, ',')} bytes available"),
     "pace": Trigger(
         _pace,
@@ -230,7 +337,13 @@ TRIGGERS: dict[str, Trigger] = {
         sensor=False,
     ),
     "latency": Trigger(
-        _latency, lambda r: f"latency: {_text(r.tokens_per_s, '.1f')} tokens/s", settle_s=3, rise_bits=0.5, sensor=False
+        _latency,
+        lambda r: f"latency: {_text(r.tokens_per_s, '.1f')} tokens/s",
+        settle_s=3,
+        sensor=False,
+        need=_hold_speed,
+        describe_need=_beside(lambda _: ""),
+        gate=-math.inf,
     ),
     "lifetime": Trigger(_lifetime, _describe_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
 }

@@ -34,7 +34,9 @@ class Readings:
         available_cpus: processors that this process may use, cgroup limits included.
         cgroup_throttled_fraction: share of scheduling periods in which the cgroup limit stopped this process, 0 to 1.
         available_memory_bytes: memory in bytes available without swapping, cgroup limits included.
-        tokens_per_s: decode speed of the last tokens.
+        tokens_per_s: decode speed of the last tokens, pauses between them left out.
+        decode_bits: average bits per weight that the last tokens used.
+        decode_threads: number of threads that the engine uses.
     """
 
     time_s: float
@@ -54,3 +56,5 @@ class Readings:
     cgroup_throttled_fraction: float | None = None
     available_memory_bytes: int | None = None
     tokens_per_s: float | None = None
+    decode_bits: float | None = None
+    decode_threads: int | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tiny_bundle import facts
 
 from mbq_runtime.bundle.manifest import Manifest
-from mbq_runtime.control.controller import Decision, start, step
+from mbq_runtime.control.controller import Decision, State, start, step
 from mbq_runtime.control.policy import POLICIES, Policy
 from mbq_runtime.sensing.readings import Readings
 
@@ -60,3 +60,38 @@ def changes(decisions: Iterator[tuple[float, Decision]]) -> list[tuple[float, fl
             last = decision.budget
             found.append((at, last))
     return found
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A model whose token takes ``whole_s`` at 8 bits; ``share`` of it depends on the bytes."""
+
+    whole_s: float = 0.05
+    share: float = 0.7
+
+    def tps(self, bits: float, slowdown: float = 1.0) -> float:
+        return 1 / (self.whole_s * slowdown * (1 - self.share + self.share * bits / 8))
+
+
+def drive(
+    plant: Callable[[float], Plant],
+    load: Callable[[float], float],
+    seconds: float,
+    by: Policy | None = None,
+    period_s: float = 0.4,
+    state: State | None = None,
+) -> Iterator[tuple[float, Decision, float]]:
+    """Yield (time, decision, tokens/s) of a controller whose board slows down by a load.
+
+    plant: the model at a time; load: share of the processors that other programs use at a time.  A look sees the mean
+    load since the last one.  A load of 0.5 makes a token take twice as long.
+    """
+    by = by or policy()
+    state = state or start(by)
+    for i in range(round(seconds / period_s) + 1):
+        at = i * period_s
+        share = sum(load(at - period_s * j / 20) for j in range(20)) / 20
+        tps = plant(at).tps(state.bits, 1 / (1 - share))
+        decision = step(state, replace(CALM, tokens_per_s=tps, foreign_cpu_fraction=share), 1000 + at, by)
+        yield at, decision, tps
+        state = decision.state

