@@ -11,7 +11,7 @@ A policy and a controller step are pure, so a program can try them on made-up re
 >>> for second in range(3):
 ...     state, budget, reason = step(state, hot, now=float(second), policy=policy)
 >>> budget, reason
-(4.5, 'heat: 79.0 C, the limit is 80 C')
+(6.0, 'heat: 79.0 C, the limit is 80 C')
 
 A governor does this with real sensors and a loaded engine:
 

@@ -19,7 +19,7 @@ from mbq_runtime.sensing.readings import Readings
 from .learned import Learned
 from .policy import Policy
 from .tracks import HOLD_S, Track, sense
-from .triggers import TRIGGERS, Situation
+from .triggers import DRIVE_W, TRIGGERS, Situation
 from .wishes import Wish, describe, wishes
 
 _CLEAR_S = 20.0  # shortest calm time before a rise without a model, and shortest time between a change and a rise
@@ -31,6 +31,8 @@ _SETTLED_S = 2.0
 _LARGE_BITS = 1.0
 _LAPSE_S = 1.1  # a wish that pauses for this long still lasts
 _PACE_S = 0.5  # time constant of the smoothed time of a token
+_USAGE_S = 20.0  # time constant of the smoothed share of the time that is spent on tokens
+_TEMP_S = 10.0  # time constant of the smoothed temperature
 _LONGEST_S = 60.0  # a longer time between two steps counts as this: the machine slept, or its clock jumped
 
 
@@ -54,6 +56,8 @@ class State:
         best_clock: highest share of the clock that was allowed so far; None when it was never known.
         pace_s: smoothed time of a token at the highest budget of the bundle, in s; None when none is known.
         paced: (controller time in s, number of threads) of the last tokens in ``pace_s``.
+        usage: smoothed (share of the time that is spent on tokens, tokens/s with pauses); None when it is unknown.
+        temp_c: smoothed temperature in C; None when it is unknown.
         learned: what is known about the board.
         notices: messages about sensors from this step.
         told: names of the sensors about which a notice was given.
@@ -74,6 +78,8 @@ class State:
     best_clock: float | None = None
     pace_s: float | None = None
     paced: tuple[float, int] = (0.0, 1)
+    usage: tuple[float, float] | None = None
+    temp_c: float | None = None
     learned: Learned = field(default_factory=Learned)
     notices: tuple[str, ...] = ()
     told: frozenset[str] = frozenset()
@@ -126,7 +132,7 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
     if not policy.bands:
         return Decision(replace(state, bits=high), high, "fixed")
     readings = _finite(readings)
-    state = _paced(state, readings, elapsed_s, policy)
+    state = _used(_paced(state, readings, elapsed_s, policy), readings, elapsed_s)
     at = _situation(state, readings, policy)
     seen = sense(state.tracks, state.told, at, state.clock_s, elapsed_s)
     state = replace(state, tracks=seen.tracks, notices=seen.notices, told=seen.told)
@@ -157,6 +163,22 @@ def _paced(state: State, readings: Readings, elapsed_s: float, policy: Policy) -
     return replace(state, pace_s=now_s, paced=(state.clock_s, threads))
 
 
+def _used(state: State, readings: Readings, elapsed_s: float) -> State:
+    """Add the last readings to the smoothed usage and temperature."""
+    temp_c, before_c = readings.temp_c, state.temp_c
+    if temp_c is not None and before_c is not None:
+        temp_c = before_c + (1 - math.exp(-elapsed_s / _TEMP_S)) * (min(max(temp_c, -1e3), 1e3) - before_c)
+    state = replace(state, temp_c=temp_c)
+    share = readings.decode_share
+    if share is None or not 0 <= share <= 1:
+        return state
+    now = (share, min(share * (readings.tokens_per_s or 0.0), 1e6))
+    if state.usage is not None:
+        weight = 1 - math.exp(-elapsed_s / _USAGE_S)
+        now = (state.usage[0] + weight * (now[0] - state.usage[0]), state.usage[1] + weight * (now[1] - state.usage[1]))
+    return replace(state, usage=now)
+
+
 def _situation(state: State, readings: Readings, policy: Policy) -> Situation:
     # Fewer bits are never slower, so a speed that was reached at more bits is possible here too.
     best_tps = max((tps for bits, tps in state.best_tps.items() if bits >= state.bits), default=None)
@@ -164,24 +186,35 @@ def _situation(state: State, readings: Readings, policy: Policy) -> Situation:
     return Situation(
         readings, policy, state.now_s or 0.0, state.bits,
         best_tps=best_tps, best_clock=clock, sandboxed="heat" not in state.tracks and "cpu" not in state.tracks,
-        pace_s=state.pace_s, threads=state.paced[1], learned=state.learned,
+        pace_s=state.pace_s, threads=state.paced[1], usage=state.usage, temp_c=state.temp_c, learned=state.learned,
     )  # fmt: skip
 
 
 def _learn(state: State, found: list[Wish], at: Situation, elapsed_s: float) -> State:
-    """Add the last tokens to what is known, if nothing slowed them."""
-    readings, best = at.readings, state.best_tps
-    tps = readings.tokens_per_s
+    """Add the readings to what is known."""
+    readings, best, learned = at.readings, state.best_tps, state.learned
     state = replace(state, best_clock=at.best_clock)
-    if tps is None:
-        return state
-    if tps > best.get(state.bits, 0.0):
+    tps, share = readings.tokens_per_s, readings.decode_share
+    if tps is not None and tps > best.get(state.bits, 0.0):
         state = replace(state, best_tps={**best, state.bits: tps})
-    quiet = any(wish.name == "cpu" for wish in found) and not any(wish.slows for wish in found)
-    if not quiet or elapsed_s == 0 or tps <= 0:
+    if elapsed_s == 0:
         return state
-    part = at.policy.part(readings.decode_bits or at.bits)
-    return replace(state, learned=state.learned.with_token(at.threads, part, 1 / tps, min(elapsed_s, 1.0)))
+    bits = readings.decode_bits or at.bits
+    # The time and the power of a token are those of the board alone only if nothing slowed it.
+    quiet = any(wish.name == "cpu" for wish in found) and not any(wish.slows for wish in found)
+    if quiet and tps is not None and tps > 0:
+        learned = learned.with_token(at.threads, at.policy.part(bits), 1 / tps, min(elapsed_s, 1.0))
+    if share is not None and 0 <= share <= 1:
+        gb_s = min(share * (tps or 0.0), 1e6) * at.policy.bytes_of(bits) * 1e-9
+        watts = learned.watts
+        if quiet and readings.power_w is not None:
+            watts = watts.after(readings.power_w, share, gb_s, min(elapsed_s, 1.0))
+        drive = share if readings.power_w is None else readings.power_w / DRIVE_W
+        heat = learned.heat
+        if readings.temp_c is not None:
+            heat = heat.after(readings.temp_c, drive, elapsed_s)
+        learned = replace(learned, watts=watts, heat=heat)
+    return replace(state, learned=learned)
 
 
 def _move(state: State, found: list[Wish], elapsed_s: float, policy: Policy) -> State:

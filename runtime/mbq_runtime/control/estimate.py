@@ -31,6 +31,17 @@ class Estimate:
     mean: Vector
     covariance: tuple[Vector, ...]
 
+    @classmethod
+    def independent(cls, mean: Vector, deviations: Vector) -> Estimate:
+        """Coefficients that are known independently of each other.
+
+        Args:
+            mean: the coefficients.
+            deviations: standard deviation of each.
+        """
+        size = range(len(mean))
+        return cls(mean, tuple(tuple(deviations[i] ** 2 if i == j else 0.0 for j in size) for i in size))
+
     def value(self, x: Sequence[float]) -> float:
         """The expected y.
 

@@ -136,7 +136,7 @@ class Governor:
         self._asked = engine.avg_bits
         self._energy = Energy()
         self._tokens: deque[tuple[float, float]] = deque()  # the engine's thread appends, a look empties it
-        self._last_token_s = clock()
+        self._last_token_s = self._drained_s = clock()
         self._status = Status(engine.avg_bits, "not started", Readings(clock()), None, None, None)
         self._paced_s = time.monotonic()  # time of the last look, independent of ``clock``
         self._looking = threading.Lock()
@@ -176,9 +176,10 @@ class Governor:
     def tick(self) -> Status:
         """Look once and set the budget.  Inside the ``with`` block the governor calls it; do not call it there."""
         now_s, before = self._clock(), self._state
-        speed, used = self._drain(now_s)
+        speed, used, share = self._drain(now_s)
         threads = None if self._threaded is None else self._threaded.threads
-        readings = replace(self._sensors.read(), tokens_per_s=speed, decode_bits=used, decode_threads=threads)
+        decoded = {"tokens_per_s": speed, "decode_bits": used, "decode_share": share, "decode_threads": threads}
+        readings = replace(self._sensors.read(), **decoded)
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
         self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget
@@ -209,20 +210,22 @@ class Governor:
             bits = self._state.bits
             self._tell(Event(time.time(), bits, bits, self._threads.describe(before.count), readings))
 
-    def _drain(self, now_s: float) -> tuple[float | None, float | None]:
-        """Count the tokens since the last look.  Returns (tokens/s, average bits used)."""
+    def _drain(self, now_s: float) -> tuple[float | None, float | None, float | None]:
+        """Count the tokens since the last look.  Returns (tokens/s, average bits used, share of the time)."""
         tokens = [self._tokens.popleft() for _ in range(len(self._tokens))]
-        last = self._status
+        last, elapsed_s = self._status, now_s - self._drained_s
+        self._drained_s = now_s
         if not tokens:
             still = last.tokens_per_s and now_s - self._last_token_s < max(_FORGET_S, 3 / last.tokens_per_s)
-            return (last.tokens_per_s, last.avg_bits_used) if still else (None, None)
+            return (last.tokens_per_s, last.avg_bits_used, None) if still else (None, None, 0.0)
         self._last_token_s = now_s
         spent_s = sum(seconds for seconds, _ in tokens)
         if abs(self._engine.avg_bits - self._asked) < _SAME_BITS:  # not when a request or a user set the budget
             for _, bits in tokens:
                 self._trim = self._trim.after(bits)
         self._energy = self._energy.add(last.readings.power_w, spent_s, len(tokens))
-        return len(tokens) / max(spent_s, 1e-9), sum(bits for _, bits in tokens) / len(tokens)
+        share = min(spent_s / elapsed_s, 1.0) if elapsed_s > 0 else None
+        return len(tokens) / max(spent_s, 1e-9), sum(bits for _, bits in tokens) / len(tokens), share
 
     def _tell(self, event: Event) -> None:
         if self._on_event is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from .heat import Heat
 from .token_time import TokenTime
+from .watts import Watts
 
 _MOST_LINES = 64
 
@@ -16,9 +18,13 @@ class Learned:
 
     Args:
         token_times: time of a token by its bytes, for each number of threads.
+        heat: temperature by power or, on a board without a power sensor, by load.
+        watts: power by what is decoded.
     """
 
     token_times: Mapping[int, TokenTime] = field(default_factory=dict)
+    heat: Heat = field(default_factory=Heat)
+    watts: Watts = field(default_factory=Watts)
 
     def token_time(self, threads: int) -> TokenTime:
         """The line of a number of threads.

@@ -116,10 +116,19 @@ class Policy:
         """
         if len(self.bytes_at) < 2:
             return min(max(bits / self.bounds[1], 1e-3), 1.0)
+        return min(max(self.bytes_of(bits) / self.bytes_at[-1][1], 1e-3), 1.0)
+
+    def bytes_of(self, bits: float) -> float:
+        """Bytes of weights that a token reads at a budget, by a line between the known ones; 0 without a table.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        if len(self.bytes_at) < 2:
+            return 0.0
         pairs = pairwise(self.bytes_at)
         (low, least), (high, most) = next((pair for pair in pairs if bits <= pair[1][0]), self.bytes_at[-2:])
-        size = least + (most - least) * (bits - low) / (high - low)
-        return min(max(size / self.bytes_at[-1][1], 1e-3), 1.0)
+        return max(least + (most - least) * (bits - low) / (high - low), 0.0)
 
 
 def quality_floor(manifest: Manifest) -> float:
@@ -134,7 +143,7 @@ def quality_floor(manifest: Manifest) -> float:
 # Bands of the policies that trade quality against heat, load, energy and memory.  A need replaces the band of its
 # trigger as soon as the controller knows the board (see ``TRIGGERS``).
 _TRADED = {
-    "heat": Band(-5.0, 0.0),
+    "heat": Band(-3.0, 1.0),
     "throttle": Band(0.0, 1.0),
     "supply": Band(0.0, 1.0),
     "clock": Band(0.1, 0.6),

@@ -26,6 +26,8 @@ class Situation:
         sandboxed: whether neither the heat nor the load of this board was ever known.
         pace_s: smoothed time that a token would take now at the highest budget of the bundle, in s; None is unknown.
         threads: number of threads that the engine uses.
+        usage: smoothed (share of the time that is spent on tokens, tokens/s with pauses); None is unknown.
+        temp_c: smoothed temperature in C; None is unknown.
         learned: what is known about the board.
     """
 
@@ -38,6 +40,8 @@ class Situation:
     sandboxed: bool = False
     pace_s: float | None = None
     threads: int = 1
+    usage: tuple[float, float] | None = None
+    temp_c: float | None = None
     learned: Learned = field(default_factory=Learned)
 
     def pressure_at(self, bits: float) -> float:
@@ -68,6 +72,48 @@ class Situation:
             return None
         return self.pace_s * self.learned.token_time(self.threads).shape(self.policy.part(bits))
 
+    def usage_at(self, bits: float) -> tuple[float, float] | None:
+        """(share of the time, tokens/s) that are expected at a budget, if the tokens that are asked for stay the same.
+
+        An engine that decodes without pause does so at every budget.  None is unknown.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        token_s = self.token_s(bits)
+        if self.usage is None or token_s is None:
+            return self.usage
+        share, tps = self.usage
+        return (share, share / token_s) if share > _WITHOUT_PAUSE else (min(tps * token_s, 1.0), tps)
+
+    def power_at(self, bits: float) -> float | None:
+        """Power in W that is expected at a budget.  None is unknown.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        usage = self.usage_at(bits)
+        if usage is None or self.readings.power_w is None or not self.learned.watts.is_known:
+            return None
+        return self.learned.watts.at(usage[0], usage[1] * self.policy.bytes_of(bits) * 1e-9)
+
+    def drive_at(self, bits: float) -> float | None:
+        """What heats the board at a budget: the power in 10 W, or else the share of the time in which it decodes.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        if self.readings.power_w is not None:
+            power_w = self.power_at(bits)
+            return None if power_w is None else power_w / DRIVE_W
+        usage = self.usage_at(bits)
+        return None if usage is None else usage[0]
+
+
+DRIVE_W = 10.0
+"""Power in W that drives the heat of a board as much as cores that decode without pause."""
+_WITHOUT_PAUSE = 0.95  # share of the time
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -83,11 +129,11 @@ class Trigger:
             budget itself moves needs this time to answer.
         rise_bits: largest rise, in bits, after this trigger lowered the budget.
         sensor: whether a notice is given when the value is missing.
-        need: computes from what is known about the board the highest of some budgets that is enough, with some room as
-            a share; None is unknown, and the policy's band counts.
+        need: computes from what is known about the board the highest of some budgets that is enough, with some
+            ``room``; None is unknown, and the policy's band counts.
         describe_need: makes the reason of a need, without the budget.
         gate: the need counts while the value is above this.
-        room: room that a rise needs, as a share.
+        room: room that a rise needs: a share, or C for heat.
         confirm_s: how long a need must last before the budget falls, in s.
         slows: whether nothing can be learned about the speed of the board while the value is above ``gate``.
     """
@@ -208,6 +254,52 @@ def _hold_speed(at: Situation, budgets: Sequence[float], room: float) -> float |
     return next(fast, budgets[-1])
 
 
+_AHEAD_S = 40.0  # the temperature must stay below the limit for this long
+_COOLS_C = 3.0  # a budget that cools the board by less than this in the end does not cool it
+_SAVES = 0.02  # a budget that saves a smaller share of the power saves none
+
+
+def _stay_cool(at: Situation, budgets: Sequence[float], room: float) -> float | None:
+    """The highest budget at which the forecast stays below the limit minus the policy's margin.
+
+    The margin is the middle of the band.  Without pauses fewer bits do not cool a board, and none are given.
+    """
+    heat, temp_c, limit_c = at.learned.heat, at.temp_c, _limit_c(at.readings)
+    most, least = at.drive_at(budgets[0]), at.drive_at(budgets[-1])
+    if temp_c is None or limit_c is None or most is None or least is None or not heat.is_known:
+        return None
+    if heat.settled_c(most) - heat.settled_c(least) < _COOLS_C:
+        return budgets[0]
+    highest_c = limit_c + math.fsum(at.policy.bands["heat"]) / 2 - room
+    drives = ((bits, at.drive_at(bits)) for bits in budgets)
+    cool = (b for b, drive in drives if drive is not None and heat.forecast_c(temp_c, drive, _AHEAD_S) <= highest_c)
+    return next(cool, budgets[-1])
+
+
+def _describe_stay_cool(at: Situation, r: Readings) -> str:
+    limit_c = _limit_c(r)
+    most_c = None if limit_c is None else limit_c + math.fsum(at.policy.bands["heat"]) / 2
+    return f"stays below {_text(most_c, '.1f')} C, {_text(r.temp_c, '.1f')} C now"
+
+
+def _last(at: Situation, budgets: Sequence[float], room: float) -> float | None:
+    """The highest budget at which the energy left is enough for the tokens that are expected until the goal."""
+    r, until_s = at.readings, at.policy.last_until_s
+    most_w, least_w = at.power_at(budgets[0]), at.power_at(budgets[-1])
+    if until_s is None or r.battery_energy_wh is None or most_w is None or least_w is None:
+        return None
+    if not r.discharging or until_s <= at.now_s or least_w > (1 - _SAVES) * most_w:
+        return budgets[0]
+    allowed_w = 3600 * r.battery_energy_wh / (until_s - at.now_s) * (1 - room)
+    powers = ((bits, at.power_at(bits)) for bits in budgets)
+    return next((b for b, power_w in powers if power_w is not None and power_w <= allowed_w), budgets[-1])
+
+
+def _describe_last(at: Situation, r: Readings) -> str:
+    left_h = max((at.policy.last_until_s or 0.0) - at.now_s, 0.0) / 3600
+    return f"{_text(r.battery_energy_wh, '.1f')} Wh last {left_h:.1f} h"
+
+
 def _lifetime(at: Situation) -> float | None:
     """The pressure that changes the budget by the excess of power over what the battery allows until the goal."""
     r, until_s = at.readings, at.policy.last_until_s
@@ -279,7 +371,19 @@ _SPIKE_S = 2.2  # a load that is shorter costs no quality
 _SEEN = 0.06  # share of time that other programs use on an idle machine, and that the clocks cannot tell from nothing
 
 TRIGGERS: dict[str, Trigger] = {
-    "heat": Trigger(_heat, _describe_heat, smooth_s=5, forecast_s=20, forecast_most=3, settle_s=20, rise_bits=1),
+    "heat": Trigger(
+        _heat,
+        _describe_heat,
+        smooth_s=5,
+        forecast_s=20,
+        forecast_most=3,
+        settle_s=20,
+        rise_bits=1,
+        need=_stay_cool,
+        describe_need=_describe_stay_cool,
+        gate=-math.inf,
+        room=0.2,
+    ),
     "throttle": Trigger(
         _throttle,
         lambda r: "throttle: heat slows the board now",
@@ -345,6 +449,17 @@ TRIGGERS: dict[str, Trigger] = {
         describe_need=_beside(lambda _: ""),
         gate=-math.inf,
     ),
-    "lifetime": Trigger(_lifetime, _describe_lifetime, smooth_s=20, settle_s=60, rise_bits=0.5, sensor=False),
+    "lifetime": Trigger(
+        _lifetime,
+        _describe_lifetime,
+        smooth_s=20,
+        settle_s=60,
+        rise_bits=0.5,
+        sensor=False,
+        need=_last,
+        describe_need=_describe_last,
+        room=0.02,
+        gate=-math.inf,
+    ),
 }
 """The triggers by name.  A policy has a ``Band`` for each trigger that it uses."""

@@ -79,7 +79,8 @@ def _wish(name: str, track: Track, at: Situation) -> Wish:
     slows = trigger.slows and acts
     if trigger.need is not None:
         budgets = grid(low, high)
-        needed, roomy = (trigger.need(at, budgets, room) if acts else high for room in (0.0, trigger.room))
+        needed = trigger.need(at, budgets, 0.0) if acts else high
+        roomy = trigger.need(at, budgets, trigger.room) if acts else high
         if needed is not None and roomy is not None:
             settle_s = min(trigger.settle_s, _KNOWN_APART_S)
             return Wish(name, needed, roomy, slows, True, trigger.confirm_s, settle_s, _KNOWN_APART_S)

@@ -36,6 +36,7 @@ class Readings:
         available_memory_bytes: memory in bytes available without swapping, cgroup limits included.
         tokens_per_s: decode speed of the last tokens, pauses between them left out.
         decode_bits: average bits per weight that the last tokens used.
+        decode_share: share of the time since the last readings that was spent on tokens, 0 to 1.
         decode_threads: number of threads that the engine uses.
     """
 
@@ -57,4 +58,5 @@ class Readings:
     available_memory_bytes: int | None = None
     tokens_per_s: float | None = None
     decode_bits: float | None = None
+    decode_share: float | None = None
     decode_threads: int | None = None

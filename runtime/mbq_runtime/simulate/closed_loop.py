@@ -160,4 +160,5 @@ def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Read
         foreign_cpu_fraction=0.0,
         cgroup_throttled_fraction=0.0,
         tokens_per_s=stretch.decode_tps or None,
+        decode_share=stretch.tokens_per_s / stretch.decode_tps if stretch.decode_tps else 0.0,
     )

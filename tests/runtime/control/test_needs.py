@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from controlled import MANIFEST, Plant, drive, policy
 
 from mbq_runtime.control.controller import State
 from mbq_runtime.control.learned import Learned
+from mbq_runtime.control.policy import Policy
 from mbq_runtime.control.token_time import TokenTime
 
 PLANT = Plant()
@@ -20,9 +22,14 @@ def steady(_: float) -> Plant:
     return PLANT
 
 
-def budgets(load, seconds, by=None, plant=steady, **options):  # type: ignore[no-untyped-def]
+def budgets(
+    load: Callable[[float], float],
+    seconds: float,
+    by: Policy | None = None,
+    plant: Callable[[float], Plant] = steady,
+) -> list[tuple[float, float]]:
     """(time, new budget) of each change."""
-    found = [(at, decision.budget) for at, decision, _ in drive(plant, load, seconds, by, **options)]
+    found = [(at, decision.budget) for at, decision, _ in drive(plant, load, seconds, by)]
     return [(at, bits) for (_, before), (at, bits) in pairwise(found) if bits != before]
 
 
