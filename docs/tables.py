@@ -119,6 +119,23 @@ def _simulated(rows: list[Row]) -> list[Row]:
     ]
 
 
+def _beside_oracle(rows: list[Row]) -> list[Row]:
+    """One row a situation, and one of all.  The earlier controller is the last policy of a situation."""
+    found = []
+    names = list(dict.fromkeys(row["situation"] for row in rows))
+    for name, of in [*((name, [row for row in rows if row["situation"] == name]) for name in names), ("all", rows)]:
+        oracle, auto, before = (
+            [row for row in of if row["policy"] == policy] for policy in dict.fromkeys(row["policy"] for row in of)
+        )
+        figures = {"situation": name}
+        for label, part in (("oracle", oracle), ("auto", auto), ("before", before)):
+            figures[f"{label}_kl"] = sum(row["kl_seconds"] for row in part)
+            figures[f"{label}_missed"] = sum(row["missed_s"] for row in part)
+            figures[f"{label}_above"] = sum(row["above_s"] for row in part)
+        found.append(figures)
+    return found
+
+
 _KL = {
     "file": ("file", None),
     "mb_per_token": ("MB a token", 1),
@@ -221,6 +238,19 @@ TABLES = {
             joules_per_token=("J/token", 3),
             throttled=("time throttled", None),
         )(_simulated(rows)),
+    ),
+    "given-away": Table(
+        "given-away",
+        lambda rows: _columns(
+            situation=("situation", None),
+            oracle_kl=("oracle, nat s", 1),
+            auto_kl=("`auto`", 1),
+            before_kl=("`auto` before", 1),
+            auto_missed=("goal missed, s", 0),
+            before_missed=("before", 0),
+            auto_above=("above the throttle point, s", 0),
+            before_above=("before", 0),
+        )(_beside_oracle(rows)),
     ),
     "replies": Table("replies", _columns(bits=("bits", 1), reply=("reply", None))),
     "calibration-time": Table(

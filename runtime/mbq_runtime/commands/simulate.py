@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,10 +13,8 @@ from mbq_runtime import tables
 
 from .common import json_option
 
-if TYPE_CHECKING:
-    from mbq_runtime.simulate.closed_loop import PolicyRun
-
 _CONTENDERS = ("fixed 8", "fixed 4", "auto", "battery")
+_ORACLE = "oracle"
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("tokens_per_s", "tokens/s", ".1f"),
@@ -27,11 +25,18 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("switches", "switches", "d"),
 )
 """(figure, heading, form)"""
+_COMPARED: tuple[tuple[str, str, str], ...] = (
+    ("kl_seconds", "quality given, nat s", ".1f"),
+    ("missed_s", "goal missed, s", "d"),
+)
+"""Columns of simulated boards, which have an oracle."""
 
 
 @click.command("simulate")
-@click.argument("what", metavar="BOARD|TRACE")
-@click.option("--policy", "policies", multiple=True, metavar="NAME", help='As "auto" or "fixed 4"; may be repeated.')
+@click.argument("what", metavar="BOARD|SITUATION|TRACE")
+@click.option(
+    "--policy", "policies", multiple=True, metavar="NAME", help='As "auto", "fixed 4" or "oracle"; may be repeated.'
+)
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Take sizes and budgets from it.  [default: SmolLM2-135M]"
 )
@@ -48,43 +53,53 @@ def command(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare policies on a modelled BOARD, or on a TRACE of readings.
+    """Compare policies on a modelled BOARD, in a SITUATION, or on a TRACE of readings.
 
     Boards: pi5-bare, pi5-fan, orin-nano-15w, phone, laptop-battery.  Their parameters are estimates for
-    the most part: they show how policies differ, not how fast a board is.  A trace is what
-    "mbq sense --json --watch > trace.jsonl" wrote.
+    the most part: they show how policies differ, not how fast a board is.  A situation is a board and what
+    happens around it, such as pi-compile; "mbq simulate list" shows them.  The oracle knows the board and
+    the future.  A trace is what "mbq sense --json --watch > trace.jsonl" wrote.
     """
     from mbq_runtime.bundle import manifest
-    from mbq_runtime.simulate.boards import find_board
-    from mbq_runtime.simulate.closed_loop import contenders, simulate
+    from mbq_runtime.simulate.closed_loop import contenders
     from mbq_runtime.simulate.model import SMOLLM2_135M, Weights
     from mbq_runtime.simulate.plot import draw
     from mbq_runtime.simulate.replay import read_trace, replay
+    from mbq_runtime.simulate.situations import SITUATIONS, find_situation
 
+    if what == "list":
+        rows = ([row.name, row.board, row.help] for row in SITUATIONS.values())
+        click.echo(tables.aligned(["situation", "board", ""], rows, words=["situation", "board", ""]))
+        return
     weights = SMOLLM2_135M if bundle is None else Weights.of(manifest.read(bundle))
-    named = contenders(policies or _CONTENDERS, weights.low_bits, weights.high_bits)
+    names = policies or _CONTENDERS
+    named = contenders([name for name in names if name != _ORACLE], weights.low_bits, weights.high_bits)
+    compared: dict[str, dict[str, float | None]] = {}
     if Path(what).is_file():
         trace = read_trace(Path(what))
         runs = [replay(trace, name, policy) for name, policy in named]
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})
     else:
-        board = find_board(what)
-        runs = [simulate(board, weights, name, policy, hours=hours, demand_tps=demand) for name, policy in named]
-        title, limits_c = f"{board.name}: {board.help}", [board.throttle_c, board.hard_c]
+        from mbq_runtime.simulate.compared import Trial
+
+        trial = Trial(find_situation(what, hours, demand), weights)
+        runs = [trial.run(name, trial.follow(policy)) for name, policy in named]
+        if not policies or _ORACLE in policies:
+            runs.append(trial.oracle())
+        title, limits_c = f"{what}: {trial.situation.help}", [trial.board.throttle_c, trial.board.hard_c]
+        compared = {run.name: asdict(trial.figures(run)) for run in runs}
     if plot is not None:
         draw(runs, title, limits_c, plot)
+    figures = {run.name: run.figures() | compared.get(run.name, {}) for run in runs}
     if as_json:
-        click.echo(json.dumps({"what": title, "runs": {run.name: run.figures() for run in runs}}))
+        click.echo(json.dumps({"what": title, "runs": figures}))
         return
-    click.echo(f"{title}\n{_table(runs)}")
+    click.echo(f"{title}\n{_table(figures, _COLUMNS + _COMPARED if compared else _COLUMNS)}")
 
 
-def _table(runs: Sequence[PolicyRun]) -> str:
-    rows = []
-    for run in runs:
-        figures = run.figures()
-        rows.append([run.name, *(_cell(figures[name], form) for name, _, form in _COLUMNS)])
-    return tables.aligned(["policy", *(heading for _, heading, _ in _COLUMNS)], rows, words=["policy"])
+def _table(figures: Mapping[str, Mapping[str, float | None]], columns: Sequence[tuple[str, str, str]]) -> str:
+    rows = [[run, *(_cell(of[name], form) for name, _, form in columns)] for run, of in figures.items()]
+    return tables.aligned(["policy", *(heading for _, heading, _ in columns)], rows, words=["policy"])
 
 
 def _cell(value: float | None, form: str) -> str:

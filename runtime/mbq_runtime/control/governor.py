@@ -178,8 +178,9 @@ class Governor:
         now_s, before = self._clock(), self._state
         speed, used, share = self._drain(now_s)
         threads = None if self._threaded is None else self._threaded.threads
-        decoded = {"tokens_per_s": speed, "decode_bits": used, "decode_share": share, "decode_threads": threads}
-        readings = replace(self._sensors.read(), **decoded)
+        readings = replace(
+            self._sensors.read(), tokens_per_s=speed, decode_bits=used, decode_share=share, decode_threads=threads
+        )
         self._state, budget, reason = step(self._state, readings, now_s, self._policy)
         self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mbq_runtime.sensing.readings import Readings
 
 _SMOOTH_S = 1.2
-_RISE_S = 5.0  # a core must be free for this long before one more thread uses it
+_RISE_S = 2.0  # cores must be free for this long before more threads use them
 _ROOM = 0.75  # share of a core that must be free for one more thread
 
 
@@ -47,8 +47,8 @@ class Threads:
     def after(self, readings: Readings, elapsed_s: float) -> Threads:
         """The state after new readings.
 
-        The count falls at once when the smoothed reading falls.  It rises by one after some time with room for one
-        more thread.  Without a reading all threads are used.
+        The count falls at once when the smoothed reading falls.  It rises after some time with room for one more
+        thread, to what then fits.  Without a reading all threads are used.
 
         Args:
             readings: the new readings.
@@ -60,13 +60,15 @@ class Threads:
         if self.left_cpus is not None:
             left_cpus = self.left_cpus + (1 - math.exp(-elapsed_s / _SMOOTH_S)) * (left_cpus - self.left_cpus)
         now = replace(self, left_cpus=left_cpus)
-        fitting = max(1, round(left_cpus))
+        fitting = max(1, int(left_cpus + 0.5))
         if fitting < self.count:
             return replace(now, count=fitting, roomy_s=0.0)
         if self.count == self.most or left_cpus < self.count + _ROOM:
             return replace(now, roomy_s=0.0)
         roomy_s = self.roomy_s + elapsed_s
-        return replace(now, count=self.count + 1, roomy_s=0.0) if roomy_s >= _RISE_S else replace(now, roomy_s=roomy_s)
+        if roomy_s < _RISE_S:
+            return replace(now, roomy_s=roomy_s)
+        return replace(now, count=min(max(self.count + 1, int(left_cpus + 1 - _ROOM)), self.most), roomy_s=0.0)
 
     def describe(self, before: int) -> str:
         """The reason for a new count, as text for people.

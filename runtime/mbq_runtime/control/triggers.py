@@ -149,7 +149,7 @@ class Trigger:
     need: Callable[[Situation, Sequence[float], float], float | None] | None = None
     describe_need: Callable[[Situation, Readings], str] | None = None
     gate: float = 0.0
-    room: float = 0.05
+    room: float = 0.03
     confirm_s: float = 1.0
     slows: bool = False
 
@@ -242,6 +242,9 @@ def _latency(at: Situation) -> float | None:
     return None if goal is None or tps is None else 1 - tps / goal
 
 
+_NEAR = 0.01  # a speed that is this near to its goal holds it
+
+
 def _hold_speed(at: Situation, budgets: Sequence[float], room: float) -> float | None:
     """The highest budget at which the speed stays at the goal; the lowest one if none is fast enough."""
     goal = at.goal_tps
@@ -249,13 +252,13 @@ def _hold_speed(at: Situation, budgets: Sequence[float], room: float) -> float |
         return None
     if at.pace_s is None:  # no tokens come, so no speed is missing
         return budgets[0]
-    most_s = 1 / (goal * (1 + room))
+    most_s = (1 + _NEAR) / (goal * (1 + room))
     fast = (bits for bits in budgets if (expected_s := at.token_s(bits)) is not None and expected_s <= most_s)
     return next(fast, budgets[-1])
 
 
-_AHEAD_S = 40.0  # the temperature must stay below the limit for this long
-_COOLS_C = 3.0  # a budget that cools the board by less than this in the end does not cool it
+_AHEAD_S, _AHEAD = 40.0, 0.25  # the temperature must stay below the limit for this long, and this part of tau
+_COOLS_C = 2.0  # a budget that cools the board by less than this in the end does not cool it
 _SAVES = 0.02  # a budget that saves a smaller share of the power saves none
 
 
@@ -271,8 +274,9 @@ def _stay_cool(at: Situation, budgets: Sequence[float], room: float) -> float | 
     if heat.settled_c(most) - heat.settled_c(least) < _COOLS_C:
         return budgets[0]
     highest_c = limit_c + math.fsum(at.policy.bands["heat"]) / 2 - room
+    ahead_s = max(_AHEAD_S, _AHEAD * heat.tau_s)
     drives = ((bits, at.drive_at(bits)) for bits in budgets)
-    cool = (b for b, drive in drives if drive is not None and heat.forecast_c(temp_c, drive, _AHEAD_S) <= highest_c)
+    cool = (b for b, drive in drives if drive is not None and heat.forecast_c(temp_c, drive, ahead_s) <= highest_c)
     return next(cool, budgets[-1])
 
 

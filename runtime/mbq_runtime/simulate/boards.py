@@ -37,6 +37,7 @@ class Board:
         hard_c: temperature in C at which the clock is ``least_clock``.
         least_clock: lowest clock over the full clock, 0 to 1.
         battery_wh: energy of the battery, in Wh; None: mains.
+        cpus: number of cores that decode.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Board:
     hard_c: float
     least_clock: float
     battery_wh: float | None = None
+    cpus: int = 4
 
 
 _PI5 = {
@@ -153,5 +155,7 @@ def find_board(name: str) -> Board:
         UsageError: there is no such board.
     """
     if name not in BOARDS:
-        raise UsageError(f"board {name!r}: neither a file nor one of {', '.join(BOARDS)}")
+        raise UsageError(
+            f"board {name!r}: neither a file nor one of {', '.join(BOARDS)}, nor a row of mbq simulate list"
+        )
     return BOARDS[name]

@@ -6,14 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 from mbq_runtime.control.controller import start, step
 from mbq_runtime.control.policy import Policy, find_policy
+from mbq_runtime.control.threads import Threads
 from mbq_runtime.errors import UsageError
 from mbq_runtime.sensing.readings import Readings
 
 from .boards import Board
-from .model import Stretch, Weights, advance, cold
+from .model import USUAL, BoardState, Stretch, Surroundings, Weights, advance, cold
 
 PERIOD_S = 1.0
 """Time between two steps of the controller, in s."""
@@ -32,6 +34,8 @@ class Sample:
         tokens_per_s: speed; None is unknown.
         power_w: power in W; None is unknown.
         reason: the cause of the budget, as text for people.
+        decode_tps: speed without the pauses, in tokens/s; None is unknown.
+        nats: KL divergence that is given away, in nats a token; None is unknown.
     """
 
     time_s: float
@@ -41,6 +45,8 @@ class Sample:
     tokens_per_s: float | None
     power_w: float | None
     reason: str
+    decode_tps: float | None = None
+    nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,83 @@ def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[
     return found
 
 
+class Follower:
+    """A policy that follows a simulated board: the controller and the number of threads.
+
+    Args:
+        policy: a policy that has bounds.
+        board: the board.
+        weights: sizes of the model.
+    """
+
+    def __init__(self, policy: Policy, board: Board, weights: Weights) -> None:
+        self._policy = replace(policy, bytes_at=weights.bytes_at_budgets, threads=board.cpus)
+        self._state = start(self._policy)
+        self._threads = Threads.of(board.cpus, board.cpus)
+        self.threads = board.cpus
+
+    def decide(self, readings: Readings) -> tuple[float, str]:
+        """The budget in average bits per weight, and the reason as text for people.  It also sets ``threads``.
+
+        Args:
+            readings: what the sensors show now.
+        """
+        before_s = self._state.clock_s
+        self._state, bits, reason = step(self._state, readings, readings.time_s, self._policy)
+        if self._policy.bands:
+            self._threads = self._threads.after(readings, self._state.clock_s - before_s)
+        self.threads = self._threads.count
+        return bits, reason
+
+
+class Decides(Protocol):
+    """What chooses the budget and the threads of a simulated board; see ``Follower``."""
+
+    threads: int
+
+    def decide(self, readings: Readings) -> tuple[float, str]:
+        """See ``Follower.decide``.
+
+        Args:
+            readings: what the sensors show now.
+        """
+
+
+def drive(
+    board: Board,
+    weights: Weights,
+    name: str,
+    by: Decides,
+    around: Sequence[Surroundings],
+    state: BoardState | None = None,
+) -> PolicyRun:
+    """Let a board decode under something that decides.  The same arguments give the same run.
+
+    Args:
+        board: the board.
+        weights: sizes of the model.
+        name: name of the run.
+        by: what decides.
+        around: the surroundings of each period.
+        state: state of the board before; None: cold.
+    """
+    noise = random.Random(0)
+    samples = []
+    last = Stretch(state or cold(board), 0.0, 0.0, board.idle_w)
+    threads, before = by.threads, USUAL
+    for i, now in enumerate(around):
+        readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C), before, threads)
+        bits, reason = by.decide(readings)
+        threads, before = by.threads, now
+        last = advance(board, weights, last.state, bits, seconds=PERIOD_S, around=now, threads=threads)
+        die_c = last.state.die_c
+        samples.append(
+            Sample(i * PERIOD_S, bits, die_c, die_c > board.throttle_c, last.tokens_per_s, last.power_w, reason,
+                   decode_tps=last.decode_tps, nats=weights.given_away(bits) if now.demand_tps != 0 else 0.0)
+        )  # fmt: skip
+    return PolicyRun(name, samples)
+
+
 def simulate(
     board: Board, weights: Weights, name: str, policy: Policy, *, hours: float = 1.0, demand_tps: float | None = None
 ) -> PolicyRun:
@@ -121,20 +204,18 @@ def simulate(
         hours: length of the run, in h.
         demand_tps: speed that is asked for, in tokens/s; None: decode without pauses.
     """
-    noise = random.Random(0)
-    state, samples = start(policy), []
-    last = Stretch(cold(board), 0.0, 0.0, board.idle_w)
-    for i in range(round(hours * 3600 / PERIOD_S)):
-        readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C))
-        state, bits, reason = step(state, readings, i * PERIOD_S, policy)
-        last = advance(board, weights, last.state, bits, seconds=PERIOD_S, demand_tps=demand_tps)
-        die_c = last.state.die_c
-        above = die_c > board.throttle_c
-        samples.append(Sample(i * PERIOD_S, bits, die_c, above, last.tokens_per_s, last.power_w, reason))
-    return PolicyRun(name, samples)
+    around = [replace(USUAL, demand_tps=demand_tps)] * round(hours * 3600 / PERIOD_S)
+    return drive(board, weights, name, Follower(policy, board, weights), around)
 
 
-def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Readings:
+def sense(
+    board: Board,
+    stretch: Stretch,
+    time_s: float,
+    noise_c: float,
+    around: Surroundings = USUAL,
+    threads: int | None = None,
+) -> Readings:
     """The readings that the sensors of the board would give.
 
     Args:
@@ -142,9 +223,12 @@ def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Read
         stretch: the last stretch of decoding.
         time_s: time since the start, in s.
         noise_c: error of the temperature sensor, in K.
+        around: the surroundings of the last stretch.
+        threads: number of threads in the last stretch; None: all cores.
     """
+    limit_cpus, threads = around.limit_cpus or board.cpus, threads or board.cpus
     physical = stretch.state
-    on_battery = physical.battery_wh is not None and board.battery_wh is not None
+    on_battery = physical.battery_wh is not None and board.battery_wh is not None and around.unplugged
     return Readings(
         time_s=time_s,
         temp_c=physical.die_c + noise_c,
@@ -157,8 +241,10 @@ def sense(board: Board, stretch: Stretch, time_s: float, noise_c: float) -> Read
         battery_fraction=physical.battery_wh / board.battery_wh if on_battery else None,  # type: ignore[operator]
         battery_energy_wh=physical.battery_wh,
         power_w=stretch.power_w,
-        foreign_cpu_fraction=0.0,
-        cgroup_throttled_fraction=0.0,
+        foreign_cpu_fraction=around.load,
+        available_cpus=float(limit_cpus),
+        cgroup_throttled_fraction=max(1 - limit_cpus / threads, 0.0) * bool(stretch.decode_tps),
         tokens_per_s=stretch.decode_tps or None,
         decode_share=stretch.tokens_per_s / stretch.decode_tps if stretch.decode_tps else 0.0,
+        decode_threads=threads,
     )

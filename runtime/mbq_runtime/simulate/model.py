@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mbq_runtime.bundle.manifest import Manifest
@@ -20,12 +21,15 @@ class Weights:
         high_bits: highest budget, in average bits per weight.
         fixed_bytes: bytes that a token reads at every budget.
         bit_bytes: bytes that a token reads for each bit of the budget.
+        kl: pairs of a budget and the mean KL divergence from the original model at it, in nats a token, by rising
+            budgets; empty: unknown.
     """
 
     low_bits: float
     high_bits: float
     fixed_bytes: float
     bit_bytes: float
+    kl: Sequence[tuple[float, float]] = ()
 
     def bytes_at(self, bits: float) -> float:
         """Bytes of weights that a token reads.
@@ -34,6 +38,29 @@ class Weights:
             bits: the budget, in average bits per weight.
         """
         return self.fixed_bytes + bits * self.bit_bytes
+
+    @property
+    def bytes_at_budgets(self) -> tuple[tuple[float, int], ...]:
+        """The table of a policy's ``bytes_at``."""
+        return tuple((bits, round(self.bytes_at(bits))) for bits in (self.low_bits, self.high_bits))
+
+    def given_away(self, bits: float) -> float | None:
+        """KL divergence at a budget minus that at the highest budget, in nats a token; None is unknown.
+
+        Between two known budgets its logarithm is a straight line.
+
+        Args:
+            bits: the budget, in average bits per weight.
+        """
+        if len(self.kl) < 2:
+            return None
+
+        def divergence(at: float) -> float:
+            pairs = zip(self.kl, self.kl[1:], strict=False)
+            (low, most), (high, least) = next((pair for pair in pairs if at <= pair[1][0]), self.kl[-2:])
+            return math.exp(math.log(most) + (math.log(least) - math.log(most)) * (at - low) / (high - low))
+
+        return divergence(bits) - divergence(self.high_bits)
 
     @classmethod
     def of(cls, manifest: Manifest) -> Weights:
@@ -45,11 +72,20 @@ class Weights:
         sizes = sorted((float(bits), size) for bits, size in manifest.weights.bytes_per_token.items())
         (low, least), (high, most) = sizes[0], sizes[-1]
         per_bit = (most - least) / (high - low) if high > low else most / high
-        return cls(quality_floor(manifest), manifest.budget.max_bits, least - low * per_bit, per_bit)
+        points = {point.avg_bits_used: point.kl_divergence for point in manifest.quality.curve}
+        curve = sorted((bits, kl) for bits, kl in points.items() if kl > 0)  # NaN in bundles of early versions
+        return cls(quality_floor(manifest), manifest.budget.max_bits, least - low * per_bit, per_bit, tuple(curve))
 
 
-SMOLLM2_135M = Weights(low_bits=4.0, high_bits=8.0, fixed_bytes=8.41e6, bit_bytes=16.81e6)
-"""SmolLM2-135M with slices 3,1,2,2 in groups of 64, head included.  Its quality floor is 4 bits."""
+SMOLLM2_135M = Weights(
+    low_bits=4.0,
+    high_bits=8.0,
+    fixed_bytes=8.41e6,
+    bit_bytes=16.81e6,
+    kl=((3.0, 0.4146), (3.48, 0.2172), (4.0, 0.1231), (4.95, 0.0528), (6.02, 0.0131), (8.0, 0.0024)),
+)
+"""SmolLM2-135M with slices 3,1,2,2 in groups of 64, head included.  Its quality floor is 4 bits.  The divergences are
+those of ``results/kl-divergence.json``."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +145,56 @@ def token_s(board: Board, weights: Weights, bits: float, clock: float) -> float:
     return overhead_s / clock + read_s * (1 - board.read_clock_share + board.read_clock_share / clock)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a board cannot change: other programs, limits, air and demand.
+
+    Args:
+        load: share of all cores that other programs use, 0 to 1.
+        limit_cpus: cores that a cgroup allows; None: all.
+        ambient_c: temperature of the air, in C; None: that of the board.
+        cooling: thermal conductance to the air over the usual one; below 1 for a fan that fails.
+        unplugged: whether a board with a battery runs on it.
+        demand_tps: speed that is asked for, in tokens/s; None: decode without pauses; 0: no tokens.
+    """
+
+    load: float = 0.0
+    limit_cpus: float | None = None
+    ambient_c: float | None = None
+    cooling: float = 1.0
+    unplugged: bool = True
+    demand_tps: float | None = None
+
+
+USUAL = Surroundings()
+
+
+def thread_speed(board: Board, threads: int, around: Surroundings) -> float:
+    """Speed of a number of threads over the speed of all cores without load.  [e]
+
+    The threads of a token wait for each other.  Each thread that shares its core halves the speed.  A limit stops all
+    threads for a part of the time.
+
+    Args:
+        board: the board.
+        threads: number of threads.
+        around: the surroundings.
+    """
+    alone = (threads / board.cpus) ** 0.8
+    shared = max(threads - board.cpus * (1 - around.load), 0.0)
+    allowed = 1.0 if around.limit_cpus is None else min(around.limit_cpus / threads, 1.0)
+    return alone * 0.5**shared * allowed
+
+
 def advance(
-    board: Board, weights: Weights, state: BoardState, bits: float, *, seconds: float, demand_tps: float | None = None
+    board: Board,
+    weights: Weights,
+    state: BoardState,
+    bits: float,
+    *,
+    seconds: float,
+    around: Surroundings = USUAL,
+    threads: int | None = None,
 ) -> Stretch:
     """Decode for a short time at one budget.
 
@@ -120,16 +204,22 @@ def advance(
         state: state of the board before.
         bits: the budget, in average bits per weight.
         seconds: length of the time, a few s at most.
-        demand_tps: speed that is asked for, in tokens/s; None: decode without pauses.
+        around: load, air and demand in this time.
+        threads: number of threads; None: all cores.
     """
-    one_s = token_s(board, weights, bits, state.clock)
-    share = 1.0 if demand_tps is None else min(demand_tps * one_s, 1.0)
+    threads = threads or board.cpus
+    one_s = token_s(board, weights, bits, state.clock) / thread_speed(board, threads, around)
+    share = 1.0 if around.demand_tps is None else min(around.demand_tps * one_s, 1.0)
     tokens_per_s = share / one_s
+    busy = min(share * threads / board.cpus + around.load, 1.0)
     busy_w = board.core_w * state.clock**board.core_exponent
-    power_w = board.idle_w + share * busy_w + tokens_per_s * weights.bytes_at(bits) * board.memory_pj * 1e-12
-    body_c = _toward(state.body_c, board.ambient_c + board.k_per_w * power_w, seconds / board.tau_s)
+    power_w = board.idle_w + busy * busy_w + tokens_per_s * weights.bytes_at(bits) * board.memory_pj * 1e-12
+    ambient_c = board.ambient_c if around.ambient_c is None else around.ambient_c
+    tau_s = board.tau_s / around.cooling
+    body_c = _toward(state.body_c, ambient_c + board.k_per_w / around.cooling * power_w, seconds / tau_s)
     die_c = _toward(state.die_c, body_c + board.die_k_per_w * power_w, seconds / board.die_tau_s)
-    left_wh = None if state.battery_wh is None else max(state.battery_wh - power_w * seconds / 3600, 0.0)
+    drained = state.battery_wh is not None and around.unplugged
+    left_wh = max(state.battery_wh - power_w * seconds / 3600, 0.0) if drained else state.battery_wh  # type: ignore[operator]
     after = replace(state, body_c=body_c, die_c=die_c, clock=allowed_clock(board, die_c), battery_wh=left_wh)
     return Stretch(after, 1 / one_s, tokens_per_s, power_w)
 

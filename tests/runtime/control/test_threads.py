@@ -48,8 +48,8 @@ def test_a_busy_core_is_left_alone_within_two_seconds_and_taken_back_after_a_whi
     found = counts(lambda at: 1.0 if 10 <= at < 60 else 2.0, 90)
     assert set(found[:20]) == {2}
     assert set(found[24:120]) == {1}
-    assert found[2 * 64] == 1
-    assert set(found[2 * 70 :]) == {2}
+    assert found[2 * 62] == 1
+    assert set(found[2 * 66 :]) == {2}
 
 
 def test_threads_beyond_the_processors_that_are_free_are_the_only_ones_given_up() -> None:

@@ -37,7 +37,7 @@ def test_a_board_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     title, header, *rows = out.splitlines()
     assert title == "pi5-bare: Raspberry Pi 5 without a cooler"
     assert header.split("  ")[0] == "policy"
-    assert [row[:8].strip() for row in rows] == ["fixed 8", "fixed 4", "auto", "battery"]
+    assert [row[:8].strip() for row in rows] == ["fixed 8", "fixed 4", "auto", "battery", "oracle"]
     assert len({len(row) for row in rows}) == 1
 
 
