@@ -63,6 +63,7 @@ class Before:
         self._state = self._control.start(self._policy)
         self._threads = import_module(f"{PACKAGE}.control.threads").Threads.of(trial.board.cpus, trial.board.cpus)
         self.threads = trial.board.cpus
+        self.pace_tps: float | None = None
 
     def decide(self, readings: Readings) -> tuple[float, str]:
         old = self._readings(**{name: value for name, value in asdict(readings).items() if name in self._names})

@@ -36,6 +36,7 @@ class Steering:
     max_bits: highest budget.
     min_tps: tokens per second to hold.
     last_until: when the battery must still hold, such as "18:00" or "2.5h".
+    reader_tps: tokens per second that the reader of a reply needs at most.
     events: file that gets budget changes as JSON lines.
     """
 
@@ -45,6 +46,7 @@ class Steering:
     max_bits: float | None = None
     min_tps: float | None = None
     last_until: str | None = None
+    reader_tps: float | None = None
     events: Path | None = None
 
     def make(self) -> Policy:
@@ -56,8 +58,9 @@ class Steering:
         from mbq_runtime.control.policy import find_policy, seconds_until
 
         policy = find_policy(self.policy or ("auto" if self.bits is None else "fixed"))
-        if not policy.bands and (self.min_tps is not None or self.last_until is not None):
-            raise UsageError(f"policy {policy.name} pursues no goal; for --min-tps or --last-until use --policy auto")
+        if not policy.bands and (self.min_tps, self.last_until, self.reader_tps) != (None, None, None):
+            goals = "--min-tps, --last-until or --reader-tps"
+            raise UsageError(f"policy {policy.name} pursues no goal; for {goals} use --policy auto")
         if self.bits is not None:
             if policy.name != "fixed" or self.min_bits is not None or self.max_bits is not None:
                 raise UsageError("--bits fixes the budget; to bound what a policy does, use --min-bits and --max-bits")
@@ -68,6 +71,7 @@ class Steering:
             floor_bits=self.min_bits,
             ceiling_bits=self.max_bits,
             min_tps=self.min_tps,
+            reader_tps=self.reader_tps,
             last_until_s=None if span_s is None else time.monotonic() + span_s,
         )
 
@@ -92,6 +96,9 @@ def steering_options(function: F) -> F:
         click.option("--max-bits", type=float, help="Highest budget in average bits.  [default: the bundle's]"),
         click.option("--min-tps", type=float, help="Tokens per second to hold; the budget falls to hold them."),
         click.option("--last-until", metavar="TIME", help="Until when the battery must last: 18:00, 2.5h, 40min."),
+        click.option(
+            "--reader-tps", type=float, help="Tokens per second that the reader needs; heat slows replies to it."
+        ),
         click.option("--events", type=click.Path(path_type=Path), help="Append budget changes here, as JSON lines."),
     )
     for option in reversed(options):

@@ -30,11 +30,12 @@ from .bounds import BoundedEngine
 from .controller import Decision, State, start, step
 from .events import Event, JsonLines
 from .governor import Governor, Status
+from .ladder import RUNGS, Ladder, Rung, climb
 from .metered_reply import MeteredReply, Piece
 from .policy import POLICIES, Band, Policy, find_policy
 from .triggers import TRIGGERS, Trigger
 
 __all__ = [
-    "POLICIES", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines", "MeteredReply",
-    "Piece", "Policy", "State", "Status", "Trigger", "find_policy", "start", "step",
+    "POLICIES", "RUNGS", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines", "Ladder",
+    "MeteredReply", "Piece", "Policy", "Rung", "State", "Status", "Trigger", "climb", "find_policy", "start", "step",
 ]  # fmt: skip

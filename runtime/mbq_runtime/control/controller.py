@@ -119,12 +119,10 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
         policy: a policy that has bounds.
     """
     low, high = policy.bounds
-    elapsed_s = 0.0
-    if state.now_s is not None and math.isfinite(now):
-        elapsed_s = min(max(now - state.now_s, 0.0), _LONGEST_S)
+    spent_s = elapsed_s(state, now)
     state = replace(
         state,
-        clock_s=state.clock_s + elapsed_s,
+        clock_s=state.clock_s + spent_s,
         now_s=now if math.isfinite(now) else state.now_s,
         bits=min(max(state.bits, low), high),
         notices=(),
@@ -132,15 +130,27 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
     if not policy.bands:
         return Decision(replace(state, bits=high), high, "fixed")
     readings = _finite(readings)
-    state = _used(_paced(state, readings, elapsed_s, policy), readings, elapsed_s)
-    at = _situation(state, readings, policy)
-    seen = sense(state.tracks, state.told, at, state.clock_s, elapsed_s)
+    state = _used(_paced(state, readings, spent_s, policy), readings, spent_s)
+    at = situation(state, readings, policy)
+    seen = sense(state.tracks, state.told, at, state.clock_s, spent_s)
     state = replace(state, tracks=seen.tracks, notices=seen.notices, told=seen.told)
     found = wishes(state.tracks, at, state.clock_s)
     before = state.bits
-    state = _move(state, found, elapsed_s, policy)
+    state = _move(state, found, spent_s, policy)
     reason = _reason(before, state, found, at)
-    return Decision(_learn(state, found, at, elapsed_s), state.bits, reason)
+    return Decision(_learn(state, found, at, spent_s), state.bits, reason)
+
+
+def elapsed_s(state: State, now: float) -> float:
+    """Time in s since the last step: never below 0, and at most a minute after a jump of the clock.
+
+    Args:
+        state: result of the last step.
+        now: seconds on the caller's clock.
+    """
+    if state.now_s is None or not math.isfinite(now):
+        return 0.0
+    return min(max(now - state.now_s, 0.0), _LONGEST_S)
 
 
 def _finite(readings: Readings) -> Readings:
@@ -179,7 +189,14 @@ def _used(state: State, readings: Readings, elapsed_s: float) -> State:
     return replace(state, usage=now)
 
 
-def _situation(state: State, readings: Readings, policy: Policy) -> Situation:
+def situation(state: State, readings: Readings, policy: Policy) -> Situation:
+    """What triggers can use to compute their values.
+
+    Args:
+        state: what the controller remembers.
+        readings: what the sensors show now.
+        policy: a policy that has bounds.
+    """
     # Fewer bits are never slower, so a speed that was reached at more bits is possible here too.
     best_tps = max((tps for bits, tps in state.best_tps.items() if bits >= state.bits), default=None)
     clock = max(filter(None, (state.best_clock, readings.cpu_freq_fraction)), default=None)

@@ -16,9 +16,9 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.sensing.readings import Readings
 
 from .budget_trim import BudgetTrim
-from .controller import start, step
 from .energy import Energy
 from .events import Event
+from .ladder import Ladder, climb
 from .policy import Policy
 from .threads import Threads
 
@@ -101,7 +101,7 @@ class Governor:
     Use it as a context manager.  It sets the first budget when the block begins.  The last budget stays after the
     block; the number of threads is restored.  A new budget applies from the engine's next token.  ``policy`` can be
     replaced at any time.  With any policy except "fixed", ``engine.threads`` follows the processors that other programs
-    leave free (see ``Threads``).
+    leave free (see ``Threads``), and replies are paced where ``policy.reader_tps`` allows it (see ``RUNGS``).
 
     It looks at the sensors between two tokens, on the engine's thread.  A look at another time would take a core from
     one of the engine's threads, and the others would wait for it.  When no tokens come, its own thread looks.
@@ -129,10 +129,10 @@ class Governor:
         self._on_event = on_event
         self._threaded = engine if isinstance(engine, Threaded) else None
         most = 1 if self._threaded is None else self._threaded.threads
-        self._threads = Threads.of(most, len(os.sched_getaffinity(0)))
+        self._most = most
         self.policy = policy
-        self._state = start(self._policy)
-        self._trim = BudgetTrim(self._state.bits)
+        self._ladder = Ladder.of(self._policy, Threads.of(most, len(os.sched_getaffinity(0))))
+        self._trim = BudgetTrim(self._ladder.bits.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
         self._tokens: deque[tuple[float, float]] = deque()  # the engine's thread appends, a look empties it
@@ -157,7 +157,7 @@ class Governor:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        threads = None if self._threaded is None else self._threads.most
+        threads = None if self._threaded is None else self._most
         self._policy = replace(policy.within(self._engine.manifest), threads=threads)
 
     def status(self) -> Status:
@@ -175,41 +175,37 @@ class Governor:
 
     def tick(self) -> Status:
         """Look once and set the budget.  Inside the ``with`` block the governor calls it; do not call it there."""
-        now_s, before = self._clock(), self._state
+        now_s, before = self._clock(), self._ladder
         speed, used, share = self._drain(now_s)
         threads = None if self._threaded is None else self._threaded.threads
         readings = replace(
             self._sensors.read(), tokens_per_s=speed, decode_bits=used, decode_share=share, decode_threads=threads
         )
-        self._state, budget, reason = step(self._state, readings, now_s, self._policy)
+        look = climb(before, readings, now_s, self._policy)
+        self._ladder, state = look.ladder, look.ladder.bits
+        budget = state.bits
         self._trim = self._trim.at(budget)
         bundle = self._engine.manifest.budget
         # A fixed budget has no correction, so that a reply can be repeated.
         self._asked = self._trim.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
         if self._asked != self._engine.avg_bits:
             self._engine.avg_bits = self._asked
-        for notice in self._state.notices:
+        able = self._set_threads()
+        for notice in (*state.notices, *(said for said in look.said if able or not said.startswith("threads"))):
             self._tell(Event(time.time(), budget, budget, notice, readings))
-        if budget != before.bits:
-            self._tell(Event(time.time(), before.bits, budget, reason, readings))
-        # The controller's clock has no jumps.
-        self._follow_load(readings, self._state.clock_s - before.clock_s)
-        self._status = Status(budget, reason, readings, speed, used, self._energy.joules_per_token)
+        if budget != before.bits.bits:
+            self._tell(Event(time.time(), before.bits.bits, budget, look.reason, readings))
+        self._status = Status(budget, look.reason, readings, speed, used, self._energy.joules_per_token)
         return self._status
 
-    def _follow_load(self, readings: Readings, elapsed_s: float) -> None:
-        """Set the number of threads by the load of other programs."""
+    def _set_threads(self) -> bool:
+        """Set the number of threads.  Returns whether the engine could; some cannot change it."""
+        count = self._ladder.threads.count
         if self._threaded is None:
-            return
-        before = self._threads
-        follows = bool(self._policy.bands)
-        self._threads = before.after(readings, elapsed_s) if follows else Threads.of(before.most, before.cpus)
-        if self._threads.count == before.count:
-            return
-        self._threaded.threads = self._threads.count
-        if self._threaded.threads == self._threads.count:  # some engines cannot change it
-            bits = self._state.bits
-            self._tell(Event(time.time(), bits, bits, self._threads.describe(before.count), readings))
+            return False
+        if self._threaded.threads != count:
+            self._threaded.threads = count
+        return self._threaded.threads == count
 
     def _drain(self, now_s: float) -> tuple[float | None, float | None, float | None]:
         """Count the tokens since the last look.  Returns (tokens/s, average bits used, share of the time)."""
@@ -235,6 +231,8 @@ class Governor:
     def _between_tokens(self, token_time_s: float, bits_used: float) -> None:
         """The listener that the engine calls on its own thread after each token."""
         self.observe(token_time_s, bits_used)
+        if self._ladder.paced and self._policy.reader_tps is not None:
+            time.sleep(max(1 / self._policy.reader_tps - token_time_s, 0.0))
         if time.monotonic() - self._paced_s >= PERIOD_S:
             self._look(wait=False)
 
@@ -268,6 +266,6 @@ class Governor:
         self._stop.set()
         self._thread.join()
         if self._threaded is not None:
-            self._threaded.threads = self._threads.most
+            self._threaded.threads = self._most
         if isinstance(self._engine, Telling):
             self._engine.remove_listener(self._between_tokens)

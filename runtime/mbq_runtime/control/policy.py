@@ -49,11 +49,12 @@ class Policy:
         min_tps: speed goal in tokens/s; bits are given up to reach it.
         last_until_s: time until which the battery must last, in s on the clock of ``step``.
         kept_speed: share of the speed without pressure that is held while something slows the board, 0 to 1.
+        reader_tps: speed in tokens/s that the reader of a reply needs at most; None: somebody waits for every token.
         bytes_at: pairs of a budget and the bytes of weights that a token reads at it; ``within`` sets it.
         threads: number of threads that the engine was loaded with; the governor sets it.
 
     Raises:
-        UsageError: ``min_tps`` or ``last_until_s`` is not a usable number.
+        UsageError: ``min_tps``, ``reader_tps`` or ``last_until_s`` is not a usable number.
     """
 
     name: str
@@ -64,12 +65,14 @@ class Policy:
     min_tps: float | None = None
     last_until_s: float | None = None
     kept_speed: float = 0.8
+    reader_tps: float | None = None
     bytes_at: tuple[tuple[float, int], ...] = ()
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.min_tps is not None and not 0 < self.min_tps < math.inf:
-            raise UsageError(f"min_tps {self.min_tps}: needed a number above 0")
+        for name, tps in (("min_tps", self.min_tps), ("reader_tps", self.reader_tps)):
+            if tps is not None and not 0 < tps < math.inf:
+                raise UsageError(f"{name} {tps}: needed a number above 0")
         if self.last_until_s is not None and not math.isfinite(self.last_until_s):
             raise UsageError(f"last_until_s {self.last_until_s}: needed a number of seconds")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
-from mbq_runtime.control.controller import start, step
+from mbq_runtime.control.ladder import Ladder, climb
 from mbq_runtime.control.policy import Policy, find_policy
 from mbq_runtime.control.threads import Threads
 from mbq_runtime.errors import UsageError
@@ -125,28 +125,30 @@ class Follower:
 
     def __init__(self, policy: Policy, board: Board, weights: Weights) -> None:
         self._policy = replace(policy, bytes_at=weights.bytes_at_budgets, threads=board.cpus)
-        self._state = start(self._policy)
-        self._threads = Threads.of(board.cpus, board.cpus)
+        self._ladder = Ladder.of(self._policy, Threads.of(board.cpus, board.cpus))
         self.threads = board.cpus
+        self.pace_tps: float | None = None
 
     def decide(self, readings: Readings) -> tuple[float, str]:
-        """The budget in average bits per weight, and the reason as text for people.  It also sets ``threads``.
+        """The budget in average bits per weight, and the reason as text for people.
+
+        It also sets ``threads`` and ``pace_tps``.
 
         Args:
             readings: what the sensors show now.
         """
-        before_s = self._state.clock_s
-        self._state, bits, reason = step(self._state, readings, readings.time_s, self._policy)
-        if self._policy.bands:
-            self._threads = self._threads.after(readings, self._state.clock_s - before_s)
-        self.threads = self._threads.count
-        return bits, reason
+        look = climb(self._ladder, readings, readings.time_s, self._policy)
+        self._ladder = look.ladder
+        self.threads = look.ladder.threads.count
+        self.pace_tps = self._policy.reader_tps if look.ladder.paced else None
+        return look.ladder.bits.bits, look.reason
 
 
 class Decides(Protocol):
-    """What chooses the budget and the threads of a simulated board; see ``Follower``."""
+    """What chooses the budget, the threads and the pace of a simulated board; see ``Follower``."""
 
     threads: int
+    pace_tps: float | None
 
     def decide(self, readings: Readings) -> tuple[float, str]:
         """See ``Follower.decide``.
@@ -181,6 +183,8 @@ def drive(
     for i, now in enumerate(around):
         readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C), before, threads)
         bits, reason = by.decide(readings)
+        if by.pace_tps is not None:
+            now = replace(now, demand_tps=by.pace_tps if now.demand_tps is None else min(now.demand_tps, by.pace_tps))
         threads, before = by.threads, now
         last = advance(board, weights, last.state, bits, seconds=PERIOD_S, around=now, threads=threads)
         die_c = last.state.die_c

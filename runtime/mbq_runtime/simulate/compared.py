@@ -60,6 +60,7 @@ class _Known:
     def __init__(self, bits: Sequence[float], threads: Sequence[int]) -> None:
         self._left = list(zip(bits, threads, strict=True))[::-1]
         self.threads = threads[0]
+        self.pace_tps: float | None = None
 
     def decide(self, readings: Readings) -> tuple[float, str]:
         bits, self.threads = self._left.pop()

@@ -1,0 +1,83 @@
+"""The ladder: threads first, then pacing where a reader is slower than the model, then bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from controlled import CALM, policy
+from test_governor import Board, Clock, StandIn, looks
+
+from mbq_runtime.control.events import Event
+from mbq_runtime.control.governor import Governor
+from mbq_runtime.control.ladder import RUNGS, Ladder, climb
+from mbq_runtime.control.policy import POLICIES
+from mbq_runtime.control.threads import Threads
+from mbq_runtime.errors import UsageError
+from mbq_runtime.simulate.boards import BOARDS
+from mbq_runtime.simulate.closed_loop import Follower, contenders, drive
+from mbq_runtime.simulate.model import SMOLLM2_135M, USUAL
+
+HOT = replace(CALM, temp_c=79.5)
+
+
+def test_what_costs_quality_comes_last() -> None:
+    assert [rung.name for rung in RUNGS] == ["threads", "pacing", "bits"]
+
+
+def test_every_rung_says_what_it_does() -> None:
+    by = policy(reader_tps=10.0)
+    ladder, said = Ladder.of(by, Threads.of(4, 4)), []
+    for second in range(5):
+        look = climb(ladder, replace(HOT, foreign_cpu_fraction=0.5), float(second), by)
+        ladder = look.ladder
+        said += look.said
+    assert said == [
+        "threads: 4 to 2, 2.0 of 4 processors are free for this program",
+        "pacing: 10 tokens/s, without a pause the board would get too warm",
+    ]
+    for second in range(5, 60):
+        look = climb(ladder, CALM, float(second), by)
+        ladder = look.ladder
+        said += look.said
+    assert [step.split(",")[0] for step in said[2:]] == [
+        "threads: 2 to 3",
+        "threads: 3 to 4",
+        "pacing: no longer needed",
+    ]
+
+
+@pytest.mark.parametrize(("reader_tps", "keeps"), [(None, False), (12.0, True)])
+def test_a_reply_at_reading_speed_keeps_a_bare_board_cool_at_full_quality(
+    reader_tps: float | None, keeps: bool
+) -> None:
+    ((_, auto),) = contenders(["auto"], 4.0, 8.0)
+    board, weights = BOARDS["pi5-bare"], SMOLLM2_135M
+    run = drive(board, weights, "auto", Follower(replace(auto, reader_tps=reader_tps), board, weights), [USUAL] * 1200)
+    assert (not any(sample.above for sample in run.samples)) is keeps
+    if keeps:
+        assert {sample.bits for sample in run.samples} == {8.0}
+        assert {round(sample.tokens_per_s or 0) for sample in run.samples[:100]} == {41}, "not before it is needed"
+
+
+def test_a_governor_waits_between_tokens_while_a_reply_is_paced(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("mbq_runtime.control.governor.time.sleep", slept.append)
+    board, clock, events = Board(), Clock(), list[Event]()
+    governor = Governor(StandIn(), board, replace(POLICIES["auto"], reader_tps=10.0), events.append, clock=clock)
+    looks(governor, clock, 2)
+    governor._between_tokens(0.02, 8.0)
+    assert slept == []
+    board.readings = HOT
+    looks(governor, clock, 2)
+    governor._between_tokens(0.02, 8.0)
+    governor._between_tokens(0.30, 8.0)
+    assert slept == pytest.approx([0.08, 0.0])
+    assert any(event.reason.startswith("pacing") and not event.is_change for event in events)
+
+
+def test_fixed_is_never_paced() -> None:
+    by = policy("fixed", reader_tps=10.0)
+    assert not climb(Ladder.of(by, Threads.of(4, 4)), replace(HOT, heat_throttled=True), 0.0, by).ladder.paced
+    with pytest.raises(UsageError, match="reader_tps 0: needed a number above 0"):
+        policy(reader_tps=0)
