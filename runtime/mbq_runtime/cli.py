@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": Entry("serve", "Serve a bundle over HTTP, with the API of OpenAI."),
     "monitor": Entry("monitor", "Watch a running mbq serve."),
     "bench": Entry("bench", "Measure speed, heat and energy at several budgets."),
+    "kit": Entry("kit", "Measure this board, and write one report to send."),
     "perplexity": Entry("perplexity", "Measure how well a bundle predicts a text, at several budgets."),
     "inspect": Entry("inspect", "Show what is in a bundle and whether it runs here."),
     "verify": Entry("verify", "Check a bundle's files against its manifest."),

@@ -18,6 +18,7 @@ from .policy import Policy
 from .threads import Threads
 from .triggers import is_too_warm
 
+_ROOM_C = 5.0  # the board must be this much cooler before a reply is no longer paced
 _CALM_S = 20.0  # how long there must be no cause before a reply is no longer paced
 
 
@@ -94,7 +95,8 @@ def _pacing(look: Look) -> Look:
     ladder, reader_tps = look.ladder, look.policy.reader_tps
     if reader_tps is None or not look.policy.bands:
         return replace(look, ladder=replace(ladder, paced=False))
-    warm = is_too_warm(situation(ladder.bits, look.readings, look.policy))
+    room_c = _ROOM_C if ladder.paced else 0.0
+    warm = is_too_warm(situation(ladder.bits, look.readings, look.policy), room_c)
     if warm and not ladder.paced:
         said = (*look.said, f"pacing: {reader_tps:g} tokens/s, without a pause the board would get too warm")
         return replace(look, ladder=_at_pace(ladder, look.policy, reader_tps), said=said)
@@ -112,7 +114,9 @@ def _at_pace(ladder: Ladder, policy: Policy, reader_tps: float) -> Ladder:
     if pace_s is not None:
         token_s = pace_s * ladder.bits.learned.token_time(ladder.bits.paced[1]).shape(policy.part(ladder.bits.bits))
         usage = (min(reader_tps * token_s, 1.0), min(reader_tps, 1 / token_s))
-    return replace(ladder, bits=replace(ladder.bits, usage=usage), paced=True, calm_s=0.0)
+    # Heat answers to the pause after a time, as it does to a change of the budget.
+    bits = replace(ladder.bits, usage=usage, changed_s=ladder.bits.clock_s)
+    return replace(ladder, bits=bits, paced=True, calm_s=0.0)
 
 
 def _bits(look: Look) -> Look:

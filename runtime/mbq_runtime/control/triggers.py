@@ -280,13 +280,14 @@ def _stay_cool(at: Situation, budgets: Sequence[float], room: float) -> float | 
     return next(cool, budgets[-1])
 
 
-def is_too_warm(at: Situation) -> bool:
+def is_too_warm(at: Situation, room_c: float) -> bool:
     """Whether decoding without pause at the policy's ceiling would take the board to the temperature to stay below.
 
     Before the heat of the board is known, it is too warm from the start of the band.
 
     Args:
         at: what is known now.
+        room_c: room below that temperature, in C.
     """
     heat, temp_c, limit_c = at.learned.heat, at.temp_c, _limit_c(at.readings)
     band = at.policy.bands.get("heat")
@@ -298,9 +299,9 @@ def is_too_warm(at: Situation) -> bool:
         rate = 0.0 if token_s is None else at.policy.bytes_of(at.policy.bounds[1]) * 1e-9 / token_s
         drive = at.learned.watts.at(1.0, rate) / DRIVE_W
     if not heat.is_known or not (at.readings.power_w is None or at.learned.watts.is_known):
-        return temp_c > limit_c + band.start
+        return temp_c > limit_c + band.start - room_c
     ahead_s = max(_AHEAD_S, _AHEAD * heat.tau_s)
-    return heat.forecast_c(temp_c, drive, ahead_s) > limit_c + math.fsum(band) / 2
+    return heat.forecast_c(temp_c, drive, ahead_s) > limit_c + math.fsum(band) / 2 - room_c
 
 
 def _describe_stay_cool(at: Situation, r: Readings) -> str:

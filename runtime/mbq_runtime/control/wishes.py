@@ -82,8 +82,7 @@ def _wish(name: str, track: Track, at: Situation) -> Wish:
         needed = trigger.need(at, budgets, 0.0) if acts else high
         roomy = trigger.need(at, budgets, trigger.room) if acts else high
         if needed is not None and roomy is not None:
-            settle_s = min(trigger.settle_s, _KNOWN_APART_S)
-            return Wish(name, needed, roomy, slows, True, trigger.confirm_s, settle_s, _KNOWN_APART_S)
+            return Wish(name, needed, roomy, slows, True, trigger.confirm_s, trigger.settle_s, _KNOWN_APART_S)
     ahead = min(max(track.slope * trigger.forecast_s, 0.0), trigger.forecast_most)
     pressure = at.policy.bands[name].pressure(track.value + ahead)
     allowed = _target(pressure + _HYSTERESIS, low, high) if pressure > 0 else high

@@ -1,0 +1,286 @@
+"""The kit for owners of boards: one report of speed, power, heat and a short closed loop, as one file to send.
+
+Each stage is a row of ``STAGES``.  A finished stage is kept, so that a second call goes on where the first one ended.
+A stage ends early when the board is at its limit.  The report has no personal data: no names, no addresses, no paths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import bench
+from .control.governor import Governor
+from .control.policy import find_policy
+from .control.wishes import grid
+from .engine import Engine
+from .sensing.readings import Readings
+
+FORMAT, VERSION = "mbq-kit", 1
+PROMPT = "Tell me a long story about the sea."
+_TOKENS = 24  # of one measured run
+_MARGIN_C = 2.0  # a stage ends this far below the throttle point
+_BUSY = "while True: pass"
+
+
+class Limit(Exception):
+    """The board is at its limit."""
+
+
+@dataclass
+class Board:
+    """The board under test.
+
+    engine: a loaded bundle, with as many threads as will be tried.
+    look: reads the sensors.
+    now: returns seconds that never go back.
+    rest: waits for some seconds.
+    """
+
+    engine: Engine
+    look: Callable[[], Readings]
+    now: Callable[[], float] = time.monotonic
+    rest: Callable[[float], None] = time.sleep
+
+    def check(self) -> Readings:
+        """The readings.
+
+        Raises:
+            Limit: the board throttles, or is near the temperature at which it does.
+        """
+        seen = self.look()
+        limit_c = seen.throttle_temp_c if seen.throttle_temp_c is not None else seen.critical_temp_c
+        if seen.temp_c is not None and limit_c is not None and seen.temp_c >= limit_c - _MARGIN_C:
+            raise Limit(f"{seen.temp_c:.1f} C, the limit is {limit_c:.0f} C")
+        if seen.heat_throttled or seen.undervoltage:
+            raise Limit("the board slows itself by " + ("heat" if seen.heat_throttled else "under-voltage"))
+        return seen
+
+    def tokens_per_s(self, bits: float) -> float:
+        """Speed of one short run at a budget.
+
+        Args:
+            bits: average bits per weight.
+        """
+        count = min(_TOKENS, self.engine.context_length)
+        return count / sum(self.engine.time_passes([1] * count, bits).seconds)
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Other programs that want whole cores.
+
+    Args:
+        count: number of programs.
+    """
+    programs = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def _speeds(board: Board, seconds: float) -> dict[str, Any]:
+    """Speed at each budget and number of threads, quiet and beside one busy core."""
+    budget, most = board.engine.manifest.budget, board.engine.threads
+    ends = (budget.max_bits, budget.min_bits)
+    ways = [(n, bits, 0) for n in range(most, 0, -1) for bits in grid(budget.min_bits, budget.max_bits)]
+    ways += [(n, bits, 1) for n in range(most, 0, -1) for bits in ends]
+    rows: list[dict[str, Any]] = []
+    for threads, bits, busy in ways:
+        board.engine.threads = threads
+        end_s, speeds, seen = board.now() + seconds / len(ways), list[float](), list[Readings]()
+        with busy_cores(busy):
+            board.tokens_per_s(bits)
+            while not speeds or board.now() < end_s:
+                speeds.append(board.tokens_per_s(bits))
+                seen.append(board.check())
+        powers = [r.power_w for r in seen if r.power_w is not None]
+        rows.append(
+            {"threads": threads, "bits": bits, "busy_cores": busy, "runs": len(speeds),
+             "tokens_per_s": sorted(speeds)[len(speeds) // 2], "least_tokens_per_s": min(speeds),
+             "most_tokens_per_s": max(speeds), "power_w": sum(powers) / len(powers) if powers else None}
+        )  # fmt: skip
+    board.engine.threads = most
+    return {"rows": rows}
+
+
+def _idle(board: Board, seconds: float) -> dict[str, Any]:
+    """Power and temperature without work."""
+    return {"rows": list(_watch(board, seconds, lambda: board.rest(1.0)))}
+
+
+def _heating(board: Board, seconds: float) -> dict[str, Any]:
+    """Decoding without pause at the highest budget."""
+    bits = board.engine.manifest.budget.max_bits
+    return {"rows": list(_watch(board, seconds, lambda: board.tokens_per_s(bits), safe=True))}
+
+
+def _watch(
+    board: Board, seconds: float, work: Callable[[], float | None], safe: bool = False
+) -> Iterator[dict[str, Any]]:
+    begin_s = board.now()
+    while (at_s := board.now() - begin_s) < seconds:
+        tps = work()
+        try:
+            seen = board.check() if safe else board.look()
+        except Limit as limit:
+            seen = board.look()
+            yield _row(at_s, seen, tps) | {"stopped": str(limit)}
+            return
+        yield _row(at_s, seen, tps)
+
+
+def _row(at_s: float, seen: Readings, tps: float | None) -> dict[str, Any]:
+    return {"time_s": round(at_s, 1), "temp_c": seen.temp_c, "power_w": seen.power_w, "tokens_per_s": tps,
+            "cpu_freq_fraction": seen.cpu_freq_fraction, "heat_throttled": seen.heat_throttled}  # fmt: skip
+
+
+class _Looks:
+    """The sensors as a governor needs them."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def read(self) -> Readings:
+        return self._board.look()
+
+
+def _closed_loop(board: Board, seconds: float) -> dict[str, Any]:
+    """Replies under the policy ``auto``.  In the middle third another program takes a core."""
+    found: list[list[float]] = []
+    with Governor(board.engine, _Looks(board), find_policy("auto")) as governor:
+        begin_s = board.now()
+        for third in range(3):
+            with busy_cores(third % 2):
+                while (at_s := board.now() - begin_s) < seconds * (third + 1) / 3:
+                    begun_s, tokens = board.now(), 0
+                    with board.engine.generate(PROMPT, max_tokens=_TOKENS) as reply:
+                        for _ in reply:
+                            tokens += 1
+                    status = governor.status()
+                    found.append([round(at_s, 2), board.now() - begun_s, tokens, status.avg_bits, board.engine.threads])
+    spent_s = sum(row[1] for row in found)
+    return {
+        "columns": ["time_s", "seconds", "tokens", "bits", "threads"],
+        "rows": found,
+        "seconds": seconds,
+        "busy_from_s": seconds / 3,
+        "busy_until_s": 2 * seconds / 3,
+        "tokens": sum(row[2] for row in found),
+        "mean_bits": sum(row[1] * row[3] for row in found) / spent_s,
+    }
+
+
+class Stage(NamedTuple):
+    """A stage.  name: key in the report; share: of the whole time; measure: (board, seconds) -> its part."""
+
+    name: str
+    share: float
+    measure: Callable[[Board, float], dict[str, Any]]
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("idle", 0.05, _idle),
+    Stage("speeds", 0.35, _speeds),
+    Stage("heating", 0.25, _heating),
+    Stage("cooling", 0.15, _idle),
+    Stage("closed_loop", 0.20, _closed_loop),
+)
+
+
+def empty(engine: Engine, look: Callable[[], Readings]) -> dict[str, Any]:
+    """The report before the first stage: the board and the bundle.
+
+    Args:
+        engine: a loaded bundle.
+        look: reads the sensors.
+    """
+    manifest, seen = engine.manifest, look()
+    environment = bench.environment(look)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": {k: v for k, v in environment.items() if k not in ("load", "temp_c")},
+        "bundle": {
+            "model": manifest.model.name,
+            "target": manifest.target.name,
+            "threads": engine.threads,
+            "min_bits": manifest.budget.min_bits,
+            "max_bits": manifest.budget.max_bits,
+            "floor_bits": manifest.quality.floor_bits,
+            "bytes_per_token": dict(manifest.weights.bytes_per_token),
+            "kl_divergence": [
+                [p.avg_bits_used, p.kl_divergence] for p in manifest.quality.curve if p.kl_divergence > 0
+            ],
+        },
+        "limits": {"throttle_temp_c": seen.throttle_temp_c, "critical_temp_c": seen.critical_temp_c},
+        "stages": {},
+    }
+
+
+def measure(
+    report: dict[str, Any],
+    board: Board,
+    seconds: float,
+    keep: Callable[[dict[str, Any]], None],
+    tell: Callable[[str], None],
+    stages: Sequence[Stage] = STAGES,
+) -> dict[str, Any]:
+    """Measure the stages that a report does not have yet.
+
+    Args:
+        report: result of ``empty``, or an unfinished report.
+        board: the board.
+        seconds: time for all stages, in s.
+        keep: called with the report after each stage.
+        tell: called with a line for people before each stage.
+        stages: the stages in order.
+    """
+    for stage in stages:
+        if stage.name in report["stages"]:
+            continue
+        tell(f"{stage.name.replace('_', ' ')}: {stage.share * seconds / 60:.1f} minutes")
+        try:
+            part = stage.measure(board, stage.share * seconds)
+        except Limit as limit:
+            part = {"rows": [], "stopped": str(limit)}
+        report["stages"][stage.name] = part
+        keep(report)
+    return report
+
+
+def belongs(report: object, fresh: dict[str, Any]) -> bool:
+    """Whether an unfinished report is of the same board and bundle as a fresh one.
+
+    Args:
+        report: what an earlier call kept.
+        fresh: result of ``empty``.
+    """
+    same = ("format", "version", "environment", "bundle")
+    stages = report.get("stages") if isinstance(report, dict) else None
+    return isinstance(stages, dict) and all(report.get(key) == json.loads(json.dumps(fresh[key])) for key in same)  # type: ignore[attr-defined]
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write a report, whole or not at all.
+
+    Args:
+        report: the report.
+        path: the file.
+    """
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
