@@ -172,7 +172,7 @@ def environment(look: Callable[[], Readings], root: Path = Path("/")) -> dict[st
     reading = look()
     return {
         "board": _text(root / "sys/firmware/devicetree/base/model"),
-        "cpu": _cpu_name(root) or platform.machine(),
+        "cpu": cpu_name(root) or platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "governor": _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -184,7 +184,12 @@ def environment(look: Callable[[], Readings], root: Path = Path("/")) -> dict[st
     }
 
 
-def _cpu_name(root: Path) -> str | None:
+def cpu_name(root: Path = Path("/")) -> str | None:
+    """Name of the processor; None is unknown.
+
+    Args:
+        root: folder that holds ``proc``.
+    """
     info = _text(root / "proc/cpuinfo") or ""
     return next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), None)
 

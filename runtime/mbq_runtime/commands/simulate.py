@@ -33,7 +33,7 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
 
 
 @click.command("simulate")
-@click.argument("what", metavar="BOARD|SITUATION|TRACE")
+@click.argument("what", metavar="BOARD|SITUATION|TRACE|REPORT")
 @click.option(
     "--policy", "policies", multiple=True, metavar="NAME", help='As "auto", "fixed 4" or "oracle"; may be repeated.'
 )
@@ -58,13 +58,14 @@ def command(
     Boards: pi5-bare, pi5-fan, orin-nano-15w, phone, laptop-battery.  Their parameters are estimates for
     the most part: they show how policies differ, not how fast a board is.  A situation is a board and what
     happens around it, such as pi-compile; "mbq simulate list" shows them.  The oracle knows the board and
-    the future.  A trace is what "mbq sense --json --watch > trace.jsonl" wrote.
+    the future.  A report is the file of "mbq kit".  A trace is what "mbq sense --json --watch > trace.jsonl" wrote.
     """
     from mbq_runtime.bundle import manifest
     from mbq_runtime.simulate.closed_loop import contenders
     from mbq_runtime.simulate.model import SMOLLM2_135M, Weights
     from mbq_runtime.simulate.plot import draw
     from mbq_runtime.simulate.replay import read_trace, replay
+    from mbq_runtime.simulate.report import is_report, read_report
     from mbq_runtime.simulate.situations import SITUATIONS, find_situation
 
     if what == "list":
@@ -72,17 +73,24 @@ def command(
         click.echo(tables.aligned(["situation", "board", ""], rows, words=["situation", "board", ""]))
         return
     weights = SMOLLM2_135M if bundle is None else Weights.of(manifest.read(bundle))
-    names = policies or _CONTENDERS
-    named = contenders([name for name in names if name != _ORACLE], weights.low_bits, weights.high_bits)
+    names = [name for name in policies or _CONTENDERS if name != _ORACLE]
+    named = contenders(names, weights.low_bits, weights.high_bits)
     compared: dict[str, dict[str, float | None]] = {}
-    if Path(what).is_file():
+    reported = read_report(Path(what)) if Path(what).is_file() and is_report(Path(what)) else None
+    if reported is not None:
+        weights = reported.weights
+        named = contenders(names, weights.low_bits, weights.high_bits)
+    if Path(what).is_file() and reported is None:
         trace = read_trace(Path(what))
         runs = [replay(trace, name, policy) for name, policy in named]
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})
     else:
         from mbq_runtime.simulate.compared import Trial
 
-        trial = Trial(find_situation(what, hours, demand), weights)
+        if reported is None:
+            trial = Trial(find_situation(what, hours, demand), weights)
+        else:
+            trial = Trial(reported.situation, weights, reported.board)
         runs = [trial.run(name, trial.follow(policy)) for name, policy in named]
         if not policies or _ORACLE in policies:
             runs.append(trial.oracle())
@@ -91,6 +99,10 @@ def command(
     if plot is not None:
         draw(runs, title, limits_c, plot)
     figures = {run.name: run.figures() | compared.get(run.name, {}) for run in runs}
+    if reported is not None:
+        unknown = dict.fromkeys(figures[runs[0].name])
+        tps = reported.tokens / reported.situation.seconds
+        figures["measured"] = unknown | {"tokens_per_s": tps, "mean_bits": reported.mean_bits}
     if as_json:
         click.echo(json.dumps({"what": title, "runs": figures}))
         return

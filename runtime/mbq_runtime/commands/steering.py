@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -121,6 +123,8 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
     Raises:
         UsageError: the options contradict each other, or the bundle cannot hold the budget.
     """
+    from mbq_runtime.cache import cache_dir
+    from mbq_runtime.control import kept
     from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import JsonLines
     from mbq_runtime.control.governor import Governor
@@ -137,4 +141,21 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
             for listener in listeners:
                 listener(event)
 
-        yield Steered(bounded, stack.enter_context(Governor(bounded, Sensors(), steering.make(), tell)))
+        known = cache_dir() / "learned" / kept.key(*_identity(engine))
+        policy = steering.make()
+        learned = kept.load(known) if policy.bands else None
+        governor = stack.enter_context(Governor(bounded, Sensors(), policy, tell, learned=learned))
+        try:
+            yield Steered(bounded, governor)
+        finally:
+            if policy.bands:
+                kept.save(governor.learned, known)
+
+
+def _identity(engine: Engine) -> tuple[str, str, int]:
+    """What tells bundle, board and threads from others."""
+    from mbq_runtime.bench import cpu_name
+    from mbq_runtime.bundle.manifest import MANIFEST_NAME
+
+    manifest = sha256((engine.path / MANIFEST_NAME).read_bytes()).hexdigest()
+    return manifest, f"{platform.node()} {cpu_name()}", engine.threads

@@ -19,6 +19,7 @@ from .budget_trim import BudgetTrim
 from .energy import Energy
 from .events import Event
 from .ladder import Ladder, climb
+from .learned import Learned
 from .policy import Policy
 from .threads import Threads
 
@@ -112,6 +113,7 @@ class Governor:
         policy: a row of ``POLICIES``, or a policy of your own.
         on_event: called for each change of the budget and each notice, on the thread that looks.
         clock: returns seconds that never go back.
+        learned: what is known about the board from before; None: nothing.
 
     Raises:
         UsageError: the bundle does not have the bounds of the policy.
@@ -124,6 +126,8 @@ class Governor:
         policy: Policy,
         on_event: Callable[[Event], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        learned: Learned | None = None,
     ) -> None:
         self._engine, self._sensors, self._clock = engine, sensors, clock
         self._on_event = on_event
@@ -131,7 +135,7 @@ class Governor:
         most = 1 if self._threaded is None else self._threaded.threads
         self._most = most
         self.policy = policy
-        self._ladder = Ladder.of(self._policy, Threads.of(most, len(os.sched_getaffinity(0))))
+        self._ladder = Ladder.of(self._policy, Threads.of(most, len(os.sched_getaffinity(0))), learned)
         self._trim = BudgetTrim(self._ladder.bits.bits)
         self._asked = engine.avg_bits
         self._energy = Energy()
@@ -163,6 +167,11 @@ class Governor:
     def status(self) -> Status:
         """The result of the last look.  It can be called from any thread."""
         return self._status
+
+    @property
+    def learned(self) -> Learned:
+        """What is known about the board."""
+        return self._ladder.bits.learned
 
     def observe(self, token_time_s: float, bits_used: float) -> None:
         """Count one decoded token.  Engines with listeners call it by themselves.  It is safe from any thread.

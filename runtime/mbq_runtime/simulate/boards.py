@@ -8,6 +8,7 @@ They do not show how fast a board is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mbq_runtime.errors import UsageError
 
@@ -38,6 +39,10 @@ class Board:
         least_clock: lowest clock over the full clock, 0 to 1.
         battery_wh: energy of the battery, in Wh; None: mains.
         cpus: number of cores that decode.
+        overhead: time of a token that does not depend on the bits, over the time to read the weights at 8 bits.
+        thread_speeds: speed of 1, 2, ... threads over that of all cores; empty: (threads / cores)**0.8.  [e]
+        shared_speed: what is left of the speed for each thread that shares its core with another program.  [e]
+        beside_speed: what is left of the speed beside another program that has a core of its own.
     """
 
     name: str
@@ -58,9 +63,13 @@ class Board:
     least_clock: float
     battery_wh: float | None = None
     cpus: int = 4
+    overhead: float = OVERHEAD
+    thread_speeds: tuple[float, ...] = ()
+    shared_speed: float = 0.5
+    beside_speed: float = 1.0
 
 
-_PI5 = {
+_PI5: dict[str, Any] = {
     "read_gb_s": 9.5,  # [r] 7B models of 4 GB at slightly more than 2 tokens/s
     "read_clock_share": 0.5,  # [e] four A76 cores are about as fast as their memory
     "idle_w": 3.0,  # [r] 2.7 to 3.3 W at the plug

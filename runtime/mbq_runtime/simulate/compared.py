@@ -10,7 +10,7 @@ from mbq_runtime.control.policy import Policy
 from mbq_runtime.control.wishes import grid
 from mbq_runtime.sensing.readings import Readings
 
-from .boards import BOARDS
+from .boards import BOARDS, Board
 from .closed_loop import Decides, Follower, PolicyRun, Sample, drive
 from .model import Surroundings, Weights, allowed_clock, cold, thread_speed, token_s
 from .oracle import best_threads, budgets
@@ -73,11 +73,12 @@ class Trial:
     Args:
         situation: the situation.
         weights: sizes and divergences of the model.
+        board: the board; None: the one that the situation names.
     """
 
-    def __init__(self, situation: Situation, weights: Weights) -> None:
+    def __init__(self, situation: Situation, weights: Weights, board: Board | None = None) -> None:
         self.situation, self.weights = situation, weights
-        self.board = BOARDS[situation.board]
+        self.board = board or BOARDS[situation.board]
         if situation.battery_wh is not None:
             self.board = replace(self.board, battery_wh=situation.battery_wh)
         self.around = [situation.around(float(second)) for second in range(situation.seconds)]

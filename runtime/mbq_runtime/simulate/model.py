@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.control.policy import quality_floor
 
-from .boards import OVERHEAD, Board
+from .boards import Board
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def token_s(board: Board, weights: Weights, bits: float, clock: float) -> float:
         clock: clock over the full clock, 0 to 1.
     """
     read_s = weights.bytes_at(bits) / (board.read_gb_s * 1e9)
-    overhead_s = OVERHEAD * weights.bytes_at(8.0) / (board.read_gb_s * 1e9)
+    overhead_s = board.overhead * weights.bytes_at(8.0) / (board.read_gb_s * 1e9)
     return overhead_s / clock + read_s * (1 - board.read_clock_share + board.read_clock_share / clock)
 
 
@@ -170,20 +170,21 @@ USUAL = Surroundings()
 
 
 def thread_speed(board: Board, threads: int, around: Surroundings) -> float:
-    """Speed of a number of threads over the speed of all cores without load.  [e]
+    """Speed of a number of threads over the speed of all cores without load.
 
-    The threads of a token wait for each other.  Each thread that shares its core halves the speed.  A limit stops all
-    threads for a part of the time.
+    The threads of a token wait for each other.  So each thread that shares its core slows all of them.  A limit stops
+    all threads for a part of the time.
 
     Args:
         board: the board.
         threads: number of threads.
         around: the surroundings.
     """
-    alone = (threads / board.cpus) ** 0.8
+    alone = board.thread_speeds[threads - 1] if board.thread_speeds else (threads / board.cpus) ** 0.8
     shared = max(threads - board.cpus * (1 - around.load), 0.0)
     allowed = 1.0 if around.limit_cpus is None else min(around.limit_cpus / threads, 1.0)
-    return alone * 0.5**shared * allowed
+    beside = board.beside_speed if around.load > 0 and shared == 0 else 1.0
+    return alone * math.pow(board.shared_speed, shared) * allowed * beside
 
 
 def advance(
@@ -218,8 +219,9 @@ def advance(
     tau_s = board.tau_s / around.cooling
     body_c = _toward(state.body_c, ambient_c + board.k_per_w / around.cooling * power_w, seconds / tau_s)
     die_c = _toward(state.die_c, body_c + board.die_k_per_w * power_w, seconds / board.die_tau_s)
-    drained = state.battery_wh is not None and around.unplugged
-    left_wh = max(state.battery_wh - power_w * seconds / 3600, 0.0) if drained else state.battery_wh  # type: ignore[operator]
+    left_wh = state.battery_wh
+    if left_wh is not None and around.unplugged:
+        left_wh = max(left_wh - power_w * seconds / 3600, 0.0)
     after = replace(state, body_c=body_c, die_c=die_c, clock=allowed_clock(board, die_c), battery_wh=left_wh)
     return Stretch(after, 1 / one_s, tokens_per_s, power_w)
 

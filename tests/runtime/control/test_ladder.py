@@ -69,7 +69,7 @@ def test_a_governor_waits_between_tokens_while_a_reply_is_paced(monkeypatch: pyt
     governor._between_tokens(0.02, 8.0)
     assert slept == []
     board.readings = HOT
-    looks(governor, clock, 2)
+    looks(governor, clock, 40)
     governor._between_tokens(0.02, 8.0)
     governor._between_tokens(0.30, 8.0)
     assert slept == pytest.approx([0.08, 0.0])
