@@ -69,8 +69,8 @@ def test_run_json_holds_everything_and_stdout_nothing_else(capsys: pytest.Captur
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == {
-        "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "reason", "guessed",
-        "kept_guesses",
+        "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "energy_error_j", "reason",
+        "guessed", "kept_guesses",
     }  # fmt: skip
     assert found["reason"] == "fixed"
     assert found["text"] == "BCDEF"
@@ -84,7 +84,7 @@ def test_run_writes_what_happens_to_the_budget(
     hot = Readings(0.0, temp_c=85.0, throttle_temp_c=80.0, heat_throttled=True)
     monkeypatch.setattr("mbq_runtime.sensing.sensors.Sensors.read", lambda self: hot)
     monkeypatch.setattr("mbq_runtime.control.governor.PERIOD_S", 0.01)
-    monkeypatch.setattr("mbq_runtime.control.controller._CONFIRM_S", 0.0)
+    monkeypatch.setattr("mbq_runtime.control.wishes._CONFIRM_S", 0.0)
     events = tmp_path / "events.jsonl"
     options = ("--policy", "cool", "--min-bits", 4, "--events", events, "--json")
     _, out, _ = run(capsys, "run", bundle, "A", "--raw", "--max-tokens", 90, *options)

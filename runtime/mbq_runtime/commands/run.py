@@ -127,17 +127,21 @@ def command(
             "guessed": stats.guessed,
             "kept_guesses": stats.kept_guesses,
             "energy_j_per_token": status.energy_j_per_token,
+            "energy_error_j": status.energy_error_j,
             "reason": status.reason,
         }
         click.echo(json.dumps(figures, ensure_ascii=False))
         return
+    energy = describe(status.energy_j_per_token, status.energy_error_j)
     click.echo()
     guesses = f", {stats.kept_guesses} of {stats.guessed} guessed tokens were right" if stats.guessed else ""
     click.echo(
         f"{len(stats.tokens)} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_s:.2f} s, "
-        f"{stats.avg_bits_used:.2f} bits on average, energy {describe(status.energy_j_per_token)}{guesses}",
+        f"{stats.avg_bits_used:.2f} bits on average, energy {energy}{guesses}",
         err=True,
     )
+    if status.saving is not None:
+        click.echo(f"energy: {status.saving}", err=True)
 
 
 def _grammar(path: Path) -> Grammar:

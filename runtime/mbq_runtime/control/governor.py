@@ -16,7 +16,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.sensing.readings import Readings
 
 from .budget_trim import BudgetTrim
-from .energy import Energy
+from .energy import Energy, describe_saving
 from .events import Event
 from .ladder import Ladder, climb
 from .learned import Learned
@@ -86,6 +86,8 @@ class Status:
         tokens_per_s: speed of the last tokens; None when there were none.
         avg_bits_used: average bits per weight that the last tokens used; None when there were none.
         energy_j_per_token: energy since the start, in J per token; None without a power sensor.
+        energy_error_j: standard error of it in J; None is unknown.
+        saving: what fewer bits would save, as text for people; None while it is unknown.
     """
 
     avg_bits: float
@@ -94,6 +96,8 @@ class Status:
     tokens_per_s: float | None
     avg_bits_used: float | None
     energy_j_per_token: float | None
+    energy_error_j: float | None = None
+    saving: str | None = None
 
 
 class Governor:
@@ -204,7 +208,10 @@ class Governor:
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before.bits.bits:
             self._tell(Event(time.time(), before.bits.bits, budget, look.reason, readings))
-        self._status = Status(budget, look.reason, readings, speed, used, self._energy.joules_per_token)
+        saving = describe_saving(state.learned, self._policy, self._most)
+        self._status = Status(
+            budget, look.reason, readings, speed, used, self._energy.joules_per_token, self._energy.error_j, saving
+        )
         return self._status
 
     def _set_threads(self) -> bool:

@@ -11,7 +11,9 @@ import pytest
 from controlled import CALM, Plant, policy
 
 from mbq_runtime.control.controller import start, step
+from mbq_runtime.control.energy import Energy, describe, describe_saving
 from mbq_runtime.control.heat import Heat
+from mbq_runtime.control.learned import Learned
 from mbq_runtime.control.policy import Policy
 from mbq_runtime.control.watts import Watts
 from mbq_runtime.sensing.readings import Readings
@@ -123,3 +125,28 @@ def test_no_bits_are_given_where_they_save_no_energy() -> None:
     assert {bits for at, bits, _ in run(board, 300, policy(last_until_s=5 * 3600.0), discharging=True) if at > 120} == {
         8.0
     }
+
+
+def test_the_error_of_the_energy_is_that_of_its_periods() -> None:
+    """0.4, 0.5 and 0.6 J/token over 10 tokens each: standard deviation 0.0816, over the square root of 2."""
+    energy = Energy()
+    for power_w in (4.0, 5.0, 6.0):
+        energy = energy.add(power_w, 1.0, 10)
+    assert energy.joules_per_token == pytest.approx(0.5)
+    assert energy.error_j == pytest.approx(0.0816 / math.sqrt(2), rel=1e-2)
+    assert describe(energy.joules_per_token, energy.error_j) == "0.5 ± 0.06 J/token"
+    assert Energy().add(4.0, 1.0, 10).error_j is None
+
+
+def test_fewer_bits_that_save_joules_but_no_watts_are_named() -> None:
+    """A token of 8,000 bytes takes 50 ms, one of 3,000 bytes 28 ms, both at 9 W."""
+    learned, watts = Learned(), Watts()
+    for second in range(60):
+        bits = 8.0 if second % 2 else 3.0
+        learned = learned.with_token(1, bits / 8, 1 / PLANT.tps(bits), 0.5)
+        watts = watts.after(9.0, 1.0, 0.0, 1.0).after(3.0, 0.0, 0.0, 1.0)
+    assert describe_saving(replace(learned, watts=watts), policy(), 1) == (
+        "3 bits instead of 8 save 44% of the energy of a token and 0% of the watts, so they cool nothing without "
+        "pauses; the idle board draws 3.0 W"
+    )
+    assert describe_saving(Learned(), policy(), 1) is None

@@ -11,6 +11,8 @@ import pytest
 
 from mbq_runtime import Engine
 from mbq_runtime.commands.steering import Steering, steered
+from mbq_runtime.control.governor import Governor
+from mbq_runtime.control.learned import Learned
 from mbq_runtime.errors import UsageError
 
 
@@ -79,3 +81,20 @@ def _event() -> Any:
 def test_a_file_that_cannot_be_written(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"), steered(engine, Steering(events=tmp_path / "no" / "e")):
         pass
+
+
+def test_what_is_learned_is_known_to_the_next_command(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path))
+    learned = Learned()
+    for _ in range(20):
+        learned = learned.with_token(engine.threads, 1.0, 0.01, 0.5)
+    monkeypatch.setattr(Governor, "learned", learned)
+    with steered(engine, Steering()):
+        pass
+    assert len(list((tmp_path / "learned").glob("*.json"))) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path))
+    with steered(engine, Steering()) as (_, governor):
+        assert governor.learned.token_time(engine.threads).at(1.0) == pytest.approx(0.01)
