@@ -252,6 +252,22 @@ TABLES = {
             before_above=("before", 0),
         )(_beside_oracle(rows)),
     ),
+    "boards": Table(
+        "boards",
+        _columns(
+            board=("board", None),
+            origin=("origin", None),
+            model=("model", None),
+            ceiling_tokens_per_s=("tokens/s at 8 bits", 1),
+            floor_tokens_per_s=("at the floor", 1),
+            busy_w=("W", 1),
+            ceiling_joules_per_token=("J/token at 8 bits", 3),
+            measured_tokens_per_s=("closed loop, tokens/s", 1),
+            simulated_tokens_per_s=("simulated", 1),
+            measured_bits=("closed loop, bits", 2),
+            simulated_bits=("simulated", 2),
+        ),
+    ),
     "replies": Table("replies", _columns(bits=("bits", 1), reply=("reply", None))),
     "calibration-time": Table(
         "calibration-time",

@@ -28,6 +28,7 @@ from .sensing.readings import Readings
 FORMAT, VERSION = "mbq-kit", 1
 PROMPT = "Tell me a long story about the sea."
 _TOKENS = 24  # of one measured run
+_REPLY_TOKENS = 128
 _MARGIN_C = 2.0  # a stage ends this far below the throttle point
 _BUSY = "while True: pass"
 
@@ -158,29 +159,45 @@ class _Looks:
 
 
 def _closed_loop(board: Board, seconds: float) -> dict[str, Any]:
-    """Replies under the policy ``auto``.  In the middle third another program takes a core."""
-    found: list[list[float]] = []
+    """Replies under the policy ``auto``.  In the middle third another program takes a core.
+
+    Prompts are left out: a row is a second of writing.
+    """
+    rows: dict[int, list[float]] = {}
     with Governor(board.engine, _Looks(board), find_policy("auto")) as governor:
         begin_s = board.now()
         for third in range(3):
             with busy_cores(third % 2):
-                while (at_s := board.now() - begin_s) < seconds * (third + 1) / 3:
-                    begun_s, tokens = board.now(), 0
-                    with board.engine.generate(PROMPT, max_tokens=_TOKENS) as reply:
-                        for _ in reply:
-                            tokens += 1
-                    status = governor.status()
-                    found.append([round(at_s, 2), board.now() - begun_s, tokens, status.avg_bits, board.engine.threads])
-    spent_s = sum(row[1] for row in found)
+                while (left_s := seconds * (third + 1) / 3 - (board.now() - begin_s)) > 0:
+                    for at_s, spent_s in _tokens(board, left_s):
+                        row = rows.setdefault(int(at_s - begin_s), [0.0, 0.0, 0.0])
+                        bits = governor.status().avg_bits
+                        row[:] = row[0] + 1, row[1] + spent_s, row[2] + spent_s * bits
+    spent_s = sum(row[1] for row in rows.values())
+    if not spent_s:
+        raise Limit("no reply had two tokens in time; give more --minutes")
     return {
-        "columns": ["time_s", "seconds", "tokens", "bits", "threads"],
-        "rows": found,
+        "columns": ["second", "tokens", "seconds", "bits"],
+        "rows": [[at, count, took_s, bits_s / took_s] for at, (count, took_s, bits_s) in rows.items() if took_s],
         "seconds": seconds,
         "busy_from_s": seconds / 3,
         "busy_until_s": 2 * seconds / 3,
-        "tokens": sum(row[2] for row in found),
-        "mean_bits": sum(row[1] * row[3] for row in found) / spent_s,
+        "tokens_per_s": sum(row[0] for row in rows.values()) / spent_s,
+        "mean_bits": sum(row[2] for row in rows.values()) / spent_s,
     }
+
+
+def _tokens(board: Board, most_s: float) -> Iterator[tuple[float, float]]:
+    """(time, seconds since the token before) of each token of a reply but the first."""
+    begin_s, before_s = board.now(), None
+    with board.engine.generate(PROMPT, max_tokens=_REPLY_TOKENS) as reply:
+        for _ in reply:
+            now_s = board.now()
+            if before_s is not None:
+                yield now_s, now_s - before_s
+            if now_s - begin_s >= most_s:
+                return
+            before_s = now_s
 
 
 class Stage(NamedTuple):

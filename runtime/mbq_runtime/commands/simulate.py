@@ -101,8 +101,7 @@ def command(
     figures = {run.name: run.figures() | compared.get(run.name, {}) for run in runs}
     if reported is not None:
         unknown = dict.fromkeys(figures[runs[0].name])
-        tps = reported.tokens / reported.situation.seconds
-        figures["measured"] = unknown | {"tokens_per_s": tps, "mean_bits": reported.mean_bits}
+        figures["measured"] = unknown | {"tokens_per_s": reported.tokens_per_s, "mean_bits": reported.mean_bits}
     if as_json:
         click.echo(json.dumps({"what": title, "runs": figures}))
         return

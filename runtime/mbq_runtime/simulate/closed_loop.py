@@ -189,7 +189,7 @@ def drive(
         last = advance(board, weights, last.state, bits, seconds=PERIOD_S, around=now, threads=threads)
         die_c = last.state.die_c
         samples.append(
-            Sample(i * PERIOD_S, bits, die_c, die_c > board.throttle_c, last.tokens_per_s, last.power_w, reason,
+            Sample(i * PERIOD_S, bits, die_c, die_c > board.throttle_c, last.tokens_per_s, last.power_w or None, reason,
                    decode_tps=last.decode_tps, nats=weights.given_away(bits) if now.demand_tps != 0 else 0.0)
         )  # fmt: skip
     return PolicyRun(name, samples)

@@ -28,14 +28,14 @@ class Reported:
         board: the board.
         weights: sizes and divergences of the bundle.
         situation: the closed loop that was measured.
-        tokens: tokens of the measured closed loop.
-        mean_bits: mean budget of it, in average bits per weight.
+        tokens_per_s: speed of the measured closed loop, prompts left out.
+        mean_bits: mean budget of it over time, in average bits per weight.
     """
 
     board: Board
     weights: Weights
     situation: Situation
-    tokens: float
+    tokens_per_s: float
     mean_bits: float
 
 
@@ -113,7 +113,7 @@ def _reported(report: dict[str, Any]) -> Reported:
         return {"load": 1 / cpus} if begin_s <= at < end_s else {}
 
     situation = Situation("report", "report", board.help, round(seconds), change)
-    return Reported(board, weights, situation, float(loop["tokens"]), float(loop["mean_bits"]))
+    return Reported(board, weights, situation, float(loop["tokens_per_s"]), float(loop["mean_bits"]))
 
 
 def _power(stages: dict[str, Any]) -> dict[str, float]:
