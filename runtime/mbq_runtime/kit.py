@@ -254,6 +254,7 @@ def measure(
     seconds: float,
     keep: Callable[[dict[str, Any]], None],
     tell: Callable[[str], None],
+    *,
     stages: Sequence[Stage] = STAGES,
 ) -> dict[str, Any]:
     """Measure the stages that a report does not have yet.

@@ -58,7 +58,7 @@ def test_a_faked_board_is_found_again_in_its_report(engine: Engine, tmp_path: Pa
     report, board = faked(engine)
     kept: list[str] = []
     quiet = stages("idle", "speeds", "heating", "cooling")
-    kit.measure(report, board, 1800, lambda now: kept.append(json.dumps(now)), lambda _: None, quiet)
+    kit.measure(report, board, 1800, lambda now: kept.append(json.dumps(now)), lambda _: None, stages=quiet)
     assert len(kept) == 4
     path = tmp_path / "report.json"
     kit.write(finished(report), path)
@@ -75,7 +75,7 @@ def test_a_faked_board_is_found_again_in_its_report(engine: Engine, tmp_path: Pa
 
 def test_a_stage_ends_at_the_limit(engine: Engine) -> None:
     report, board = faked(engine, limit_c=50.0)
-    kit.measure(report, board, 1800, lambda _: None, lambda _: None, stages("heating", "cooling"))
+    kit.measure(report, board, 1800, lambda _: None, lambda _: None, stages=stages("heating", "cooling"))
     heating = report["stages"]["heating"]["rows"]
     assert "48" in heating[-1]["stopped"]
     assert max(row["temp_c"] for row in heating) < 50.0
@@ -84,11 +84,11 @@ def test_a_stage_ends_at_the_limit(engine: Engine) -> None:
 
 def test_a_second_call_goes_on_where_the_first_ended(engine: Engine) -> None:
     report, board = faked(engine)
-    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages("idle"))
+    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=stages("idle"))
     earlier = json.loads(json.dumps(report))
     assert kit.belongs(earlier, kit.empty(engine, board.look))
     said: list[str] = []
-    kit.measure(earlier, board, 60, lambda _: None, said.append, stages("idle", "cooling"))
+    kit.measure(earlier, board, 60, lambda _: None, said.append, stages=stages("idle", "cooling"))
     assert [line.split(":")[0] for line in said] == ["cooling"]
     other = earlier | {"bundle": earlier["bundle"] | {"model": "another"}}
     assert not kit.belongs(other, kit.empty(engine, board.look))
@@ -128,7 +128,9 @@ def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
     engine: Engine, tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     report, board = faked(engine)
-    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages("idle", "speeds", "heating", "cooling"))
+    kit.measure(
+        report, board, 60, lambda _: None, lambda _: None, stages=stages("idle", "speeds", "heating", "cooling")
+    )
     change(finished(report))
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))

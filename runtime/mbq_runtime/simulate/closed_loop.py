@@ -164,6 +164,7 @@ def drive(
     name: str,
     by: Decides,
     around: Sequence[Surroundings],
+    *,
     state: BoardState | None = None,
 ) -> PolicyRun:
     """Let a board decode under something that decides.  The same arguments give the same run.
@@ -181,7 +182,7 @@ def drive(
     last = Stretch(state or cold(board), 0.0, 0.0, board.idle_w)
     threads, before = by.threads, USUAL
     for i, now in enumerate(around):
-        readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C), before, threads)
+        readings = sense(board, last, i * PERIOD_S, noise.gauss(0.0, _NOISE_C), before, threads=threads)
         bits, reason = by.decide(readings)
         if by.pace_tps is not None:
             now = replace(now, demand_tps=by.pace_tps if now.demand_tps is None else min(now.demand_tps, by.pace_tps))
@@ -218,6 +219,7 @@ def sense(
     time_s: float,
     noise_c: float,
     around: Surroundings = USUAL,
+    *,
     threads: int | None = None,
 ) -> Readings:
     """The readings that the sensors of the board would give.

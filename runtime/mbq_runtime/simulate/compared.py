@@ -109,7 +109,7 @@ class Trial:
             name: name of the run.
             by: what decides.
         """
-        return drive(self.board, self.weights, name, by, self.around, cold(self.board))
+        return drive(self.board, self.weights, name, by, self.around, state=cold(self.board))
 
     def oracle(self) -> PolicyRun:
         """The run of the oracle."""
