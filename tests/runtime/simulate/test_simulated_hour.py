@@ -67,8 +67,8 @@ def test_no_policy_oscillates(board: str, policy: str) -> None:
 
 
 def test_battery_saves_energy_on_battery_alone() -> None:
-    assert figure(an_hour("laptop-battery", "battery"), "mean_bits") < 6
-    assert figure(an_hour("laptop-battery", "battery"), "joules_per_token") < 0.85 * figure(
+    assert figure(an_hour("laptop-battery", "battery"), "mean_bits") < 6.5
+    assert figure(an_hour("laptop-battery", "battery"), "joules_per_token") < 0.9 * figure(
         an_hour("laptop-battery", "auto"), "joules_per_token"
     )
     assert figure(an_hour("orin-nano-15w", "battery"), "mean_bits") == 8.0
