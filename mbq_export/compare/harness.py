@@ -27,6 +27,9 @@ from mbq_runtime.engine import Window
 from mbq_runtime.fidelity import Mean, compare_tokens, mean
 from mbq_runtime.perplexity import Windows, estimate
 
+_LOWEST = np.finfo(np.float16).min
+"""A probability of 0 is kept as that of this logit, which is 0 in float64 too."""
+
 Forward = Callable[[Sequence[int]], Window]
 """From tokens to the logits of every position and the average bits used."""
 
@@ -97,6 +100,9 @@ class Reference:
 
     A context manager, which removes the file.  ``scores`` are the float32 model's own, against itself.
 
+    The file holds each logit as float16, less the largest one of its position.  The likeliest tokens are near 0, where
+    float16 is most exact.  The mean KL divergence of a window changes by less than 1e-5 nats (docs/log.md).
+
     Args:
         side: the float32 model.
         windows: token ids of each window.
@@ -107,16 +113,17 @@ class Reference:
         self.windows = windows
         self.scores = Scores()
         self._folder = TemporaryDirectory(prefix="mbq-compare-")
-        file = Path(self._folder.name) / "logits.f32"
-        self._stored: list[NDArray[np.float32]] = []
+        file = Path(self._folder.name) / "logits.f16"
+        self._stored: list[NDArray[np.float16]] = []
         offset = 0
         for done, window in enumerate(windows, 1):
             logits, bits = side.forward(window)
-            expected = np.ascontiguousarray(logits[:-1], np.float32)
+            expected = logits[:-1]
+            kept = np.maximum(expected - expected.max(axis=1, keepdims=True), _LOWEST).astype(np.float16)
             with file.open("ab") as sink:
-                expected.tofile(sink)
-            self._stored.append(np.memmap(file, np.float32, "r", offset, expected.shape))
-            offset += expected.nbytes
+                kept.tofile(sink)
+            self._stored.append(np.memmap(file, np.float16, "r", offset, kept.shape))
+            offset += kept.nbytes
             _append(self.scores, window, expected, expected, bits)
             progress(done, len(windows))
 
@@ -130,7 +137,7 @@ class Reference:
         scores = Scores()
         for done, (window, stored) in enumerate(zip(self.windows, self._stored, strict=True), 1):
             logits, bits = side.forward(window)
-            _append(scores, window, logits[:-1], stored, bits)
+            _append(scores, window, logits[:-1], stored.astype(np.float32), bits)
             progress(done, len(self.windows))
         return scores
 

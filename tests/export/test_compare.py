@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
@@ -21,7 +22,7 @@ from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_runtime.engine import Window
 from mbq_runtime.errors import UsageError
-from mbq_runtime.fidelity import Mean
+from mbq_runtime.fidelity import Mean, compare_tokens
 
 pytestmark = pytest.mark.heavy
 
@@ -63,14 +64,35 @@ def test_scores_by_hand() -> None:
     p, q = [0.5, 0.25, 0.25], [0.2, 0.6, 0.2]
     with Reference(fixed("p", p), WINDOWS, quiet) as reference:
         own, other = reference.scores, reference.measure(fixed("q", q), quiet)
-        assert reference.measure(fixed("p", p), quiet) == own
+        again = reference.measure(fixed("p", p), quiet)
+    assert (again.nll, again.agreement) == (own.nll, own.agreement)
+    assert again.divergence == pytest.approx([0, 0], abs=1e-7)
     assert own.nll == pytest.approx([-math.log(0.25), -(math.log(0.5) + math.log(0.25)) / 2])
     assert own.divergence == [0, 0]
     assert own.agreement == [1, 1]
     assert other.nll == pytest.approx([-(math.log(0.6) + math.log(0.2)) / 2] * 2)
-    assert other.divergence == pytest.approx([sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))] * 2)
+    # float16 keeps three decimal digits.  Errors of many tokens cancel; here all are the same.
+    assert other.divergence == pytest.approx([sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))] * 2, 1e-3)
     assert other.agreement == [0, 0]
     assert other.bits == [4.0, 4.0]
+
+
+def test_kept_logits_are_exact_enough() -> None:
+    random = np.random.default_rng(0)
+    original = random.normal(size=(96, 4096)) * 6
+    near = original + random.normal(size=original.shape) * 0.05
+    original[:, 7] = -1e6  # as good as impossible
+
+    def side(logits: NDArray[np.float64]) -> Side:
+        return Side("x", "x", 4, lambda _: 1, None, "", lambda tokens: Window(logits.astype(np.float32), 4.0))
+
+    window = list(range(96))
+    exact = compare_tokens(near[:-1].astype(np.float32), original[:-1].astype(np.float32), window[1:])
+    with Reference(side(original), [window], quiet) as reference:
+        found = reference.measure(side(near), quiet)
+    assert exact.divergence.mean() > 1e-4
+    assert abs(found.divergence[0] - exact.divergence.mean()) < 1e-5
+    assert found.agreement[0] == exact.same_top.mean()
 
 
 def test_ratio_has_the_error_of_paired_differences() -> None:
@@ -92,12 +114,14 @@ def test_mean_over_texts() -> None:
     assert (both.name, both.windows) == ("mean of 2 texts", 4)
     own, other = both.rows
     ratios = [text.rows[1].over_fp for text in texts]
-    assert (own.over_fp.value, own.divergence.value, own.divergence_p999, own.agreement.value) == (1, 0, 0, 1)
+    assert (own.over_fp.value, own.agreement.value) == (1, 1)
+    assert (own.divergence.value, own.divergence_p999) == pytest.approx((0, 0), abs=1e-6)
     assert other.over_fp.value == pytest.approx(math.sqrt(ratios[0].value * ratios[1].value))
     relative = math.hypot(*(ratio.stderr / ratio.value for ratio in ratios if ratio.stderr is not None)) / 2
     assert other.over_fp.stderr == pytest.approx(other.over_fp.value * relative)
     kl = 0.5 * math.log(0.5 / 0.2) + 0.25 * math.log(0.25 / 0.6) + 0.25 * math.log(0.25 / 0.2)
-    assert other.divergence.value == other.divergence_p99 == pytest.approx(kl)
+    assert other.divergence.value == pytest.approx(kl, 1e-3)
+    assert other.divergence_p99 == pytest.approx(kl, 1e-3)
     assert other.agreement.value == 0
     written = report.document(texts, {})
     assert [row["name"] for row in written["mean"]["rows"]] == ["p", "q"]
@@ -150,7 +174,7 @@ def test_duels_are_of_equal_bits_or_no_more_bytes() -> None:
     assert duels[0].bytes_ratio == pytest.approx(100 / 110)
     p = np.array([0.5, 0.25, 0.25])
     kl = [float(np.sum(p * np.log(p / np.array(q)))) for q in ([0.4, 0.3, 0.3], [0.3, 0.3, 0.4])]
-    assert duels[0].divergence_gap.value == pytest.approx(kl[0] - kl[1], abs=1e-6)
+    assert duels[0].divergence_gap.value == pytest.approx(kl[0] - kl[1], 1e-3)
     assert duels[0].divergence_gap.stderr == pytest.approx(0, abs=1e-6)
     assert report.Duel("", "", Mean(0.98, 0.01), 1, Mean(0, None)).verdict == "better"
     assert report.Duel("", "", Mean(1.02, 0.01), 1, Mean(0, None)).verdict == "worse"
