@@ -90,7 +90,7 @@ METHODS = {
     ),
     "nested": Method(
         "error feedback over all depths, then tuned scales, a quarter of an hour",
-        True, 32, sweeps=3, tuning_steps=80, calib_tokens=40960,
+        True, 40, sweeps=3, tuning_steps=80, calib_tokens=40960,
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",

@@ -23,6 +23,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.shape import Unit
 from ..model.sliced_linear import row_ranges, values_at
 from . import nested
+from .columns import DEEP, DEEP_LATER
 from .importance import Importance
 from .refine import refine
 
@@ -42,7 +43,8 @@ def slice_model(
         calibration: the context.
         windows: int64 [windows, context] tokens.
         importance: weights of these tokens.
-        keep_weights: keep the checkpoint's weights, which are otherwise released block by block.
+        keep_weights: keep the checkpoint's weights, which are otherwise released block by block.  They are kept where
+            ``slice_residuals`` will choose the fine bits again.
 
     Returns:
         Slices by unit name.
@@ -51,11 +53,11 @@ def slice_model(
         ModelError: a weight or an activation is not finite.
     """
     profile, group_size = calibration.profile, calibration.recipe.group_size
-    sweeps = calibration.method.sweeps
+    sweeps, deep = calibration.method.sweeps, DEEP_LATER if keep_weights else DEEP
 
     def slice_rows(name: str, rows: slice, weight: F32, hessian: torch.Tensor) -> Sliced:
-        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name)
-        return refine(weight, hessian, fed_back, profile, sweeps)
+        fed_back = nested.slice_weight(weight, hessian, group_size, profile, name, deep=deep)
+        return refine(weight, hessian, fed_back, profile, sweeps, deep=deep)
 
     walk = _Walk("slicing blocks", "{}", slice_rows, keep_weights)
     return _slice_blocks(calibration, windows, importance, walk)

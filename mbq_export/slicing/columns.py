@@ -23,16 +23,12 @@ from ..devices import CPU
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
-def depth_weight(bits: int) -> float:
-    """How much the error of a depth counts.
-
-    Deep depths count most.  They must stay close to the original.  The exponent is measured (docs/log.md): a smaller
-    one makes 3 bits better, and 8 bits reach fewer weights from the coarse cells that are then chosen.
-
-    Args:
-        bits: bits per weight of the depth.
-    """
-    return float(2.0 ** (1.1 * (bits - 3)))
+DEEP = 0.8
+"""How much more a depth counts for each bit that it has more: its error counts ``2**(DEEP * bits)`` times.  Deep depths
+must stay close to the original.  The exponent is measured (docs/log.md): with a smaller one 3 bits are better, and 8
+bits reach fewer weights from the coarse cells that are then chosen."""
+DEEP_LATER = 0.45
+"""The same where the fine bits are chosen again later.  Then deep depths depend on this choice less."""
 
 
 class _GridOfC(ctypes.Structure):
@@ -69,9 +65,10 @@ class Grid:
         profile: the bits of each slice.
         kept_bits: how many of a code's first bits never change.
         device: of the tensors.
+        deep: how much more deep depths count; see ``DEEP``.
     """
 
-    def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device) -> None:
+    def __init__(self, profile: SliceProfile, kept_bits: int, device: torch.device, deep: float = DEEP) -> None:
         coarse = profile.coarse_bits
         depth_bits = [bits for bits in profile.depth_bits if bits > kept_bits]
         self.depths = len(depth_bits)
@@ -82,7 +79,7 @@ class Grid:
             0.0 if bits <= coarse else (width - step * 2.0 ** (bits - coarse)) / 2
             for bits, step in zip(depth_bits, steps, strict=True)
         ]
-        counts = [depth_weight(bits) for bits in depth_bits]
+        counts = [2.0 ** (deep * (bits - profile.min_bits)) for bits in depth_bits]
         per_step = [1 / step for step in steps]
         of_each = torch.tensor([steps, per_step, cells, begins, counts]).to(device)[:, :, None]
         self.steps, self._per_step, self._cells, self._begins, self.counts = of_each

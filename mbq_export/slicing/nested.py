@@ -21,13 +21,14 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
 from ..format.codes import F32, Sliced, row_scales, scale_codes, zero_codes
-from .columns import Grid, feed_back
+from .columns import DEEP, Grid, feed_back
 from .rtn import group_range
 
 _ROOM = 1.125
 """Row factors hold scales this many times the largest one, because feedback and tuning enlarge some."""
-DAMPING = 0.01
-"""Added to the diagonal of H, as a share of the diagonal's mean."""
+DAMPING = 0.2
+"""Added to the diagonal of H, as a share of the diagonal's mean.  It is large, because H is known from few tokens: with
+less, codes fit the calibration text and not others (docs/log.md)."""
 TIED_DAMPING = 1.0
 """The same, in addition, for a head whose rows serve as the embedding too.  There every change of a weight counts."""
 
@@ -71,6 +72,7 @@ def slice_weight(
     *,
     earlier: Sliced | None = None,
     kept_bits: int = 0,
+    deep: float = DEEP,
 ) -> Sliced:
     """Slices of a weight matrix, by error feedback over all depths.
 
@@ -82,6 +84,7 @@ def slice_weight(
         name: of the layer, for errors.
         earlier: slices whose scales, offsets and first ``kept_bits`` are kept, or None.
         kept_bits: how many of each code's first bits are kept.
+        deep: how much more deep depths count; see ``columns.DEEP``.
 
     Raises:
         ModelError: the second moments are not positive definite, or a weight is beyond the format's range.
@@ -89,7 +92,7 @@ def slice_weight(
     n, k = weight.shape
     factor = _inverse_factor(hessian, name)
     device = hessian.device
-    grid = Grid(profile, kept_bits, device)
+    grid = Grid(profile, kept_bits, device, deep)
     # Columns first: then a column of all rows is contiguous.
     streams = torch.from_numpy(weight).to(device).T.contiguous()[None].repeat(grid.depths, 1, 1)
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)

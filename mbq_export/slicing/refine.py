@@ -17,7 +17,7 @@ from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..format.codes import F32, LARGEST_CODE, Sliced, joined, with_scales
-from .columns import Grid, settle
+from .columns import DEEP, Grid, settle
 from .nested import damped
 
 ROWS = 4096
@@ -25,7 +25,14 @@ ROWS = 4096
 
 
 def refine(
-    weight: F32, hessian: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int, *, kept_bits: int = 0
+    weight: F32,
+    hessian: torch.Tensor,
+    sliced: Sliced,
+    profile: SliceProfile,
+    sweeps: int,
+    *,
+    kept_bits: int = 0,
+    deep: float = DEEP,
 ) -> Sliced:
     """Better slices of a weight matrix.
 
@@ -36,6 +43,7 @@ def refine(
         profile: the bits of each slice.
         sweeps: passes over all groups.
         kept_bits: how many of each code's first bits are kept.  If it is not 0, scales and offsets are kept too.
+        deep: how much more deep depths count; see ``columns.DEEP``.
     """
     curvature = damped(hessian).float()
     parts = [
@@ -43,7 +51,7 @@ def refine(
             torch.from_numpy(weight[rows]).to(hessian.device).T.contiguous(),
             curvature,
             sliced.rows(rows),
-            profile,
+            Grid(profile, kept_bits, hessian.device, deep),
             sweeps,
             kept_bits,
         )
@@ -53,12 +61,10 @@ def refine(
 
 
 def _refine_rows(
-    weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, profile: SliceProfile, sweeps: int,
-    kept_bits: int,
-) -> Sliced:  # fmt: skip
+    weight: torch.Tensor, curvature: torch.Tensor, sliced: Sliced, grid: Grid, sweeps: int, kept_bits: int
+) -> Sliced:
     """weight: float32 [K, N]."""
     device = weight.device
-    grid = Grid(profile, kept_bits, device)
     # A copy even of a single row, whose transpose is the same memory.
     codes = torch.from_numpy(sliced.codes).to(device).T.clone(memory_format=torch.contiguous_format)
     scale, offset, row_scale = (

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_export.format.codes import Sliced, decode, with_scales
 from mbq_export.slicing import nested, rtn
+from mbq_export.slicing.columns import DEEP, DEEP_LATER
 from mbq_export.slicing.refine import refine
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
@@ -44,7 +45,7 @@ def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[
         for depth in range(1, profile.depths + 1)
     ]
     if profile.depths == 1:
-        assert gains[0] > 1.5  # plain GPTQ
+        assert gains[0] > 1.4  # plain GPTQ
         return
     assert gains[0] > 1.1
     deepest = output_error(weight, hessian, found, profile.depths, profile)
@@ -52,20 +53,37 @@ def test_shallow_depths_gain_and_deep_ones_stay_small(case: Case, slices: tuple[
 
 
 @pytest.mark.parametrize("slices", [(3, 1, 2, 2), (2, 2, 2, 2), (8,)])
-def test_refinement_lowers_the_error_of_every_depth(case: Case, slices: tuple[int, ...]) -> None:
+def test_refinement_lowers_the_error(case: Case, slices: tuple[int, ...]) -> None:
     weight, hessian = case
-    profile = SliceProfile(slices)
+    profile, metric = SliceProfile(slices), nested.damped(hessian)
     found = [nested.slice_weight(weight, hessian, 64, profile, "layer")]
     found += [refine(weight, hessian, found[0], profile, sweeps) for sweeps in (1, 3)]
     errors = np.array(
         [
-            [output_error(weight, hessian, sliced, depth, profile) for depth in range(1, profile.depths + 1)]
+            [output_error(weight, metric, sliced, depth, profile) for depth in range(1, profile.depths + 1)]
             for sliced in found
         ]
     )
-    # The metric is damped and stored scales are rounded, so the limits leave some room.
-    assert (errors[1] < 0.96 * errors[0]).all()
-    assert (errors[2] < 0.98 * errors[1]).all()
+    # Stored scales are rounded, so the limits leave some room.  The deepest depth may pay for the others.
+    total = errors @ [2.0 ** (DEEP * bits) for bits in profile.depth_bits]
+    assert total[1] < 0.96 * total[0]
+    assert total[2] < 0.98 * total[1]
+    shallow = slice(max(1, profile.depths - 1))
+    assert (errors[1, shallow] < 0.96 * errors[0, shallow]).all()
+    assert (errors[2, shallow] < 0.98 * errors[1, shallow]).all()
+
+
+def test_shallow_depths_gain_where_fine_bits_are_chosen_again(case: Case) -> None:
+    weight, hessian = case
+    profile = SliceProfile((3, 1, 2, 2))
+    metric = nested.damped(hessian)
+    errors = []
+    for deep in (DEEP, DEEP_LATER):
+        fed_back = nested.slice_weight(weight, hessian, 64, profile, "layer", deep=deep)
+        found = refine(weight, hessian, fed_back, profile, 3, deep=deep)
+        errors.append([output_error(weight, metric, found, depth, profile) for depth in (1, profile.depths)])
+    assert errors[1][0] < 0.97 * errors[0][0]
+    assert errors[1][1] > errors[0][1]
 
 
 def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
