@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export.model.checkpoint import Checkpoint
+from mbq_runtime import perplexity
 from mbq_runtime.bundle.slice_profile import CODE_BITS
+from mbq_runtime.engine import Window
 from mbq_runtime.engine.session import Session
 from mbq_runtime.errors import UsageError
 
@@ -173,12 +175,24 @@ def _bundle(bench: Bench) -> Iterator[Side]:
             lambda used: round(float(np.interp(used, list(sizes), list(sizes.values())))),
             None,
             "routed" if bits < CODE_BITS else f"{CODE_BITS} bits",
-            _at(session, bits),
+            held(session, bits),
         )
 
 
-def _at(session: Session, avg_bits: float) -> Forward:
-    return lambda tokens: session.run(tokens, avg_bits)
+def held(session: Session, avg_bits: float) -> Forward:
+    """A bundle at a budget that is held from window to window, as an engine holds it from token to token.
+
+    Args:
+        session: the bundle.
+        avg_bits: average bits per weight to hold.
+    """
+
+    def run(tokens: Sequence[int], bits: float) -> tuple[Window, float]:
+        window = session.run(tokens, bits)
+        return window, window.avg_bits_used
+
+    scored = perplexity.held(run, avg_bits, session.manifest.budget)
+    return lambda tokens: scored(tokens)[0]
 
 
 METHODS = {

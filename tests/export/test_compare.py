@@ -21,6 +21,7 @@ from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_runtime.engine import Window
+from mbq_runtime.engine.session import Session
 from mbq_runtime.errors import UsageError
 from mbq_runtime.fidelity import Mean, compare_tokens
 
@@ -251,6 +252,11 @@ def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -
     eight, four = (row for row in result["rows"] if row["method"] == "bundle")
     sizes = json.loads((bundle / "manifest.json").read_text())["weights"]["bytes_per_token"]
     assert eight["bits_used"] == 8
+    # The budget is held: the same window again uses bits that are nearer to it.
+    session, window = Session(bundle), list(range(200))
+    forward = rivals.held(session, 4.5)
+    first, *_, last = (abs(forward(window).avg_bits_used - 4.5) for _ in range(8))
+    assert last < 0.5 * first
     assert eight["linear_bytes"] == sizes["8"]
     assert sizes["3"] <= four["linear_bytes"] < sizes["6"]
     assert eight["divergence"]["value"] < four["divergence"]["value"]
