@@ -5,8 +5,6 @@ By hand:  PYTHONPATH=tests/export:tests/runtime python tests/fuzz/attempts.py --
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import random
@@ -18,16 +16,19 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import kept
 import mutations
 from meaning import Undecided, difference
 
 LIMIT_S = 10.0
-"""Longest time to a refusal."""
-EXPORT_LIMIT_S = 120.0
-"""Longest time of an export, which may compile kernels."""
+"""Processor time of a refusal."""
+WAIT_S = 180.0
+"""Longest wait on a machine that does other work."""
+REFUSAL_MB = 1000
+"""Memory of a refusal, that of the process that forks aside.  A checkpoint may be loaded before it is refused."""
 
 TEXT = "The tide turns twice a day, and twice a day the boats leave the harbour. " * 200
 FAST = ("--calib-tokens", "512", "--method", "rtn", "--router", "static", "--target", "portable")
@@ -40,19 +41,21 @@ CHANGED, UNDECIDED = "CHANGED: ", "UNDECIDED: "
 class Ended:
     """How one attempt ended.
 
-    code: exit code; of a signal its number below zero, None at the time limit; said: stderr; seconds: how long it took.
+    code: exit code; of a signal its number below zero, None at the time limit; said: stderr; seconds: processor time;
+    mb: most memory, beyond that of the process that forked.
     """
 
     code: int | None
     said: str
     seconds: float
+    mb: float
 
     @property
     def fault(self) -> str:
         """What is wrong with the ending, or an empty text."""
         lines = [line for line in self.said.splitlines() if line.strip()]
         if self.code is None:
-            return f"no end after {self.seconds:.0f} s"
+            return f"no end after {WAIT_S:.0f} s"
         if self.code < 0:
             return f"signal {signal.Signals(-self.code).name}"
         if "Traceback" in self.said or "a fault of mbq-export" in self.said:
@@ -60,7 +63,9 @@ class Ended:
         if self.code == 0:
             return "exit code 0 and changed output" if CHANGED in self.said else ""
         if self.seconds > LIMIT_S:
-            return f"refused after {self.seconds:.0f} s"
+            return f"refused after {self.seconds:.0f} s of work"
+        if self.mb > REFUSAL_MB:
+            return f"refused with {self.mb:.0f} MB"
         if len(lines) != 1 or not lines[0].startswith("mbq-export: error: ") or not lines[0].isprintable():
             return f"{len(lines)} lines on stderr, not one"
         return ""
@@ -74,24 +79,21 @@ def attempt(arguments: list[str], folder: Path) -> Ended:
         folder: the current folder of the command.
     """
     with tempfile.TemporaryFile() as said:
-        started = time.monotonic()
+        before_mb, started = kept.resident_mb(), time.monotonic()
         pid = os.fork()
         if pid == 0:
             _child(arguments, folder, said.fileno())
-        status = None
-        while time.monotonic() - started < EXPORT_LIMIT_S:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                break
-            status = None
-            time.sleep(0.002)
-        seconds = time.monotonic() - started
-        if status is None:
+        done = 0
+        while not done and time.monotonic() - started < WAIT_S:
+            time.sleep(0.005)
+            done, status, usage = os.wait4(pid, os.WNOHANG)
+        if not done:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            _, _, usage = os.wait4(pid, 0)
         said.seek(0)
         text = said.read().decode("utf-8", "replace")
-    return Ended(None if status is None else os.waitstatus_to_exitcode(status), text, seconds)
+    code = os.waitstatus_to_exitcode(status) if done else None
+    return Ended(code, text, usage.ru_utime + usage.ru_stime, max(0.0, usage.ru_maxrss / 1000 - before_mb))
 
 
 def _child(arguments: list[str], folder: Path, stderr: int) -> None:
@@ -206,73 +208,53 @@ def make_case(number: int, seed: int, folder: Path, originals: Path) -> tuple[st
 
 
 @dataclass
-class Report:
+class Report(kept.Sums):
     """Sums over all cases.
 
-    refused, accepted: number of cases by kind; undecided: accepted cases that transformers does not read; slowest_s: of
-    all refusals; faults: what was wrong, with the case's number and what it said.
+    refused, accepted: number of cases by kind; undecided: accepted cases that transformers does not read; slowest_s:
+    processor time of all refusals; largest_mb: memory of all refusals.
     """
 
-    refused: Counter[str]
-    accepted: Counter[str]
-    undecided: int
-    slowest_s: float
-    faults: list[str]
+    refused: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+    undecided: int = 0
+    slowest_s: float = 0.0
+    largest_mb: float = 0.0
 
 
-def run_cases(numbers: range, seed: int, longest_s: float = math.inf) -> Report:
+def run_cases(
+    numbers: range, seed: int, report: Report, keep: Path | None = None, longest_s: float = math.inf
+) -> Report:
     """Run cases and sum up how they ended.
 
     Args:
         numbers: of the cases.
         seed: of all draws.
+        report: the sums to add to.
+        keep: a file that keeps the sums, or None.
         longest_s: no case starts after this time.
     """
     load_libraries()
-    end = time.monotonic() + longest_s
-    report, work = Report(Counter(), Counter(), 0, 0.0, []), Path(tempfile.mkdtemp(prefix="mbq-fuzz-"))
-    try:
-        for number in numbers:
-            if time.monotonic() > end:
-                break
+    with tempfile.TemporaryDirectory(prefix="mbq-fuzz-") as name:
+        work = Path(name)
+
+        def one(number: int) -> None:
             folder = work / str(number)
             folder.mkdir()
             kind, arguments = make_case(number, seed, folder, work / "originals")
             ended = attempt(arguments, folder)
             if ended.code != 0:
                 report.slowest_s = max(report.slowest_s, ended.seconds)
+                report.largest_mb = max(report.largest_mb, ended.mb)
             report.undecided += UNDECIDED in ended.said
             (report.accepted if ended.code == 0 else report.refused)[kind] += 1
             if ended.fault:
-                report.faults.append(f"case {number} ({kind}): {ended.fault}: {ended.said[-2000:]}")
-                print(report.faults[-1], file=sys.stderr, flush=True)
+                report.fault(f"case {number} ({kind}): {ended.fault}: {ended.said[-2000:]}")
             shutil.rmtree(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+        kept.count(report, numbers, one, keep, longest_s)
     return report
 
 
-def main() -> None:
-    """Run cases and print the sums as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=500, help="number of cases")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
-    parser.add_argument("--longest", type=float, default=math.inf, help="seconds after which no case starts")
-    options = parser.parse_args()
-    numbers = range(options.first, options.first + options.cases)
-    report = run_cases(numbers, options.seed, options.longest)
-    document = {
-        "cases": sum(report.refused.values()) + sum(report.accepted.values()),
-        "refused": sum(report.refused.values()),
-        "exported_and_verified": sum(report.accepted.values()),
-        "undecided": report.undecided,
-        "slowest_refusal_s": round(report.slowest_s, 1),
-        "exported_by_kind": dict(report.accepted),
-        "faults": report.faults,
-    }
-    print(json.dumps(document, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    kept.main(__doc__, Report, run_cases)

@@ -5,8 +5,8 @@ By hand:  PYTHONPATH=tests/export:tests/runtime:tests/attacks python tests/fuzz/
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import bundle_mutations as mutations
+import kept
 from tiny_bundle import write_bundle
 
 LIMIT_S = 10
@@ -90,7 +91,7 @@ def attempt(folder: Path, elsewhere: Path) -> Ended:
         elsewhere: the current folder of the commands.
     """
     with tempfile.TemporaryFile() as told:
-        before_mb = _resident_mb()
+        before_mb = kept.resident_mb()
         pid = os.fork()
         if pid == 0:
             _child(folder, elsewhere, told.fileno())
@@ -112,11 +113,6 @@ def attempt(folder: Path, elsewhere: Path) -> Ended:
     text = results[-1]["out"] if len(results) == len(COMMANDS) else ""
     own_mb = max(0.0, usage.ru_maxrss / 1000 - before_mb)
     return Ended(code, [r["code"] for r in results], [r["err"] for r in results], text, seconds, own_mb)
-
-
-def _resident_mb() -> float:
-    """Memory of this process, which a fork begins with."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def _child(folder: Path, elsewhere: Path, told: int) -> None:
@@ -166,11 +162,11 @@ def originals(folder: Path, targets: Sequence[str] = ("portable", "host")) -> di
 
 
 @dataclass
-class Report:
+class Report(kept.Sums):
     """Sums over all cases.
 
     refused, accepted: bundles by kind of change; changed: accepted bundles with another reply, whose content was
-    changed; slowest_s: processor time of all refusals; largest_mb: memory of all refusals; faults: what was wrong.
+    changed; slowest_s: processor time of all refusals; largest_mb: memory of all refusals.
     """
 
     refused: Counter[str] = field(default_factory=Counter)
@@ -178,7 +174,6 @@ class Report:
     changed: int = 0
     slowest_s: float = 0.0
     largest_mb: float = 0.0
-    faults: list[str] = field(default_factory=list)
 
     def add(self, number: int, kind: str, ended: Ended, expected: str) -> None:
         """Add one case.
@@ -200,8 +195,7 @@ class Report:
             self.slowest_s = max(self.slowest_s, ended.seconds)
             self.largest_mb = max(self.largest_mb, ended.mb)
         if fault:
-            self.faults.append(f"case {number} ({kind}): {fault}: {[said[-900:] for said in ended.said]}")
-            print(self.faults[-1], file=sys.stderr, flush=True)
+            self.fault(f"case {number} ({kind}): {fault}: {[said[-900:] for said in ended.said]}")
 
 
 def _reply(text: str) -> tuple[object, object]:
@@ -224,20 +218,27 @@ def load_packages() -> None:
 
 
 def run_cases(
-    numbers: range, seed: int, make: Callable[[Path], Mapping[str, Path]] = originals, longest_s: float = 1e9
+    numbers: range,
+    seed: int,
+    report: Report,
+    keep: Path | None = None,
+    longest_s: float = math.inf,
+    *,
+    make: Callable[[Path], Mapping[str, Path]] = originals,
 ) -> Report:
     """Run cases and sum up how they ended.
 
     Args:
         numbers: of the cases; kinds of change take turns.
         seed: with the number, decides all draws.
-        make: writes the unchanged bundles.
+        report: the sums to add to.
+        keep: a file that keeps the sums, or None.
         longest_s: no case starts after this time.
+        make: writes the unchanged bundles.
     """
     load_packages()
-    end, report = time.monotonic() + longest_s, Report()
-    work = Path(tempfile.mkdtemp(prefix="mbq-fuzz-bundles-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="mbq-fuzz-bundles-") as name:
+        work = Path(name)
         whole = make(work)
         elsewhere = work / "elsewhere"
         elsewhere.mkdir()
@@ -247,9 +248,8 @@ def run_cases(
             ended = attempt(folder, elsewhere)
             assert ended.accepted, (name, ended)
             expected[name] = ended.text
-        for number in numbers:
-            if time.monotonic() > end:
-                break
+
+        def one(number: int) -> None:
             draw = random.Random(f"{seed} {number}")
             name = draw.choice(list(whole))
             kinds = mutations.kinds(whole[name])
@@ -258,33 +258,10 @@ def run_cases(
             mutations.mutate(folder, kind, draw)
             report.add(number, kind, attempt(folder, elsewhere), expected[name])
             shutil.rmtree(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+        kept.count(report, numbers, one, keep, longest_s)
     return report
 
 
-def main() -> None:
-    """Run cases and print the sums as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=500, help="number of cases")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
-    parser.add_argument("--longest", type=float, default=1e9, help="seconds after which no case starts")
-    options = parser.parse_args()
-    numbers = range(options.first, options.first + options.cases)
-    report = run_cases(numbers, options.seed, longest_s=options.longest)
-    document = {
-        "cases": sum(report.refused.values()) + sum(report.accepted.values()),
-        "refused": sum(report.refused.values()),
-        "run": sum(report.accepted.values()),
-        "run_with_another_reply": report.changed,
-        "slowest_refusal_s": round(report.slowest_s, 1),
-        "largest_refusal_mb": round(report.largest_mb),
-        "run_by_kind": dict(report.accepted),
-        "faults": report.faults,
-    }
-    print(json.dumps(document, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    kept.main(__doc__, Report, run_cases)

@@ -5,12 +5,10 @@ By hand:  PYTHONPATH=tests/export:tests/runtime:tests/attacks python tests/fuzz/
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kept
 from changes import HOSTILE_VALUES, nodes
 from tiny_bundle import write_bundle
 
@@ -143,18 +142,17 @@ KINDS = {
 
 
 @dataclass
-class Report:
+class Report(kept.Sums):
     """Sums over all cases.
 
     statuses: answers by status, "closed" for a connection without one; slowest_s: of all answers; mb_first, mb_last:
-    memory of the server after the first requests and at the end; faults: what was wrong.
+    memory of the server after the first requests and at the end.
     """
 
     statuses: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
     mb_first: float = 0.0
     mb_last: float = 0.0
-    faults: list[str] = field(default_factory=list)
 
 
 def ask(port: int, data: bytes, *, ends: bool) -> tuple[str, bytes, float]:
@@ -219,40 +217,41 @@ def _memory_mb(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1000
 
 
-def run_cases(numbers: range, seed: int, longest_s: float = math.inf) -> Report:
+def run_cases(
+    numbers: range, seed: int, report: Report, keep: Path | None = None, longest_s: float = math.inf
+) -> Report:
     """Send requests and sum up the answers.
 
     Args:
         numbers: of the cases; kinds of change take turns.
         seed: with the number, decides all draws.
+        report: the sums to add to.
+        keep: a file that keeps the sums, or None.
         longest_s: no case starts after this time.
     """
-    end, report, work = time.monotonic() + longest_s, Report(), Path(tempfile.mkdtemp(prefix="mbq-fuzz-requests-"))
-    try:
-        with serving(work) as (port, pid, log):
-            for path, body in BODIES.items():
-                status, answer, _ = ask(port, _framed(path, json.dumps(body).encode()), ends=False)
-                assert status == "200", answer
-            for number in numbers:
-                if time.monotonic() > end:
-                    break
-                draw = random.Random(f"{seed} {number}")
-                kind = list(KINDS)[number % len(KINDS)]
-                data = KINDS[kind](draw)
-                # What is cut off, or says a wrong length, is waited for as long as the client is there.
-                status, answer, seconds = ask(port, data, ends=kind != "values")
-                report.statuses[status] += 1
-                report.slowest_s = max(report.slowest_s, seconds)
-                if fault := _fault(kind, status, answer):
-                    report.faults.append(f"case {number} ({kind}): {fault}: {data[:300]!r} {answer[:300]!r}")
-                if number % CHECK_EVERY == 0:
-                    _check(port, number, report)
-                    report.mb_first = report.mb_first or (_memory_mb(pid) if number >= 20 * CHECK_EVERY else 0.0)
-            report.mb_last = _memory_mb(pid)
+    with tempfile.TemporaryDirectory(prefix="mbq-fuzz-requests-") as name, serving(Path(name)) as (port, pid, log):
+        for path, body in BODIES.items():
+            status, answer, _ = ask(port, _framed(path, json.dumps(body).encode()), ends=False)
+            assert status == "200", answer
+
+        def one(number: int) -> None:
+            draw = random.Random(f"{seed} {number}")
+            kind = list(KINDS)[number % len(KINDS)]
+            data = KINDS[kind](draw)
+            # What is cut off, or says a wrong length, is waited for as long as the client is there.
+            status, answer, seconds = ask(port, data, ends=kind != "values")
+            report.statuses[status] += 1
+            report.slowest_s = max(report.slowest_s, seconds)
+            if fault := _fault(kind, status, answer):
+                report.fault(f"case {number} ({kind}): {fault}: {data[:300]!r} {answer[:300]!r}")
+            if number % CHECK_EVERY == 0:
+                _check(port, number, report)
+                report.mb_last = _memory_mb(pid)
+                report.mb_first = report.mb_first or (report.mb_last if number >= 20 * CHECK_EVERY else 0.0)
+
+        kept.count(report, numbers, one, keep, longest_s)
         if "Traceback" in (said := log.read_text(errors="replace")):
-            report.faults.append(f"the log has a traceback: {said[-2000:]}")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            report.fault(f"the log has a traceback: {said[-2000:]}")
     return report
 
 
@@ -269,27 +268,8 @@ def _fault(kind: str, status: str, answer: bytes) -> str:
 def _check(port: int, number: int, report: Report) -> None:
     status, answer, _ = ask(port, _framed("/v1/completions", json.dumps(GOOD).encode()), ends=False)
     if status != "200" or b'"BCD"' not in answer:
-        report.faults.append(f"after case {number} a good request gets {status}: {answer[-300:]!r}")
-
-
-def main() -> None:
-    """Send requests and print the sums as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=500, help="number of cases")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
-    parser.add_argument("--longest", type=float, default=math.inf, help="seconds after which no case starts")
-    options = parser.parse_args()
-    report = run_cases(range(options.first, options.first + options.cases), options.seed, options.longest)
-    document = {
-        "cases": sum(report.statuses.values()),
-        "statuses": dict(report.statuses),
-        "slowest_s": round(report.slowest_s, 1),
-        "memory_mb": [round(report.mb_first), round(report.mb_last)],
-        "faults": report.faults,
-    }
-    print(json.dumps(document, indent=2))
+        report.fault(f"after case {number} a good request gets {status}: {answer[-300:]!r}")
 
 
 if __name__ == "__main__":
-    main()
+    kept.main(__doc__, Report, run_cases)

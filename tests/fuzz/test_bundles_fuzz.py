@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from bundle_attempts import originals, run_cases
+from bundle_attempts import Report, originals, run_cases
 
 CASES = int(os.environ.get("MBQ_FUZZ_BUNDLES", "120"))
 SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
@@ -16,7 +16,7 @@ SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
 
 @pytest.mark.heavy
 def test_hostile_bundles() -> None:
-    report = run_cases(range(CASES), SEED, lambda folder: originals(folder, targets=()))
+    report = run_cases(range(CASES), SEED, Report(), make=lambda folder: originals(folder, targets=()))
     assert report.faults == []
     assert sum(report.refused.values()) > CASES / 4
     assert sum(report.accepted.values()) > CASES / 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from attempts import run_cases
+from attempts import Report, run_cases
 
 CASES = int(os.environ.get("MBQ_FUZZ_CASES", "96"))
 SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
@@ -16,7 +16,7 @@ SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
 
 @pytest.mark.heavy
 def test_hostile_checkpoints_and_options() -> None:
-    report = run_cases(range(CASES), SEED)
+    report = run_cases(range(CASES), SEED, Report())
     assert report.faults == []
     # The mutations are neither all harmless nor all noticed at once.
     assert sum(report.refused.values()) > CASES / 4
