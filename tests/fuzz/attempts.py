@@ -5,6 +5,7 @@ By hand:  PYTHONPATH=tests/export:tests/runtime python tests/fuzz/attempts.py --
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -172,6 +173,10 @@ def load_libraries() -> None:
     import mbq_export.export
     import mbq_export.model.loading
     import mbq_export.prepare  # noqa: F401
+
+    # What is here stays: a fork need not look through it, nor copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def make_case(number: int, seed: int, folder: Path, originals: Path) -> tuple[str, list[str]]:

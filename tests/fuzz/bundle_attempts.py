@@ -5,6 +5,7 @@ By hand:  PYTHONPATH=tests/export:tests/runtime:tests/attacks python tests/fuzz/
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -152,13 +153,17 @@ def originals(folder: Path, targets: Sequence[str] = ("portable", "host")) -> di
     """Whole bundles by name: the tiny graph of the tests, and exports of a tiny model.
 
     Args:
-        folder: where to write them.
+        folder: where to write them.  Those that are there already stay.
         targets: of the exports.
     """
     program = Path(__file__).with_name("write_originals.py")
-    for target in targets:
-        subprocess.run([sys.executable, str(program), str(folder), target], check=True, stdout=subprocess.DEVNULL)
-    return {"tiny": write_bundle(folder / "tiny"), **{target: folder / target for target in targets}}
+    found = {name: folder / name for name in ("tiny", *targets)}
+    for name in [name for name, bundle in found.items() if not bundle.exists()]:
+        if name == "tiny":
+            write_bundle(found[name])
+        else:
+            subprocess.run([sys.executable, str(program), str(folder), name], check=True, stdout=subprocess.DEVNULL)
+    return found
 
 
 @dataclass
@@ -206,15 +211,21 @@ def _reply(text: str) -> tuple[object, object]:
 def load_packages() -> None:
     """Import what every command imports, once for all forks."""
     import jinja2.sandbox  # noqa: F401
-    import numpy  # noqa: F401
+    import numpy.random  # noqa: F401
     import onnxruntime_genai  # noqa: F401
     import tokenizers  # noqa: F401
 
+    import mbq_runtime.cli
     import mbq_runtime.commands.inspect
     import mbq_runtime.commands.run
     import mbq_runtime.commands.verify
     import mbq_runtime.control.energy
-    import mbq_runtime.engine.engine  # noqa: F401
+    import mbq_runtime.engine.engine
+    import mbq_runtime.engine.genai  # noqa: F401
+
+    # What is here stays: a fork need not look through it, nor copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def run_cases(
@@ -232,14 +243,14 @@ def run_cases(
         numbers: of the cases; kinds of change take turns.
         seed: with the number, decides all draws.
         report: the sums to add to.
-        keep: a file that keeps the sums, or None.
+        keep: a file that keeps the sums, or None.  The unchanged bundles stay beside it.
         longest_s: no case starts after this time.
         make: writes the unchanged bundles.
     """
     load_packages()
     with tempfile.TemporaryDirectory(prefix="mbq-fuzz-bundles-") as name:
         work = Path(name)
-        whole = make(work)
+        whole = make(keep.with_suffix(".originals") if keep else work)
         elsewhere = work / "elsewhere"
         elsewhere.mkdir()
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
