@@ -8,6 +8,7 @@ for each.  Of all other data, the last quarter of the windows is held back.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def open_source(data: str | None, *, replies: bool = True) -> TextSource:
         return _default_source() if replies else _packaged_source()
     if data.startswith(DATASET_PREFIX):
         return TextSource(data, (Part(_dataset(data.removeprefix(DATASET_PREFIX))),))
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     return TextSource(path.name, (Part(read_documents(path)),))
 
 

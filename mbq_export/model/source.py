@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def locate(model: str) -> ModelSource:
     Raises:
         ModelError: there is no such model, or its folder or file is incomplete.
     """
-    path = PACKAGED[model]() if model in PACKAGED else Path(model).expanduser()
+    path = PACKAGED[model]() if model in PACKAGED else Path(os.path.expanduser(model))
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(

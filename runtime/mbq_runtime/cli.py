@@ -13,6 +13,9 @@ import click
 from .errors import MbqError
 from .printable import printable
 
+log = logging.getLogger(__name__)
+
+_FAULT = 1
 _INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 
@@ -119,6 +122,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True)
         return _INTERRUPTED
+    except OSError as error:
+        # A full disk below stdout, or what the system does not take as a name.
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{named}{error.strerror or error}; use another file, disk or address", _FAULT)
+    except Exception as error:
+        log.info("a fault", exc_info=error)
+        return _fail(f"a fault of mbq: {type(error).__name__}: {error}; report it with the trace of mbq -v", _FAULT)
     return result if isinstance(result, int) else 0
 
 

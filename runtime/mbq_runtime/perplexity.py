@@ -36,6 +36,10 @@ from .engine.score import mean_nll
 from .errors import UsageError
 from .fidelity import TokenFidelity, divergence, mean
 from .progress import Progress
+from .text_file import read_text_file
+
+_MOST_TEXT_BYTES = 16 << 20
+"""All of a text is made tokens, which takes more than 100 times its bytes of memory."""
 
 REFERENCE_MODULE = "mbq_export.reference_ppl"
 """The module of the workstation side that has a ReferenceLoader ``load_logits``."""
@@ -108,17 +112,12 @@ def read_text(path: Path) -> str:
     """Read a text.
 
     Args:
-        path: UTF-8 file.
+        path: UTF-8 file of at most 16 MiB.
 
     Raises:
-        UsageError: the file cannot be read, or is not UTF-8.
+        UsageError: the file cannot be read, is too large, or is not UTF-8.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from None
+    return read_text_file(path, _MOST_TEXT_BYTES)
 
 
 def cut_windows(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,6 +101,16 @@ def test_run_reads_the_prompt_from_stdin(bundle: Path) -> None:
     command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "-", "--raw", "--max-tokens", "3"]
     done = subprocess.run(command, input="xA", capture_output=True, text=True, check=True)
     assert done.stdout == "BCD\n"
+
+
+def test_a_prompt_without_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    with open("/dev/zero", encoding="utf-8") as zeros:
+        monkeypatch.setattr(sys, "stdin", zeros)
+        code, out, err = run(capsys, "run", bundle, "-")
+    assert (code, out) == (2, "")
+    assert err == "mbq: error: the prompt on stdin has more than 4194304 characters; give a shorter one\n"
 
 
 def test_perplexity_json(capsys: pytest.CaptureFixture[str], bundle: Path, loaded: Engine, tmp_path: Path) -> None:
@@ -227,6 +240,15 @@ def test_verify(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
         (["run", "x", "y", "--bits", "lots"], 2, "mbq: error: Invalid value for '--bits'"),
         (["verify", "/nowhere"], 4, "mbq: error: /nowhere"),
         (["perplexity", "/nowhere"], 2, "mbq: error: Missing option '--data'."),
+        (["perplexity", "/nowhere", "--data", "/dev/zero"], 2, "mbq: error: /dev/zero: larger than 16 MiB"),
+        (["simulate", "n" * 3000], 2, "mbq: error: board 'nnn"),
+        (["run", "x", "hi", "--json-schema", "/dev/zero"], 2, "mbq: error: /dev/zero: larger than 1 MiB"),
+        (["inspect", "n" * 3000], 4, "mbq: error: nnn"),
+        (["run", "a/" * 3000, "hi"], 4, "mbq: error: a/a/"),
+        (["pull", "file:/nowhere", "n" * 3000], 4, "mbq: error: file:/nowhere: no manifest.json there"),
+        (["run", "~nobody-here/x", "hi"], 4, "mbq: error: ~nobody-here/x: no such folder"),
+        (["inspect", "file:~nobody-here/x"], 4, "mbq: error: file:~nobody-here/x: no manifest.json there"),
+        (["inspect", "\udcff"], 4, "mbq: error: \\udcff: no such folder"),
     ],
 )
 def test_errors_are_one_line_with_their_exit_code(
@@ -236,6 +258,36 @@ def test_errors_are_one_line_with_their_exit_code(
     assert (found, out) == (code, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+class _Full(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("args", [["inspect"], ["run", "--threads", "1", "--max-tokens", "2"]])
+def test_a_full_disk_below_stdout_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, args: list[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(_Full(), write_through=True))
+        assert cli.main([args[0], str(bundle), *(["A"] if args[0] == "run" else []), *args[1:]]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "mbq: error: No space left on device; use another file, disk or address"
+    ]
+
+
+def test_a_fault_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    def failing(*_: object, **__: object) -> Engine:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr(Engine, "load", failing)
+    code, out, err = run(capsys, "run", bundle, "hello")
+    assert (code, out) == (1, "")
+    assert err == "mbq: error: a fault of mbq: ZeroDivisionError: a b; report it with the trace of mbq -v\n"
 
 
 def test_interrupt_exits_130_without_a_traceback(

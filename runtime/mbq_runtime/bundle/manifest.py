@@ -412,7 +412,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also for a name that the system does not take
         raise BundleError(f"{folder}: no such folder; give the folder that mbq-export wrote")
     if not os.path.lexists(path):
         raise BundleError(f"{folder}: no {MANIFEST_NAME}; give the folder that mbq-export wrote")

@@ -13,6 +13,7 @@ import click
 
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import without_controls
+from mbq_runtime.text_file import read_text_file
 
 from .common import (
     choice_options,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from mbq_runtime.engine import Grammar
+
+_MOST_CHARACTERS = 4 << 20
+_MOST_SCHEMA_BYTES = 1 << 20
 
 
 @click.command("run")
@@ -89,7 +93,7 @@ def command(
 
     grammar = None if json_schema is None else _grammar(json_schema)
     terminal = sys.stdout.isatty()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _from_stdin() if prompt == "-" else prompt
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
     loaded.speculate = speculate
@@ -144,12 +148,19 @@ def command(
         click.echo(f"energy: {status.saving}", err=True)
 
 
+def _from_stdin() -> str:
+    text = sys.stdin.read(_MOST_CHARACTERS + 1)
+    if len(text) > _MOST_CHARACTERS:
+        raise UsageError(f"the prompt on stdin has more than {_MOST_CHARACTERS} characters; give a shorter one")
+    return text
+
+
 def _grammar(path: Path) -> Grammar:
     from mbq_runtime.engine import Grammar
 
     try:
-        schema = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        schema = json.loads(read_text_file(path, _MOST_SCHEMA_BYTES))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--json-schema {path}: cannot be read as JSON ({error}); give a file with a schema") from None
     if not isinstance(schema, dict):
         raise UsageError(f"--json-schema {path}: has a {type(schema).__name__}, needed an object")

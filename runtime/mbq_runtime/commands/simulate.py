@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,11 +77,12 @@ def command(
     names = [name for name in policies or _CONTENDERS if name != _ORACLE]
     named = contenders(names, weights.low_bits, weights.high_bits)
     compared: dict[str, dict[str, float | None]] = {}
-    reported = read_report(Path(what)) if Path(what).is_file() and is_report(Path(what)) else None
+    is_file = os.path.isfile(what)  # a name that no file can have is none
+    reported = read_report(Path(what)) if is_file and is_report(Path(what)) else None
     if reported is not None:
         weights = reported.weights
         named = contenders(names, weights.low_bits, weights.high_bits)
-    if Path(what).is_file() and reported is None:
+    if is_file and reported is None:
         trace = read_trace(Path(what))
         runs = [replay(trace, name, policy) for name, policy in named]
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})

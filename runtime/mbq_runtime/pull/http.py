@@ -78,7 +78,7 @@ class HttpFiles(Files):
                 yield url, response
             finally:
                 response.close()
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:  # the last for names of hosts
             raise BundleError(f"{url}: {error}; check the address") from None
         except httpx2.TransportError as error:
             raise InterruptedFetchError(f"{url}: {str(error) or type(error).__name__}") from None

@@ -27,7 +27,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
 from mbq_runtime.progress import Progress
 from mbq_runtime.trust import signature
-from mbq_runtime.trust.pulled import mark_pulled
+from mbq_runtime.trust.pulled import mark_pulled, pulled_from
 
 from .fetch import check_disk, fill, remove_unlisted
 from .files import Files, FolderFiles, InterruptedFetchError
@@ -87,8 +87,8 @@ def pull(
             used.
         BundleError: the source has no bundle, a broken one or one that the key has not signed, or the disk is full.
     """
-    folder = place_of(source) if folder is None else folder.expanduser()
-    if folder.exists() and not (folder / MANIFEST_NAME).is_file():
+    folder = place_of(source) if folder is None else Path(os.path.expanduser(folder))
+    if os.path.lexists(folder) and not os.path.isfile(folder / MANIFEST_NAME):
         raise UsageError(f"{folder}: it exists and is not a bundle; choose another folder")
     with source.files(allow_http=allow_http) as files:
         offer = _offer(source.text, files)
@@ -210,6 +210,8 @@ def _pulled(
     new = not folder.exists()
     same = not new and read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES) == offer.content
     same = same and _trim_of(folder) == trim_text(manifest)
+    if not new and not same and pulled_from(folder) is None:
+        raise UsageError(f"{folder}: it has a bundle that was not pulled; choose another folder, or remove it")
     draft = folder if same else draft_of(folder)
     try:
         draft.mkdir(mode=0o700, exist_ok=True)

@@ -54,6 +54,8 @@ class Source:
         scheme = text.partition(":")[0].lower()
         if scheme not in SCHEMES or not is_source(text):
             raise UsageError(f"{text}: needed a source such as https://HOST/FOLDER, hf:OWNER/NAME or file:FOLDER")
+        if not _is_whole(text):
+            raise UsageError(f"{text}: it has bytes that are no UTF-8; needed a source in UTF-8")
         plain = text.removesuffix(MANIFEST_NAME).rstrip("/") if scheme != "hf" else text.rstrip("/")
         source = cls(plain, scheme)
         if scheme in ("https", "http"):
@@ -81,7 +83,7 @@ class Source:
             UsageError: a package is missing, or a token would be sent without encryption.
         """
         if self.scheme == "file":
-            yield FolderFiles(Path(unquote(urlsplit(self.text).path)).expanduser())
+            yield FolderFiles(Path(os.path.expanduser(unquote(urlsplit(self.text).path))))
             return
         from .http import HttpFiles
 
@@ -107,11 +109,21 @@ def is_source(text: str) -> bool:
     return found is not None and (found[1].lower() in SCHEMES or text.startswith("//", found.end()))
 
 
+def _is_whole(text: str) -> bool:
+    """Whether a text has no half characters.  Bytes of a command line that are no UTF-8 become such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_address(text: str, allow_http: bool) -> None:
     try:
         parts: SplitResult | None = urlsplit(text)
         host = parts.hostname if parts else None
-    except ValueError:
+        (host or "").encode("idna")
+    except ValueError:  # UnicodeError too: a part of the name is empty or too long
         parts = host = None
     if parts is None or not host:
         raise UsageError(f"{text}: no host; needed an address such as https://HOST/FOLDER")
@@ -146,5 +158,8 @@ def _on_hub(text: str) -> tuple[str, dict[str, str]]:
     found = _HUB.fullmatch(text[3:])
     assert found is not None  # Source.of has checked it
     folder = f"{found['folder']}/" if found["folder"] else ""
-    address = hf_hub_url(found["repository"], f"{folder}{MANIFEST_NAME}", revision=found["revision"])
+    try:
+        address = hf_hub_url(found["repository"], f"{folder}{MANIFEST_NAME}", revision=found["revision"])
+    except ValueError as error:
+        raise UsageError(f"{text}: no name of the hub ({' '.join(str(error).split())})") from None
     return address.removesuffix(f"/{MANIFEST_NAME}"), _authorization(address, "HF_TOKEN", get_token() or "")

@@ -47,7 +47,7 @@ class ToolFormat(NamedTuple):
     marks: texts in the chat template; a template that has all of them is of this family.
     opens: text before a call; "": a reply that begins with a brace is a call.
     closes: text after a call; "": a call goes to the end of the reply.
-    read: finds the calls in the text between; raises ValueError or SyntaxError where there are none.
+    read: finds the calls in the text between; raises ValueError, TypeError or SyntaxError where there are none.
     arguments: name of the arguments in the JSON of a call; None: calls are not JSON.
     listed: whether that JSON is a list of calls.
     around: text before and after the JSON.
@@ -69,10 +69,15 @@ def _json_calls(body: str) -> list[Call]:
     for entry in found if isinstance(found, list) else [found]:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ValueError("no call")
-        arguments = entry.get("arguments", entry.get("parameters", {}))
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        calls.append(Call(entry["name"], text))
+        calls.append(_call(entry["name"], entry.get("arguments", entry.get("parameters", {}))))
     return calls
+
+
+def _call(name: str, arguments: Any) -> Call:
+    """A call that can be sent: its arguments are JSON, and no text has half a character."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    f"{name}{text}".encode()
+    return Call(name, text)
 
 
 def _python_calls(body: str) -> list[Call]:
@@ -83,7 +88,7 @@ def _python_calls(body: str) -> list[Call]:
         if not isinstance(entry, ast.Call) or entry.args or any(word.arg is None for word in entry.keywords):
             raise ValueError("no call")
         arguments = {word.arg: ast.literal_eval(word.value) for word in entry.keywords}
-        calls.append(Call(ast.unparse(entry.func), json.dumps(arguments, ensure_ascii=False)))
+        calls.append(_call(ast.unparse(entry.func), arguments))
     return calls
 
 
@@ -254,7 +259,7 @@ class CallReader:
     def _read(self, body: str, whole: str) -> Iterator[str | Call]:
         try:
             found = self._format.read(body)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             yield from self._said(whole)  # no call after all
             return
         self.calls += len(found)

@@ -12,9 +12,11 @@ from mbq_runtime.control.controller import start, step
 from mbq_runtime.control.policy import Policy
 from mbq_runtime.errors import UsageError
 from mbq_runtime.sensing.readings import Readings
+from mbq_runtime.text_file import read_text_file
 
 from .closed_loop import PolicyRun, Sample
 
+_MOST_BYTES = 256 << 20  # days of readings
 _FIELDS = {f.name for f in fields(Readings)}
 
 
@@ -27,10 +29,7 @@ def read_trace(path: Path) -> list[Readings]:
     Raises:
         UsageError: the file or a line cannot be used; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
+    lines = read_text_file(path, _MOST_BYTES).splitlines()
     found = [_readings(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if len(found) < 2:
         raise UsageError(f"{path}: {len(found)} readings, needed 2 or more; record some with mbq sense --json --watch")

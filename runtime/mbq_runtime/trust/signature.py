@@ -132,7 +132,7 @@ def _read(path: Path, readers: tuple[Any, ...], kind: str, *more: None) -> objec
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
-        with path.expanduser().open("rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             content = file.read(_MOST_KEY_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: the key cannot be read ({error.strerror}); give the file of a {kind} key") from None

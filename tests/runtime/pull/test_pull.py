@@ -146,6 +146,9 @@ def test_a_private_server_gets_the_token(
         ("ftp://example.org/tiny", "needed a source such as"),
         ("https:///tiny", "no host"),
         ("https://[::1/tiny", "no host"),
+        (f"https://{'a' * 300}.org/tiny", "no host"),
+        ("https://\udcff.org/tiny", "bytes that are no UTF-8"),
+        ("file:\udcff", "bytes that are no UTF-8"),
         ("https://me:secret@example.org/tiny", r"^example\.org: the address has a user name or a password"),
         ("https://example.org/tiny?key=1", r"has a \? or a #"),
         ("hf:tiny", "needed hf:OWNER/NAME"),
@@ -157,6 +160,13 @@ def test_a_private_server_gets_the_token(
 def test_a_source_that_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Source.of(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["hf:../name", f"hf:{'a' * 200}/name", "hf:owner/-name"])
+def test_a_name_that_the_hub_cannot_have(text: str) -> None:
+    with pytest.raises(UsageError, match="no name of the hub") as caught:
+        pull(Source.of(text))
     assert "\n" not in str(caught.value)
 
 
@@ -378,6 +388,21 @@ def test_a_folder_that_is_no_bundle_is_left_alone(server: FileServer, tmp_path: 
         pull(Source.of(f"{server.url}/tiny"), tmp_path / "here")
     assert files_of(tmp_path / "here") == {"thesis.txt": b"x"}
     assert not server.asked
+
+
+def test_a_bundle_that_was_made_here_is_not_replaced(server: FileServer, published: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(published, tmp_path / "own"))
+    (own / "tokenizer_config.json").write_text("{}")
+    write_manifest(own)
+    before = files_of(own)
+    with pytest.raises(UsageError, match="it has a bundle that was not pulled"):
+        pull(Source.of(f"{server.url}/tiny"), own)
+    assert files_of(own) == before
+    (own / WEIGHTS).write_bytes(b"damaged")
+    write_manifest(published)
+    shutil.copyfile(published / "manifest.json", own / "manifest.json")
+    pull(Source.of(f"{server.url}/tiny"), own)  # the same bundle is mended
+    assert files_of(own) == files_of(published)
 
 
 # ---- Commands -----------------------------------------------------------------------------------------------------

@@ -80,6 +80,16 @@ def test_what_is_no_call_after_all_comes_out_as_text() -> None:
         assert read("hermes", list(text)) == (text, [])
     assert read("lfm", ["<|tool_call_start|>[f(1)]<|tool_call_end|>"])[1] == []
     assert read("lfm", ["<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>"])[1] == []
+    for values in ("a=b'x'", "a={1, 2}", "a=1e999", "a={(1, 2): 3}", "a='\\ud800'", "a=..."):
+        text = f"<|tool_call_start|>[f({values})]<|tool_call_end|>"
+        assert read("lfm", [text]) == (text, [])
+    for call in (
+        '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "\\ud800"}',
+        '{"name": "f", "arguments": "\\udc00"}',
+    ):
+        text = f"<tool_call>{call}</tool_call>"
+        assert read("hermes", [text]) == (text, [])
     assert read("lfm", ["<|tool_call_start|>" + "(" * 10**5 + "<|tool_call_end|>"])[1] == []
 
 
