@@ -16,25 +16,46 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
 REPO = Path(__file__).resolve().parents[2]
 
-# Debian 12 is what Raspberry Pi OS and most board images of the same age are built from; its Python is 3.11.
-# Set MBQ_TEST_SUITE=trixie for Debian 13, which newer images and Debian in Termux are.
-SUITE = os.environ.get("MBQ_TEST_SUITE", "bookworm")
+
+class Suite(NamedTuple):
+    """A release of Debian that boards run.
+
+    name: of the release, as Debian's mirrors have it.
+    python: version of its Python.
+    qemu_package: the package with its static emulator.
+    qemu: name of the emulator.
+    """
+
+    name: str
+    python: str
+    qemu_package: str
+    qemu: str
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The arm64 packages that a board has."""
+        return (f"python{self.python}-minimal", f"libpython{self.python}-stdlib", "libstdc++6", "libgomp1")
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        # What Raspberry Pi OS and most board images of the same age are built from.
+        Suite("bookworm", "3.11", "qemu-user-static", "qemu-aarch64-static"),
+        # What newer images, and Debian in Termux, are.  Its static emulators have the names that dynamic ones had.
+        Suite("trixie", "3.13", "qemu-user", "qemu-aarch64"),
+    )
+}
+SUITE = SUITES[os.environ.get("MBQ_TEST_SUITE", "bookworm")]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-PYTHON_VERSION = {"bookworm": "3.11", "trixie": "3.13"}[SUITE]
-ARM64_PACKAGES = (f"python{PYTHON_VERSION}-minimal", f"libpython{PYTHON_VERSION}-stdlib", "libstdc++6", "libgomp1")
 # Pulled in by dependencies, used by package managers only.
 UNUSED_PACKAGES = ("dpkg", "tar")
-# Debian 13 has static emulators under the names that dynamic ones had before.
-QEMU_PACKAGE, QEMU = {
-    "bookworm": ("qemu-user-static", "qemu-aarch64-static"),
-    "trixie": ("qemu-user", "qemu-aarch64"),
-}[SUITE]
-
 # glibc versions a wheel may ask for: 2.28 is the oldest any supported board has.
 WHEEL_PLATFORMS = (*(f"manylinux_2_{minor}_aarch64" for minor in range(28, 16, -1)), "manylinux2014_aarch64")
 
@@ -81,7 +102,7 @@ def download_packages(folder: Path) -> list[Path]:
     for name in ("lists/partial", "archives/partial", "parts"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()
-    (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_debian_mirror()} {SUITE} main\n", "utf-8")
+    (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_debian_mirror()} {SUITE.name} main\n", "utf-8")
     host = call(["dpkg", "--print-architecture"], "ask for the host's architecture").strip()
     # The host's way to the network (proxies, certificates) holds here too; its sources and hooks do not.
     network = [
@@ -114,7 +135,7 @@ def download_packages(folder: Path) -> list[Path]:
     (folder / "apt.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C"}
     call(["apt-get", "-q", "update"], "read the package lists", environment)
-    packages = [*ARM64_PACKAGES, f"{QEMU_PACKAGE}:{host}"]
+    packages = [*SUITE.packages, f"{SUITE.qemu_package}:{host}"]
     call(["apt-get", "-q", "-y", "--download-only", "install", *packages], "fetch the packages", environment)
     return sorted((folder / "archives").glob("*.deb"))
 
@@ -131,14 +152,14 @@ def _debian_mirror() -> str:
                 return found[0]
     raise UserlandError(
         "no Debian mirror in this machine's apt sources: set MBQ_TEST_DEBIAN_MIRROR to the address of one "
-        f"(it must carry {SUITE} for arm64)"
+        f"(it must carry {SUITE.name} for arm64)"
     )
 
 
 def install_wheels(downloads: Path, site: Path, requirements: Sequence[str]) -> list[Wheel]:
     """Resolve and unpack the aarch64 wheels into ``site``; returns them by name."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    choice: list[str | Path] = ["--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON_VERSION]
+    choice: list[str | Path] = ["--only-binary=:all:", "--implementation", "cp", "--python-version", SUITE.python]
     choice += [f"--platform={platform}" for platform in WHEEL_PLATFORMS]
     call([*pip, "download", "-q", "-d", downloads, *choice, *requirements], "fetch the aarch64 wheels")
     files = sorted(downloads.glob("*.whl"))

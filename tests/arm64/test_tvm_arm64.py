@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from board_packages import PYTHON_VERSION, WHEEL_PLATFORMS, call
+from board_packages import SUITE, WHEEL_PLATFORMS, call
 from userland import Userland
 
 from mbq_runtime import Engine
@@ -55,7 +55,7 @@ def tvm_overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-deps",
         "--only-binary=:all:",
     ]
-    choice = ["--python-version", PYTHON_VERSION, *(f"--platform={platform}" for platform in WHEEL_PLATFORMS)]
+    choice = ["--python-version", SUITE.python, *(f"--platform={platform}" for platform in WHEEL_PLATFORMS)]
     names = ("apache-tvm", "apache-tvm-ffi", "typing_extensions")
     wanted = [f"{name}=={version(name)}" for name in names]
     call([*pip, *choice, "-d", folder / "wheels", *wanted], "fetch TVM's aarch64 wheels")

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from board_packages import REPO, UserlandError, base_requirements, pinned, size_table
+from board_packages import REPO, SUITE, UserlandError, base_requirements, pinned, size_table
 from onnx import TensorProto, helper, numpy_helper
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -156,7 +156,12 @@ def test_base_install_is_complete_on_a_board(userland: Userland) -> None:
     """Every requirement whose marker holds on linux/aarch64 is there: pip judged the markers by the host."""
     versions = {canonicalize_name(wheel.name): wheel.version for wheel in userland.wheels}
     board = {"platform_machine": "aarch64", "platform_system": "Linux", "sys_platform": "linux", "os_name": "posix"}
-    board |= {"python_version": "3.11", "python_full_version": "3.11.2", "implementation_name": "cpython", "extra": ""}
+    board |= {
+        "python_version": SUITE.python,
+        "python_full_version": f"{SUITE.python}.2",
+        "implementation_name": "cpython",
+        "extra": "",
+    }
     for owner, text in [(wheel.name, text) for wheel in userland.wheels for text in wheel.requires]:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate(board):

@@ -36,10 +36,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from board_packages import (
-    ARM64_PACKAGES,
-    PYTHON_VERSION,
-    QEMU,
-    QEMU_PACKAGE,
     REPO,
     SUITE,
     UNUSED_PACKAGES,
@@ -101,7 +97,7 @@ class Userland:
     def open(cls) -> Userland:
         """The userland for the present requirements, built first if it is not there yet (10 to 20 s)."""
         requirements = pinned(base_requirements())
-        made_from = (LAYOUT_VERSION, SUITE, ARM64_PACKAGES, WHEEL_PLATFORMS, PYTHON_VERSION, sorted(requirements))
+        made_from = (LAYOUT_VERSION, SUITE.name, SUITE.packages, WHEEL_PLATFORMS, SUITE.python, sorted(requirements))
         folder = cache_folder() / f"arm64-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}"
         _build_once(folder, lambda draft: _build(draft, requirements))
         return cls(folder, _runtime_copy(folder))
@@ -149,7 +145,7 @@ class Userland:
                 (draft / entry.name).symlink_to(Path("../../root") / entry.name)
             found = self._emulate(self.root, cpu, ["-I", "-c", READ_HWCAP], None, 60.0, None)
             if found.returncode != 0:
-                raise UserlandError(f"{QEMU} -cpu {cpu} does not run: {found.stderr.strip()[-500:]}")
+                raise UserlandError(f"{SUITE.qemu} -cpu {cpu} does not run: {found.stderr.strip()[-500:]}")
             hwcap, hwcap2 = map(int, found.stdout.split())
             (draft / "proc").mkdir()
             (draft / "proc" / "cpuinfo").write_text(_cpuinfo(cpu, hwcap_names(hwcap, hwcap2)), encoding="ascii")
@@ -167,8 +163,8 @@ class Userland:
         input: str | None,
         emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        program = root / f"usr/bin/python{PYTHON_VERSION}"
-        python = [*(emulator or [self.folder / QEMU]), "-cpu", cpu, "-L", root, program]
+        program = root / f"usr/bin/python{SUITE.python}"
+        python = [*(emulator or [self.folder / SUITE.qemu]), "-cpu", cpu, "-L", root, program]
         command = [*python, *args]
         environment = {
             "HOME": "/nonexistent",
@@ -253,9 +249,9 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
             (root / name).symlink_to(f"usr/{name}")
         for package in download_packages(Path(downloads) / "apt"):
             name, _, architecture = package.stem.split("_")
-            if name == QEMU_PACKAGE:
+            if name == SUITE.qemu_package:
                 call(["dpkg-deb", "-x", package, Path(downloads) / "qemu"], "unpack the emulator")
-                shutil.move(Path(downloads) / "qemu/usr/bin" / QEMU, draft / QEMU)
+                shutil.move(Path(downloads) / "qemu/usr/bin" / SUITE.qemu, draft / SUITE.qemu)
             elif name not in UNUSED_PACKAGES and architecture in ("arm64", "all"):
                 call(["dpkg-deb", "-x", package, root], f"unpack {package.name}")
         for unused in ("usr/share/doc", "usr/share/man", "usr/share/locale"):
@@ -264,8 +260,8 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
     (draft / "wheels.json").write_text(json.dumps([asdict(wheel) for wheel in wheels], indent=1), encoding="utf-8")
     (draft / "cpus").mkdir()
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if here == PYTHON_VERSION:  # bytecode is portable between machines, not between Python versions
-        libraries = [root / f"usr/lib/python{PYTHON_VERSION}", root / "usr/lib/python3/dist-packages"]
+    if here == SUITE.python:  # bytecode is portable between machines, not between Python versions
+        libraries = [root / f"usr/lib/python{SUITE.python}", root / "usr/lib/python3/dist-packages"]
         command = [sys.executable, "-m", "compileall", "-q", "-j", "0", "-x", r"/(tests?|lib2to3)/", *libraries]
         subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
 
