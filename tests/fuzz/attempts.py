@@ -9,6 +9,7 @@ import gc
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -26,7 +27,9 @@ from meaning import Undecided, difference
 
 LIMIT_S = 10.0
 """Processor time of a refusal."""
-WAIT_S = 180.0
+EXPORT_LIMIT_S = 120
+"""Processor time of an export, which may compile kernels."""
+WAIT_S = 1800.0
 """Longest wait on a machine that does other work."""
 REFUSAL_MB = 1000
 """Memory of a refusal, that of the process that forks aside.  A checkpoint may be loaded before it is refused."""
@@ -57,6 +60,8 @@ class Ended:
         lines = [line for line in self.said.splitlines() if line.strip()]
         if self.code is None:
             return f"no end after {WAIT_S:.0f} s"
+        if self.code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"no end after {EXPORT_LIMIT_S} s of work"
         if self.code < 0:
             return f"signal {signal.Signals(-self.code).name}"
         if "Traceback" in self.said or "a fault of mbq-export" in self.said:
@@ -100,6 +105,7 @@ def attempt(arguments: list[str], folder: Path) -> Ended:
 def _child(arguments: list[str], folder: Path, stderr: int) -> None:
     code = 1
     try:
+        resource.setrlimit(resource.RLIMIT_CPU, (EXPORT_LIMIT_S, EXPORT_LIMIT_S + 1))
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
