@@ -327,6 +327,18 @@ TABLES = {
         "install-size",
         _columns(platform=("platform", None), wheels_mb=("wheels, MB", 1), unpacked_mb=("unpacked, MB", 1)),
     ),
+    "attacks": Table(
+        "attacks",
+        _columns(
+            command=("command", None),
+            attacks=("attack files", 0),
+            refused_in_one_line=("refused in one line", 0),
+            most_processor_s=("most processor time, s", 2),
+            slowest=("by", None),
+            most_mb=("most memory, MB", 0),
+            largest=("by", None),
+        ),
+    ),
     "fuzz": Table(
         "fuzz",
         _columns(

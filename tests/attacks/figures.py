@@ -1,0 +1,87 @@
+"""Gives every attack file to verify, inspect and run, and writes what each command took to results/attacks.json.
+
+python tests/attacks/figures.py      (PYTHONPATH=tests:tests/runtime)
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bundles import ATTACKS, attack
+from tiny_bundle import write_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS: dict[str, tuple[str, ...]] = {"verify": (), "inspect": (), "run": ("A", "--raw", "--max-tokens", "2")}
+MACHINE = "2 cores of Intel Xeon, shared with other work"
+
+
+def measure() -> dict[str, dict[str, dict[str, Any]]]:
+    """What ``runner.measured`` tells of each attack, by command and name of the attack."""
+    found: dict[str, dict[str, dict[str, Any]]] = {command: {} for command in COMMANDS}
+    runner = [sys.executable, str(Path(__file__).with_name("runner.py"))]
+    with tempfile.TemporaryDirectory(prefix="mbq-attacks-") as name:
+        good, copy = write_bundle(Path(name) / "good"), Path(name) / "bundle"
+        with subprocess.Popen(runner, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=name) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            for attacked in ATTACKS:
+                shutil.copytree(good, copy)
+                attack(copy, attacked)
+                for command, more in COMMANDS.items():
+                    print(json.dumps([command, str(copy), *more]), file=process.stdin, flush=True)
+                    found[command][attacked] = json.loads(process.stdout.readline())
+                shutil.rmtree(copy)
+            process.stdin.close()
+    return found
+
+
+def row(command: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a command.
+
+    Args:
+        command: its name.
+        found: what each attack took.
+    """
+    slowest = max(found, key=lambda name: float(found[name]["seconds"]))
+    largest = max(found, key=lambda name: float(found[name]["mb"]))
+    refused = [one for one in found.values() if one["code"] == 4 and one["err"].count("\n") == 1]
+    return {
+        "command": command,
+        "attacks": len(found),
+        "refused_in_one_line": len(refused),
+        "most_processor_s": round(found[slowest]["seconds"], 3),
+        "slowest": slowest,
+        "most_mb": round(found[largest]["mb"]),
+        "largest": largest,
+    }
+
+
+def main() -> None:
+    """Measure, and write results/attacks.json."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    document = {
+        "title": "Attack files: what a refusal takes",
+        "date": datetime.date.today().isoformat(),
+        "machine": MACHINE,
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+        "published_in": None,
+        "command": "PYTHONPATH=tests:tests/runtime python tests/attacks/figures.py",
+        "notes": [
+            "Each command runs in a fork of a process that has the packages loaded. The processor time "
+            "is that of the fork and of what it starts.",
+        ],
+        "rows": [row(command, found) for command, found in measure().items()],
+    }
+    path = ROOT / "results" / "attacks.json"
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
