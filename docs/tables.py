@@ -349,6 +349,7 @@ TABLES = {
             undecided=("undecided", 0),
             faults=("faults", 0),
             slowest_refusal_s=("slowest refusal, s", 1),
+            commit=("commit", None),
         ),
     ),
 }

@@ -5,12 +5,14 @@ python tests/attacks/figures.py      (PYTHONPATH=tests:tests/runtime)
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {"verify": (), "inspect": (), "run": ("A"
 MACHINE = "2 cores of Intel Xeon, shared with other work"
 
 
-def measure() -> dict[str, dict[str, dict[str, Any]]]:
-    """What ``runner.measured`` tells of each attack, by command and name of the attack."""
+def measure(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What ``runner.measured`` tells of each attack, by command and name of the attack.
+
+    Args:
+        names: of the attacks.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {command: {} for command in COMMANDS}
     runner = [sys.executable, str(Path(__file__).with_name("runner.py"))]
     with tempfile.TemporaryDirectory(prefix="mbq-attacks-") as name:
@@ -31,7 +37,7 @@ def measure() -> dict[str, dict[str, dict[str, Any]]]:
         with subprocess.Popen(runner, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=name) as process:
             assert process.stdin is not None
             assert process.stdout is not None
-            for attacked in ATTACKS:
+            for attacked in names:
                 shutil.copytree(good, copy)
                 attack(copy, attacked)
                 for command, more in COMMANDS.items():
@@ -65,6 +71,9 @@ def row(command: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, and write results/attacks.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, help="take each attack of so many")
+    options = parser.parse_args()
     git = ["git", "rev-parse", "--short", "HEAD"]
     document = {
         "title": "Attack files: what a refusal takes",
@@ -72,12 +81,14 @@ def main() -> None:
         "machine": MACHINE,
         "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
         "published_in": None,
-        "command": "PYTHONPATH=tests:tests/runtime python tests/attacks/figures.py",
+        "command": "PYTHONPATH=tests:tests/runtime python tests/attacks/figures.py"
+        + (f" --every {options.every}" if options.every > 1 else ""),
         "notes": [
             "Each command runs in a fork of a process that has the packages loaded. The processor time "
             "is that of the fork and of what it starts.",
+            f"{len(ATTACKS)} attack files are there.",
         ],
-        "rows": [row(command, found) for command, found in measure().items()],
+        "rows": [row(command, found) for command, found in measure(ATTACKS[:: options.every]).items()],
     }
     path = ROOT / "results" / "attacks.json"
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Exports of hostile input, each in a forked process: what it said, how it ended and how long it took.
 
-By hand:  PYTHONPATH=tests/export:tests/runtime python tests/fuzz/attempts.py --cases 2000
+By hand:  PYTHONPATH=tests:tests/export:tests/runtime python tests/fuzz/attempts.py --cases 2000
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mutated bundles with right hashes: what verify, inspect and run make of them, in a fork for each bundle.
 
-By hand:  PYTHONPATH=tests/export:tests/runtime:tests/attacks python tests/fuzz/bundle_attempts.py --cases 10000
+By hand:  PYTHONPATH=tests:tests/export:tests/runtime:tests/attacks python tests/fuzz/bundle_attempts.py --cases 10000
 """
 
 from __future__ import annotations

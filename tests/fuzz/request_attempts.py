@@ -1,6 +1,6 @@
 """Mutated requests to a real server: each is answered or closed in time, and good requests between them say the same.
 
-By hand:  PYTHONPATH=tests/export:tests/runtime:tests/attacks python tests/fuzz/request_attempts.py --cases 5000
+By hand:  PYTHONPATH=tests:tests/export:tests/runtime:tests/attacks python tests/fuzz/request_attempts.py --cases 5000
 """
 
 from __future__ import annotations
