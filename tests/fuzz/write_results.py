@@ -17,6 +17,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "fuzz.json"
 TOOLS = {
     "bundles": "bundle_attempts.py --cases 10000",
     "checkpoints and options": "attempts.py --cases 2000",
+    "requests": "request_attempts.py --cases 5000",
     "exports that a signal ends": "kill_attempts.py --cases 130",
 }
 """What was changed, and the tool with its usual number of cases."""
@@ -36,6 +37,10 @@ def row(what: str, kept: list[dict[str, Any]]) -> dict[str, Any]:
         found = [sums[field] for sums in kept if field in sums]
         return sum(sum(one.values()) if isinstance(one, dict) else one for one in found) if found else None
 
+    for sums in kept:
+        if "statuses" in sums:  # 100: the server waits for a body that does not come
+            taken = {status: number for status, number in sums["statuses"].items() if status in ("100", "200")}
+            sums |= {"accepted": taken, "refused": sum(sums["statuses"].values()) - sum(taken.values())}
     commits = sorted({commit for sums in kept for commit in sums["cases"]})
     assert len(commits) == 1, f"cases of several commits: {commits}"
     return {
