@@ -50,7 +50,10 @@ def read(path: Path, kind: type[S]) -> S:
         kind: class of the sums.
     """
     document = json.loads(path.read_text(encoding="utf-8"))
-    return kind(**{name: Counter(value) if isinstance(value, dict) else value for name, value in document.items()})
+    values: dict[str, Any] = {
+        name: Counter(value) if isinstance(value, dict) else value for name, value in document.items()
+    }
+    return kind(**values)
 
 
 def _write(path: Path, sums: Sums) -> None:
