@@ -17,6 +17,7 @@ import numpy as np
 
 from mbq_runtime import Engine
 from mbq_runtime.bench import environment
+from mbq_runtime.engine.allowance import Allowance
 from mbq_runtime.engine.generation import GenerationStats
 from mbq_runtime.engine.speculation import MOST_GUESSES, PassCosts
 from mbq_runtime.sensing.sensors import Sensors
@@ -98,9 +99,12 @@ def main() -> None:
         print(f"| {bits:g} | {row} |", flush=True)
     print("\n| prompts | mode | guesses at | right | tokens a check | ms a token | without | same replies |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
-    model, most = engine.manifest.model, engine.manifest.budget.max_bits
+    model = engine.manifest.model
+    most = Allowance(engine.manifest, engine.manifest.budget.max_bits)
     for bits in map(float, options.guess_bits.split(",")):
-        engine.__dict__["_pass_costs"] = PassCosts.measure(engine._backend, (bits, most), model.vocab_size)
+        engine.__dict__["_pass_costs"] = PassCosts.measure(
+            engine._backend, (Allowance(engine.manifest, bits), most), model.vocab_size
+        )
         for name, prompts in (("questions", QUESTIONS), ("repeating", REPEATING)):
             for mode in ("on", "auto"):
                 print(f"| {name} | {mode} | {bits:g} | {compare(engine, prompts, options, mode)} |", flush=True)
