@@ -520,8 +520,8 @@ class Engine:
         the prompt.  An exception of a listener ends the reply.
 
         Args:
-            listener: called as ``listener(seconds, avg_bits_used)``: duration of the token's pass, and the average
-                bits per weight that it used.  A listener that is added twice is called twice.
+            listener: called as ``listener(seconds, avg_bits_used)``: the token's share of the duration of its pass, and
+                the average bits per weight that it used.  A listener that is added twice is called twice.
         """
         with self._listeners_lock:
             self._listeners = (*self._listeners, listener)

@@ -211,7 +211,8 @@ class Record:
 
 StepSource = Callable[[Record], Generator[Step, None, None]]
 TokenListener = Callable[[float, float], None]
-"""Called after each decoded token but the first, with the seconds of its pass and the average bits it used."""
+"""Called after each decoded token but the first, with its seconds and the average bits it used.  The tokens of one pass
+share its time."""
 
 
 class Generation:
