@@ -1,4 +1,8 @@
-"""Sizes and options of published models, as their config.json has them, without what says nothing of the decoder."""
+"""Sizes and options of models of the size and kind of published ones, without what says nothing of the decoder.
+
+The rows were written by hand, not downloaded.  The number beside a row is the model's count of weights, the published
+one where it is known, which checks the sizes.
+"""
 
 from __future__ import annotations
 
