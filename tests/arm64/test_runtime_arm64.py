@@ -59,7 +59,7 @@ def test_a_pulled_bundle_chats(userland: Userland, tiny_bundle: Path, tmp_path: 
     assert pulled.returncode == 0, pulled.stderr
     folder = pulled.stdout.strip()
     assert Path(folder).parent == tmp_path / "bundles"
-    options = ["--bits", "4", "--max-tokens", "8"]
+    options = ["--bits", "4", "--max-tokens", "8", "--temperature", "0"]
     # The server is gone: the source is the name of what was pulled.
     command = ["-m", "mbq_runtime.cli", "chat", source, *options]
     talk = userland.run(command, env=environment, input="hello\n/exit\n")
