@@ -27,10 +27,9 @@ from tiny_bundle import (
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle.manifest import Budget
-from mbq_runtime.engine import Session
+from mbq_runtime.engine import Prompt, Session
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.allowance import Allowance
-from mbq_runtime.engine.engine import Prompt
 from mbq_runtime.engine.score import SCORING_LOGITS_BYTES, mean_nll, scoring_chunk
 from mbq_runtime.engine.threads import cores
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .engine import Engine, Passes, Prompt, Score, Window
+from .engine import Engine
 from .generation import FinishReason, Generation, GenerationStats, Likelihood, Sampling, TokenListener
 from .grammar import Grammar
 from .kept_context import KeptContext
+from .prompt import Prompt
+from .score import Passes, Score, Window
 from .session import Session
 
 __all__ = [

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,64 +19,42 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.genai_config import read_settings
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
-from mbq_runtime.fidelity import TokenFidelity, compare_tokens
+from mbq_runtime.fidelity import TokenFidelity
 
 from .allowance import Allowance
 from .backend import Backend, choose_engine, load_backend
+from .decoding import Decoding
 from .generation import Generation, Likelihood, Record, Sampling, Step, TokenListener
 from .grammar import Grammar, Grammars
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
-from .reasoning import Marks, Reasoning, find_marks, is_begun
-from .sampling import Sampler, likelihood
-from .score import mean_nll, scoring_chunk
+from .prompt import Prompt, checked_ids, prompt_ids
+from .reasoning import Marks, find_marks, follow
+from .sampling import Sampler
+from .score import (
+    Pass,
+    Passes,
+    Score,
+    Window,
+    compare,
+    join_logits,
+    rate,
+    rate_tokens,
+    read_passes,
+    scoring_chunk,
+    time_passes,
+)
 from .session_file import owner
-from .speculation import Guesser, Mode, PassCosts, check_mode, checked
+from .speculation import Guesser, Mode, PassCosts, check_mode
 from .template import Message
 from .threads import cores
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or a conversation such as [{"role": "user", "content": "Hello"}]."""
-
 _OTHER_SESSION = "session: it is another engine's; make one with this engine's session()"
 _BUSY = "this engine is already generating; read that reply to its end, close() it, or load a second engine"
-
-
-class Score(NamedTuple):
-    """How well a model predicts a text.
-
-    nll: mean negative log-likelihood in nats of each token but the first, given those before it.
-    avg_bits_used: average bits per weight, mean over tokens.
-    """
-
-    nll: float
-    avg_bits_used: float
-
-
-class Window(NamedTuple):
-    """The logits of a text.
-
-    logits: float32 [S, vocab].
-    avg_bits_used: average bits per weight, mean over tokens.
-    """
-
-    logits: NDArray[np.float32]
-    avg_bits_used: float
-
-
-class Passes(NamedTuple):
-    """Timed passes.
-
-    seconds: duration of each pass.
-    avg_bits_used: average bits per weight, mean over all tokens.
-    """
-
-    seconds: tuple[float, ...]
-    avg_bits_used: float
 
 
 class Engine:
@@ -421,36 +399,21 @@ class Engine:
         )  # fmt: skip
         if sampling.logit_bias:
             self._checked([*sampling.logit_bias])
-        tokens = np.asarray(self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs), np.int32)
+        ids = self.prompt_tokens(prompt, chat=chat, template_kwargs=template_kwargs)
         matcher = None if grammar is None else self._grammars.matcher(grammar)
-        reasoning = self._reasoning(tokens, reasoning_budget)
+        reasoning = follow(ids, reasoning_budget, self.reasoning_marks, self._tokenizer, self.path)
         if avg_bits is not None:
             self.avg_bits = avg_bits
+        tokens = np.asarray(ids, np.int32)
         sampler = Sampler(sampling, tokens, matcher, self.path, reasoning)
-        stream = self._tokenizer.stream(shown)
-        return Generation(
-            lambda record: self._steps(tokens, max_tokens, record, session, sampler, stream),
-            len(tokens), stops, self._tell,
-        )  # fmt: skip
+        length = min(self._context, len(ids) + max_tokens)
+        decoding = Decoding(tokens, length, self._chunk, self._eos, sampler, self._tokenizer.stream(shown))
+        return Generation(lambda record: self._steps(decoding, session, record), len(ids), stops, self._tell)
 
     @cached_property
     def reasoning_marks(self) -> Marks | None:
         """The texts around the reasoning of this model; None where it has none."""
         return find_marks(self.chat_template()) if self.has_chat_template else None
-
-    def _reasoning(self, prompt: NDArray[np.int32], budget: int | None) -> Reasoning | None:
-        marks = self.reasoning_marks
-        closes = None if marks is None else self._tokenizer.token_id(marks.closes)
-        if budget is not None and budget < 0:
-            raise UsageError(f"reasoning_budget {budget}: needed 0 or above")
-        if marks is None:
-            return None
-        if closes is None:
-            if budget is not None:
-                raise UsageError(f"reasoning_budget: {self.path} has no token for {marks.closes}; leave it out")
-            return None
-        begun = is_begun(prompt.tolist(), self.spell, marks)
-        return Reasoning(self._tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -484,7 +447,7 @@ class Engine:
         """
         if not session.belongs_to(self._backend):
             raise UsageError(_OTHER_SESSION)
-        session.save(Path(path), self._session_owner())
+        session.save(Path(path), owner(self.path, self.name, self._backend))
 
     def load_session(self, path: str | os.PathLike[str]) -> KeptContext:
         """A session with what ``save_session`` wrote.
@@ -496,22 +459,10 @@ class Engine:
             UsageError: the engine takes no keys and values, or the file is damaged, or of another bundle, engine or
                 version.
         """
-        session, owner = self.session(), self._session_owner()
+        session, about = self.session(), owner(self.path, self.name, self._backend)
         if Path(path).exists():
-            session.load(Path(path), owner)
+            session.load(Path(path), about)
         return session
-
-    def _session_owner(self) -> dict[str, Any]:
-        if not self._backend.rewinds:
-            raise UsageError(
-                f"{self.path}: the state of a convolution is not written to a file; keep mbq serve running"
-            )
-        if not self._backend.keeps:
-            raise UsageError(
-                f"{self.path}: engine {self.name} cannot load keys and values from a file; export the bundle with "
-                "--engine tvm, or keep mbq serve running"
-            )
-        return owner(self.path, self.name)
 
     def add_listener(self, listener: TokenListener) -> None:
         """Call ``listener`` after each decoded token, from the next token on.  From any thread.
@@ -551,11 +502,7 @@ class Engine:
         """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
-        parts, bits = [], 0.0
-        for _, logits, used in self._passes(tokens, avg_bits):
-            parts.append(logits.copy())
-            bits += used * len(logits)
-        return Window(np.concatenate(parts), bits / len(tokens))
+        return join_logits(self._passes(tokens, avg_bits))
 
     def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
         """Measure how well the model predicts a text.  The engine's budget does not change.
@@ -571,14 +518,10 @@ class Engine:
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
-        nll, bits = 0.0, 0.0
-        for start, logits, used in self._passes(tokens, avg_bits):
-            targets = np.asarray(tokens[start + 1 : start + 1 + len(logits)], np.int64)
-            nll += mean_nll(logits[: len(targets)], targets) * len(targets) if len(targets) else 0.0
-            bits += used * len(logits)
-        if not math.isfinite(nll):
+        found = rate(tokens, self._passes(tokens, avg_bits))
+        if not math.isfinite(found.nll):
             raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
-        return Score(nll / (len(tokens) - 1), bits / len(tokens))
+        return found
 
     def likelihoods(self, tokens: Sequence[int], avg_bits: float, count: int = 0) -> list[Likelihood]:
         """How likely each token of a text is, given those before it.  The engine's budget does not change.
@@ -593,11 +536,7 @@ class Engine:
         """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
-        found = [Likelihood(int(tokens[0]), math.nan, ())]
-        for start, logits, _ in self._passes(tokens, avg_bits):
-            following = tokens[start + 1 : start + 1 + len(logits)]
-            found += [likelihood(row, int(token), count) for row, token in zip(logits, following, strict=False)]
-        return found
+        return rate_tokens(tokens, self._passes(tokens, avg_bits), count)
 
     def score_against(
         self, tokens: Sequence[int], avg_bits: float, original: NDArray[np.float32]
@@ -617,29 +556,13 @@ class Engine:
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
-        parts, bits = [], 0.0
-        for start, logits, used in self._passes(tokens, avg_bits):
-            if original.shape != (len(tokens), logits.shape[1]):
-                raise UsageError(
-                    f"{self.path}: the reference has {original.shape[1]} words in its vocabulary, the bundle has "
-                    f"{logits.shape[1]}; give the model that the bundle was made of"
-                )
-            targets = tokens[start + 1 : start + 1 + len(logits)]
-            if targets:
-                parts.append(compare_tokens(logits[: len(targets)], original[start:][: len(targets)], targets))
-            bits += used * len(logits)
-        return TokenFidelity(*(np.concatenate(part) for part in zip(*parts, strict=True))), bits / len(tokens)
+        return compare(tokens, self._passes(tokens, avg_bits), original, self.path)
 
-    def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[tuple[int, NDArray[np.float32], float]]:
-        """(start, logits, bits used) of each chunk of ``tokens``, in one context.  Logits are valid until the next."""
-        budget = self._allowed(avg_bits)
-        ids = self._checked(tokens)
+    def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[Pass]:
+        """The passes over a text.  Logits are valid until the next."""
+        budget, ids = self._allowed(avg_bits), self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
-            context = self._backend.start(len(ids), budget.numbers)
-            for start in range(0, len(ids), self._scoring_chunk):
-                part = ids[start : start + self._scoring_chunk]
-                context.append(part, len(part))
-                yield start, context.logits(), context.bits_used()
+            yield from read_passes(self._backend, ids, budget, self._scoring_chunk)
 
     def time_passes(self, sizes: Sequence[int], avg_bits: float) -> Passes:
         """Time passes over random tokens, without tokenizer and sampling.  The engine's budget does not change.
@@ -652,18 +575,8 @@ class Engine:
             raise UsageError(f"{sum(sizes)} tokens to time: needed 1 to {self._context}, and at least 1 in each pass")
         budget = self._allowed(avg_bits)
         ids = np.random.default_rng(0).integers(0, self.manifest.model.vocab_size, sum(sizes), np.int32)
-        seconds, bits, start = [], 0.0, 0
         with self._alone(), engine_errors(f"{self.path}: a pass failed"):
-            context = self._backend.start(len(ids), budget.numbers)
-            for size in sizes:
-                begin_s = time.perf_counter()
-                for at in range(start, start + size, self._chunk):
-                    chunk = ids[at : min(at + self._chunk, start + size)]
-                    context.append(chunk)
-                    bits += context.bits_used() * len(chunk)
-                seconds.append(time.perf_counter() - begin_s)
-                start += size
-        return Passes(tuple(seconds), bits / len(ids))
+            return time_passes(self._backend, ids, sizes, budget, self._chunk)
 
     def prompt_tokens(
         self, prompt: Prompt, *, chat: bool = True, template_kwargs: Mapping[str, Any] | None = None
@@ -678,22 +591,7 @@ class Engine:
         Raises:
             UsageError: the prompt is empty or too long, or an id is out of range.
         """
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise UsageError("the prompt is empty; give some text")
-            if chat and self.has_chat_template:
-                prompt = [{"role": "user", "content": prompt}]
-        if prompt and isinstance(prompt[0], Mapping):
-            ids = self.encode(self.chat_prompt(prompt, template_kwargs))  # type: ignore[arg-type]
-        elif template_kwargs:
-            names = ", ".join(template_kwargs)
-            raise UsageError(f"template_kwargs {names}: no chat template renders this prompt; leave them out")
-        elif isinstance(prompt, str):
-            ids = self.encode(prompt, add_bos=True)
-        else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        if not ids:
-            raise UsageError("the prompt is empty; give some text, or at least one token")
+        ids = prompt_ids(prompt, self._tokenizer, chat=chat, template_kwargs=template_kwargs)
         if len(ids) >= self._context:
             raise PromptTooLongError(
                 f"the prompt is {len(ids)} tokens long; with room for a reply the bundle takes at most "
@@ -703,63 +601,19 @@ class Engine:
         return ids
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        ids = np.asarray(tokens, np.int64)
-        vocab = self.manifest.model.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab:
-            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
-            raise UsageError(f"token id {bad}: the model's ids go from 0 to {vocab - 1}")
-        return ids.astype(np.int32)
+        return checked_ids(tokens, self.manifest.model.vocab_size)
 
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
 
-    def _steps(
-        self,
-        prompt: NDArray[np.int32],
-        max_tokens: int,
-        record: Record,
-        session: KeptContext | None,
-        sampler: Sampler,
-        stream: TextStream,
-    ) -> Generator[Step, None, None]:
-        length = min(self._context, len(prompt) + max_tokens)
+    def _steps(self, decoding: Decoding, session: KeptContext | None, record: Record) -> Generator[Step, None, None]:
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
             # Before the prompt: passes that are timed may change what a device keeps of the last one.
-            guesser = None if self._speculate == "off" else self._guesser(prompt, self._speculate)
-            context = session
+            guesser = None if self._speculate == "off" else self._guesser(decoding.prompt, self._speculate)
+            context, length = session, decoding.length
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
-            record.cached_tokens = context.rewind_for(prompt, length - len(prompt))
-            new = prompt[record.cached_tokens :]
-            # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
-            for start in range(0, len(new), self._chunk):
-                if record.stopping:
-                    return
-                chunk = new[start : start + self._chunk]
-                context.append(chunk)
-                record.prompt_bits += context.bits_used() * len(chunk) / len(new)
-            left, guesses = length - len(prompt), list[int]()
-            while left and not record.stopping:
-                rows, bits = context.logits(), context.bits_used()
-                tokens = checked(rows, guesses, sampler, self._eos)
-                record.reasoning_tokens = sampler.reasoning_tokens
-                if guesses and guesser is not None:
-                    context.rewind(len(context) - len(guesses) + len(tokens) - 1)
-                    guesser.note(tokens, len(guesses))
-                    record.guessed += len(guesses)
-                    record.kept_guesses += len(tokens) - 1
-                for at, (token, logits) in enumerate(zip(tokens, rows, strict=False)):
-                    left -= 1
-                    ends = token in self._eos
-                    text = "" if ends else stream.add(token)
-                    text = text if left and not ends else text + stream.rest()
-                    of_pass = 0 if at else len(tokens)
-                    yield Step(token, bits, text, ends, sampler.likelihood(logits, token), of_pass)
-                    if record.stopping:
-                        return
-                if left:
-                    guesses = [] if guesser is None else guesser.guess(context, tokens[-1], sampler, left - 1)
-                    context.append([tokens[-1], *guesses], 1 + len(guesses))
+            yield from decoding.steps(context, guesser, record)
 
     @cached_property
     def _pass_costs(self) -> PassCosts:

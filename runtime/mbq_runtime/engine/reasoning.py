@@ -6,7 +6,12 @@ A new family needs a row of ``MARKS``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from mbq_runtime.errors import UsageError
+
+from .tokenizer import Tokenizer
 
 
 class Marks(NamedTuple):
@@ -41,6 +46,34 @@ def is_begun(prompt: Sequence[int], spell: Callable[[int], bytes], marks: Marks)
     """
     tail = b"".join(spell(int(token)) for token in prompt[-_TAIL:])
     return tail.rstrip().endswith(marks.opens.encode())
+
+
+def follow(
+    prompt: Sequence[int], budget: int | None, marks: Marks | None, tokenizer: Tokenizer, path: Path
+) -> Reasoning | None:
+    """What follows the reasoning of a reply; None where the model has none, or no token ends it.
+
+    Args:
+        prompt: ids.
+        budget: most tokens of reasoning; None for no limit.
+        marks: of the model; None where it has none.
+        tokenizer: of the model.
+        path: folder of the bundle, for messages.
+
+    Raises:
+        UsageError: the budget is below 0, or the model cannot keep it.
+    """
+    if budget is not None and budget < 0:
+        raise UsageError(f"reasoning_budget {budget}: needed 0 or above")
+    if marks is None:
+        return None
+    closes = tokenizer.token_id(marks.closes)
+    if closes is None:
+        if budget is not None:
+            raise UsageError(f"reasoning_budget: {path} has no token for {marks.closes}; leave it out")
+        return None
+    begun = is_begun(prompt, tokenizer.spell, marks)
+    return Reasoning(tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
 
 
 class Reasoning:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from mbq_runtime.errors import BundleError, UsageError
 
 from .allowance import Allowance
-from .engine import Window
 from .imports import engine_errors, import_engine
 from .load import open_bundle
 from .private import GRAPH, WEIGHTS_FOLDER, ops_library, trimmed_graph
+from .score import Window
 from .threads import SHORT_SPINNING, cores, ops_threads
 
 

@@ -19,17 +19,30 @@ from mbq_runtime.bundle.manifest import MANIFEST_NAME
 from mbq_runtime.errors import UsageError
 from mbq_runtime.version import installed_version
 
+from .backend import Backend
+
 _FORMAT = 1
 _MOST_HEADER_BYTES = 4096
 
 
-def owner(folder: Path, engine: str) -> dict[str, Any]:
+def owner(folder: Path, engine: str, backend: Backend) -> dict[str, Any]:
     """What must be the same where a file is read: format, bundle, engine and version.
 
     Args:
         folder: of the bundle; the hash of its manifest stands for all of its files.
         engine: kind of engine, as each has a layout of its own.
+        backend: the engine's model.
+
+    Raises:
+        UsageError: the model gives no keys and values, or takes none back.
     """
+    if not backend.rewinds:
+        raise UsageError(f"{folder}: the state of a convolution is not written to a file; keep mbq serve running")
+    if not backend.keeps:
+        raise UsageError(
+            f"{folder}: engine {engine} cannot load keys and values from a file; export the bundle with "
+            "--engine tvm, or keep mbq serve running"
+        )
     bundle = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
     return {"format": _FORMAT, "bundle": bundle, "engine": engine, "version": installed_version()}
 
