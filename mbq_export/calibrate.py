@@ -28,7 +28,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.facts import QualityPoint
 from mbq_runtime.errors import UsageError
 
 from . import processes, quality

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.facts import QualityPoint
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
 from .format.codes import Sliced

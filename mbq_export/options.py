@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_runtime.bundle.manifest import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import UsageError
 from mbq_runtime.trust.signature import private_key

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import ENGINE_FILES, GROUP_SIZES
+from mbq_runtime.bundle.facts import GROUP_SIZES
+from mbq_runtime.bundle.file_names import ENGINE_FILES
 from mbq_runtime.errors import UsageError
 
 from . import devices

@@ -22,7 +22,8 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
-from mbq_runtime.bundle import isa, manifest
+from mbq_runtime.bundle import isa
+from mbq_runtime.bundle.verify import verify
 from mbq_runtime.errors import BundleError
 
 REPO = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def is_whole(folder: Path) -> bool:
     """
     try:
         for bundle in folder.iterdir():
-            manifest.verify(bundle)
+            verify(bundle)
     except (BundleError, OSError):
         return False
     return True

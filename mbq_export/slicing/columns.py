@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mbq_runtime.bundle.manifest import GROUP_SIZES
+from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 from mbq_targets.build import build_for_this_machine
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mbq_runtime.bundle import manifest as bundle_manifest
+from mbq_runtime.bundle.facts import Budget, Linear, ModelFacts, Quality, RouterFacts, TargetFacts, Weights
 from mbq_runtime.bundle.genai_config import genai_config
+from mbq_runtime.bundle.listed_files import FileRange, file_entries
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.trust.signature import sign
 from mbq_targets.machines import Target
@@ -103,7 +105,7 @@ def _manifest(
     prepared: Prepared,
     output: Path,
     work: Work,
-    ranges: list[list[bundle_manifest.FileRange]],
+    ranges: list[list[FileRange]],
     calibration: Mapping[str, Any],
 ) -> bundle_manifest.Manifest:
     options, calibrated, d = prepared.options, work.calibrated, work.checkpoint.decoder
@@ -111,9 +113,9 @@ def _manifest(
     target = work.target
     engines = target.engines(options.engines)
     low, high = float(plan.profile.min_bits), float(CODE_BITS)
-    entries = bundle_manifest.file_entries(work.folder)
+    entries = file_entries(work.folder)
     return bundle_manifest.Manifest(
-        model=bundle_manifest.ModelFacts(
+        model=ModelFacts(
             name=prepared.source.name,
             architecture=d.family.architecture,
             family=d.family.model_type,
@@ -123,22 +125,22 @@ def _manifest(
             layers=d.layers,
             context_length=d.context_length,
         ),
-        target=bundle_manifest.TargetFacts(target.name, engines[0], target.arch, target.cpu, target.features),
+        target=TargetFacts(target.name, engines[0], target.arch, target.cpu, target.features),
         slices=plan.profile.slices,
         group_size=plan.group_size,
         layout=target.layout,
-        budget=bundle_manifest.Budget(low, high, high),
-        router=bundle_manifest.RouterFacts(calibrated.router_kind, plan.router_bytes),
-        weights=bundle_manifest.Weights(
+        budget=Budget(low, high, high),
+        router=RouterFacts(calibrated.router_kind, plan.router_bytes),
+        weights=Weights(
             plan.routed_parameters,
             {f"{bits:g}": plan.bytes_per_token(bits) for bits in depth_budgets(plan.profile)},
-            tuple(bundle_manifest.Linear(name, n, k) for name, (n, k) in d.unit_shapes().items()),
+            tuple(Linear(name, n, k) for name, (n, k) in d.unit_shapes().items()),
         ),
         calibration=dict(calibration),
         seed=options.seed,
         tools=installed(TOOLS),
         files=entries,
-        quality=bundle_manifest.Quality(
+        quality=Quality(
             calibrated.reference_perplexity, quality_floor(calibrated, options.floor_ratio), calibrated.curve
         ),
         engines=engines,

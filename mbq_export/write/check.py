@@ -23,9 +23,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.isa import problem, this_machine
 from mbq_runtime.bundle.layout import PORTABLE_LAYOUT
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.engine.imports import engine_errors, import_engine
 from mbq_runtime.engine.session import empty_past

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import DECODER_LIBRARY, GPU_FILES, OPS_LIBRARY, FileRange
+from mbq_runtime.bundle.file_names import DECODER_LIBRARY, GPU_FILES, OPS_LIBRARY
+from mbq_runtime.bundle.listed_files import FileRange
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import FileRange
+from mbq_runtime.bundle.listed_files import FileRange
 
 
 def ranges(path: Path, places: Mapping[str, int], depths: Mapping[str, int], count: int) -> list[FileRange]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mbq_runtime import plotting
-from mbq_runtime.bundle.manifest import Quality
+from mbq_runtime.bundle.facts import Quality
 
 _LARGEST_RATIO = 5.0
 """The vertical axis ends here at most.  Text of a larger perplexity is unusable, and would flatten the rest."""

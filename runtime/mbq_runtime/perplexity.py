@@ -30,7 +30,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle.manifest import Budget
+from .bundle.facts import Budget
 from .control.budget_trim import BudgetTrim
 from .engine.score import mean_nll
 from .errors import UsageError

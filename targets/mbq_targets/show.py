@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mbq_runtime.bundle.manifest import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import MbqError, UsageError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mbq_runtime.bundle.manifest import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import BuildError
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from userland import Userland
 
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, read
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
+from mbq_runtime.bundle.manifest import read
 from mbq_runtime.engine import Engine, Session
 from mbq_runtime.errors import BundleError
 

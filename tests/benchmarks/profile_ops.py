@@ -20,7 +20,7 @@ import click
 import numpy as np
 import onnxruntime as ort
 
-from mbq_runtime.bundle.manifest import OPS_LIBRARY
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.tables import markdown
 
 WARM_RUNS = 5

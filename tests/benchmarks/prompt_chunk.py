@@ -24,7 +24,9 @@ from measured_on import measured_on
 
 from mbq_runtime import Engine
 from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
 from mbq_runtime.bundle.genai_config import PROMPT_CHUNK
+from mbq_runtime.bundle.listed_files import file_entries
 
 SHAPE = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -75,7 +77,7 @@ def load(bundle: Path, chunk: int, threads: int | None) -> Engine:
     config["search"]["chunk_size"] = chunk
     file.write_text(json.dumps(config))
     facts = manifest.read(bundle)
-    manifest.write(replace(facts, files=manifest.file_entries(bundle)), bundle)
+    manifest.write(replace(facts, files=file_entries(bundle)), bundle)
     return Engine.load(bundle, threads=threads)
 
 
@@ -115,7 +117,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = options.bundle or Path(name)
         made = folder / "bundle"
-        if not (made / manifest.MANIFEST_NAME).is_file():
+        if not (made / MANIFEST_NAME).is_file():
             made = export(folder, options.vocab)
         measure(made, chunks or sorted({old_chunk(options.vocab), PROMPT_CHUNK}), options)
 

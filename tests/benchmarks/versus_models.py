@@ -34,7 +34,9 @@ from mbq_export.prepare import prepare
 from mbq_export.routing import thresholds
 from mbq_export.slicing import rtn
 from mbq_export.write import bundle
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, QualityPoint, read
+from mbq_runtime.bundle.facts import QualityPoint
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
+from mbq_runtime.bundle.manifest import read
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
 from mbq_targets.machines import TARGETS, resolve

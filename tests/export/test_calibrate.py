@@ -14,7 +14,7 @@ from mbq_export.format.codes import Sliced
 from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
 from mbq_runtime.bundle import manifest
-from mbq_runtime.bundle.manifest import QualityPoint
+from mbq_runtime.bundle.facts import QualityPoint
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 pytestmark = pytest.mark.heavy

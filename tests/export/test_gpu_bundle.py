@@ -21,6 +21,7 @@ from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import gpu_plan
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.check import check_contents
+from mbq_runtime.bundle.listed_files import file_entries
 from mbq_runtime.engine import opencl
 from mbq_runtime.engine.gpu import DeviceBackend, Limits, thresholds
 from mbq_targets.gpu.matmul import scale_words
@@ -139,18 +140,18 @@ def broken(bundles: Path, tmp_path: Path, change: Callable[[Path], object]) -> P
     folder = shutil.copytree(bundles / "llama-android-adreno", tmp_path / "bundle")
     change(folder)
     manifest = bundle_manifest.read(folder)
-    bundle_manifest.write(replace(manifest, files=bundle_manifest.file_entries(folder)), folder)
+    bundle_manifest.write(replace(manifest, files=file_entries(folder)), folder)
     return folder
 
 
 def test_a_compile_error_shows_the_drivers_log_and_leaves_the_bundle(bundles: Path, tmp_path: Path) -> None:
     needs.gpu("opencl")
     folder = broken(bundles, tmp_path, lambda f: (f / "gpu/argmax.cl").write_text("__kernel void argmax_kernel( {}"))
-    before = bundle_manifest.file_entries(folder)
+    before = file_entries(folder)
     with pytest.raises(BundleError, match=r"driver of .* does not compile the kernels: .*error") as caught:
         Engine.load(folder)
     assert "\n" not in str(caught.value)
-    assert bundle_manifest.file_entries(folder) == before
+    assert file_entries(folder) == before
 
 
 def test_compiled_binaries_are_kept_for_the_next_start(bundles: Path, binary_cache: Path) -> None:

@@ -20,7 +20,7 @@ from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.write import files, parts
 from mbq_runtime.bundle.layout import PAGE_BYTES
-from mbq_runtime.bundle.manifest import FileRange
+from mbq_runtime.bundle.listed_files import FileRange
 from mbq_runtime.bundle.onnx_file import initializers
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.bundle.tensors import read_entries

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mbq_export.write.plot import quality_curve
-from mbq_runtime.bundle.manifest import Quality, QualityPoint
+from mbq_runtime.bundle.facts import Quality, QualityPoint
 from mbq_runtime.errors import UsageError
 
 QUALITY = Quality(20.0, 3.5, tuple(QualityPoint(bits, bits, ppl) for bits, ppl in ((3, 30), (4, 22), (8, 20.2))))

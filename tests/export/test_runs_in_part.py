@@ -21,7 +21,9 @@ from tiny_models import write_checkpoint
 
 from mbq_export import cli
 from mbq_runtime import BundleError, Engine, Generation, UsageError
-from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle import listed_files, manifest
+from mbq_runtime.bundle.listed_files import file_entries, undivided
+from mbq_runtime.bundle.verify import verify
 from mbq_runtime.engine import Session
 from mbq_runtime.pull import Incoming, Source, pull, trim
 from mbq_runtime.pull.incoming import runs_in_part
@@ -56,8 +58,8 @@ def in_small_chunks(bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -
     """A copy of a bundle whose files have hashes of small chunks, as those of a large model."""
     shutil.copytree(bundle, copy)
     found = manifest.read(copy)
-    monkeypatch.setattr(manifest, "CHUNK_BYTES", CHUNK_BYTES)
-    manifest.write(replace(found, files=manifest.file_entries(copy)), copy)
+    monkeypatch.setattr(listed_files, "CHUNK_BYTES", CHUNK_BYTES)
+    manifest.write(replace(found, files=file_entries(copy)), copy)
     return copy
 
 
@@ -138,7 +140,7 @@ def test_it_speaks_from_its_first_slices(
             incoming.wait()
     assert incoming.whole is not None, incoming.error
     assert (early.ceiling_bits, early.avg_bits, early.path) == (None, 5.0, incoming.whole.folder)
-    manifest.verify(incoming.whole.folder)
+    verify(incoming.whole.folder)
 
     early.sleep()
     assert early.generate("A", max_tokens=2).text() == early.generate("A", max_tokens=2).text()
@@ -154,7 +156,7 @@ def test_a_server_answers_while_its_bundle_comes(
 ) -> None:
     monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
     gates = Gates(manifest.read(in_small_chunks(exported, tmp_path / "served" / "bundle", monkeypatch)))
-    small = f"from mbq_runtime.bundle import manifest; manifest.CHUNK_BYTES = {CHUNK_BYTES}"
+    small = f"from mbq_runtime.bundle import listed_files; listed_files.CHUNK_BYTES = {CHUNK_BYTES}"
     program = f"{small}; from mbq_runtime.cli import main; main()"
     with serving(tmp_path / "served") as server:
         server.change = gates.change
@@ -198,7 +200,7 @@ def test_a_trimmed_bundle_gives_the_tokens_of_the_whole(
     bundle = in_small_chunks(portable if name is None else exported, tmp_path / "bundle", monkeypatch)
     found = trim(bundle, tmp_path / "small", bits).manifest
     assert found.budget.max_bits == int(bits)
-    verified = manifest.verify(tmp_path / "small")
+    verified = verify(tmp_path / "small")
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in (tmp_path / "small", bundle)]
     assert verified == found == manifest.read(tmp_path / "small")
     assert found.total_bytes < manifest.read(bundle).total_bytes - (sizes[1] - sizes[0]) / 2
@@ -233,12 +235,12 @@ def test_a_trimmed_bundle_can_be_published_and_completed(
         assert less.manifest == small.limited(2)
         assert less.fetched_bytes == less.manifest.total_bytes
         more = pull(Source.of(f"{server.url}/bundle"), place)
-    assert more.manifest == manifest.verify(place)
+    assert more.manifest == verify(place)
     assert not more.manifest.trimmed
     assert more.fetched_bytes == more.manifest.total_bytes - less.manifest.total_bytes
     shrunk = pull(Source.of(f"file:{bundle}"), place, max_bits=3)
     assert shrunk.fetched_bytes == 0
-    assert manifest.verify(place) == shrunk.manifest == small.limited(1)
+    assert verify(place) == shrunk.manifest == small.limited(1)
 
 
 def test_what_cannot_be_trimmed(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +261,7 @@ def test_what_cannot_be_trimmed(exported: Path, tmp_path: Path, monkeypatch: pyt
         trim(bundle, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
     found = manifest.read(bundle)
-    manifest.write(replace(found, parts=manifest.undivided(found.files)), bundle)
+    manifest.write(replace(found, parts=undivided(found.files)), bundle)
     with pytest.raises(BundleError, match="not divided by depth, so it cannot be trimmed"):
         trim(bundle, tmp_path / "newer", 4)
 
@@ -277,7 +279,7 @@ def test_a_short_file_is_no_trimmed_bundle(exported: Path, tmp_path: Path, monke
     trim(bundle, tmp_path / "small", 4)
     (tmp_path / "small" / "trim.json").unlink()
     with pytest.raises(BundleError, match="an incomplete copy"):
-        manifest.verify(tmp_path / "small")
+        verify(tmp_path / "small")
     (tmp_path / "small" / "trim.json").write_text('{"depth": 1}')
     with pytest.raises(BundleError, match="an incomplete copy"):
         Engine.load(tmp_path / "small")
@@ -287,4 +289,4 @@ def test_what_cannot_run_in_part(exported: Path) -> None:
     found = manifest.read(exported)
     assert not runs_in_part(replace(found, layout="nbits"), "onnx"), "ONNX Runtime copies stock operands"
     assert not runs_in_part(found, "webgpu")
-    assert not runs_in_part(replace(found, parts=manifest.undivided(found.files)), "onnx")
+    assert not runs_in_part(replace(found, parts=undivided(found.files)), "onnx")

@@ -20,6 +20,8 @@ from mbq_export.model.source import locate
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.check import check_contents
+from mbq_runtime.bundle.listed_files import file_entries
+from mbq_runtime.bundle.verify import verify
 from mbq_runtime.cli import main
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
@@ -201,7 +203,7 @@ def test_a_bundle_for_tvm_alone(bundles: dict[str, tuple[Path, Path]], calibrati
         Engine.load(tmp_path / "bundle", engine="onnx")
     with pytest.raises(BundleError, match="has no ONNX graph"):
         Session(tmp_path / "bundle")
-    manifest.verify(tmp_path / "bundle")
+    verify(tmp_path / "bundle")
 
 
 def test_activations_of_8_bits(bundles: dict[str, tuple[Path, Path]], calibration_text: Path, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_missing_library(bundles: dict[str, tuple[Path, Path]], tmp_path: Path
     with pytest.raises(BundleError, match=r"decoder\.so: the file is missing"):
         Engine.load(copy, engine="tvm")
     (copy / "decoder.so").write_bytes(b"not a library")
-    manifest.write(replace(manifest.read(copy), files=manifest.file_entries(copy)), copy)
+    manifest.write(replace(manifest.read(copy), files=file_entries(copy)), copy)
     with pytest.raises(BundleError, match=r"decoder\.so: the engine cannot load it: .*mbq verify"):
         Engine.load(copy, engine="tvm")
 
@@ -257,7 +259,7 @@ def test_a_pulled_bundle_runs_native_code_only_when_told_so(
     library.write_bytes(library.read_bytes() + b"\0")
     assert main(["run", f"file:{source}", "abc", *asked]) == 4
     assert "long where the manifest says" in capsys.readouterr().err
-    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder)), folder)
+    manifest.write(replace(manifest.read(folder), files=file_entries(folder)), folder)
     assert main(["pull", f"file:{folder}", str(tmp_path / "again")]) == 0
     capsys.readouterr()
     assert main(["run", str(tmp_path / "again"), "abc", *asked]) == 4

@@ -14,10 +14,12 @@ from tiny_bundle import facts
 from mbq_runtime import BundleError
 from mbq_runtime.bundle import manifest, tensors
 from mbq_runtime.bundle.check import check_contents
+from mbq_runtime.bundle.facts import Linear, Weights
+from mbq_runtime.bundle.listed_files import file_entries
 from mbq_runtime.bundle.onnx_file import initializers
 from mbq_runtime.bundle.parameters import matrix_kinds
 
-LINEARS = (manifest.Linear("layers.0.attn_in", 40, 128), manifest.Linear("head", 100, 64))
+LINEARS = (Linear("layers.0.attn_in", 40, 128), Linear("head", 100, 64))
 
 
 def arrays() -> dict[str, NDArray[np.generic]]:
@@ -46,13 +48,13 @@ def save(folder: Path, tensors: dict[str, NDArray[np.generic]]) -> manifest.Mani
     return replace(
         facts(),
         layout="mbq16",
-        weights=manifest.Weights(40 * 128 + 100 * 64, {}, LINEARS),
-        files=manifest.file_entries(folder),
+        weights=Weights(40 * 128 + 100 * 64, {}, LINEARS),
+        files=file_entries(folder),
     )
 
 
 def test_sizes_of_the_packed_form() -> None:
-    assert matrix_kinds(manifest.Linear("x", 40, 128), 32, (3, 5)) == {
+    assert matrix_kinds(Linear("x", 40, 128), 32, (3, 5)) == {
         "planes_1": ("U8", (48 * 128 * 3 // 8,)),
         "planes_2": ("U8", (48 * 128 * 5 // 8,)),
         "scales": ("U8", (3, 1 + 4, 32)),
@@ -126,7 +128,7 @@ def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
         initializers(tmp_path / "model.onnx")
 
 
-TVM_LINEARS = (manifest.Linear("layers.0.attn_in", 40, 64), manifest.Linear("head", 264, 64))
+TVM_LINEARS = (Linear("layers.0.attn_in", 40, 64), Linear("head", 264, 64))
 SIZES = {"U8": 1, "F16": 2, "F32": 4}
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -148,7 +150,7 @@ def save_tvm(folder: Path, kinds: Kinds) -> manifest.Manifest:
     with (folder / tensors.WEIGHTS).open("wb") as file:
         tensors.write_header(entries, file)
         file.write(bytes(sum(entry.size for entry in entries.values())))
-    return replace(facts(), layout="mbq16", engines=("tvm",), weights=manifest.Weights(0, {}, TVM_LINEARS))
+    return replace(facts(), layout="mbq16", engines=("tvm",), weights=Weights(0, {}, TVM_LINEARS))
 
 
 def test_parameters_of_tvm_hold_the_context(tmp_path: Path) -> None:
@@ -181,10 +183,10 @@ def test_every_parameter_of_tvm_has_the_shape_of_the_manifest(tmp_path: Path) ->
 def test_matrices_of_tvm_fit_the_width_and_the_vocabulary(tmp_path: Path) -> None:
     """A file that agrees with the manifest, whose head does not give the logits of all tokens."""
     for linear, needed in (("head", r"\[264, 64\]"), ("layers.0.attn_in", r"\[any, 64\]")):
-        linears = tuple(manifest.Linear(linear, 96, 128) if one.name == linear else one for one in TVM_LINEARS)
+        linears = tuple(Linear(linear, 96, 128) if one.name == linear else one for one in TVM_LINEARS)
         kinds = tvm_kinds()
-        wider = matrix_kinds(manifest.Linear(linear, 96, 128), 64, facts().slices)
+        wider = matrix_kinds(Linear(linear, 96, 128), 64, facts().slices)
         kinds |= {f"{linear}.{part}": kind for part, kind in wider.items()}
-        found = replace(save_tvm(tmp_path, kinds), weights=manifest.Weights(0, {}, linears))
+        found = replace(save_tvm(tmp_path, kinds), weights=Weights(0, {}, linears))
         with pytest.raises(BundleError, match=f"{linear} is 96 x 128 in the manifest, needed {needed}"):
             check_contents(tmp_path, found)

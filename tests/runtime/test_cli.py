@@ -19,6 +19,7 @@ from tiny_bundle import REPLY, facts, ids, write_manifest
 import mbq_runtime
 from mbq_runtime import Engine, cli, perplexity
 from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.facts import TargetFacts
 from mbq_runtime.fidelity import compare_tokens
 from mbq_runtime.sensing.readings import Readings
 
@@ -202,7 +203,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
 
 def foreign(folder: Path) -> None:
     """Change a bundle's target to a machine that does not exist."""
-    write_manifest(folder, replace(facts(), target=manifest.TargetFacts("t", "onnx", "aarch64", "c", ("nonesuch",))))
+    write_manifest(folder, replace(facts(), target=TargetFacts("t", "onnx", "aarch64", "c", ("nonesuch",))))
 
 
 def test_a_bundle_for_another_machine(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:

@@ -26,7 +26,7 @@ from tiny_bundle import (
 )
 
 from mbq_runtime import BundleError, Engine, UsageError
-from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.engine import Prompt, Session
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.allowance import Allowance

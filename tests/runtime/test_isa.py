@@ -8,7 +8,7 @@ import pytest
 
 from mbq_runtime import BundleError
 from mbq_runtime.bundle import isa
-from mbq_runtime.bundle.manifest import TargetFacts
+from mbq_runtime.bundle.facts import TargetFacts
 
 AT_HWCAP, AT_HWCAP2 = 16, 26
 

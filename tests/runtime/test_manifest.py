@@ -12,7 +12,11 @@ from json_fields import set_in
 from tiny_bundle import facts
 
 from mbq_runtime import BundleError, UsageError
-from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle import listed_files, manifest
+from mbq_runtime.bundle.facts import Budget, Linear, TargetFacts, Weights
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.listed_files import FileRange, file_entries, undivided
+from mbq_runtime.bundle.verify import check_sizes, check_unlisted, verify
 
 
 @pytest.fixture
@@ -25,11 +29,11 @@ def folder(tmp_path: Path) -> Path:
     native = replace(
         facts(),
         layout="mbq16",
-        target=manifest.TargetFacts("arm64", "onnx", "aarch64", "generic", ("asimd", "asimddp")),
-        weights=manifest.Weights(128 * 64, {"3": 10, "3.5": 12, "8": 20}, (manifest.Linear("head", 128, 64),)),
+        target=TargetFacts("arm64", "onnx", "aarch64", "generic", ("asimd", "asimddp")),
+        weights=Weights(128 * 64, {"3": 10, "3.5": 12, "8": 20}, (Linear("head", 128, 64),)),
     )
-    files = manifest.file_entries(path)
-    manifest.write(replace(native, files=files, parts=manifest.undivided(files)), path)
+    files = file_entries(path)
+    manifest.write(replace(native, files=files, parts=undivided(files)), path)
     return path
 
 
@@ -38,7 +42,7 @@ def test_round_trip(folder: Path) -> None:
     assert read.native
     assert read.profile.depth_bits == (3, 4, 6, 8)
     assert read.target.features == ("asimd", "asimddp")
-    assert read.weights.linears == (manifest.Linear("head", 128, 64),)
+    assert read.weights.linears == (Linear("head", 128, 64),)
     assert read.weights.bytes_per_token == {"3": 10, "3.5": 12, "8": 20}
     assert [entry.name for entry in read.files] == sorted(entry.name for entry in read.files)
     assert (
@@ -50,12 +54,12 @@ def test_round_trip(folder: Path) -> None:
     manifest.write(read, folder)
     assert (folder / "manifest.json").read_bytes() == before
     assert json.loads(before)["format"] == "mbq-bundle"
-    assert manifest.verify(folder) == read
+    assert verify(folder) == read
     assert not list(folder.glob(".*"))
 
 
 def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
-    set_in(folder / manifest.MANIFEST_NAME, "model.colour", "blue")
+    set_in(folder / MANIFEST_NAME, "model.colour", "blue")
     assert manifest.read(folder).model.name == "tiny"
 
 
@@ -98,7 +102,7 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
         ("files.0.size", -1, "files genai_config.json is"),
         ("files.0.sha256", "abc", "files genai_config.json is"),
         ("files.0.chunks", ["0" * 64], "files genai_config.json chunks is '1 hashes', needed 0"),
-        ("files.0.size", manifest.CHUNK_BYTES + 1, "files genai_config.json chunks is '0 hashes', needed 2"),
+        ("files.0.size", listed_files.CHUNK_BYTES + 1, "files genai_config.json chunks is '0 hashes', needed 2"),
         ("parts", [[], []], "parts has 2 depths, needed 1 or 4"),
         ("parts", [[]], r"parts ends at byte 0 of model\.onnx\.data, needed 1500"),
         ("parts.0.0.name", "model.onnx", "parts has bytes 0 to 1500 of 'model.onnx', needed a range of a weight file"),
@@ -108,7 +112,7 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
     ],
 )
 def test_a_damaged_manifest_is_refused_by_field(folder: Path, where: str, value: object, message: str) -> None:
-    set_in(folder / manifest.MANIFEST_NAME, where, value)
+    set_in(folder / MANIFEST_NAME, where, value)
     with pytest.raises(BundleError, match=message) as caught:
         manifest.read(folder)
     assert str(caught.value).startswith(str(folder / "manifest.json"))
@@ -129,7 +133,7 @@ def test_folders_that_are_no_bundle(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("check", [manifest.check_sizes, lambda folder, _: manifest.verify(folder)])
+@pytest.mark.parametrize("check", [check_sizes, lambda folder, _: verify(folder)])
 @pytest.mark.parametrize("name", ["model.onnx.data", "lib/libmbq_ops.so", "tokenizer.json"])
 def test_missing_and_truncated_files(folder: Path, name: str, check: Any) -> None:
     found = manifest.read(folder)
@@ -151,9 +155,9 @@ def test_verify_finds_one_flipped_bit(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    manifest.check_sizes(folder, manifest.read(folder))
+    check_sizes(folder, manifest.read(folder))
     with pytest.raises(BundleError, match=r"model\.onnx\.data: its contents differ from the manifest"):
-        manifest.verify(folder)
+        verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -184,53 +188,53 @@ def test_verify_minds_unlisted_files_an_engine_may_read(folder: Path, name: str,
     (folder / name).write_text("x")
     found = manifest.read(folder)
     if not matters:
-        manifest.check_unlisted(folder, found)
-        manifest.verify(folder)
+        check_unlisted(folder, found)
+        verify(folder)
         return
     with pytest.raises(BundleError, match=f"{name}: not listed in the manifest"):
-        manifest.check_unlisted(folder, found)
+        check_unlisted(folder, found)
     with pytest.raises(BundleError, match=f"{name}: not listed in the manifest"):
-        manifest.verify(folder)
+        verify(folder)
 
 
 def test_a_large_file_has_a_hash_for_each_chunk(folder: Path) -> None:
-    path, size = folder / "model.onnx.data", 2 * manifest.CHUNK_BYTES + 5000
+    path, size = folder / "model.onnx.data", 2 * listed_files.CHUNK_BYTES + 5000
     content = bytearray(range(250)) * (size // 250)
     path.write_bytes(content)
-    files = manifest.file_entries(folder)
-    manifest.write(replace(manifest.read(folder), files=files, parts=manifest.undivided(files)), folder)
-    (entry,) = (entry for entry in manifest.verify(folder).files if entry.name == path.name)
+    files = file_entries(folder)
+    manifest.write(replace(manifest.read(folder), files=files, parts=undivided(files)), folder)
+    (entry,) = (entry for entry in verify(folder).files if entry.name == path.name)
     assert len(entry.chunks) == 3
     for begin, end, digest in entry.ranges():
         assert sha256(content[begin:end]).hexdigest() == digest
-    content[manifest.CHUNK_BYTES + 7] ^= 1
+    content[listed_files.CHUNK_BYTES + 7] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"model\.onnx\.data: bytes 4194304 to 8388608 differ from the manifest"):
-        manifest.verify(folder)
-    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder)), folder)
-    set_in(folder / manifest.MANIFEST_NAME, "files.3.sha256", "0" * 64)
+        verify(folder)
+    manifest.write(replace(manifest.read(folder), files=file_entries(folder)), folder)
+    set_in(folder / MANIFEST_NAME, "files.3.sha256", "0" * 64)
     assert manifest.read(folder).files[3].name == path.name
     with pytest.raises(BundleError, match=r"model\.onnx\.data: its contents differ from the manifest"):
-        manifest.verify(folder)
+        verify(folder)
 
 
 def test_parts_divide_the_weights_by_depth(folder: Path) -> None:
     (folder / "model.onnx.data").write_bytes(bytes(20_000))
     cuts = (0, 8192, 8192, 12_288, 20_000)
-    parts = tuple((manifest.FileRange("model.onnx.data", a, b),) for a, b in pairwise(cuts))
-    manifest.write(replace(manifest.read(folder), files=manifest.file_entries(folder), parts=parts), folder)
-    found = manifest.verify(folder)
+    parts = tuple((FileRange("model.onnx.data", a, b),) for a, b in pairwise(cuts))
+    manifest.write(replace(manifest.read(folder), files=file_entries(folder), parts=parts), folder)
+    found = verify(folder)
     assert found.parts == parts
     assert [found.needed_bytes(depth)["model.onnx.data"] for depth in (1, 2, 3, 4)] == [8192, 8192, 12_288, 20_000]
     assert found.needed_bytes(1)["model.onnx"] == 1000
-    whole = replace(found, parts=manifest.undivided(found.files))
+    whole = replace(found, parts=undivided(found.files))
     manifest.write(whole, folder)
     assert manifest.read(folder).needed_bytes(1)["model.onnx.data"] == 20_000
 
 
 def test_verify_reports_progress_up_to_the_end(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
-    found = manifest.verify(folder, lambda done, total: calls.append((done, total)))
+    found = verify(folder, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (found.total_bytes, found.total_bytes)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
@@ -244,7 +248,7 @@ def test_write_refuses_what_read_would(folder: Path) -> None:
 
 
 def test_budget_check() -> None:
-    budget = manifest.Budget(3.0, 8.0, 4.0)
+    budget = Budget(3.0, 8.0, 4.0)
     assert budget.check(3, "b") == 3.0
     with pytest.raises(UsageError, match="average bits nan: b takes a number from 3 to 8"):
         budget.check(float("nan"), "b")

@@ -14,6 +14,7 @@ from tiny_bundle import write_manifest
 
 from mbq_runtime import BundleError, Engine, cli
 from mbq_runtime.bundle import isa, manifest
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.engine import load
 
 
@@ -35,9 +36,9 @@ def native(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle that carries kernels for this machine."""
     monkeypatch.setattr(manifest.Manifest, "native", True)
     (bundle_copy / "lib").mkdir()
-    (bundle_copy / manifest.OPS_LIBRARY).write_bytes(b"no program")
+    (bundle_copy / OPS_LIBRARY).write_bytes(b"no program")
     settings = json.loads((bundle_copy / "genai_config.json").read_bytes())
-    settings["model"]["decoder"]["session_options"]["custom_ops_library"] = manifest.OPS_LIBRARY
+    settings["model"]["decoder"]["session_options"]["custom_ops_library"] = OPS_LIBRARY
     (bundle_copy / "genai_config.json").write_text(json.dumps(settings))
     write_manifest(bundle_copy)
     return bundle_copy

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mbq_runtime import UsageError, perplexity
-from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 from mbq_runtime.perplexity import cut_windows, estimate, held, last_kept, measure, measure_against
 

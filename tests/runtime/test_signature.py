@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from mbq_runtime import BundleError, UsageError
 from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.file_names import SIGNATURE_NAME
+from mbq_runtime.bundle.listed_files import file_entries
 from mbq_runtime.cli import main
 from mbq_runtime.trust import signature
 
@@ -41,7 +43,7 @@ def test_sign_and_verify(
     assert main(command) == 0
     assert f"all as the manifest says; {key}.pub has signed it" in capsys.readouterr().out
     assert main(["verify", str(bundle_copy)]) == 0
-    assert manifest.file_entries(bundle_copy) == manifest.read(bundle_copy).files
+    assert file_entries(bundle_copy) == manifest.read(bundle_copy).files
 
 
 def test_a_change_of_any_file_is_found(bundle_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +57,7 @@ def test_a_change_of_any_file_is_found(bundle_copy: Path, tmp_path: Path, capsys
     assert "its contents differ" in capsys.readouterr().err
     # The attacker writes a new manifest.
     found = manifest.read(bundle_copy)
-    manifest.write(replace(found, files=manifest.file_entries(bundle_copy)), bundle_copy)
+    manifest.write(replace(found, files=file_entries(bundle_copy)), bundle_copy)
     assert main(["verify", str(bundle_copy)]) == 0
     assert main(command) == 4
     message = capsys.readouterr().err
@@ -72,7 +74,7 @@ def test_another_key(bundle_copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64!", "A" * 86 + "==", "A" * 300])
 def test_what_is_no_signature(bundle_copy: Path, tmp_path: Path, text: str) -> None:
     key = write_keys(tmp_path, "maker")
-    (bundle_copy / manifest.SIGNATURE_NAME).write_text(text)
+    (bundle_copy / SIGNATURE_NAME).write_text(text)
     with pytest.raises(BundleError, match=r"manifest\.json\.sig") as caught:
         signature.verify(bundle_copy, key.with_suffix(".pub"))
     assert "\n" not in str(caught.value)
@@ -82,7 +84,7 @@ def test_a_signature_of_other_content_is_none_of_a_bundle(bundle_copy: Path, tmp
     """A maker who signs the bytes of a manifest for another purpose has not signed a bundle."""
     key = write_keys(tmp_path, "maker")
     plain = signature.private_key(key).sign((bundle_copy / "manifest.json").read_bytes())
-    (bundle_copy / manifest.SIGNATURE_NAME).write_bytes(signature.base64.b64encode(plain))
+    (bundle_copy / SIGNATURE_NAME).write_bytes(signature.base64.b64encode(plain))
     with pytest.raises(BundleError, match="do not trust"):
         signature.verify(bundle_copy, key.with_suffix(".pub"))
 

@@ -15,7 +15,8 @@ from tiny_bundle import facts, write_manifest
 
 from mbq_runtime import BundleError, Engine
 from mbq_runtime.bundle import manifest
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, file_entries
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
+from mbq_runtime.bundle.listed_files import file_entries
 from mbq_runtime.commands import trust
 from mbq_runtime.engine import load, private
 from mbq_runtime.engine.imports import engine_errors

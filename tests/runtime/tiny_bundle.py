@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.facts import Budget, ModelFacts, RouterFacts, TargetFacts, Weights
 from mbq_runtime.bundle.genai_config import genai_config
+from mbq_runtime.bundle.listed_files import file_entries
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2
@@ -172,14 +174,14 @@ def write_model(path: Path) -> None:
 def facts() -> manifest.Manifest:
     """The tiny bundle's manifest, without its files."""
     return manifest.Manifest(
-        model=manifest.ModelFacts("tiny", "LlamaForCausalLM", "llama", 50_000, VOCAB, HIDDEN, 1, CONTEXT),
-        target=manifest.TargetFacts("portable", "onnx", "any", "", ()),
+        model=ModelFacts("tiny", "LlamaForCausalLM", "llama", 50_000, VOCAB, HIDDEN, 1, CONTEXT),
+        target=TargetFacts("portable", "onnx", "any", "", ()),
         slices=(3, 1, 2, 2),
         group_size=64,
         layout="nbits",
-        budget=manifest.Budget(3.0, 8.0, 8.0),
-        router=manifest.RouterFacts("norm", 24),
-        weights=manifest.Weights(0, {"3": 3000, "8": 8000}, ()),
+        budget=Budget(3.0, 8.0, 8.0),
+        router=RouterFacts("norm", 24),
+        weights=Weights(0, {"3": 3000, "8": 8000}, ()),
         calibration={"windows": 4},
         seed=0,
         tools={"mbq_export": "0.1.0"},
@@ -188,7 +190,7 @@ def facts() -> manifest.Manifest:
 
 
 def write_manifest(folder: Path, base: manifest.Manifest | None = None) -> None:
-    manifest.write(replace(base or facts(), files=manifest.file_entries(folder)), folder)
+    manifest.write(replace(base or facts(), files=file_entries(folder)), folder)
 
 
 def write_bundle(folder: Path, *, bos: bool = False, chunk: int = 8) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mbq_export.format.codes import levels
-from mbq_runtime.bundle.manifest import GROUP_SIZES
+from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.kernels import layout
 from mbq_targets.kernels.layout import DepthPlan, plan_depth, plane_places

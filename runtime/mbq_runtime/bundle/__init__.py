@@ -9,25 +9,14 @@
 from __future__ import annotations
 
 from .check import check_contents
-from .manifest import (
-    Budget,
-    FileEntry,
-    FileRange,
-    Linear,
-    Manifest,
-    ModelFacts,
-    Quality,
-    QualityPoint,
-    RouterFacts,
-    TargetFacts,
-    Weights,
-    check_sizes,
-    file_entries,
-)
+from .facts import Budget, Linear, ModelFacts, Quality, QualityPoint, RouterFacts, TargetFacts, Weights
+from .listed_files import FileEntry, FileRange, file_entries
+from .manifest import Manifest
 from .manifest import read as read_manifest
-from .manifest import verify as verify_bundle
 from .manifest import write as write_manifest
 from .slice_profile import SliceProfile
+from .verify import check_sizes
+from .verify import verify as verify_bundle
 
 __all__ = [
     "Budget",

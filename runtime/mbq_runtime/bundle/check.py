@@ -11,9 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import BundleError
+from .facts import Linear
+from .file_names import GPU_FILES
 from .genai_config import Settings, convolutions, read_settings
 from .gpu_plan import FOLDER, read_plan
-from .manifest import GPU_FILES, Linear, Manifest, check_sizes, check_unlisted
+from .manifest import Manifest
 from .onnx_file import UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node
 from .parameters import check_parameters, matrix_kinds
@@ -21,6 +23,7 @@ from .reading import check_text, read_json
 from .shapes import Value, bounds, infer
 from .tensors import WEIGHTS, read_entries
 from .tokenizer_file import check_tokenizer
+from .verify import check_sizes, check_unlisted
 
 _Kind = tuple[int, tuple[int, ...]]
 """Element type and shape."""

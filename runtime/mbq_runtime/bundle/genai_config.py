@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, ModelError
-from .manifest import OPS_LIBRARY, Manifest
+from .file_names import OPS_LIBRARY
+from .manifest import Manifest
 from .reading import read_json
 from .schema import decode
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BundleError
-from .manifest import GPU_FILES
+from .file_names import GPU_FILES
 from .reading import read_json
 from .schema import decode
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import BundleError
+from .facts import Linear
 from .genai_config import Settings
 from .layout import ROW_BLOCK
-from .manifest import Linear, Manifest
+from .manifest import Manifest
 from .slice_profile import CODE_BITS
 from .tensors import PADDING, Entry
 

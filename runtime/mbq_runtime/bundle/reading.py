@@ -21,6 +21,7 @@ from ..errors import BundleError
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MOST_DEPTH = 64
 _BLOCK_BYTES = 1 << 20
+_MOST_SHOWN = 120  # characters
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -197,3 +198,13 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]} is too large")
     return value
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long.
+
+    Args:
+        value: what a JSON reader returned.
+    """
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

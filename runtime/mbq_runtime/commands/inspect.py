@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mbq_runtime import tables
-from mbq_runtime.bundle.manifest import GPU_FILES, Manifest
+from mbq_runtime.bundle.file_names import GPU_FILES
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.trust.code import description, gpu_code, native_code
 
 from .common import bundle_argument, json_option

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mbq_runtime import tables
-from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.errors import UsageError
 
 from .common import bundle_argument, engine_option, json_option, listed, progress_line, threads_option

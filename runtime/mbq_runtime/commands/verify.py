@@ -21,6 +21,7 @@ def command(bundle: Path, key: Path | None) -> None:
     """
     from mbq_runtime.bundle import isa, manifest
     from mbq_runtime.bundle.check import check_bundle
+    from mbq_runtime.bundle.verify import verify
     from mbq_runtime.engine.tokenizer import Tokenizer
     from mbq_runtime.trust import signature
 
@@ -28,7 +29,7 @@ def command(bundle: Path, key: Path | None) -> None:
         signature.verify(bundle, key)
     check_bundle(bundle, manifest.read(bundle))
     with progress_line("comparing hashes") as progress:
-        found = manifest.verify(bundle, progress)
+        found = verify(bundle, progress)
     Tokenizer(bundle)
     signed = f"; {key} has signed it" if key is not None else ""
     size = f"{len(found.files)} files, {found.total_bytes / 1e6:.1f} MB"

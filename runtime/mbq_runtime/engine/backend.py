@@ -1,7 +1,7 @@
 """The kinds of engine that run a bundle's model, and the interface that ``Engine`` uses.
 
 A new kind needs a module in this folder with a class ``Backend``, a row of ``ENGINES``, and a row of
-``mbq_runtime.bundle.manifest.ENGINE_FILES`` for the files that it must have.
+``mbq_runtime.bundle.file_names.ENGINE_FILES`` for the files that it must have.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.genai_config import FILE, read_settings
-from mbq_runtime.bundle.manifest import OPS_LIBRARY, Manifest
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.onnx_file import without_absent
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.cache import cache_dir

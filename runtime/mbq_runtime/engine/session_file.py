@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
 from mbq_runtime.errors import UsageError
 from mbq_runtime.version import installed_version
 

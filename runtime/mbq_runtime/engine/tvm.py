@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.file_names import DECODER_LIBRARY
 from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
 from mbq_runtime.bundle.layout import KEY_LANES
-from mbq_runtime.bundle.manifest import DECODER_LIBRARY, Manifest
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
 

@@ -17,7 +17,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, Chunk, FileEntry, Manifest
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.listed_files import Chunk, FileEntry
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError
 from mbq_runtime.progress import Progress
 

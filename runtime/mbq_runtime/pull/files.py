@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mbq_runtime.bundle.manifest import FileEntry
+from mbq_runtime.bundle.listed_files import FileEntry
 from mbq_runtime.bundle.reading import check_regular, open_file, read_file
 from mbq_runtime.errors import BundleError
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx2
 
 from mbq_runtime.addresses import may_be_asked
-from mbq_runtime.bundle.manifest import FileEntry
+from mbq_runtime.bundle.listed_files import FileEntry
 from mbq_runtime.errors import BundleError
 from mbq_runtime.version import installed_version
 

@@ -10,18 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq_runtime.bundle.check import check_bundle
-from mbq_runtime.bundle.manifest import (
-    MANIFEST_NAME,
-    MOST_MANIFEST_BYTES,
-    MOST_TRIM_BYTES,
-    SIGNATURE_NAME,
-    TRIM_NAME,
-    Manifest,
-    limited,
-    parse,
-    read,
-    trim_text,
-)
+from mbq_runtime.bundle.file_names import MANIFEST_NAME, SIGNATURE_NAME, TRIM_NAME
+from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES, MOST_TRIM_BYTES, Manifest, limited, parse, read, trim_text
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked

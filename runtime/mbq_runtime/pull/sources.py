@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from mbq_runtime.addresses import may_be_asked
-from mbq_runtime.bundle.manifest import MANIFEST_NAME
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
 from mbq_runtime.errors import UsageError
 
 from .files import TOKEN_VARIABLE, Files, FolderFiles

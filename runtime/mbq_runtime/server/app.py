@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.errors import MbqError
 
 from . import messages, responses

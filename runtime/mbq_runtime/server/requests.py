@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from mbq_runtime.bundle.manifest import Budget
+from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.engine.grammar import JSON_OBJECT, Grammar
 
 from .errors import ApiError

@@ -10,7 +10,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import DECODER_LIBRARY, OPS_LIBRARY, FileEntry, Manifest
+from mbq_runtime.bundle.file_names import DECODER_LIBRARY, OPS_LIBRARY
+from mbq_runtime.bundle.listed_files import FileEntry
+from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.reading import read_json
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError

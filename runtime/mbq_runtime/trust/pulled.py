@@ -11,7 +11,8 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES
 from mbq_runtime.bundle.reading import parse_json, read_file
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, SIGNATURE_NAME
+from mbq_runtime.bundle.file_names import MANIFEST_NAME, SIGNATURE_NAME
+from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from tvm.tirx.script import builder as T
 
+from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.layout import ROW_BLOCK, SCALE_STEPS, ZERO_STEPS
-from mbq_runtime.bundle.manifest import GROUP_SIZES
 
 from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, reinterpret, splat, store

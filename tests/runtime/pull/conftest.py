@@ -8,14 +8,14 @@ import pytest
 from file_server import CHUNK_BYTES, CHUNKS, WEIGHTS, FileServer, serving
 from tiny_bundle import write_bundle, write_manifest
 
-from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle import listed_files
 from mbq_runtime.pull import fetch
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small chunks, no pauses, a cache of the test's own, and no token of the machine."""
-    monkeypatch.setattr(manifest, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(listed_files, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(fetch, "_PAUSE_S", 0.0)
     monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("MBQ_PULL_TOKEN", "HF_TOKEN"):

@@ -21,6 +21,7 @@ from tiny_bundle import write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.listed_files import FileRange
 from mbq_runtime.cli import main
 from mbq_runtime.pull import Source, fetch, place_of, pull
 from mbq_runtime.trust import signature
@@ -28,9 +29,9 @@ from mbq_runtime.trust.pulled import pulled_from
 
 CHILD = f"""
 import sys
-from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle import listed_files
 from mbq_runtime.cli import main
-manifest.CHUNK_BYTES = {CHUNK_BYTES}
+listed_files.CHUNK_BYTES = {CHUNK_BYTES}
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -493,7 +494,7 @@ def test_the_lowest_depth_comes_first(server: FileServer, published: Path, tmp_p
     """When a depth has arrived, all that it needs is right, and what only deeper ones need has not been asked for."""
     whole, size = (published / WEIGHTS).read_bytes(), (published / WEIGHTS).stat().st_size
     cuts = (0, 20 * CHUNK_BYTES - 4096, 33 * CHUNK_BYTES + 8192, 33 * CHUNK_BYTES + 8192, size)
-    parts = tuple((manifest.FileRange(WEIGHTS, a, b),) for a, b in pairwise(cuts))
+    parts = tuple((FileRange(WEIGHTS, a, b),) for a, b in pairwise(cuts))
     manifest.write(replace(manifest.read(published), parts=parts), published)
     seen: list[int] = []
     (tmp_path / "here").mkdir()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tiny_bundle import facts
 
-from mbq_runtime.bundle.manifest import Weights as ManifestWeights
+from mbq_runtime.bundle.facts import Weights as ManifestWeights
 from mbq_runtime.simulate.boards import BOARDS, find_board
 from mbq_runtime.simulate.model import (
     SMOLLM2_135M,
