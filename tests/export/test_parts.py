@@ -49,13 +49,12 @@ def check(found: list[FileRange], places: dict[str, tuple[int, int]], size: int,
     """places: begin and end of each tensor."""
     assert [found[0].begin, found[-1].end] == [0, size]
     assert all(a.end == b.begin and b.begin % PAGE_BYTES == 0 for a, b in pairwise(found))
-    table = "head" if calibrated.embedding is None else "embedding"
     for name, (begin, end) in places.items():
-        unit, _, part = name.rpartition(".")
+        part = name.rpartition(".")[2]
         kind, _, number = part.partition("_")
-        of_slice = kind in ("planes", "slice") and unit != table
-        depth = int(number) if of_slice else 1
+        depth = int(number) if kind in ("planes", "slice") else 1
         assert found[depth - 1].begin <= begin <= end <= found[depth - 1].end, name
+    table = "head" if calibrated.embedding is None else "embedding"
     assert f"{table}.planes_4" in places or f"{table}.slice_4" in places
 
 
