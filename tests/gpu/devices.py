@@ -49,8 +49,8 @@ class Runner:
 
 
 def state(position: int = 0, count: int = 1, row: int = 0, threshold: float = 0.0, tokens: Any = (0,)) -> Array:
-    """The buffer ``state`` of a pass over ``tokens``."""
-    head = np.array([position, count, row, 0, 0, 0, 0, 0], np.int32)
+    """The buffer ``state`` of a pass over ``tokens``, with no bound on depths."""
+    head = np.array([position, count, row, 8, 0, 0, 0, 0], np.int32)
     head[4:5] = np.array([threshold], np.float32).view(np.int32)
     return np.concatenate([head, np.asarray(tokens, np.int32)])
 
