@@ -38,7 +38,7 @@ class Policy:
 
     >>> from dataclasses import replace
     >>> replace(find_policy("auto"), min_tps=20.0).bands["heat"]
-    Band(start=-5.0, full=0.0)
+    Band(start=-3.0, full=1.0)
 
     Args:
         name: word that selects it, as in ``--policy auto``.
