@@ -26,8 +26,9 @@ PUBLIC = {
         "read_manifest", "verify_bundle", "write_manifest",
     ],
     "mbq_runtime.control": [
-        "POLICIES", "RUNGS", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines", "Ladder",
-        "MeteredReply", "Piece", "Policy", "Rung", "State", "Status", "Trigger", "climb", "find_policy", "start", "step",
+        "POLICIES", "RUNGS", "TRIGGERS", "Band", "BoundedEngine", "Decision", "Event", "Governor", "JsonLines",
+        "Ladder", "MeteredReply", "Piece", "Policy", "Rung", "State", "Status", "Trigger", "climb", "find_policy",
+        "start", "step",
     ],
     "mbq_runtime.engine": [
         "Engine", "FinishReason", "Generation", "GenerationStats", "Grammar", "KeptContext", "Likelihood", "Passes",
