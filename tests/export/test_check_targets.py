@@ -117,7 +117,7 @@ def no_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_embedding_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "embedding_scale", property(lambda _: 1.0))
+    monkeypatch.setattr(Decoder, "embedding_scale", property(lambda _: 1.0, lambda _, value: None))
 
 
 def other_activation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def other_activation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def head_without_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head's final scaling is off, as a soft cap that is left out would leave it: no family has a soft cap."""
+    """A head's final scaling is off, as a soft cap that is left out would leave it."""
     final_norm = Checkpoint.norm
 
     def scaled(checkpoint: Checkpoint, name: str) -> Any:
