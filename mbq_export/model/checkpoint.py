@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .pieces import pieces
 from .shape import Decoder, Unit, stacked
 from .source import ModelSource
 
@@ -54,8 +55,11 @@ class Checkpoint:
         """Ids of the tokens of a text, without those that the tokenizer puts around it.
 
         Args:
-            text: of any length.
+            text: of any length.  A long one is tokenized in ``pieces``.
         """
+        return [token for piece in pieces(text, self._encoded) for token in self._encoded(piece)]
+
+    def _encoded(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def linear(self, name: str) -> torch.nn.Linear:

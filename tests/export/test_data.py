@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from tiny_models import write_checkpoint
 from mbq_export.data import corpora, replies
 from mbq_export.data.documents import WHOLE_BYTES, read_documents
 from mbq_export.data.windows import calibration_windows, open_source
+from mbq_export.model import pieces
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
@@ -224,6 +227,58 @@ def test_a_long_text_is_read_in_parts_from_all_over_it(checkpoint: Checkpoint, t
         out.truncate(10 << 30)
     with pytest.raises(UsageError, match="is zero: no text"):
         list(read_documents(file))
+
+
+TOKENIZER_MEMORY = """
+import resource, sys
+from pathlib import Path
+from mbq_export.data.documents import read_documents
+from mbq_export.model.checkpoint import Checkpoint
+from transformers import PreTrainedTokenizerFast
+
+class Reader(Checkpoint):
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+reader = Reader(PreTrainedTokenizerFast(tokenizer_file=sys.argv[1]))
+document = next(iter(read_documents(Path(sys.argv[2])))).content
+reader.tokens(document[:1000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(reader.tokens(document)), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""
+
+
+@pytest.mark.parametrize("space", [" ", ""], ids=["words", "one word"])
+def test_a_long_text_takes_little_memory_to_tokenize(checkpoint: Checkpoint, tmp_path: Path, space: str) -> None:
+    """The tokenizer keeps about 300 bytes for each token of what it is given at once."""
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
+    text.write_text(numbered(WHOLE_BYTES // 8).replace(" ", space))
+    checkpoint.tokenizer.backend_tokenizer.save(str(tokenizer))
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER_MEMORY, str(tokenizer), str(text)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tokens, taken_bytes = map(int, done.stdout.split())
+    assert tokens == text.stat().st_size
+    assert taken_bytes < 48 << 20, "at once it would be about 300 MB"
+
+
+def test_tokens_of_pieces_are_those_of_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    text = corpora.technical()[:200_000]
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learned.train_from_iterator([text[:50_000]], trainers.BpeTrainer(vocab_size=600, show_progress=False))
+
+    def encode(part: str) -> list[int]:
+        return learned.encode(part, add_special_tokens=False).ids
+
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 8192)
+    cut = list(pieces.pieces(text, encode))
+    assert len(cut) >= 25
+    assert max(map(len, cut)) <= 8192
+    assert [token for piece in cut for token in encode(piece)] == encode(text)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "fifo"])
