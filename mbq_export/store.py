@@ -10,6 +10,7 @@ not stay in memory, and starts with an empty one.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from . import processes
 from .format.codes import Sliced
 
 Arrays = Mapping[str, NDArray[np.generic]]
+
+log = logging.getLogger(__name__)
 
 _INDEX = "steps.json"
 
@@ -62,6 +65,23 @@ def remove_stale(folder: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def _hashes(index: Path, fingerprint: str) -> dict[str, str]:
+    """SHA-256 of each finished step.  None is finished if the index is missing or damaged, or of other inputs."""
+    try:
+        found = json.loads(index.read_bytes())
+        if found["fingerprint"] != fingerprint:
+            return {}
+        if isinstance(found["sha256"], dict):
+            return found["sha256"]
+        problem = f"field 'sha256' is {found['sha256']!r:.40}, needed: an object"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        problem = "it cannot be read"
+    log.warning("%s: %s; the calibration begins again", index, problem)
+    return {}
+
+
 class Store:
     """Finished steps in a folder.  Without a folder, nothing is kept.
 
@@ -79,12 +99,7 @@ class Store:
             self.folder = folder = folder.with_name(f"{folder.name}.{processes.index()}")
             self.fingerprint = fingerprint = f"process {processes.index()}"
             shutil.rmtree(folder, ignore_errors=True)
-        try:
-            index = json.loads((folder / _INDEX).read_bytes())
-            if index["fingerprint"] == fingerprint:
-                self._hashes = index["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        self._hashes = _hashes(folder / _INDEX, fingerprint)
         if not self._hashes:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -142,3 +142,18 @@ def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_input
     assert Store(tmp_path / "work", "inputs").get("block") is None
     assert Store(tmp_path / "work", "other inputs").get("block") is None
     assert not path.exists()
+
+
+@pytest.mark.parametrize("hashes", ["7", "true", '["block"]', '"block"', "null"])
+def test_a_store_whose_index_is_damaged_begins_again(
+    tmp_path: Path, hashes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = tmp_path / "work" / "steps.json"
+    index.parent.mkdir()
+    index.write_text(f'{{"fingerprint": "inputs", "sha256": {hashes}}}')
+    store = Store(tmp_path / "work", "inputs")
+    assert store.get("block") is None
+    assert store.finished == 0
+    assert len(caplog.messages) == 1
+    assert f"{index}: field 'sha256' is " in caplog.text
+    assert "needed: an object; the calibration begins again" in caplog.text
