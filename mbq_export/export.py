@@ -157,7 +157,7 @@ def _reserve(prepared: Prepared, names: ExitStack) -> None:
         names.enter_context(reserved(output, prepared.options.force))
     for profile in prepared.options.profiles:
         folder = _store_folder(prepared, profile)
-        names.enter_context(locked(folder, "another export", "another --output"))
+        names.enter_context(locked(folder, "another export", "an --output in another folder"))
         if processes.count() == 1:
             remove_stale(folder)
 

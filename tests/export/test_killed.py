@@ -17,6 +17,7 @@ import pytest
 from exporting import digests, export, run, start
 from tiny_models import write_checkpoint
 
+from mbq_export.cli import command
 from mbq_export.write.files import reserved, writing
 from mbq_runtime.errors import UsageError
 from mbq_runtime.locks import locked as locked_name
@@ -115,6 +116,18 @@ def test_a_locked_name_is_refused_and_freed(tmp_path: Path) -> None:
     with locked(output):
         pass
     assert names(output.parent) == []
+
+
+def test_two_exports_that_share_a_calibration_are_told_to_use_two_folders(
+    model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    """Another --output in the same folder would meet the same calibration."""
+    arguments = ["--model", str(model), "--output", str(tmp_path / "two"), "--target", "portable"]
+    with (
+        locked(tmp_path / ".model.3122.calibration"),
+        pytest.raises(UsageError, match=r"calibration: another export .* or choose an --output in another folder$"),
+    ):
+        command([*arguments, "--calib-data", str(calibration_text), *FAST], standalone_mode=False)
 
 
 def test_a_lock_of_a_dead_process_is_taken(tmp_path: Path) -> None:
