@@ -22,7 +22,7 @@ from mbq_runtime.trust.pulled import mark_pulled, pulled_from
 from .fetch import check_disk, fill, remove_unlisted
 from .files import Files, FolderFiles, InterruptedFetchError
 from .sources import Source, is_source
-from .store import bundles_dir, draft_of
+from .store import bundles_dir, draft_of, end_swap, old_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def pull(
             signature.check(offer.content, offer.signature, key, source.text)
         manifest = limit(offer.manifest, max_bits)
         with locked(folder, "another mbq", "another folder"):
+            end_swap(folder)
             mark_pulled(offer.content, source.text)
             return _pulled(files, folder, offer, manifest, progress, arrived)
 
@@ -253,7 +254,7 @@ def _start(draft: Path, folder: Path, content: bytes, manifest: Manifest) -> Non
 
 def _swap(draft: Path, folder: Path) -> None:
     """Put the whole bundle in its place, and remove the one that was there."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = old_of(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)

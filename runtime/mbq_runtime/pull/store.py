@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import Manifest, read
+from mbq_runtime.bundle.manifest import MANIFEST_NAME, Manifest, read
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
@@ -53,10 +54,44 @@ def draft_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
 
+def old_of(folder: Path) -> Path:
+    """Where an older bundle is while the new one is put in its place.
+
+    Args:
+        folder: of the bundle.
+    """
+    return folder.with_name(f".{folder.name}.old")
+
+
+def end_swap(folder: Path) -> None:
+    """Mend what a kill left between the renames of a replacement: the older bundle comes back, or is removed.
+
+    Args:
+        folder: of the bundle, whose name is locked.
+    """
+    old = old_of(folder)
+    with suppress(OSError):
+        if old.is_symlink() or old.stat().st_uid != os.geteuid():
+            return
+        if not os.path.lexists(folder) and (old / MANIFEST_NAME).is_file():
+            os.rename(old, folder)
+        else:
+            shutil.rmtree(old)
+
+
+def _end_swaps() -> None:
+    """Mend what kills left in the cache folder.  A bundle that is being pulled is left alone."""
+    for old in bundles_dir().glob(".*.old"):
+        folder = old.with_name(old.name[1 : -len(".old")])
+        with suppress(UsageError, BundleError), locked(folder, "mbq pull", "another bundle"):
+            end_swap(folder)
+
+
 def listed() -> list[Kept]:
     """The bundles in the cache folder, by name."""
     found = []
     with suppress(FileNotFoundError):
+        _end_swaps()
         for folder in sorted(bundles_dir().iterdir()):
             whole = not folder.name.startswith(".")
             if folder.is_dir() and (whole or folder.suffix == ".part"):

@@ -23,7 +23,9 @@ from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.listed_files import FileRange
 from mbq_runtime.cli import main
+from mbq_runtime.locks import locked
 from mbq_runtime.pull import Source, fetch, place_of, pull
+from mbq_runtime.pull.store import old_of
 from mbq_runtime.trust import signature
 from mbq_runtime.trust.pulled import pulled_from
 
@@ -34,6 +36,20 @@ from mbq_runtime.cli import main
 listed_files.CHUNK_BYTES = {CHUNK_BYTES}
 sys.exit(main(sys.argv[1:]))
 """
+
+KILLED = f"""
+import os, signal, sys
+move, point = os.rename, sys.argv.pop(1)
+def rename(old, new):
+    last = str(old).endswith(".part")
+    if not last or point == "after":
+        move(old, new)
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = rename
+{CHILD}
+"""
+"""Ends before or after the rename that gives the new bundle its name."""
 
 KILLS = 20
 FLIPS = 50
@@ -349,6 +365,49 @@ def test_a_new_version_takes_what_it_can_from_the_old_one(server: FileServer, pu
     assert running.read() == old, "an engine that runs keeps the old file"
     running.close()
     assert not list(tmp_path.glob(".here*"))
+
+
+@pytest.mark.parametrize("kill", ["before", "after"])
+@pytest.mark.parametrize("command", ["pull", "list", "rm"])
+def test_a_kill_while_a_bundle_is_replaced(
+    command: str, kill: str, server: FileServer, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Source.of(f"{server.url}/tiny")
+    folder = pull(source).folder
+    before = files_of(folder)
+    (published / "tokenizer_config.json").write_text("{}")
+    write_manifest(published)
+    child = [sys.executable, "-c", KILLED, kill, "pull", source.text]
+    assert subprocess.run(child, check=False, stderr=subprocess.DEVNULL).returncode == -9
+    assert old_of(folder).is_dir()
+    assert folder.exists() == (kill == "after")
+    if command == "rm":
+        assert main(["rm", source.text]) == 0
+        assert not list(folder.parent.iterdir())
+        return
+    if command == "list":
+        assert main(["list", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["name"] for row in rows if row["whole"]] == [folder.name]
+        assert files_of(folder) == (before if kill == "before" else files_of(published))
+    else:
+        server.asked.clear()
+        pull(source)
+        assert not asked(server), "what has come is not asked for again"
+        assert files_of(folder) == files_of(published)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not old_of(folder).exists()
+
+
+def test_a_swap_that_goes_on_is_left_alone(server: FileServer, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pull(Source.of(f"{server.url}/tiny")).folder
+    folder.rename(old_of(folder))
+    with locked(folder, "another mbq", "another folder"):
+        assert main(["list", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == []
+        assert old_of(folder).exists()
+    assert main(["list", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
 
 
 def test_an_unfinished_pull_of_another_version(server: FileServer, published: Path, tmp_path: Path) -> None:
