@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,7 +20,8 @@ from .files import TOKEN_VARIABLE, Files, InterruptedFetchError
 
 _MOST_REDIRECTS = 5
 _TIMEOUT = httpx2.Timeout(30, connect=15)  # seconds without a byte
-_READ_BYTES = 1 << 16
+_LOWEST_BYTES_PER_S, _SLOW_S = 1000, 60.0
+"""A source that sends fewer bytes than this for so long is given up.  A timeout ends with each byte that comes."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
@@ -51,7 +53,7 @@ class HttpFiles(Files):
                 return None
             _check_status(url, response, 200)
             content = b""
-            for block in _raw(response):
+            for block in _raw(url, response):
                 content += block
                 if len(content) > most_bytes:
                     raise BundleError(f"{url}: larger than {most_bytes} bytes, the most for this file; ask its owner")
@@ -66,7 +68,7 @@ class HttpFiles(Files):
             # A server without ranges sends the whole file.
             skip = begin if response.status_code == 200 else 0
             _check_size(url, response, entry.size, begin, end)
-            yield _cut(_raw(response), skip, end - begin)
+            yield _cut(_raw(url, response), skip, end - begin)
 
     @contextmanager
     def _answer(self, name: str, headers: dict[str, str]) -> Iterator[tuple[str, httpx2.Response]]:
@@ -131,8 +133,22 @@ def _check_size(url: str, response: httpx2.Response, size: int, begin: int, end:
         )
 
 
-def _raw(response: httpx2.Response) -> Iterator[bytes]:
-    return response.iter_raw(_READ_BYTES)
+def _raw(url: str, response: httpx2.Response) -> Iterator[bytes]:
+    """Blocks as they come.  Only the time of waiting for them counts for the lowest rate."""
+    blocks = response.iter_raw()
+    waited_s, came = 0.0, 0
+    while True:
+        begin_s = time.monotonic()
+        block = next(blocks, None)
+        waited_s += time.monotonic() - begin_s
+        if block is None:
+            return
+        came += len(block)
+        if waited_s >= _SLOW_S:
+            if came < _LOWEST_BYTES_PER_S * waited_s:
+                raise InterruptedFetchError(f"{url}: slower than {_LOWEST_BYTES_PER_S} bytes/s for {waited_s:.0f} s")
+            waited_s, came = 0.0, 0
+        yield block
 
 
 def _cut(blocks: Iterator[bytes], skip: int, count: int) -> Iterator[bytes]:

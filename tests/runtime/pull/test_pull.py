@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
@@ -24,7 +25,7 @@ from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.listed_files import FileRange
 from mbq_runtime.cli import main
 from mbq_runtime.locks import locked
-from mbq_runtime.pull import Source, fetch, place_of, pull
+from mbq_runtime.pull import Source, fetch, http, place_of, pull
 from mbq_runtime.pull.store import old_of
 from mbq_runtime.trust import signature
 from mbq_runtime.trust.pulled import pulled_from
@@ -75,6 +76,17 @@ def asked(server: FileServer) -> list[int]:
         if path.endswith(WEIGHTS)
         for i in range(a // CHUNK_BYTES, -(-b // CHUNK_BYTES))
     ]
+
+
+def dripped(handler: BaseHTTPRequestHandler) -> bool:
+    """An answer of a byte now and then."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "4000")
+    handler.end_headers()
+    for _ in range(4000):
+        handler.wfile.write(b" ")
+        time.sleep(0.03)
+    return True
 
 
 # ---- Sources -----------------------------------------------------------------------------------------------------
@@ -273,6 +285,44 @@ def test_a_busy_server_is_asked_again(server: FileServer, published: Path, tmp_p
 
     server.answer = busy
     assert files_of(pull(Source.of(f"{server.url}/tiny"), tmp_path / "here").folder) == files_of(published)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", WEIGHTS])
+def test_a_server_that_sends_a_byte_now_and_then(
+    name: str, server: FileServer, published: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is given up, and the next pull goes on."""
+    monkeypatch.setattr(http, "_SLOW_S", 0.1)
+    command = ["pull", f"{server.url}/tiny", str(tmp_path / "here")]
+
+    def drip(path: str, begin: int, data: bytes) -> bytes:
+        if path.endswith(name) and begin >= (name == WEIGHTS) * 3 * CHUNK_BYTES:
+            time.sleep(0.03)
+            return data[:1]
+        return data
+
+    server.change = drip
+    if name != WEIGHTS:  # it is one block of bytes for the server
+        server.answer = lambda handler, path: path.endswith(name) and dripped(handler)
+    assert main(command) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: slower than 1000 bytes/s for 0 s" in line
+    assert "check the address and the network" in line or "run the same command later, it goes on from here" in line
+    server.change, server.answer = (lambda path, begin, data: data), (lambda handler, path: False)
+    server.asked.clear()
+    assert main(command) == 0
+    assert asked(server) == list(range(3 if name == WEIGHTS else 0, CHUNKS))
+    assert files_of(tmp_path / "here") == files_of(published)
+
+
+def test_a_server_that_is_slow_and_steady(
+    server: FileServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_SLOW_S", 0.001)
+    server.sent = lambda total: time.sleep(0.002)
+    assert files_of(pull(Source.of(f"{server.url}/tiny"), tmp_path / "here").folder) == files_of(published)
+    assert len([path for path, _, _ in server.asked if path.endswith(WEIGHTS)]) == 1
 
 
 # ---- Kills and damage ----------------------------------------------------------------------------------------------
