@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any
 from urllib.parse import quote
+from weakref import WeakSet
 
 import httpx2
 
@@ -20,6 +24,8 @@ from .files import TOKEN_VARIABLE, Files, InterruptedFetchError
 
 _MOST_REDIRECTS = 5
 _TIMEOUT = httpx2.Timeout(30, connect=15)  # seconds without a byte
+_ANSWER_S = 60.0
+"""An answer must begin in this time, redirects included."""
 _LOWEST_BYTES_PER_S, _SLOW_S = 1000, 60.0
 """A source that sends fewer bytes than this for so long is given up.  A timeout ends with each byte that comes."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -37,6 +43,7 @@ class HttpFiles(Files):
     def __init__(self, address: str, headers: dict[str, str], *, allow_http: bool = False) -> None:
         self._address, self._allow_http = address, allow_http
         fixed = {"User-Agent": f"mbq/{installed_version()}", "Accept-Encoding": "identity"}
+        self._sockets = WeakSet[socket.socket]()
         self._client = httpx2.Client(headers={**headers, **fixed}, timeout=_TIMEOUT, follow_redirects=False)
 
     def __enter__(self) -> HttpFiles:
@@ -75,7 +82,9 @@ class HttpFiles(Files):
         """URL and response, after redirects.  Errors of the network become ``InterruptedFetchError``."""
         url = f"{self._address}/{quote(name)}"
         try:
-            response = self._send(self._client.build_request("GET", url, headers=headers))
+            with self._limited(url):
+                asked = self._client.build_request("GET", url, headers=headers, extensions={"trace": self._note})
+                response = self._send(asked)
             try:
                 yield url, response
             finally:
@@ -84,6 +93,34 @@ class HttpFiles(Files):
             raise BundleError(f"{url}: {error}; check the address") from None
         except httpx2.TransportError as error:
             raise InterruptedFetchError(f"{url}: {str(error) or type(error).__name__}") from None
+
+    @contextmanager
+    def _limited(self, url: str) -> Iterator[None]:
+        """End the connection if an answer has not begun in time.  A timeout ends with each byte of its headers."""
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            for connection in list(self._sockets):
+                with suppress(OSError):  # it is closed
+                    connection.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(_ANSWER_S, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except httpx2.TransportError:
+            if late.is_set():
+                raise InterruptedFetchError(f"{url}: no answer in {_ANSWER_S:.0f} s") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _note(self, event: str, facts: dict[str, Any]) -> None:
+        """Keep the sockets of all connections."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._sockets.add(facts["return_value"].get_extra_info("socket"))
 
     def _send(self, request: httpx2.Request) -> httpx2.Response:
         for _ in range(_MOST_REDIRECTS + 1):

@@ -316,6 +316,23 @@ def test_a_server_that_sends_a_byte_now_and_then(
     assert files_of(tmp_path / "here") == files_of(published)
 
 
+def test_headers_that_come_a_byte_now_and_then(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(http, "_ANSWER_S", 0.2)
+
+    def drip(handler: BaseHTTPRequestHandler, path: str) -> bool:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(0.02)
+        return True
+
+    server.answer = drip
+    assert main(["pull", f"{server.url}/tiny"]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/tiny/manifest.json: no answer in 0 s; check the address and the network" in line
+
+
 def test_a_server_that_is_slow_and_steady(
     server: FileServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
