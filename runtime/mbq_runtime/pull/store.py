@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbq_runtime.bundle.manifest import MANIFEST_NAME, Manifest, read
+from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.manifest import Manifest, read
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError, UsageError
 from mbq_runtime.locks import locked
