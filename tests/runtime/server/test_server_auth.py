@@ -48,8 +48,8 @@ def test_right_key(keyed: Running) -> None:
         assert status(keyed, path, {"Authorization": f"Bearer {KEY}".encode()})[0] == 200
 
 
-def test_page_and_health_tell_nothing_and_need_no_key(keyed: Running) -> None:
-    assert status(keyed, "/health", {}) == (200, '{"status":"ok"}')
+def test_page_and_health_tell_nothing_of_replies_and_need_no_key(keyed: Running) -> None:
+    assert status(keyed, "/health", {}) == (200, '{"status":"ok","ceiling_bits":8.0}')
     assert status(keyed, "/", {})[0] == 200
 
 

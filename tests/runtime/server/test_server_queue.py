@@ -207,7 +207,7 @@ def test_stopping_the_server_ends_replies_and_streams(slow_engine: Engine) -> No
     watcher.close()
     reader.close()
     assert running.server.worker.tokens < 85  # it had 3 s to come to its end, and no more
-    assert not any(thread.name == "mbq-engine" for thread in threading.enumerate())
+    wait_for(lambda: not any(thread.name == "mbq-engine" for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("stream", [True, False])
