@@ -19,9 +19,11 @@ from typing import Any
 from bundles import ATTACKS, attack
 from tiny_bundle import write_bundle
 
+from mbq_runtime.bench import environment
+from mbq_runtime.sensing import Sensors
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, tuple[str, ...]] = {"verify": (), "inspect": (), "run": ("A", "--raw", "--max-tokens", "2")}
-MACHINE = "2 cores of Intel Xeon, shared with other work"
 
 
 def measure(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -74,11 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take each attack of so many")
     options = parser.parse_args()
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git, machine = ["git", "rev-parse", "--short", "HEAD"], environment(Sensors().read)
     document = {
         "title": "Attack files: what a refusal takes",
         "date": datetime.date.today().isoformat(),
-        "machine": MACHINE,
+        "machine": f"{machine['cpus']} cores of {machine['cpu']}",
         "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
         "published_in": None,
         "command": "PYTHONPATH=tests:tests/runtime python tests/attacks/figures.py"
