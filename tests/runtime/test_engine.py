@@ -27,7 +27,7 @@ from tiny_bundle import (
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle.facts import Budget
-from mbq_runtime.engine import Prompt, Session
+from mbq_runtime.engine import Prompt, Session, genai
 from mbq_runtime.engine import engine as engine_module
 from mbq_runtime.engine.allowance import Allowance
 from mbq_runtime.engine.score import SCORING_LOGITS_BYTES, mean_nll, scoring_chunk
@@ -602,3 +602,14 @@ def test_only_scoring_runs_in_the_smaller_chunks(engine: Engine, monkeypatch: py
     sizes.clear()
     engine.generate(ids("A" * 16), max_tokens=1).text()
     assert sizes == [8, 8]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 1)])
+def test_an_output_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    class Generator:
+        def get_output(self, _: str) -> NDArray[np.float32]:
+            return np.ones(shape, np.float32)
+
+    context = genai._Context(Generator(), np.zeros(1, np.int64), np.zeros(2, np.float32))
+    with pytest.raises(BundleError, match="the graph gives avg_bits_used the shape"):
+        context.bits_used()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
 from mbq_runtime.bundle.manifest import Manifest
+from mbq_runtime.errors import BundleError
 
 from .imports import engine_errors, import_engine
 from .private import GRAPH, LINK, WEIGHTS_FOLDER, engine_folder, ops_library, trimmed_graph
@@ -79,11 +80,18 @@ class _Context:
         self._generator.append_tokens(tokens)
 
     def logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._generator.get_output("all_logits" if self._scored[0] else "logits")[0]
-        return logits
+        return self._output("all_logits" if self._scored[0] else "logits", 3)
 
     def bits_used(self) -> float:
-        return float(self._generator.get_output("avg_bits_used")[0])
+        return float(self._output("avg_bits_used", 1))
+
+    def _output(self, name: str, dimensions: int) -> NDArray[np.float32]:
+        """The first row of an output.  A graph may give another shape than was inferred when it was loaded."""
+        found: NDArray[np.float32] = self._generator.get_output(name)
+        if found.ndim != dimensions or not found.size:
+            raise BundleError(f"the graph gives {name} the shape {list(found.shape)}; export the bundle again")
+        row: NDArray[np.float32] = found[0]
+        return row
 
     def kept(self, count: int) -> list[NDArray[Any]]:
         raise NotImplementedError
