@@ -238,6 +238,6 @@ def mutate(folder: Path, kind: str, draw: random.Random) -> None:
     """
     CHANGES[kind][0](folder, draw)
     if kind not in _KEEP_HASHES:
-        # The change may be on the manifest itself.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        # The change may be on the manifest itself, which then may name files that are not there.
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             rehash(folder)
