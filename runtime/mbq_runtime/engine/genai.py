@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
 from mbq_runtime.bundle.manifest import Manifest
-from mbq_runtime.errors import BundleError
 
 from .imports import engine_errors, import_engine
+from .outputs import first_row
 from .private import GRAPH, LINK, WEIGHTS_FOLDER, engine_folder, ops_library, trimmed_graph
 from .threads import SHORT_SPINNING, ops_threads
 from .tokenizer import Tokenizer
@@ -86,12 +86,7 @@ class _Context:
         return float(self._output("avg_bits_used", 1))
 
     def _output(self, name: str, dimensions: int) -> NDArray[np.float32]:
-        """The first row of an output.  A graph may give another shape than was inferred when it was loaded."""
-        found: NDArray[np.float32] = self._generator.get_output(name)
-        if found.ndim != dimensions or not found.size:
-            raise BundleError(f"the graph gives {name} the shape {list(found.shape)}; export the bundle again")
-        row: NDArray[np.float32] = found[0]
-        return row
+        return first_row(self._generator.get_output(name), name, dimensions)
 
     def kept(self, count: int) -> list[NDArray[Any]]:
         raise NotImplementedError

@@ -13,6 +13,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from .allowance import Allowance
 from .imports import engine_errors, import_engine
 from .load import open_bundle
+from .outputs import first_row
 from .private import GRAPH, WEIGHTS_FOLDER, ops_library, trimmed_graph
 from .score import Window
 from .threads import SHORT_SPINNING, cores, ops_threads
@@ -87,4 +88,4 @@ class Session:
         }
         with engine_errors(f"{self.path}: the model failed"):
             logits, used = self._session.run(["all_logits", "avg_bits_used"], feeds)
-        return Window(logits[0], float(used[0]))
+        return Window(first_row(logits, "all_logits", 3), float(first_row(used, "avg_bits_used", 1)))
