@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bundles import ATTACKS, attack
+from this_commit import this_commit
 from tiny_bundle import write_bundle
 
 from mbq_runtime.bench import environment
@@ -76,12 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take each attack of so many")
     options = parser.parse_args()
-    git, machine = ["git", "rev-parse", "--short", "HEAD"], environment(Sensors().read)
+    machine = environment(Sensors().read)
     document = {
         "title": "Attack files: what a refusal takes",
         "date": datetime.date.today().isoformat(),
         "machine": f"{machine['cpus']} cores of {machine['cpu']}",
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": this_commit(),
         "published_in": None,
         "command": "PYTHONPATH=tests:tests/runtime python tests/attacks/figures.py"
         + (f" --every {options.every}" if options.every > 1 else ""),

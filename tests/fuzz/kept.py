@@ -7,7 +7,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from this_commit import this_commit
 
 EVERY = 20
 """Cases between two writes."""
@@ -74,7 +75,7 @@ def count(
         path: the file that keeps the sums, or None.
         longest_s: no case starts after this time.
     """
-    commit, end, before_s = _commit(), time.monotonic() + longest_s, _processor_s()
+    commit, end, before_s = this_commit(), time.monotonic() + longest_s, _processor_s()
     for number in numbers[max(0, sums.next_case - numbers.start) :]:
         if time.monotonic() > end:
             break
@@ -94,12 +95,6 @@ def _processor_s() -> float:
 def resident_mb() -> float:
     """Memory of this process, which a fork begins with."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def main(about: str, kind: type[S], run: Callable[[range, int, S, Path | None, float], Any]) -> None:
