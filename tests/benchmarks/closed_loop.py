@@ -1,7 +1,7 @@
 """The controller on this machine: generation beside other programs and under a cgroup limit.
 
-Each disturbance is run at a fixed 8 bits and under the policy ``auto``, on the same schedule: calm, disturbed, calm
-again.  ``DISTURBANCES`` has a row for each, with what must hold:
+Each disturbance is run under the policy ``auto``: calm, disturbed, calm again.  Where the speed of a fixed 8 bits is
+needed, each run has a shorter one at 8 bits before it.  ``LIMITS`` has a row for each, with what must hold:
 
 - load: a program takes a whole core.  The budget falls within 3 s and is back within 30 s, and tokens/s are at least
   1.5 times those of 8 bits.
@@ -45,6 +45,8 @@ from mbq_runtime.sensing import Sensors
 
 PROMPT = "Tell me a long story about the sea."
 REPLY_TOKENS = 256
+FIXED_S, FIXED_DISTURBED_S = 60.0, 40.0
+"""Length of a run at 8 bits, and of its disturbance.  Its speed does not change, so it is short."""
 Limits = dict[str, tuple[str, float]]
 _WHOLE: Limits = {"drop_s": ("<=", 3.0), "back_s": ("<=", 30.0), "changes": ("<=", 6), "speed_ratio": (">=", 1.5)}
 LIMITS: dict[str, Limits] = {
@@ -170,7 +172,7 @@ def record(engine: Engine, policy: Policy, disturb: Callable[[], Any], end_s: fl
     return run
 
 
-def judge(name: str, fixed: Recording, auto: Recording) -> dict[str, float]:
+def judge(name: str, auto: Recording, fixed: Recording | None) -> dict[str, float]:
     """The figures of ``LIMITS``; infinite for what never happened."""
     never = float("inf")
     drops = [at - auto.on_s for at, _, _ in auto.changes if at >= auto.on_s]
@@ -181,7 +183,7 @@ def judge(name: str, fixed: Recording, auto: Recording) -> dict[str, float]:
         "drop_s": min(drops, default=never),
         "back_s": min(backs, default=never),
         "changes": len(auto.changes),
-        "speed_ratio": auto.speed_disturbed / fixed.speed_disturbed,
+        "speed_ratio": auto.speed_disturbed / fixed.speed_disturbed if fixed else never,
         "least_bits": min(disturbed, default=0.0),
         "kept_speed": auto.speed(auto.on_s + 3, auto.off_s) / auto.speed(auto.on_s / 2, auto.on_s),
     }
@@ -216,7 +218,7 @@ def draw(title: str, runs: list[Recording], end_s: float, path: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the plots and result.json.")
 @click.option("--seconds", type=float, default=300.0, help="Length of each run.")
 @click.option("--disturbed", type=float, default=120.0, help="How long the load or the limit lasts, in the middle.")
-@click.option("--runs", type=int, default=1, help="Pairs of runs of each disturbance.")
+@click.option("--runs", type=int, default=1, help="Runs of each disturbance.")
 @click.option("--threads", type=int)
 @click.option("--engine", help="What the bundle runs on.  [default: its own choice]")
 @click.option("--only", multiple=True, type=click.Choice(list(LIMITS)), help="Some of the disturbances.")
@@ -236,7 +238,7 @@ def main(
     of_bundle = {"model": loaded.manifest.model.name, "target": loaded.manifest.target.name}
     result: dict[str, Any] = {"environment": measured_on(threads=threads or cores(), **of_bundle), "limits": LIMITS}
     click.echo(json.dumps(result["environment"]))
-    policies = [replace(POLICIES["fixed"], ceiling_bits=8.0), POLICIES["auto"]]
+    at_8_bits = replace(POLICIES["fixed"], ceiling_bits=8.0)
     names = only or tuple(LIMITS)
     good = True
     with ExitStack() as stack:
@@ -251,14 +253,18 @@ def main(
             figures: list[dict[str, float]] = []
             result[name] = {"figures": figures, "runs": []}
             for run in range(runs):
-                fixed, auto = (record(loaded, policy, disturbances[name], seconds, disturbed) for policy in policies)
-                figures.append(judge(name, fixed, auto))
-                draw(f"{loaded.manifest.model.name}: {name}", [fixed, auto], seconds, out / f"{name}_{run}.png")
-                result[name]["runs"].append([asdict(fixed), asdict(auto)])
-                click.echo(
-                    f"{name} {run}: fixed 8 {fixed.speed_disturbed:.1f} tokens/s, auto {auto.speed_disturbed:.1f} "
-                    f"tokens/s, calm {auto.speed(0, auto.on_s):.1f} tokens/s"
-                )
+                fixed = None
+                if "speed_ratio" in LIMITS[name]:
+                    lengths_s = min(seconds, FIXED_S), min(disturbed, FIXED_DISTURBED_S)
+                    fixed = record(loaded, at_8_bits, disturbances[name], *lengths_s)
+                auto = record(loaded, POLICIES["auto"], disturbances[name], seconds, disturbed)
+                figures.append(judge(name, auto, fixed))
+                made = [fixed, auto] if fixed else [auto]
+                draw(f"{loaded.manifest.model.name}: {name}", made, seconds, out / f"{name}_{run}.png")
+                result[name]["runs"].append([asdict(one) for one in made])
+                said = f"fixed 8 {fixed.speed_disturbed:.1f} tokens/s, " if fixed else ""
+                said += f"auto {auto.speed_disturbed:.1f} tokens/s, calm {auto.speed(0, auto.on_s):.1f} tokens/s"
+                click.echo(f"{name} {run}: {said}")
                 for at_s, bits, reason in auto.changes:
                     click.echo(f"  {at_s:6.1f} s  {bits:g} bits  {reason}")
             for figure, (way, limit) in LIMITS[name].items():
