@@ -220,11 +220,13 @@ TABLES = {
         "disturbances",
         _columns(
             disturbance=("disturbance", None),
-            fixed_8_tokens_per_s=("fixed 8 bits, tokens/s", 0),
-            auto_tokens_per_s=("`auto`, tokens/s", 0),
-            lowered_after_s=("lowered after, s", 1),
-            back_after_s=("back after, s", 0),
-            changes=("changes", 0),
+            figure=("figure", None),
+            median=("median", 2),
+            least=("least", 2),
+            most=("most", 2),
+            needed=("needed", None),
+            runs=("runs", 0),
+            commit=("commit", None),
         ),
     ),
     "simulated-hour": Table(

@@ -12,7 +12,8 @@ needed, each run has a shorter one at 8 bits before it.  ``LIMITS`` has a row fo
 Prints the machine, a table with the median and the spread of the runs, and raw JSON, and draws every run; the exit code
 tells whether all medians held.
 
-    python tests/benchmarks/closed_loop.py bundles/smollm2-135m-host --out closed_loop --runs 5 --only part
+    python tests/benchmarks/closed_loop.py bundles/smollm2-135m-host --out closed_loop --runs 5 --only part \\
+        --json results/disturbances.json
     python tests/benchmarks/closed_loop.py bundles/smollm2-135m-host --out closed_loop --seconds 300 --disturbed 120
 """
 
@@ -195,6 +196,35 @@ def holds(name: str, figure: str, value: float) -> bool:
     return value >= limit if way == ">=" else value <= limit
 
 
+SAID = {
+    "load": "another program takes a core",
+    "part": "another program takes 24 % of the processors",
+    "spikes": "a program takes a core for 2 s of every 20 s",
+    "limit": "a cgroup's limit of half of the processors",
+}
+
+
+def write_rows(path: Path, measured: dict[str, Any], figures: dict[str, list[dict[str, float]]]) -> None:
+    """Put the figures into a file of ``results/``, in place of earlier ones of the same disturbances.
+
+    Args:
+        path: the file, which exists.
+        measured: what it was measured on.
+        figures: disturbance -> figure -> value, one for each run.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in kept["rows"] if row["disturbance"] not in {SAID[name] for name in figures}]
+    about = {"commit": measured["commit"], "machine": f"{measured['cpus']} cores of {measured['cpu']}"}
+    for name, runs in figures.items():
+        for figure, (way, limit) in LIMITS[name].items():
+            values = [one[figure] for one in runs]
+            rows.append(
+                {"disturbance": SAID[name], "figure": figure, "median": statistics.median(values),
+                 "least": min(values), "most": max(values), "needed": f"{way} {limit:g}", "runs": len(runs), **about}
+            )  # fmt: skip
+    path.write_text(json.dumps(kept | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def draw(title: str, runs: list[Recording], end_s: float, path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     speed, budget = figure.subplots(2, sharex=True)
@@ -221,6 +251,7 @@ def draw(title: str, runs: list[Recording], end_s: float, path: Path) -> None:
 @click.option("--runs", type=int, default=1, help="Runs of each disturbance.")
 @click.option("--threads", type=int)
 @click.option("--engine", help="What the bundle runs on.  [default: its own choice]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, exists=True), help="A file of results/ to renew.")
 @click.option("--only", multiple=True, type=click.Choice(list(LIMITS)), help="Some of the disturbances.")
 def main(
     bundle: Path,
@@ -230,6 +261,7 @@ def main(
     runs: int,
     threads: int | None,
     engine: str | None,
+    json_path: Path | None,
     only: tuple[str, ...],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -277,6 +309,8 @@ def main(
                     f"needed {way} {limit:g}  {missed}"
                 )
     (out / "result.json").write_text(json.dumps(result))
+    if json_path is not None:
+        write_rows(json_path, result["environment"], {name: result[name]["figures"] for name in names})
     sys.exit(0 if good else 1)
 
 
