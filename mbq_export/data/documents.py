@@ -8,6 +8,7 @@ A large file is read in parts, so that its size does not decide how much memory 
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ CHECKED_BYTES = 32 << 20
 _MOST_JSON_BYTES = 256 << 20
 """A ``.json`` file is parsed as a whole, which takes several times its size."""
 _LONGEST_LINE_BYTES = 16 << 20
+_HALF = re.compile("[\ud800-\udfff]")
 _GOLDEN_RATIO = 0.6180339887498949
 
 Messages = list[dict[str, str]]
@@ -159,14 +161,17 @@ def _lines(path: Path) -> Iterator[Document]:
                 raise UsageError(f"{where}: longer than {_LONGEST_LINE_BYTES >> 20} MB; one row on each line is needed")
             text = _decode(line, start, path)
             start += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
-                raise UsageError(f"{where}: not JSON ({reason}); needed: one object on each line") from None
-            yield _row(row, where)
+            if text.strip():
+                yield _line(text, where)
+
+
+def _line(text: str, where: str) -> Document:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep, or a number is too long"
+        raise UsageError(f"{where}: not JSON ({reason}); needed: one object on each line") from None
+    return _row(row, where)
 
 
 def _array(path: Path, size: int) -> Iterator[Document]:
@@ -175,7 +180,7 @@ def _array(path: Path, size: int) -> Iterator[Document]:
         raise UsageError(f"{where}: {size >> 20} MB; a .json file may have {_MOST_JSON_BYTES >> 20}: give it as .jsonl")
     try:
         found = json.loads(_decode(path.read_bytes(), 0, path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(f"{where}{line}: not JSON; one object on each line is a .jsonl file") from None
     rows = found.get("data", [found]) if isinstance(found, dict) else found
@@ -200,7 +205,7 @@ def _parquet(path: Path) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     number += 1
                     yield _row(row, f"{where}, row {number}")
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{where}: not a whole Parquet file ({reason}); download it again") from None
 
@@ -217,7 +222,7 @@ def _row(row: Any, where: str) -> Document:
         return Document(_alpaca(row, where), where)
     for name in ("text", "content"):
         if isinstance(row.get(name), str):
-            return Document(row[name] + "\n", where)
+            return Document(whole_text(row[name], where) + "\n", where)
     seen = ", ".join(map(str, row)) or "nothing"
     raise UsageError(f"{where}: no field 'messages', 'conversations' or 'text'; it has {seen}; {_ROW_HELP}")
 
@@ -245,7 +250,22 @@ def _string(entry: Any, name: str, where: str) -> str:
         raise UsageError(f"{where}: no field {name!r}; {_ROW_HELP}")
     if not isinstance(entry[name], str):
         raise UsageError(f"{where}: field {name!r} is {entry[name]!r:.40}; needed: a string")
-    return str(entry[name])
+    return whole_text(entry[name], f"{where}, field {name!r}")
+
+
+def whole_text(text: str, where: str) -> str:
+    """The text, which no tokenizer reads if it has halves of characters.
+
+    Args:
+        text: any text.
+        where: how an error names it.
+
+    Raises:
+        UsageError: it has a surrogate without the other one.
+    """
+    if half := _HALF.search(text):
+        raise UsageError(f"{where}: half a character, \\u{ord(half[0]):x}; write the whole character, or leave it out")
+    return text
 
 
 def _sharegpt(found: Any, where: str) -> Messages:
@@ -268,5 +288,6 @@ def _alpaca(row: dict[str, Any], where: str) -> Messages:
     more = row.get("input") or ""
     if not isinstance(more, str):
         raise UsageError(f"{where}: field 'input' is {more!r:.40}; needed: a string")
+    whole_text(more, f"{where}, field 'input'")
     question = f"{asked}\n\n{more}" if more else asked
     return [{"role": "user", "content": question}, {"role": "assistant", "content": _string(row, "output", where)}]

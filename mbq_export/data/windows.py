@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from mbq_runtime.errors import UsageError
 
 from ..progress import Report, no_report
 from . import corpora
-from .documents import Document, messages_of, read_documents
+from .documents import Document, messages_of, read_documents, whole_text
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Checkpoint
@@ -33,6 +34,8 @@ HELD_BACK_SHARE = 4
 """One window in this many is held back."""
 _SPREAD = 4
 """A dataset is read up to this many times the needed tokens, because it may be larger than the disk."""
+LONGEST_TOKENS = 4 << 20
+"""Most tokens that are kept of one document, beside those that are needed: 16 MiB."""
 
 
 Said = Callable[["Checkpoint", int, Report], str]
@@ -171,19 +174,21 @@ class _Cutter:
             self._check_length(rest, held_back)
         return _spread(fitted, count, opening), _spread(rest, held_back, opening)
 
-    def _tokens(self, documents: Iterable[Document] | Said, needed: int) -> list[int]:
-        if needed == 0:
-            return []
+    def _tokens(self, documents: Iterable[Document] | Said, needed: int) -> NDArray[np.int32]:
+        """Int32 [n]: tokens of the documents, until there are enough."""
+        tokens, enough = array("i"), _SPREAD * needed
         if callable(documents):
-            return self.checkpoint.tokens(documents(self.checkpoint, needed, self.report))
-        tokens: list[int] = []
-        for document in documents:
-            tokens += self.checkpoint.tokens(_text(self.checkpoint, document))
-            if len(tokens) >= _SPREAD * needed:
+            documents = [Document(documents(self.checkpoint, needed, self.report), self.name)] if needed else []
+        for document in documents if needed else ():
+            for piece in self.checkpoint.tokens_in_pieces(_text(self.checkpoint, document)):
+                tokens.extend(piece)
+                if len(tokens) >= enough + LONGEST_TOKENS:
+                    break
+            if len(tokens) >= enough:
                 break
-        return tokens
+        return np.asarray(tokens)
 
-    def _check_length(self, windows: NDArray[np.int64], needed: int) -> None:
+    def _check_length(self, windows: NDArray[np.int32], needed: int) -> None:
         if len(windows) < needed:
             raise UsageError(
                 f"calibration data {self.name}: too short, it has {len(windows)} windows of {self.context} tokens, "
@@ -191,13 +196,13 @@ class _Cutter:
             )
 
 
-def _cut(tokens: Sequence[int], span: int) -> NDArray[np.int64]:
-    """int64 [windows, span].  Tokens that are left over at the end are dropped."""
+def _cut(tokens: NDArray[np.int32], span: int) -> NDArray[np.int32]:
+    """int32 [windows, span].  Tokens that are left over at the end are dropped."""
     windows = len(tokens) // span
-    return np.asarray(tokens[: windows * span], np.int64).reshape(windows, span)
+    return tokens[: windows * span].reshape(windows, span)
 
 
-def _spread(windows: NDArray[np.int64], count: int, opening: Sequence[int]) -> NDArray[np.int64]:
+def _spread(windows: NDArray[np.int32], count: int, opening: Sequence[int]) -> NDArray[np.int64]:
     """Int64 [count, span + opening]: evenly spread windows, each behind the opening tokens."""
     chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     return np.hstack([np.tile(np.asarray(opening, np.int64), (count, 1)), chosen])
@@ -254,7 +259,7 @@ def _rows(row: dict[str, Any] | None, rest: Iterator[dict[str, Any]], column: st
     number = 1
     while row is not None:
         value, at = row[column], f"{where}, row {number}"
-        yield Document(value + "\n" if isinstance(value, str) else messages_of(value, at), at)
+        yield Document(whole_text(value, at) + "\n" if isinstance(value, str) else messages_of(value, at), at)
         with _fetching(where):
             row = next(rest, None)
         number += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -57,7 +57,15 @@ class Checkpoint:
         Args:
             text: of any length.  A long one is tokenized in ``pieces``.
         """
-        return [token for piece in pieces(text, self._encoded) for token in self._encoded(piece)]
+        return [token for piece in self.tokens_in_pieces(text) for token in piece]
+
+    def tokens_in_pieces(self, text: str) -> Iterator[list[int]]:
+        """Ids of the tokens of a text, some at a time.
+
+        Args:
+            text: of any length.
+        """
+        return map(self._encoded, pieces(text, self._encoded))
 
     def _encoded(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

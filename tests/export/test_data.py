@@ -10,12 +10,13 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export.data import corpora, replies
+from mbq_export.data import corpora, replies, windows
 from mbq_export.data.documents import WHOLE_BYTES, read_documents
 from mbq_export.data.windows import calibration_windows, open_source
 from mbq_export.model import pieces
@@ -227,6 +228,57 @@ def test_a_long_text_is_read_in_parts_from_all_over_it(checkpoint: Checkpoint, t
         out.truncate(10 << 30)
     with pytest.raises(UsageError, match="is zero: no text"):
         list(read_documents(file))
+
+
+@pytest.mark.parametrize("row", ["text", "messages"])
+def test_the_tokens_of_a_long_row_take_four_bytes_each(checkpoint: Checkpoint, tmp_path: Path, row: str) -> None:
+    """One number of Python takes eight bytes in a list, and most of them 28 more."""
+    file, words = tmp_path / "long.jsonl", numbered(1 << 18)
+    content = {"text": words} if row == "text" else {"messages": [{"role": "user", "content": words}]}
+    file.write_text(json.dumps(content))
+    source = open_source(str(file))
+    tracemalloc.start()
+    fitted, _ = calibration_windows(checkpoint, source, 40, 10, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert fitted.dtype == np.int64
+    tokens = len(words)
+    rendered = tokens if row == "messages" else 0
+    assert peak - 2 * rendered < 6 * tokens
+
+
+def test_of_a_very_long_text_the_first_tokens_are_used(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "LONGEST_TOKENS", 200)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 64)
+    monkeypatch.setattr(pieces, "_SEARCHED_CHARS", 32)
+    file, words = tmp_path / "long.jsonl", numbered(400)
+    file.write_text(json.dumps({"text": words}) + "\n" + json.dumps({"text": words}))
+    fitted, held_back = calibration_windows(checkpoint, open_source(str(file)), 2, 1, 32)
+    places = [words.index(shown(checkpoint, [window])[0]) for window in (*fitted, *held_back)]
+    needed = windows._SPREAD * 3 * 32
+    assert places == sorted(places)
+    assert needed < places[-1] + 32 <= needed + 200 + 64
+
+
+@pytest.mark.parametrize("row", [{"text": "a\ud800b"}, {"messages": [{"role": "user", "content": "\udfff"}]},
+                                 {"instruction": "a", "input": "\ud83d", "output": "b"}])  # fmt: skip
+def test_half_a_character_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    """No tokenizer reads it."""
+    file = tmp_path / "half.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(UsageError, match=r"line 1.*half a character, \\ud") as caught:
+        open_source(str(file))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_number_of_5000_digits_is_no_row(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"long{suffix}"
+    file.write_text('{"text": ' + "1" * 5000 + "}")
+    with pytest.raises(UsageError, match="not JSON"):
+        open_source(str(file))
 
 
 TOKENIZER_MEMORY = """
