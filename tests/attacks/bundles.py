@@ -46,6 +46,16 @@ def text(name: str, old: str, new: str) -> Attack:
     return change
 
 
+def trim(document: Any) -> Attack:
+    """The file that says which depths are there."""
+    return lambda folder: (folder / "trim.json").write_text(json.dumps(document))
+
+
+def parts(value: Any) -> Attack:
+    """The ranges of each depth in the manifest."""
+    return lambda folder: set_in(folder / MANIFEST, "parts", value)
+
+
 def unlisted(name: str) -> Attack:
     """A file that the manifest does not list."""
 
@@ -163,6 +173,22 @@ def an_attribute_that_comes_twice(model: onnx.ModelProto) -> None:
     """Readers disagree which of them counts."""
     (found,) = (node for node in model.graph.node if node.output[0] == "total64")
     found.attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("axis", 0)])
+
+
+def a_flag_that_is_neither_yes_nor_no(model: onnx.ModelProto) -> None:
+    """ONNX Runtime keeps the dimensions for 1 alone."""
+    (found,) = (node for node in model.graph.node if node.output[0] == "mean")
+    found.attribute[0].i = 2
+
+
+def an_attribute_of_no_caller(model: onnx.ModelProto) -> None:
+    (found,) = (node for node in model.graph.node if node.output[0] == "total64")
+    found.attribute.add(name="axis", ref_attr_name="axis", type=onnx.AttributeProto.INT)
+
+
+def older_operators(model: onnx.ModelProto) -> None:
+    """They take axes as attributes."""
+    model.opset_import[0].version = 17
 
 
 def a_row_again_and_again(model: onnx.ModelProto) -> None:
@@ -379,6 +405,10 @@ SEALED: dict[str, Attack] = {
     "a value that nobody gives": node("MatMul", "nothing", "head"),
     "a value of the wrong width": node("MatMul", "h", "cos"),
     "an attribute that comes twice": graph(an_attribute_that_comes_twice),
+    "a flag that is 2": graph(a_flag_that_is_neither_yes_nor_no),
+    "an attribute of no caller": graph(an_attribute_of_no_caller),
+    "older operators": graph(older_operators),
+    "operators of a domain twice": graph(lambda m: m.opset_import.add(domain="ai.onnx", version=21)),
     "an input that no decoder has": graph(lambda m: m.graph.input.add(name="other")),
     "a negative shape": graph(a_negative_shape),
     "a graph that is cut off": lambda f: (f / GRAPH).write_bytes((f / GRAPH).read_bytes()[:-100]),
@@ -474,6 +504,22 @@ RAW: dict[str, Attack] = {
     **{f"3 GB for {name}": place(name, sparse) for name in (MANIFEST, CONFIG, TOKENIZER, GRAPH)},
     "a socket for the tokenizer": place(TOKENIZER, bound_socket),
     "a folder for the tokenizer": place(TOKENIZER, os.mkdir),
+    # What says which slices are there.
+    **{
+        f"depth {depth!r:.12} in trim.json": trim({"depth": depth})
+        for depth in (0, -1, True, 1.0, 10**17, None, "1", 1, [])
+    },
+    "a list for trim.json": trim([1]),
+    "a trim.json nested deep": lambda f: (f / "trim.json").write_text("[" * 3000),
+    "a trim.json of 3 GB": lambda f: sparse(f / "trim.json"),
+    "a pipe for trim.json": lambda f: os.mkfifo(f / "trim.json"),
+    "a link for trim.json": lambda f: (f / "trim.json").symlink_to("/dev/zero"),
+    "parts of the tokenizer": parts([[{"name": TOKENIZER, "begin": 0, "end": 10}]]),
+    "parts of a file elsewhere": parts([[{"name": "../../etc/passwd", "begin": 0, "end": 0}]]),
+    "parts of a negative range": parts([[{"name": "model.onnx.data", "begin": -4096, "end": 0}]]),
+    "parts of 10^17 bytes": parts([[{"name": "model.onnx.data", "begin": 0, "end": 10**17}]]),
+    "50,000 depths": parts([[]] * 50_000),
+    "50,000 ranges of nothing": parts([[{"name": "model.onnx.data", "begin": 0, "end": 0}] * 50_000]),
     # The manifest.
     "a context of 400 digits": text(MANIFEST, '"context_length": 96', '"context_length": ' + "9" * 400),
     "a size of 400 digits": text(MANIFEST, '"size": ', '"size": ' + "1" * 400),
@@ -558,6 +604,10 @@ REASONS = {
     "a value that nobody gives": "no node before it gives",
     "a value of the wrong width": "does not fit its inputs",
     "an attribute that comes twice": "axis comes twice",
+    "a flag that is 2": "'mean' (ReduceMean) does not fit",
+    "an attribute of no caller": "'total64' (Gather) does not fit",
+    "older operators": "version 17, needed 21 to 22",
+    "operators of a domain twice": "named twice",
     "an input that no decoder has": "the input 'other'",
     "a long context": "positions",
     "a large vocabulary": "logits",

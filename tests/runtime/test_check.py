@@ -34,7 +34,7 @@ def save(folder: Path, tensors: dict[str, NDArray[np.generic]]) -> manifest.Mani
     """Write a graph that has only initialisers, with the big ones in another file, and its manifest."""
     protos = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
     graph = helper.make_graph([], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])], protos)
-    model = helper.make_model(graph)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)])
     onnx.save(
         model,
         folder / "model.onnx",

@@ -73,6 +73,38 @@ def test_a_shape_is_read_from_the_numbers_of_nodes() -> None:
         shape(node("Reshape", "x w", "y"))
 
 
+def test_numbers_that_would_wrap_in_32_bits_are_refused() -> None:
+    nodes = [node("Constant", "", "n", value=Constant((1,), (1 << 20,))), node("Mul", "n n", "y")]
+    with pytest.raises(ValueError, match="does not fit"):
+        shape(*nodes)
+
+
+@pytest.mark.parametrize("flag", [2, -1, None, [1]])
+def test_a_flag_is_yes_or_no(flag: object) -> None:
+    assert shape(node("ReduceSum", "x", "y", keepdims=1)) == (1, 1, 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        shape(node("ReduceSum", "x", "y", keepdims=flag))
+
+
+def test_a_shape_that_data_decides_gives_no_numbers() -> None:
+    """What is inferred is the largest shape: a Slice behind its end would be the smallest."""
+    found = node("NonZero", "x", "found")
+    assert infer([found], {}, X, MOST)["found"].varies
+    nodes = [found, node("Shape", "found", "sides"), node("Slice", "x sides sides", "y")]
+    with pytest.raises(ValueError, match=r"'y' \(Slice\) does not fit"):
+        shape(*nodes)
+    scattered = [found, node("ScatterND", "x found found", "y"), node("Shape", "y", "sides")]
+    assert infer(scattered, {}, X, MOST)["sides"].numbers == (1, 5, 8)
+
+
+def test_outputs_that_no_exported_graph_has_are_refused() -> None:
+    node_of = Node("com.microsoft.SkipSimplifiedLayerNormalization", ["x", "x"], ["y", "", "", "sum"], "y")
+    assert infer([node_of], {}, X, MOST)["sum"].shape == (1, 5, 8)
+    node_of.outputs[1] = "mean"
+    with pytest.raises(ValueError, match="gives 'mean', which the exporter does not ask for"):
+        infer([node_of], {}, X, MOST)
+
+
 def test_bounds_follow_from_the_model() -> None:
     assert bounds(128, 1000, 50_000, 10**6).numbers == 2 * 128 * 1000
     assert bounds(1, 1000, 50_000, 10**6).numbers == 2 * 50_000

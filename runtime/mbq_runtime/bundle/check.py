@@ -17,7 +17,7 @@ from .genai_config import Settings, convolutions, read_settings
 from .gpu_plan import FOLDER, read_plan
 from .manifest import Manifest
 from .onnx_file import UINT8, Graph, Tensor, read_graph
-from .operators import unknown_node
+from .operators import unknown_node, unknown_opset
 from .parameters import check_parameters, matrix_kinds
 from .reading import check_text, read_json
 from .shapes import Value, bounds, infer
@@ -175,6 +175,7 @@ def _check_reach(path: Path, graph: Graph, manifest: Manifest) -> None:
     # The bundle's own library has the operators of a native graph.
     functions = sorted(graph.functions) if manifest.native else []
     unknown = f"the function {functions[0][:80]!r} is in a native graph" if functions else ""
+    unknown = unknown or unknown_opset(graph.opsets, graph.functions)
     unknown = unknown or unknown_node(graph.nodes, graph.functions, manifest.model.layers, len(manifest.slices))
     if unknown:
         raise BundleError(f"{path}: {unknown}; do not trust the bundle, export it again")
@@ -270,6 +271,8 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     outputs["avg_bits_used"] = (1,)
     for name, needed in outputs.items():
         shape = found[name].shape if name in found else ()
+        if name in found and found[name].varies:
+            raise BundleError(f"{path}: data decides the shape of {name}; do not trust the bundle, export it again")
         if shape != needed:
             raise BundleError(
                 f"{path}: {name} gets the shape {list(shape) or 'none'}, needed {list(needed)}; export the bundle again"

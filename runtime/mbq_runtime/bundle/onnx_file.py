@@ -28,6 +28,7 @@ _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 
 _TENSOR_INTS = {6: 5, 7: 7}
 """Field of the numbers of an int32 and of an int64 tensor."""
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 1, 2, 1, 2, 1, 1
 
 # A field that comes twice has the last value for some readers, and both for others.  These are lists.
@@ -86,6 +87,7 @@ class Graph:
     outputs: the same of each output.
     nodes: its nodes.
     functions: by the names of their operators.
+    opsets: versions of the operators by domain; the standard domain is "".
     attention_tables: names of the rotary tables that attention nodes read.
     outside: why the file reaches for what a decoder does not need; "" where it does not.
     """
@@ -95,6 +97,7 @@ class Graph:
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     functions: dict[str, Function] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=dict)
     attention_tables: set[str] = field(default_factory=set)
     outside: str = ""
 
@@ -166,6 +169,8 @@ class _Reader:
         for number, value in self._fields(data, _MODEL_LISTS):
             if number == _MODEL_GRAPH:
                 self._outer(_run(value))
+            elif number == _MODEL_OPSET:
+                self._opset(_run(value), self._graph.opsets)
             elif number == _MODEL_FUNCTION:
                 self._function(_run(value))
             elif number == _MODEL_TRAINING:
@@ -179,6 +184,8 @@ class _Reader:
         for number, value in self._fields(data, _FUNCTION_LISTS):
             if number == _FUNCTION_NODE:
                 function.nodes.append(self._node(_run(value)))
+            elif number == _FUNCTION_OPSET:
+                self._opset(_run(value), function.opsets)
             elif number == _FUNCTION_DEFAULT:
                 self._graph.outside = "a function has attributes of its own"
             elif number == _FUNCTION_INPUT:
@@ -193,6 +200,18 @@ class _Reader:
         if op in self._graph.functions:
             raise ValueError(f"the function {op[:80]} comes twice")
         self._graph.functions[op] = function
+
+    def _opset(self, data: memoryview, found: dict[str, int]) -> None:
+        domain, version = "", 0
+        for number, value in self._fields(data, ()):
+            if number == _OPSET_DOMAIN:
+                domain = _text(value)
+            elif number == _OPSET_VERSION:
+                version = _signed(value)
+        domain = "" if domain == "ai.onnx" else domain
+        if domain in found:
+            raise ValueError(f"operators of {domain[:80] or 'the standard'} are named twice")
+        found[domain] = version
 
     def _outer(self, data: memoryview) -> None:
         for number, value in self._fields(data, _GRAPH_LISTS):
@@ -307,6 +326,9 @@ class _Reader:
             numbers = _content(whole[_TENSOR_INTS[element_type]], raw, ELEMENT_BYTES[element_type])
             if len(numbers) != prod(shape):
                 raise ValueError(f"{name[:80]} has {len(numbers)} numbers, needed {prod(shape)}")
+            most = 1 << 8 * ELEMENT_BYTES[element_type] - 1
+            if not all(-most <= found < most for found in numbers):
+                raise ValueError(f"{name[:80]} has a number of more bits than its type")
         return Tensor(tensor.name, tensor.shape, element_type, file, offset, length, numbers)
 
     def _fields(self, data: memoryview, lists: tuple[int, ...] | None = None) -> Iterator[tuple[int, int | memoryview]]:
@@ -338,7 +360,8 @@ class _Reader:
                 raise ValueError(f"wire type {kind}")
             if at + size > len(data):
                 raise ValueError("a field runs past the end")
-            yield number, data[at : at + size]
+            if kind == 2:  # the others are floats, which nobody asks for
+                yield number, data[at : at + size]
             at += size
 
 

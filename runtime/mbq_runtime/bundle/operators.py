@@ -15,6 +15,9 @@ _MBQ, _MS = "ai.mbq.", "com.microsoft."
 _MOST_PADDED = 1  # the exporter adds one score, and one row
 _MOST_REPEATS = 2  # terms of a 16-bit activation
 
+OPSETS = {"": range(21, 23), _MS[:-1]: range(1, 2), _MBQ[:-1]: range(1, 2)}
+"""Versions of operators that the rules of ``shapes`` are right for, by domain.  Others mean something else."""
+
 _Counts = dict[str, tuple[int, int]]
 
 GRAPH: _Counts = {
@@ -179,11 +182,13 @@ class Function:
 
     inputs, outputs: names of values.
     nodes: in the order in which they run.
+    opsets: versions of the operators by domain; the standard domain is "".
     """
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    opsets: dict[str, int] = field(default_factory=dict)
 
 
 def full_name(domain: str, op: str) -> str:
@@ -212,6 +217,26 @@ def unknown_node(nodes: list[Node], functions: Mapping[str, Function], layers: i
     for name, body in functions.items():
         found = found or _surplus(body.nodes, FUNCTIONS[name], slices)
     return found
+
+
+def unknown_opset(opsets: Mapping[str, int], functions: Mapping[str, Function]) -> str:
+    """A version of operators that no exported graph has; "" for none.
+
+    Args:
+        opsets: of the graph.
+        functions: by the name of their operator.
+    """
+    for domain, version in opsets.items():
+        if version not in OPSETS.get(domain, ()):
+            shown, known = domain[:80] or "the standard", OPSETS.get(domain)
+            needed = f", needed {known[0]} to {known[-1]}" if known else ", which the exporter does not use"
+            return f"operators of {shown} in version {version}{needed}"
+    if "" not in opsets:
+        return "no version of the standard operators"
+    for name, function in functions.items():
+        if not function.opsets.items() <= opsets.items():
+            return f"the function {name[:80]!r} has other versions of operators than the graph"
+    return ""
 
 
 def _surplus(nodes: list[Node], most: _Counts, times: int) -> str:

@@ -17,7 +17,7 @@ from .operators import Constant, Function, Node, Reference
 _MOST_NUMBERS = 64
 """Most elements of a value whose numbers are followed: shapes, axes and sizes."""
 
-_INT64 = 1 << 63
+_INT64, _INT32 = 1 << 63, 1 << 31
 
 _WORK = 32
 """Most products of two numbers, for each token and each byte of weights.
@@ -30,10 +30,12 @@ class Value(NamedTuple):
 
     shape: its dimensions; where they depend on data, the largest.
     numbers: its elements, where they are a few whole numbers that follow from shapes and constants.
+    varies: whether its shape depends on data.
     """
 
     shape: tuple[int, ...]
     numbers: tuple[int, ...] | None = None
+    varies: bool = False
 
     @property
     def size(self) -> int:
@@ -126,6 +128,8 @@ class _Inference:
             for name, value in zip(node.outputs, outputs, strict=False):
                 if name in found:
                     raise _Refused(f"{shown} gives {name[:80]!r}, which is there already")
+                if name and value is _UNUSED:
+                    raise _Refused(f"{shown} gives {name[:80]!r}, which the exporter does not ask for")
                 if value.size > most:
                     raise _Refused(f"{shown} makes {value.size} numbers at a time, needed at most {most}")
                 if name:
@@ -136,15 +140,19 @@ class _Inference:
         return found, work
 
     def _node(self, node: Node, inputs: list[Value | None], outer: Mapping[str, Any]) -> tuple[list[Value], int]:
+        # A node of the graph has nothing to refer to, and a function's call gives all attributes.
         attributes = {
-            name: outer.get(value.name) if isinstance(value, Reference) else value
+            name: outer[value.name] if isinstance(value, Reference) else value
             for name, value in node.attributes.items()
         }
         if node.op in self._functions:
             return self._call(node.op, inputs, attributes)
-        outputs = _RULES[node.op](inputs, attributes)
+        rule = _RULES[node.op]
+        outputs = rule(inputs, attributes)
         if any(side < 0 for value in outputs for side in value.shape):
             raise ValueError
+        if node.op == "NonZero" or any(value.varies for value in inputs[: 1 if rule is _same else None] if value):
+            outputs = [value if value is _UNUSED else Value(value.shape, varies=True) for value in outputs]
         inner = _INNER.get(node.op)
         return outputs, outputs[0].size * inner(inputs, attributes) if inner else 0
 
@@ -178,10 +186,18 @@ def _optional(inputs: _Inputs, at: int) -> Value | None:
 
 
 def _numbers(value: Value | None) -> tuple[int, ...]:
-    """Whole numbers that must be known."""
-    if value is None or value.numbers is None:
+    """Whole numbers of one dimension that must be known."""
+    if value is None or value.numbers is None or len(value.shape) != 1:
         raise ValueError
     return value.numbers
+
+
+def _flag(attributes: _Attributes, name: str, default: bool) -> bool:
+    """Operators disagree whether another number than 0 and 1 is a yes."""
+    value = attributes.get(name, int(default))
+    if value not in (0, 1):
+        raise ValueError
+    return bool(value)
 
 
 def _axis(attributes: _Attributes, default: int, rank: int) -> int:
@@ -223,7 +239,10 @@ def _arithmetic(count: Callable[[int, int], int]) -> _Rule:
         a, b = (_given(inputs, at).numbers for at in (0, 1))
         if a is None or b is None or len(found.shape) > 1:
             return [found]
-        return _known(found.shape, [count(a[i % len(a)], b[i % len(b)]) for i in range(found.size)])
+        numbers = [count(a[i % len(a)], b[i % len(b)]) for i in range(found.size)]
+        if not all(-_INT32 <= number < _INT32 for number in numbers):
+            raise ValueError  # numbers of 32 bits wrap
+        return _known(found.shape, numbers)
 
     return rule
 
@@ -239,8 +258,9 @@ def _quotient(a: int, b: int) -> int:
 
 
 def _shape(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
-    shape = _given(inputs, 0).shape[slice(attributes.get("start", 0), attributes.get("end"))]
-    return _known((len(shape),), shape)
+    shape = _given(inputs, 0).shape
+    part = shape[slice(attributes.get("start", 0) + 0, attributes.get("end", len(shape)) + 0)]
+    return _known((len(part),), part)
 
 
 def _constant(_: _Inputs, attributes: _Attributes) -> list[Value]:
@@ -288,10 +308,10 @@ def _slice(inputs: _Inputs, _: _Attributes) -> list[Value]:
     starts, ends = _numbers(inputs[1]), _numbers(inputs[2])
     axes = _numbers(inputs[3]) if _optional(inputs, 3) else range(len(starts))
     steps = _numbers(inputs[4]) if _optional(inputs, 4) else [1] * len(starts)
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if step < 1:
+    places = [_place(axis, len(shape)) for axis in axes]
+    for start, end, axis, step in zip(starts, ends, places, steps, strict=True):
+        if step < 1 or places.count(axis) > 1:
             raise ValueError
-        axis = _place(axis, len(shape))
         shape[axis] = len(range(shape[axis])[start:end:step])
     return [Value(tuple(shape))]
 
@@ -308,8 +328,8 @@ def _split(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
 
 def _reshape(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     data, sizes = _given(inputs, 0), _numbers(inputs[1])
-    copied = 0 if attributes.get("allowzero", 0) else 1
-    shape = [data.shape[i] if size == 0 and copied else size for i, size in enumerate(sizes)]
+    empty = _flag(attributes, "allowzero", False)
+    shape = [data.shape[i] if size == 0 and not empty else size for i, size in enumerate(sizes)]
     if -1 in shape:
         at = shape.index(-1)
         shape[at] = data.size // prod(shape[:at] + shape[at + 1 :])
@@ -321,6 +341,8 @@ def _reshape(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
 def _flatten(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     shape = _given(inputs, 0).shape
     axis = attributes.get("axis", 1)
+    if not -len(shape) <= axis <= len(shape):
+        raise ValueError
     return [Value((prod(shape[:axis]), prod(shape[axis:])))]
 
 
@@ -328,6 +350,8 @@ def _unsqueeze(inputs: _Inputs, _: _Attributes) -> list[Value]:
     shape, axes = _given(inputs, 0).shape, _numbers(inputs[1])
     rank = len(shape) + len(axes)
     places, sides = {_place(axis, rank) for axis in axes}, iter(shape)
+    if len(places) != len(axes):
+        raise ValueError
     return [Value(tuple(1 if i in places else next(sides) for i in range(rank)))]
 
 
@@ -341,10 +365,12 @@ def _transpose(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
 
 def _reduce(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     shape = _given(inputs, 0).shape
-    if attributes.get("noop_with_empty_axes", 0):
-        raise ValueError
     axes = _numbers(inputs[1]) if _optional(inputs, 1) else range(len(shape))
+    if _flag(attributes, "noop_with_empty_axes", False) or not axes:
+        raise ValueError  # no axis means all or none
     places = {_place(axis, len(shape)) for axis in axes}
+    if len(places) != len(axes):
+        raise ValueError
     return [_without(shape, places, attributes)]
 
 
@@ -354,12 +380,14 @@ def _arg(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
 
 
 def _without(shape: tuple[int, ...], places: set[int], attributes: _Attributes) -> Value:
-    kept = attributes.get("keepdims", 1)
+    kept = _flag(attributes, "keepdims", True)
     return Value(tuple(1 if i in places else side for i, side in enumerate(shape) if kept or i not in places))
 
 
 def _non_zero(inputs: _Inputs, _: _Attributes) -> list[Value]:
     value = _given(inputs, 0)
+    if not value.shape:
+        raise ValueError
     return [Value((len(value.shape), value.size))]
 
 
@@ -382,8 +410,8 @@ def _product(inputs: _Inputs, _: _Attributes) -> list[Value]:
 
 def _gemm(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     a, b = _given(inputs, 0).shape, _given(inputs, 1).shape
-    a = a[::-1] if attributes.get("transA", 0) else a
-    b = b[::-1] if attributes.get("transB", 0) else b
+    a = a[::-1] if _flag(attributes, "transA", False) else a
+    b = b[::-1] if _flag(attributes, "transB", False) else b
     if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
         raise ValueError
     added = _optional(inputs, 2)
@@ -413,8 +441,9 @@ def _gate(inputs: _Inputs, _: _Attributes) -> list[Value]:
 
 
 def _norm(inputs: _Inputs, _: _Attributes) -> list[Value]:
-    x = _given(inputs, 0)
-    return [x] * 4
+    """The values between are the mean and the deviation."""
+    x = Value(_given(inputs, 0).shape)
+    return [x, _UNUSED, _UNUSED, x]
 
 
 def _rotated(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
@@ -442,6 +471,9 @@ def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
         raise ValueError
     return [Value((*query[:2], heads * past[3])), *[Value(past)] * 2]
 
+
+_UNUSED = Value((0,))
+"""An output that no exported graph has."""
 
 _MS, _MBQ = "com.microsoft.", "ai.mbq."
 _RULES: dict[str, _Rule] = {
