@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -75,7 +76,16 @@ def chunks(port: int) -> None:
                 time.sleep(0.01)
 
 
-KINDS: dict[str, Callable[[int], None]] = {"headers": headers, "idle": idle, "bodies": bodies, "chunks": chunks}
+def together(port: int) -> None:
+    """All of them at once."""
+    kinds = [threading.Thread(target=kind, args=(port,)) for kind in (headers, idle, bodies, chunks)]
+    for kind in kinds:
+        kind.start()
+    for kind in kinds:
+        kind.join()
+
+
+KINDS: dict[str, Callable[[int], None]] = {kind.__name__: kind for kind in (headers, idle, bodies, chunks, together)}
 
 
 def _told_to_end(wait_s: float) -> bool:

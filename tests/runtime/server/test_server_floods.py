@@ -57,7 +57,7 @@ def flood(running: Running, kind: str) -> Iterator[None]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["headers", "idle", "bodies", "chunks"])
+@pytest.mark.parametrize("kind", ["headers", "idle", "bodies", "chunks", "together"])
 def test_a_good_client_beside_a_flood(slow_engine: Engine, kind: str) -> None:
     """A reply takes 0.4 s here, as on a small board; under attack it takes at most twice as long."""
     with serve(slow_engine) as running:
@@ -66,6 +66,7 @@ def test_a_good_client_beside_a_flood(slow_engine: Engine, kind: str) -> None:
         with flood(running, kind):
             under_s = [reply_s(running) for _ in range(6)]
             growth_mb = resident_mb() - before_mb
+        print(f"{kind}: quiet {quiet_s:.3f} s, under attack {max(under_s):.3f} s, memory +{growth_mb:.0f} MB")
         assert max(under_s) <= 2 * quiet_s
         assert growth_mb < MOST_GROWTH_MB
 
