@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import bench
+from .bundle.reading import parse_json
 from .control.governor import Governor
 from .control.policy import find_policy
 from .control.wishes import grid
 from .engine import Engine
+from .errors import UsageError
 from .sensing.readings import Readings
+from .text_file import read_text_file
 
 FORMAT, VERSION = "mbq-kit", 1
 PROMPT = "Tell me a long story about the sea."
@@ -31,6 +34,7 @@ _TOKENS = 24  # of one measured run
 _REPLY_TOKENS = 128
 _MARGIN_C = 2.0  # a stage ends this far below the throttle point
 _BUSY = "while True: pass"
+_MOST_BYTES = 16 << 20  # of an unfinished report
 
 
 class Limit(Exception):
@@ -280,16 +284,26 @@ def measure(
     return report
 
 
-def belongs(report: object, fresh: dict[str, Any]) -> bool:
-    """Whether an unfinished report is of the same board and bundle as a fresh one.
+def finished_stages(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The stages of an unfinished report, if it is of the same board and bundle as a fresh one.
 
     Args:
-        report: what an earlier call kept.
+        path: what an earlier call kept.
         fresh: result of ``empty``.
+
+    Returns:
+        Stages by name; none where the file is of another board or bundle, or is damaged.
     """
+    try:
+        report = parse_json(read_text_file(path, _MOST_BYTES).encode())
+    except (UsageError, ValueError):
+        return {}
     same = ("format", "version", "environment", "bundle")
     stages = report.get("stages") if isinstance(report, dict) else None
-    return isinstance(stages, dict) and all(report.get(key) == json.loads(json.dumps(fresh[key])) for key in same)  # type: ignore[attr-defined]
+    if not isinstance(stages, dict) or any(report.get(key) != json.loads(json.dumps(fresh[key])) for key in same):
+        return {}
+    names = [stage.name for stage in STAGES]
+    return {name: part for name, part in stages.items() if name in names and isinstance(part, dict)}
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_a_session_goes_on_from_its_file(bundles: dict[str, tuple[Path, Path]], 
         (content[:-1] + bytes([content[-1] ^ 1]), "damaged; remove it"),
         (content.replace(b'"tokens": 49', b'"tokens": 48', 1), "damaged; remove it"),
         (content.replace(b'"tokens": 49', b'"tokens": 9999', 1), "9999 tokens; needed 0 to"),
+        (content.replace(b'"tokens": 49', b'"tokens": 200', 1)[:500], "damaged; remove it"),
         (content.replace(b'"version": "', b'"version": "9', 1), "its version is '9"),
         (content.replace(b'"bundle": "', b'"bundle": "0', 1), "its bundle is '0"),
         (b"[]\n", "not the file of a session"),
@@ -160,6 +162,9 @@ def test_a_session_goes_on_from_its_file(bundles: dict[str, tuple[Path, Path]], 
         file.write_bytes(damaged)
         with pytest.raises(UsageError, match=words):
             again.load_session(file)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="not a regular file"):
+        again.load_session(tmp_path / "pipe")
     with pytest.raises(UsageError, match=r"cannot be written .*choose another place"):
         again.save_session(found, tmp_path / "none" / "file")
     other = Engine.load(bundle, engine="onnx")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from changes import mutate_json
 
 from mbq_runtime import Engine, cli, kit
 from mbq_runtime.errors import UsageError
@@ -82,17 +85,32 @@ def test_a_stage_ends_at_the_limit(engine: Engine) -> None:
     assert report["stages"]["cooling"]["rows"][-1]["temp_c"] < 35.0
 
 
-def test_a_second_call_goes_on_where_the_first_ended(engine: Engine) -> None:
+def test_a_second_call_goes_on_where_the_first_ended(engine: Engine, tmp_path: Path) -> None:
     report, board = faked(engine)
     kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=stages("idle"))
     earlier = json.loads(json.dumps(report))
-    assert kit.belongs(earlier, kit.empty(engine, board.look))
+    path = tmp_path / "report.json.part"
+    kit.write(earlier, path)
+    assert kit.finished_stages(path, kit.empty(engine, board.look)) == earlier["stages"]
     said: list[str] = []
     kit.measure(earlier, board, 60, lambda _: None, said.append, stages=stages("idle", "cooling"))
     assert [line.split(":")[0] for line in said] == ["cooling"]
-    other = earlier | {"bundle": earlier["bundle"] | {"model": "another"}}
-    assert not kit.belongs(other, kit.empty(engine, board.look))
-    assert not kit.belongs([], kit.empty(engine, board.look))
+    fresh = kit.empty(engine, board.look)
+    for other in (earlier | {"bundle": earlier["bundle"] | {"model": "another"}}, [], earlier | {"stages": 3}):
+        path.write_text(json.dumps(other))
+        assert not kit.finished_stages(path, fresh)
+    for text in ("{", "[" * 100_000, "\ud800", "\x00"):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert not kit.finished_stages(path, fresh)
+
+
+def test_of_an_unfinished_report_only_the_stages_are_taken(engine: Engine, tmp_path: Path) -> None:
+    """Another file in its place could bring its own text into the report, and to the terminal."""
+    report, board = faked(engine)
+    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=stages("idle"))
+    path = tmp_path / "report.json.part"
+    kit.write(report | {"note": "\x9b2J"} | {"stages": report["stages"] | {"\x1b[2J": {}, "speeds": 3}}, path)
+    assert list(kit.finished_stages(path, kit.empty(engine, board.look))) == ["idle"]
 
 
 def test_the_command_measures_a_bundle_and_shows_what_it_sends(
@@ -122,6 +140,16 @@ def test_the_command_measures_a_bundle_and_shows_what_it_sends(
         lambda report: report["bundle"].update(bytes_per_token={}),
         lambda report: report["bundle"].update(threads=0),
         lambda report: report["limits"].clear(),
+        lambda report: report["limits"].update(throttle_temp_c=10**9),
+        lambda report: report["limits"].update(critical_temp_c="85"),
+        lambda report: report["bundle"].update(max_bits=10**17),
+        lambda report: report["bundle"].update(floor_bits=-3),
+        lambda report: report["bundle"].update(threads=10**6),
+        lambda report: report["bundle"].update(kl_divergence=[[3, -1.0], [8, 0.1]]),
+        lambda report: report["bundle"].update(bytes_per_token={"3": -1, "8": 5}),
+        lambda report: report["stages"]["heating"]["rows"][0].update(time_s=1e300),
+        lambda report: report["stages"]["idle"]["rows"][0].update(power_w=10**400),
+        lambda report: report["stages"]["speeds"]["rows"][0].update(tokens_per_s=0),
     ],
 )
 def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
@@ -137,3 +165,37 @@ def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
     with pytest.raises(UsageError, match=r"no whole report|cannot be read") as caught:
         read_report(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_report_does_not_command_the_terminal(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, board = faked(engine)
+    quiet = stages("idle", "speeds", "heating", "cooling")
+    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=quiet)
+    report["environment"]["board"] = "a\x1b]0;owned\x07\x9b2Jb"
+    path = tmp_path / "report.json"
+    kit.write(finished(report), path)
+    assert cli.main(["simulate", str(path), "--policy", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "owned" in out
+    assert out.replace("\n", "").isprintable()
+
+
+def test_changed_reports_are_read_or_refused(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report may come from anyone."""
+    report, board = faked(engine)
+    quiet = stages("idle", "speeds", "heating", "cooling")
+    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=quiet)
+    original, path, codes = tmp_path / "original.json", tmp_path / "report.json", set()
+    kit.write(finished(report), original)
+    for number in range(150):
+        shutil.copy(original, path)
+        mutate_json(path, random.Random(number))
+        codes.add(code := cli.main(["simulate", str(path), "--policy", "auto", "--policy", "fixed 4"]))
+        said = capsys.readouterr().err
+        assert code in (0, 2), (number, said)
+        assert said.count("\n") == (code == 2), (number, said)
+    assert codes == {0, 2}

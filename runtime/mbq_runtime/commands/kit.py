@@ -37,14 +37,9 @@ def command(bundle: Path, minutes: float, output: Path, threads: int | None, yes
     engine, sensors = Engine.load(bundle, threads=threads), Sensors()
     report = kit.empty(engine, sensors.read)
     part = output.with_name(output.name + ".part")
-    if part.is_file():
-        try:
-            earlier = json.loads(part.read_text(encoding="utf-8"))
-        except ValueError:
-            earlier = None
-        if kit.belongs(earlier, report):
-            report = earlier
-            click.echo(f"going on after {', '.join(report['stages'])}", err=True)
+    if part.is_file() and (finished := kit.finished_stages(part, report)):
+        report["stages"] = finished
+        click.echo(f"going on after {', '.join(finished)}", err=True)
     board = kit.Board(engine, sensors.read)
     report = kit.measure(
         report, board, 60 * minutes, lambda now: kit.write(now, part), lambda line: click.echo(line, err=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from mbq_runtime import tables
+from mbq_runtime.printable import printable
 
 from .common import json_option
 
@@ -107,7 +108,7 @@ def command(
     if as_json:
         click.echo(json.dumps({"what": title, "runs": figures}))
         return
-    click.echo(f"{title}\n{_table(figures, _COLUMNS + _COMPARED if compared else _COLUMNS)}")
+    click.echo(f"{printable(title)}\n{_table(figures, _COLUMNS + _COMPARED if compared else _COLUMNS)}")
 
 
 def _table(figures: Mapping[str, Mapping[str, float | None]], columns: Sequence[tuple[str, str, str]]) -> str:

@@ -80,7 +80,7 @@ def load(path: Path) -> Learned:
         if sha256(text.encode()).hexdigest() != outer["sha256"]:
             raise ValueError("the hash is another one")
         return _learned(json.loads(text))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         log.warning("%s: ignored (%s); the board is learned again", path, error)
         return Learned()
 

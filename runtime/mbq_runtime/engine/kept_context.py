@@ -13,7 +13,7 @@ from mbq_runtime.errors import UsageError
 
 from .allowance import Allowance
 from .backend import Backend, Context
-from .session_file import read_about, read_arrays, write
+from .session_file import check_size, open_regular, read_about, read_arrays, write
 
 REREAD_BITS = 1.0
 """A kept token is read again when it was read with a budget that was lower than today's by more than this.
@@ -121,11 +121,12 @@ class KeptContext:
             UsageError: the file cannot be read, is damaged or another model's, or has too many tokens.
         """
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 found = read_about(file, path, about)
                 count = found["tokens"]
                 if not 0 <= count < self._most:
                     raise UsageError(f"{path}: {count} tokens; needed 0 to {self._most - 1}, this engine's context")
+                check_size(file, path, count * (self._ids.itemsize + self._bits.itemsize + self._backend.token_bytes))
                 self._make_room(count)
                 assert self._context is not None
                 like = [self._ids[:count], self._bits[:count], *(self._context.kept(count) if count else ())]
@@ -155,7 +156,8 @@ class KeptContext:
             self._make_room(room)
         assert self._context is not None
         count = min(self.common(prompt), len(prompt) - 1)
-        poor = np.flatnonzero(self._bits[:count] < self._budget.bits - REREAD_BITS)
+        # A file may say that a budget is not a number.
+        poor = np.flatnonzero(~(self._bits[:count] >= self._budget.bits - REREAD_BITS))
         count = int(poor[0]) if len(poor) else count
         if count < self._count and not self._backend.rewinds:
             self._make_room(room)

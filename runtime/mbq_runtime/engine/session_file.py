@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +77,36 @@ def write(path: Path, about: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) 
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read.  A pipe or a device never ends.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UsageError: it is not a regular file.
+        OSError: it cannot be opened.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UsageError(f"{path}: not a regular file; give the file of a session")
+    return path.open("rb")
+
+
+def check_size(file: BinaryIO, path: Path, least_bytes: int) -> None:
+    """Refuse a file that is too short, before memory is taken for what it says.
+
+    Args:
+        file: the open file.
+        path: its name, for messages.
+        least_bytes: of the arrays.
+
+    Raises:
+        UsageError: it is too short.
+    """
+    if os.fstat(file.fileno()).st_size < least_bytes:
+        raise UsageError(f"{path}: damaged; remove it, and the next run makes it again")
 
 
 def read_about(file: BinaryIO, path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

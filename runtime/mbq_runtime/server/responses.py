@@ -99,8 +99,10 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         last = found[-1] if found else {}
         if message["role"] == "assistant" and "reasoning_content" in last and not last["content"]:
+            calls = last.pop("tool_calls", [])  # these lists are ours; a copy for each message takes n^2 steps
+            calls += message.get("tool_calls", ())
             found[-1] = {**message, "reasoning_content": last["reasoning_content"]}
-            if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
+            if calls:
                 found[-1]["tool_calls"] = calls
         else:
             found.append(message)

@@ -58,7 +58,8 @@ class Weights:
         def divergence(at: float) -> float:
             pairs = zip(self.kl, self.kl[1:], strict=False)
             (low, most), (high, least) = next((pair for pair in pairs if at <= pair[1][0]), self.kl[-2:])
-            return math.exp(math.log(most) + (math.log(least) - math.log(most)) * (at - low) / (high - low))
+            rise = (math.log(least) - math.log(most)) * (at - low) / (high - low)
+            return math.exp(min(math.log(most) + rise, 100.0))
 
         return divergence(bits) - divergence(self.high_bits)
 

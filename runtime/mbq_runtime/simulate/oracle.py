@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +144,7 @@ class _Plan:
         return choices.cost + price * choices.joules + later
 
 
+@lru_cache(maxsize=1024)
 def best_threads(board: Board, around: Surroundings) -> int:
     """The number of threads that is fastest.
 

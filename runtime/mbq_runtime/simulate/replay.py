@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mbq_runtime.bundle.reading import parse_json, shown
 from mbq_runtime.control.controller import start, step
 from mbq_runtime.control.policy import Policy
 from mbq_runtime.errors import UsageError
@@ -17,6 +17,7 @@ from mbq_runtime.text_file import read_text_file
 from .closed_loop import PolicyRun, Sample
 
 _MOST_BYTES = 256 << 20  # days of readings
+_LARGEST = 1e15  # bytes of memory are the largest numbers
 _FIELDS = {f.name for f in fields(Readings)}
 
 
@@ -38,16 +39,16 @@ def read_trace(path: Path) -> list[Readings]:
 
 def _readings(line: str, where: str) -> Readings:
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(line.encode())
+    except ValueError as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
     values = document.get("readings", document) if isinstance(document, Mapping) else None
     if not isinstance(values, Mapping) or not isinstance(values.get("time_s"), int | float):
         raise UsageError(f'{where}: no readings with a "time_s"; needed lines from mbq sense --json --watch')
     kept: dict[str, Any] = {name: value for name, value in values.items() if name in _FIELDS}
     for name, value in kept.items():
-        if not (value is None or isinstance(value, bool | int | float)):
-            raise UsageError(f"{where}: {name} is {value!r}, needed a number, true, false or null")
+        if not (value is None or (isinstance(value, bool | int | float) and abs(value) <= _LARGEST)):
+            raise UsageError(f"{where}: {name} is {shown(value)}, needed a number, true, false or null")
     return Readings(**kept)
 
 

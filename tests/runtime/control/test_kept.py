@@ -76,6 +76,7 @@ def test_the_good_file_of_the_next_test(tmp_path: Path) -> None:
         GOOD | {"token_times": {"-2": GOOD["token_times"]["2"]}},
         GOOD | {"token_times": {"2": {"mean": [1e5, 1e5], "covariance": [[1, 0], [0, 1]]}}},
         GOOD | {"token_times": {"2": {"mean": [float("nan"), 1.0], "covariance": [[1, 0], [0, 1]]}}},
+        GOOD | {"token_times": {"2": {"mean": [10**400, 0.01], "covariance": [[1, 0], [0, 1]]}}},
         GOOD | {"token_times": {"2": {"mean": [0.01, 0.01], "covariance": [[1, 5], [5, 1]]}}},
         GOOD | {"token_times": {"2": {"mean": [0.01, 0.01], "covariance": [[-1, 0], [0, 1]]}}},
         GOOD | {"heat": {"mean": [1.0, 1.0, 1.0], "covariance": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}},

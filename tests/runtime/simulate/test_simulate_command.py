@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from changes import mutate_json
 
 from mbq_runtime import cli
 from mbq_runtime.control.events import Event
@@ -110,3 +112,26 @@ def test_an_unknown_board(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "pi6")
     assert code == 2
     assert "board 'pi6': neither a file nor one of pi5-bare, pi5-fan, orin-nano-15w, phone, laptop-battery" in err
+
+
+def test_changed_traces_are_replayed_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace may come from anyone."""
+    looks = [
+        Readings(5000.0 + i, temp_c=60.0 + i, throttle_temp_c=80.0, power_w=5.0, discharging=True, battery_fraction=0.5,
+                 battery_energy_wh=20.0, foreign_cpu_fraction=0.2, available_cpus=4.0, tokens_per_s=9.0)
+        for i in range(30)
+    ]  # fmt: skip
+    path, one, codes = tmp_path / "trace.jsonl", tmp_path / "one.json", set()
+    for number in range(150):
+        draw = random.Random(number)
+        lines = [json.dumps(asdict(look)) for look in looks]
+        for at in draw.sample(range(len(lines)), 3):
+            one.write_text(lines[at])
+            mutate_json(one, draw)
+            lines[at] = one.read_text()
+        path.write_text("\n".join(lines))
+        code, _, said = run(capsys, path, "--policy", "auto", "--policy", "battery")
+        codes.add(code)
+        assert code in (0, 2), (number, said)
+        assert said.count("\n") == (code == 2), (number, said)
+    assert codes == {0, 2}
