@@ -39,8 +39,9 @@ class Suite(NamedTuple):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """The arm64 packages that a board has."""
-        return (f"python{self.python}-minimal", f"libpython{self.python}-stdlib", "libstdc++6", "libgomp1")
+        """The arm64 packages that a board has: Python with its libraries, and what the pages' commands need."""
+        python = (f"python{self.python}-minimal", f"libpython{self.python}-stdlib")
+        return (*python, "libstdc++6", "libgomp1", "dash", "coreutils", "python3-pip", "python3-venv")
 
 
 SUITES = {
@@ -54,6 +55,8 @@ SUITES = {
 }
 SUITE = SUITES[os.environ.get("MBQ_TEST_SUITE", "bookworm")]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+SHELL_PACKAGE = "proot"
+"""Package of the host with the program that lets the emulated processes start others."""
 # Pulled in by dependencies, used by package managers only.
 UNUSED_PACKAGES = ("dpkg", "tar")
 # glibc versions a wheel may ask for: 2.28 is the oldest any supported board has.
@@ -94,7 +97,7 @@ def pinned(requirements: Sequence[str]) -> list[str]:
 
 
 def download_packages(folder: Path) -> list[Path]:
-    """Fetch the arm64 packages with all they depend on, and the host's build of the emulator.
+    """Fetch the arm64 packages with all they depend on, and the host's builds of the emulator and of proot.
 
     apt works on a state of its own under ``folder`` that knows no installed package, so the
     host's package database is neither read nor written and dependencies come out complete.
@@ -135,7 +138,7 @@ def download_packages(folder: Path) -> list[Path]:
     (folder / "apt.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C"}
     call(["apt-get", "-q", "update"], "read the package lists", environment)
-    packages = [*SUITE.packages, f"{SUITE.qemu_package}:{host}"]
+    packages = [*SUITE.packages, f"{SUITE.qemu_package}:{host}", f"{SHELL_PACKAGE}:{host}"]
     call(["apt-get", "-q", "-y", "--download-only", "install", *packages], "fetch the packages", environment)
     return sorted((folder / "archives").glob("*.deb"))
 

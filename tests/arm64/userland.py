@@ -1,9 +1,10 @@
 """An arm64 Linux userland in a folder: what a board installs, run under emulation.
 
-``Userland.open()`` returns a folder that holds Debian's arm64 Python with the shared
-libraries it needs, the aarch64 wheels of this project's base requirements, and a static
-``qemu-aarch64``.  Nothing is installed on the host and no root is needed: packages are
-fetched through a private apt state and unpacked with ``dpkg-deb``; wheels come from pip.
+``Userland.open()`` returns a folder that holds Debian's arm64 Python with the shared libraries it
+needs and a shell, the aarch64 wheels of this project's base requirements, a static ``qemu-aarch64``,
+and ``proot``, with which emulated programs start others.  Nothing is installed on the host and no
+root is needed: packages are fetched through a private apt state and unpacked with ``dpkg-deb``;
+wheels come from pip.
 
 The folder lies in ``$MBQ_TEST_CACHE`` (default ``~/.cache/mbq-export-tests``), named by a hash
 of everything it is made from, and is built aside and renamed: a killed build leaves nothing
@@ -51,7 +52,7 @@ from board_packages import (
 )
 
 MERGED_FOLDERS = ("bin", "lib", "lib64", "sbin")  # symlinks into usr/ on a merged-/usr system
-LAYOUT_VERSION = 1  # raise it when the way the folder is laid out changes
+LAYOUT_VERSION = 2  # raise it when the way the folder is laid out changes
 
 # Part numbers (MIDR) by QEMU's name of the core; the features come from the emulator itself.
 CPU_PARTS = {
@@ -130,6 +131,56 @@ class Userland:
         subprocess.TimeoutExpired after ``timeout`` seconds.
         """
         return self._emulate(self.cpu_root(cpu), cpu, args, env, timeout, input, emulator)
+
+    def type(
+        self,
+        commands: Sequence[str],
+        home: Path,
+        env: Mapping[str, str] | None = None,
+        cpu: str = DEFAULT_CPU,
+        timeout: float = 1800.0,
+    ) -> subprocess.CompletedProcess[str]:
+        """Type commands into the board's shell.  The first that fails ends it.
+
+        Unlike ``run``, whatever a command starts is emulated too, and all see the board's files alone: proot follows
+        each call to the system.  pip and uv find the wheels of the base install in a folder, and no index.
+
+        Args:
+            commands: lines of a shell.
+            home: the board's home folder, in which the commands run.
+            env: more variables.
+            cpu: a name QEMU knows.
+            timeout: seconds, after which subprocess.TimeoutExpired is raised.
+        """
+        host = self.folder / "host"
+        loader = next(path for path in host.rglob("ld-linux-*.so.*") if not path.is_symlink())
+        libraries = {str(path.parent) for path in host.rglob("*.so.*")}
+        bound = {"/proc": "/proc", "/dev": "/dev", self.cpu_root(cpu) / "proc/cpuinfo": "/proc/cpuinfo",
+                 home: "/home/board", self.folder / "wheels": "/wheels"}  # fmt: skip
+        command = [loader, "--library-path", ":".join(sorted(libraries)), host / "usr/bin/proot"]
+        command += ["-q", f"{self.folder / SUITE.qemu} -cpu {cpu}", "-r", self.root, "-w", "/home/board"]
+        for outside, inside in bound.items():
+            command += ["-b", f"{outside}:{inside}"]
+        environment = {
+            "HOME": "/home/board",
+            "LANG": "C.UTF-8",
+            "PATH": "/usr/bin:/bin",
+            "PIP_FIND_LINKS": "/wheels",
+            "PIP_NO_COMPILE": "1",  # it takes minutes
+            "PIP_NO_INDEX": "1",
+            "PROOT_NO_SECCOMP": "1",
+            "PROOT_TMP_DIR": str(home),
+            "TMPDIR": "/home/board",
+            "UV_FIND_LINKS": "/wheels",
+            "UV_NO_INDEX": "1",
+            "UV_OFFLINE": "1",
+            **(env or {}),
+        }
+        command += ["/usr/bin/dash", "-ec", "\n".join(commands)]
+        return subprocess.run(
+            [str(part) for part in command], env=environment, timeout=timeout, stdin=subprocess.DEVNULL,
+            capture_output=True, encoding="utf-8", check=False,
+        )  # fmt: skip
 
     def cpu_root(self, cpu: str) -> Path:
         """The file tree as a machine with this core shows it: links into the root and a /proc/cpuinfo of its own.
@@ -254,9 +305,13 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
                 shutil.move(Path(downloads) / "qemu/usr/bin" / SUITE.qemu, draft / SUITE.qemu)
             elif name not in UNUSED_PACKAGES and architecture in ("arm64", "all"):
                 call(["dpkg-deb", "-x", package, root], f"unpack {package.name}")
+            elif name not in UNUSED_PACKAGES:  # proot with its libraries
+                call(["dpkg-deb", "-x", package, draft / "host"], f"unpack {package.name}")
         for unused in ("usr/share/doc", "usr/share/man", "usr/share/locale"):
             shutil.rmtree(root / unused, ignore_errors=True)
-        wheels = install_wheels(Path(downloads) / "wheels", root / "usr/lib/python3/dist-packages", requirements)
+        if not (root / "usr/bin/sh").exists():  # the package's own script links it
+            (root / "usr/bin/sh").symlink_to("dash")
+        wheels = install_wheels(draft / "wheels", root / "usr/lib/python3/dist-packages", requirements)
     (draft / "wheels.json").write_text(json.dumps([asdict(wheel) for wheel in wheels], indent=1), encoding="utf-8")
     (draft / "cpus").mkdir()
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
