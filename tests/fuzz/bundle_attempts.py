@@ -71,9 +71,10 @@ class Ended:
             return f"signal {signal.Signals(-self.code).name}"
         if self.code or len(self.codes) != len(COMMANDS):
             return "a traceback"
-        for code, said in zip(self.codes, self.said, strict=True):
+        for (command, *_), code, said in zip(COMMANDS, self.codes, self.said, strict=True):
             lines = said.splitlines()
-            if "Traceback" in said or code not in (0, 4):
+            # A tokenizer may make an empty prompt of the text.
+            if "Traceback" in said or code not in ((0, 2, 4) if command == "run" else (0, 4)):
                 return f"exit code {code}"
             if code and (len(lines) != 1 or not lines[0].startswith("mbq: error: ") or not lines[0].isprintable()):
                 return f"{len(lines)} lines on stderr, not one"
