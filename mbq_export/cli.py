@@ -247,6 +247,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "parameters": plan.parameters,
         "routed_parameters": plan.routed_parameters,
         "bytes_per_token": {f"{bits:g}": plan.bytes_per_token(bits) for bits in plan.profile.depth_bits},
+        "context_bytes": {"each_token": plan.decoder.token_bytes, "states": plan.decoder.state_bytes},
         "slices": list(plan.profile.slices),
         "profiles": [str(profile) for profile in prepared.options.profiles],
         "group_size": plan.group_size,
@@ -281,6 +282,8 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers_of(role)}"
     by_depth = (f"{plan.bytes_per_token(bits) / 1e6:.0f} MB at {bits} bits" for bits in plan.profile.depth_bits)
     yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {', '.join(by_depth)}"
+    besides = f", and its states {d.state_bytes / 1e6:.1f} MB" if d.state_bytes else ""
+    yield "Context", f"on the board, each token takes {d.token_bytes / 1e3:.0f} kB of memory{besides}"
     profiles = " or ".join(map(str, prepared.options.profiles))
     yield "Slices", f"{profiles} in groups of {plan.group_size}, router {prepared.options.router}"
     where = "" if prepared.device == "cpu" else f" of {prepared.device}"

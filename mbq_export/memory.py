@@ -19,6 +19,11 @@ KEPT_WEIGHT_BYTES = 2 << 30
 ROUTER_INPUT_BYTES = 3 << 29
 """Most inputs that are kept to fit learned routers to."""
 
+_DELTA_CHUNK = 64
+"""Tokens that transformers takes at once through a delta net."""
+_PAIR_COPIES, _HEAD_COPIES, _MEMORY_COPIES = 6, 8, 3
+"""How often a backward pass through a delta net keeps what it computes of pairs of tokens, of heads and of memories."""
+
 WEIGHTS_AT_ONCE = 1 << 26
 """Most weights that are rotated or sliced at once.  A larger matrix is worked on some rows at a time."""
 
@@ -45,7 +50,17 @@ def activation_bytes(decoder: Decoder) -> int:
         decoder: the model.
     """
     widths = sum((2 * n + 2 * k) * decoder.layers_of(role) for role, (n, k) in decoder.role_shapes.items())
-    return 4 * CONTEXT_TOKENS * (widths + decoder.heads * CONTEXT_TOKENS * decoder.layers)
+    widths += decoder.heads * CONTEXT_TOKENS * decoder.layers_of("attn_in")
+    return 4 * CONTEXT_TOKENS * (widths + _delta_width(decoder) * decoder.layers_of("delta_in"))
+
+
+def _delta_width(decoder: Decoder) -> int:
+    """Numbers that a delta net keeps for each token: of pairs within a chunk, of the heads, and of the memories."""
+    if (delta := decoder.delta) is None:
+        return 0
+    of_heads = _HEAD_COPIES * (delta.key_dim + delta.value_dim)
+    memories = _MEMORY_COPIES * delta.key_dim * delta.value_dim // _DELTA_CHUNK
+    return delta.value_heads * (_PAIR_COPIES * _DELTA_CHUNK + of_heads + memories)
 
 
 def router_input_bytes(decoder: Decoder, tokens: int) -> int:

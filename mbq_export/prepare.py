@@ -164,11 +164,11 @@ def _bad_options(options: Options) -> Iterator[str]:
 
 
 def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
-    if decoder.layers_of("conv_in") or decoder.family.head_gates:
+    if decoder.layers_of("conv_in") or decoder.layers_of("delta_in") or decoder.head_gates:
         for target in options.outputs.values():
             if target.gpu:
                 yield (
-                    f"target {target.name}: short convolutions and gates of heads have no GPU kernel; "
+                    f"target {target.name}: short convolutions, delta nets and gates of heads have no GPU kernel; "
                     "choose a processor's target"
                 )
 

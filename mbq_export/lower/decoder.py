@@ -10,8 +10,8 @@ that method to ``Builder`` and to the three builders.
 Lifecycle of one pass over a token::
 
     embed
-    for each layer:  norm or add -> linear -> attention or convolution -> linear [-> post_norm]
-                     norm or add -> linear -> gate                     -> linear [-> post_norm]
+    for each layer:  norm or add -> linear -> attention, convolution or delta -> linear [-> post_norm]
+                     norm or add -> linear -> gate                            -> linear [-> post_norm]
     final_norm [-> head_input] -> logits
 
 A family without norms before its blocks adds where the others norm.
@@ -30,6 +30,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mbq_targets.spec import DeltaNet
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
@@ -85,8 +87,8 @@ class Attention:
     name: in a graph; layer: index of its cache, from 0; rotary: kind of its table of rotations, as
     ``Checkpoint.rotary`` takes it, None for no rotation; window: tokens that a token sees, itself included, None for
     all; scale: multiplies q . k; head_norms: norms of q and of k, None for none; cap: soft cap of the scores, None for
-    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``; gated: whether what a head attends to is
-    multiplied by the sigmoid of the number that the projection has for it behind v.
+    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``; gates: how many numbers the projection
+    has behind v for each head, whose sigmoids multiply what the head attends to: 0, 1, or one for each channel.
     """
 
     name: str
@@ -97,7 +99,19 @@ class Attention:
     head_norms: HeadNorms | None
     cap: float | None = None
     grows: bool = False
-    gated: bool = False
+    gates: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a gated delta net computes between its two linear layers (``format.delta``).
+
+    name: in a graph; layer: index of the block; shape: heads, channels and taps.
+    """
+
+    name: str
+    layer: int
+    shape: DeltaNet
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,8 @@ class Builder(ABC, Generic[V]):
 
         Args:
             attention: what this layer's attention does.
-            qkv: queries, keys and values, [tokens, (heads + 2 * kv_heads) * head_dim], then gates, [tokens, heads].
+            qkv: queries, keys and values, [tokens, (heads + 2 * kv_heads) * head_dim], then gates,
+                [tokens, heads * gates].
             feeds: the linear layer that reads the result.
 
         Returns:
@@ -217,6 +232,19 @@ class Builder(ABC, Generic[V]):
 
         Returns:
             The product, [tokens, hidden].
+        """
+
+    @abstractmethod
+    def delta(self, delta: Delta, stacked: V, feeds: RoutedLinear) -> V:
+        """Convolve queries, keys and values, write the values into the memories and read them, norm and gate.
+
+        Args:
+            delta: shape of the net.
+            stacked: queries, keys and values, then z, the strengths and the decays, see ``Decoder.parts``.
+            feeds: the linear layer that reads the result.
+
+        Returns:
+            What was read, [tokens, value_heads * value_dim].
         """
 
     @abstractmethod
@@ -283,8 +311,8 @@ class Stream(Generic[V]):
     branch: V | None
 
 
-def in_halves(checkpoint: Checkpoint, calibrated: Calibrated) -> Calibrated:
-    """Put the rows of q and k in the order of an engine, which rotates a channel of a head with one half a head away.
+def in_engine_order(checkpoint: Checkpoint, calibrated: Calibrated) -> Calibrated:
+    """Put the rows of q, k, v and gates in the order of an engine, see ``Checkpoint.engine_order``.
 
     Args:
         checkpoint: the model.
@@ -293,12 +321,13 @@ def in_halves(checkpoint: Checkpoint, calibrated: Calibrated) -> Calibrated:
     Returns:
         The same object where a family is in this order.
     """
-    if not checkpoint.decoder.family.interleaved:
+    d = checkpoint.decoder
+    if not (d.family.interleaved or d.family.channel_gates):
         return calibrated
     units = dict(calibrated.units)
-    for layer in range(checkpoint.decoder.layers):
-        name = checkpoint.decoder.layer_units(layer)["attn_in"].name
-        linear, order = units[name], checkpoint.halves_order(layer)
+    for layer in (layer for layer in range(d.layers) if d.mixer(layer) == "attn"):
+        name = d.layer_units(layer)["attn_in"].name
+        linear, order = units[name], checkpoint.engine_order(layer)
         bias = None if linear.bias is None else linear.bias[order]
         units[name] = replace(linear, sliced=linear.sliced.rows(order), bias=bias)
     return replace(calibrated, units=units)
@@ -340,6 +369,8 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
             stacked = builder.linear(reads, x, residual)
             if part == "attn":
                 inner = builder.attention(_attention(decoder, layer), stacked, writes)
+            elif part == "delta" and decoder.delta is not None:
+                inner = builder.delta(Delta(f"layers.{layer}.delta", layer, decoder.delta), stacked, writes)
             elif part == "conv":
                 convolution = Convolution(f"layers.{layer}.convolution", layer, decoder.convolution(layer))
                 inner = builder.convolution(convolution, stacked, writes)
@@ -396,5 +427,5 @@ def _attention(decoder: Decoder, layer: int) -> Attention:
         head_norms=head_norms,
         cap=decoder.attention_cap,
         grows=decoder.query_growth is not None,
-        gated=decoder.family.head_gates,
+        gates=decoder.head_gates,
     )

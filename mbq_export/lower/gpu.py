@@ -32,7 +32,18 @@ from ..format.codes import Sliced
 from ..format.planes import pack_scales, pack_slices
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, in_halves, walk_blocks, walk_head
+from .decoder import (
+    Attention,
+    Builder,
+    Convolution,
+    Delta,
+    Embedding,
+    Gate,
+    Norm,
+    in_engine_order,
+    walk_blocks,
+    walk_head,
+)
 from .gpu_launches import Array, Launches
 
 _PRODUCTS = {"normed": "stacked", "attended": "branch", "gated": "branch"}
@@ -69,7 +80,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Low
     """
     gpu, d = target.gpu, checkpoint.decoder
     assert gpu is not None
-    calibrated = in_halves(checkpoint, calibrated)
+    calibrated = in_engine_order(checkpoint, calibrated)
     chunk, launches = gpu.work_groups.chunk, Launches(calibrated.profile.depths)
     for name, numbers in (
         (STATE, TOKENS + chunk), (RESULT, 2), (ROUTING, 2 * chunk), ("order", chunk), (LOGITS, d.vocab_size)
@@ -143,7 +154,7 @@ class GpuBuilder(Builder[str]):
 
     def attention(self, attention: Attention, qkv: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens
-        if attention.gated:
+        if attention.gates:
             raise ModelError(f"{attention.name}: gates of heads have no GPU kernel; export for a processor's target")
         rotary, rotated = f"{attention.rotary}.rotary", 0
         if attention.rotary is not None:
@@ -183,6 +194,9 @@ class GpuBuilder(Builder[str]):
 
     def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
         raise ModelError(f"{convolution.name}: a short convolution has no GPU kernel; export for a processor's target")
+
+    def delta(self, delta: Delta, stacked: str, feeds: RoutedLinear) -> str:
+        raise ModelError(f"{delta.name}: a delta net has no GPU kernel; export for a processor's target")
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens

@@ -29,15 +29,17 @@ from .decoder import (
     Attention,
     Builder,
     Convolution,
+    Delta,
     Embedding,
     Gate,
     Norm,
     first_depths,
-    in_halves,
+    in_engine_order,
     walk_blocks,
     walk_head,
 )
 from .onnx_attention import MS, AttentionNodes
+from .onnx_delta import delta_nodes
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
@@ -92,7 +94,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, acti
         The model and its tensors.
     """
     layout, decoder = LAYOUTS[layout_name], checkpoint.decoder
-    calibrated = in_halves(checkpoint, calibrated)
+    calibrated = in_engine_order(checkpoint, calibrated)
     builder = OnnxBuilder(checkpoint, calibrated, layout)
     builder.attentions.positions()
     walk_head(decoder, calibrated, builder, walk_blocks(decoder, calibrated, builder))
@@ -187,6 +189,9 @@ class OnnxBuilder(Builder[str]):
         )  # fmt: skip
         tokens = g.node("Transpose", [f"{name}.convolved"], f"{name}.tokens", perm=[0, 2, 1])
         return g.node("Mul", [c, tokens], name)
+
+    def delta(self, delta: Delta, stacked: str, feeds: RoutedLinear) -> str:
+        return delta_nodes(self.graph, self.checkpoint, delta, stacked)
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self.graph.node(GATES[gate.activation], [stacked], gate.name, DOMAIN)
@@ -315,6 +320,11 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
     yield False, value("all_logits", TensorProto.FLOAT, ["batch", SCORED, decoder.vocab_size])
     for is_input, name, length in ((True, "past_key_values", "past_sequence"), (False, "present", "total_sequence")):
         for layer in range(decoder.layers):
+            if decoder.delta is not None and decoder.mixer(layer) == "delta":
+                for part, sides in decoder.delta.states.items():
+                    state = f"{name.removesuffix('_key_values')}.{layer}.{part}"
+                    yield is_input, value(state, TensorProto.FLOAT, ["batch", *sides])
+                continue
             if decoder.mixer(layer) == "conv":
                 held: list[str | int] = ["batch", decoder.hidden_size, decoder.conv_taps - 1]
                 yield is_input, value(f"{name.removesuffix('_key_values')}.{layer}.conv", TensorProto.FLOAT, held)

@@ -49,7 +49,7 @@ class AttentionNodes:
         """
         g, d = self.graph, self.decoder
         norms = attention.head_norms
-        together = norms is None and not attention.grows and not attention.gated
+        together = norms is None and not attention.grows and not attention.gates
         query = [qkv, "", ""] if together else self._separate_heads(attention, qkv)
         rotates = attention.rotary is not None and not (norms is not None and norms.rotated_first)
         tables = self._rotary(attention.rotary) if rotates and attention.rotary is not None else []
@@ -57,7 +57,7 @@ class AttentionNodes:
         present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
         more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
         more |= {} if attention.cap is None else {"softcap": attention.cap}
-        name = f"{attention.name}.ungated" if attention.gated else attention.name
+        name = f"{attention.name}.ungated" if attention.gates else attention.name
         attended = g.node(
             "GroupQueryAttention",
             [*query, *past, "seqlens_k", "total_sequence_length", *tables],
@@ -65,12 +65,14 @@ class AttentionNodes:
             num_heads=d.heads, kv_num_heads=d.kv_heads, scale=attention.scale, do_rotary=int(rotates),
             rotary_interleaved=0, **more,
         )  # fmt: skip
-        return self._gated(attention, attended) if attention.gated else attended
+        return self._gated(attention, attended) if attention.gates else attended
 
     def _gated(self, attention: Attention, attended: str) -> str:
-        """Each head times the sigmoid of its gate."""
+        """Each head times the sigmoid of its gate, or each of its channels."""
         g, d = self.graph, self.decoder
         opening = g.node("Sigmoid", [f"{attention.name}.g"], f"{attention.name}.opening")
+        if attention.gates > 1:
+            return g.node("Mul", [attended, opening], attention.name)
         of_heads = g.numbers("gate_of_heads", 0, 0, d.heads, 1)
         opening = g.node("Reshape", [opening, of_heads], f"{attention.name}.opening_of_heads")
         heads = g.node("Reshape", [attended, g.numbers("per_head", 0, 0, -1, d.head_dim)], f"{attended}_heads")

@@ -7,6 +7,9 @@ the call as a number (see ``tvm_weights``).  All functions of the module have on
      keys f32 [layers, kv_heads, blocks, head_dim, 16], values f32 [layers, kv_heads, positions, head_dim],
      weights u8 [bytes]) -> logits f32 [M', vocab, padded to row blocks]
 
+A decoder with short convolutions takes their states behind ``values``; one with delta nets states and memories
+(``tvm_ops.delta``).
+
 ``decode`` takes M = 1.  ``prefill`` returns the logits of the last token, ``score`` of all tokens.  Each function
 writes the cache and ``used``, the average bits of the pass, in place.
 
@@ -31,15 +34,16 @@ from .decoder import (
     Attention,
     Builder,
     Convolution,
+    Delta,
     Embedding,
     Gate,
     Norm,
     first_depths,
-    in_halves,
+    in_engine_order,
     walk_blocks,
     walk_head,
 )
-from .tvm_weights import QUERY_GROWTH, Array, collect, head_norm_tensors, places
+from .tvm_weights import QUERY_GROWTH, Array, collect, delta_tensors, head_norm_tensors, places
 
 
 class Lowered(NamedTuple):
@@ -68,7 +72,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     """
     from tvm import relax, tirx
 
-    calibrated = in_halves(checkpoint, calibrated)
+    calibrated = in_engine_order(checkpoint, calibrated)
     tensors = collect(checkpoint, calibrated)
     slices = weight_inputs(calibrated.profile)[: calibrated.profile.depths]
     depths = first_depths(checkpoint.decoder, calibrated, slices)
@@ -98,14 +102,14 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
         d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, None if norms is None else d.norm_eps,
         norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
         some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
-        cap=d.attention_cap, grows=d.query_growth is not None, gated=d.family.head_gates,
+        cap=d.attention_cap, grows=d.query_growth is not None, gates=d.head_gates,
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
     adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
     convolution = None
     if layers := [layer for layer in range(d.layers) if d.mixer(layer) == "conv"]:
         convolution = (d.conv_taps, checkpoint.taps(d.convolution(layers[0]))[1] is not None)
-    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution))
+    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution, d.delta))
 
 
 def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) -> dict[str, Any]:
@@ -122,8 +126,12 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
         "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
     }
-    if attending < d.layers:
-        shapes["states"] = ([d.layers - attending, d.conv_taps - 1, d.hidden_size], "float32")
+    kept = d.layers - attending
+    if d.delta is not None:
+        shapes["states"] = ([kept, d.delta.taps - 1, d.delta.channels], "float32")
+        shapes["memories"] = ([kept, *d.delta.states["recurrent"]], "float32")
+    elif kept:
+        shapes["states"] = ([kept, d.conv_taps - 1, d.hidden_size], "float32")
     shapes["weights"] = ([max(entry.place + entry.size for entry in entries.values())], "uint8")
     return {name: relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in shapes.items()}
 
@@ -206,6 +214,11 @@ class RelaxBuilder(Builder[Any]):
         places = [self._place(name) for name in names if name in self.entries]
         numbers = [self._index(convolution.layer), *places]
         return self._call("convolution", [stacked, "states", "weights"], numbers, (self.rows, self.decoder.hidden_size))
+
+    def delta(self, delta: Delta, stacked: Any, feeds: RoutedLinear) -> Any:
+        places = [self._place(name) for name in delta_tensors(self.checkpoint, delta.layer)]
+        tensors = [stacked, "states", "memories", "weights"]
+        return self._call("delta", tensors, [self._index(delta.layer), *places], (self.rows, delta.shape.values))
 
     def _index(self, layer: int) -> int:
         """The index of a block among those with the same mixer: caches and states have no gaps."""

@@ -46,6 +46,8 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
     for kind in d.rotary_kinds:
         tensors[f"{kind}.cos"], tensors[f"{kind}.sin"] = checkpoint.rotary(kind)
     for layer in range(d.layers):
+        if d.mixer(layer) == "delta":
+            tensors |= delta_tensors(checkpoint, layer)
         if d.mixer(layer) == "conv":
             taps, bias = checkpoint.taps(d.convolution(layer))
             tensors[f"{d.convolution(layer)}.taps"] = np.ascontiguousarray(taps.T)
@@ -94,13 +96,25 @@ def head_norm_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, str]:
     return {f"layers.{layer}.attention.{part}_row": source for part, source in zip("qk", sources, strict=True)}
 
 
+def delta_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Array]:
+    """What a delta net computes with, by name: taps [taps, channels], rate, step and gain.
+
+    Args:
+        checkpoint: the model.
+        layer: index of the block.
+    """
+    weights, prefix = checkpoint.delta_weights(layer), checkpoint.decoder.delta_net(layer)
+    found = {"taps": weights.taps.T, "rate": weights.rate, "step": weights.step, "gain": weights.gain}
+    return {f"{prefix}.{part}": np.ascontiguousarray(value) for part, value in found.items()}
+
+
 def _norms(checkpoint: Checkpoint) -> dict[str, str]:
     """Names in the checkpoint, by the names of tensors."""
     d = checkpoint.decoder
     names = {d.final_norm: d.final_norm}
     for layer in range(d.layers):
         of_block = [norm for norm, _ in d.normed_units(layer).values()]
-        of_block += [name for role in ("attn_out", "mlp_out") if (name := d.output_norm(layer, role))]
+        of_block += [name for role in (f"{d.mixer(layer)}_out", "mlp_out") if (name := d.output_norm(layer, role))]
         names |= {name: name for name in of_block} | head_norm_tensors(checkpoint, layer)
     return names
 

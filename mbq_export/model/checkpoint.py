@@ -15,6 +15,20 @@ from .shape import Decoder, Unit, stacked
 from .source import ModelSource
 
 
+@dataclass(frozen=True)
+class DeltaWeights:
+    """What a gated delta net computes with between its two linear layers (``format.delta``).
+
+    taps: float32 [channels, taps], the newest token last; rate: float32 [value heads], below 0, multiplies the steps of
+    the decay; step: float32 [value heads], is added to them; gain: float32 [value_dim], of the norm of each head.
+    """
+
+    taps: NDArray[np.float32]
+    rate: NDArray[np.float32]
+    step: NDArray[np.float32]
+    gain: NDArray[np.float32]
+
+
 @dataclass
 class Checkpoint:
     """A loaded float32 model.
@@ -130,7 +144,7 @@ class Checkpoint:
 
         Args:
             layer: index of the block.
-            part: q, k, v, o, gate, up or down.
+            part: as ``Decoder.parts`` names it.
 
         Returns:
             float32 weight [rows, K], and bias [rows] or None.
@@ -152,6 +166,27 @@ class Checkpoint:
         module = self.model.get_submodule(name)
         bias = None if module.bias is None else module.bias.detach().cpu().numpy()
         return module.weight.detach()[:, 0].cpu().numpy(), bias
+
+    def delta_weights(self, layer: int) -> DeltaWeights:
+        """What a gated delta net computes with between its two linear layers.
+
+        Args:
+            layer: index of the block.
+        """
+        net = self.model.get_submodule(self.decoder.delta_net(layer))
+        found = (-net.A_log.detach().float().exp(), net.dt_bias.detach(), net.norm.weight.detach())
+        rate, step, gain = (value.cpu().numpy().astype(np.float32) for value in found)
+        return DeltaWeights(self.taps(self.decoder.convolution(layer))[0], rate, step, gain)
+
+    def scale_delta_norm(self, layer: int, factor: torch.Tensor) -> None:
+        """Multiply what the norm of a gated delta net multiplies by, in place.
+
+        Args:
+            layer: index of the block.
+            factor: float32 [value_dim].
+        """
+        with torch.no_grad():
+            self.model.get_submodule(self.decoder.delta_net(layer)).norm.weight.mul_(factor.to(self.device))
 
     def norm(self, name: str) -> NDArray[np.float32]:
         """What an RMS norm multiplies by, float32 [width].
@@ -211,20 +246,25 @@ class Checkpoint:
         half = cos.shape[-1] // 2
         return cos[0, :, :half].cpu().numpy().copy(), sin[0, :, :half].cpu().numpy().copy()
 
-    def halves_order(self, layer: int) -> NDArray[np.int64]:
-        """The order of the rows of q, k and v in which a rotation turns channels half a head apart.
+    def engine_order(self, layer: int) -> NDArray[np.int64]:
+        """The order of the rows of q, k and v in which engines take them: a rotation turns channels half a head apart.
 
-        A checkpoint of an ``interleaved`` family has the two channels of a rotation side by side.
+        A checkpoint of an ``interleaved`` family has the two channels of a rotation side by side.  One of a family with
+        ``channel_gates`` has the gates of a head behind its query; engines take all gates behind v.
 
         Args:
-            layer: index of the block.
+            layer: index of a block with attention.
 
         Returns:
-            int64 [rows of q, k and v]: for each row of the new order, its row in the checkpoint.
+            int64 [rows of q, k, v and gates]: for each row of the new order, its row in the checkpoint.
         """
         d, kind = self.decoder, self.decoder.rotary_kind(layer)
-        rows = np.arange(sum(d.qkv_sizes))
-        if kind is not None:
+        rows = np.arange(sum(d.attention_sizes.values()))
+        if d.family.channel_gates:
+            size = d.heads * d.head_dim
+            queries, gates = rows[: 2 * size].reshape(d.heads, 2, d.head_dim).swapaxes(0, 1)
+            rows = np.concatenate([queries.reshape(-1), rows[2 * size :], gates.reshape(-1)])
+        if kind is not None and d.family.interleaved:
             half = self.rotary_at(kind, [0])[0].shape[1]
             heads = rows[: (d.heads + d.kv_heads) * d.head_dim].reshape(-1, d.head_dim)
             pairs = heads[:, : 2 * half].reshape(-1, half, 2)

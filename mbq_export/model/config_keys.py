@@ -34,10 +34,12 @@ _IN_OTHER_KEYS = {
 _IN_TABLES = {
     "rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings",
     "max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
-    "mscale", "mscale_all_dim", "short_factor", "long_factor", "truncate", "alpha",
+    "mscale", "mscale_all_dim", "short_factor", "long_factor", "truncate", "alpha", "mrope_section",
+    "mrope_interleaved",
 }  # fmt: skip
 """Keys of ``rope_parameters`` that only change the frequencies and the scale of a rotation.  A bundle holds the
-table that transformers makes of them."""
+table that transformers makes of them.  Those of mrope divide the frequencies among the axes of an image; of a text all
+axes have the same positions."""
 
 _READ = re.compile(r"""\bconfig\.(\w+)|\bgetattr\(\s*(?:self\.)?config,\s*["'](\w+)["']""")
 

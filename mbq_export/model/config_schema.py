@@ -52,6 +52,11 @@ SIZES = {
     "num_attention_heads": Range(1, 1 << 12),
     "num_key_value_heads": Range(1, 1 << 12),
     "head_dim": Range(1, 1 << 12),
+    "linear_num_key_heads": Range(1, 1 << 12),
+    "linear_num_value_heads": Range(1, 1 << 12),
+    "linear_key_head_dim": Range(1, 1 << 12),
+    "linear_value_head_dim": Range(1, 1 << 12),
+    "linear_conv_kernel_dim": Range(2, 64),
     "vocab_size": Range(1, 1 << 22),
     "max_position_embeddings": Range(1, 1 << 24),
     "original_max_position_embeddings": Range(1, 1 << 24),
@@ -137,10 +142,12 @@ def _wrong_sums(values: Mapping[str, Any]) -> Iterator[str]:
     layers, kinds = values.get("num_hidden_layers"), values.get("layer_types")
     if layers and kinds and len(kinds) != layers:
         yield f"layer_types names {len(kinds)} layers, num_hidden_layers is {layers}; they must be equal"
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        yield (f"num_attention_heads is {heads}, num_key_value_heads is {kv_heads}; the second must divide the first")
-    hidden = values.get("hidden_size")
+    for many, few in (
+        ("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"),
+    ):  # fmt: skip
+        if values.get(many) and values.get(few) and values[many] % values[few]:
+            yield f"{many} is {values[many]}, {few} is {values[few]}; the second must divide the first"
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if hidden and heads and not values.get("head_dim") and hidden % heads:
         yield f"hidden_size is {hidden}, num_attention_heads is {heads}; the second must divide the first"
 

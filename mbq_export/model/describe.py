@@ -6,16 +6,18 @@ import math
 from typing import Any
 
 from mbq_runtime.errors import ModelError
+from mbq_targets.spec import DeltaNet
 
 from .config_keys import ConfigKeys
 from .families import Family, check_family
-from .shape import CONV, FULL, SLIDING, Decoder, QueryGrowth
+from .shape import CONV, DELTA, FULL, SLIDING, Decoder, QueryGrowth
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activation function of the gate, by its name in config.json."""
 
 HEAD_DIM_STEP = 16
-"""ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU."""
+"""ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU, and so do delta nets
+of TVM."""
 
 
 def describe(config: Any, where: str, *, tied: bool | None = None) -> Decoder:
@@ -76,6 +78,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         logits_cap=keys.get("final_logit_softcapping") or None,
         query_growth=QueryGrowth(beta, keys.rope("original_max_position_embeddings")) if beta else None,
         conv_taps=keys.get("conv_L_cache") or 0,
+        delta=_delta_net(keys, activation, where) if DELTA in kinds else None,
         branch_scale=float(keys.get("residual_multiplier") or 1),
         logits_scale=1 / float(keys.get("logits_scaling") or 1),
     )
@@ -85,10 +88,28 @@ def _windows(keys: ConfigKeys, family: Family, layers: int, where: str) -> tuple
     """The sliding window, and the kind of each layer."""
     window = keys.get("sliding_window") if keys.get("use_sliding_window", True) else None
     kinds = keys.get("layer_types") or [SLIDING if window else FULL] * layers
-    unknown = set(kinds) - {FULL, SLIDING, *((CONV,) if "conv_in" in family.linears else ())}
+    mixers = {kind for kind, role in ((CONV, "conv_in"), (DELTA, "delta_in")) if role in family.linears}
+    unknown = set(kinds) - {FULL, SLIDING, *mixers}
     if unknown:
         raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
     return window, tuple(kinds)
+
+
+def _delta_net(keys: ConfigKeys, activation: str, where: str) -> DeltaNet:
+    """The shape of the layers of linear attention."""
+    found = DeltaNet(
+        key_heads=keys.get("linear_num_key_heads"),
+        value_heads=keys.get("linear_num_value_heads"),
+        key_dim=keys.get("linear_key_head_dim"),
+        value_dim=keys.get("linear_value_head_dim"),
+        taps=keys.get("linear_conv_kernel_dim"),
+    )
+    for key, size in (("linear_key_head_dim", found.key_dim), ("linear_value_head_dim", found.value_dim)):
+        if size % HEAD_DIM_STEP:
+            raise ModelError(f"{where}: {key} is {size}; the kernels need a multiple of {HEAD_DIM_STEP}")
+    if ACTIVATIONS[activation] != "silu":
+        raise ModelError(f"{where}: hidden_act is {activation!r}; layers of linear attention need silu")
+    return found
 
 
 def _ffn_size(keys: ConfigKeys, family: Family) -> int:

@@ -1,8 +1,8 @@
 """The families of decoders: one row each, which says how a checkpoint of the family is built.
 
-A decoder is a list of blocks.  A block is a mixer (attention, or a short convolution), then a feed-forward (a gated
-MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this module knows the
-names of a checkpoint's modules.
+A decoder is a list of blocks.  A block is a mixer (attention, a short convolution, or a gated delta net), then a
+feed-forward (a gated MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this
+module knows the names of a checkpoint's modules.
 """
 
 from __future__ import annotations
@@ -41,6 +41,20 @@ _GATED_CONV: Linears = {
     "attn_out": LINEARS["attn_out"],
 }
 
+_DELTA_NET: Linears = {
+    "attn_in": LINEARS["attn_in"],
+    "attn_out": LINEARS["attn_out"],
+    "delta_in": (
+        "linear_attn.in_proj_qkv",
+        "linear_attn.in_proj_z",
+        "linear_attn.in_proj_b",
+        "linear_attn.in_proj_a",
+    ),
+    "delta_out": ("linear_attn.out_proj",),
+    "mlp_in": LINEARS["mlp_in"],
+    "mlp_out": LINEARS["mlp_out"],
+}
+
 Norms = Mapping[str, str]
 """By role, the norm before a unit that ends in _in, and the norm after a unit that ends in _out, by its name in a
 block.  A role that is not named has no norm there."""
@@ -55,6 +69,7 @@ _LFM3_NORMS: Norms = {
     "conv_out": "post_operator_norm",
     "mlp_out": "post_ffn_norm",
 }
+_DELTA_NORMS: Norms = {**PRE_NORMS, "delta_in": "input_layernorm"}
 _GLM_NORMS: Norms = {**PRE_NORMS, "attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 
 
@@ -104,6 +119,9 @@ class Family:
     """The key of what is added to the mean square in RMS norms."""
     head_gates: bool = False
     """What a head attends to is multiplied by the sigmoid of a number, which a layer behind q, k and v makes."""
+    channel_gates: bool = False
+    """What a head attends to is multiplied, channel by channel, by the sigmoid of numbers that the layer of q makes: of
+    each head first the query, then the gates."""
     growing_queries: bool = False
     """Queries grow with their position by ``llama_4_scaling_beta``."""
     ffn_size: str = "intermediate_size"
@@ -121,6 +139,10 @@ FAMILIES = {
         Family("ministral3", "Ministral3ForCausalLM", growing_queries=True),
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", head_norms=HeadNorms()),
+        Family(
+            "qwen3_5_text", "Qwen3_5ForCausalLM",
+            linears=_DELTA_NET, norms=_DELTA_NORMS, norm_offset=1.0, head_norms=HeadNorms(), channel_gates=True,
+        ),
         Family("smollm3", "SmolLM3ForCausalLM"),
         Family("seed_oss", "SeedOssForCausalLM"),
         Family("granite", "GraniteForCausalLM"),
@@ -178,6 +200,7 @@ WRAPPERS = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 """Models of text and other media, by ``model_type``, with their entry in ``architectures``.  Their text part loads."""
 

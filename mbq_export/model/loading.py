@@ -30,7 +30,7 @@ from .shape import Decoder
 from .source import ModelSource, read_json, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
 from .text_check import check_text, without_folder
-from .wrappers import RENAMED, check_wrapper, of_other_media, renamed, text_part
+from .wrappers import RENAMED, check_wrapper, is_left_out, renamed, text_part
 
 _UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Stored by old versions of transformers, which compute it since."""
@@ -345,9 +345,7 @@ def _check_names(
         raise ModelError(
             f"{source.name}: weight {min(mismatched)} has another shape than config.json says; download both again"
         )
-    unused = sorted(
-        name for name in unexpected if not (_UNEXPECTED_BUT_IRRELEVANT.search(name) or of_other_media(name))
-    )
+    unused = sorted(name for name in unexpected if not (_UNEXPECTED_BUT_IRRELEVANT.search(name) or is_left_out(name)))
     if unused:
         raise ModelError(
             f"{source.name}: {len(unused)} weights are in the files that a {config.model_type} model of this "

@@ -40,7 +40,7 @@ _CLEAR = 5.0
 
 _SMALLEST = 1e-30
 
-_PARTS = {"attn_in": "attention", "conv_in": "convolution", "mlp_in": "MLP"}
+_PARTS = {"attn_in": "attention", "conv_in": "convolution", "delta_in": "delta net", "mlp_in": "MLP"}
 
 F32 = NDArray[np.float32]
 

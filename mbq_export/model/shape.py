@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
+
+from mbq_targets.spec import DeltaNet
 
 from .families import Family
 
-FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
-"""Kinds of layers, by their names in config.json: attention to all tokens, to a window, and a short convolution."""
+FULL, SLIDING, CONV, DELTA = "full_attention", "sliding_attention", "conv", "linear_attention"
+"""Kinds of layers, by their names in config.json: attention to all tokens, to a window, a short convolution, and a
+gated delta net."""
+
+_MIXERS = {CONV: "conv", DELTA: "delta"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Decoder:
     attention_scale: float
     """Multiplies q . k."""
     layer_kinds: tuple[str, ...]
-    """FULL, SLIDING or CONV, by layer."""
+    """FULL, SLIDING, CONV or DELTA, by layer."""
     sliding_window: int
     """Tokens that a token attends to in sliding layers, itself included."""
     embedding_scale: float = 1.0
@@ -89,18 +95,20 @@ class Decoder:
     """How queries grow with their position."""
     conv_taps: int = 0
     """Tokens that a convolution sees, the newest included."""
+    delta: DeltaNet | None = None
+    """The shape of all gated delta nets.  None: there are none."""
     branch_scale: float = 1.0
     """What attention and MLP put out is multiplied by.  Folded into weights when the model is loaded."""
     logits_scale: float = 1.0
     """What logits are multiplied by.  Folded into the final norm when the model is loaded."""
 
     def mixer(self, layer: int) -> str:
-        """What mixes tokens in a block: attn or conv, the first part of its roles.
+        """What mixes tokens in a block: attn, conv or delta, the first part of its roles.
 
         Args:
             layer: index of the block.
         """
-        return "conv" if self.layer_kinds[layer] == CONV else "attn"
+        return _MIXERS.get(self.layer_kinds[layer], "attn")
 
     def layers_of(self, role: str) -> int:
         """How many blocks have a unit of this role.
@@ -119,18 +127,35 @@ class Decoder:
 
     @property
     def attention_sizes(self) -> dict[str, int]:
-        """Rows of q, k and v in the stacked projection, and of the heads' gates (g) where the family has them."""
+        """Rows of q, k and v in the stacked projection, and of gates (g) where the family has them.
+
+        In this order engines take them.  A checkpoint with ``channel_gates`` has the gates among the rows of q.
+        """
         sizes = dict(zip("qkv", self.qkv_sizes, strict=True))
-        return {**sizes, "g": self.heads} if self.family.head_gates else sizes
+        return {**sizes, "g": self.heads * self.head_gates} if self.head_gates else sizes
+
+    @property
+    def head_gates(self) -> int:
+        """Numbers that gate what a head attends to: 0 for no gates, 1, or one for each channel."""
+        return self.head_dim if self.family.channel_gates else int(self.family.head_gates)
 
     @property
     def parts(self) -> dict[str, dict[str, slice]]:
-        """By role, the rows of each part (q, k, v, g, o, gate, up, down; b, c, x, y) in the stacked matrix."""
+        """By role, the rows of each part in the stacked matrix, in the order of the checkpoint.
+
+        Parts are q, k, v, g and o of attention; gate, up and down of an MLP; b, c, x and y of a convolution; and mixed
+        (queries, keys and values), z, beta, decay and out of a delta net.
+        """
+        delta, attention = self.delta, self.attention_sizes
+        if self.family.channel_gates:
+            attention = {"q": attention["q"] + attention["g"], "k": attention["k"], "v": attention["v"]}
         sizes = {
-            "attn_in": self.attention_sizes,
+            "attn_in": attention,
             "attn_out": {"o": self.hidden_size},
             "conv_in": dict.fromkeys("bcx", self.hidden_size),
             "conv_out": {"y": self.hidden_size},
+            "delta_in": {} if delta is None else delta.sizes,
+            "delta_out": {"out": self.hidden_size},
             "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
             "mlp_out": {"down": self.hidden_size},
         }
@@ -139,12 +164,14 @@ class Decoder:
     @property
     def role_shapes(self) -> dict[str, tuple[int, int]]:
         """(N, K) of each role's stacked matrix in a block, for the roles that occur."""
-        attended = self.heads * self.head_dim
+        attended, delta = self.heads * self.head_dim, self.delta
         shapes = {
             "attn_in": (sum(self.attention_sizes.values()), self.hidden_size),
             "attn_out": (self.hidden_size, attended),
             "conv_in": (3 * self.hidden_size, self.hidden_size),
             "conv_out": (self.hidden_size, self.hidden_size),
+            "delta_in": (0 if delta is None else sum(delta.sizes.values()), self.hidden_size),
+            "delta_out": (self.hidden_size, 0 if delta is None else delta.values),
             "mlp_in": (2 * self.ffn_size, self.hidden_size),
             "mlp_out": (self.hidden_size, self.ffn_size),
         }
@@ -164,6 +191,19 @@ class Decoder:
         """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
         of_units = sum(self.layers_of(role) * n * k for role, (n, k) in self.role_shapes.items())
         return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, which an engine keeps in float32."""
+        return 2 * 4 * self.layers_of("attn_in") * self.kv_heads * self.head_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the float32 states of one context, whatever its length."""
+        numbers = self.layers_of("conv_in") * self.hidden_size * (self.conv_taps - 1)
+        if self.delta is not None:
+            numbers += self.layers_of("delta_in") * sum(map(prod, self.delta.states.values()))
+        return 4 * numbers
 
     def block(self, layer: int) -> str:
         """The name of a block's module.
@@ -201,7 +241,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_in, conv_in or mlp_in.
+            role: attn_in, conv_in, delta_in or mlp_in.
         """
         return self._norm(layer, role)
 
@@ -220,7 +260,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_out, conv_out or mlp_out.
+            role: attn_out, conv_out, delta_out or mlp_out.
         """
         return self._norm(layer, role)
 
@@ -242,9 +282,17 @@ class Decoder:
         """The name of the module with a convolution's taps.
 
         Args:
+            layer: index of a block with a convolution or a delta net.
+        """
+        return f"{self.block(layer)}.conv.conv" if self.mixer(layer) == "conv" else f"{self.delta_net(layer)}.conv1d"
+
+    def delta_net(self, layer: int) -> str:
+        """The name of the module of a gated delta net.
+
+        Args:
             layer: index of the block.
         """
-        return f"{self.block(layer)}.conv.conv"
+        return f"{self.block(layer)}.linear_attn"
 
     def head_norms(self, layer: int) -> tuple[str, str] | None:
         """The names of the norms of q and of k, or None where the block has none.
@@ -260,7 +308,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            part: q, k, v, o, gate, up or down; b, c, x or y.
+            part: as ``parts`` names it.
         """
         role = next(role for role, of in self.parts.items() if part in of)
         within, names = self.parts[role][part], self.layer_units(layer)[role].sources

@@ -23,7 +23,8 @@ RENAMED = {
 }
 """Names of weights in a wrapper's files, as patterns, and what they are in its text part."""
 
-_OTHER_MEDIA = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual)\.")
+_LEFT_OUT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\.")
+"""Weights of other media, and those that guess the next tokens but one."""
 
 
 def check_wrapper(values: Mapping[str, Any], where: str) -> None:
@@ -87,10 +88,10 @@ def renamed(name: str) -> str:
     return name
 
 
-def of_other_media(name: str) -> bool:
+def is_left_out(name: str) -> bool:
     """Whether a weight belongs to what is left out.
 
     Args:
         name: in a checkpoint's file.
     """
-    return _OTHER_MEDIA.match(name) is not None
+    return _LEFT_OUT.match(name) is not None

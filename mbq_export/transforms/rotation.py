@@ -3,12 +3,13 @@
 A rotation ``Q`` of the residual stream is fused into every matrix that reads it or writes to it.  A rotation of each
 value head is fused into v and o.  The function of the model stays the same, and nothing is computed at run time (the
 idea of QuaRot, arXiv 2404.00456, and SpinQuant, arXiv 2405.16406).  A norm's gain does not commute with a rotation,
-so it first moves into the matrices behind the norm.  Two cases differ:
+so it first moves into the matrices behind the norm.  Three cases differ:
 
 * A head that is tied to the embedding cannot take the last norm's gain ``g``, because the embedding must not have it.
   Its input is multiplied by ``Q.T diag(g) Q`` at run time instead.
 * A family with norms on what a block adds to the stream has gains that no matrix can take.  Such a model is not
   rotated.
+* Gates of single channels stand between v and o, and inside a delta net.  There the heads are not rotated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from ..model.checkpoint import Checkpoint
 from ..model.sliced_linear import row_ranges
 
 _LARGEST_FACTOR = 128
+
+_WRITES = {"attn": "o", "conv": "y", "delta": "out"}
+"""The part of a block's mixer that writes to the residual stream, by mixer."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,13 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         for layer in range(d.layers):
             for norm, unit in d.normed_units(layer).values():
                 _absorb(checkpoint, norm, unit.sources, stream)
-            attends = d.mixer(layer) == "attn"
-            if attends:
+            turned = d.mixer(layer) == "attn" and not d.family.channel_gates
+            if turned:
                 _rotate_values(checkpoint, layer, heads)
-            for part in ("o" if attends else "y", "down"):
+            for part in (_WRITES[d.mixer(layer)], "down"):
                 weight, bias = checkpoint.part(layer, part)
                 exact = _exact(weight)
-                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" else exact))
+                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" and turned else exact))
                 if bias is not None:
                     bias.copy_(stream.rows(_exact(bias)))
         table = model.get_input_embeddings().weight

@@ -4,8 +4,9 @@ A few channels of an LLM's activations are far larger than the rest.  Each linea
 ``s = (rms of the channel / mean rms)**ALPHA``, and the columns of its weight are multiplied by ``s``.  Then int8
 activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant, arXiv 2211.10438,
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
-attention), the rows of up (through the gate), the rows of c (behind a convolution).  The function of the model stays
-the same.  A unit that reads the residual stream without a norm is left as it is: the stream has other readers.
+attention), the rows of up (through the gate), the rows of c (behind a convolution), the norm of a delta net's heads.
+The function of the model stays the same.  A unit that reads the residual stream without a norm is left as it is: the
+stream has other readers.
 """
 
 from __future__ import annotations
@@ -85,11 +86,16 @@ def smooth(
                 checkpoint.scale_norm(norm, 1 / scale)
                 for name in unit.sources:
                     checkpoint.linear(name).weight *= scale
+            of_mixer = rms[units[f"{d.mixer(layer)}_out"].name]
             if d.mixer(layer) == "attn":
-                per_query, per_value = _shared_by_value_heads(rms[units["attn_out"].name], checkpoint)
+                per_query, per_value = _shared_by_value_heads(of_mixer, checkpoint)
                 _rescale(checkpoint, layer, "v", per_value, "o", per_query)
+            elif d.delta is not None and d.mixer(layer) == "delta":
+                scale = _spread(of_mixer.reshape(-1, d.delta.value_dim).square().mean(0).sqrt())
+                checkpoint.scale_delta_norm(layer, 1 / scale)
+                checkpoint.part(layer, "out")[0].mul_(scale.repeat(d.delta.value_heads))
             else:
-                scale = _spread(rms[units["conv_out"].name])
+                scale = _spread(of_mixer)
                 _rescale(checkpoint, layer, "c", scale, "y", scale)
             scale = _spread(rms[units["mlp_out"].name])
             _rescale(checkpoint, layer, "up", scale, "down", scale)

@@ -98,6 +98,7 @@ def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, .
         native=target.native and "onnx" in engines,
         convolutions=[layer for layer in range(d.layers) if d.mixer(layer) == "conv"],
         conv_cache_size=d.conv_taps - 1 if d.conv_taps else 0,
+        deltas=d.delta is not None,
     )
 
 
@@ -124,6 +125,7 @@ def _manifest(
             hidden_size=d.hidden_size,
             layers=d.layers,
             context_length=d.context_length,
+            states={} if d.delta is None else d.delta.states,
         ),
         target=TargetFacts(target.name, engines[0], target.arch, target.cpu, target.features),
         slices=plan.profile.slices,

@@ -152,7 +152,7 @@ def _run_onnx(graph: Path, library: Path | None, expected: Recording, more: Sequ
 def _streams(work: Work, graph: Path, library: Path | None, expected: Recording) -> dict[str, F32]:
     """The residual stream of a graph at every place.  The graph runs once more, with the stream as an output."""
     model = onnx.load(str(graph), load_external_data=False)
-    reader = re.compile(r"layers\.0\.(attn|conv)_(norm|in)")
+    reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
     d = work.checkpoint.decoder
     sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in (d.mixer(layer), "mlp")]

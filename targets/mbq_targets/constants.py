@@ -9,6 +9,9 @@ from __future__ import annotations
 MEAN_SQUARE_EPS = 1e-12
 """A router adds this to the mean square of a token, so that its logarithm exists for a token of zeros."""
 
+UNIT_EPS = 1e-6
+"""A delta net adds this to the sum of squares of a query or a key before it divides by its length."""
+
 SMALLEST_ACTIVATION = 1e-30
 """A group of activations counts as zero if its largest magnitude is below this. Its inverse would overflow."""
 

@@ -41,3 +41,50 @@ class KernelSpec:
 
     def __str__(self) -> str:
         return f"slices={self.profile} group_size={self.group_size} activation_bits={self.activation_bits}"
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """The shape of a gated delta net. ``mbq_export.format.delta`` defines what it computes.
+
+    key_heads: heads of queries and of keys.
+    value_heads: heads of values, each with a memory of its own. Neighbours share a head of keys, so it is a multiple of
+        key_heads.
+    key_dim: channels in a head of keys. Kernels need a multiple of 16.
+    value_dim: channels in a head of values. Kernels need a multiple of 16.
+    taps: tokens that its convolution sees, the newest included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys together."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values together."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: those of queries, of keys and of values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of the stacked projection: queries, keys and values; z; the strengths; the decays."""
+        return {"mixed": self.channels, "z": self.values, "beta": self.value_heads, "decay": self.value_heads}
+
+    @property
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what it keeps from pass to pass: the last tokens, and a memory for each head of values."""
+        return {
+            "conv": (self.channels, self.taps - 1),
+            "recurrent": (self.value_heads, self.key_dim, self.value_dim),
+        }

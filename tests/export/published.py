@@ -8,6 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+_QWEN_3_5: dict[str, Any] = {
+    "head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "attn_output_gate": True, "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "mlp_only_layers": [], "attention_bias": False,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25, "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+    },
+}  # fmt: skip
+"""What the configs of all dense Qwen3.5 models have."""
+
 _ROPE_YARN = {
     "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -155,6 +167,25 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
             },
         },
         4.02e9,
+    ),
+    "Qwen3.5-0.8B": (
+        {
+            "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "eos_token_id": 1,
+            "tie_word_embeddings": True, "vision_config": {"model_type": "qwen3_5_vision", "depth": 12},
+            "text_config": _config(
+                "Qwen3_5ForCausalLM", "qwen3_5_text", (24, 1024, 3584, 8, 2, 248320, 262144),
+                linear_num_value_heads=16, tie_word_embeddings=True, **_QWEN_3_5,
+            ),
+        },
+        0.752e9,
+    ),
+    # As a text model alone.  Its head is tied in the published config; nothing else of it was seen.
+    "Qwen3.5-4B": (
+        _config(
+            "Qwen3_5ForCausalLM", "qwen3_5_text", (32, 2560, 9216, 16, 4, 248320, 262144),
+            linear_num_value_heads=32, tie_word_embeddings=True, **_QWEN_3_5,
+        ),
+        4.2e9,
     ),
     # MiniCPM5-1B is named as a Llama.  Its layers, heads and context are as published, its widths are only near.
     "MiniCPM5-1B": (

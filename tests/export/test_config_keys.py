@@ -52,6 +52,13 @@ def test_every_family_has_a_tiny_model() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
         ("granitemoehybrid", {"layer_types": ["attention", "mamba"]}, "layers of kind"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layers of kind linear_attention"),
+        (
+            "qwen3_5_text",
+            {"linear_value_head_dim": 24},
+            "linear_value_head_dim is 24; the kernels need a multiple of 16",
+        ),
+        ("qwen3_5_text", {"hidden_act": "gelu_pytorch_tanh"}, "layers of linear attention need silu"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},

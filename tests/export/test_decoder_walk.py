@@ -11,7 +11,17 @@ from transformers import AutoConfig
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
-from mbq_export.lower.decoder import Attention, Builder, Convolution, Embedding, Gate, Norm, walk_blocks, walk_head
+from mbq_export.lower.decoder import (
+    Attention,
+    Builder,
+    Convolution,
+    Delta,
+    Embedding,
+    Gate,
+    Norm,
+    walk_blocks,
+    walk_head,
+)
 from mbq_export.model.describe import describe
 from mbq_export.model.shape import Decoder
 from mbq_export.transforms.rotation import HeadInput
@@ -55,6 +65,9 @@ class Recorder(Builder[str]):
 
     def convolution(self, convolution: Convolution, stacked: str, feeds: RoutedLinear) -> str:
         return self._made(convolution.name, f"{convolution.source} {stacked} for {feeds.unit.name}")
+
+    def delta(self, delta: Delta, stacked: str, feeds: RoutedLinear) -> str:
+        return self._made(delta.name, f"{delta.shape.taps} taps {stacked} for {feeds.unit.name}")
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self._made(gate.name, f"{gate.activation} {stacked} for {feeds.unit.name}")
@@ -156,6 +169,18 @@ def test_a_block_with_a_convolution() -> None:
         "layers.0.conv_out = linear layers.0.convolution by layers.0.convolution",
     ]
     assert [attention.layer for attention in recorder.attentions] == [1]
+
+
+def test_a_block_with_a_delta_net() -> None:
+    decoder = described("qwen3_5_text")
+    recorder = walked(decoder, calibrated(decoder))
+    assert recorder.calls[1:5] == [
+        "layers.0.delta_norm = norm rows + None for layers.0.delta_in",
+        "layers.0.delta_in = linear layers.0.delta_norm by layers.0.delta_norm.sum",
+        "layers.0.delta = 4 taps layers.0.delta_in for layers.0.delta_out",
+        "layers.0.delta_out = linear layers.0.delta by layers.0.delta",
+    ]
+    assert [(attention.layer, attention.gates) for attention in recorder.attentions] == [(1, 64)]
 
 
 def test_layers_without_rotation_and_growing_queries() -> None:

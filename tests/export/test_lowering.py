@@ -78,6 +78,10 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
             factor = factors(d.kv_heads * d.head_dim)
             by_query = factor.reshape(d.kv_heads, 1, -1).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
             move(layer, "v", "o", factor, by_query)
+        elif d.delta is not None:
+            factor = factors(d.delta.value_dim)
+            checkpoint.scale_delta_norm(layer, 1 / factor)
+            checkpoint.part(layer, "out")[0].mul_(factor.repeat(d.delta.value_heads))
         else:
             factor = factors(d.hidden_size)
             move(layer, "c", "y", factor, factor)
@@ -140,7 +144,7 @@ def _run(
     feed: dict[str, NDArray[np.generic]] = {
         name: empty_past(shape) if past is None else past[_made(name)] for name, shape in caches.items()
     }
-    seen = next((array.shape[2] for array in feed.values() if array.ndim == 4), 0)
+    seen = next((array.shape[2] for name, array in feed.items() if name.endswith(".key")), 0)
     feed["input_ids"] = np.array([tokens], np.int64)
     feed["attention_mask"] = np.ones((1, seen + len(tokens)), np.int64)
     feed["avg_bits"] = np.array([bits, 8], np.float32)
@@ -219,7 +223,7 @@ def test_a_board_infers_the_shapes_that_the_engine_makes(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), options)
     past = {
-        o.name: np.zeros((1, o.shape[1], *((4, o.shape[3]) if len(o.shape) == 4 else (o.shape[2],))), np.float32)
+        o.name: np.zeros([1, *(side if isinstance(side, int) else 4 for side in o.shape[1:])], np.float32)
         for o in session.get_outputs()
         if o.name.startswith("present")
     }

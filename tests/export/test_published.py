@@ -59,6 +59,14 @@ def test_the_plan_of_a_published_model(name: str, tmp_path: Path, monkeypatch: p
     assert parameters < found["peak_memory_bytes"] < MOST_MEMORY + 2 * parameters
 
 
+def test_the_memory_of_a_context_with_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of 6 of 24 layers; of the others 3 tokens before their convolution, and 16 memories."""
+    found = plan("Qwen3.5-0.8B", tmp_path, monkeypatch)["context_bytes"]
+    assert found == {"each_token": 2 * 4 * 6 * 2 * 256, "states": 18 * 4 * (6144 * 3 + 16 * 128 * 128)}
+    assert plan("LFM2-1.2B", tmp_path, monkeypatch)["context_bytes"]["states"] == 10 * 4 * 2048 * 2
+    assert plan("EXAONE-4.0-1.2B", tmp_path, monkeypatch)["context_bytes"]["states"] == 0
+
+
 def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     of = {name: read_config(locate(str(folder_of(name, tmp_path / name)))) for name in CONFIGS}
     smollm = of["SmolLM3-3B"]
@@ -80,4 +88,11 @@ def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     growth = of["Ministral-3-3B-Instruct-2512"].query_growth
     assert growth is not None
     assert (growth.beta, growth.original) == (0.1, 16384)
+    qwen = of["Qwen3.5-0.8B"]
+    assert [layer for layer in range(24) if qwen.mixer(layer) == "attn"] == list(range(3, 24, 4))
+    assert qwen.role_shapes["delta_in"] == (3 * 2048 + 2048 + 2 * 16, 1024)
+    assert qwen.role_shapes["attn_in"] == (2 * 2048 + 2 * 512, 1024)
+    assert qwen.delta is not None
+    assert qwen.delta.states == {"conv": (6144, 3), "recurrent": (16, 128, 128)}
+    assert of["Qwen3.5-4B"].role_shapes["delta_out"] == (2560, 4096)
     assert of["MiniCPM5-1B"].family.model_type == "llama"

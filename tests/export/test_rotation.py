@@ -27,7 +27,9 @@ def test_a_rotation_is_orthogonal_and_its_factors_are_the_matrix(n: int) -> None
     torch.testing.assert_close(rotation.rows(weight[0]), matrix.T @ weight[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "granite", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "granite", "lfm2", "qwen3_5_text"]
+)
 def test_a_rotated_model_computes_the_same(name: str, tmp_path: Path) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / name, name))))
     with torch.no_grad():

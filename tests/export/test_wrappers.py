@@ -28,6 +28,23 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model_type": "pixtral", "head_dim": 16, **_VISION, **_BLOCKS},
     ),
     "qwen2_5_vl": ({"head_dim": None, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}, _QWEN_VISION),
+    "qwen3_5": (
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        _QWEN_VISION,
+    ),
     "qwen3_vl": (
         {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}},
         {**_QWEN_VISION, "deepstack_visual_indexes": [0]},

@@ -134,6 +134,18 @@ MODELS: dict[str, dict[str, object]] = {
         "sliding_window": 16,
         "conv_L_cache": 7,
     },
+    # Two heads of values to a head of keys, of other widths; rows and channels that are no multiple of 64.
+    "qwen3_5_text": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 64,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "helium": {"tie_word_embeddings": False},
     "glm4": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
@@ -156,7 +168,7 @@ MODELS: dict[str, dict[str, object]] = {
 # Those that together have every part of a block, for tests that cost seconds a model.
 EVERY_PART = (
     "llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "phi3-longrope",
-    "smollm3", "granite", "gemma2", "olmo3", "hunyuan_v1_dense", "ministral3", "ernie4_5", "lfm3",
+    "smollm3", "granite", "gemma2", "olmo3", "hunyuan_v1_dense", "ministral3", "ernie4_5", "lfm3", "qwen3_5_text",
 )  # fmt: skip
 
 
@@ -172,6 +184,8 @@ def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) 
                 parameter.uniform_(0.5, 1.5)
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.2)
+            elif parameter_name.endswith("A_log"):
+                parameter.uniform_(-4, 0)  # a memory that lasts
             else:
                 parameter.mul_(2)
     model.save_pretrained(folder)

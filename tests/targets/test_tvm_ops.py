@@ -13,13 +13,14 @@ import pytest
 from numpy.typing import NDArray
 from op_cases import matmul_tolerance, weight
 
+from mbq_export.format.delta import delta_net
 from mbq_export.format.ops import sliced_matmul
 from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
 from mbq_targets.machines import resolve
-from mbq_targets.spec import KernelSpec
+from mbq_targets.spec import DeltaNet, KernelSpec
 from mbq_targets.tvm_ops.attention import STILL, Attention
 from mbq_targets.tvm_ops.linear import fields
 from mbq_targets.tvm_ops.module import Shape, build_module
@@ -30,13 +31,18 @@ PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
 SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
 ROWS = replace(HEADS, norm_rows=True, some_still=True)
-LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True, gated=True)
+LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True, gates=1)
+CHANNELS = replace(HEADS, gates=HEADS.head_dim)
+NETS = [DeltaNet(3, 6, 16, 32, taps=4), DeltaNet(2, 2, 48, 16, taps=2)]
+NORM_EPS = 1e-5
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
 Array = NDArray[Any]
 
 
-def compiled(spec: KernelSpec, folder: Path, heads: Attention = HEADS) -> Callable[[str], Any]:
+def compiled(
+    spec: KernelSpec, folder: Path, heads: Attention = HEADS, net: DeltaNet | None = None
+) -> Callable[[str], Any]:
     import tvm
 
     target = resolve("host")
@@ -44,13 +50,14 @@ def compiled(spec: KernelSpec, folder: Path, heads: Attention = HEADS) -> Callab
         pytest.skip("no kernels for this machine")
     shape = Shape(
         spec,
-        1e-5,
+        NORM_EPS,
         "gelu_tanh",
         heads,
         (16, 20),
         adds=heads.norm_rows,
         logits_cap=heads.cap,
         convolution=(3, True) if heads.norm_rows else None,
+        delta=net,
     )
     build_decoder(target, spec, build_module(shape), folder / "ops.so")
     module = tvm.runtime.load_module(str(folder / "ops.so"))
@@ -138,6 +145,38 @@ def test_other_attentions(heads: Attention, tmp_path: Path) -> None:
     check_attention(ops, heads, (5, 1, 12), 9)
 
 
+def test_gates_of_channels(tmp_path: Path) -> None:
+    check_attention(compiled(SPECS[0], tmp_path, CHANNELS), CHANNELS, (5, 1, 12), 9)
+
+
+@pytest.mark.parametrize("net", NETS, ids=["shared keys", "wide keys"])
+def test_delta_nets(net: DeltaNet, tmp_path: Path) -> None:
+    """In passes of several sizes, the second of two states."""
+    ops, rng = compiled(SPECS[0], tmp_path, net=net), np.random.default_rng(3)
+    width = sum(net.sizes.values())
+    stacked = rng.standard_normal((23, -(-width // 16) * 16)).astype(np.float32) * 2
+    stacked[:, width:] = np.nan  # what pads a row is not read
+    given = {
+        "taps": rng.standard_normal((net.channels, net.taps)), "rate": -np.exp(rng.uniform(-4, 1, net.value_heads)),
+        "step": rng.standard_normal(net.value_heads), "gain": rng.random(net.value_dim) + 0.5,
+    }  # fmt: skip
+    parts = {name: np.asarray(value, np.float32) for name, value in given.items()}
+    data, places = weights({**parts, "taps": parts["taps"].T})
+    states = np.zeros((2, net.taps - 1, net.channels), np.float32)
+    memories = np.zeros((2, net.value_heads, net.key_dim, net.value_dim), np.float32)
+    found = []
+    for part in np.split(stacked, [9, 10, 11]):
+        out = np.full((len(part), net.values), np.nan, np.float32)
+        ops("delta")(part.copy(), states, memories, data, 1, *places.values(), out)
+        found.append(out)
+    expected, after = delta_net(stacked[:, :width], net, parts, eps=NORM_EPS)
+    assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert np.abs(memories[1] - after["recurrent"]).max() <= RELATIVE * np.abs(after["recurrent"]).max()
+    np.testing.assert_array_equal(states[1].T, after["conv"].astype(np.float32))
+    assert not states[0].any()
+    assert not memories[0].any()
+
+
 def check_convolution(ops: Callable[[str], Any]) -> None:
     """In passes of several sizes, the second of two states."""
     rng, k = np.random.default_rng(2), 48
@@ -162,10 +201,10 @@ def check_attention(
     """A cache filled by passes of several sizes, in the second of two layers.  still: a layer without rotation."""
     total, layer = sum(parts), 1
     rng = np.random.default_rng(total)
-    width = (h.heads + 2 * h.kv_heads) * h.head_dim
-    stride = width + (16 if h.gated else 0)  # of a row; gates are padded to a whole block
+    width, gated = (h.heads + 2 * h.kv_heads) * h.head_dim, h.heads * h.gates
+    stride = width - (-gated // 16) * 16  # of a row; gates are padded to a whole block
     given = rng.standard_normal((total, stride)).astype(np.float32)
-    qkv, gates = given[:, :width], given[:, width : width + h.heads].astype(np.float64)
+    qkv, gates = given[:, :width], given[:, width : width + gated].astype(np.float64)
     angles = rng.random((total, h.rotated // 2))
     tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
     sizes = (h.heads, h.kv_heads) if h.norm_rows else (1, 1)
@@ -188,8 +227,8 @@ def check_attention(
         found.append(out)
         start += size
     expected = reference_attention(h, qkv.astype(np.float64), tables, norms, window, growth)
-    if h.gated:
-        expected *= np.repeat(1 / (1 + np.exp(-gates)), h.head_dim, axis=1)
+    if h.gates:
+        expected *= np.repeat(1 / (1 + np.exp(-gates)), h.head_dim // h.gates, axis=1)
     assert np.abs(np.concatenate(found) - expected).max() <= RELATIVE * np.abs(expected).max()
     assert not keys[0].any()
     assert not values[0].any()

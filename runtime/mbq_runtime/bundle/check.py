@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import BundleError
 from .facts import Linear
 from .file_names import GPU_FILES
-from .genai_config import Settings, convolutions, read_settings
+from .genai_config import Settings, keeping, read_settings, states
 from .gpu_plan import FOLDER, read_plan
 from .manifest import Manifest
 from .onnx_file import UINT8, Graph, Tensor, read_graph
@@ -206,15 +206,15 @@ def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: 
             f"{path}: the output logits has shape {list(logits) or 'none'}, needed {vocab} as the manifest says; "
             "export the bundle again"
         )
-    convolved = convolutions(manifest)
-    for name in (f"past.{layer}.conv" for layer in convolved):
-        shape, held = graph.inputs.get(name, ()), (manifest.model.hidden_size, settings.conv_cache_size)
-        if len(shape) != 3 or shape[1:] != held:
-            raise BundleError(
-                f"{path}: {name} has shape {list(shape) or 'none'}, needed {held[0]} channels of {held[1]} tokens; "
-                "export the bundle again"
-            )
-    attending = [layer for layer in range(manifest.model.layers) if layer not in convolved]
+    for layer in keeping(manifest):
+        for state, held in states(manifest, settings).items():
+            shape = graph.inputs.get(f"past.{layer}.{state}", ())
+            if shape[1:] != held:
+                raise BundleError(
+                    f"{path}: past.{layer}.{state} has shape {list(shape) or 'none'}, needed {list(held)} behind "
+                    "the batch; export the bundle again"
+                )
+    attending = [layer for layer in range(manifest.model.layers) if layer not in keeping(manifest)]
     for name in (f"past_key_values.{layer}.{part}" for layer in attending for part in _KEY_VALUE):
         shape = graph.inputs.get(name, ())
         if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, settings.head_dim):
@@ -229,15 +229,19 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     model, linears = manifest.model, manifest.weights.linears
     tokens = min(settings.chunk_size, model.context_length)
     cache = Value((1, settings.kv_heads, model.context_length, settings.head_dim))
-    state, convolved = Value((1, model.hidden_size, settings.conv_cache_size)), convolutions(manifest)
-    attending = [layer for layer in range(model.layers) if layer not in convolved]
+    kept = {
+        f"{layer}.{state}": Value((1, *shape))
+        for layer in keeping(manifest)
+        for state, shape in states(manifest, settings).items()
+    }
+    attending = [layer for layer in range(model.layers) if layer not in keeping(manifest)]
     inputs = {
         "input_ids": Value((1, tokens)),
         "attention_mask": Value((1, model.context_length)),
         "avg_bits": Value((2,)),
         "scored": Value((1,), (1,)),
         **{f"past_key_values.{layer}.{part}": cache for layer in attending for part in _KEY_VALUE},
-        **{f"past.{layer}.conv": state for layer in convolved},
+        **{f"past.{name}": value for name, value in kept.items()},
     }
     given = dict(inputs)
     for tensor in graph.initializers:
@@ -267,7 +271,7 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
         raise BundleError(f"{path}: {error}; do not trust the bundle, export it again") from None
     outputs: dict[str, tuple[int, ...]] = dict.fromkeys(("logits", "all_logits"), (1, 1, model.vocab_size))
     outputs |= {name.replace("past_key_values", "present"): cache.shape for name in inputs if "past_key" in name}
-    outputs |= {f"present.{layer}.conv": state.shape for layer in convolved}
+    outputs |= {f"present.{name}": value.shape for name, value in kept.items()}
     outputs["avg_bits_used"] = (1,)
     for name, needed in outputs.items():
         shape = found[name].shape if name in found else ()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UsageError
 
 GROUP_SIZES = (32, 64, 128)
 ACTIVATION_BITS = (8, 16)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
+STATES = {"conv": 2, "recurrent": 3}
+"""States of a block with a delta net, by name, and their dimensions: the last tokens before their convolution,
+[channels, tokens], and the memories of its heads, [heads, key_dim, value_dim]."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ModelFacts:
     hidden_size: width of the residual stream.
     layers: decoder blocks.
     context_length: tokens of prompt and reply together.
+    states: shapes of the ``STATES`` of a block with a delta net; empty where the model has no such block.
     """
 
     name: str
@@ -35,6 +39,7 @@ class ModelFacts:
     hidden_size: int
     layers: int
     context_length: int
+    states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, ModelError
+from .facts import STATES
 from .file_names import OPS_LIBRARY
 from .manifest import Manifest
 from .reading import read_json
@@ -48,6 +50,7 @@ def genai_config(
     native: bool,
     convolutions: Collection[int] = (),
     conv_cache_size: int = 0,
+    deltas: bool = False,
 ) -> dict[str, Any]:
     """What onnxruntime-genai must know of a decoder with this project's inputs and outputs.
 
@@ -68,6 +71,7 @@ def genai_config(
         native: the bundle has an ops library.  Its path is relative to the bundle, so that the folder can be moved.
         convolutions: blocks that have a short convolution in place of attention.
         conv_cache_size: tokens that a convolution keeps.
+        deltas: whether there are blocks that have a delta net in place of attention.
 
     Raises:
         ModelError: ``eos_token_ids`` is empty or has an id outside the vocabulary.
@@ -84,6 +88,10 @@ def genai_config(
         inputs, outputs = {"past_conv_names": "past.%d.conv"}, {"present_conv_names": "present.%d.conv"}
         kinds = ["conv" if layer in convolutions else "full_attention" for layer in range(layers)]
         more = {"layer_types": kinds, "conv_cache_size": conv_cache_size}
+    if deltas:
+        inputs, outputs = (
+            {f"{when}_{state}_names": f"{when}.%d.{state}" for state in STATES} for when in ("past", "present")
+        )
     return {
         "model": {
             "type": _CONVOLUTIONS if convolutions else family if family in _MODEL_TYPES else "decoder",
@@ -174,6 +182,7 @@ class Settings:
             native=manifest.ops_library is not None,
             convolutions=convolutions(manifest),
             conv_cache_size=self.conv_cache_size,
+            deltas=bool(manifest.model.states),
         )
         written["search"]["chunk_size"] = self.chunk_size
         return written
@@ -185,8 +194,34 @@ def convolutions(manifest: Manifest) -> tuple[int, ...]:
     Args:
         manifest: the bundle's manifest.
     """
+    return _blocks_with(manifest, "conv_in")
+
+
+def states(manifest: Manifest, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """What a block without attention keeps from pass to pass: the shape of each state by its name.
+
+    Args:
+        manifest: the bundle's manifest.
+        settings: of the same bundle.
+    """
+    if convolutions(manifest):
+        return {"conv": (manifest.model.hidden_size, settings.conv_cache_size)}
+    held = manifest.model.states
+    return {name: held[name] for name in STATES if name in held}
+
+
+def keeping(manifest: Manifest) -> tuple[int, ...]:
+    """The blocks that have ``states`` in place of keys and values.
+
+    Args:
+        manifest: the bundle's manifest.
+    """
+    return convolutions(manifest) or _blocks_with(manifest, "delta_in")
+
+
+def _blocks_with(manifest: Manifest, role: str) -> tuple[int, ...]:
     parts = (linear.name.split(".") for linear in manifest.weights.linears)
-    return tuple(int(part[1]) for part in parts if part[-1] == "conv_in" and len(part) == 3 and part[1].isdecimal())
+    return tuple(int(part[1]) for part in parts if part[-1] == role and len(part) == 3 and part[1].isdecimal())
 
 
 def cache_bytes(manifest: Manifest, settings: Settings) -> int:
@@ -196,8 +231,18 @@ def cache_bytes(manifest: Manifest, settings: Settings) -> int:
         manifest: the bundle's manifest.
         settings: of the same bundle.
     """
-    layers = manifest.model.layers - len(convolutions(manifest))
+    layers = manifest.model.layers - len(keeping(manifest))
     return 2 * 4 * layers * settings.kv_heads * settings.head_dim
+
+
+def state_bytes(manifest: Manifest, settings: Settings) -> int:
+    """Bytes of the float32 states of one context, whatever its length.
+
+    Args:
+        manifest: the bundle's manifest.
+        settings: of the same bundle.
+    """
+    return 4 * len(keeping(manifest)) * sum(map(math.prod, states(manifest, settings).values()))
 
 
 @dataclass(frozen=True)
@@ -305,17 +350,30 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
     shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
     hidden = model.hidden_size
     shapes |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
+    shapes |= _delta_shapes(manifest)
+    # A gate for each head, or for each of its channels.
+    gated = [rows + settings.heads * gates for gates in (1, settings.head_dim)]
     for linear in linears:
         shape = shapes.get(linear.name.rpartition(".")[2])
-        if linear.name.endswith(".attn_in") and rows + settings.heads == linear.N:
-            shape = (linear.N, hidden)  # a gate for each head
+        if linear.name.endswith(".attn_in") and linear.N in gated:
+            shape = (linear.N, hidden)
         if shape is not None:
             yield shape == (linear.N, linear.K), f"shape for {linear.name}", shape, f"{(linear.N, linear.K)}"
-    blocks = sum(linear.name.endswith((".attn_in", ".conv_in")) for linear in linears)
+    blocks = sum(linear.name.endswith((".attn_in", ".conv_in", ".delta_in")) for linear in linears)
     if linears:
         yield blocks == model.layers, "model.layers", model.layers, f"{blocks}, the manifest's attn_in matrices"
     held = bool(convolutions(manifest)) == (settings.conv_cache_size > 0)
     yield held, "model.decoder.conv_cache_size", settings.conv_cache_size, "above 0 where there are convolutions alone"
+
+
+def _delta_shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """(N, K) of the matrices of a delta net, which follow from its states; 0 where there are none."""
+    held, hidden = manifest.model.states, manifest.model.hidden_size
+    if not held:
+        return {"delta_in": (0, 0), "delta_out": (0, 0)}
+    (channels, _), (heads, _, width) = held["conv"], held["recurrent"]
+    values = heads * width
+    return {"delta_in": (channels + values + 2 * heads, hidden), "delta_out": (hidden, values)}
 
 
 def _differences(seen: Any, needed: Any, field: str) -> Iterator[str]:

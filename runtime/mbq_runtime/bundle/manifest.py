@@ -20,6 +20,7 @@ from .facts import (
     ARCHITECTURES,
     GROUP_SIZES,
     NOT_MEASURED,
+    STATES,
     Budget,
     ModelFacts,
     Quality,
@@ -37,6 +38,7 @@ from .slice_profile import CODE_BITS, SliceProfile
 FORMAT = "mbq-bundle"
 FORMAT_VERSION = 2
 MOST_TRIM_BYTES = 1000
+_MOST_SIDE = 1 << 20
 MOST_MANIFEST_BYTES = 4 << 20
 """A larger manifest is refused.  Those of large models have a few hundred thousand bytes."""
 
@@ -248,6 +250,8 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     path = Path(folder) / MANIFEST_NAME
     _check_values(manifest, path)
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    if not manifest.model.states:
+        del document["model"]["states"]
     draft = path.with_name(f".{MANIFEST_NAME}.part")
     draft.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
@@ -305,6 +309,16 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
         *(
             (getattr(manifest.model, name) > 0, f"model.{name}", getattr(manifest.model, name), "above 0")
             for name in ("parameters", "vocab_size", "hidden_size", "layers", "context_length")
+        ),
+        (
+            {name: len(shape) for name, shape in manifest.model.states.items()} in ({}, STATES),
+            "model.states",
+            dict(manifest.model.states),
+            f"none, or of these dimensions: {STATES}",
+        ),
+        *(
+            (all(0 < side <= _MOST_SIDE for side in shape), f"model.states.{name}", shape, f"1 to {_MOST_SIDE}")
+            for name, shape in manifest.model.states.items()
         ),
         *(
             (

@@ -23,6 +23,8 @@ _Kind = tuple[str, tuple[int, ...]]
 _ROTARY = (".cos", ".sin")
 _HEAD_INPUT = "head_input."
 _QUERY_GROWTH, _TAPS = "query_growth", "taps"
+_DELTA = ("rate", "step", "gain")
+"""Last parts of names of what the heads of a delta net are computed with."""
 _HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm", "q_layernorm", "k_layernorm", "q_row", "k_row")
 """Last parts of names of norms over each head, and over all heads together."""
 _AGAIN = "export the bundle again"
@@ -60,6 +62,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
     sides = {"head": (vocab, hidden), "attn_in": (-1, hidden), "mlp_in": (-1, hidden)}
     sides |= {"attn_out": (hidden, -1), "mlp_out": (hidden, -1)}
     sides |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
+    sides |= {"delta_in": (-1, hidden), "delta_out": (hidden, -1)}
     for linear in manifest.weights.linears:
         needed = sides.get(linear.name.rpartition(".")[2], (-1, -1))
         if not _fits((linear.N, linear.K), needed):
@@ -116,8 +119,14 @@ def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
     if name == _QUERY_GROWTH:
         return "F32", (manifest.model.context_length,)
     last = name.rpartition(".")[2]
+    held = manifest.model.states
     if last == _TAPS:
-        return "F32", (-1 if settings is None else settings.conv_cache_size + 1, manifest.model.hidden_size)
+        kept = -2 if settings is None else settings.conv_cache_size
+        channels, tokens = held.get("conv") or (manifest.model.hidden_size, kept)
+        return "F32", (tokens + 1, channels)
+    if held and last in _DELTA:
+        heads, _, width = held["recurrent"]
+        return "F32", (width if last == "gain" else heads,)
     if last not in _HEAD_NORMS:
         return "F32", (manifest.model.hidden_size,)
     if settings is None:

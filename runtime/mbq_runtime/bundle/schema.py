@@ -61,7 +61,7 @@ def _record(cls: type, value: Mapping[str, object], field: str, path: Path | str
         name = f"{field}.{item.name}" if field else item.name
         if item.name in value:
             found[item.name] = _value(hints[item.name], value[item.name], name, path)
-        elif item.default is MISSING:
+        elif item.default is MISSING and item.default_factory is MISSING:
             raise BundleError(f"{path}: {name} is missing; export the bundle again")
     return cls(**found)
 

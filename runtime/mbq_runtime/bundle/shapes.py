@@ -462,6 +462,21 @@ def _convolution(inputs: _Inputs, _: _Attributes) -> list[Value]:
     return [Value(x), Value(state)]
 
 
+def _delta_gates(inputs: _Inputs, _: _Attributes) -> list[Value]:
+    return [Value(_given(inputs, 0).shape)] * 2
+
+
+def _delta_memory(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """Queries and keys [1, tokens, heads * key_dim], values, and a memory [1, heads, key_dim, value_dim]."""
+    query, key, value, memory = (_given(inputs, at).shape for at in range(4))
+    few, many = attributes["q_num_heads"], attributes["kv_num_heads"]
+    if len(query) != 3 or len(memory) != 4 or memory[:2] != (query[0], many):
+        raise ValueError
+    if key != query or query[-1] != few * memory[2] or value != (*query[:2], many * memory[3]) or many % few:
+        raise ValueError
+    return [Value(value), Value(memory)]
+
+
 def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     """Query, key and value in one or in three; the cache has all positions already."""
     query, past = _given(inputs, 0).shape, _given(inputs, 3).shape
@@ -511,7 +526,10 @@ _RULES: dict[str, _Rule] = {
     f"{_MBQ}RoutedMatMul": _routed_product,
     f"{_MBQ}SlicedGather": _packed_gather,
     f"{_MS}CausalConvWithState": _convolution,
+    f"{_MS}GatedRMSNorm": _same,
     f"{_MS}GroupQueryAttention": _attention,
+    f"{_MS}LinearAttention": _delta_memory,
+    f"{_MS}LinearAttentionGate": _delta_gates,
     f"{_MS}MatMulNBits": _packed_product,
     f"{_MS}RotaryEmbedding": _rotated,
 }

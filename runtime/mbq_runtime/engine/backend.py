@@ -52,11 +52,18 @@ class Context(Protocol):
             arrays: what ``kept`` returned for that many.
         """
 
+    def mark(self) -> None:
+        """Keep a copy of the states behind the tokens so far, in place of an earlier copy.
+
+        Only where ``Backend.marks`` is true.
+        """
+
     def rewind(self, count: int) -> None:
         """Drop the last tokens.  A pass must follow before the next logits.
 
         Args:
-            count: tokens that stay, from 0 to the number so far.
+            count: tokens that stay, from 0 to the number so far; where ``Backend.rewinds`` is false, those of the last
+                ``mark``.
         """
 
 
@@ -76,8 +83,16 @@ class Backend(Protocol):
         """Bytes of the keys and values of one token."""
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of a context's states, whatever its length; 0 where there are keys and values alone."""
+
+    @property
     def rewinds(self) -> bool:
-        """Whether contexts can drop their last tokens.  The state of a short convolution is that of the last alone."""
+        """Whether contexts can drop their last tokens.  A state is that of the last alone."""
+
+    @property
+    def marks(self) -> bool:
+        """Whether contexts with states can go back to a place that was marked."""
 
     @property
     def keeps(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,11 @@ from .kept_context import KeptContext
 from .sampling import Sampler
 from .speculation import Guesser, checked
 from .tokenizer import TextStream
+
+UNSURE_TOKENS = 16
+"""Tokens at the end of a prompt that the next prompt of a conversation may not have: they only open the reply.
+
+A model with states can go back to one place alone, so that place is before them."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,14 @@ class Decoding:
         """Read what the context does not keep of the prompt, or as much as is wanted before ``record.stopping``."""
         record.cached_tokens = context.rewind_for(self.prompt, max_tokens)
         new = self.prompt[record.cached_tokens :]
+        sure = max(0, len(new) - UNSURE_TOKENS) if context.marks else 0
+        starts = [*range(0, sure, self.chunk), *range(sure, len(new), self.chunk)]
         # Native calls hold Python's lock.  Other threads and Ctrl-C come in between two chunks.
-        for start in range(0, len(new), self.chunk):
+        for start, stop in pairwise([*starts, len(new)]):
             if record.stopping:
                 return
-            chunk = new[start : start + self.chunk]
+            if context.marks and start == sure and len(context):
+                context.mark()
+            chunk = new[start:stop]
             context.append(chunk)
             record.prompt_bits += context.bits_used() * len(chunk) / len(new)

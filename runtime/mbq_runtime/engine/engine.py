@@ -220,7 +220,7 @@ class Engine:
         """
         if check_mode(mode) == "on" and not self._backend.rewinds:
             raise UsageError(
-                f"{self.path}: speculate: the state of a convolution cannot be taken back when a guess is wrong; "
+                f"{self.path}: speculate: the states of this model cannot be taken back when a guess is wrong; "
                 "leave it off"
             )
         self._speculate = check_mode(mode) if self._backend.rewinds else "off"
@@ -423,7 +423,8 @@ class Engine:
         """A session for ``generate``: it keeps what it has read from one reply to the next.
 
         A reply is the one that would come without a session, as long as the budget stays.  A token that was read with
-        a budget lower by more than ``REREAD_BITS`` is read again.
+        a budget lower by more than ``REREAD_BITS`` is read again.  A model with states (convolutions, delta nets) goes
+        back to one place alone, shortly before the end of its last prompt; before that it begins again.
 
         >>> engine = Engine.load("my-bundle", threads=1)
         >>> session = engine.session()
@@ -433,7 +434,7 @@ class Engine:
         >>> reply.stats.cached_tokens
         4
         """
-        return KeptContext(self._backend, self._budget, self._context, self._chunk)
+        return KeptContext(self._backend, self._budget, self._context, self._chunk, marks=True)
 
     def save_session(self, session: KeptContext, path: str | os.PathLike[str]) -> None:
         """Write what a session keeps to a file.  The file is whole, or as it was.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
+from mbq_runtime.bundle.genai_config import cache_bytes, keeping, read_settings, state_bytes
 from mbq_runtime.bundle.manifest import Manifest
 
 from .imports import engine_errors, import_engine
@@ -32,8 +32,10 @@ class Backend:
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         og = import_engine("onnxruntime_genai")
         # Before the engine loads: nothing reads the file after its check.
-        self.token_bytes = cache_bytes(manifest, read_settings(path, manifest))
-        self.rewinds = not convolutions(manifest)
+        settings = read_settings(path, manifest)
+        self.token_bytes, self.state_bytes = cache_bytes(manifest, settings), state_bytes(manifest, settings)
+        self.rewinds = not keeping(manifest)
+        self.marks = bool(manifest.model.states)  # the engine's convolutions alone cannot go back
         # At other levels the engine also prints each error that it throws.
         session: dict[str, Any] = {
             "log_severity_level": 4,
@@ -93,6 +95,9 @@ class _Context:
 
     def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
         raise NotImplementedError
+
+    def mark(self) -> None:
+        self._generator.snapshot_state()
 
     def rewind(self, count: int) -> None:
         self._generator.rewind_to(count)

@@ -120,6 +120,7 @@ class DeviceBackend:
     dialect: ClassVar[str]
     """Language of the kernels that it compiles, see ``gpu_plan.Plan``."""
     keeps = rewinds = True
+    marks, state_bytes = False, 0
 
     def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         plan = gpu_plan.read_plan(path)

@@ -38,12 +38,16 @@ class KeptContext:
     most: tokens that it can have.
     chunk: most tokens of a pass.
     first: room at the start, in tokens.
+    marks: whether a place in each prompt is marked, where the model's states allow it.
     """
 
     def __init__(
-        self, backend: Backend, budget: Allowance, most: int, chunk: int, *, first: int = FIRST_TOKENS
-    ) -> None:
+        self, backend: Backend, budget: Allowance, most: int, chunk: int, *, first: int = FIRST_TOKENS,
+        marks: bool = False,
+    ) -> None:  # fmt: skip
         self._backend, self._budget, self._most, self._chunk, self._first = backend, budget, most, chunk, first
+        self.marks = marks and backend.marks
+        self._marked = 0  # tokens behind which states were kept; 0: none
         self._budget_of_pass = np.zeros(2, np.float32)  # the native side reads it
         self._context: Context | None = None
         self._room = 0
@@ -66,8 +70,12 @@ class KeptContext:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of memory for keys and values."""
-        return self._room * self._backend.token_bytes
+        """Bytes of memory for keys, values and states."""
+        return 0 if self._context is None else self._room * self._backend.token_bytes + self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        return (1 + self.marks) * self._backend.state_bytes
 
     def common(self, prompt: Sequence[int] | NDArray[np.int32]) -> int:
         """How many tokens at the start of a prompt are kept.
@@ -81,12 +89,12 @@ class KeptContext:
 
     def clear(self) -> None:
         """Forget all tokens, and free their memory."""
-        self._context, self._count, self._room = None, 0, 0
+        self._context, self._count, self._room, self._marked = None, 0, 0, 0
 
     @property
     def first_bytes(self) -> int:
         """Bytes of memory that it takes when its first prompt is short."""
-        return min(self._first, self._most) * self._backend.token_bytes
+        return min(self._first, self._most) * self._backend.token_bytes + self._state_bytes
 
     def belongs_to(self, backend: Backend) -> bool:
         """Whether it keeps tokens of this model.
@@ -160,10 +168,18 @@ class KeptContext:
         poor = np.flatnonzero(~(self._bits[:count] >= self._budget.bits - REREAD_BITS))
         count = int(poor[0]) if len(poor) else count
         if count < self._count and not self._backend.rewinds:
-            self._make_room(room)
-            return 0
+            if not 0 < self._marked <= count:
+                self._make_room(room)
+                return 0
+            count = self._marked
         self.rewind(count)
         return count
+
+    def mark(self) -> None:
+        """Make this a place that ``rewind_for`` can come back to, in place of the one before.  Only for ``marks``."""
+        assert self._context is not None
+        self._context.mark()
+        self._marked = self._count
 
     def rewind(self, count: int) -> None:
         """Drop the last tokens.  A pass must follow before the next logits.

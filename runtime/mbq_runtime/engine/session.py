@@ -20,13 +20,12 @@ from .threads import SHORT_SPINNING, cores, ops_threads
 
 
 def empty_past(shape: Sequence[int | str]) -> NDArray[np.float32]:
-    """What a graph is given for the tokens before its first pass: no keys or values, and a convolution's zeros.
+    """What a graph is given for the tokens before its first pass: no keys or values, and states of zeros.
 
     Args:
-        shape: of the graph's input.
+        shape: of the graph's input: batch first, then numbers, or names for numbers of tokens.
     """
-    sides = [1, *shape[1:]] if len(shape) == 3 else [1, shape[1], 0, shape[3]]
-    return np.zeros([int(side) for side in sides], np.float32)
+    return np.zeros([1, *(side if isinstance(side, int) else 0 for side in shape[1:])], np.float32)
 
 
 class Session:

@@ -38,7 +38,7 @@ def owner(folder: Path, engine: str, backend: Backend) -> dict[str, Any]:
         UsageError: the model gives no keys and values, or takes none back.
     """
     if not backend.rewinds:
-        raise UsageError(f"{folder}: the state of a convolution is not written to a file; keep mbq serve running")
+        raise UsageError(f"{folder}: the states of this model are not written to a file; keep mbq serve running")
     if not backend.keeps:
         raise UsageError(
             f"{folder}: engine {engine} cannot load keys and values from a file; export the bundle with "

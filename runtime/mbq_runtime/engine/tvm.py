@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.file_names import DECODER_LIBRARY
-from mbq_runtime.bundle.genai_config import cache_bytes, convolutions, read_settings
+from mbq_runtime.bundle.genai_config import cache_bytes, keeping, read_settings, state_bytes, states
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
@@ -64,12 +64,15 @@ class Backend:
         self._path = path
         settings = read_settings(path, manifest)
         self.kv_heads, self.head_dim = settings.kv_heads, settings.head_dim
-        convolved = len(convolutions(manifest))
-        self.layers = manifest.model.layers - convolved
-        self.states = (convolved, settings.conv_cache_size, manifest.model.hidden_size) if convolved else None
-        self.rewinds = self.keeps = convolved == 0  # a convolution holds the last tokens alone
+        kept = len(keeping(manifest))
+        self.layers = manifest.model.layers - kept
+        # The last tokens lie one behind the other, each with all of its channels.
+        shapes = [shape[::-1] if name == "conv" else shape for name, shape in states(manifest, settings).items()]
+        self.states = [(kept, *shape) for shape in shapes]
+        self.rewinds = self.keeps = kept == 0  # a state holds the last tokens alone
+        self.marks = kept > 0
         self.vocab_size = manifest.model.vocab_size
-        self.token_bytes = cache_bytes(manifest, settings)
+        self.token_bytes, self.state_bytes = cache_bytes(manifest, settings), state_bytes(manifest, settings)
         check_library(path, manifest, DECODER_LIBRARY)
         with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
             machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
@@ -113,8 +116,9 @@ class _Context:
         self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
         self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
         state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, self._keys, self._values]
-        if b.states is not None:
-            state.append(np.zeros(b.states, np.float32))
+        self._states = [np.zeros(shape, np.float32) for shape in b.states]
+        self._marked: list[NDArray[np.float32]] = []
+        state += self._states
         self._state = [*(backend.share(array) for array in state), backend.weights]
         self._logits: Any = None
 
@@ -141,6 +145,14 @@ class _Context:
             own[...] = given
         self._past[:] = count
 
+    def mark(self) -> None:
+        if not self._marked:
+            self._marked = [np.empty_like(state) for state in self._states]
+        for copy, state in zip(self._marked, self._states, strict=True):
+            copy[...] = state
+
     def rewind(self, count: int) -> None:
+        for copy, state in zip(self._marked, self._states, strict=bool(self._marked)):
+            state[...] = copy
         # Attention reads no key or value past the tokens that it is told of.
         self._past[:] = count

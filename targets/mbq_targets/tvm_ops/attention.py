@@ -48,7 +48,8 @@ class Attention:
     some_still: some layers are not rotated. They give ``STILL`` for the places of their tables.
     cap: soft cap of the scores. None: none.
     grows: queries are multiplied by a number of their position.
-    gated: behind v, qkv has a number for each head. What the head attends to is multiplied by its sigmoid.
+    gates: how many numbers qkv has for each head behind v: 0, 1, or one for each channel. What the head attends to is
+        multiplied by their sigmoids.
     """
 
     heads: int
@@ -62,7 +63,7 @@ class Attention:
     some_still: bool = False
     cap: float | None = None
     grows: bool = False
-    gated: bool = False
+    gates: int = 0
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ def attention(shape: Attention, name: str) -> None:
         qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *growth = args
         s = shape
         # Rows of the projection are padded to whole blocks. Without gates they are whole.
-        width = qkv.shape[1] if s.gated else (s.heads + 2 * s.kv_heads) * s.head_dim
+        width = qkv.shape[1] if s.gates else (s.heads + 2 * s.kv_heads) * s.head_dim
         rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
         blocks = keys.shape[2]
         queries = scratch(rows * (s.heads * s.head_dim), "float32")
@@ -134,11 +135,12 @@ def attention(shape: Attention, name: str) -> None:
             place = bind((m * s.heads + h) * s.head_dim)
             first = bind(T.max(start + m + 1 - window, T.int64(0)))
             _attend(s, queries, place, keys, values, bind(head * blocks), first, bind(start + m), out)
-            if s.gated:
-                gate = load(qkv.flat, m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h, 1)
-                opening = sigmoid(splat(gate, LANES), LANES)
+            if s.gates:
+                gate = bind(m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h * s.gates)
+                opening = sigmoid(splat(load(qkv.flat, gate, 1), LANES), LANES) if s.gates == 1 else None
                 for d in range(0, s.head_dim, LANES):
-                    store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * opening)
+                    of_lanes = sigmoid(load(qkv.flat, gate + d, LANES), LANES) if opening is None else opening
+                    store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * of_lanes)
 
         each(rows, enter)
         count = bind(rows * s.heads)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.emit import module
-from ..spec import KernelSpec
+from ..spec import DeltaNet, KernelSpec
 from .attention import Attention, attention
+from .delta import delta
 from .linear import linear
 from .pointwise import add, cap, convolution, embed, gate, head_input, last, norm
 
@@ -24,6 +25,7 @@ class Shape:
     adds: some sums are read without a norm.
     logits_cap: soft cap of the logits, or None.
     convolution: taps of short convolutions, and whether they have a bias; None for no convolutions.
+    delta: the gated delta nets; None for none.
     """
 
     spec: KernelSpec
@@ -34,15 +36,17 @@ class Shape:
     adds: bool = False
     logits_cap: float | None = None
     convolution: tuple[int, bool] | None = None
+    delta: DeltaNet | None = None
 
 
 def build_module(shape: Shape) -> Any:
     """IRModule with the operations: mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate,
-    mbq_head_input, mbq_add, mbq_cap, mbq_convolution.
+    mbq_head_input, mbq_add, mbq_cap, mbq_convolution, mbq_delta.
 
     Args:
         shape: what is compiled in. Without ``head_input`` there is no mbq_head_input, without ``adds`` no mbq_add,
-            without ``logits_cap`` no mbq_cap, without ``convolution`` no mbq_convolution.
+            without ``logits_cap`` no mbq_cap, without ``convolution`` no mbq_convolution, without ``delta`` no
+            mbq_delta.
     """
     with module() as builder:
         embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
@@ -60,4 +64,6 @@ def build_module(shape: Shape) -> Any:
             cap(shape.logits_cap, "mbq_cap")
         if shape.convolution is not None:
             convolution(shape.convolution[0], "mbq_convolution", bias=shape.convolution[1])
+        if shape.delta is not None:
+            delta(shape.delta, shape.norm_eps, "mbq_delta")
     return builder.get()
