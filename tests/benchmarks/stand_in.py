@@ -39,6 +39,19 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "lfm2": {
+        "layer_types": (["conv", "conv", "full_attention"] * 3)[:8],
+        "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "qwen3_5_text": {
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 64,
+    },
     "qwen3": {"layer_types": ["full_attention"] * 8},
     "gemma3_text": {
         "sliding_window": 128,
