@@ -105,6 +105,25 @@ def test_outputs_that_no_exported_graph_has_are_refused() -> None:
         infer([node_of], {}, X, MOST)
 
 
+def test_a_memory_gets_a_decay_and_a_strength_of_each_token() -> None:
+    shapes = {"q": (1, 5, 6), "k": (1, 5, 6), "v": (1, 5, 16), "s": (1, 4, 3, 4), "d": (1, 5, 4), "b": (1, 5, 4)}
+    heads = {"q_num_heads": 2, "kv_num_heads": 4}
+    net = Node("com.microsoft.LinearAttention", list("qkvsdb"), ["y", "after"], "y", heads)  # type: ignore[arg-type]
+    found = infer([net], {}, {name: Value(shape) for name, shape in shapes.items()}, MOST)
+    assert (found["y"].shape, found["after"].shape) == ((1, 5, 16), (1, 4, 3, 4))
+    others = [
+        ("q", (1, 4, 6)),
+        ("k", (1, 5, 3)),
+        ("v", (1, 5, 12)),
+        ("s", (1, 4, 4, 4)),
+        ("d", (1, 1, 4)),
+        ("b", (1, 5, 1)),
+    ]
+    for name, other in others:
+        with pytest.raises(ValueError, match="does not fit"):
+            infer([net], {}, {n: Value(other if n == name else shape) for n, shape in shapes.items()}, MOST)
+
+
 def test_bounds_follow_from_the_model() -> None:
     assert bounds(128, 1000, 50_000, 10**6).numbers == 2 * 128 * 1000
     assert bounds(1, 1000, 50_000, 10**6).numbers == 2 * 50_000

@@ -467,10 +467,15 @@ def _delta_gates(inputs: _Inputs, _: _Attributes) -> list[Value]:
 
 
 def _delta_memory(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
-    """Queries and keys [1, tokens, heads * key_dim], values, and a memory [1, heads, key_dim, value_dim]."""
-    query, key, value, memory = (_given(inputs, at).shape for at in range(4))
+    """Queries and keys [1, tokens, heads * key_dim], values, and a memory [1, heads, key_dim, value_dim].
+
+    A decay and a strength for each head: the operator itself does not look at how many tokens they are of.
+    """
+    query, key, value, memory, decay, strength = (_given(inputs, at).shape for at in range(6))
     few, many = attributes["q_num_heads"], attributes["kv_num_heads"]
     if len(query) != 3 or len(memory) != 4 or memory[:2] != (query[0], many):
+        raise ValueError
+    if {decay, strength} != {(*query[:2], many)}:
         raise ValueError
     if key != query or query[-1] != few * memory[2] or value != (*query[:2], many * memory[3]) or many % few:
         raise ValueError
