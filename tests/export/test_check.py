@@ -35,6 +35,7 @@ def exported(model: Path, text: Path, output: Path, target: str = "portable", **
         ("llama", "host", {"activation_bits": 8}),
         ("llama", "portable", {"method": "nested", "tune_steps": 4}),
         ("qwen3", "portable", {"method": "nested", "tune_steps": 4}),
+        ("qwen3_5_text", "portable", {"method": "nested", "tune_steps": 4}),
     ],
 )
 def test_right_exports_pass_with_room(
