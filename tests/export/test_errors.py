@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
-from warm_start import COMMAND, Running
+from warm_start import Running
 
 pytestmark = pytest.mark.heavy
 
@@ -154,22 +153,11 @@ def test_disk_full_in_the_middle(model: Path, calibration_text: Path, tmp_path: 
 
 
 def test_interrupt(model: Path, calibration_text: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "--target", "portable", "--model", str(model)]
-    command += [
-        "--calib-data",
-        str(calibration_text),
-        "--calib-tokens",
-        "4096",
-        "--output",
-        str(tmp_path / "out" / "b"),
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, encoding="utf-8", env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "tuning" in line:
-            break
+    arguments = ["--target", "portable", "--model", str(model), "--calib-data", str(calibration_text)]
+    process = Running([*arguments, "--calib-tokens", "4096", "--output", str(tmp_path / "out" / "b")])
+    while "tuning" not in process.stderr.read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ def ended(command: list[str], number: signal.Signals, draft: Path | None, delay_
     while draft is not None and not draft.exists() and process.poll() is None:
         time.sleep(0.002)
     time.sleep(delay_s)
-    os.kill(process.pid, number)
+    process.send_signal(number)
     said = process.communicate(timeout=120)[1]
     return process.returncode, said
 
@@ -87,12 +86,9 @@ def test_of_two_exports_to_one_output_exactly_one_writes_it(
     for pair in range(KILLS):
         out = tmp_path / str(pair)
         command = export(model, calibration_text, out / "bundle", *FAST)
-        both = [
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
-            for _ in range(2)
-        ]
+        both = [start(command) for _ in range(2)]
         said = [process.communicate(timeout=240)[1] for process in both]
-        assert sorted(process.returncode for process in both) == [0, 2], said
+        assert {process.returncode for process in both} == {0, 2}, said
         loser = said[[process.returncode for process in both].index(2)]
         errors = [line for line in loser.splitlines() if line.startswith("mbq-export: error: ")]
         assert len(errors) == 1

@@ -3,8 +3,8 @@
 To load them takes seconds, which is longer than most commands of the tests take.  A fork is a process of its own: it
 has its exit code, it can be killed, and its limits are its own.
 
-As a script it reads a request a line on stdin.  For each it writes the number of the fork, and when that has ended,
-its exit code.
+As a script it reads a request a line on stdin.  Each request names a pipe.  The number of the fork comes through it,
+and when the fork has ended, its exit code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,8 +28,12 @@ COMMAND = [sys.executable, "-m", "mbq_export.cli"]
 """What a command begins with."""
 
 
+_PATIENCE_S = 240
+"""Most seconds until a command has begun.  The first one waits for the libraries."""
+
+
 class Running:
-    """A command that runs in a fork.
+    """A command that runs in a fork.  Several can run at the same time.
 
     Args:
         arguments: of ``mbq-export``.
@@ -36,27 +41,44 @@ class Running:
     """
 
     def __init__(self, arguments: list[str], limit_bytes: int | None = None) -> None:
-        self._server = _server()
-        self._said = tempfile.TemporaryDirectory(prefix="mbq-said-")
-        self._files = [Path(self._said.name) / name for name in ("stdout", "stderr")]
-        request = {"arguments": arguments, "files": list(map(str, self._files)), "limit_bytes": limit_bytes}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        self._server.stdin.flush()
+        self._folder = tempfile.TemporaryDirectory(prefix="mbq-said-")
+        pipe, self.stdout, self.stderr = (Path(self._folder.name) / name for name in ("answers", "stdout", "stderr"))
+        os.mkfifo(pipe)
+        # Each command has a pipe of its own: a number that nobody has read is not taken for one of the next command.
+        self._answers = os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+        for file in (self.stdout, self.stderr):
+            file.touch()
+        files = [str(self.stdout), str(self.stderr)]
+        request = {"arguments": arguments, "pipe": str(pipe), "files": files, "limit_bytes": limit_bytes}
+        stdin = _server().stdin
+        assert stdin is not None
+        stdin.write(json.dumps(request).encode() + b"\n")
         self.returncode: int | None = None
-        self.pid = int(self._answer())
+        self.pid = self._answer(_PATIENCE_S)
 
-    def _answer(self) -> bytes:
-        assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        assert line, "the process that forks has ended"
-        return line
+    def _answer(self, timeout_s: float | None) -> int:
+        # The pipe has no buffer here, so what ``select`` sees is all that there is.
+        ready = select.select([self._answers], [], [], timeout_s)[0]
+        assert ready, f"the command takes more than {timeout_s} s"
+        line = self._answers.readline()
+        assert line, "the process that waits for the command has ended"
+        return int(line)
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
-        if self.returncode is None and select.select([self._server.stdout], [], [], 0)[0]:
-            self.returncode = int(self._answer())
+        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+            self.returncode = self._answer(0)
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal.  A command that has ended gets none.
+
+        Args:
+            number: of the signal.
+        """
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end.
@@ -68,21 +90,17 @@ class Running:
             What it said on stdout and on stderr.
         """
         if self.returncode is None:
-            ended = select.select([self._server.stdout], [], [], timeout)[0]
-            assert ended, f"the command takes more than {timeout} s"
-            self.returncode = int(self._answer())
-        stdout, stderr = (file.read_text(encoding="utf-8") for file in self._files)
-        self._said.cleanup()
-        return stdout, stderr
+            self.returncode = self._answer(timeout)
+        said = self.stdout.read_text(encoding="utf-8"), self.stderr.read_text(encoding="utf-8")
+        self._answers.close()
+        self._folder.cleanup()
+        return said
 
 
 @cache
 def _server() -> subprocess.Popen[bytes]:
-    # Without a buffer, what ``select`` sees is all that there is.
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, bufsize=0, env=environment)
 
     def end() -> None:
         assert server.stdin is not None
@@ -132,15 +150,28 @@ def _run(request: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
+def _keep(request: dict[str, Any]) -> NoReturn:
+    """Run a command in a fork.  Tell its number, and its exit code when it has ended."""
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _run(request)
+        with open(request["pipe"], "wb", buffering=0) as answers:
+            answers.write(b"%d\n" % pid)
+            answers.write(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        os._exit(0)
+
+
 def main() -> None:
     """Fork for each request until stdin ends."""
     _load_libraries()
     for line in sys.stdin.buffer:
-        pid = os.fork()
-        if pid == 0:
-            _run(json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        if os.fork() == 0:
+            _keep(json.loads(line))
+        with suppress(ChildProcessError):  # nobody runs
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 if __name__ == "__main__":
