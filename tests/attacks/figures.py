@@ -9,14 +9,13 @@ import argparse
 import datetime
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bundles import ATTACKS, attack
+from forked_mbq import Ended, forks
 from this_commit import this_commit
 from tiny_bundle import write_bundle
 
@@ -27,47 +26,42 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, tuple[str, ...]] = {"verify": (), "inspect": (), "run": ("A", "--raw", "--max-tokens", "2")}
 
 
-def measure(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What ``runner.measured`` tells of each attack, by command and name of the attack.
+def measure(names: Sequence[str]) -> dict[str, dict[str, Ended]]:
+    """How each command ended, by command and name of the attack.
 
     Args:
         names: of the attacks.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {command: {} for command in COMMANDS}
-    runner = [sys.executable, str(Path(__file__).with_name("runner.py"))]
+    found: dict[str, dict[str, Ended]] = {command: {} for command in COMMANDS}
     with tempfile.TemporaryDirectory(prefix="mbq-attacks-") as name:
         good, copy = write_bundle(Path(name) / "good"), Path(name) / "bundle"
-        with subprocess.Popen(runner, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=name) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
+        with forks(Path(name)) as mbq:
             for attacked in names:
                 shutil.copytree(good, copy)
                 attack(copy, attacked)
                 for command, more in COMMANDS.items():
-                    print(json.dumps([command, str(copy), *more]), file=process.stdin, flush=True)
-                    found[command][attacked] = json.loads(process.stdout.readline())
+                    found[command][attacked] = mbq([command, copy, *more])
                 shutil.rmtree(copy)
-            process.stdin.close()
     return found
 
 
-def row(command: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def row(command: str, found: dict[str, Ended]) -> dict[str, Any]:
     """The figures of a command.
 
     Args:
         command: its name.
         found: what each attack took.
     """
-    slowest = max(found, key=lambda name: float(found[name]["seconds"]))
-    largest = max(found, key=lambda name: float(found[name]["mb"]))
-    refused = [one for one in found.values() if one["code"] == 4 and one["err"].count("\n") == 1]
+    slowest = max(found, key=lambda name: found[name].seconds)
+    largest = max(found, key=lambda name: found[name].mb)
+    refused = [one for one in found.values() if one.code == 4 and one.err.count("\n") == 1]
     return {
         "command": command,
         "attacks": len(found),
         "refused_in_one_line": len(refused),
-        "most_processor_s": round(found[slowest]["seconds"], 3),
+        "most_processor_s": round(found[slowest].seconds, 3),
         "slowest": slowest,
-        "most_mb": round(found[largest]["mb"]),
+        "most_mb": round(found[largest].mb),
         "largest": largest,
     }
 

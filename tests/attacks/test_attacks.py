@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bundles import ATTACKS, ESCAPES, MANIFEST, REASONS, attack
+from forked_mbq import Mbq, forks
 from json_fields import set_in
 from tiny_bundle import write_bundle, write_manifest
 
@@ -20,29 +17,16 @@ MOST_MB = 200
 MOST_TIMES = 50
 """Processor time of a refusal, as a multiple of that of running the good bundle."""
 
-IN_TURN = 3
+IN_TURN = 6
 """The quick tier has one of so many attacks: neighbours are alike."""
 QUICK = [name for name in ATTACKS[::IN_TURN] if not name.startswith("20,000")]
 
-Run = Callable[[list[str]], dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mbq]:
     """Runs ``mbq`` with arguments and measures it."""
-    command = [sys.executable, str(Path(__file__).with_name("runner.py"))]
-    elsewhere = tmp_path_factory.mktemp("elsewhere")  # what a bundle would load from the current folder
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=elsewhere) as runner:
-        stdin, stdout = runner.stdin, runner.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask(arguments: list[str]) -> dict[str, Any]:
-            print(json.dumps(arguments), file=stdin, flush=True)
-            return dict(json.loads(stdout.readline()))
-
-        yield ask
-        stdin.close()
+    with forks(tmp_path_factory.mktemp("elsewhere")) as mbq:  # what a bundle would load from the current folder
+        yield mbq
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +35,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good_s(run: Run, good: Path) -> float:
+def good_s(run: Mbq, good: Path) -> float:
     """Processor time of running the good bundle."""
-    return min(float(run(arguments(("run",), good))["seconds"]) for _ in range(3))
+    return min(run(arguments(("run",), good)).seconds for _ in range(3))
 
 
 @pytest.fixture
@@ -66,57 +50,57 @@ def arguments(command: tuple[str, ...], folder: Path) -> list[str]:
     return [*command, str(folder), *rest]
 
 
-def test_the_good_bundle_is_accepted(run: Run, good: Path) -> None:
+def test_the_good_bundle_is_accepted(run: Mbq, good: Path) -> None:
     for command in COMMANDS:
         found = run(arguments(command, good))
-        assert found["code"] == 0, found
-        assert found["out"]
+        assert found.code == 0, found
+        assert found.out
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name not in QUICK)) for name in ATTACKS]
 )
-def test_attack(run: Run, copy: Path, good_s: float, name: str) -> None:
+def test_attack(run: Mbq, copy: Path, good_s: float, name: str) -> None:
     attack(copy, name)
     said = []
     for command in COMMANDS:
         found = run(arguments(command, copy))
-        lines = found["err"].splitlines()
-        assert found["code"] == 4, found
+        lines = found.err.splitlines()
+        assert found.code == 4, found
         assert len(lines) == 1, found
         assert lines[0].startswith("mbq: error: ")
         assert lines[0].isprintable()
         assert len(lines[0]) < 1000
-        assert found["out"] == ""
-        assert found["mb"] < MOST_MB
-        assert found["seconds"] < MOST_TIMES * good_s
+        assert found.out == ""
+        assert found.mb < MOST_MB
+        assert found.seconds < MOST_TIMES * good_s
         said.append(lines[0])
     assert len(set(said)) == 1
     assert REASONS.get(name, "") in said[0]
     shutil.rmtree(copy)
 
 
-def test_a_tokenizer_that_is_no_tokenizer(run: Run, copy: Path) -> None:
+def test_a_tokenizer_that_is_no_tokenizer(run: Mbq, copy: Path) -> None:
     """Only what loads it knows."""
     (copy / "tokenizer.json").write_text("{}")
     write_manifest(copy)
     verified, ran = (run(arguments(command, copy)) for command in (("verify",), ("run",)))
-    assert verified["code"] == ran["code"] == 4
-    assert verified["err"] == ran["err"]
-    assert verified["err"].count("\n") == 1
+    assert verified.code == ran.code == 4
+    assert verified.err == ran.err
+    assert verified.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("field", ["model.name", "model.architecture", "target.name", "target.cpu", "router.kind"])
-def test_names_do_not_command_the_terminal(run: Run, copy: Path, field: str) -> None:
+def test_names_do_not_command_the_terminal(run: Mbq, copy: Path, field: str) -> None:
     set_in(copy / MANIFEST, field, f"a{ESCAPES}b")
     for command in COMMANDS:
         found = run(arguments(command, copy))
-        assert (found["out"] + found["err"]).replace("\n", "").isprintable()
+        assert (found.out + found.err).replace("\n", "").isprintable()
 
 
-def test_errors_do_not_command_the_terminal(run: Run, copy: Path) -> None:
+def test_errors_do_not_command_the_terminal(run: Mbq, copy: Path) -> None:
     set_in(copy / MANIFEST, "layout", f"a{ESCAPES}b")
     for command in COMMANDS:
         found = run(arguments(command, copy))
-        assert found["code"] == 4
-        assert found["err"].rstrip("\n").isprintable()
+        assert found.code == 4
+        assert found.err.rstrip("\n").isprintable()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_mbq import Mbq, forks
 from tiny_bundle import write_bundle
 
 from mbq_runtime import Engine
@@ -31,3 +33,10 @@ def engine(loaded: Engine) -> Engine:
     """The loaded bundle at its default budget."""
     loaded.avg_bits = loaded.manifest.budget.default_bits
     return loaded
+
+
+@pytest.fixture(scope="session")
+def mbq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mbq]:
+    """Runs ``mbq`` as a person does: in a process of its own."""
+    with forks(tmp_path_factory.mktemp("elsewhere")) as run:
+        yield run

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from forked_mbq import Mbq
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
 import mbq_runtime
@@ -32,16 +33,18 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
-def test_help_imports_nothing_heavy(args: list[str]) -> None:
+def test_help_imports_nothing_heavy() -> None:
+    """One process shows the help of every command, and after each what it has imported by then."""
+    every = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
     code = (
         "import sys; from mbq_runtime.cli import main\n"
-        f"code = main({args!r})\n"
-        f"print([m for m in {HEAVY!r} if m in sys.modules], code, file=sys.stderr)"
+        f"for args in {every!r}:\n"
+        "    code = main(args)\n"
+        f"    print(args, [m for m in {HEAVY!r} if m in sys.modules], code, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[] 0"
-    assert done.stdout
+    assert done.stderr.splitlines() == [f"{args} [] 0" for args in every]
+    assert done.stdout.count("Usage: mbq") == len(every) - 1
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -98,10 +101,9 @@ def test_run_writes_what_happens_to_the_budget(
     assert event["readings"]["temp_c"] == 85.0
 
 
-def test_run_reads_the_prompt_from_stdin(bundle: Path) -> None:
-    command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "-", "--raw", "--max-tokens", "3"]
-    done = subprocess.run(command, input="xA", capture_output=True, text=True, check=True)
-    assert done.stdout == "BCD\n"
+def test_run_reads_the_prompt_from_stdin(bundle: Path, mbq: Mbq) -> None:
+    done = mbq(["run", bundle, "-", "--raw", "--max-tokens", 3], "xA")
+    assert (done.code, done.out) == (0, "BCD\n")
 
 
 def test_a_prompt_without_end(
@@ -315,9 +317,8 @@ def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("verbose", [[], ["-v"], ["-vv"]])
-def test_the_log_goes_to_stderr_when_asked_for(bundle: Path, verbose: list[str]) -> None:
-    command = [sys.executable, "-m", "mbq_runtime.cli", *verbose, "run", str(bundle), "hello", "--bits", "8"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout == REPLY + "\n"
-    assert ("INFO mbq_runtime.engine.engine" in done.stderr) is bool(verbose)
-    assert (f"{bundle}: loaded in" in done.stderr) is bool(verbose)
+def test_the_log_goes_to_stderr_when_asked_for(bundle: Path, mbq: Mbq, verbose: list[str]) -> None:
+    done = mbq([*verbose, "run", bundle, "hello", "--bits", 8])
+    assert (done.code, done.out) == (0, REPLY + "\n")
+    assert ("INFO mbq_runtime.engine.engine" in done.err) is bool(verbose)
+    assert (f"{bundle}: loaded in" in done.err) is bool(verbose)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import needs
 import pytest
+from forked_mbq import Mbq
 from schemas import schema
 from tiny_bundle import CIRCLE
 
@@ -93,25 +93,24 @@ def test_without_the_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> N
         grammar_module.Grammars(bundle, 264, [2])
 
 
-def run(bundle: Path, file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "A", "--raw", "--json-schema", str(file)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+def command(bundle: Path, schema: Path) -> list[object]:
+    return ["run", bundle, "A", "--raw", "--json-schema", schema]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [("{", "cannot be read as JSON"), ("[]", "has a list, needed an object"), ('{"type": 5}', "json_schema: ")],
 )
-def test_the_command_refuses_a_bad_schema(bundle: Path, tmp_path: Path, content: str, words: str) -> None:
+def test_the_command_refuses_a_bad_schema(bundle: Path, tmp_path: Path, mbq: Mbq, content: str, words: str) -> None:
     (tmp_path / "schema.json").write_text(content)
-    done = run(bundle, tmp_path / "schema.json")
-    assert done.returncode == 2
-    assert words in done.stderr
+    done = mbq(command(bundle, tmp_path / "schema.json"))
+    assert done.code == 2
+    assert words in done.err
 
 
-def test_the_command_answers_with_json(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_answers_with_json(bundle: Path, tmp_path: Path, mbq: Mbq) -> None:
     wanted: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["B", "C"]}}, "required": ["a"]}
     (tmp_path / "schema.json").write_text(json.dumps({**wanted, "additionalProperties": False}))
-    done = run(bundle, tmp_path / "schema.json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["a"] in ("B", "C")
+    done = mbq(command(bundle, tmp_path / "schema.json"))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["a"] in ("B", "C")

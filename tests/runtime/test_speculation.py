@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import needs
 import numpy as np
 import pytest
+from forked_mbq import Mbq
 from numpy.typing import NDArray
 from tiny_bundle import CIRCLE, CONTEXT, EOS, ids
 
@@ -158,6 +157,7 @@ def test_where_guesses_cost_more_than_they_give_auto_makes_none(engine: Engine) 
     del engine.__dict__["_pass_costs"]
 
 
+@pytest.mark.heavy
 def test_the_rule_keeps_the_distribution() -> None:
     """Pairs of tokens in 20,000 replies, guessed by a model that differs, against their chances (chi-squared)."""
     rng = np.random.default_rng(0)
@@ -221,13 +221,11 @@ def test_another_mode_is_refused(engine: Engine) -> None:
         engine.speculate = "maybe"
 
 
-def test_the_command_says_what_was_guessed(bundle: Path) -> None:
-    command = [sys.executable, "-m", "mbq_runtime.cli", "run", str(bundle), "xA", "--raw", "--max-tokens", "40"]
-    done = [
-        subprocess.run([*command, "--speculate", mode], capture_output=True, encoding="utf-8", check=True)
-        for mode in ("off", "on")
-    ]
-    assert done[0].stdout == done[1].stdout
-    assert "guess" not in done[0].stderr
-    assert "of 2" in done[1].stderr or "of 3" in done[1].stderr
-    assert "guessed tokens were right" in done[1].stderr
+def test_the_command_says_what_was_guessed(bundle: Path, mbq: Mbq) -> None:
+    command = ["run", bundle, "xA", "--raw", "--max-tokens", 40]
+    off, on = (mbq([*command, "--speculate", mode]) for mode in ("off", "on"))
+    assert off.code == on.code == 0
+    assert off.out == on.out
+    assert "guess" not in off.err
+    assert "of 2" in on.err or "of 3" in on.err
+    assert "guessed tokens were right" in on.err

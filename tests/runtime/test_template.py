@@ -6,8 +6,6 @@ import json
 import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import transformers
+from forked_mbq import Mbq
 from hostile_templates import HOSTILE
 from tiny_bundle import SPECIAL, write_manifest, write_tokenizer
 
@@ -225,15 +224,14 @@ def test_a_huge_template(written: Any) -> None:
     assert len(written("{# " + "a" * 1_000_000 + "#}b").render(USER)) == 1
 
 
-def test_a_chat_goes_on_after_a_refusal(bundle_copy: Path) -> None:
+def test_a_chat_goes_on_after_a_refusal(bundle_copy: Path, mbq: Mbq) -> None:
     """Also when the next message is refused while the chat counts tokens."""
     refusing = "{% if messages[-1].content == 'Hi' %}{{ raise_exception('not ' ~ messages | length) }}{% endif %}A"
     _engine(bundle_copy, refusing)
-    command = [sys.executable, "-m", "mbq_runtime.cli", "chat", str(bundle_copy), "--max-tokens", "2"]
-    done = subprocess.run(command, input="a\nHi\nb\n", capture_output=True, encoding="utf-8", check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("refuses the conversation: not 3") == 1
-    assert done.stderr.count("2 tokens, ") == 2
+    done = mbq(["chat", bundle_copy, "--max-tokens", 2], "a\nHi\nb\n")
+    assert done.code == 0, done.err
+    assert done.err.count("refuses the conversation: not 3") == 1
+    assert done.err.count("2 tokens, ") == 2
 
 
 def test_no_worker(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,37 +269,32 @@ def test_options_in_the_python_interface(bundle_copy: Path) -> None:
             engine.generate(prompt, chat=chat, template_kwargs={"mood": "kind"})  # type: ignore[arg-type]
 
 
-def test_options_in_the_commands(bundle_copy: Path) -> None:
+def test_options_in_the_commands(bundle_copy: Path, mbq: Mbq) -> None:
     _engine(bundle_copy, "{{ raise_exception(mood) }}")
-    for command in (["run", str(bundle_copy), "Hi"], ["chat", str(bundle_copy)]):
-        done = _mbq([*command, "--chat-template-kwargs", '{"mood": "sad"}'])
-        assert "refuses the conversation: sad" in done.stderr
-    done = _mbq(["run", str(bundle_copy), "Hi", "--chat-template-kwargs", "[1]"])
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "expected a JSON object such as" in done.stderr
+    for command in (["run", bundle_copy, "Hi"], ["chat", bundle_copy]):
+        done = mbq([*command, "--chat-template-kwargs", '{"mood": "sad"}'], "Hi\n")
+        assert "refuses the conversation: sad" in done.err
+    done = mbq(["run", bundle_copy, "Hi", "--chat-template-kwargs", "[1]"])
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "expected a JSON object such as" in done.err
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["recursion of a macro", "nested ranges", "text times a number", "class of a text"])
-def test_hostile_template_in_the_commands(bundle_copy: Path, name: str) -> None:
+def test_hostile_template_in_the_commands(bundle_copy: Path, mbq: Mbq, name: str) -> None:
     _engine(bundle_copy, HOSTILE[name])
-    done = _mbq(["run", str(bundle_copy), "Hi"])
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
-    assert "the chat template" in done.stderr
-    done = _mbq(["chat", str(bundle_copy)])
-    assert done.returncode == 0
-    assert re.fullmatch(r".*the chat template .*\n", done.stderr)
+    done = mbq(["run", bundle_copy, "Hi"])
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1)
+    assert "the chat template" in done.err
+    done = mbq(["chat", bundle_copy], "Hi\n")
+    assert done.code == 0
+    assert re.fullmatch(r".*the chat template .*\n", done.err)
 
 
 def _engine(folder: Path, template: str) -> Engine:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_manifest(folder)
     return Engine.load(folder, threads=1)
-
-
-def _mbq(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mbq_runtime.cli", *arguments]
-    return subprocess.run(command, input="Hi\n", capture_output=True, encoding="utf-8", check=False, timeout=60)
 
 
 class _peak_memory:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_mbq import Mbq
 from tiny_bundle import CONTEXT, REPLY
 
 from mbq_runtime import Engine
@@ -193,24 +194,19 @@ def test_a_turn_reads_what_is_new(talk: Talk) -> None:
     assert reply.stats.prompt_tokens - reply.stats.cached_tokens == len(new)
 
 
-def command(bundle: Path, *args: str) -> list[str]:
-    return [sys.executable, "-m", "mbq_runtime.cli", "chat", str(bundle), "--temperature", "0", "--bits", "8", *args]
-
-
-def test_from_a_pipe_to_a_pipe(bundle: Path) -> None:
-    done = subprocess.run(
-        command(bundle, "--show-bits"), input="hello\n\nhello\n", capture_output=True, encoding="utf-8", check=True
-    )
-    assert done.stdout == f"{REPLY}\n{REPLY}\n"
-    assert done.stderr.count("energy ") == 2
+def test_from_a_pipe_to_a_file(bundle: Path, mbq: Mbq) -> None:
+    done = mbq(["chat", bundle, "--temperature", 0, "--bits", 8, "--show-bits"], "hello\n\nhello\n")
+    assert (done.code, done.out) == (0, f"{REPLY}\n{REPLY}\n")
+    assert done.err.count("energy ") == 2
 
 
 def test_on_a_terminal(bundle: Path) -> None:
     """A real terminal: colours, a status line, Ctrl-C at the prompt, Ctrl-D to end."""
     master, slave = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
+    command = [sys.executable, "-m", "mbq_runtime.cli", "chat", str(bundle), "--temperature", "0", "--bits", "8"]
     chat = subprocess.Popen(
-        command(bundle, "--show-bits"), stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        [*command, "--show-bits"], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
     os.close(slave)
     seen = ""
@@ -244,11 +240,11 @@ def test_on_a_terminal(bundle: Path) -> None:
     os.close(master)
 
 
-def test_a_model_without_chat_template(bundle_copy: Path) -> None:
+def test_a_model_without_chat_template(bundle_copy: Path, mbq: Mbq) -> None:
     (bundle_copy / "chat_template.jinja").unlink()
     from tiny_bundle import write_manifest
 
     write_manifest(bundle_copy)
-    done = subprocess.run(command(bundle_copy), input="", capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("the model has no chat template; use mbq run --raw")
+    done = mbq(["chat", bundle_copy])
+    assert done.code == 2
+    assert done.err.strip().endswith("the model has no chat template; use mbq run --raw")

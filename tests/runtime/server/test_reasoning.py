@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import needs
 import openai
 import pytest
+from forked_mbq import Mbq
 from serving import serve
 from tiny_bundle import TEMPLATE, write_manifest
 
@@ -169,24 +168,15 @@ def test_marks_are_seen_in_the_template() -> None:
     assert find_marks(TEMPLATE) is None
 
 
-def test_the_command_ends_a_reasoning(thinking_bundle: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "mbq_runtime.cli",
-        "run",
-        str(thinking_bundle),
-        "hi",
-        "--max-tokens",
-        "4",
-        "--json",
-    ]
-    done = subprocess.run([*command, "--reasoning-budget", "0"], capture_output=True, encoding="utf-8", check=True)
-    assert json.loads(done.stdout)["tokens"][0] == CLOSES
-    bad = subprocess.run([*command, "--reasoning-budget", "-1"], capture_output=True, encoding="utf-8", check=False)
-    assert (bad.returncode, "reasoning_budget -1: needed 0 or above" in bad.stderr) == (2, True)
-    (thinking_bundle.parent / "schema.json").write_text('{"const": 12345}')
-    command[-3:] = ["--max-tokens", "20", "--json-schema", str(thinking_bundle.parent / "schema.json")]
+def test_the_command_ends_a_reasoning(thinking_bundle: Path, mbq: Mbq) -> None:
+    command = ["run", thinking_bundle, "hi", "--max-tokens"]
+    done = mbq([*command, 4, "--json", "--reasoning-budget", 0])
+    assert json.loads(done.out)["tokens"][0] == CLOSES
+    bad = mbq([*command, 4, "--json", "--reasoning-budget", -1])
+    assert (bad.code, "reasoning_budget -1: needed 0 or above" in bad.err) == (2, True)
+    schema = thinking_bundle.parent / "schema.json"
+    schema.write_text('{"const": 12345}')
     needs.module("llguidance")
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    assert json.loads(done.stdout) == 12345
+    done = mbq([*command, 20, "--json-schema", schema])
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == 12345
