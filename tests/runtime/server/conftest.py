@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ _TOOLS_TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] + m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments.place or '' }}{% endfor %}{% endfor %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _loaded_before() -> None:
+    """A server that starts looks at each object of the process.  What the tests have loaded by now is left out."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import needs
@@ -12,12 +13,32 @@ import openai
 import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
-from serving import SLOW_S, Running
+from serving import SLOW_S, Running, serve
 from tiny_bundle import CIRCLE, CONTEXT, REPLY
 
 from mbq_runtime import Engine
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def server(loaded: Engine) -> Iterator[Running]:
+    """One server for all requests; it must survive them."""
+    with serve(loaded) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def running(server: Running, engine: Engine) -> Running:
+    """The server, steered as at its start."""
+    server.governor.set(avg_bits=engine.avg_bits, power_w=None)
+    return server
 
 
 def test_models(client: openai.OpenAI) -> None:
