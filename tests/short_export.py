@@ -14,11 +14,17 @@ from mbq_targets.machines import Target
 _asked_engines = Target.engines
 
 
-def _engines(target: Target, asked: tuple[str, ...]) -> tuple[str, ...]:
+def engines_there_are(target: Target, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Engines of a target that were asked for and that it has.
+
+    Args:
+        target: row of the table of machines.
+        asked: names of engines.
+    """
     return _asked_engines(target, asked if target.native else ("onnx",))
 
 
 if __name__ == "__main__":
     methods.METHODS["nested"] = replace(methods.METHODS["nested"], sweeps=1)
-    Target.engines = _engines  # type: ignore[method-assign]
+    Target.engines = engines_there_are  # type: ignore[method-assign]
     cli.main()
