@@ -11,20 +11,26 @@ PYTEST := $(BIN)/python -m pytest
 
 # What the quick tier leaves out: exports of the real model, emulated boards, and whatever compiles much.
 QUICK := not slow and not heavy
-# Two runs of pytest share the two cores, so each multiplies on one.  Some tests of the first wait, so it has fewer.
-FIRST := $(addprefix tests/runtime/,chat control server) $(wildcard tests/runtime/test_*.py)
-SECOND := $(addprefix --ignore=,$(FIRST) tests/arm64 tests/e2e)
 # Parts of all tests, the longest first: a part begins when a core is free.  The first has the real model, here and on
 # emulated boards; finished exports are kept for the next run.
 PARTS := test-boards test-export test-targets test-rest test-runtime
-test-boards: TESTS := tests/arm64 tests/e2e
+BOARDS := tests/arm64 tests/e2e
+TARGETS := tests/targets tests/gpu
+RUNTIME := $(addprefix tests/runtime/,chat control server) $(wildcard tests/runtime/test_*.py)
+test-boards: TESTS := $(BOARDS)
 test-export: TESTS := tests/export
-test-targets: TESTS := tests/targets tests/gpu
-test-runtime: TESTS := $(FIRST)
-test-rest: TESTS := $(addprefix --ignore=,tests/arm64 tests/e2e tests/export tests/targets tests/gpu $(FIRST))
+test-targets: TESTS := $(TARGETS)
+test-runtime: TESTS := $(RUNTIME)
+test-rest: TESTS := $(addprefix --ignore=,$(BOARDS) tests/export $(TARGETS) $(RUNTIME))
+# Parts of the quick tests, all at a time: those of servers wait much, and the others compute meanwhile.
+QUICK_PARTS := quick-export quick-rest quick-runtime quick-server
+SERVER := $(addprefix tests/runtime/,chat server)
+quick-export: TESTS := tests/export
+quick-server: TESTS := $(SERVER)
+quick-runtime: TESTS := $(filter-out $(SERVER),$(RUNTIME))
+quick-rest: TESTS := $(addprefix --ignore=,$(BOARDS) tests/export $(RUNTIME))
 
-.PHONY: demo test test-quick test-quick-first test-quick-second $(PARTS) coverage bench dist \
-    system-packages lint clean
+.PHONY: demo test test-quick $(QUICK_PARTS) $(PARTS) coverage bench dist system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 	$(BIN)/mbq run $(BUNDLES)/smollm2-135m-host "$(PROMPT)" --max-tokens 48
@@ -35,18 +41,16 @@ $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 
 # Each tier first installs what it needs, which is not part of its time.
 test-quick: $(VENV)/.dev
-	$(MAKE) --jobs=2 --output-sync=line test-quick-first test-quick-second
+	$(MAKE) --jobs --output-sync=line $(QUICK_PARTS)
 
 test: $(VENV)/.dev $(VENV)/.rivals system-packages
 	$(MAKE) --jobs=2 --output-sync=line $(PARTS) lint
 
-test-quick-first test-quick-second $(PARTS): export OMP_NUM_THREADS := 1
+# Each part multiplies on one core.
+$(QUICK_PARTS) $(PARTS): export OMP_NUM_THREADS := 1
 
-test-quick-first: $(VENV)/.dev
-	$(PYTEST) -m "$(QUICK)" $(FIRST)
-
-test-quick-second: $(VENV)/.dev
-	$(PYTEST) -m "$(QUICK)" $(SECOND)
+$(QUICK_PARTS): $(VENV)/.dev
+	$(PYTEST) -m "$(QUICK)" $(TESTS)
 
 $(PARTS): $(VENV)/.dev
 	$(PYTEST) $(TESTS)

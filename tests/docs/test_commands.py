@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -376,8 +377,6 @@ class _Server:
 
 _serving = _Server
 COMMANDS = shell_commands()
-LONG = re.compile(r"mbq (simulate|perplexity|serve|bench) ")
-"""Commands that start a server, draw or measure: about a second of a core."""
 
 
 def _bare(command: str) -> str:
@@ -385,16 +384,26 @@ def _bare(command: str) -> str:
     return re.sub(r"^(?:[A-Z_]+=\S+ )+|\s+>>?\s*\S+$", "", command)
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(one, id=one, marks=[pytest.mark.heavy] * bool(LONG.search(one))) for one in COMMANDS]
-)
-def test_a_command_of_the_pages_works(command: str, inside: Path) -> None:
+def _check(command: str) -> Callable[[], None] | None:
+    """What checks a command: that of the first row that covers it."""
     bare = _bare(command)
     for row in ROWS:
         if found := re.match(row.form, bare):
-            row.check(shlex.split(bare[found.end() :]))
-            return
-    pytest.fail(f"{COMMANDS[command]}: no row of ROWS covers {command!r}; add one that runs it")
+            return partial(row.check, shlex.split(bare[found.end() :]))
+    return None
+
+
+def test_every_command_has_a_row() -> None:
+    missing = {command: page for command, page in COMMANDS.items() if _check(command) is None}
+    assert not missing, "no row of ROWS covers them; add one that runs each"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_command_of_the_pages_works(command: str, inside: Path) -> None:
+    check = _check(command)
+    assert check is not None
+    check()
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
@@ -418,6 +427,7 @@ def _quick_export(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mbq_export, "export", lambda *given, **options: whole(*given, **{**options, **quick}))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
 def test_python_of_the_pages_runs(
     block: Block, inside: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -436,10 +446,10 @@ def test_python_of_the_pages_runs(
 
 
 def test_a_command_without_a_row_is_named() -> None:
-    assert not any(re.match(row.form, "curl https://example.org") for row in ROWS)
+    assert _check("curl https://example.org") is None
 
 
-def test_a_wrong_command_fails(inside: Path) -> None:
+def test_a_wrong_command_fails() -> None:
     with pytest.raises(click.ClickException):
         _runtime_parsed(["run", "bundle", "prompt", "--nonesuch"])
     with pytest.raises(click.ClickException):

@@ -300,6 +300,7 @@ print(len(reader.tokens(document)), (resource.getrusage(resource.RUSAGE_SELF).ru
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("space", [" ", ""], ids=["words", "one word"])
 def test_a_long_text_takes_little_memory_to_tokenize(checkpoint: Checkpoint, tmp_path: Path, space: str) -> None:
     """The tokenizer keeps about 300 bytes for each token of what it is given at once."""
@@ -404,6 +405,7 @@ def test_a_model_without_a_template_continues_the_plain_prompt(
     assert replies.answers("fitted", plain, 100, no_report).startswith(f"{first}\n\n")
 
 
+@pytest.mark.heavy
 def test_wikipedia_is_whole_paragraphs_of_prose() -> None:
     paragraphs = corpora.wikipedia("calibration").split("\n\n")
     assert paragraphs[0].startswith("Anarchism is a political philosophy that advocates self-governed societies")

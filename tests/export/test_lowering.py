@@ -40,7 +40,13 @@ TOLERANCE = 1e-3
 Logits = NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+QUICK = ("gemma3_text", "lfm3", "llama", "phi3-longrope")
+"""Families of the quick tier: the plain one; windows, norms behind branches and of heads; convolutions; a table of
+rotations and packed matrices."""
+FAMILIES = [pytest.param(name, marks=[pytest.mark.heavy] * (name not in QUICK)) for name in sorted(MODELS)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return load(locate(str(write_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param))))
 

@@ -15,6 +15,7 @@ from mbq_runtime.errors import UsageError
 QUALITY = Quality(20.0, 3.5, tuple(QualityPoint(bits, bits, ppl) for bits, ppl in ((3, 30), (4, 22), (8, 20.2))))
 
 
+@pytest.mark.heavy
 def test_what_is_drawn(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg", "c.png", "d.pdf"):
         quality_curve(tmp_path / name, "smollm2-135m", QUALITY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from request_attempts import Report, run_cases
 
 CASES = int(os.environ.get("MBQ_FUZZ_REQUESTS", "300"))
@@ -14,6 +15,7 @@ SEED = int(os.environ.get("MBQ_FUZZ_SEED", "0"))
 MOST_MORE_MB = 100
 
 
+@pytest.mark.heavy
 def test_hostile_requests() -> None:
     report = run_cases(range(CASES), SEED, Report())
     assert report.faults == []

@@ -113,6 +113,7 @@ def test_of_an_unfinished_report_only_the_stages_are_taken(engine: Engine, tmp_p
     assert list(kit.finished_stages(path, kit.empty(engine, board.look))) == ["idle"]
 
 
+@pytest.mark.heavy
 def test_the_command_measures_a_bundle_and_shows_what_it_sends(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

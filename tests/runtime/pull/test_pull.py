@@ -435,7 +435,7 @@ def test_a_new_version_takes_what_it_can_from_the_old_one(server: FileServer, pu
 
 
 @pytest.mark.parametrize("kill", ["before", "after"])
-@pytest.mark.parametrize("command", ["pull", "list", "rm"])
+@pytest.mark.parametrize("command", ["pull", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("list", "rm"))])
 def test_a_kill_while_a_bundle_is_replaced(
     command: str, kill: str, server: FileServer, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def test_sigterm_ends_a_stream_in_time_and_the_log_stays_clean(bundle: Path) -> 
         assert served.stderr.read() == ""
 
 
+@pytest.mark.heavy
 def test_context_bounds_a_request_s_memory(bundle: Path) -> None:
     with mbq_serve(bundle, "--bits", "8", "--context", "30") as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -113,6 +114,7 @@ def test_context_bounds_a_request_s_memory(bundle: Path) -> None:
         assert found.usage.total_tokens == 30
 
 
+@pytest.mark.heavy
 def test_the_key_comes_from_the_environment(bundle: Path) -> None:
     with mbq_serve(bundle, MBQ_API_KEY="sesame") as (address, _):
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="sesame").models.list().data[0].id == "tiny"
@@ -123,6 +125,7 @@ def test_the_key_comes_from_the_environment(bundle: Path) -> None:
         assert "refused with status 401; give the server's --api-key" in done.stderr
 
 
+@pytest.mark.heavy
 def test_monitor_follows_a_server(bundle: Path) -> None:
     with mbq_serve(bundle, "--bits", "5") as (address, served):
         watcher = subprocess.Popen([*MBQ, "monitor", address + "/"], stdout=subprocess.PIPE, text=True)
@@ -137,6 +140,7 @@ def test_monitor_follows_a_server(bundle: Path) -> None:
         watcher.stdout.close()
 
 
+@pytest.mark.heavy
 def test_monitor_on_a_terminal_redraws_one_line(bundle: Path) -> None:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))

@@ -259,6 +259,7 @@ def test_variables_reach_the_template(bundle_copy: Path) -> None:
         assert tokens == [1, 5, 5]
 
 
+@pytest.mark.heavy
 def test_a_hostile_template(bundle_copy: Path) -> None:
     with serve(with_template(bundle_copy, HOSTILE["nested ranges"])) as running:
         status, found = ask(running, CHAT, chat())

@@ -91,6 +91,7 @@ def test_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
         read_trace(path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_plots(capsys: pytest.CaptureFixture[str], tmp_path: Path, trace: Path, suffix: str, magic: bytes) -> None:
     for what in ("phone", trace):
