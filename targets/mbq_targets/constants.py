@@ -18,8 +18,8 @@ SMALLEST_ACTIVATION = 1e-30
 LOW_BITS = 8
 """A two-byte activation is ``(high << LOW_BITS) + low``."""
 
-FEW_TOKENS = 2
-"""Up to this many tokens of one depth, the one-token kernel is faster than unpacking a tile."""
+FEW_TOKENS = 16
+"""Up to this many tokens of one depth, a pass unpacks weights to registers. With more, it unpacks them to a tile."""
 
 MAX_HIDDEN = 512
 """The largest hidden width of a router. The C code and the drivers reserve memory for it."""

@@ -15,6 +15,7 @@ from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sli
 from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import FEW_TOKENS
 from mbq_targets.spec import KernelSpec
 
 # Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
@@ -100,23 +101,28 @@ def matmul_tolerance(x: F32, depth: I32, sliced: Sliced, spec: KernelSpec) -> F6
 
 
 def matmul_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec) -> Runs:
-    """One token at every depth, then batches: mixed depths, and one depth."""
+    """One token at every depth, then passes of few tokens and of many: mixed depths, and one depth.
+
+    A pass of few tokens gives each one the bits that it has alone.
+    """
     k, group, depth_count = sliced.codes.shape[1], sliced.group_size, spec.profile.depths
     depths = [np.array([d], np.int32) for d in range(1, depth_count + 1)]
     depths += [rng.integers(1, depth_count + 1, m).astype(np.int32) for m in (2, 5, 33)]
     depths += [np.full(11, depth_count, np.int32)]
+    depths += [rng.permutation(np.repeat(np.arange(1, depth_count + 1, dtype=np.int32), FEW_TOKENS + 5))]
     runs: Runs = []
     for depth in depths:
         x = activations(rng, len(depth), k, group)
         y = sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
         tolerance = matmul_tolerance(x, depth, sliced, spec)
-        runs.append(
-            {
-                "in": {"x": x[None], **dictated(depth[None])},
-                "out": {"y": y[None], "depth": depth[None]},
-                "tol": {"y": tolerance[None], "depth": 0},
-            }
-        )
+        run = {
+            "in": {"x": x[None], **dictated(depth[None])},
+            "out": {"y": y[None], "depth": depth[None]},
+            "tol": {"y": tolerance[None], "depth": 0},
+        }
+        if len(depth) > 1 and np.bincount(depth).max() <= FEW_TOKENS:
+            run["alone"] = {"y": ["x", "routed_by"]}
+        runs.append(run)
     return runs
 
 

@@ -3,8 +3,9 @@
 Needs numpy and onnxruntime only, so the same cases run in a board's userland.  Every sub-folder
 of FOLDER is a case: ``model.onnx`` and ``runs.npz`` with, for every run r, the inputs
 ``r/in/NAME``, the expected outputs ``r/out/NAME`` and the largest absolute difference allowed,
-``r/tol/NAME`` (an array or a number).  Prints a line per failure and a closing line per library; exits with 1 if
-there is a failure.
+``r/tol/NAME`` (an array or a number).  ``r/alone/NAME`` names the inputs that have a row for each row of the output:
+each row alone must give the same bits.  Prints a line per failure and a closing line per library; exits with 1 if there
+is a failure.
 """
 
 from __future__ import annotations
@@ -46,7 +47,23 @@ def check_case(case: Path, library: Path, threads: int = 2) -> list[str]:
                         f"{case.name} run {run}: {name}{[int(i) for i in at]} is {got[at]}, expected {want[at]}; "
                         f"{int((~(excess <= 0)).sum())} of {want.size} are off"
                     )
+                if f"{run}/alone/{name}" in data.files:
+                    rows = [str(row) for row in data[f"{run}/alone/{name}"]]
+                    off = alone(session, feeds, rows, name, got)
+                    problems += [f"{case.name} run {run}: rows {off} of {name} have other bits alone"] if off else []
     return problems
+
+
+def alone(
+    session: ort.InferenceSession, feeds: dict[str, np.ndarray], by_row: list[str], name: str, together: np.ndarray
+) -> list[int]:
+    """The rows that have other bits alone than all rows together.  by_row: inputs with a row for each of the output."""
+    off = []
+    for row in range(together.shape[1]):
+        one = {key: value[:, row : row + 1] if key in by_row else value for key, value in feeds.items()}
+        if not np.array_equal(session.run([name], one)[0], together[:, row : row + 1]):
+            off.append(row)
+    return off
 
 
 def check_library(folder: Path, library: Path) -> bool:

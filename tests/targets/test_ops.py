@@ -16,6 +16,7 @@ from mbq_export.format.codes import Sliced, decode
 from mbq_export.format.ops import round_activations
 from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
+from mbq_targets.constants import FEW_TOKENS
 from mbq_targets.spec import KernelSpec
 
 pytestmark = pytest.mark.heavy
@@ -63,20 +64,23 @@ def session(tmp_path: Path, library: Path, model: onnx.ModelProto, threads: int 
 
 
 def test_threads_and_batches_do_not_change_the_result(tmp_path: Path, built: Path) -> None:
-    """A token's row is the same bits alone or with others of its depth through the one-token kernel, on any pool."""
+    """A token's row is the same bits alone or with others, on any pool."""
     rng = np.random.default_rng(1)
     sliced = op_cases.weight(rng, 520, 1536, 64)
     model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
-    x = rng.standard_normal((1, 2, 1536)).astype(np.float32)
-    depth = np.array([[4, 2]], np.int32)
+    x = rng.standard_normal((1, 5, 1536)).astype(np.float32)
+    depth = np.array([[4, 2, 2, 1, 2]], np.int32)
     results = [
         session(tmp_path, built, model, threads).run(None, {"x": x, **op_cases.dictated(depth)})[0]
         for threads in (1, 2, 4)
     ]
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[2])
-    alone = session(tmp_path, built, model).run(None, {"x": x[:, 1:], **op_cases.dictated(depth[:, 1:])})[0]
-    assert np.array_equal(results[0][:, 1:], alone)
+    run = session(tmp_path, built, model)
+    for token in range(5):
+        one = slice(token, token + 1)
+        alone = run.run(None, {"x": x[:, one], **op_cases.dictated(depth[:, one])})[0]
+        assert np.array_equal(results[0][:, one], alone)
 
 
 def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Path) -> None:
@@ -107,18 +111,18 @@ def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Pa
 
 
 def test_deeper_slices_are_never_read(tmp_path: Path, built: Path) -> None:
-    """Poison in them changes no bit, in the kernel of one token and in that of many."""
+    """Poison in them changes no bit, in the kernels of one token, of few and of many."""
     rng = np.random.default_rng(6)
     sliced = op_cases.weight(rng, 40, 256, 64)
     constants = op_cases.stored(sliced, PROFILE)
-    x = rng.standard_normal((1, 6, 256)).astype(np.float32)
+    x = rng.standard_normal((1, FEW_TOKENS + 1, 256)).astype(np.float32)
     for depth in range(1, PROFILE.depths):
         poison = {f"planes_{e}": 255 - constants[f"planes_{e}"] for e in range(depth + 1, PROFILE.depths + 1)}
         clean, poisoned = (
             session(tmp_path, built, op_cases.matmul_model(sliced, PROFILE, {**constants, **more}))
             for more in ({}, poison)
         )
-        for tokens in (1, 6):
+        for tokens in (1, 6, FEW_TOKENS + 1):
             feeds = {"x": x[:, :tokens], **op_cases.dictated(np.full((1, tokens), depth, np.int32))}
             assert np.array_equal(clean.run(None, feeds)[0], poisoned.run(None, feeds)[0])
 

@@ -19,6 +19,7 @@ from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
+from mbq_targets.constants import FEW_TOKENS
 from mbq_targets.machines import resolve
 from mbq_targets.spec import DeltaNet, KernelSpec
 from mbq_targets.tvm_ops.attention import STILL, Attention
@@ -87,7 +88,7 @@ def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize(("bits", "deepest"), [(3.0, 4), (4.6, 4), (8.0, 4), (4.6, 2), (8.0, 3)])
-@pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (2, 2), (9, 1), (40, 40)])
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (7, 7), (9, 1), (40, 40)])
 def test_linear(
     of_spec: Callable[[KernelSpec], Callable[[str], Any]], tokens: int, wanted: int, bits: float, deepest: int,
     spec: KernelSpec,
@@ -113,14 +114,18 @@ def test_linear(
     numbers = {**places, "entries": 4, "hidden": HIDDEN, "parameters": 3, "all_parameters": 4}
     x = rng.standard_normal((tokens, K)).astype(np.float32)
     used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
-    given = (numbers[field] for field in fields(PROFILE))
-    ops("linear")(x[-wanted:].copy(), x, np.array([bits, deepest], np.float32), data, used, *given, out)
+    given, budget = [numbers[field] for field in fields(PROFILE)], np.array([bits, deepest], np.float32)
+    ops("linear")(x[-wanted:].copy(), x, budget, data, used, *given, out)
     depth = route(x, bits, router, deepest)
     expected = sliced_matmul(x, depth, sliced, PROFILE, spec.activation_bits)[-wanted:] + bias[:N]
     tolerance = matmul_tolerance(x[-wanted:], depth[-wanted:], sliced, spec)
     assert (np.abs(out[:, :N] - expected) <= tolerance + RELATIVE * np.abs(bias).max()).all()
     assert not out[:, N:].any()
     assert used[0] == pytest.approx(1 + 0.75 * np.mean([PROFILE.depth_bits[d - 1] for d in depth]))
+    for m in range(wanted) if tokens <= FEW_TOKENS else ():
+        one, alone = x[tokens - wanted + m][None].copy(), np.empty_like(out[:1])
+        ops("linear")(one, one, budget, data, used, *given, alone)
+        np.testing.assert_array_equal(alone[0], out[m])
 
 
 @pytest.mark.parametrize("window", [5, 1000])

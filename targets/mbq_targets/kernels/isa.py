@@ -38,6 +38,12 @@ class Isa:
     """How far ahead of their use weights are prefetched. 0: the core's own prefetcher does it."""
     matrix_products: ClassVar[bool] = False
     """In prefill: multiply by ``smmla`` instead of dot products, see ``products``."""
+    pair_products: ClassVar[bool] = False
+    """Several tokens with two-byte activations: multiply pairs of 16-bit integers, see ``products``."""
+    few_tokens: ClassVar[int] = 1
+    """For few tokens: tokens that share a loaded weight vector."""
+    few_vectors: ClassVar[int] = 1
+    """For few tokens: row vectors that share a loaded activation."""
 
     @property
     def rows(self) -> int:
@@ -49,13 +55,21 @@ class Isa:
         """Vectors per block of 16 rows."""
         return 64 // self.vector_bytes
 
-    def token_blocks(self, width: int) -> tuple[int, ...]:
-        """How many tokens prefill multiplies at a time, the largest number first.
+    def pairs(self, width: int) -> bool:
+        """Whether several tokens are multiplied by pairs of 16-bit integers.
 
         Args:
             width: bytes of an activation.
         """
-        return tuple(tokens for tokens in (8, 4, 2, 1) if tokens * width <= self.runs_together)
+        return self.pair_products and width == 2
+
+    def many_tokens(self, width: int) -> int:
+        """How many tokens prefill multiplies at a time: a power of two.
+
+        Args:
+            width: bytes of an activation.
+        """
+        return self.runs_together // (1 if self.pairs(width) else width)
 
     def mask(self, value: int) -> Expr:
         """A byte vector of one value.
@@ -242,6 +256,7 @@ class AvxVnni(Vnni512):
     rows_together = 2
     runs_together = 4
     row_blocks = 1
+    few_vectors = 2
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         """As ``Isa.lookup``.
@@ -307,6 +322,9 @@ class Avx2(Isa):
     rows_together = 2
     rows_together_deep = 2
     prefetch_bytes = 8192
+    pair_products = True
+    few_tokens = 2
+    few_vectors = 2
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x32", "llvm.x86.avx2.pshuf.b", byte_table(table, 32), nibbles))

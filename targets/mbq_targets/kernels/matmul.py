@@ -1,13 +1,9 @@
 """Sliced matrix product: ``y = x' @ w(depth).T`` for one depth, from its planes only.
 
 C is the level in units of ``2**unit``, minus what was subtracted if the instruction set takes signed bytes. q are the
-activations as integers in units of a. A group adds to a row, in units of ``row_scale / 256``,
-
-    scale * (step * 2**unit * a * dot(C, q)  +  (step * middle - zero / 64) * a * sum(q))
-
-where ``step`` is the profile's, and ``middle`` is the profile's plus what was subtracted. The dot product takes the
-``width`` bytes of q one by one. The sum of the high bytes is shifted and the sum of the low bytes added, which is exact
-in 32 bits. Both kernels work on row blocks of 16 and on groups. The numbers of blocks and groups are run-time values;
+activations as integers in units of a. ``Levels`` says what a group adds to a row. The dot product takes the ``width``
+bytes of q one by one. The sum of the high bytes is shifted and the sum of the low bytes added, which is exact
+in 32 bits. The kernels work on row blocks of 16 and on groups. The numbers of blocks and groups are run-time values;
 only the group size is compiled in.
 
 ``planes`` is the address of the first slice. ``places`` has, for each slice, its place from there in bytes. So the
@@ -28,8 +24,8 @@ from .activations import TILE_K, bytes_at, chunks, joined
 from .emit import Expr, bind, cast, const, fma, function, load, prefetch, registers, reinterpret, splat, store
 from .isa import Accumulator, Isa
 from .layout import STEP, DepthPlan, plane_places
-from .products import products_of, tree_sum
-from .unpack import Operands, code_bytes, operands, tile_max_code
+from .products import many_products, tree_sum
+from .unpack import OFFSET, Operands, code_bytes, operands, tile_max_code
 
 TILE_BYTES = 2 * ROW_BLOCK * TILE_K
 """Bytes of a tile of two row blocks. They stay in the first-level cache."""
@@ -45,14 +41,16 @@ _SUMS_BYTES = 4 * SUM_BLOCKS * TOKENS_AT_ONCE * ROW_BLOCK
 SCRATCH_BYTES = TILE_BYTES + _SUMS_BYTES + 2 * (TILE_K // min(GROUP_SIZES)) * 2 * ROW_BLOCK * 4
 """Memory that the caller of ``gemm`` provides."""
 
-OFFSET = 128
-"""What whole bytes lose if the instruction set takes signed bytes."""
-
 SCALES_BYTES = 2 * ROW_BLOCK
 """Of a row block: the float16 factors of its rows, or a group's scales and zeros."""
 
 WEIGHT_POINTERS = {"planes": "uint8", "places": "int64", "scales": "uint8"}
 """Arguments of a kernel that are a sliced weight."""
+
+_MANY_SUMS = 8
+
+ACTIVATION_POINTERS = {"q": "int8", "step": "float32", "total": "float32"}
+"""Arguments of a kernel that are rounded activations."""
 
 
 def plane_loader(isa: Isa, plan: DepthPlan, planes: Any, starts: list[Expr], step: Expr) -> Callable[..., Any]:
@@ -149,12 +147,22 @@ class _RowDots:
         return total if factor == 1 else bind(total * const(factor, "int32", self.isa.rows))
 
 
+def subtracted(isa: Isa, plan: DepthPlan) -> float:
+    """Levels that the weights of ``gemv`` lose, because the instruction set takes signed bytes.
+
+    Args:
+        isa: instruction set.
+        plan: how the depth is read.
+    """
+    return sum(OFFSET * s.factor * 2.0**s.unit_log2 for s in plan.segments if isa.signed and s.max_code > 127)
+
+
 def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """Kernel: the product of one token -> y float32 [(end - begin) * 16].
 
-    Kernel arguments: q int8, the token's first byte, with ``rows`` tokens laid out as in ``activations.bytes_at``; step
-    float32 [groups]; total float32 [groups], step times the sum of q; planes, scales uint8 and places int64 [slices],
-    of the whole weight with ``blocks`` row blocks; begin, end: the row blocks to compute.
+    Kernel arguments: q int8, laid out as in ``activations.bytes_at`` for a single token; step float32 [groups]; total
+    float32 [groups], step times the sum of q; planes, scales uint8 and places int64 [slices], of the whole weight with
+    ``blocks`` row blocks; begin, end: the row blocks to compute.
 
     Args:
         isa: instruction set.
@@ -163,13 +171,12 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
         width: bytes of an activation.
         name: the function's symbol.
     """
-    whole_bytes = [s for s in plan.segments if s.max_code > 127] if isa.signed else []
-    middle = plan.middle + sum(OFFSET * s.factor * 2.0**s.unit_log2 for s in whole_bytes)
+    levels = Levels.of(plan, plan.unit_log2, subtracted(isa, plan))
     together = isa.rows_together if len(plan.segments) == 1 else isa.rows_together_deep
     ahead = isa.prefetch_bytes // (ROW_BLOCK * group * plan.bits // 8)  # groups
-    pointers = {"q": "int8", "step": "float32", "total": "float32", **WEIGHT_POINTERS, "y": "float32"}
-    with function(name, pointers, ("blocks", "groups", "rows", "begin", "end")) as args:
-        q, step, total, planes, places, scales, y, blocks, groups, rows, begin, end = args
+    pointers = {**ACTIVATION_POINTERS, **WEIGHT_POINTERS, "y": "float32"}
+    with function(name, pointers, ("blocks", "groups", "begin", "end")) as args:
+        q, step, total, planes, places, scales, y, blocks, groups, begin, end = args
         starts = plane_starts(plan, places, blocks, groups, group)
         acc = registers(ROW_BLOCK, "float32")
         with T.serial(0, end - begin) as b:
@@ -178,11 +185,8 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
             first = bind((begin + b) * groups)
             scales_at = bind(row_block_at(begin + b, groups))
             with T.serial(0, groups) as g:
-                bytes_of_q = bytes_at(g, width, rows, group)
-                sums = load(total, g, 1)
-                unit = bind(load(step, g, 1) * const(plan.step * 2.0**plan.unit_log2, "float32"))
-                middle_sums = bind(sums * const(middle * plan.step, "float32"))
-                zero_sums = bind(sums * const(-1 / ZERO_STEPS, "float32"))
+                bytes_of_q = bytes_at(g, width, T.int64(1), group)
+                token = (load(step, g, 1), load(total, g, 1))
                 base = bind(scales_at + (g + 1) * SCALES_BYTES)
                 if isa.prefetch_bytes:
                     for s in range(group // STEP):
@@ -203,13 +207,65 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                                 dots.add_step(codes, act)
                     for r, of_bytes in zip(vectors, row_dots, strict=True):
                         dot = joined([dots.result() for dots in of_bytes], isa.rows)
-                        scale, zero = _affine(scales, base + r * isa.rows, isa.rows)
-                        value = fma(cast(dot, "float32", isa.rows), splat(unit, isa.rows), splat(middle_sums, isa.rows))
-                        value = fma(zero, splat(zero_sums, isa.rows), value)
+                        scale, above = levels.affine(scales, base + r * isa.rows, isa.rows)
+                        value = group_value(dot, above, token, isa.rows)
                         store(acc, r * isa.rows, isa.rows, fma(scale, value, load(acc, r * isa.rows, isa.rows)))
             for r in range(isa.vectors):
-                factor = row_factors(scales, scales_at + 2 * r * isa.rows, isa.rows)
+                factor = row_factors(scales, scales_at + 2 * r * isa.rows, isa.rows, levels.unit)
                 store(y, b * ROW_BLOCK + r * isa.rows, isa.rows, load(acc, r * isa.rows, isa.rows) * factor)
+
+
+class Levels(NamedTuple):
+    """The numbers of a depth that turn integer products into outputs. Both are exact in float32.
+
+    A group adds ``scale * (a * dot(C, q) + (middle - zero * zero_step) * a * sum(q))`` to a row, in units of the row's
+    factor times ``unit``.
+
+    unit: what a level of the products is, in scales.
+    middle: what a weight of code 0 is above the offset, in units.
+    zero_step: of a group's zero, in units.
+    """
+
+    unit: float
+    middle: float
+    zero_step: float
+
+    @classmethod
+    def of(cls, plan: DepthPlan, unit_log2: int, subtracted: float) -> Levels:
+        """The numbers of a depth.
+
+        Args:
+            plan: how the depth is read.
+            unit_log2: log2 of the unit of the products, in levels.
+            subtracted: levels that the codes lose.
+        """
+        unit = plan.step * 2.0**unit_log2
+        return cls(unit, (plan.middle + subtracted) * 2.0**-unit_log2, 1 / (ZERO_STEPS * unit))
+
+    def affine(self, scales: Any, at: Expr, rows: int) -> tuple[Expr, Expr]:
+        """(scale, middle - zero * zero_step) of a group and neighbouring rows, float32.
+
+        Args:
+            scales: uint8 buffer.
+            at: the first row's scale, in bytes.
+            rows: how many rows.
+        """
+        scale = bind(cast(load(scales, at, rows), "float32", rows))
+        zero = cast(load(scales, at + ROW_BLOCK, rows), "float32", rows)
+        return scale, fma(zero, const(-self.zero_step, "float32", rows), const(self.middle, "float32", rows))
+
+
+def group_value(dot: Expr, above: Expr, token: tuple[Expr, Expr], rows: int) -> Expr:
+    """What a group adds to rows, in units of their scales, float32. The kernels give a token the same bits by it.
+
+    Args:
+        dot: int32 products.
+        above: the second of ``Levels.affine``.
+        token: step of the activations, and step times their sum.
+        rows: lanes.
+    """
+    step, total = token
+    return fma(above, splat(total, rows), bind(cast(dot, "float32", rows) * splat(step, rows)))
 
 
 def row_block_at(block: Expr, groups: Expr) -> Expr:
@@ -222,24 +278,17 @@ def row_block_at(block: Expr, groups: Expr) -> Expr:
     return block * (groups + 1) * SCALES_BYTES
 
 
-def row_factors(scales: Any, at: Expr, rows: int) -> Expr:
-    """What the scales of neighbouring rows are multiplied by, float32.
+def row_factors(scales: Any, at: Expr, rows: int, unit: float = 1.0) -> Expr:
+    """What sums of neighbouring rows are multiplied by, float32.
 
     Args:
         scales: uint8 buffer.
         at: the first row's factor, in bytes.
         rows: how many rows.
+        unit: of the sums, in scales.
     """
     stored = reinterpret(load(scales, at, 2 * rows), "float16", rows)
-    return bind(cast(stored, "float32", rows) * const(1 / SCALE_STEPS, "float32", rows))
-
-
-def _affine(scales: Any, at: Expr, rows: int) -> tuple[Expr, Expr]:
-    """(scale, zero) of neighbouring rows, float32."""
-    return (
-        bind(cast(load(scales, at, rows), "float32", rows)),
-        bind(cast(load(scales, at + ROW_BLOCK, rows), "float32", rows)),
-    )
+    return bind(cast(stored, "float32", rows) * const(unit / SCALE_STEPS, "float32", rows))
 
 
 class _Turn(NamedTuple):
@@ -269,13 +318,16 @@ class _Prefill:
 
     def __init__(self, isa: Isa, plan: DepthPlan, group: int, width: int, args: list[Any]) -> None:
         self.isa, self.plan, self.group, self.width = isa, plan, group, width
-        (self.q, self.step, self.total, self.planes, places, self.scales, self.y, self.tile, self.tokens,
-         blocks, self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
+        (self.q, self.step, self.total, self.planes, places, self.scales, self.y, self.tile, self.tokens, _, blocks,
+         self.groups, self.rows, self.begin, self.end, self.count, self.y_stride) = args  # fmt: skip
         self.sums = T.decl_buffer((1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES))
         self.affine = T.decl_buffer(
             (1 << 40,), "float32", data=T.handle_add_byte_offset(self.tile.data, TILE_BYTES + _SUMS_BYTES)
         )
         self.starts = plane_starts(plan, places, blocks, self.groups, group)
+        self.products = many_products(isa, width)
+        self.offset = self.products.offset(isa, tile_max_code(plan))
+        self.levels = Levels.of(plan, plan.tile_unit_log2, self.offset * 2.0**plan.tile_unit_log2)
 
     def turn(self, done: Expr, first: Expr) -> None:
         """Compute a turn: clear the sums, add all groups, write y."""
@@ -297,7 +349,8 @@ class _Prefill:
         with T.serial(0, tokens) as i:
             row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
             with T.serial(0, blocks) as b:
-                factor = row_factors(self.scales, row_block_at(self.begin + first + b, self.groups), ROW_BLOCK)
+                at = row_block_at(self.begin + first + b, self.groups)
+                factor = row_factors(self.scales, at, ROW_BLOCK, self.levels.unit)
                 value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
                 store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value * factor)
 
@@ -308,13 +361,10 @@ class _Prefill:
         self._unpack([bind((first + w) * self.groups + first_group) for w in range(wide)], groups)
         self._scales(first, wide, first_group, groups)
         tile = _Tile(block, wide, first_group, groups)
-        # A single row block is rare, because callers cut pieces at pairs. It has only the loop for one token.
-        taken: Expr = T.int64(0)
-        for size in isa.token_blocks(self.width) if wide == isa.row_blocks else (1,):
-            whole = bind((turn.tokens - taken) // size)
-            with T.serial(0, whole) as i:
-                self._tokens(turn, tile, size, bind(taken + i * size))
-            taken = bind(taken + whole * size)
+        # A single row block is rare, because callers cut pieces at pairs. It takes one token at a time.
+        size = isa.many_tokens(self.width) if wide == isa.row_blocks else 1
+        with T.serial(0, (turn.tokens + (size - 1)) // size) as i:
+            self._tokens(turn, tile, size, bind(i * size))
 
     def _unpack(self, bases: list[Expr], groups: Expr) -> None:
         """Unpack the tile. bases: the first group of each row block, counted over the whole weight."""
@@ -326,8 +376,8 @@ class _Prefill:
                     prefetch_step(self.plan, self.planes, self.starts, step + len(bases) * self.groups * steps)
                 at = plane_loader(isa, self.plan, self.planes, self.starts, step)
                 for r in range(isa.vectors):
-                    for half, codes in enumerate(code_bytes(isa, self.plan, at(r))):
-                        for j, code in enumerate(products_of(isa).stored(codes)):
+                    for half, codes in enumerate(code_bytes(isa, self.plan, at(r), self.offset > 0)):
+                        for j, code in enumerate(self.products.stored(codes)):
                             index = (s * STEP + half * 16 + 4 * j) * ROW_BLOCK + _in_tile(isa, w * isa.vectors + r)
                             store(self.tile, index, isa.vector_bytes, code)
 
@@ -335,27 +385,21 @@ class _Prefill:
         return (w * (TILE_K // self.group) + g) * (2 * ROW_BLOCK)
 
     def _scales(self, block: Expr, wide: int, first_group: Expr, groups: Expr) -> None:
-        """Write scale and offset of the tile's groups: a weight is ``code * scale + offset``, in units of its row."""
-        plan, unit = self.plan, self.plan.tile_unit_log2
-        middle = plan.middle + (OFFSET * 2.0**unit if self.isa.signed and tile_max_code(plan) > 127 else 0)
-
-        def times(value: Expr, factor: float) -> Expr:
-            return value * const(factor, "float32", ROW_BLOCK)
-
+        """Write ``Levels.affine`` of the tile's groups."""
         for w in range(wide):
             first = bind(row_block_at(block + w, self.groups) + (first_group + 1) * SCALES_BYTES)
             with T.serial(0, groups) as g:
-                scale, zero = _affine(self.scales, first + g * SCALES_BYTES, ROW_BLOCK)
-                offset = scale * (const(middle * plan.step, "float32", ROW_BLOCK) - times(zero, 1 / ZERO_STEPS))
-                store(self.affine, self._affine_at(w, g), ROW_BLOCK, times(scale, plan.step * 2.0**unit))
-                store(self.affine, self._affine_at(w, g) + ROW_BLOCK, ROW_BLOCK, offset)
+                for i, value in enumerate(self.levels.affine(self.scales, first + g * SCALES_BYTES, ROW_BLOCK)):
+                    store(self.affine, self._affine_at(w, g) + i * ROW_BLOCK, ROW_BLOCK, value)
 
     def _tokens(self, turn: _Turn, tile: _Tile, count: int, at_token: Expr) -> None:
-        """Add the product with the tile to the sums of ``count`` tokens from ``at_token`` of the turn on."""
-        isa, plan, group = self.isa, self.plan, self.group
-        max_code = tile_max_code(plan)
+        """Add the product with the tile to the sums of ``count`` tokens from ``at_token`` of the turn on.
+
+        Past the end, the last token is repeated. Its further sums are not used.
+        """
+        isa, group = self.isa, self.group
         rows, vectors = isa.rows, tile.wide * isa.vectors
-        places = [bind(turn.done + at_token + m) for m in range(count)]
+        places = [bind(turn.done + T.min(at_token + m, turn.tokens - 1)) for m in range(count)]
         steps_at = [bind(place * self.groups + tile.first_group) for place in places]
         starts = [
             bind(at + place * TILE_K)
@@ -372,28 +416,28 @@ class _Prefill:
             for v in range(vectors):
                 store(acc[m], v * rows, rows, load(self.sums, sum_at(m, v), rows))
         with T.serial(0, tile.groups) as g:
-            sums = self._dots(count, vectors, max_code, [bind(start + g * group) for start in starts], g)
+            dots = self._dots(count, vectors, [bind(start + g * group) for start in starts], g)
+            of_tokens = [(load(self.step, at + g, 1), load(self.total, at + g, 1)) for at in steps_at]
             for v in range(vectors):
                 above, r = divmod(v, isa.vectors)
                 at = self._affine_at(above, g) + r * rows
-                scale, offset = load(self.affine, at, rows), load(self.affine, at + ROW_BLOCK, rows)
+                scale, above = load(self.affine, at, rows), load(self.affine, at + ROW_BLOCK, rows)
                 for m in range(count):
-                    dot = joined([run[v] for run in sums[m * self.width : (m + 1) * self.width]], rows)
-                    value = bind(cast(dot, "float32", rows) * splat(load(self.step, steps_at[m] + g, 1), rows))
-                    with_dot = fma(scale, value, load(acc[m], v * rows, rows))
-                    total = splat(load(self.total, steps_at[m] + g, 1), rows)
-                    store(acc[m], v * rows, rows, fma(offset, total, with_dot))
+                    value = group_value(dots[m][v], above, of_tokens[m], rows)
+                    store(acc[m], v * rows, rows, fma(scale, value, load(acc[m], v * rows, rows)))
         for m in range(count):
             for v in range(vectors):
                 store(self.sums, sum_at(m, v), rows, load(acc[m], v * rows, rows))
 
-    def _dots(self, count: int, vectors: int, max_code: int, starts: list[Expr], g: Expr) -> list[list[Expr]]:
-        """int32 [token and byte][row vector]: products with group ``g`` of the tile.
+    def _dots(self, count: int, vectors: int, starts: list[Expr], g: Expr) -> list[list[Expr]]:
+        """int32 [token][row vector]: products with group ``g`` of the tile.
 
-        All bytes are multiplied together, so that each weight is loaded once.
+        All tokens and bytes are multiplied together, so that each weight is loaded once.
         """
         isa = self.isa
-        products = products_of(isa)(isa, count * self.width, vectors, max_code)
+        # With few sums, one dot product would wait for the other.
+        chains = isa.chains if count * self.width * vectors < _MANY_SUMS else 1
+        products = self.products(isa, count, self.width, vectors, tile_max_code(self.plan), chains=chains)
         for k in range(0, self.group, 16):
             at = bind((g * self.group + k) * ROW_BLOCK)
 
@@ -410,13 +454,20 @@ def _in_tile(isa: Isa, vector: int) -> int:
     return block * ROW_BLOCK * TILE_K + r * isa.vector_bytes
 
 
+MANY_POINTERS = {
+    **ACTIVATION_POINTERS, **WEIGHT_POINTERS, "y": "float32", "scratch": "uint8", "tokens": "int32", "sums": "int32",
+}  # fmt: skip
+MANY_INTEGERS = ("blocks", "groups", "rows", "begin", "end", "count", "y_stride")
+"""Arguments of a kernel that multiplies several tokens."""
+
+
 def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
     """Kernel: the product of many tokens of one depth. It unpacks a row block once for TOKENS_AT_ONCE tokens.
 
     Kernel arguments: q int8, the first byte of the first token, with ``rows`` tokens laid out as in
     ``activations.bytes_at``; step, total float32 [count, groups], planes, places, scales, blocks, begin, end, as in
     ``gemv``; tokens int32 [count]: the row m of each token in y float32; y_stride: block ``begin + i`` of row m is
-    written at ``m * y_stride + 16 * i``; scratch uint8 [SCRATCH_BYTES].
+    written at ``m * y_stride + 16 * i``; scratch uint8 [SCRATCH_BYTES]; sums int32 [count, groups], of q, unused here.
 
     Args:
         isa: instruction set.
@@ -425,9 +476,7 @@ def gemm(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
         width: bytes of an activation.
         name: the function's symbol.
     """
-    pointers = {"q": "int8", "step": "float32", "total": "float32", **WEIGHT_POINTERS}
-    pointers |= {"y": "float32", "scratch": "uint8", "tokens": "int32"}
-    with function(name, pointers, ("blocks", "groups", "rows", "begin", "end", "count", "y_stride")) as args:
+    with function(name, MANY_POINTERS, MANY_INTEGERS) as args:
         prefill = _Prefill(isa, plan, group, width, args)
         turns = bind((prefill.count + (TOKENS_AT_ONCE - 1)) // TOKENS_AT_ONCE)
         blocks = bind((prefill.end - prefill.begin + (SUM_BLOCKS - 1)) // SUM_BLOCKS)

@@ -9,6 +9,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from ..spec import KernelSpec
 from .activations import quantize
 from .emit import module
+from .few import few
 from .gate import ACTIVATIONS, gate
 from .gather import gather
 from .isa import Isa
@@ -31,7 +32,7 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
 
 
 def build_module(isa: Isa, spec: KernelSpec) -> Any:
-    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, gemm_dD, gather_dD.
+    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD.
 
     Args:
         isa: instruction set.
@@ -39,12 +40,13 @@ def build_module(isa: Isa, spec: KernelSpec) -> Any:
     """
     group, width = spec.group_size, spec.activation_bytes
     with module() as builder:
-        quantize(group, width, f"{PREFIX}quantize")
+        quantize(isa, group, width, f"{PREFIX}quantize")
         router_sums(f"{PREFIX}router_sums")
         for activation in ACTIVATIONS:
             gate(activation, f"{PREFIX}gate_{activation}")
         for depth, plan in enumerate(depth_plans(spec.profile, isa.max_width), 1):
             gemv(isa, plan, group, width, f"{PREFIX}gemv_d{depth}")
+            few(isa, plan, group, width, f"{PREFIX}few_d{depth}")
             gemm(isa, plan, group, width, f"{PREFIX}gemm_d{depth}")
             gather(plan, group, f"{PREFIX}gather_d{depth}")
     return builder.get()

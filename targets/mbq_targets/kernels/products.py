@@ -1,6 +1,7 @@
-"""Integer products of a tile's rows with several runs of bytes at once: the inner loops of prefill.
+"""Integer products of rows with the activations of several tokens at once: the inner loops of ``few`` and ``gemm``.
 
-A run is one byte of every activation of a token. A token has as many runs as its activations have bytes.
+A token has as many runs as its activations have bytes. A run is one of these bytes of every activation. For
+``PairProducts`` it is every other activation, see ``activations.bytes_at``.
 """
 
 from __future__ import annotations
@@ -10,32 +11,42 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from .activations import joined
 from .emit import Expr, bind, const, intrin, load, reinterpret
 from .isa import Isa
+from .unpack import OFFSET
 
 Codes = Callable[[int, int], Expr]
 """(quarter, row vector) -> the stored bytes of weights 4 * quarter .. 4 * quarter + 3 of 16."""
 
-_MANY = 8
-"""With this many sums, other dot products hide the latency of each one."""
-
 
 class Products:
-    """[run][row vector] sums, by dot products with the bytes of one run each.
+    """[token][row vector] sums, by dot products with each byte of the activations.
 
     Args:
         isa: instruction set.
-        count: runs.
+        tokens: how many are multiplied together.
+        width: bytes of an activation.
         vectors: row vectors.
-        max_code: the largest code before 128 is subtracted.
+        max_code: the largest code before ``OFFSET`` is subtracted.
+        chains: accumulators per sum, see ``Isa.chains``.
     """
 
-    def __init__(self, isa: Isa, count: int, vectors: int, max_code: int) -> None:
-        self.isa, self.count, self.vectors = isa, count, vectors
-        self.chains = isa.chains if count * vectors < _MANY else 1
+    def __init__(self, isa: Isa, tokens: int, width: int, vectors: int, max_code: int, *, chains: int = 1) -> None:
+        self.isa, self.width, self.vectors, self.chains = isa, width, vectors, chains
         self.sums = [
-            [[isa.accumulator(max_code) for _ in range(self.chains)] for _ in range(vectors)] for _ in range(count)
+            [[isa.accumulator(max_code) for _ in range(chains)] for _ in range(vectors)] for _ in range(tokens * width)
         ]
+
+    @staticmethod
+    def offset(isa: Isa, max_code: int) -> int:
+        """What is subtracted from each code: ``OFFSET`` or 0.
+
+        Args:
+            isa: instruction set.
+            max_code: the largest code.
+        """
+        return OFFSET if isa.signed and max_code > 127 else 0
 
     @staticmethod
     def stored(codes: list[Expr]) -> list[Expr]:
@@ -52,7 +63,7 @@ class Products:
         Args:
             codes: the stored bytes.
             q: int8 buffer of activations.
-            starts: where the bytes of each run begin.
+            starts: where each run begins, those of the first token first.
         """
         acts = [self.isa.activations(q, start) for start in starts]
         for j in range(4):
@@ -62,8 +73,55 @@ class Products:
                     chains[j % self.chains].add(vector, act[j])
 
     def results(self) -> list[list[Expr]]:
-        """int32 [run][row vector]."""
-        return [[tree_sum([chain.result() for chain in chains]) for chains in run] for run in self.sums]
+        """int32 [token][row vector]."""
+        return self._joined([[tree_sum([chain.result() for chain in chains]) for chains in run] for run in self.sums])
+
+    def _joined(self, runs: list[list[Expr]]) -> list[list[Expr]]:
+        """Sums of tokens from sums of runs, [run][row vector]."""
+        tokens = [runs[first : first + self.width] for first in range(0, len(runs), self.width)]
+        return [[joined(list(of_bytes), self.isa.rows) for of_bytes in zip(*token, strict=True)] for token in tokens]
+
+
+class PairProducts(Products):
+    """Sums by AVX2's ``vpmaddwd``: it adds two products of 16-bit integers in 32 bits.
+
+    It takes a two-byte activation whole, where ``vpmaddubsw`` takes its bytes one by one and must not overflow 16 bits.
+
+    Args:
+        isa: AVX2.
+        tokens: how many are multiplied together.
+        width: 2.
+        vectors: row vectors.
+        max_code: unused; codes are not signed here.
+        chains: unused; the sums have a short latency.
+    """
+
+    def __init__(self, isa: Isa, tokens: int, width: int, vectors: int, max_code: int, *, chains: int = 1) -> None:
+        self.isa, self.width, self.vectors = isa, width, vectors
+        zero = const(0, "int32", isa.rows)
+        self.of_tokens = [[zero for _ in range(vectors)] for _ in range(tokens)]
+
+    @staticmethod
+    def offset(isa: Isa, max_code: int) -> int:
+        return 0
+
+    def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
+        pairs, low_bytes, byte = 2 * self.isa.rows, 0x00FF, 8
+        acts = [self.isa.activations(q, start) for start in starts]
+        for j in range(4):
+            for v in range(self.vectors):
+                code = bind(reinterpret(codes(j, v), "uint16", pairs))
+                even = bind(code & const(low_bytes, "uint16", pairs))
+                odd = bind(code >> const(byte, "uint16", pairs))
+                for m, sums in enumerate(self.of_tokens):
+                    for run, weights in enumerate((even, odd)):
+                        sides = (weights, acts[self.width * m + run][j])
+                        both = [reinterpret(side, "int16", pairs) for side in sides]
+                        product = intrin(f"int32x{self.isa.rows}", "llvm.x86.avx2.pmadd.wd", *both)
+                        sums[v] = bind(sums[v] + product)
+
+    def results(self) -> list[list[Expr]]:
+        return self.of_tokens
 
 
 class MatrixProducts(Products):
@@ -73,17 +131,19 @@ class MatrixProducts(Products):
 
     Args:
         isa: instruction set with ``smmla``.
-        count: runs.
+        tokens: how many are multiplied together.
+        width: bytes of an activation.
         vectors: row vectors.
         max_code: unused; the sums are int32.
+        chains: unused.
     """
 
     _PAIRS = ([0, 4, 1, 5], [2, 6, 3, 7])
 
-    def __init__(self, isa: Isa, count: int, vectors: int, max_code: int) -> None:
-        self.isa, self.count, self.vectors = isa, count, vectors
+    def __init__(self, isa: Isa, tokens: int, width: int, vectors: int, max_code: int, *, chains: int = 1) -> None:
+        self.isa, self.width, self.vectors, self.runs = isa, width, vectors, tokens * width
         zero = const(0, "int32", 4)
-        self.lanes = [[[zero, zero] for _ in range(vectors)] for _ in range(0, count, 2)]
+        self.lanes = [[[zero, zero] for _ in range(vectors)] for _ in range(0, self.runs, 2)]
 
     @staticmethod
     def stored(codes: list[Expr]) -> list[Expr]:
@@ -94,7 +154,7 @@ class MatrixProducts(Products):
     def add(self, codes: Codes, q: Any, starts: list[Expr]) -> None:
         for half in range(2):
             words = [reinterpret(load(q, start + 8 * half, 8), "int64", 1) for start in starts]
-            pairs = [[words[m], words[min(m + 1, self.count - 1)]] for m in range(0, self.count, 2)]
+            pairs = [[words[m], words[min(m + 1, self.runs - 1)]] for m in range(0, self.runs, 2)]
             acts = [bind(reinterpret(T.Shuffle(pair, [0, 1]), "int8", 16)) for pair in pairs]
             for v in range(self.vectors):
                 for rows in range(2):
@@ -106,19 +166,31 @@ class MatrixProducts(Products):
                         )
 
     def results(self) -> list[list[Expr]]:
-        return [
+        runs = [
             [bind(T.Shuffle(sums, [m % 2, 2 + m % 2, 4 + m % 2, 6 + m % 2])) for sums in self.lanes[m // 2]]
-            for m in range(self.count)
+            for m in range(self.runs)
         ]
+        return self._joined(runs)
 
 
-def products_of(isa: Isa) -> type[Products]:
-    """How an instruction set multiplies several tokens at once.
+def few_products(isa: Isa, width: int) -> type[Products]:
+    """How an instruction set multiplies few tokens.
 
     Args:
         isa: instruction set.
+        width: bytes of an activation.
     """
-    return MatrixProducts if isa.matrix_products else Products
+    return PairProducts if isa.pairs(width) else Products
+
+
+def many_products(isa: Isa, width: int) -> type[Products]:
+    """How an instruction set multiplies many tokens.
+
+    Args:
+        isa: instruction set.
+        width: bytes of an activation.
+    """
+    return MatrixProducts if isa.matrix_products else few_products(isa, width)
 
 
 def tree_sum(values: list[Expr]) -> Expr:

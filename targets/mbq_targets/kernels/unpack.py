@@ -22,6 +22,9 @@ def _spread(shift: int) -> tuple[int, ...]:
 
 LOW, HIGH = _spread(0), _spread(1)
 
+OFFSET = 128
+"""What whole bytes lose where a product takes signed bytes."""
+
 
 def _field_halves(isa: Isa, field: Field, load: PlaneLoad) -> list[Expr]:
     """The 2-bit fields of k = 0..15 and k = 16..31, packed as in a 2-bit plane."""
@@ -88,15 +91,14 @@ def operands(isa: Isa, plan: DepthPlan, load: PlaneLoad, offset: bool) -> Operan
     ]
 
 
-def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
+def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad, offset: bool) -> list[list[Expr]]:
     """[half][j] -> uint8 vector of levels in units of ``2**plan.tile_unit_log2``.
-
-    Levels are minus 128 if the instruction set takes signed bytes and the largest level exceeds 127.
 
     Args:
         isa: instruction set.
         plan: how the depth is read.
         load: loads the bytes of a plane.
+        offset: subtract ``OFFSET`` from each level.
     """
     result = []
     for half in operands(isa, plan, load, offset=False):
@@ -109,7 +111,7 @@ def code_bytes(isa: Isa, plan: DepthPlan, load: PlaneLoad) -> list[list[Expr]]:
             code = parts[0]
             for part in parts[1:]:
                 code = bind(code + part)
-            if isa.signed and tile_max_code(plan) > 127:
+            if offset:
                 code = bind(code ^ isa.mask(0x80))
             codes.append(code)
         result.append(codes)
@@ -132,7 +134,7 @@ def _levels(isa: Isa, segment: Segment, value: Expr, exponent: int, unit: int) -
 
 
 def tile_max_code(plan: DepthPlan) -> int:
-    """The largest level of ``code_bytes``, before 128 is subtracted.
+    """The largest level of ``code_bytes``, before ``OFFSET`` is subtracted.
 
     Args:
         plan: how the depth is read.

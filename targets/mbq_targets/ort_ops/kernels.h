@@ -28,6 +28,7 @@ int __tvm_ffi_mbq_gate_silu(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_gate_gelu_tanh(void *, const Arg *, int32_t, Arg *);
 #define DECLARE(d)                                                \
   int __tvm_ffi_mbq_gemv_d##d(void *, const Arg *, int32_t, Arg *); \
+  int __tvm_ffi_mbq_few_d##d(void *, const Arg *, int32_t, Arg *);  \
   int __tvm_ffi_mbq_gemm_d##d(void *, const Arg *, int32_t, Arg *); \
   int __tvm_ffi_mbq_gather_d##d(void *, const Arg *, int32_t, Arg *);
 MBQ_EACH_DEPTH(DECLARE)

@@ -5,13 +5,15 @@
 #include "ops.h"
 
 #define GEMV(d) __tvm_ffi_mbq_gemv_d##d,
+#define FEW(d) __tvm_ffi_mbq_few_d##d,
 #define GEMM(d) __tvm_ffi_mbq_gemm_d##d,
 static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
+static const Kernel few[] = {MBQ_EACH_DEPTH(FEW)};
 static const Kernel gemm[] = {MBQ_EACH_DEPTH(GEMM)};
 static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
 
-/* One call. Its pieces share it; a piece is a range of row blocks. Tokens of one depth are neighbours in q, step and
- * total, so the place of a token there is not its row. */
+/* One call. Its pieces share it; a piece is a range of row blocks. Tokens of one depth are neighbours in q, step,
+ * total and sums, so the place of a token there is not its row. */
 typedef struct Job {
   const Weight *weight;
   const Stored *stored;
@@ -20,6 +22,7 @@ typedef struct Job {
   int64_t rows;
   int8_t *q;           /* [K / MBQ_TILE_K, bytes of an activation, rows, MBQ_TILE_K] */
   float *step, *total; /* [rows, groups] */
+  int32_t *sums;       /* [rows, groups] */
   /* one token */
   Kernel kernel;
   /* many tokens */
@@ -30,10 +33,9 @@ typedef struct Job {
   float *tail; /* [rows, 16]: the last block if N is not a multiple of 16 */
 } Job;
 
-static void gemv_blocks(const Job *job, Kernel kernel, int64_t place, int64_t begin, int64_t end, float *y) {
-  const int64_t groups = job->weight->groups;
-  CALL(kernel, PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
-       WEIGHT(job->stored), PTR(y), INT(job->weight->blocks), INT(groups), INT(job->rows), INT(begin), INT(end));
+static void gemv_blocks(const Job *job, int64_t begin, int64_t end, float *y) {
+  CALL(job->kernel, PTR(job->q), PTR(job->step), PTR(job->total), WEIGHT(job->stored), PTR(y),
+       INT(job->weight->blocks), INT(job->weight->groups), INT(begin), INT(end));
 }
 
 static void gemv_piece(void *data, size_t index) {
@@ -43,22 +45,20 @@ static void gemv_piece(void *data, size_t index) {
   int64_t end = piece_start(blocks, job->pieces, index + 1);
   if (end == blocks && n % MBQ_ROW_BLOCK != 0) {
     float last[MBQ_ROW_BLOCK];
-    gemv_blocks(job, job->kernel, 0, --end, blocks, last);
+    gemv_blocks(job, --end, blocks, last);
     memcpy(job->y + end * MBQ_ROW_BLOCK, last, (size_t)(n % MBQ_ROW_BLOCK) * sizeof(float));
   }
-  if (begin < end) gemv_blocks(job, job->kernel, 0, begin, end, job->y + begin * MBQ_ROW_BLOCK);
+  if (begin < end) gemv_blocks(job, begin, end, job->y + begin * MBQ_ROW_BLOCK);
 }
 
 static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t end, float *y, int64_t stride) {
   const int64_t groups = job->weight->groups;
   for (int64_t d = 0, place = 0; d < MBQ_DEPTHS; place += job->count[d++])
-    if (job->count[d] <= MBQ_FEW_TOKENS)
-      for (int64_t i = place; i < place + job->count[d]; ++i)
-        gemv_blocks(job, gemv[d], i, begin, end, y + job->tokens[i] * stride);
-    else
-      CALL(gemm[d], PTR(job->q + place * MBQ_TILE_K), PTR(job->step + place * groups), PTR(job->total + place * groups),
-           WEIGHT(job->stored), PTR(y), PTR(scratch), PTR(job->tokens + place), INT(job->weight->blocks),
-           INT(groups), INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));
+    if (job->count[d] > 0)
+      CALL(job->count[d] <= MBQ_FEW_TOKENS ? few[d] : gemm[d], PTR(job->q + place * MBQ_TILE_K),
+           PTR(job->step + place * groups), PTR(job->total + place * groups), WEIGHT(job->stored), PTR(y), PTR(scratch),
+           PTR(job->tokens + place), PTR(job->sums + place * groups), INT(job->weight->blocks), INT(groups),
+           INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));
 }
 
 static void gemm_piece(void *data, size_t index) {
@@ -79,7 +79,8 @@ static void gemm_piece(void *data, size_t index) {
 static void quantize_row(const Job *job, int64_t row, int64_t place) {
   const int64_t groups = job->weight->groups;
   CALL(__tvm_ffi_mbq_quantize, PTR(job->x + row * job->weight->k), PTR(job->q + place * MBQ_TILE_K),
-       PTR(job->step + place * groups), PTR(job->total + place * groups), INT(groups), INT(job->rows));
+       PTR(job->step + place * groups), PTR(job->total + place * groups), PTR(job->sums + place * groups), INT(groups),
+       INT(job->rows));
 }
 
 static void quantize_piece(void *data, size_t index) {
@@ -122,16 +123,17 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
       return fail(node, "depth[%lld] is %d, slices %s allow 1 to %d", (long long)m, depth[m], MBQ_SLICES_TEXT,
                   MBQ_DEPTHS);
   Job job = {.weight = w, .stored = stored, .x = x, .y = y, .rows = rows};
-  /* One allocation. The parts are in the order of their alignment, the largest first: step, total, tail, tokens, q. */
+  /* One allocation. The parts are in the order of their alignment, the largest first: step, total, sums, tail, tokens, q. */
   const size_t groups = (size_t)(rows * w->groups), extra = rows > 1 ? (size_t)rows : 0;
   const size_t tiles = (size_t)((w->k + MBQ_TILE_K - 1) / MBQ_TILE_K);
-  const size_t bytes = groups * 8 + extra * (MBQ_ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;
+  const size_t bytes = groups * 12 + extra * (MBQ_ROW_BLOCK * 4 + 4) + tiles * MBQ_ACTIVATION_BYTES * (size_t)rows * MBQ_TILE_K;
   char *own = NULL, *memory = thread_scratch(bytes);
   if (memory == NULL) memory = own = malloc(bytes);
   if (memory == NULL) return fail(node, "no memory: %zu bytes for %lld rows", bytes, (long long)rows);
   job.step = (float *)memory;
   job.total = job.step + groups;
-  job.tail = job.total + groups;
+  job.sums = (int32_t *)(job.total + groups);
+  job.tail = (float *)(job.sums + groups);
   int32_t *tokens = (int32_t *)(job.tail + extra * MBQ_ROW_BLOCK);
   job.q = (int8_t *)(tokens + extra);
   OrtStatus *status = rows == 1 ? one_token(context, &job, depth[0]) : many_tokens(context, &job, depth, tokens);

@@ -159,20 +159,26 @@ def _product(
     n = out.shape[1]
     groups, blocks = bind(k // group), bind(n // ROW_BLOCK)
     q = scratch(chunks(groups, group) * (spec.activation_bytes * TILE_K) * rows, "int8")
-    step, sums = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
+    step, total = scratch(rows * groups, "float32"), scratch(rows * groups, "float32")
+    sums = scratch(rows * groups, "int32")
     matrix = matrix_at(weights, [at[name] for name in matrix_fields(profile)])
     tokens, starts = _by_depth(profile, rows, skipped, depth)
 
     def activations(place: Expr) -> list[Expr]:
         """Pointers to the activations of one token. Tokens of one depth are neighbours."""
-        return [pointer(q, place * TILE_K), pointer(step, place * groups), pointer(sums, place * groups)]
+        return [pointer(q, place * TILE_K), pointer(step, place * groups), pointer(total, place * groups)]
 
     def quantize(place: Expr) -> None:
-        call("quantize", x.at(i64(load(tokens, place, 1)) * k), *activations(place), groups, rows)
+        row = x.at(i64(load(tokens, place, 1)) * k)
+        call("quantize", row, *activations(place), pointer(sums, place * groups), groups, rows)
 
-    def gemv(d: int, place: Expr, begin: Expr, end: Expr) -> None:
-        y = out.at(i64(load(tokens, place, 1)) * n + begin * ROW_BLOCK)
-        call(f"gemv_d{d}", *activations(place), *matrix(), y, blocks, groups, rows, begin, end)
+    def multiply(kernel: str, places: tuple[Expr, Expr], of_blocks: tuple[Expr, Expr], memory: Expr) -> None:
+        """places: the first token's, and how many tokens. of_blocks: the first row block, and the end."""
+        (first, count), (begin, end) = places, of_blocks
+        call(
+            kernel, *activations(first), *matrix(), out.at(begin * ROW_BLOCK), memory, pointer(tokens, first),
+            pointer(sums, first * groups), blocks, groups, rows, begin, end, count, n,
+        )  # fmt: skip
 
     each(rows, quantize)
     # A single token needs no tile.
@@ -184,15 +190,17 @@ def _product(
         end = bind(T.min(2 * (pairs * (i + 1) // PIECES), blocks))
         for d in range(1, profile.depths + 1):
             first, count = load(starts, d - 1, 1), bind(load(starts, d, 1) - load(starts, d - 1, 1))
-            with T.If(count <= FEW_TOKENS):
-                with T.Then(), T.serial(0, count) as j:
-                    gemv(d, first + j, begin, end)
+            with T.If(count > 0), T.Then(), T.If(rows == T.int64(1)):
+                with T.Then():
+                    y = out.at(begin * ROW_BLOCK)
+                    call(f"gemv_d{d}", *activations(T.int64(0)), *matrix(), y, blocks, groups, begin, end)
                 with T.Else():
-                    call(
-                        f"gemm_d{d}", *activations(first), *matrix(), out.at(begin * ROW_BLOCK),
-                        pointer(scratches, i * SCRATCH_BYTES), pointer(tokens, first),
-                        blocks, groups, rows, begin, end, count, n,
-                    )  # fmt: skip
+                    memory = pointer(scratches, i * SCRATCH_BYTES)
+                    with T.If(count <= FEW_TOKENS):
+                        with T.Then():
+                            multiply(f"few_d{d}", (first, count), (begin, end), memory)
+                        with T.Else():
+                            multiply(f"gemm_d{d}", (first, count), (begin, end), memory)
         _add_bias(weights, at["bias"], out, begin, end)
 
 
