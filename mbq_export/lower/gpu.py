@@ -55,12 +55,15 @@ _ROTATE_THREADS = 32
 class Lowered(NamedTuple):
     """A decoder for a GPU.
 
-    plan: contents of plan.json; texts: kernels by file name; tensors: by name, in the order of the weights' file.
+    plan: contents of plan.json; texts: kernels by file name; tensors: by name; places: where each starts in the
+    weights' file, in bytes, in order; depths: the first depth that reads a tensor, 1 where it is not named.
     """
 
     plan: dict[str, Any]
     texts: dict[str, str]
     tensors: dict[str, Array]
+    places: dict[str, int]
+    depths: dict[str, int]
 
 
 def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Lowered:
@@ -72,7 +75,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Low
         target: a machine with a GPU.
 
     Returns:
-        The plan, the kernels and the tensors.
+        The plan, the kernels, the tensors and their places.
 
     Raises:
         BuildError: a kernel cannot be translated to the target's language.
@@ -95,7 +98,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, target: Target) -> Low
     walk_head(d, calibrated, one_token, stream)
     head_share = calibrated.units[d.head.name].parameters / one_token.routed_parameters
     plan, texts = launches.plan(gpu.dialect, chunk=chunk, vocab_size=d.vocab_size, head_share=head_share)
-    return Lowered(plan, texts, launches.tensors)
+    return Lowered(plan, texts, launches.tensors, launches.places(), launches.first_depths)
 
 
 class GpuBuilder(Builder[str]):
@@ -256,9 +259,9 @@ class GpuBuilder(Builder[str]):
     def _matrix(self, name: str, sliced: Sliced) -> dict[str, str]:
         """Buffers of a matrix; a tied table is stored once."""
         planes, scales = f"{name}.planes", f"{name}.scales"
-        if planes not in self.launches.tensors:
-            self.launches.tensor(planes, np.concatenate(pack_slices(sliced.codes, self.profile)))
+        if scales not in self.launches.tensors:
             self.launches.tensor(scales, pack_scales(sliced))
+            self.launches.sliced(planes, pack_slices(sliced.codes, self.profile))
         return {"planes": planes, "scales": scales}
 
     def _routed_norm(

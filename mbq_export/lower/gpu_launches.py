@@ -5,7 +5,7 @@ See ``mbq_runtime.bundle.gpu_plan`` for what the plan's fields mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Launches:
         self.depths = depths
         self.kernels: dict[str, Kernel] = {}
         self.tensors: dict[str, Array] = {}
+        self.first_depths: dict[str, int] = {}
+        self._pieces: dict[str, list[str]] = {}
         self.tables: list[NDArray[np.float32]] = []
         self.scratch_numbers: dict[str, int] = {}
         self.cache_bytes: dict[str, int] = {}
@@ -73,6 +75,21 @@ class Launches:
             The name.
         """
         self.tensors.setdefault(name, np.ascontiguousarray(value))
+        return name
+
+    def sliced(self, name: str, slices: Sequence[Array]) -> str:
+        """Add the slices of a matrix to the weights' file, if there are none of this name.  They share a buffer.
+
+        Args:
+            name: of the buffer.
+            slices: one for each depth, the first that is read first.
+
+        Returns:
+            The name.
+        """
+        if name not in self._pieces:
+            self._pieces[name] = [self.tensor(f"{name}_{depth}", part) for depth, part in enumerate(slices, 1)]
+            self.first_depths |= {piece: depth for depth, piece in enumerate(self._pieces[name], 1)}
         return name
 
     def scratch(self, name: str, numbers: int) -> str:
@@ -144,7 +161,7 @@ class Launches:
         """
         sources = to_text(list(self.kernels.values()), dialect)
         files = {name: f"{name}{_SUFFIX[dialect]}" for name in sources}
-        buffers = self._buffers()
+        buffers = self._buffers(self.places())
         plan = {
             "dialect": dialect,
             **facts,
@@ -167,17 +184,28 @@ class Launches:
         }
         return plan, {files[name]: source.text for name, source in sources.items()}
 
-    def _buffers(self) -> dict[str, dict[str, int]]:
-        """Size and offset of every buffer; each tensor starts on a page of the weights' file."""
-        buffers = {name: {"bytes": 4 * count, "offset": _SCRATCH} for name, count in self.scratch_numbers.items()}
-        buffers |= {name: {"bytes": size, "offset": _CACHE} for name, size in self.cache_bytes.items()}
-        offset = 0
-        for name, tensor in self.tensors.items():
-            buffers[name] = {"bytes": tensor.nbytes, "offset": offset}
-            offset = -(-(offset + tensor.nbytes) // PAGE_BYTES) * PAGE_BYTES
-        return buffers
+    def places(self) -> dict[str, int]:
+        """Where each tensor starts in the weights' file, in order: on a page, what depth 1 reads first."""
+        places, offset = {}, 0
+        for name in sorted(self.tensors, key=lambda name: self.first_depths.get(name, 1)):
+            places[name] = offset
+            offset = -(-(offset + self.tensors[name].nbytes) // PAGE_BYTES) * PAGE_BYTES
+        return places
 
-    def _needs(self, buffers: dict[str, dict[str, int]], sources: Mapping[str, Source]) -> gpu_plan.Needs:
+    def _buffers(self, places: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+        """Size and offset of every buffer."""
+        buffers: dict[str, dict[str, Any]] = {
+            name: {"bytes": 4 * count, "offset": _SCRATCH} for name, count in self.scratch_numbers.items()
+        }
+        buffers |= {name: {"bytes": size, "offset": _CACHE} for name, size in self.cache_bytes.items()}
+        placed = {name: {"bytes": tensor.nbytes, "offset": places[name]} for name, tensor in self.tensors.items()}
+        for name, names in self._pieces.items():
+            pieces = [placed.pop(piece) for piece in names]
+            size = sum(piece["bytes"] for piece in pieces)
+            buffers[name] = {"bytes": size, "offset": pieces[0]["offset"], "pieces": pieces}
+        return buffers | placed
+
+    def _needs(self, buffers: Mapping[str, Mapping[str, Any]], sources: Mapping[str, Source]) -> gpu_plan.Needs:
         return gpu_plan.Needs(
             buffer_bytes=max(buffer["bytes"] for buffer in buffers.values()),
             group_items=max(kernel.threads for kernel in self.kernels.values()),

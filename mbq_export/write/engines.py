@@ -70,19 +70,18 @@ def _write_tvm(work: Work) -> list[FileRange]:
 
 
 def _write_gpu(work: Work) -> list[FileRange]:
-    """The plan of launches, the kernels as text, and the weights, whose slices lie together: one part."""
+    """The plan of launches, the kernels as text, and the weights."""
     from ..lower.gpu import lower
 
-    plan, texts, tensors = lower(work.checkpoint, work.calibrated, work.target)
+    lowered = lower(work.checkpoint, work.calibrated, work.target)
     (work.folder / "gpu").mkdir()
-    for name, text in texts.items():
+    for name, text in lowered.texts.items():
         (work.folder / "gpu" / name).write_text(text, encoding="utf-8")
     plan_file, weights_file = GPU_FILES
-    files.write_json(work.folder / plan_file, plan)
-    offsets = {name: plan["buffers"][name]["offset"] for name in tensors}
+    files.write_json(work.folder / plan_file, lowered.plan)
     path = work.folder / weights_file
-    files.write_tensors(tensors, offsets, path, staged(work.progress, "writing weights"))
-    return [FileRange(weights_file, 0, path.stat().st_size)]
+    files.write_tensors(lowered.tensors, lowered.places, path, staged(work.progress, "writing weights"))
+    return parts.ranges(path, lowered.places, lowered.depths, work.spec.profile.depths, weights_file)
 
 
 WRITERS: dict[str, Callable[[Work], list[FileRange]]] = {

@@ -164,14 +164,15 @@ def write_tensors(
 
     Args:
         tensors: by name.
-        offsets: where each tensor starts, in bytes.
+        offsets: where each tensor starts, in bytes, in ascending order.
         path: the file.
         progress: called with the number of bytes that are written, and of all bytes.
     """
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
     with path.open("wb") as file:
-        for name, tensor in tensors.items():
-            file.seek(offsets[name])
+        for name, offset in offsets.items():
+            tensor = tensors[name]
+            file.seek(offset)
             file.write(tensor.data.cast("B"))
             done += tensor.nbytes
             progress(done, total)

@@ -136,6 +136,35 @@ def test_the_plan_counts_what_a_depth_reads(bundles: Path) -> None:
     assert len(plan.programs["token"]) == 1 + 2 * 10
 
 
+def test_slices_lie_in_order_of_depth(bundles: Path) -> None:
+    for target in TARGETS.values():
+        folder = bundles / f"llama-{target}"
+        manifest, plan = bundle_manifest.read(folder), gpu_plan.read_plan(folder)
+        assert len(manifest.parts) == manifest.profile.depths
+        ranges = [part[0] for part in manifest.parts]
+        sliced = [buffer for name, buffer in plan.buffers.items() if name.endswith(".planes")]
+        assert len(sliced) == len(manifest.weights.linears)  # the table of the head is that of the embedding
+        for buffer in sliced:
+            bits = [piece.bytes * 8 for piece in buffer.content]
+            assert [size / sum(bits) * 8 for size in bits] == list(manifest.slices)
+            for found, piece in zip(ranges, buffer.content, strict=True):
+                assert found.begin <= piece.offset <= piece.offset + piece.bytes <= found.end
+        for name, buffer in plan.buffers.items():
+            if not buffer.pieces and buffer.offset >= 0:
+                assert buffer.offset + buffer.bytes <= ranges[0].end, name
+
+
+def test_pieces_that_make_no_whole(bundles: Path, tmp_path: Path) -> None:
+    def shorten(folder: Path) -> None:
+        plan = json.loads((folder / gpu_plan.PLAN).read_text())
+        plan["buffers"]["head.planes"]["pieces"].pop()
+        (folder / gpu_plan.PLAN).write_text(json.dumps(plan))
+
+    folder = broken(bundles, tmp_path, shorten)
+    with pytest.raises(BundleError, match=r"the pieces of head\.planes do not make a whole"):
+        check_contents(folder, bundle_manifest.read(folder))
+
+
 def broken(bundles: Path, tmp_path: Path, change: Callable[[Path], object]) -> Path:
     folder = shutil.copytree(bundles / "llama-android-adreno", tmp_path / "bundle")
     change(folder)

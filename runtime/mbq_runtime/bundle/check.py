@@ -136,10 +136,11 @@ def _check_plan(folder: Path, manifest: Manifest, settings: Settings | None) -> 
         )
     sizes = {entry.name: entry.size for entry in manifest.files}
     for name, buffer in plan.buffers.items():
-        if buffer.offset >= 0 and buffer.offset + buffer.bytes > sizes[GPU_FILES[1]]:
+        end = max((piece.offset + piece.bytes for piece in buffer.content), default=0)
+        if end > sizes[GPU_FILES[1]]:
             raise BundleError(
-                f"{path}: {name} ends at byte {buffer.offset + buffer.bytes} of {GPU_FILES[1]}, which is "
-                f"{sizes[GPU_FILES[1]]} long; export the bundle again"
+                f"{path}: {name} ends at byte {end} of {GPU_FILES[1]}, which is {sizes[GPU_FILES[1]]} long; "
+                "export the bundle again"
             )
     for kernel in plan.kernels.values():
         if f"{FOLDER}/{kernel.file}" not in sizes:

@@ -54,20 +54,40 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a buffer's content, which lies in the weights' file by itself.
+
+    offset: its place in the file, in bytes.
+    bytes: its size.
+    """
+
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Buffer:
     """Memory on the device.
 
     bytes: size; of a cache: size for each token of context.
     offset: place of its content in the weights' file; -1 for scratch memory, -2 for a cache.
+    pieces: the slices of a matrix, in the order in which they follow each other in the buffer; empty for a content
+        that lies in one place.
     """
 
     bytes: int
     offset: int
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def is_cache(self) -> bool:
         """Whether its size grows with the context."""
         return self.offset == -2
+
+    @property
+    def content(self) -> tuple[Piece, ...]:
+        """Where its content lies in the weights' file, in order; empty for memory without content."""
+        return self.pieces or ((Piece(self.offset, self.bytes),) if self.offset >= 0 else ())
 
 
 @dataclass(frozen=True)
@@ -192,6 +212,10 @@ def _rules(plan: Plan) -> Iterator[tuple[bool, str]]:
         fits = 0 < buffer.bytes <= _MOST_BUFFER_BYTES and buffer.bytes % 4 == 0
         placed = buffer.offset in (-1, -2) or (buffer.offset >= 0 and buffer.offset % 4 == 0)
         yield fits and placed, f"size or place of {name[:80]} is not possible ({buffer.bytes}, {buffer.offset})"
+        held = sum(piece.bytes for piece in buffer.pieces) in (0, buffer.bytes)
+        whole = all(piece.bytes > 0 and piece.bytes % 4 == piece.offset % 4 == 0 for piece in buffer.pieces)
+        whole = whole and all(piece.offset >= 0 for piece in buffer.pieces) and held
+        yield whole and (not buffer.pieces or buffer.offset >= 0), f"the pieces of {name[:80]} do not make a whole"
     words = {STATE: TOKENS + plan.chunk, RESULT: 2, ROUTING: 2 * plan.chunk, LOGITS: plan.vocab_size}
     for name, count in words.items():
         yield plan.buffers[name].bytes >= 4 * count, f"{name} has {plan.buffers[name].bytes} bytes, needed {4 * count}"

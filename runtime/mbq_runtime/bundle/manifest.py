@@ -138,7 +138,7 @@ class Manifest:
         if len(self.parts) != len(bits):
             raise BundleError(
                 "the weights of this bundle are not divided by depth, so it cannot be trimmed; use all of it, or "
-                "export it for a processor"
+                "export it again"
             )
         most = float(bits[depth - 1])
         default = min(self.budget.default_bits, most)

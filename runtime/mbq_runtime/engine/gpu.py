@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle import gpu_plan
-from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Kernel, Launch, Plan
+from mbq_runtime.bundle.gpu_plan import LOGITS, RESULT, ROUTING, STATE, THRESHOLDS, TOKENS, Buffer, Kernel, Launch, Plan
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, UsageError
@@ -133,9 +133,7 @@ class DeviceBackend:
         weights = np.memmap(path / gpu_plan.WEIGHTS, np.uint8, "r")
         _check_scales(plan, weights, manifest.group_size, path)
         self._buffers = {
-            name: self.device.buffer(
-                buffer.bytes, weights[buffer.offset : buffer.offset + buffer.bytes] if buffer.offset >= 0 else None
-            )
+            name: self.device.buffer(buffer.bytes, _content(buffer, weights) if buffer.content else None)
             for name, buffer in plan.buffers.items()
             if not buffer.is_cache
         }
@@ -326,6 +324,15 @@ def thresholds(plan: Plan, avg_bits: float) -> NDArray[np.float32]:
         low, high = avg_bits <= table.budgets[0], avg_bits >= table.budgets[-1]
         found.append(_FLOAT32_MAX if low else -_FLOAT32_MAX if high else at)
     return np.asarray(found, np.float32)
+
+
+def _content(buffer: Buffer, weights: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The content of a buffer.  Slices that a trimmed bundle does not have are zeros: no token reads them."""
+    found = [weights[piece.offset : piece.offset + piece.bytes] for piece in buffer.content]
+    missing = buffer.bytes - sum(part.size for part in found)
+    if missing:
+        found.append(np.zeros(missing, np.uint8))
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def _check_scales(plan: Plan, weights: NDArray[np.uint8], group_size: int, path: Path) -> None:
