@@ -154,6 +154,9 @@ _TRADED = {
     "cpu": Band(0.15, 0.65),
     "quota": Band(0.1, 0.6),
     "memory": Band(0.0, 1.0),
+    "device": Band(1.0, 3.0),
+    "saver": Band(0.0, 2.0),
+    "hidden": Band(0.0, 1.0),
     "pace": Band(0.3, 0.6),
     "latency": Band(0.0, 1.0),
     "lifetime": Band(0.0, 1.0),
@@ -167,14 +170,19 @@ POLICIES: dict[str, Policy] = {
         Policy(
             "quality",
             "lowers the budget only above the throttle point, or when memory or a goal needs it",
-            {name: _TRADED[name] for name in ("memory", "latency", "lifetime")} | {"heat": Band(0.0, 4.0)},
+            {name: _TRADED[name] for name in ("memory", "latency", "lifetime")}
+            | {"heat": Band(0.0, 4.0), "device": Band(2.0, 4.0)},
         ),
         Policy("battery", "saves energy from the first minute on battery", _TRADED | {"battery": Band(-0.2, 0.5)}),
-        Policy("cool", "stays well below the throttle point", _TRADED | {"heat": Band(-25.0, -10.0)}),
+        Policy(
+            "cool",
+            "stays well below the throttle point",
+            _TRADED | {"heat": Band(-25.0, -10.0), "device": Band(0.0, 2.0)},
+        ),
     )
 }
 """The policies by name.  Each band is in the unit of its trigger: heat in C above the throttle point, battery as the
-share that is used, clock as the share that is lost, cpu and quota as shares of time."""
+share that is used, clock as the share that is lost, cpu and quota as shares of time, device as a state from 0 to 3."""
 
 
 def find_policy(name: str) -> Policy:

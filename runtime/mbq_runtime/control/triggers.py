@@ -344,6 +344,18 @@ def _lifetime(at: Situation) -> float | None:
     return min(max(at.pressure_at(at.bits) + missing, 0.0), 1.0)
 
 
+def _device(at: Situation) -> float | None:
+    return None if at.readings.device_state is None else float(at.readings.device_state)
+
+
+def _saver(at: Situation) -> float | None:
+    return None if at.readings.saving is None else float(at.readings.saving)
+
+
+def _hidden(at: Situation) -> float | None:
+    return None if at.readings.hidden is None else float(at.readings.hidden)
+
+
 def _pace(at: Situation) -> float | None:
     """The share of its best speed that the model lost.  It is used only where heat and load are unknown."""
     tps = at.readings.tokens_per_s
@@ -369,6 +381,16 @@ def _describe_cpu(r: Readings) -> str:
 def _describe_quota(r: Readings) -> str:
     stops = f"it stops this program in {_text(r.cgroup_throttled_fraction, '.0%')} of its periods"
     return f"quota: the cgroup limit is {_text(r.available_cpus, '.1f')} processors, {stops}"
+
+
+DEVICE_STATES = ("nominal", "fair", "serious", "critical")
+"""Words of a browser for how hard the device is pressed."""
+
+
+def _describe_device(r: Readings) -> str:
+    state = r.device_state
+    known = state is not None and 0 <= state < len(DEVICE_STATES)
+    return f"device: its state is {DEVICE_STATES[state] if known and state is not None else '?'}"
 
 
 def _describe_lifetime(r: Readings) -> str:
@@ -460,6 +482,10 @@ TRIGGERS: dict[str, Trigger] = {
         slows=True,
     ),
     "memory": Trigger(_memory, lambda r: f"memory: {_text(r.available_memory_bytes, ',')} bytes available"),
+    # What browsers tell, in place of the sensors of a board.
+    "device": Trigger(_device, _describe_device, settle_s=20, rise_bits=1, sensor=False),
+    "saver": Trigger(_saver, lambda r: "saver: the user asks to save data", sensor=False),
+    "hidden": Trigger(_hidden, lambda r: "hidden: nobody sees the page", sensor=False),
     "pace": Trigger(
         _pace,
         lambda r: f"pace: the speed fell to {_text(r.tokens_per_s, '.1f')} tokens/s",

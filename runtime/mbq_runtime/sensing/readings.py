@@ -38,6 +38,9 @@ class Readings:
         decode_bits: average bits per weight that the last tokens used.
         decode_share: share of the time since the last readings that was spent on tokens, 0 to 1.
         decode_threads: number of threads that the engine uses.
+        device_state: how hard the device is pressed, as a browser tells it: 0 nominal, 1 fair, 2 serious, 3 critical.
+        saving: whether the user asked programs to save data and energy.
+        hidden: whether nobody sees the reply, because its page is in the background.
     """
 
     time_s: float
@@ -60,3 +63,6 @@ class Readings:
     decode_bits: float | None = None
     decode_share: float | None = None
     decode_threads: int | None = None
+    device_state: int | None = None
+    saving: bool | None = None
+    hidden: bool | None = None

@@ -18,7 +18,7 @@ from mbq_runtime.control.triggers import TRIGGERS
 from mbq_runtime.sensing.readings import Readings
 
 NAMES = [f.name for f in fields(Readings)]
-FLAGS = {"heat_throttled", "undervoltage", "discharging"}
+FLAGS = {"heat_throttled", "undervoltage", "discharging", "saving", "hidden"}
 WHOLE = {"available_memory_bytes"}
 
 
@@ -53,6 +53,9 @@ WORSE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "cpu by pressure": ({"foreign_cpu_fraction": None}, [{"cpu_pressure": f / 40} for f in range(41)]),
     "quota": ({}, [{"cgroup_throttled_fraction": f / 40} for f in range(41)]),
     "memory": ({}, [{"available_memory_bytes": 500 * n} for n in range(20, -1, -1)]),
+    "device": ({}, [{"device_state": state} for state in range(4)]),
+    "saver": ({}, [{"saving": flag} for flag in (False, True)]),
+    "hidden": ({}, [{"hidden": flag} for flag in (False, True)]),
     "latency": ({}, [{"tokens_per_s": t / 2} for t in range(60, 0, -1)]),
     "lifetime": ({"discharging": True}, [{"power_w": w / 2} for w in range(200)]),
     "pace": (
