@@ -30,7 +30,8 @@ quick-server: TESTS := $(SERVER)
 quick-runtime: TESTS := $(filter-out $(SERVER),$(RUNTIME))
 quick-rest: TESTS := $(addprefix --ignore=,$(BOARDS) tests/export $(RUNTIME))
 
-.PHONY: demo test test-quick $(QUICK_PARTS) $(PARTS) coverage bench dist system-packages lint clean
+.PHONY: demo web test test-quick $(QUICK_PARTS) $(PARTS) coverage bench dist \
+    system-packages lint clean
 
 demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 	$(BIN)/mbq run $(BUNDLES)/smollm2-135m-host "$(PROMPT)" --max-tokens 48
@@ -39,11 +40,16 @@ demo: $(VENV)/.export $(BUNDLES)/smollm2-135m-arm64/manifest.json
 $(BUNDLES)/smollm2-135m-arm64/manifest.json: | $(VENV)/.export
 	$(BIN)/mbq-export --target arm64 --target host --method quick --output $(BUNDLES) --force
 
+# The page for browsers, which the wheel carries: made of the sources in web/.
+web: $(VENV)/.web
+	$(BIN)/python web/tables.py > web/src/control/tables.json
+	node web/build.mjs
+
 # Each tier first installs what it needs, which is not part of its time.
-test-quick: $(VENV)/.dev
+test-quick: $(VENV)/.dev $(VENV)/.web
 	$(MAKE) --jobs --output-sync=line $(QUICK_PARTS)
 
-test: $(VENV)/.dev $(VENV)/.rivals system-packages
+test: $(VENV)/.dev $(VENV)/.rivals $(VENV)/.web system-packages
 	$(MAKE) --jobs=2 --output-sync=line $(PARTS) lint
 
 # Each part multiplies on one core.
@@ -76,9 +82,12 @@ dist: $(VENV)/.dev
 	$(BIN)/python tests/tools/smoke_dist.py dist
 
 system-packages:
-	@# The monitor page is tested in a real browser, where there is one or it can be had.
+	@# The pages are tested in a real browser, where there is one or it can be had.
 	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
-	    > /dev/null 2>&1 || echo "no chromium: the tests of the monitor page are skipped, or fail where CI is set"
+	    > /dev/null 2>&1 || echo "no chromium: the tests of the pages are skipped, or fail where CI is set"
+	@# The page for browsers is built by Node.
+	@command -v npm > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends nodejs npm; } \
+	    > /dev/null 2>&1 || echo "no npm: the tests of the page for browsers are skipped, or fail where CI is set"
 	@# Kernels for GPUs are tested on drivers that run on the processor.
 	@dpkg -s pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1 > /dev/null 2>&1 || { apt-get update && \
 	    apt-get install --yes --no-install-recommends pocl-opencl-icd mesa-vulkan-drivers libvulkan1 ocl-icd-libopencl1; } \
@@ -103,6 +112,11 @@ $(VENV)/.export: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.export
 	$(PIP) --editable '.[dev]'
 	touch $@
+
+# What builds the page, as package-lock.json pins it.
+$(VENV)/.web: web/package.json web/package-lock.json | $(VENV)/.dev system-packages
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund --silent && touch $@ \
+	    || echo "no packages of npm: the tests of the page for browsers are skipped, or fail where CI is set"
 
 # Libraries that `mbq-export compare` measures beside a bundle.  That of llama.cpp is compiled once,
 # and its wheel is kept; nothing of it depends on the processor.

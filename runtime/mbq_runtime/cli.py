@@ -34,6 +34,7 @@ COMMANDS = {
     "run": Entry("run", "Answer a prompt."),
     "chat": Entry("chat", "Chat with a bundle in the terminal."),
     "serve": Entry("serve", "Serve a bundle over HTTP, with the API of OpenAI."),
+    "web": Entry("web", "Write a page that runs a bundle in a browser."),
     "monitor": Entry("monitor", "Watch a running mbq serve."),
     "bench": Entry("bench", "Measure speed, heat and energy at several budgets."),
     "kit": Entry("kit", "Measure this board, and write one report to send."),

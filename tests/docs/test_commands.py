@@ -285,9 +285,10 @@ ROWS = (
     Row(r"mbq (?=sense .*--watch)", _runtime_parsed),  # it never ends
     Row(r"mbq (?=(inspect|verify|sense|simulate)\b)", _runtime),
     Row(r"mbq (?=serve .*--host)", _runtime_parsed),  # it would listen to the network
+    Row(r"mbq (?=serve .*--app)", _runtime_parsed),  # the tiny bundle is not for WebGPU
     Row(r"mbq (?=serve )", _serve),
     Row(r"mbq (?=monitor\b)", _runtime_parsed),  # it never ends
-    Row(r"mbq (?=(pull|rm|trim) )", _runtime_parsed),  # no such server, and no slices in a tiny bundle
+    Row(r"mbq (?=(pull|rm|trim|web) )", _runtime_parsed),  # no such server, and no slices in a tiny bundle
     Row(r"mbq (?=list\b)", _runtime),
     Row(r"python3 -m (?=http\.server )", _file_server),
     Row(r"mbq (?=-)", _runtime),
@@ -333,6 +334,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "path" / "to" / "model").symlink_to("smollm2-135m")
     write_keys(folder, "maker")
     (folder / "bundles").mkdir()
+    (folder / "site").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         _invoke(exporter, ["--model", "path/to/smollm2-135m", "--output", BUNDLES[0], *TINY_EXPORT])

@@ -51,6 +51,12 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
     metavar="S",
     help="Free the model's memory after S seconds without a request.  [default: never]",
 )
+@click.option(
+    "--app",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Bundle for WebGPU that browsers run at /app.  [default: the served one, if it is for WebGPU]",
+)
 @steering_options
 @engine_option
 @trust_option
@@ -68,6 +74,7 @@ def command(
     cache_mb: int,
     speculate: str,
     sleep_idle_seconds: float | None,
+    app: Path | None,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -111,7 +118,7 @@ def command(
             loaded, bounded, governor, feed,
             budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
             queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key, origins=allow_origin,
-            any_model=any_model, sleep_s=sleep_idle_seconds,
+            any_model=any_model, sleep_s=sleep_idle_seconds, app=app,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -24,8 +25,10 @@ from starlette.types import Receive, Scope, Send
 
 from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.errors import MbqError
+from mbq_runtime.web import ENGINE as WEB_ENGINE
 
 from . import messages, responses
+from .app_page import AppPage
 from .auth import Auth, PlainPaths, cors
 from .completions import ChatShape, CompletionShape
 from .connections import Uploads
@@ -73,6 +76,10 @@ class Server:
         origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
         any_model: whether requests may name any model.
         sleep_s: seconds without a request after which the model's memory is freed; None: never.
+        app: folder of a bundle for WebGPU, which browsers run at /app; None: that of the engine, if it is one.
+
+    Raises:
+        UsageError: ``app`` has no kernels for WebGPU.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class Server:
         origins: Sequence[str] = (),
         any_model: bool = False,
         sleep_s: float | None = None,
+        app: Path | None = None,
     ) -> None:
         self.model = engine.manifest.model.name
         self.worker = Worker(engine, bounded, governor, limit=queue_limit, cache_bytes=cache_bytes, sleep_s=sleep_s)
@@ -99,8 +107,13 @@ class Server:
         self._uploads = Uploads(_FAIR_UPLOAD_S)
         self._watchers, self._any_model = 0, any_model
         self._started_s = int(time.time())
+        if app is None and WEB_ENGINE in engine.manifest.engines:
+            app = engine.path
+        app_page = AppPage(app)
         routes = [
             Route("/", self._page),
+            Route("/app", app_page.respond),
+            Route("/app/{name:path}", app_page.respond),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/live", self._watch),

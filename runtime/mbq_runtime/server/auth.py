@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mbq_runtime.addresses import is_loopback
 
+from .app_page import OPEN_PATHS as APP_PATHS
 from .errors import ApiError
 
-OPEN_PATHS = frozenset({"/", "/health"})  # neither gives any information
+OPEN_PATHS = frozenset({"/", "/health"}) | APP_PATHS  # none gives any information
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 

@@ -1,0 +1,66 @@
+"""A browser with WebGPU on a driver for the processor, and a tiny bundle behind a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import needs
+import pytest
+from browser_options import OPTIONS
+from playwright import sync_api as playwright
+from sites import Site, serving
+from tiny_models import write_checkpoint
+from watched_page import watched
+
+from mbq_export.cli import command
+from mbq_runtime.bundle import manifest as bundle_manifest
+from mbq_runtime.web import write_site
+
+
+@pytest.fixture(scope="session")
+def web_bundle(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
+    """A random Llama whose weights have several chunks."""
+    folder = tmp_path_factory.mktemp("web")
+    model = write_checkpoint(folder / "llama", "llama", intermediate_size=8192)
+    arguments = ["--model", model, "--output", folder / "bundles", "--target", "webgpu", "--method", "rtn"]
+    arguments += ["--router", "mlp", "--calib-data", calibration_text, "--calib-tokens", 1024, "--json"]
+    command([str(argument) for argument in arguments], standalone_mode=False)
+    bundle: Path = folder / "bundles" / "llama-webgpu"
+    manifest = bundle_manifest.read(bundle)
+    # The quality floor of a random model is high.  With this one its budget can fall.
+    bundle_manifest.write(replace(manifest, quality=replace(manifest.quality, floor_bits=3.0)), bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def site_folder(web_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``mbq web`` writes for the bundle."""
+    folder = tmp_path_factory.mktemp("site") / "site"
+    write_site(web_bundle, folder)
+    return folder
+
+
+@pytest.fixture
+def site(site_folder: Path) -> Iterator[Site]:
+    with serving(site_folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[playwright.Browser]:
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=needs.program("chromium"), args=OPTIONS) as found,
+    ):
+        yield found
+
+
+@pytest.fixture
+def page(browser: playwright.Browser) -> Iterator[Any]:
+    """A page as wide as a phone.  It records its requests in ``asked`` and its errors in ``complaints``."""
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    yield watched(context.new_page())
+    context.close()

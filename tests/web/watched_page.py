@@ -1,0 +1,17 @@
+"""A page of the browser that records what it asks for and what goes wrong in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PATIENCE_MS = 30_000
+
+
+def watched(page: Any) -> Any:
+    """A page that records its requests in ``asked`` and its errors in ``complaints``."""
+    page.set_default_timeout(PATIENCE_MS)
+    page.asked, page.complaints = [], []
+    page.on("request", lambda asked: page.asked.append(asked.url))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+    return page
