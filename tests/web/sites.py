@@ -12,6 +12,7 @@ from pathlib import Path
 
 BLANK = "/blank.html"
 """A page without anything, in which tests run modules of the page."""
+EMPTY = b"<!doctype html><title>blank</title><link rel=icon href=data:,>"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
@@ -54,7 +55,7 @@ def serving(folder: Path) -> Iterator[Site]:
             if path != BLANK and not file.is_file():
                 self.send_error(404)
                 return
-            content = b"<!doctype html><title>blank</title><link rel=icon href=data:,>" if path == BLANK else file.read_bytes()
+            content = EMPTY if path == BLANK else file.read_bytes()
             begin, end, status = 0, len(content), 200
             if site.ranges and (found := re.fullmatch(r"bytes=(\d+)-(\d+)", span)):
                 begin, end, status = int(found[1]), min(int(found[2]) + 1, len(content)), 206

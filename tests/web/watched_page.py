@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-PATIENCE_MS = 30_000
+from playwright.sync_api import expect
+
+PATIENCE_MS = 120_000
+expect.set_options(timeout=PATIENCE_MS)
 
 
 def watched(page: Any) -> Any:
