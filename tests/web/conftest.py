@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import needs
 import pytest
@@ -13,7 +12,6 @@ from browser_options import OPTIONS
 from playwright import sync_api as playwright
 from sites import Site, serving
 from tiny_models import write_checkpoint
-from watched_page import watched
 
 from mbq_export.cli import command
 from mbq_runtime.bundle import manifest as bundle_manifest
@@ -24,7 +22,7 @@ from mbq_runtime.web import write_site
 def web_bundle(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
     """A random Llama whose weights have several chunks."""
     folder = tmp_path_factory.mktemp("web")
-    model = write_checkpoint(folder / "llama", "llama", intermediate_size=8192)
+    model = write_checkpoint(folder / "llama", "llama", intermediate_size=4096)
     arguments = ["--model", model, "--output", folder / "bundles", "--target", "webgpu", "--method", "rtn"]
     arguments += ["--router", "mlp", "--calib-data", calibration_text, "--calib-tokens", 1024, "--json"]
     command([str(argument) for argument in arguments], standalone_mode=False)
@@ -56,11 +54,3 @@ def browser() -> Iterator[playwright.Browser]:
         driver.chromium.launch(executable_path=needs.program("chromium"), args=OPTIONS) as found,
     ):
         yield found
-
-
-@pytest.fixture
-def page(browser: playwright.Browser) -> Iterator[Any]:
-    """A page as wide as a phone.  It records its requests in ``asked`` and its errors in ``complaints``."""
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    yield watched(context.new_page())
-    context.close()

@@ -24,6 +24,7 @@ class Site:
     url: where it listens.
     ranges: whether it answers requests for ranges.
     change: changes the bytes of an answer, given the path and the place of the first byte.
+    gone: whether it ends each connection without an answer.
     most: bytes of weights that it sends in all; then the connection ends.  None for no end.
     asked: (path, Range header) of each request.
     """
@@ -32,6 +33,7 @@ class Site:
     url: str = ""
     ranges: bool = True
     change: Callable[[str, int, bytes], bytes] = lambda path, begin, content: content
+    gone: bool = False
     most: int | None = None
     asked: list[tuple[str, str]] = field(default_factory=list)
 
@@ -48,6 +50,9 @@ def serving(folder: Path) -> Iterator[Site]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if site.gone:
+                self.close_connection = True
+                return
             path = self.path.partition("?")[0]
             span = self.headers.get("Range", "")
             site.asked.append((path, span))

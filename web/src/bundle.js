@@ -17,7 +17,7 @@ async function sha256(bytes) {
 export class Bundle {
   // url: the bundle's folder.  store: see store.js.  options: headers, and depth of a trimmed bundle.
   static async open(url, store, { headers = {}, depth = null } = {}) {
-    const bundle = new Bundle(new URL(url.endsWith("/") ? url : `${url}/`, globalThis.location.href).href, store, headers);
+    const bundle = new Bundle(new URL(url.endsWith("/") ? url : `${url}/`, globalThis.location?.href).href, store, headers);
     await bundle.#readManifest(depth);
     return bundle;
   }

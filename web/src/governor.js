@@ -19,8 +19,7 @@ export class Governor {
     this.speed = { tokensPerS: null, bitsUsed: null };
     this.ceilingBits = engine.maxBits;
     this.setPolicy(policy);
-    this.state = start(this.policy);
-    this.trim = new BudgetTrim(this.state.bits);
+    this.restart();
     this.endListening = engine.listen((seconds, bits) => {
       this.tokens.push([seconds, bits]);
       if (now_s() - this.lookedS >= PERIOD_MS / 1000) this.look();
@@ -28,6 +27,12 @@ export class Governor {
     this.timer = setInterval(() => {
       if (now_s() - this.lookedS >= 1.5 * PERIOD_MS / 1000) this.look();
     }, PERIOD_MS / 2);
+  }
+
+  // Forgets what was: the budget is the ceiling.
+  restart() {
+    this.state = start(this.policy);
+    this.trim = new BudgetTrim(this.state.bits);
     this.look();
   }
 

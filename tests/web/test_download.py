@@ -1,0 +1,170 @@
+"""How the page fetches weights: in the order of depth, each chunk checked, from servers of every kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import nodes
+import numpy as np
+import pytest
+from sites import Site, serving
+
+from mbq_runtime.bundle.layout import PAGE_BYTES
+from mbq_runtime.bundle.listed_files import CHUNK_BYTES
+
+WEIGHTS = "gpu/weights.bin"
+SIZE = 4 * CHUNK_BYTES + 5 * PAGE_BYTES
+ENDS = (CHUNK_BYTES // 2, CHUNK_BYTES - PAGE_BYTES, 2 * CHUNK_BYTES + PAGE_BYTES, SIZE)
+"""Where the four depths end: the first two in one chunk."""
+READ = """
+const { createHash } = await import("node:crypto");
+const { Bundle } = await import("./src/bundle.js");
+const { Store } = await import("./src/store.js");
+const errors = [];
+try {
+  const bundle = await Bundle.open(given.url, await Store.open(), { depth: given.depth });
+  const found = [], { startBytes, totalBytes } = await bundle.sizes();
+  for (let times = 0; times < 5; times++) {
+    try {
+      for await (const { index, bytes, depth } of bundle.weights(found.length)) {
+        found.push([index, depth, createHash("sha256").update(bytes).digest("hex")]);
+      }
+      break;
+    } catch (error) {
+      errors.push([error.kind, error.message]);
+      if (error.kind !== "network") break;
+    }
+  }
+  return { found, errors, startBytes, totalBytes };
+} catch (error) {
+  return { found: [], errors: [[error.kind, error.message]] };
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def weights() -> bytes:
+    return np.random.default_rng(1).bytes(SIZE)
+
+
+@pytest.fixture
+def bundle(weights: bytes, tmp_path: Path) -> Path:
+    """What of a bundle a download looks at."""
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    begins = (0, *ENDS[:-1])
+    manifest = {
+        "format": "mbq-bundle", "format_version": 2, "engines": ["webgpu"], "slices": [3, 1, 2, 2],
+        "files": [{"name": WEIGHTS, "size": SIZE, "sha256": sha256(weights).hexdigest(), "chunks": hashes(weights)}],
+        "parts": [[{"name": WEIGHTS, "begin": a, "end": b}] for a, b in zip(begins, ENDS, strict=True)],
+    }  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+@pytest.fixture
+def site(bundle: Path) -> Iterator[Site]:
+    with serving(bundle) as found:
+        yield found
+
+
+def hashes(content: bytes) -> list[str]:
+    return [sha256(content[at : at + CHUNK_BYTES]).hexdigest() for at in range(0, len(content), CHUNK_BYTES)]
+
+
+def read(site: Site, depth: int | None = None) -> Any:
+    return nodes.run(READ, {"url": site.url, "depth": depth})
+
+
+WHOLE = [2, 0, 3, 0, 4]
+"""The depth that is whole after each chunk, 0 for none."""
+
+
+def test_chunks_come_in_the_order_of_depth(site: Site, weights: bytes) -> None:
+    done = read(site)
+    assert done["errors"] == []
+    assert done["found"] == [[at, WHOLE[at], digest] for at, digest in enumerate(hashes(weights))]
+    # One request for each depth that has chunks of its own.
+    ends = (CHUNK_BYTES, 3 * CHUNK_BYTES, SIZE)
+    assert site.weight_ranges == [f"bytes={a}-{b - 1}" for a, b in zip((0, *ends[:-1]), ends, strict=True)]
+    assert (done["startBytes"], done["totalBytes"]) == (CHUNK_BYTES, SIZE)
+
+
+def test_a_server_without_ranges_sends_the_file_once(site: Site, weights: bytes) -> None:
+    site.ranges = False
+    done = read(site)
+    assert done["errors"] == []
+    assert [digest for _, _, digest in done["found"]] == hashes(weights)
+    assert len(site.weight_ranges) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_goes_on_where_it_broke_off(site: Site, weights: bytes, ranges: bool) -> None:
+    site.ranges, site.most = ranges, CHUNK_BYTES + 1000
+
+    def mend(path: str, begin: int, content: bytes) -> bytes:
+        if len(site.weight_ranges) == 3:  # the first answers end early
+            site.most = None
+        return content
+
+    site.change = mend
+    done = read(site)
+    assert {kind for kind, _ in done["errors"]} == {"network"}
+    assert [digest for _, _, digest in done["found"]] == hashes(weights)
+    if ranges:
+        assert site.weight_ranges[-1].startswith(f"bytes={3 * CHUNK_BYTES}-")
+        assert sum(span.startswith("bytes=0-") for span in site.weight_ranges) == 1
+
+
+def test_a_chunk_that_was_damaged_on_the_way_is_fetched_again(site: Site, weights: bytes) -> None:
+    times = [0]
+
+    def damage(path: str, begin: int, content: bytes) -> bytes:
+        times[0] += path.endswith("weights.bin")
+        return bytes([content[0] ^ 1]) + content[1:] if times[0] == 2 else content
+
+    site.change = damage
+    done = read(site)
+    assert done["errors"] == []
+    assert [digest for _, _, digest in done["found"]] == hashes(weights)
+    assert times[0] > 3
+
+
+def test_a_damaged_file_is_refused_in_one_line(site: Site) -> None:
+    site.change = lambda path, begin, content: content[::-1] if path.endswith("weights.bin") else content
+    done = read(site)
+    ((kind, message),) = done["errors"]
+    assert kind == "broken"
+    assert "gpu/weights.bin: its SHA-256 is" in message
+    assert "copy the bundle again" in message
+    assert len(site.weight_ranges) == 3
+
+
+def test_a_trimmed_bundle_ends_behind_its_depth(site: Site, weights: bytes) -> None:
+    done = read(site, depth=3)
+    assert [digest for _, _, digest in done["found"]] == hashes(weights)[:3]
+    assert done["found"][-1][1] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"format_version": 3}, "broken", "it is mbq-bundle 3, needed mbq-bundle 2; export the bundle again"),
+        ({"engines": ["onnx"]}, "usage", "the bundle is for onnx, a browser needs webgpu; export it with --target"),
+    ],
+)
+def test_another_bundle_is_refused(site: Site, change: dict[str, Any], kind: str, message: str) -> None:
+    path = site.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    ((found, said),) = read(site)["errors"]
+    assert found == kind
+    assert message in said
+
+
+def test_a_server_that_is_not_there(site: Site) -> None:
+    (site.folder / "manifest.json").unlink()
+    assert read(site)["errors"] == [["network", f"{site.url}/manifest.json: the server says 404"]]
