@@ -12,20 +12,18 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 
+import pages
 import pytest
-from board_packages import REPO, SUITE, WHEEL_PLATFORMS, call
-from rooms import helper
+from board_packages import REPO, call
+from tiny_bundle import write_bundle
 from userland import Userland
 
 pytestmark = pytest.mark.slow
 
 ELSEWHERE = ("sudo ", "scp ", "python3 -m http.server")
 """Commands that need root, or that run on the workstation."""
-
-pages = helper("docs", "pages")
 
 
 def under(page: str, title: str) -> list[str]:
@@ -59,7 +57,7 @@ def home(wheel: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "home"
     folder.mkdir()
     shutil.copy(wheel, folder)
-    helper("runtime", "tiny_bundle").write_bundle(folder / "MODEL-arm64")
+    write_bundle(folder / "MODEL-arm64")
     return folder
 
 
@@ -91,19 +89,3 @@ def test_a_board_installs_pulls_and_runs(userland: Userland, home: Path, worksta
     assert str(pulled[0].name) in done.stdout
     assert done.stdout.splitlines()[-1] == "aarch64"
     print(done.stdout[-1500:])
-
-
-def test_a_board_with_a_python_of_its_own(userland: Userland, home: Path, tmp_path: Path) -> None:
-    """The commands for JetPack 6.  Bookworm's Python 3.11 stands for the one that uv would fetch."""
-    if SUITE.python != "3.11":
-        pytest.skip(f"Debian {SUITE.name} has no Python 3.11")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
-    choice = ["--only-binary=:all:", "--python-version", SUITE.python, *(f"--platform={p}" for p in WHEEL_PLATFORMS)]
-    call([*pip, *choice, "-d", home / "uv-wheel", "uv"], "fetch uv's aarch64 wheel")
-    commands = under("on-the-board.md", "**JetPack 6.**")
-    assert [line.split()[0].rpartition("/")[2] for line in commands] == ["python3", "uv", "uv", "."]
-    # Ubuntu 22.04 does not refuse packages beside its own.
-    environment = {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_FIND_LINKS": "/wheels /home/board/uv-wheel"}
-    done = userland.type([*commands, "mbq --version", 'mbq run MODEL-arm64 "Hello" --bits 4'], home, environment)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert version("mbq-export") in done.stdout

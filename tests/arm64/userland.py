@@ -52,6 +52,7 @@ from board_packages import (
 )
 
 MERGED_FOLDERS = ("bin", "lib", "lib64", "sbin")  # symlinks into usr/ on a merged-/usr system
+BOUND_FOLDERS = ("dev", "home/board", "proc", "wheels")  # where a board's shell sees folders of the host
 LAYOUT_VERSION = 2  # raise it when the way the folder is laid out changes
 
 # Part numbers (MIDR) by QEMU's name of the core; the features come from the emulator itself.
@@ -143,7 +144,7 @@ class Userland:
         """Type commands into the board's shell.  The first that fails ends it.
 
         Unlike ``run``, whatever a command starts is emulated too, and all see the board's files alone: proot follows
-        each call to the system.  pip and uv find the wheels of the base install in a folder, and no index.
+        each call to the system.  pip finds the wheels of the base install in a folder, and no index.
 
         Args:
             commands: lines of a shell.
@@ -171,12 +172,9 @@ class Userland:
             "PROOT_NO_SECCOMP": "1",
             "PROOT_TMP_DIR": str(home),
             "TMPDIR": "/home/board",
-            "UV_FIND_LINKS": "/wheels",
-            "UV_NO_INDEX": "1",
-            "UV_OFFLINE": "1",
             **(env or {}),
         }
-        command += ["/usr/bin/dash", "-ec", "\n".join(commands)]
+        command += ["/bin/dash", "-ec", "\n".join(commands)]
         return subprocess.run(
             [str(part) for part in command], env=environment, timeout=timeout, stdin=subprocess.DEVNULL,
             capture_output=True, encoding="utf-8", check=False,
@@ -192,7 +190,7 @@ class Userland:
         folder = self.folder / "cpus" / re.sub(r"[^A-Za-z0-9.-]", "_", cpu)
 
         def build(draft: Path) -> None:
-            for entry in self.root.iterdir():
+            for entry in (entry for entry in self.root.iterdir() if entry.name != "proc"):
                 (draft / entry.name).symlink_to(Path("../../root") / entry.name)
             found = self._emulate(self.root, cpu, ["-I", "-c", READ_HWCAP], None, 60.0, None)
             if found.returncode != 0:
@@ -309,8 +307,10 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
                 call(["dpkg-deb", "-x", package, draft / "host"], f"unpack {package.name}")
         for unused in ("usr/share/doc", "usr/share/man", "usr/share/locale"):
             shutil.rmtree(root / unused, ignore_errors=True)
-        if not (root / "usr/bin/sh").exists():  # the package's own script links it
-            (root / "usr/bin/sh").symlink_to("dash")
+        if not (root / "bin/sh").exists():  # the package's own script links it
+            (root / "bin/sh").symlink_to("dash")
+        for place in BOUND_FOLDERS:
+            (root / place).mkdir(parents=True, exist_ok=True)
         wheels = install_wheels(draft / "wheels", root / "usr/lib/python3/dist-packages", requirements)
     (draft / "wheels.json").write_text(json.dumps([asdict(wheel) for wheel in wheels], indent=1), encoding="utf-8")
     (draft / "cpus").mkdir()
