@@ -25,6 +25,8 @@ NEW_TOKENS = 20
 # Eight-bit slices of random weights leave 0.02 to 0.05 of the logits; a family read wrongly leaves 0.15 and more.
 # Tuning on a text that repeats itself moves random weights on other tokens.
 TOLERANCE = {"rtn": 0.1, "nested": 0.3}
+SENSITIVE = {"qwen3_5_text": 0.13}
+"""Limits of plain rounding for families whose random stand-ins are more sensitive: docs/log.md has what each part adds."""
 TIE = 1e-3
 
 
@@ -90,7 +92,7 @@ def test_three_texts_on_every_engine(family: Path, target: str) -> None:
     assert [one.avg_bits_used for one in passes] == pytest.approx([8.0] * 3)
     assert 3 < session.run(texts[0].tolist(), 4.0).avg_bits_used < 6
     found = np.stack([one.logits for one in passes])
-    assert np.linalg.norm(found - wanted) < TOLERANCE["rtn"] * np.linalg.norm(wanted)
+    assert np.linalg.norm(found - wanted) < SENSITIVE.get(name, TOLERANCE["rtn"]) * np.linalg.norm(wanted)
     engines = [Engine.load(bundle, engine=one) for one in (("onnx", "tvm") if target == "host" else ("onnx",))]
     for text in texts:
         replies = []
