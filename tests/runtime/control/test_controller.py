@@ -139,7 +139,16 @@ def test_a_worse_reading_never_gives_a_higher_budget(signal: str, data: st.DataO
     assert after[1] <= after[0]
 
 
-@pytest.mark.parametrize("signal", [name for name in WORSE if name not in ("latency", "lifetime", "pace")])
+MANY_LEVELS = ("battery", "cpu", "cpu by pressure", "quota")
+"""Signals of some forty levels, about a second of a core each."""
+LASTING = [
+    pytest.param(name, marks=[pytest.mark.heavy] * (name in MANY_LEVELS))
+    for name in WORSE
+    if name not in ("latency", "lifetime", "pace")
+]
+
+
+@pytest.mark.parametrize("signal", LASTING)
 def test_a_lasting_signal_leads_from_the_ceiling_to_the_floor(signal: str) -> None:
     base, scale = WORSE[signal]
     by, budgets = policy_with(signal), []
