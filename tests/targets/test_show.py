@@ -17,7 +17,7 @@ def shown(*arguments: str) -> str:
 
 @pytest.mark.heavy
 def test_kernels_of_a_processor() -> None:
-    by_depth = [f"{kind}_d{depth}" for kind in ("gemv", "gemm", "gather") for depth in (1, 2, 3)]
+    by_depth = [f"{kind}_d{depth}" for kind in ("gemv", "few", "gemm", "gather") for depth in (1, 2, 3)]
     names = shown("rpi5", "--slices", "2,2,4").split()
     assert sorted(names) == sorted(["quantize", "router_sums", "gate_silu", "gate_gelu_tanh", *by_depth])
     assert "def mbq_gemv_d2" in shown("rpi5", "gemv_d2")
