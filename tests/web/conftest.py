@@ -23,10 +23,10 @@ def web_bundle(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path)
     """A random Llama whose weights have several chunks."""
     folder = tmp_path_factory.mktemp("web")
     model = write_checkpoint(folder / "llama", "llama", intermediate_size=4096)
-    arguments = ["--model", model, "--output", folder / "bundles", "--target", "webgpu", "--method", "rtn"]
+    arguments = ["--model", model, "--output", folder / "bundle", "--target", "webgpu", "--method", "rtn"]
     arguments += ["--router", "mlp", "--calib-data", calibration_text, "--calib-tokens", 1024, "--json"]
     command([str(argument) for argument in arguments], standalone_mode=False)
-    bundle: Path = folder / "bundles" / "llama-webgpu"
+    bundle: Path = folder / "bundle"
     manifest = bundle_manifest.read(bundle)
     # The quality floor of a random model is high.  With this one its budget can fall.
     bundle_manifest.write(replace(manifest, quality=replace(manifest.quality, floor_bits=3.0)), bundle)
