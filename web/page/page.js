@@ -10,7 +10,7 @@ const STATES = ["nominal", "fair", "serious", "critical"];
 const VARIED = { temperature: 0.7, topP: 0.95 };
 
 const sensors = new Sensors();
-const page = { engine: null, governor: null, messages: [], stopping: null, app: {}, release: null };
+const page = { engine: null, governor: null, messages: [], stopping: null, tokens: 0, app: {}, release: null };
 window.mbq = page;  // for the console, and for tests
 
 const megabytes = bytes => `${Math.max(1, Math.round(bytes / 1e6))} MB`;
@@ -199,7 +199,7 @@ async function answer(text) {
   const place = bubble("assistant", ""), stopping = page.stopping = new AbortController();
   place.classList.add("waiting");
   el("send").textContent = "Stop";
-  let reply = "", tokens = 0, spent = 0, bits = 0, first = 0;
+  let reply = "", tokens = page.tokens = 0, spent = 0, bits = 0, first = 0;
   try {
     const prompt = engine.tokenizer.hasChatTemplate ? messages : `${messages.map(m => m.content).join("\n")}\n`;
     for await (const piece of engine.generate(prompt, { ...(el("varied").checked ? VARIED : {}), maxTokens: Infinity, signal: stopping.signal })) {
@@ -207,7 +207,8 @@ async function answer(text) {
       reply += piece.text;
       place.append(piece.text);
       bits += piece.bits;
-      if (++tokens === 1) first = piece.seconds;
+      page.tokens = ++tokens;
+      if (tokens === 1) first = piece.seconds;
       else spent += piece.seconds;
       if (follows) talk.scrollTop = talk.scrollHeight;
     }
