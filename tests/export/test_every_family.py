@@ -26,7 +26,7 @@ NEW_TOKENS = 20
 # Tuning on a text that repeats itself moves random weights on other tokens.
 TOLERANCE = {"rtn": 0.1, "nested": 0.3}
 SENSITIVE = {"qwen3_5_text": 0.13}
-"""Limits of plain rounding for families whose random stand-ins are more sensitive: docs/log.md has what each part adds."""
+"""Limits of plain rounding for families with more sensitive stand-ins.  docs/log.md has what each part adds."""
 TIE = 1e-3
 
 
