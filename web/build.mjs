@@ -20,6 +20,11 @@ await build({
 for (const name of ["index.html", "page.css", "icon.svg", "app.webmanifest"]) {
   await copyFile(join(here, "page", name), join(output, name));
 }
+// mbq.js holds the code of these packages, and their licences ask for this text beside it.
+const { dependencies } = JSON.parse(await readFile(join(here, "package.json"), "utf8"));
+const licences = await Promise.all(Object.entries(dependencies).map(async ([name, version]) =>
+  `${name} ${version}\n\n${(await readFile(join(here, "node_modules", name, "LICENSE"), "utf8")).trim()}\n`));
+await writeFile(join(output, "licenses.txt"), licences.join(`\n${"-".repeat(80)}\n\n`));
 // The service worker keeps these files under a name that changes with any of them.
 const shell = (await readdir(output)).sort(), hash = createHash("sha256");
 for (const name of shell) hash.update(await readFile(join(output, name)));
