@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each reply; even")
     parser.add_argument("--out", type=Path, help="folder for pictures of the page")
     given = parser.parse_args()
-    from browser_options import OPTIONS
+    from browser_options import OPTIONS  # type: ignore[import-not-found]  # another room of the tests
 
     with tempfile.TemporaryDirectory() as temporary, playwright.sync_playwright() as driver:
         folder = Path(temporary) / "site"
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _measure(browser: Any, folder: Path, tokens: int, out: Path | None) -> dict[str, Any]:
-    from sites import serving
+    from sites import serving  # type: ignore[import-not-found]
 
     with serving(folder) as site:
         context = browser.new_context(viewport={"width": 390, "height": 844}, device_scale_factor=2)

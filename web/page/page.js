@@ -62,8 +62,8 @@ async function welcome() {
   el("greeting").textContent = name;
   el("facts").textContent = kept
     ? "It is on this device already."
-    : `It runs on this device. What you write stays here.\n${megabytes(startBytes)} before the first word, ${megabytes(totalBytes)} in all, ` +
-      `${megabytes(gpuBytes)} of memory.\nIt works offline after that.`;
+    : `It runs on this device.\nWhat you write stays here.\n\n${megabytes(startBytes)} before the first word,\n` +
+      `${megabytes(totalBytes)} in all, ${megabytes(gpuBytes)} of memory.\nIt works offline after that.`;
   el("warning").textContent = warning ?? "";
   el("warning").hidden = !warning;
   el("load").hidden = false;
@@ -213,7 +213,7 @@ async function answer(text) {
       if (follows) talk.scrollTop = talk.scrollHeight;
     }
     if (tokens > 1 && messages === page.messages) {
-      bubble("note", `${tokens} tokens, ${((tokens - 1) / spent).toFixed(1)} tokens/s, ${(bits / tokens).toFixed(1)} bits, first word after ${first.toFixed(1)} s`);
+      bubble("note", `${tokens} tokens, ${((tokens - 1) / spent).toFixed(1)} tokens/s, ${(bits / tokens).toFixed(1)} bits, ${first.toFixed(1)} s to the first`);
     }
   } catch (error) {
     if (error.kind === "usage") trouble(said(error), "New conversation", begin);
