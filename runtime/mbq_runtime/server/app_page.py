@@ -16,7 +16,7 @@ OPEN_PATHS = frozenset({"/app", *(f"/app/{name}" for name in (APP_FILE, *SITE))}
 
 _TYPES = {
     ".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml",
-    ".webmanifest": "application/manifest+json", ".json": "application/json",
+    ".webmanifest": "application/manifest+json", ".json": "application/json", ".txt": "text/plain; charset=utf-8",
 }  # fmt: skip
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
