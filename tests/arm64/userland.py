@@ -309,6 +309,10 @@ def _build(draft: Path, requirements: Sequence[str]) -> None:
             shutil.rmtree(root / unused, ignore_errors=True)
         if not (root / "bin/sh").exists():  # the package's own script links it
             (root / "bin/sh").symlink_to("dash")
+        certificates = Path("/etc/ssl/certs/ca-certificates.crt")  # the package's own script joins them; pip reads them
+        if certificates.is_file():
+            (root / certificates.parent.relative_to("/")).mkdir(parents=True, exist_ok=True)
+            shutil.copy(certificates, root / certificates.relative_to("/"))
         for place in BOUND_FOLDERS:
             (root / place).mkdir(parents=True, exist_ok=True)
         wheels = install_wheels(draft / "wheels", root / "usr/lib/python3/dist-packages", requirements)
