@@ -145,13 +145,13 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
         for layer in range(d.layers):
             for norm, unit in d.normed_units(layer).values():
                 _absorb(checkpoint, norm, unit.sources, stream)
-            turned = d.mixer(layer) == "attn" and not d.family.channel_gates
-            if turned:
+            heads_turn = d.mixer(layer) == "attn" and not d.family.channel_gates
+            if heads_turn:
                 _rotate_values(checkpoint, layer, heads)
             for part in (_WRITES[d.mixer(layer)], "down"):
                 weight, bias = checkpoint.part(layer, part)
                 exact = _exact(weight)
-                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" and turned else exact))
+                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" and heads_turn else exact))
                 if bias is not None:
                     bias.copy_(stream.rows(_exact(bias)))
         table = model.get_input_embeddings().weight
