@@ -115,7 +115,7 @@ def matmul_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec) -> R
         x = activations(rng, len(depth), k, group)
         y = sliced_matmul(x, depth, sliced, spec.profile, spec.activation_bits)
         tolerance = matmul_tolerance(x, depth, sliced, spec)
-        run = {
+        run: dict[str, dict[str, Any]] = {
             "in": {"x": x[None], **dictated(depth[None])},
             "out": {"y": y[None], "depth": depth[None]},
             "tol": {"y": tolerance[None], "depth": 0},
