@@ -18,7 +18,7 @@ SMALLEST_ACTIVATION = 1e-30
 LOW_BITS = 8
 """A two-byte activation is ``(high << LOW_BITS) + low``."""
 
-FEW_TOKENS = 16
+FEW_TOKENS = 8
 """Up to this many tokens of one depth, a pass unpacks weights to registers. With more, it unpacks them to a tile."""
 
 MAX_HIDDEN = 512

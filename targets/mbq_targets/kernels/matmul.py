@@ -216,7 +216,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
 
 
 class Levels(NamedTuple):
-    """The numbers of a depth that turn integer products into outputs. Both are exact in float32.
+    """The numbers of a depth that turn integer products into outputs. All but ``unit`` are exact in float32.
 
     A group adds ``scale * (a * dot(C, q) + (middle - zero * zero_step) * a * sum(q))`` to a row, in units of the row's
     factor times ``unit``.
