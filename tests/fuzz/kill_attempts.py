@@ -63,12 +63,15 @@ def run_cases(
         text.write_text(TEXT)
         command = export(model, text, work / "out" / "bundle", *FAST, "--force")
 
+        whole_s = _seconds(command)
+
         def one(number: int) -> None:
             at = number % PAIR_EVERY
             if at == PAIR_EVERY - 1:
                 fault = _pair(export(model, text, work / f"pair-{number}" / "bundle", *FAST), report)
             else:
-                fault = _kill(command, work / "out", SIGNALS[at % 4], random.Random(f"{seed} {number}"), report)
+                draw = random.Random(f"{seed} {number}")
+                fault = _kill(command, work / "out", SIGNALS[at % 4], draw, whole_s, report)
             if fault:
                 report.fault(f"case {number}: {fault}")
 
@@ -85,23 +88,42 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def _kill(command: list[str], out: Path, number: signal.Signals, draw: random.Random, report: Report) -> str:
-    """One kill: half of them while the bundle is written.  Returns what is wrong."""
+def _leftovers(folder: Path) -> dict[str, tuple[int, int]]:
+    """What an export that ended in time would have removed: name -> (inode, time of the last change)."""
+    found = [path for path in folder.iterdir() if path.name.endswith(LEFT)] if folder.exists() else []
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def _seconds(command: list[str]) -> float:
+    """How long a whole export takes, so that kills come before its end."""
+    process, begin_s = start(command), time.monotonic()
+    said = process.communicate(timeout=LONGEST_S)[1]
+    if process.returncode:
+        raise SystemExit(f"the export that is to be killed fails: {said}")
+    return time.monotonic() - begin_s
+
+
+def _kill(
+    command: list[str], out: Path, number: signal.Signals, draw: random.Random, whole_s: float, report: Report
+) -> str:
+    """One kill: half of them while the bundle is written, the others before.  Returns what is wrong."""
+    # A kill before may have left something, and this one can come before the export removes it.
+    before = _leftovers(out)
     process = start(command)
     writing = draw.random() < 0.5
     draft, end = out / ".bundle.part", time.monotonic() + LONGEST_S
     while writing and not draft.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.3) if writing else draw.uniform(0, 12))
+    time.sleep(draw.uniform(0, 0.3 if writing else 0.9 * whole_s))
     if process.poll() is None:
         os.kill(process.pid, number)
     said = process.communicate(timeout=LONGEST_S)[1]
-    left = [name for name in _names(out) if name.endswith(LEFT)]
+    left = sorted(name for name, which in _leftovers(out).items() if before.get(name) != which)
     if "Traceback" in said:
         return f"{number.name}: a traceback: {said[-1000:]}"
     if process.returncode == 0:
         report.finished += 1
-        return f"a whole export leaves {left}" if left else ""
+        return f"a whole export leaves {sorted(_leftovers(out))}" if _leftovers(out) else ""
     report.kills[number.name] += 1
     if process.returncode not in (-number, 128 + number):
         return f"{number.name}: exit code {process.returncode}: {said[-1000:]}"
