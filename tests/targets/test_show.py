@@ -40,7 +40,7 @@ def test_kernels_of_a_gpu(target: str, text: str) -> None:
     [
         (("rpi3",), "target 'rpi3' is not known"),
         (("portable",), "target portable: it runs stock operators and has no kernels"),
-        (("rpi5", "gemv_d9"), "target rpi5: it has no kernel 'gemv_d9'; choose one of gate_gelu_tanh, "),
+        (("rpi5", "gemv_d9"), "target rpi5: it has no kernel 'gemv_d9'; choose one of few_d1, few_d2, "),
         (("webgpu", "matmul", "--llvm"), "a kernel of a GPU has no LLVM text"),
         (("rpi5", "--slices", "3,3"), "slice widths 3,3"),
     ],

@@ -390,7 +390,7 @@ DEVICE_STATES = ("nominal", "fair", "serious", "critical")
 def _describe_device(r: Readings) -> str:
     state = r.device_state
     known = state is not None and 0 <= state < len(DEVICE_STATES)
-    return f"device: its state is {DEVICE_STATES[state] if known and state is not None else '?'}"
+    return f"device: its state is {DEVICE_STATES[int(state)] if known and state is not None else '?'}"
 
 
 def _describe_lifetime(r: Readings) -> str:
