@@ -44,7 +44,7 @@ def time_round(engine: Engine, bits: float, past: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path)
-    parser.add_argument("--engines", default="onnx,tvm")
+    parser.add_argument("--engines", help="Some of those that the bundles have, such as onnx,tvm.")
     parser.add_argument("--bits", default="4,8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -54,7 +54,7 @@ def main() -> None:
     paths = {engine: path for path in reversed(options.bundles) for engine in read(path).engines}
     engines = {
         name: Engine.load(paths[name], engine=name, threads=options.threads, context=options.past + max(SIZES))
-        for name in options.engines.split(",")
+        for name in (options.engines.split(",") if options.engines else paths)
     }
     rows = list(product(engines, map(float, options.bits.split(","))))
     seconds: dict[tuple[str, float], list[list[float]]] = {row: [] for row in rows}
