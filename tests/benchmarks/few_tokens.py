@@ -27,7 +27,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
 
 def time_round(engine: Engine, bits: float, past: int) -> list[float]:
     """Seconds of one pass of each size."""
-    context = engine._backend.start(past + max(SIZES), np.array([bits, 8], np.float32))
+    context = engine._backend.start(past + max(SIZES), np.array([bits, len(engine.manifest.slices)], np.float32))
     rng, vocabulary = np.random.default_rng(0), engine.manifest.model.vocab_size
     context.append(rng.integers(0, vocabulary, past, np.int32))
     found = []

@@ -38,7 +38,7 @@ REPEATING = (
 
 def passes(engine: Engine, bits: float, sizes: tuple[int, ...]) -> dict[int, float]:
     """The processor's seconds of a pass with logits for all of its tokens, by its size: the least of nine."""
-    context = engine._backend.start(256, np.array([bits], np.float32))
+    context = engine._backend.start(256, np.array([bits, len(engine.manifest.slices)], np.float32))
     context.append(np.arange(5, 133, dtype=np.int32))
     found = dict.fromkeys(sizes, np.inf)
     for _ in range(9):
