@@ -6,7 +6,6 @@ By hand:  PYTHONPATH=tests:tests/export python tests/fuzz/kill_attempts.py --cas
 from __future__ import annotations
 
 import math
-import os
 import random
 import signal
 import subprocess
@@ -115,8 +114,7 @@ def _kill(
     while writing and not draft.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.3 if writing else 0.9 * whole_s))
-    if process.poll() is None:
-        os.kill(process.pid, number)
+    process.send_signal(number)
     said = process.communicate(timeout=LONGEST_S)[1]
     left = sorted(name for name, which in _leftovers(out).items() if before.get(name) != which)
     if "Traceback" in said:

@@ -57,6 +57,14 @@ def finished(report: dict[str, Any], tokens_per_s: float = 20.0) -> dict[str, An
     return report
 
 
+def quiet_report(engine: Engine) -> dict[str, Any]:
+    """A whole report of a faked board.  The stage that needs other programs is made up."""
+    report, board = faked(engine)
+    quiet = stages("idle", "speeds", "heating", "cooling")
+    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=quiet)
+    return finished(report)
+
+
 def test_a_faked_board_is_found_again_in_its_report(engine: Engine, tmp_path: Path) -> None:
     report, board = faked(engine)
     kept: list[str] = []
@@ -156,11 +164,8 @@ def test_the_command_measures_a_bundle_and_shows_what_it_sends(
 def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
     engine: Engine, tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    report, board = faked(engine)
-    kit.measure(
-        report, board, 60, lambda _: None, lambda _: None, stages=stages("idle", "speeds", "heating", "cooling")
-    )
-    change(finished(report))
+    report = quiet_report(engine)
+    change(report)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     with pytest.raises(UsageError, match=r"no whole report|cannot be read") as caught:
@@ -171,12 +176,10 @@ def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
 def test_a_report_does_not_command_the_terminal(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report, board = faked(engine)
-    quiet = stages("idle", "speeds", "heating", "cooling")
-    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=quiet)
+    report = quiet_report(engine)
     report["environment"]["board"] = "a\x1b]0;owned\x07\x9b2Jb"
     path = tmp_path / "report.json"
-    kit.write(finished(report), path)
+    kit.write(report, path)
     assert cli.main(["simulate", str(path), "--policy", "auto"]) == 0
     out = capsys.readouterr().out
     assert "owned" in out
@@ -187,11 +190,8 @@ def test_changed_reports_are_read_or_refused(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A report may come from anyone."""
-    report, board = faked(engine)
-    quiet = stages("idle", "speeds", "heating", "cooling")
-    kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=quiet)
     original, path, codes = tmp_path / "original.json", tmp_path / "report.json", set()
-    kit.write(finished(report), original)
+    kit.write(quiet_report(engine), original)
     for number in range(150):
         shutil.copy(original, path)
         mutate_json(path, random.Random(number))
