@@ -7,6 +7,7 @@ A stage ends early when the board is at its limit.  The report has no personal d
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from .text_file import read_text_file
 
 FORMAT, VERSION = "mbq-kit", 1
 PROMPT = "Tell me a long story about the sea."
-_TOKENS = 24  # of one measured run
+_TOKENS = 24  # of one measured run, after its first
 _REPLY_TOKENS = 128
 _MARGIN_C = 2.0  # a stage ends this far below the throttle point
 _BUSY = "while True: pass"
@@ -71,13 +72,36 @@ class Board:
         return seen
 
     def tokens_per_s(self, bits: float) -> float:
-        """Speed of one short run at a budget.
+        """Speed of one short reply at a budget, its prompt left out, with all that a reply costs beside the model.
 
         Args:
             bits: average bits per weight.
+
+        Raises:
+            Limit: the reply has less than two tokens.
         """
-        count = min(_TOKENS, self.engine.context_length)
-        return count / sum(self.engine.time_passes([1] * count, bits).seconds)
+        spent_s = [token_s for _, token_s in self.tokens(_TOKENS + 1, bits=bits)]
+        if not spent_s:
+            raise Limit("a reply had less than two tokens, and no speed follows from it")
+        return len(spent_s) / sum(spent_s)
+
+    def tokens(self, most: int, most_s: float = math.inf, bits: float | None = None) -> Iterator[tuple[float, float]]:
+        """(time, seconds since the token before) of each token of a reply but the first.
+
+        Args:
+            most: tokens at which the reply ends.
+            most_s: seconds after which it ends.
+            bits: its budget in average bits per weight; None leaves the engine's.
+        """
+        begin_s, before_s = self.now(), None
+        with self.engine.generate(PROMPT, max_tokens=most, avg_bits=bits) as reply:
+            for _ in reply:
+                now_s = self.now()
+                if before_s is not None:
+                    yield now_s, now_s - before_s
+                if now_s - begin_s >= most_s:
+                    return
+                before_s = now_s
 
 
 @contextmanager
@@ -173,7 +197,7 @@ def _closed_loop(board: Board, seconds: float) -> dict[str, Any]:
         for third in range(3):
             with busy_cores(third % 2):
                 while (left_s := seconds * (third + 1) / 3 - (board.now() - begin_s)) > 0:
-                    for at_s, spent_s in _tokens(board, left_s):
+                    for at_s, spent_s in board.tokens(_REPLY_TOKENS, left_s):
                         row = rows.setdefault(int(at_s - begin_s), [0.0, 0.0, 0.0])
                         bits = governor.status().avg_bits
                         row[:] = row[0] + 1, row[1] + spent_s, row[2] + spent_s * bits
@@ -189,19 +213,6 @@ def _closed_loop(board: Board, seconds: float) -> dict[str, Any]:
         "tokens_per_s": sum(row[0] for row in rows.values()) / spent_s,
         "mean_bits": sum(row[2] for row in rows.values()) / spent_s,
     }
-
-
-def _tokens(board: Board, most_s: float) -> Iterator[tuple[float, float]]:
-    """(time, seconds since the token before) of each token of a reply but the first."""
-    begin_s, before_s = board.now(), None
-    with board.engine.generate(PROMPT, max_tokens=_REPLY_TOKENS) as reply:
-        for _ in reply:
-            now_s = board.now()
-            if before_s is not None:
-                yield now_s, now_s - before_s
-            if now_s - begin_s >= most_s:
-                return
-            before_s = now_s
 
 
 class Stage(NamedTuple):

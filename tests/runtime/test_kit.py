@@ -65,6 +65,17 @@ def quiet_report(engine: Engine) -> dict[str, Any]:
     return finished(report)
 
 
+def test_the_speed_is_that_of_a_reply(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program gets: sampling and text are in it, the prompt is not."""
+    looks = iter(range(10_000))
+    board = kit.Board(engine, lambda: Readings(0.0), lambda: 0.5 * next(looks))
+    assert board.tokens_per_s(8.0) == pytest.approx(2.0)
+    assert 3 <= next(looks) <= 26  # at its begin and after each of 25 tokens, or less where the reply ends
+    monkeypatch.setattr(kit, "_TOKENS", 0)
+    with pytest.raises(kit.Limit, match="less than two tokens"):
+        board.tokens_per_s(8.0)
+
+
 def test_a_faked_board_is_found_again_in_its_report(engine: Engine, tmp_path: Path) -> None:
     report, board = faked(engine)
     kept: list[str] = []
