@@ -34,6 +34,7 @@ PROMPT = "Tell me a long story about the sea."
 _TOKENS = 24  # of one measured run, after its first
 _REPLY_TOKENS = 128
 _MARGIN_C = 2.0  # a stage ends this far below the throttle point
+_COOL_C, _COOL_S = 10.0, 120.0  # a pause between two speeds ends this far below it, or after so long
 _BUSY = "while True: pass"
 _MOST_BYTES = 16 << 20  # of an unfinished report
 
@@ -57,19 +58,37 @@ class Board:
     now: Callable[[], float] = time.monotonic
     rest: Callable[[float], None] = time.sleep
 
-    def check(self) -> Readings:
+    def check(self, margin_c: float = _MARGIN_C) -> Readings:
         """The readings.
+
+        Args:
+            margin_c: how far below the throttle point the board must be, in C.
 
         Raises:
             Limit: the board throttles, or is near the temperature at which it does.
         """
         seen = self.look()
         limit_c = seen.throttle_temp_c if seen.throttle_temp_c is not None else seen.critical_temp_c
-        if seen.temp_c is not None and limit_c is not None and seen.temp_c >= limit_c - _MARGIN_C:
+        if seen.temp_c is not None and limit_c is not None and seen.temp_c >= limit_c - margin_c:
             raise Limit(f"{seen.temp_c:.1f} C, the limit is {limit_c:.0f} C")
         if seen.heat_throttled or seen.undervoltage:
             raise Limit("the board slows itself by " + ("heat" if seen.heat_throttled else "under-voltage"))
         return seen
+
+    def cool(self) -> None:
+        """Wait until the board is well below its limit.
+
+        Raises:
+            Limit: after two minutes it is still near its limit, or throttles.
+        """
+        end_s = self.now() + _COOL_S
+        while self.now() < end_s:
+            try:
+                self.check(_COOL_C)
+                return
+            except Limit:
+                self.rest(1.0)
+        self.check()
 
     def tokens_per_s(self, bits: float) -> float:
         """Speed of one short reply at a budget, its prompt left out, with all that a reply costs beside the model.
@@ -121,7 +140,10 @@ def busy_cores(count: int) -> Iterator[None]:
 
 
 def _speeds(board: Board, seconds: float) -> dict[str, Any]:
-    """Speed at each budget and number of threads, quiet and beside one busy core."""
+    """Speed at each budget and number of threads, quiet and beside one busy core.
+
+    At its limit the board cools in a pause, and the next speed follows.  A speed that was slowed does not count.
+    """
     budget, most = board.engine.manifest.budget, board.engine.threads
     ends = (budget.max_bits, budget.min_bits)
     ways = [(n, bits, 0) for n in range(most, 0, -1) for bits in grid(budget.min_bits, budget.max_bits)]
@@ -133,8 +155,17 @@ def _speeds(board: Board, seconds: float) -> dict[str, Any]:
         with busy_cores(busy):
             board.tokens_per_s(bits)
             while not speeds or board.now() < end_s:
-                speeds.append(board.tokens_per_s(bits))
-                seen.append(board.check())
+                tokens_per_s = board.tokens_per_s(bits)
+                try:
+                    seen.append(board.check())
+                    speeds.append(tokens_per_s)
+                except Limit:
+                    if speeds:
+                        break
+                    if board.now() >= end_s + _COOL_S:
+                        raise
+                    board.cool()
+        board.cool()
         powers = [r.power_w for r in seen if r.power_w is not None]
         rows.append(
             {"threads": threads, "bits": bits, "busy_cores": busy, "runs": len(speeds),

@@ -104,6 +104,28 @@ def test_a_stage_ends_at_the_limit(engine: Engine) -> None:
     assert report["stages"]["cooling"]["rows"][-1]["temp_c"] < 35.0
 
 
+def test_speeds_are_measured_in_turns_with_pauses_on_a_hot_board(engine: Engine) -> None:
+    report, board = faked(engine, limit_c=50.0)
+    seen_c: list[float] = []
+    look = board.look
+
+    def watched() -> Readings:
+        seen_c.append(look().temp_c or 0.0)
+        return look()
+
+    board.look = watched
+    kit.measure(report, board, 1800, lambda _: None, lambda _: None, stages=stages("speeds"))
+    assert not report["stages"]["speeds"].get("stopped")
+    assert {row["bits"] for row in report["stages"]["speeds"]["rows"]} >= {8.0, 4.0}
+    assert 48 < max(seen_c) < 50
+
+
+def test_a_board_that_does_not_cool_ends_the_stage(engine: Engine) -> None:
+    report, board = faked(engine, limit_c=30.0)
+    kit.measure(report, board, 1800, lambda _: None, lambda _: None, stages=stages("speeds"))
+    assert "the limit is 30 C" in report["stages"]["speeds"]["stopped"]
+
+
 def test_a_second_call_goes_on_where_the_first_ended(engine: Engine, tmp_path: Path) -> None:
     report, board = faked(engine)
     kit.measure(report, board, 60, lambda _: None, lambda _: None, stages=stages("idle"))
