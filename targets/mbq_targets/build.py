@@ -253,6 +253,7 @@ def config_header(target: Target, spec: KernelSpec) -> str:
     from .kernels import router
     from .kernels.activations import TILE_K
     from .kernels.emit import LANES
+    from .kernels.isa import ISAS
     from .kernels.matmul import SCRATCH_BYTES
 
     def braces(values: tuple[int, ...]) -> str:
@@ -268,7 +269,7 @@ def config_header(target: Target, spec: KernelSpec) -> str:
         "ROUTER_STEP": router.STEP,
         "MAX_HIDDEN": constants.MAX_HIDDEN,
         "MEAN_SQUARE_EPS": constants.MEAN_SQUARE_EPS,
-        "FEW_TOKENS": constants.FEW_TOKENS,
+        "FEW_TOKENS": ISAS[target.isa].few_at_most(spec.activation_bytes),
         "MAX_THREADS": constants.MAX_THREADS,
         "PIECES_PER_THREAD": constants.PIECES_PER_THREAD,
         "TILE_K": TILE_K,

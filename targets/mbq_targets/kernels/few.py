@@ -27,7 +27,7 @@ from .matmul import (
     row_factors,
     subtracted,
 )
-from .products import few_products
+from .products import Products
 from .unpack import code_bytes, tile_max_code
 
 
@@ -43,9 +43,9 @@ def few(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
         width: bytes of an activation.
         name: the function's symbol.
     """
-    of, together, vectors, unit = few_products(isa, width), isa.few_tokens, isa.few_vectors, plan.tile_unit_log2
+    together, vectors, unit = isa.few_tokens, isa.few_vectors, plan.tile_unit_log2
     max_code, rows = tile_max_code(plan), isa.rows
-    offset = of.offset(isa, max_code)
+    offset = Products.offset(isa, max_code)
     # The codes of ``gemv`` may have another offset. The integers get the difference.
     lost = subtracted(isa, plan)
     missing = offset - int(lost * 2.0**-unit)
@@ -66,7 +66,7 @@ def few(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
             for s in range(group // STEP):
                 read = plane_loader(isa, plan, planes, starts, step_at + s)(vector)
                 for half, codes in enumerate(code_bytes(isa, plan, read, offset > 0)):
-                    for j, code in enumerate(of.stored(codes)):
+                    for j, code in enumerate(Products.stored(codes)):
                         store(held[v][s * STEP // 4 + 4 * half + j], 0, isa.vector_bytes, code)
             of_group = levels.affine(scales, base + vector * rows, rows)
             for kept, value in zip((scale[v], above[v]), of_group, strict=True):
@@ -77,7 +77,7 @@ def few(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
             seats = [bind(turn * together + m) for m in range(together)]
             taken = [bind(T.min(seat, count - 1)) for seat in seats]
             runs = [bind(at + place * TILE_K) for place in taken for at in bytes_at(g, width, all_rows, group)]
-            products = of(isa, together, width, vectors, max_code, chains=isa.chains)
+            products = Products(isa, together, width, vectors, max_code, chains=isa.chains)
             for k in range(0, group, 16):
 
                 def codes(j: int, v: int, first: int = k // 4) -> Expr:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
+from ..constants import FEW_TOKENS
 from .emit import Expr, bind, byte_table, const, intrin, load, reinterpret
 
 
@@ -62,6 +63,14 @@ class Isa:
             width: bytes of an activation.
         """
         return self.pair_products and width == 2
+
+    def few_at_most(self, width: int) -> int:
+        """The most tokens of one depth that the kernel of few tokens multiplies; 0: that of many takes all.
+
+        Args:
+            width: bytes of an activation.
+        """
+        return 0 if self.pairs(width) else FEW_TOKENS
 
     def many_tokens(self, width: int) -> int:
         """How many tokens prefill multiplies at a time: a power of two.

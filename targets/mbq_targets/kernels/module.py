@@ -34,6 +34,8 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
 def build_module(isa: Isa, spec: KernelSpec) -> Any:
     """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD.
 
+    few_dD is left out where gemm_dD takes all passes of several tokens.
+
     Args:
         isa: instruction set.
         spec: slices, group size and activation bits of the model.
@@ -46,7 +48,8 @@ def build_module(isa: Isa, spec: KernelSpec) -> Any:
             gate(activation, f"{PREFIX}gate_{activation}")
         for depth, plan in enumerate(depth_plans(spec.profile, isa.max_width), 1):
             gemv(isa, plan, group, width, f"{PREFIX}gemv_d{depth}")
-            few(isa, plan, group, width, f"{PREFIX}few_d{depth}")
+            if isa.few_at_most(width):
+                few(isa, plan, group, width, f"{PREFIX}few_d{depth}")
             gemm(isa, plan, group, width, f"{PREFIX}gemm_d{depth}")
             gather(plan, group, f"{PREFIX}gather_d{depth}")
     return builder.get()

@@ -173,16 +173,6 @@ class MatrixProducts(Products):
         return self._joined(runs)
 
 
-def few_products(isa: Isa, width: int) -> type[Products]:
-    """How an instruction set multiplies few tokens.
-
-    Args:
-        isa: instruction set.
-        width: bytes of an activation.
-    """
-    return PairProducts if isa.pairs(width) else Products
-
-
 def many_products(isa: Isa, width: int) -> type[Products]:
     """How an instruction set multiplies many tokens.
 
@@ -190,7 +180,9 @@ def many_products(isa: Isa, width: int) -> type[Products]:
         isa: instruction set.
         width: bytes of an activation.
     """
-    return MatrixProducts if isa.matrix_products else few_products(isa, width)
+    if isa.matrix_products:
+        return MatrixProducts
+    return PairProducts if isa.pairs(width) else Products
 
 
 def tree_sum(values: list[Expr]) -> Expr:

@@ -33,4 +33,11 @@ int __tvm_ffi_mbq_gate_gelu_tanh(void *, const Arg *, int32_t, Arg *);
   int __tvm_ffi_mbq_gather_d##d(void *, const Arg *, int32_t, Arg *);
 MBQ_EACH_DEPTH(DECLARE)
 #undef DECLARE
+
+/* The kernel for several tokens of depth d. An instruction set may have none for few of them. */
+#if MBQ_FEW_TOKENS > 0
+#define MBQ_MANY(d, count) ((count) <= MBQ_FEW_TOKENS ? __tvm_ffi_mbq_few_d##d : __tvm_ffi_mbq_gemm_d##d)
+#else
+#define MBQ_MANY(d, count) __tvm_ffi_mbq_gemm_d##d
+#endif
 #endif

@@ -5,11 +5,9 @@
 #include "ops.h"
 
 #define GEMV(d) __tvm_ffi_mbq_gemv_d##d,
-#define FEW(d) __tvm_ffi_mbq_few_d##d,
-#define GEMM(d) __tvm_ffi_mbq_gemm_d##d,
 static const Kernel gemv[] = {MBQ_EACH_DEPTH(GEMV)};
-static const Kernel few[] = {MBQ_EACH_DEPTH(FEW)};
-static const Kernel gemm[] = {MBQ_EACH_DEPTH(GEMM)};
+#define MANY(d) {MBQ_MANY(d, 1), MBQ_MANY(d, INT64_MAX)},
+static const Kernel many[][2] = {MBQ_EACH_DEPTH(MANY)}; /* for few tokens, and for more */
 static const int64_t depth_bits[] = MBQ_DEPTH_BITS;
 
 /* One call. Its pieces share it; a piece is a range of row blocks. Tokens of one depth are neighbours in q, step,
@@ -55,7 +53,7 @@ static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t
   const int64_t groups = job->weight->groups;
   for (int64_t d = 0, place = 0; d < MBQ_DEPTHS; place += job->count[d++])
     if (job->count[d] > 0)
-      CALL(job->count[d] <= MBQ_FEW_TOKENS ? few[d] : gemm[d], PTR(job->q + place * MBQ_TILE_K),
+      CALL(many[d][job->count[d] > MBQ_FEW_TOKENS], PTR(job->q + place * MBQ_TILE_K),
            PTR(job->step + place * groups), PTR(job->total + place * groups), WEIGHT(job->stored), PTR(y), PTR(scratch),
            PTR(job->tokens + place), PTR(job->sums + place * groups), INT(job->weight->blocks), INT(groups),
            INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));

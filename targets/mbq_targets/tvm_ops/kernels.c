@@ -17,12 +17,12 @@ int mbq_call_gate_silu(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_silu, PTR
 
 int mbq_call_gate_gelu_tanh(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_gelu_tanh, PTR(x), PTR(y), INT(f)); }
 
-#define DEFINE_MANY(name, d)                                                                                          \
-  int mbq_call_##name##_d##d(P q, P step, P total, P planes, P places, P scales, P y, P scratch, P tokens, P sums,    \
-                             N blocks, N groups, N rows, N begin, N end, N count, N y_stride) {                       \
-    return CALL(__tvm_ffi_mbq_##name##_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(places), PTR(scales),    \
-                PTR(y), PTR(scratch), PTR(tokens), PTR(sums), INT(blocks), INT(groups), INT(rows), INT(begin),        \
-                INT(end), INT(count), INT(y_stride));                                                                 \
+#define DEFINE_MANY(d)                                                                                                \
+  int mbq_call_many_d##d(P q, P step, P total, P planes, P places, P scales, P y, P scratch, P tokens, P sums,        \
+                         N blocks, N groups, N rows, N begin, N end, N count, N y_stride) {                           \
+    return CALL(MBQ_MANY(d, count), PTR(q), PTR(step), PTR(total), PTR(planes), PTR(places), PTR(scales), PTR(y),     \
+                PTR(scratch), PTR(tokens), PTR(sums), INT(blocks), INT(groups), INT(rows), INT(begin), INT(end),      \
+                INT(count), INT(y_stride));                                                                           \
   }
 
 #define DEFINE(d)                                                                                                     \
@@ -31,8 +31,7 @@ int mbq_call_gate_gelu_tanh(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_gelu
     return CALL(__tvm_ffi_mbq_gemv_d##d, PTR(q), PTR(step), PTR(total), PTR(planes), PTR(places), PTR(scales),        \
                 PTR(y), INT(blocks), INT(groups), INT(begin), INT(end));                                              \
   }                                                                                                                   \
-  DEFINE_MANY(few, d)                                                                                                 \
-  DEFINE_MANY(gemm, d)                                                                                                \
+  DEFINE_MANY(d)                                                                                                      \
   int mbq_call_gather_d##d(P planes, P places, P scales, P y, N blocks, N groups, N row) {                            \
     return CALL(__tvm_ffi_mbq_gather_d##d, PTR(planes), PTR(places), PTR(scales), PTR(y), INT(blocks), INT(groups),   \
                 INT(row));                                                                                            \

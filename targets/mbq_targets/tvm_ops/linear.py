@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
-from ..constants import FEW_TOKENS, MAX_HIDDEN, MEAN_SQUARE_EPS
+from ..constants import MAX_HIDDEN, MEAN_SQUARE_EPS
 from ..kernels.activations import TILE_K, chunks
 from ..kernels.emit import LANES, Expr, bind, cast, load, store
 from ..kernels.matmul import SCRATCH_BYTES
@@ -196,11 +196,7 @@ def _product(
                     call(f"gemv_d{d}", *activations(T.int64(0)), *matrix(), y, blocks, groups, begin, end)
                 with T.Else():
                     memory = pointer(scratches, i * SCRATCH_BYTES)
-                    with T.If(count <= FEW_TOKENS):
-                        with T.Then():
-                            multiply(f"few_d{d}", (first, count), (begin, end), memory)
-                        with T.Else():
-                            multiply(f"gemm_d{d}", (first, count), (begin, end), memory)
+                    multiply(f"many_d{d}", (first, count), (begin, end), memory)
         _add_bias(weights, at["bias"], out, begin, end)
 
 
