@@ -178,9 +178,10 @@ def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> N
             folder = Path(name)
             (folder / "mbq_config.h").write_text(config_header(target, spec))
             compiled = _compiled(module, target)
+            sources = [*sorted(_DRIVERS.glob("*.c")), *([_SHIM / "attend.c"] if spec.kv_bits == 8 else [])]
 
             def link(library: str, objects: list[str], **_: object) -> None:
-                _link(target, folder, [*map(Path, objects), *sorted(_DRIVERS.glob("*.c")), kernels], (), Path(library))
+                _link(target, folder, [*map(Path, objects), *sources, kernels], (), Path(library))
 
             compiled.export_library(str(folder / "decoder.so"), fcompile=link, workspace_dir=name)
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def config_header(target: Target, spec: KernelSpec) -> str:
         target: row of the table of machines.
         spec: slices, group size and activation bits of the model.
     """
-    from .kernels import router
+    from .kernels import attention, router
     from .kernels.activations import TILE_K
     from .kernels.emit import LANES
     from .kernels.isa import ISAS
@@ -274,6 +275,15 @@ def config_header(target: Target, spec: KernelSpec) -> str:
         "PIECES_PER_THREAD": constants.PIECES_PER_THREAD,
         "TILE_K": TILE_K,
         "SCRATCH_BYTES": SCRATCH_BYTES,
+        "KV_BITS": spec.kv_bits,
+        "KV_SCALE_BYTES": layout.KV_SCALE_BYTES,
+        "KEY_LANES": layout.KEY_LANES,
+        "SMALLEST_ACTIVATION": f"{constants.SMALLEST_ACTIVATION}f",
+        "MOST_HEAD_DIM": constants.MOST_HEAD_DIM,
+        "ATTEND_ROWS": attention.ROWS,
+        "STATE_NUMBERS": attention.STATE_NUMBERS,
+        "TILE_BLOCKS": attention.TILE_BLOCKS,
+        "NEVER": f"{attention.NEVER}f",
         "DEPTHS": profile.depths,
         "SLICES": braces(profile.slices),
         "SLICES_TEXT": f'"{profile}"',

@@ -24,6 +24,9 @@ FEW_TOKENS = 8
 MAX_HIDDEN = 512
 """The largest hidden width of a router. The C code and the drivers reserve memory for it."""
 
+MOST_HEAD_DIM = 512
+"""The widest head that attention over a cache of 8 bits takes. The C code reserves memory for it."""
+
 MAX_THREADS = 64
 """The most threads that a kernel library uses."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES, KV_BITS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import MbqError, UsageError
 
@@ -129,10 +129,14 @@ def _gpu_text(gpu: Gpu, kernel: Any, form: str) -> str:
     "--activation-bits", type=click.Choice([*map(str, ACTIVATION_BITS)]), default="16", show_default=True,
     help="Bits of a rounded activation.",
 )  # fmt: skip
-def main(target: str, kernel: str | None, form: str, slices: str, group_size: str, activation_bits: str) -> None:
+@click.option(
+    "--kv-bits", type=click.Choice([*map(str, KV_BITS)]), default="32", show_default=True,
+    help="Bits of a cached key or value.",
+)  # fmt: skip
+def main(target: str, kernel: str | None, form: str, slices: str, **bits: str) -> None:
     """List the kernels of TARGET, or print its kernel KERNEL."""
     try:
-        spec = KernelSpec(SliceProfile.parse(slices), int(group_size), int(activation_bits))
+        spec = KernelSpec(SliceProfile.parse(slices), **{name: int(value) for name, value in bits.items()})
         row = resolve(target)
         lines = kernel_names(row, spec) if kernel is None else [kernel_text(row, spec, kernel, form)]
     except MbqError as error:

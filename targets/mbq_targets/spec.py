@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES, KV_BITS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import BuildError
 
@@ -16,19 +16,22 @@ class KernelSpec:
     profile: bits of each slice.
     group_size: weights that share a scale.
     activation_bits: bits of the integers that activations are rounded to.
+    kv_bits: bits of a cached key or value; 32 is float32.
 
     Raises:
-        BuildError: no kernels exist for the group size or the activation bits.
+        BuildError: no kernels exist for the group size, the activation bits or the bits of keys and values.
     """
 
     profile: SliceProfile
     group_size: int
     activation_bits: int = 16
+    kv_bits: int = 32
 
     def __post_init__(self) -> None:
         for what, value, values in (
             ("group size", self.group_size, GROUP_SIZES),
             ("activation bits", self.activation_bits, ACTIVATION_BITS),
+            ("bits of keys and values", self.kv_bits, KV_BITS),
         ):
             if value not in values:
                 known = ", ".join(map(str, values))
@@ -40,7 +43,8 @@ class KernelSpec:
         return self.activation_bits // 8
 
     def __str__(self) -> str:
-        return f"slices={self.profile} group_size={self.group_size} activation_bits={self.activation_bits}"
+        cache = "" if self.kv_bits == 32 else f" kv_bits={self.kv_bits}"
+        return f"slices={self.profile} group_size={self.group_size} activation_bits={self.activation_bits}{cache}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..errors import UsageError
 
 GROUP_SIZES = (32, 64, 128)
 ACTIVATION_BITS = (8, 16)
+KV_BITS = (8, 32)
 ARCHITECTURES = ("aarch64", "x86_64", "any")
 STATES = {"conv": 2, "recurrent": 3}
 """States of a block with a delta net, by name, and their dimensions: the last tokens before their convolution,

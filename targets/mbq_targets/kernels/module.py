@@ -8,6 +8,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..spec import KernelSpec
 from .activations import quantize
+from .attention import attend
 from .emit import module
 from .few import few
 from .gate import ACTIVATIONS, gate
@@ -32,7 +33,8 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
 
 
 def build_module(isa: Isa, spec: KernelSpec) -> Any:
-    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD.
+    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD;
+    for K/V of 8 bits, attend.
 
     few_dD is left out where gemm_dD takes all passes of several tokens.
 
@@ -52,4 +54,6 @@ def build_module(isa: Isa, spec: KernelSpec) -> Any:
                 few(isa, plan, group, width, f"{PREFIX}few_d{depth}")
             gemm(isa, plan, group, width, f"{PREFIX}gemm_d{depth}")
             gather(plan, group, f"{PREFIX}gather_d{depth}")
+        if spec.kv_bits == 8:
+            attend(isa, f"{PREFIX}attend")
     return builder.get()

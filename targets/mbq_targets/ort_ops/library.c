@@ -64,7 +64,11 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   if (api == NULL) return NULL; /* ONNX Runtime before 1.17 then reports the ops as unknown */
   ort_api = api;
   static const OrtCustomOp *const ops[] = {&mbq_routed_matmul_op, &mbq_gather_op, &mbq_gated_silu_op,
-                                           &mbq_gated_gelu_op};
+                                           &mbq_gated_gelu_op,
+#if MBQ_KV_BITS == 8
+                                           &mbq_cached_attention_op,
+#endif
+  };
   OrtCustomOpDomain *domain; /* ONNX Runtime keeps it until the session ends */
   TRY(OrtCreateCustomOpDomain("ai.mbq", &domain));
   for (size_t i = 0; i < sizeof ops / sizeof ops[0]; ++i) TRY(OrtCustomOpDomain_Add(domain, ops[i]));

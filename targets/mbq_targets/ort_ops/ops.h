@@ -118,7 +118,7 @@ void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
 
-extern const OrtCustomOp mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op, mbq_gated_gelu_op;
+extern const OrtCustomOp mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op, mbq_gated_gelu_op, mbq_cached_attention_op;
 
 /* Fields that are the same for every op. */
 const char *any_provider(const OrtCustomOp *op);

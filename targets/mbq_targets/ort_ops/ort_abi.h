@@ -79,6 +79,7 @@ extern OrtApi *ort_api; /* set when the library is registered */
 #define OrtGetDimensions ORT_FN(62, OrtStatus *, const OrtShapeInfo *, int64_t *, size_t)
 #define OrtGetSymbolicDimensions ORT_FN(63, OrtStatus *, const OrtShapeInfo *, const char **, size_t)
 #define OrtGetShapeInfo ORT_FN(65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
+#define OrtGetAttribute_float ORT_FN(85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define OrtGetAttribute_int64 ORT_FN(86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define OrtGetInput ORT_FN(90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
 #define OrtGetOutput ORT_FN(91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)
