@@ -7,6 +7,8 @@ the call as a number (see ``tvm_weights``).  All functions of the module have on
      keys f32 [layers, kv_heads, blocks, head_dim, 16], values f32 [layers, kv_heads, positions, head_dim],
      weights u8 [bytes]) -> logits f32 [M', vocab, padded to row blocks]
 
+With keys and values of 8 bits, both are u8 [layers, kv_heads, positions, head_dim + 4] (``format.attention``).
+
 A decoder with short convolutions takes their states behind ``values``; one with delta nets states and memories
 (``tvm_ops.delta``).
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mbq_runtime.bundle.layout import KEY_LANES, ROW_BLOCK
+from mbq_runtime.bundle.layout import KEY_LANES, ROW_BLOCK, kv_row_bytes
 from mbq_runtime.bundle.tensors import Entry
 from mbq_targets.spec import KernelSpec
 
@@ -82,7 +84,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     functions = relax.BlockBuilder(_operations(checkpoint, calibrated, spec, rotated))
     tokens = tirx.Var("tokens", "int64")
     for name, rows, wanted in (("decode", 1, 1), ("prefill", tokens, 1), ("score", tokens, tokens)):
-        parameters = _parameters(checkpoint, entries, rows)
+        parameters = _parameters(checkpoint, entries, rows, spec.kv_bits)
         with functions.function(name, list(parameters.values())):
             # Operations write the cache in place.  A dataflow block could reorder them, so there is none.
             builder = RelaxBuilder(checkpoint, calibrated, entries, functions, parameters, rows=rows, wanted=wanted)
@@ -102,7 +104,7 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
         d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, None if norms is None else d.norm_eps,
         norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
         some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
-        cap=d.attention_cap, grows=d.query_growth is not None, gates=d.head_gates,
+        cap=d.attention_cap, grows=d.query_growth is not None, gates=d.head_gates, kv_bits=spec.kv_bits,
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
     adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
@@ -112,8 +114,8 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
     return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution, d.delta))
 
 
-def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) -> dict[str, Any]:
-    """Parameters of one function, by name.  rows: tokens that it takes."""
+def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any, kv_bits: int) -> dict[str, Any]:
+    """Parameters of one function, by name.  rows: tokens that it takes; kv_bits: bits of a cached key or value."""
     from tvm import relax, tirx
 
     d, attending = checkpoint.decoder, checkpoint.decoder.layers_of("attn_in")
@@ -126,6 +128,9 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any) ->
         "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
         "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
     }
+    if kv_bits == 8:
+        cache = ([attending, d.kv_heads, positions, kv_row_bytes(d.head_dim, kv_bits)], "uint8")
+        shapes |= {"keys": cache, "values": cache}
     kept = d.layers - attending
     if d.delta is not None:
         shapes["states"] = ([kept, d.delta.taps - 1, d.delta.channels], "float32")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.file_names import DECODER_LIBRARY
 from mbq_runtime.bundle.genai_config import cache_bytes, keeping, read_settings, state_bytes, states
-from mbq_runtime.bundle.layout import KEY_LANES
+from mbq_runtime.bundle.layout import KEY_LANES, kv_row_bytes, whole_blocks
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
 from mbq_runtime.errors import UsageError
@@ -63,7 +63,7 @@ class Backend:
         self.ffi = _tvm()
         self._path = path
         settings = read_settings(path, manifest)
-        self.kv_heads, self.head_dim = settings.kv_heads, settings.head_dim
+        self.kv_heads, self.head_dim, self.kv_bits = settings.kv_heads, settings.head_dim, manifest.kv_bits
         kept = len(keeping(manifest))
         self.layers = manifest.model.layers - kept
         # The last tokens lie one behind the other, each with all of its channels.
@@ -113,8 +113,14 @@ class _Context:
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
-        self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
-        self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
+        self._keys: NDArray[Any]
+        self._values: NDArray[Any]
+        if b.kv_bits == 8:
+            rows = (b.layers, b.kv_heads, blocks * KEY_LANES, kv_row_bytes(b.head_dim, b.kv_bits))
+            self._keys, self._values = np.zeros(rows, np.uint8), np.zeros(rows, np.uint8)
+        else:
+            self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
+            self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
         state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, self._keys, self._values]
         self._states = [np.zeros(shape, np.float32) for shape in b.states]
         self._marked: list[NDArray[np.float32]] = []
@@ -138,6 +144,8 @@ class _Context:
         return float(self._used[0])
 
     def kept(self, count: int) -> list[NDArray[Any]]:
+        if self._backend.kv_bits == 8:
+            return [part[:, :, : whole_blocks(count)] for part in (self._keys, self._values)]
         return [self._keys[:, :, : -(-count // KEY_LANES)], self._values[:, :, :count]]
 
     def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:

@@ -1,7 +1,8 @@
 """Grouped-query attention over a cache that every layer writes in place.
 
-Keys are in blocks of KEY_LANES positions: ``[layer][head][position / 16][head_dim][position % 16]``. 16 scores are then
-sums of whole vectors. Values are ``[layer][head][position][head_dim]``.
+A cache of 8 bits is that of ``mbq_export.format.attention``, and ``ort_ops/attend.c`` attends over it. In float32, keys
+are in blocks of KEY_LANES positions: ``[layer][head][position / 16][head_dim][position % 16]``. 16 scores are then sums
+of whole vectors. Values are ``[layer][head][position][head_dim]``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mbq_runtime.bundle.layout import KEY_LANES
 
 from ..kernels.emit import LANES, Expr, bind, cast, const, fma, load, registers, splat, store
 from ..kernels.exp import exp, sigmoid, tanh
-from .drivers import Tensor, driver, each, reduce, scratch, view
+from .drivers import Tensor, call, driver, each, pointer, reduce, scratch, view
 
 SERIAL_SCORES = 4096
 """With fewer scores, a launch of threads takes longer than the scores."""
@@ -50,6 +51,7 @@ class Attention:
     grows: queries are multiplied by a number of their position.
     gates: how many numbers qkv has for each head behind v: 0, 1, or one for each channel. What the head attends to is
         multiplied by their sigmoids.
+    kv_bits: bits of a cached key or value: 32 for float32, or 8.
     """
 
     heads: int
@@ -64,6 +66,7 @@ class Attention:
     cap: float | None = None
     grows: bool = False
     gates: int = 0
+    kv_bits: int = 32
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -84,7 +87,9 @@ def attention(shape: Attention, name: str) -> None:
         name: the function's symbol.
     """
     tensors = {
-        "qkv": ("float32", 2), "past": ("int64", 1), "keys": ("float32", 5), "values": ("float32", 4),
+        "qkv": ("float32", 2), "past": ("int64", 1),
+        **({"keys": ("uint8", 4), "values": ("uint8", 4)} if shape.kv_bits == 8 else
+           {"keys": ("float32", 5), "values": ("float32", 4)}),
         "weights": ("uint8", 1), "out": ("float32", 2),
     }  # fmt: skip
     with driver(name, tensors, shape.fields) as args:
@@ -95,6 +100,7 @@ def attention(shape: Attention, name: str) -> None:
         rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
         blocks = keys.shape[2]
         queries = scratch(rows * (s.heads * s.head_dim), "float32")
+        turned_keys = scratch(rows * (s.kv_heads * s.head_dim), "float32") if s.kv_bits == 8 else None
         tables = [view(weights.at(place), "float32") for place in (cos, sin)]
         norms = [view(weights.at(place), "float32") for place in (q_norm, k_norm)]
         growths = [view(weights.at(place), "float32") for place in growth]
@@ -119,6 +125,10 @@ def attention(shape: Attention, name: str) -> None:
             with T.serial(0, T.int64(s.kv_heads)) as h:
                 norm = _HeadNorm(norms[1], rows_scale, 1, h)
                 turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norm, tables, position, cos)
+                if turned_keys is not None:
+                    for d in range(0, s.head_dim, LANES):
+                        store(turned_keys, (m * s.kv_heads + h) * s.head_dim + d, LANES, load(turned, d, LANES))
+                    return
                 head = bind(layer * s.kv_heads + h)
                 with T.serial(0, T.int64(s.head_dim)) as d:
                     store(
@@ -136,13 +146,33 @@ def attention(shape: Attention, name: str) -> None:
             first = bind(T.max(start + m + 1 - window, T.int64(0)))
             _attend(s, queries, place, keys, values, bind(head * blocks), first, bind(start + m), out)
             if s.gates:
-                gate = bind(m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h * s.gates)
-                opening = sigmoid(splat(load(qkv.flat, gate, 1), LANES), LANES) if s.gates == 1 else None
-                for d in range(0, s.head_dim, LANES):
-                    of_lanes = sigmoid(load(qkv.flat, gate + d, LANES), LANES) if opening is None else opening
-                    store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * of_lanes)
+                open_gate(m, h)
+
+        def open_gate(m: Expr, h: Expr) -> None:
+            place = bind((m * s.heads + h) * s.head_dim)
+            gate = bind(m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h * s.gates)
+            opening = sigmoid(splat(load(qkv.flat, gate, 1), LANES), LANES) if s.gates == 1 else None
+            for d in range(0, s.head_dim, LANES):
+                of_lanes = sigmoid(load(qkv.flat, gate + d, LANES), LANES) if opening is None else opening
+                store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * of_lanes)
+
+        def open_gates(m: Expr) -> None:
+            with T.serial(0, T.int64(s.heads)) as h:
+                open_gate(m, h)
 
         each(rows, enter)
+        if turned_keys is not None:
+            head_bytes = keys.shape[2] * keys.shape[3]
+            of_layer = bind(layer * (s.kv_heads * head_bytes))
+            call(
+                "attention", pointer(queries, T.int64(0)), pointer(turned_keys, T.int64(0)),
+                qkv.at(T.int64((s.heads + s.kv_heads) * s.head_dim)), bind(T.int64(1) * width), keys.at(of_layer),
+                values.at(of_layer), out.at(T.int64(0)), T.int64(s.heads), T.int64(s.kv_heads), T.int64(s.head_dim),
+                start, rows, window, keys.shape[2], T.float32(s.cap or 0),
+            )  # fmt: skip
+            if s.gates:
+                each(rows, open_gates)
+            return
         count = bind(rows * s.heads)
         with T.If(count * (start + rows) < T.int64(SERIAL_SCORES)):
             with T.Then(), T.serial(0, count) as i:

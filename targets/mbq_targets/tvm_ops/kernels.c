@@ -1,5 +1,6 @@
 /* The kernels as plain C functions, for the operations of this folder. TVM's code generator declares a packed function
  * under a new name at each call, so the linker would find only one of the calls. */
+#include "attend.h"
 #include "kernels.h"
 
 typedef const void *P;
@@ -16,6 +17,20 @@ int mbq_call_router_sums(P x, P w1, P out, N k, N h) {
 int mbq_call_gate_silu(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_silu, PTR(x), PTR(y), INT(f)); }
 
 int mbq_call_gate_gelu_tanh(P x, P y, N f) { return CALL(__tvm_ffi_mbq_gate_gelu_tanh, PTR(x), PTR(y), INT(f)); }
+
+#if MBQ_KV_BITS == 8
+extern Crew mbq_crew; /* pool.c */
+
+/* Queries are scaled, and with keys they are rotated. v_stride: numbers from the values of one token to the next. */
+int mbq_call_attention(P q, P k, P v, N v_stride, P keys, P values, P y, N heads, N kv_heads, N head_dim, N past, N tokens,
+                       N window, N room, float cap) {
+  const Attend pass = {.heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .past = past, .tokens = tokens,
+                       .window = window, .scale = 1, .cap = cap, .q = q, .k = k, .v = v, .q_stride = heads * head_dim,
+                       .k_stride = kv_heads * head_dim, .v_stride = v_stride, .keys = (uint8_t *)(uintptr_t)keys,
+                       .values = (uint8_t *)(uintptr_t)values, .room = room, .y = (float *)(uintptr_t)y};
+  return attend_run(&pass, &mbq_crew) ? 0 : -1;
+}
+#endif
 
 #define DEFINE_MANY(d)                                                                                                \
   int mbq_call_many_d##d(P q, P step, P total, P planes, P places, P scales, P y, P scratch, P tokens, P sums,        \
