@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES
+from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES, KV_BITS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import UsageError
 from mbq_runtime.trust.signature import private_key
@@ -49,7 +49,8 @@ class Options:
     device: where to calibrate, as ``devices.choose`` takes it;
     seed: seed of all random numbers;
     force: whether existing bundles are replaced;
-    sign: file of a private Ed25519 key that signs the bundles, or None.
+    sign: file of a private Ed25519 key that signs the bundles, or None;
+    kv_bits: bits of a cached key or value.
     """
 
     model: str
@@ -68,11 +69,13 @@ class Options:
     seed: int
     force: bool
     sign: Path | None = None
+    kv_bits: int = 32
 
     def __post_init__(self) -> None:
         for option, value, known in (
             ("--group-size", self.group_size, GROUP_SIZE_CHOICES),
             ("--activations", self.activation_bits, ACTIVATION_BITS),
+            ("--kv", self.kv_bits, KV_BITS),
             ("--method", self.method, tuple(METHODS)),
             ("--router", self.router, ROUTER_CHOICES),
         ):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.file_names import ENGINE_FILES
+from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.errors import UsageError
+from mbq_targets.constants import MOST_HEAD_DIM
 
 from . import devices
 from .data.windows import TextSource, open_source
@@ -161,6 +163,8 @@ def _bad_options(options: Options) -> Iterator[str]:
                 f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
                 "leave it out"
             )
+        if options.kv_bits != 32 and not target.native:
+            yield f"--kv {options.kv_bits}: {target.name} has float32 keys and values alone; leave it out"
 
 
 def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
@@ -171,6 +175,12 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
                     f"target {target.name}: short convolutions, delta nets and gates of heads have no GPU kernel; "
                     "choose a processor's target"
                 )
+
+    if options.kv_bits != 32 and (decoder.head_dim % KEY_LANES or decoder.head_dim > MOST_HEAD_DIM):
+        yield (
+            f"--kv {options.kv_bits}: heads of {decoder.head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
+            f"most {MOST_HEAD_DIM}; leave it out"
+        )
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

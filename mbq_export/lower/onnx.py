@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT
+from mbq_runtime.bundle.layout import NATIVE_LAYOUT, PORTABLE_LAYOUT, kv_row_bytes
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
@@ -81,7 +81,9 @@ class Lowered(NamedTuple):
     depths: dict[str, int]
 
 
-def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, activation_bits: int = 16) -> Lowered:
+def lower(
+    checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, activation_bits: int = 16, kv_bits: int = 32
+) -> Lowered:
     """Lower a decoder to ONNX.
 
     Args:
@@ -89,17 +91,18 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, acti
         calibrated: its slices and routers.
         layout_name: a key of ``LAYOUTS``.
         activation_bits: 8 or 16, of the integers that the portable ops round activations to.
+        kv_bits: bits of a cached key or value: 32 for float32, or 8, which only a native graph can have.
 
     Returns:
         The model and its tensors.
     """
     layout, decoder = LAYOUTS[layout_name], checkpoint.decoder
     calibrated = in_engine_order(checkpoint, calibrated)
-    builder = OnnxBuilder(checkpoint, calibrated, layout)
+    builder = OnnxBuilder(checkpoint, calibrated, layout, kv_bits)
     builder.attentions.positions()
     walk_head(decoder, calibrated, builder, walk_blocks(decoder, calibrated, builder))
     builder.bits_used()
-    values = list(_signature(decoder))
+    values = list(_signature(decoder, kv_bits))
     graph = helper.make_graph(
         builder.graph.nodes,
         "decoder",
@@ -125,16 +128,17 @@ class OnnxBuilder(Builder[str]):
         checkpoint: norms, rotations and shape of the model.
         calibrated: its slices and routers.
         layout: how matrices are stored.
+        kv_bits: bits of a cached key or value, 8 or 32.
     """
 
-    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated, layout: Layout) -> None:
+    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated, layout: Layout, kv_bits: int) -> None:
         self.checkpoint, self.decoder = checkpoint, checkpoint.decoder
         self.calibrated, self.layout = calibrated, layout
         self.graph = Graph()
         self.depths: list[str] = []
         self.shared_table: str | None = None
         self.matrices: dict[str, list[str]] = {}
-        self.attentions = AttentionNodes(self.graph, checkpoint)
+        self.attentions = AttentionNodes(self.graph, checkpoint, kv_bits)
 
     def embed(self, embedding: Embedding) -> str:
         g, d = self.graph, self.decoder
@@ -305,7 +309,7 @@ class OnnxBuilder(Builder[str]):
         return g.node("Mul", [small, scalars[1]], name)
 
 
-def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
+def _signature(decoder: Decoder, kv_bits: int) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
     """(is input, value) of the graph."""
 
     def value(name: str, kind: int, shape: list[str | int]) -> onnx.ValueInfoProto:
@@ -330,6 +334,8 @@ def _signature(decoder: Decoder) -> Iterator[tuple[bool, onnx.ValueInfoProto]]:
                 yield is_input, value(f"{name.removesuffix('_key_values')}.{layer}.conv", TensorProto.FLOAT, held)
                 continue
             for part in ("key", "value"):
-                shape: list[str | int] = ["batch", decoder.kv_heads, length, decoder.head_dim]
-                yield is_input, value(f"{name}.{layer}.{part}", TensorProto.FLOAT, shape)
+                row = decoder.head_dim if kv_bits == 32 else kv_row_bytes(decoder.head_dim, kv_bits)
+                kind = TensorProto.FLOAT if kv_bits == 32 else TensorProto.UINT8
+                shape: list[str | int] = ["batch", decoder.kv_heads, length, row]
+                yield is_input, value(f"{name}.{layer}.{part}", kind, shape)
     yield False, value("avg_bits_used", TensorProto.FLOAT, [1])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto
 
 from ..model.checkpoint import Checkpoint
 from .decoder import Attention, Norm
 from .onnx_graph import Graph
+from .onnx_text import DOMAIN
 
 MS = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
@@ -19,10 +22,11 @@ class AttentionNodes:
     Args:
         graph: where nodes and constants go.
         checkpoint: norms, rotations and shape of the model.
+        kv_bits: bits of a cached key or value: 32 for ONNX Runtime's operator, 8 for that of this project.
     """
 
-    def __init__(self, graph: Graph, checkpoint: Checkpoint) -> None:
-        self.graph, self.checkpoint, self.decoder = graph, checkpoint, checkpoint.decoder
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, kv_bits: int) -> None:
+        self.graph, self.checkpoint, self.decoder, self.kv_bits = graph, checkpoint, checkpoint.decoder, kv_bits
         self.values: dict[str, str] = {}
 
     def positions(self) -> None:
@@ -30,12 +34,17 @@ class AttentionNodes:
         g = self.graph
         axis = g.numbers("one_axis", 1)
         one = g.tensor("one", np.array(1, np.int64))
+        if self.kv_bits == 8:
+            self._total_length(one)
+            return
         lengths = g.node("ReduceSum", ["attention_mask", axis], "lengths", keepdims=0)
         last = g.node("Sub", [lengths, one], "last_positions")
         g.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
-        shape = g.node("Shape", ["attention_mask"], "mask_shape")
-        total = g.node("Gather", [shape, one], "total_length", axis=0)
-        g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
+        g.node("Cast", [self._total_length(one)], "total_sequence_length", to=TensorProto.INT32)
+
+    def _total_length(self, one: str) -> str:
+        shape = self.graph.node("Shape", ["attention_mask"], "mask_shape")
+        return self.graph.node("Gather", [shape, one], "total_length", axis=0)
 
     def attend(self, attention: Attention, qkv: str) -> str:
         """Write one layer's attention, with its cache.
@@ -55,16 +64,22 @@ class AttentionNodes:
         tables = self._rotary(attention.rotary) if rotates and attention.rotary is not None else []
         past = [f"past_key_values.{attention.layer}.{part}" for part in ("key", "value")]
         present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
-        more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
-        more |= {} if attention.cap is None else {"softcap": attention.cap}
         name = f"{attention.name}.ungated" if attention.gates else attention.name
-        attended = g.node(
-            "GroupQueryAttention",
-            [*query, *past, "seqlens_k", "total_sequence_length", *tables],
-            name, MS, outputs=[name, *present],
-            num_heads=d.heads, kv_num_heads=d.kv_heads, scale=attention.scale, do_rotary=int(rotates),
-            rotary_interleaved=0, **more,
-        )  # fmt: skip
+        heads: dict[str, Any] = {
+            "outputs": [name, *present], "num_heads": d.heads, "kv_num_heads": d.kv_heads, "scale": attention.scale
+        }  # fmt: skip
+        if self.kv_bits == 8:
+            attended = g.node(
+                "CachedAttention", [*query, *past, self._past_tokens(), *tables], name, DOMAIN, **heads,
+                window=attention.window or 0, softcap=float(attention.cap or 0),
+            )  # fmt: skip
+        else:
+            more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
+            more |= {} if attention.cap is None else {"softcap": attention.cap}
+            attended = g.node(
+                "GroupQueryAttention", [*query, *past, "seqlens_k", "total_sequence_length", *tables], name, MS,
+                **heads, do_rotary=int(rotates), rotary_interleaved=0, **more,
+            )  # fmt: skip
         return self._gated(attention, attended) if attention.gates else attended
 
     def _gated(self, attention: Attention, attended: str) -> str:

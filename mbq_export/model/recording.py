@@ -7,13 +7,16 @@ So an error is found in the step that makes it, and a step that should change no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -168,6 +171,7 @@ def record_sliced(
     prompt: NDArray[np.int64],
     *,
     activation_bits: int = 16,
+    kv_bits: int = 32,
 ) -> Recording:
     """Run the checkpoint's model with sliced weights, at full depth.
 
@@ -178,10 +182,42 @@ def record_sliced(
         profile: the bits of each slice.
         prompt: int64 [tokens].
         activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
+        kv_bits: 8 rounds keys and values; 32 does not.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
-    with sliced_layers(checkpoint, slices, profile, kind), _embedded(checkpoint, embedding, profile, prompt):
+    cached = rounded_cache(checkpoint) if kv_bits == 8 else nullcontext()
+    with cached, sliced_layers(checkpoint, slices, profile, kind), _embedded(checkpoint, embedding, profile, prompt):
         return record(checkpoint, prompt)
+
+
+@contextmanager
+def rounded_cache(checkpoint: Checkpoint) -> Iterator[None]:
+    """Round keys and values as a cache of 8 bits does (``format.attention``), while the block runs.
+
+    Args:
+        checkpoint: the model.
+    """
+    kind = checkpoint.model.config._attn_implementation
+    before = ALL_ATTENTION_FUNCTIONS.get(kind)
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any
+    ) -> Any:
+        # Families have a plain form of their own, which is in no table.
+        inner = before or sys.modules[type(module).__module__].eager_attention_forward
+        return inner(module, query, _rounded_rows(key), _rounded_rows(value), *args, **more)
+
+    ALL_ATTENTION_FUNCTIONS[kind] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[kind]
+
+
+def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values, [batch, heads, tokens, head_dim], with a step for each row."""
+    peak = x.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
+    return (x * (127 / peak)).round() * (peak / 127)
 
 
 @contextmanager

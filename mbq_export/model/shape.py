@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
+from mbq_runtime.bundle.layout import kv_row_bytes
 from mbq_targets.spec import DeltaNet
 
 from .families import Family
@@ -192,10 +193,13 @@ class Decoder:
         of_units = sum(self.layers_of(role) * n * k for role, (n, k) in self.role_shapes.items())
         return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of the keys and values of one token, which an engine keeps in float32."""
-        return 2 * 4 * self.layers_of("attn_in") * self.kv_heads * self.head_dim
+    def token_bytes(self, kv_bits: int) -> int:
+        """Bytes of the keys and values of one token, which an engine keeps.
+
+        Args:
+            kv_bits: bits of each: 32 for float32, or 8.
+        """
+        return 2 * self.layers_of("attn_in") * self.kv_heads * kv_row_bytes(self.head_dim, kv_bits)
 
     @property
     def state_bytes(self) -> int:

@@ -60,13 +60,13 @@ def write_bundle(
     """
     options, target = prepared.options, prepared.options.outputs[output]
     engines = target.engines(options.engines)
-    spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits)
+    spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits, options.kv_bits)
     with files.writing(output, options.force) as folder:
         work = Work(target, checkpoint, calibrated, spec, folder, progress)
         ranges = [WRITERS[engine](work) for engine in engines]
         checkpoint.tokenizer.save_pretrained(folder)
         checkpoint.model.generation_config.save_pretrained(folder)
-        files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines))
+        files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines, options.kv_bits))
         manifest = _manifest(prepared, output, work, ranges, calibration)
         bundle_manifest.write(manifest, folder)
         if options.sign is not None:
@@ -81,7 +81,7 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     return stop_token_ids(checkpoint.tokenizer, owners, checkpoint.decoder.vocab_size)
 
 
-def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, ...]) -> dict[str, Any]:
+def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, ...], kv_bits: int) -> dict[str, Any]:
     d, tokenizer = checkpoint.decoder, checkpoint.tokenizer
     return genai_config(
         family=d.family.model_type,
@@ -99,6 +99,7 @@ def _engine_config(checkpoint: Checkpoint, target: Target, engines: tuple[str, .
         convolutions=[layer for layer in range(d.layers) if d.mixer(layer) == "conv"],
         conv_cache_size=d.conv_taps - 1 if d.conv_taps else 0,
         deltas=d.delta is not None,
+        kv_bits=kv_bits,
     )
 
 
@@ -147,5 +148,6 @@ def _manifest(
         ),
         engines=engines,
         activation_bits=options.activation_bits,
+        kv_bits=options.kv_bits,
         parts=parts.joined(ranges),
     )

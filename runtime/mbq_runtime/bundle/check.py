@@ -15,6 +15,7 @@ from .facts import Linear
 from .file_names import GPU_FILES
 from .genai_config import Settings, keeping, read_settings, states
 from .gpu_plan import FOLDER, read_plan
+from .layout import kv_row_bytes, whole_blocks
 from .manifest import Manifest
 from .onnx_file import UINT8, Graph, Tensor, read_graph
 from .operators import unknown_node, unknown_opset
@@ -216,20 +217,27 @@ def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: 
                     "the batch; export the bundle again"
                 )
     attending = [layer for layer in range(manifest.model.layers) if layer not in keeping(manifest)]
+    row = _cache_row(manifest, settings)
     for name in (f"past_key_values.{layer}.{part}" for layer in attending for part in _KEY_VALUE):
         shape = graph.inputs.get(name, ())
-        if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, settings.head_dim):
+        if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, row):
             raise BundleError(
                 f"{path}: {name} has shape {list(shape) or 'none'}, needed {settings.kv_heads} heads of "
-                f"{settings.head_dim} as genai_config.json says; export the bundle again"
+                f"{row} as genai_config.json says; export the bundle again"
             )
+
+
+def _cache_row(manifest: Manifest, settings: Settings) -> int:
+    """Numbers of a cached key or value: float32, or bytes."""
+    return settings.head_dim if manifest.kv_bits == 32 else kv_row_bytes(settings.head_dim, manifest.kv_bits)
 
 
 def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings) -> None:
     """Infer all shapes of the largest pass: nothing is larger than the model's widths need."""
     model, linears = manifest.model, manifest.weights.linears
     tokens = min(settings.chunk_size, model.context_length)
-    cache = Value((1, settings.kv_heads, model.context_length, settings.head_dim))
+    room = model.context_length if manifest.kv_bits == 32 else whole_blocks(model.context_length)
+    cache = Value((1, settings.kv_heads, room, _cache_row(manifest, settings)))
     kept = {
         f"{layer}.{state}": Value((1, *shape))
         for layer in keeping(manifest)

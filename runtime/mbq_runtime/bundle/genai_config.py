@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import BundleError, ModelError
 from .facts import STATES
 from .file_names import OPS_LIBRARY
+from .layout import KV_SCALE_BYTES, kv_row_bytes, whole_blocks
 from .manifest import Manifest
 from .reading import read_json
 from .schema import decode
@@ -51,6 +52,7 @@ def genai_config(
     convolutions: Collection[int] = (),
     conv_cache_size: int = 0,
     deltas: bool = False,
+    kv_bits: int = 32,
 ) -> dict[str, Any]:
     """What onnxruntime-genai must know of a decoder with this project's inputs and outputs.
 
@@ -72,6 +74,7 @@ def genai_config(
         convolutions: blocks that have a short convolution in place of attention.
         conv_cache_size: tokens that a convolution keeps.
         deltas: whether there are blocks that have a delta net in place of attention.
+        kv_bits: bits of a cached key or value.  With 8, the engine gives a cache of bytes in whole blocks.
 
     Raises:
         ModelError: ``eos_token_ids`` is empty or has an id outside the vocabulary.
@@ -92,6 +95,8 @@ def genai_config(
         inputs, outputs = (
             {f"{when}_{state}_names": f"{when}.%d.{state}" for state in STATES} for when in ("past", "present")
         )
+    if kv_bits == 8:
+        context_length, head_dim = whole_blocks(context_length), kv_row_bytes(head_dim, kv_bits)
     return {
         "model": {
             "type": _CONVOLUTIONS if convolutions else family if family in _MODEL_TYPES else "decoder",
@@ -183,6 +188,7 @@ class Settings:
             convolutions=convolutions(manifest),
             conv_cache_size=self.conv_cache_size,
             deltas=bool(manifest.model.states),
+            kv_bits=manifest.kv_bits,
         )
         written["search"]["chunk_size"] = self.chunk_size
         return written
@@ -225,14 +231,14 @@ def _blocks_with(manifest: Manifest, role: str) -> tuple[int, ...]:
 
 
 def cache_bytes(manifest: Manifest, settings: Settings) -> int:
-    """Bytes of the keys and values of one token, which are float32.
+    """Bytes of the keys and values of one token.
 
     Args:
         manifest: the bundle's manifest.
         settings: of the same bundle.
     """
     layers = manifest.model.layers - len(keeping(manifest))
-    return 2 * 4 * layers * settings.kv_heads * settings.head_dim
+    return 2 * layers * settings.kv_heads * kv_row_bytes(settings.head_dim, manifest.kv_bits)
 
 
 def state_bytes(manifest: Manifest, settings: Settings) -> int:
@@ -286,7 +292,7 @@ def read_settings(folder: Path, manifest: Manifest) -> Settings:
     settings = Settings(
         heads=decoder.num_attention_heads,
         kv_heads=decoder.num_key_value_heads,
-        head_dim=decoder.head_size,
+        head_dim=decoder.head_size - (0 if manifest.kv_bits == 32 else KV_SCALE_BYTES),
         eos_token_ids=found.model.eos_token_id,
         bos_token_id=_token_id(path, model, "bos_token_id"),
         pad_token_id=_token_id(path, model, "pad_token_id"),

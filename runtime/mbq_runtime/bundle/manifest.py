@@ -19,6 +19,7 @@ from .facts import (
     ACTIVATION_BITS,
     ARCHITECTURES,
     GROUP_SIZES,
+    KV_BITS,
     NOT_MEASURED,
     STATES,
     Budget,
@@ -62,6 +63,7 @@ class Manifest:
     quality: what the exporter measured.
     engines: engines that can run the bundle.
     activation_bits: width of the integers that a processor rounds activations to; a GPU does not round them.
+    kv_bits: bits of a cached key or value: 32 for float32, or 8.
     parts: for each depth, the ranges of the weight files that this depth needs besides those of lower depths.  One
         part holds all depths; none: the bundle has no weight files.
     """
@@ -81,6 +83,7 @@ class Manifest:
     quality: Quality = NOT_MEASURED
     engines: tuple[str, ...] = ("onnx",)
     activation_bits: int = 16
+    kv_bits: int = 32
     parts: tuple[tuple[FileRange, ...], ...] = ()
 
     @property
@@ -252,6 +255,8 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
     if not manifest.model.states:
         del document["model"]["states"]
+    if manifest.kv_bits == 32:
+        del document["kv_bits"]
     draft = path.with_name(f".{MANIFEST_NAME}.part")
     draft.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
@@ -291,6 +296,14 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
             "activation_bits",
             manifest.activation_bits,
             f"one of {ACTIVATION_BITS}",
+        ),
+        (manifest.kv_bits in KV_BITS, "kv_bits", manifest.kv_bits, f"one of {KV_BITS}"),
+        (
+            manifest.kv_bits == 32
+            or (manifest.layout == NATIVE_LAYOUT and not set(manifest.engines) - {"onnx", "tvm"}),
+            "kv_bits",
+            manifest.kv_bits,
+            "32 without own kernels on a processor",
         ),
         (manifest.layout in ENGINE_FILES["onnx"], "layout", manifest.layout, " or ".join(ENGINE_FILES["onnx"])),
         *(

@@ -243,6 +243,8 @@ class _Reader:
                 self._attribute(_run(value), node)
         if op == "GroupQueryAttention":
             self._graph.attention_tables.update(node.inputs[7:9])
+        if op == "CachedAttention":
+            self._graph.attention_tables.update(node.inputs[6:8])
         if op == "RotaryEmbedding":
             self._graph.attention_tables.update(node.inputs[2:4])
         node.op = full_name(domain, op)

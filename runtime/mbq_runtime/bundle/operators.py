@@ -45,6 +45,7 @@ GRAPH: _Counts = {
     f"{_MS}LinearAttentionGate": (0, 1),
     f"{_MS}RotaryEmbedding": (0, 2),
     f"{_MS}SkipSimplifiedLayerNormalization": (1, 2),
+    f"{_MBQ}CachedAttention": (0, 1),
     f"{_MBQ}GatedGelu": (0, 1),
     f"{_MBQ}GatedSilu": (0, 1),
     f"{_MBQ}RoutedMatMul": (2, 4),

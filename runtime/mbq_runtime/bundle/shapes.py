@@ -12,6 +12,7 @@ from itertools import zip_longest
 from math import prod
 from typing import Any, NamedTuple
 
+from .layout import KEY_LANES, KV_SCALE_BYTES
 from .operators import Constant, Function, Node, Reference
 
 _MOST_NUMBERS = 64
@@ -492,6 +493,19 @@ def _attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     return [Value((*query[:2], heads * past[3])), *[Value(past)] * 2]
 
 
+def _cached_attention(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """As ``_attention``, over a cache of bytes: a row has a scale behind its codes."""
+    query, keys, values, past = (_given(inputs, at).shape for at in (0, 3, 4, 5))
+    heads, pairs, head_dim = attributes["num_heads"], attributes["kv_num_heads"], keys[3] - KV_SCALE_BYTES
+    separate = [value.shape for value in inputs[1:3] if value]
+    stacked = heads if separate else heads + 2 * pairs
+    if separate not in ([], [(*query[:2], pairs * head_dim)] * 2) or query[0] != 1 or past != (1,):
+        raise ValueError
+    if len(query) != 3 or keys != values or keys[1] != pairs or keys[2] % KEY_LANES or query[-1] != stacked * head_dim:
+        raise ValueError
+    return [Value((*query[:2], heads * head_dim)), *[Value(keys)] * 2]
+
+
 _UNUSED = Value((0,))
 """An output that no exported graph has."""
 
@@ -528,6 +542,7 @@ _RULES: dict[str, _Rule] = {
     "Sub": _arithmetic(lambda a, b: a - b),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
+    f"{_MBQ}CachedAttention": _cached_attention,
     f"{_MBQ}RoutedMatMul": _routed_product,
     f"{_MBQ}SlicedGather": _packed_gather,
     f"{_MS}CausalConvWithState": _convolution,

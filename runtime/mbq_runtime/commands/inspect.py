@@ -28,14 +28,17 @@ def command(bundle: Path, as_json: bool) -> None:
     """Show what is in BUNDLE, and whether it runs on this machine."""
     from mbq_runtime.bundle import gpu_plan, isa, manifest
     from mbq_runtime.bundle.check import check_bundle
+    from mbq_runtime.bundle.genai_config import cache_bytes, state_bytes
 
     found = manifest.read(bundle)
-    check_bundle(bundle, found)
+    settings = check_bundle(bundle, found)
+    context_bytes = {"each_token": cache_bytes(found, settings), "states": state_bytes(found, settings)}
     machine = isa.this_machine()
     problem = isa.problem(found.target, machine) or (isa.mount_problem(bundle) if found.native else None)
     plan = gpu_plan.read_plan(bundle) if GPU_FILES[0] in {entry.name for entry in found.files} else None
     if as_json:
         facts = asdict(found) | {"code": [entry.name for entry in [*native_code(found), *gpu_code(found)]]}
+        facts["context_bytes"] = context_bytes
         if plan is not None:
             facts["gpu_needs"] = asdict(plan.needs)
         click.echo(
@@ -43,7 +46,11 @@ def command(bundle: Path, as_json: bool) -> None:
         )
         return
     here = "yes" if problem is None else f"no: {problem}"
-    lines = [*_lines(found), *(_gpu_lines(found, plan) if plan else ()), ("machine", _machine_line(machine))]
+    lines = [
+        *_lines(found, context_bytes["each_token"]),
+        *(_gpu_lines(found, plan) if plan else ()),
+        ("machine", _machine_line(machine)),
+    ]
     if code := description(found):
         lines.append(("code", code))
     if problem or not plan:
@@ -82,13 +89,17 @@ def _left_out(m: Manifest) -> str:
     return f", trimmed from {whole / 1e6:.1f} MB" if m.trimmed else ""
 
 
-def _lines(m: Manifest) -> list[tuple[str, str]]:
+def _cached(m: Manifest) -> str:
+    return "" if m.kv_bits == 32 else f" ({m.kv_bits}-bit keys and values)"
+
+
+def _lines(m: Manifest, token_bytes: int) -> list[tuple[str, str]]:
     machine = " ".join(filter(None, (m.target.arch, m.target.cpu, *m.target.features)))
     activations = "float activations" if m.target.engine in _SOFTWARE else f"{m.activation_bits}-bit activations"
     per_token = sorted(((float(bits), size) for bits, size in m.weights.bytes_per_token.items()))
     return [
         ("model", f"{m.model.name} ({m.model.architecture}), {m.model.parameters / 1e6:.1f} M parameters"),
-        ("context", f"{m.model.context_length} tokens"),
+        ("context", f"{m.model.context_length} tokens, each takes {token_bytes / 1e3:.1f} kB of memory{_cached(m)}"),
         ("target", f"{m.target.name} ({machine})"),
         ("engines", ", ".join(m.engines)),
         ("slices", f"{m.profile}: {'/'.join(map(str, m.profile.depth_bits))} bits, groups of {m.group_size}"),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.genai_config import cache_bytes, keeping, read_settings, state_bytes
+from mbq_runtime.bundle.layout import whole_blocks
 from mbq_runtime.bundle.manifest import Manifest
 
 from .imports import engine_errors, import_engine
@@ -34,6 +35,7 @@ class Backend:
         # Before the engine loads: nothing reads the file after its check.
         settings = read_settings(path, manifest)
         self.token_bytes, self.state_bytes = cache_bytes(manifest, settings), state_bytes(manifest, settings)
+        self._kv_bits = manifest.kv_bits
         self.rewinds = not keeping(manifest)
         self.marks = bool(manifest.model.states)  # the engine's convolutions alone cannot go back
         # At other levels the engine also prints each error that it throws.
@@ -63,7 +65,7 @@ class Backend:
 
     def start(self, length: int, budget: NDArray[np.float32]) -> _Context:
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(max_length=length)
+        params.set_search_options(max_length=length if self._kv_bits == 32 else whole_blocks(length))
         generator = self._og.Generator(self._model, params)
         # The generator keeps pointers to these arrays, and reads them in every pass.  The context keeps the arrays.
         generator.set_model_input("avg_bits", budget)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,15 @@ from .score import Window
 from .threads import SHORT_SPINNING, cores, ops_threads
 
 
-def empty_past(shape: Sequence[int | str]) -> NDArray[np.float32]:
+def empty_past(shape: Sequence[int | str], kind: str = "tensor(float)") -> NDArray[Any]:
     """What a graph is given for the tokens before its first pass: no keys or values, and states of zeros.
 
     Args:
         shape: of the graph's input: batch first, then numbers, or names for numbers of tokens.
+        kind: its element type, as ONNX Runtime names it.
     """
-    return np.zeros([1, *(side if isinstance(side, int) else 0 for side in shape[1:])], np.float32)
+    sides = [1, *(side if isinstance(side, int) else 0 for side in shape[1:])]
+    return np.zeros(sides, np.uint8 if kind == "tensor(uint8)" else np.float32)
 
 
 class Session:
@@ -62,7 +65,9 @@ class Session:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         ops_threads(self, library)
         self._empty_past = {
-            value.name: empty_past(value.shape) for value in self._session.get_inputs() if value.name.startswith("past")
+            value.name: empty_past(value.shape, value.type)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past")
         }
 
     def run(self, tokens: Sequence[int], avg_bits: float) -> Window:

@@ -1,0 +1,167 @@
+"""Bundles with keys and values of 8 bits: both engines, sessions, memory, and what they change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_models import write_checkpoint
+
+from mbq_export.cli import command
+from mbq_export.model.loading import load
+from mbq_export.model.recording import rounded_cache
+from mbq_export.model.source import locate
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle import manifest
+from mbq_runtime.bundle.genai_config import FILE
+from mbq_runtime.cli import main
+
+pytestmark = pytest.mark.heavy
+
+# Stacked projections and a tied head; windows, a soft cap and norms behind branches; short convolutions.
+FAMILIES = ("llama", "gemma2", "lfm2")
+TEXT = np.random.default_rng(5).integers(0, 256, 150).tolist()  # more than one pass of a prompt
+BETWEEN_ENGINES = 2e-3
+MOST_KL = 2e-3  # nats a token
+TIE = 2e-3
+
+Logits = NDArray[np.float64]
+
+
+def export(source: Path, output: Path, text: Path, *args: str) -> Path:
+    arguments = ["--target", "host", "--model", source, "--output", output, "--calib-data", text, "--method", "rtn"]
+    arguments += ["--calib-tokens", 512, "--json", *args]
+    command([str(argument) for argument in arguments], standalone_mode=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kv")
+
+
+@pytest.fixture(scope="module")
+def bundles(folder: Path, calibration_text: Path) -> dict[str, Path]:
+    """By family, each made when it is first asked for."""
+
+    class Bundles(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            source = write_checkpoint(folder / name, name)
+            self[name] = export(source, folder / f"{name}-8", calibration_text, "--engine", "both", "--kv", "8")
+            return self[name]
+
+    return Bundles()
+
+
+def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
+    """Mean divergence of the next tokens, from logits [tokens, vocab]."""
+    first, second = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (p, q))
+    return float((np.exp(first) * (first - second)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_engines_say_the_same_token_by_token(name: str, bundles: dict[str, Path]) -> None:
+    onnx, compiled = (Engine.load(bundles[name], engine=engine) for engine in ("onnx", "tvm"))
+    reply = onnx.generate(TEXT, max_tokens=20, avg_bits=8, chat=False)
+    reply.text()
+    whole = [*TEXT, *reply.stats.tokens]
+    for bits in (3.0, 8.0):
+        ours, theirs = compiled.logits(whole, bits).logits, onnx.logits(whole, bits).logits
+        assert np.abs(ours - theirs).max() <= BETWEEN_ENGINES * np.abs(theirs).max()
+    said = np.asarray(reply.stats.tokens)
+    steps = theirs[len(TEXT) - 1 : -1]
+    assert (steps.max(1) - steps[np.arange(len(said)), said] <= TIE * np.abs(steps).max()).all()
+
+
+def test_little_is_changed(folder: Path, bundles: dict[str, Path], calibration_text: Path) -> None:
+    """From the same weights with float32 keys and values, and from the original with rounded ones."""
+    rounded = bundles["llama"]
+    exact = export(folder / "llama", folder / "llama-32", calibration_text)
+    of_rounded, of_exact = (Engine.load(path).logits(TEXT, 8.0).logits for path in (rounded, exact))
+    assert 0 < kl(of_exact, of_rounded) < MOST_KL
+    checkpoint = load(locate(str(folder / "llama")))
+    with torch.no_grad():
+        original = checkpoint.model(torch.tensor([TEXT])).logits[0].numpy()
+        with rounded_cache(checkpoint):
+            changed = checkpoint.model(torch.tensor([TEXT])).logits[0].numpy()
+        assert np.array_equal(original, checkpoint.model(torch.tensor([TEXT])).logits[0].numpy())
+    assert 0 < kl(original, changed) < MOST_KL
+    assert kl(original, of_rounded) < kl(original, of_exact) + MOST_KL
+
+
+@pytest.mark.parametrize("engine", ["onnx", "tvm"])
+def test_a_session_says_what_an_empty_context_says(engine: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Also behind a rewind into the middle of a block of the cache."""
+    loaded = Engine.load(bundles["llama"], engine=engine)
+    session, talk = loaded.session(), list(TEXT)
+    for turn in range(3):
+        replies = [loaded.generate(talk, max_tokens=8, avg_bits=8, session=kept) for kept in (session, None)]
+        assert replies[0].text() == replies[1].text()
+        assert replies[0].stats.cached_tokens == (len(talk) - 4 if turn < 2 and turn else 100 if turn else 0)
+        talk += [*replies[0].stats.tokens, 5, 6, 7]
+        if turn == 1:
+            talk[100:] = [9, 9, 9]
+    if engine == "tvm":
+        file = tmp_path / "talk.session"
+        loaded.save_session(session, file)
+        again = loaded.load_session(file)
+        assert again.tokens == session.tokens
+        replies = [loaded.generate(talk, max_tokens=8, avg_bits=8, session=kept) for kept in (again, None)]
+        assert replies[0].text() == replies[1].text()
+
+
+def test_memory_is_as_computed(
+    bundles: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 layers of 2 heads with keys and values of 32 channels and a scale each."""
+    each_token = 2 * 2 * 2 * (32 + 4)
+    found = manifest.read(bundles["llama"])
+    assert found.kv_bits == 8
+    for engine in ("onnx", "tvm"):
+        loaded = Engine.load(bundles["llama"], engine=engine)
+        assert loaded._backend.token_bytes == each_token
+    context = loaded._backend.start(1000, np.array([8, 4], np.float32))
+    assert context._keys.nbytes + context._values.nbytes == 1008 * each_token
+    assert main(["inspect", str(bundles["llama"])]) == 0
+    assert "each takes 0.3 kB of memory (8-bit keys and values)" in capsys.readouterr().out
+    assert main(["inspect", str(bundles["llama"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["context_bytes"] == {"each_token": each_token, "states": 0}
+    command(
+        ["--model", str(folder / "llama"), "--target", "host", "--kv", "8", "--dry-run", "--json"],
+        standalone_mode=False,
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["kv_bits"], plan["context_bytes"]["each_token"]) == (8, each_token)
+
+
+@pytest.mark.parametrize("target", ["portable", "webgpu"])
+def test_targets_without_kernels_are_refused(target: str, bundles: dict[str, Path], folder: Path) -> None:
+    source = bundles["llama"].with_name("llama")
+    with pytest.raises(UsageError, match=f"--kv 8: {target} has float32 keys and values alone; leave it out"):
+        command(["--model", str(source), "--target", target, "--kv", "8", "--dry-run"], standalone_mode=False)
+
+
+def test_a_bundle_of_other_rows_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """The graph, genai_config.json and the manifest must say the same of the cache."""
+    source = bundles["llama"]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in source.rglob("*"):
+        place = copy / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    text = (copy / manifest.MANIFEST_NAME).read_text()
+    (copy / manifest.MANIFEST_NAME).write_text(text.replace('"kv_bits": 8', '"kv_bits": 32'))
+    with pytest.raises(BundleError, match=r"head_size|past_key_values.0.key|shape for"):
+        Engine.load(copy)
+    (copy / manifest.MANIFEST_NAME).write_text(text.replace('"kv_bits": 8', '"kv_bits": 16'))
+    with pytest.raises(BundleError, match=r"kv_bits is 16, needed one of \(8, 32\)"):
+        manifest.read(copy)
+    assert json.loads((source / FILE).read_text())["model"]["decoder"]["head_size"] == 36
