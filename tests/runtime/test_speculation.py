@@ -179,6 +179,20 @@ def test_the_rule_keeps_the_distribution() -> None:
     assert (1 - distance) / (1 + distance) - 0.02 < kept / draws < 1 - distance + 0.02
 
 
+def test_a_mode_takes_effect_within_a_reply(engine: Engine) -> None:
+    """Off, on and off again: the reply is the same, and tokens are guessed in between alone."""
+    reply, counts = engine.generate("xA", chat=False, max_tokens=60), []
+    pieces = []
+    for at, piece in enumerate(reply):
+        pieces.append(piece)
+        if at in (10, 40):
+            counts.append(reply.stats.guessed)
+            engine.speculate = "on" if at == 10 else "off"
+    assert "".join(pieces) == (CIRCLE * 9)[1:61]
+    assert counts[0] == 0 < counts[1]
+    assert reply.stats.guessed - counts[1] <= MOST_GUESSES
+
+
 def test_an_end_token_ends_a_check() -> None:
     rows = np.eye(4, dtype=np.float32)[[1, 2, 3]]
     assert checked(rows, [1, 2], Sampler(None), frozenset()) == [1, 2, 3]

@@ -40,12 +40,12 @@ class Decoding:
     sampler: Sampler
     stream: TextStream
 
-    def steps(self, context: KeptContext, guesser: Guesser | None, record: Record) -> Generator[Step, None, None]:
+    def steps(self, context: KeptContext, guesser: Guesser, record: Record) -> Generator[Step, None, None]:
         """Make the reply.  It ends at its length, after an end token, or where ``record`` asks for it.
 
         Args:
             context: what is kept of earlier replies; it reads the tokens.
-            guesser: guesses tokens that are checked in one pass; None: each token has a pass.
+            guesser: guesses tokens that are checked in one pass.
             record: its figures of the prompt, of guesses and of reasoning are filled.
         """
         left, guesses = self.length - len(self.prompt), list[int]()
@@ -54,7 +54,7 @@ class Decoding:
             rows, bits = context.logits(), context.bits_used()
             tokens = checked(rows, guesses, self.sampler, self.end_tokens)
             record.reasoning_tokens = self.sampler.reasoning_tokens
-            if guesses and guesser is not None:
+            if guesses:
                 context.rewind(len(context) - len(guesses) + len(tokens) - 1)
                 guesser.note(tokens, len(guesses))
                 record.guessed += len(guesses)
@@ -69,7 +69,7 @@ class Decoding:
                 if record.stopping:
                     return
             if left:
-                guesses = [] if guesser is None else guesser.guess(context, tokens[-1], self.sampler, left - 1)
+                guesses = guesser.guess(context, tokens[-1], self.sampler, left - 1)
                 context.append([tokens[-1], *guesses], 1 + len(guesses))
 
     def _read_prompt(self, context: KeptContext, max_tokens: int, record: Record) -> None:

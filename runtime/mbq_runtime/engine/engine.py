@@ -68,7 +68,7 @@ class Engine:
     threads, context: see ``load``.
 
     ``speculate`` is "off", "on" or "auto": whether several tokens are guessed and checked in one pass, see
-    ``speculation``.  The reply is the same.  A new value takes effect at the next reply.
+    ``speculation``.  The reply is the same.  A new value takes effect at the next token.
 
     >>> engine = Engine.load("my-bundle", threads=1)
     >>> reply = engine.generate("Hello", max_tokens=4, avg_bits=8.0)
@@ -94,6 +94,7 @@ class Engine:
         self._wish = manifest.budget.default_bits
         self._ceiling: float | None = None
         self._speculate: Mode = "off"
+        self._rewinds = self._loaded.rewinds
         self._budget = Allowance(manifest, self._wish)
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
@@ -218,12 +219,12 @@ class Engine:
         Args:
             mode: "off", "on" or "auto".
         """
-        if check_mode(mode) == "on" and not self._backend.rewinds:
+        if check_mode(mode) == "on" and not self._rewinds:
             raise UsageError(
                 f"{self.path}: speculate: the states of this model cannot be taken back when a guess is wrong; "
                 "leave it off"
             )
-        self._speculate = check_mode(mode) if self._backend.rewinds else "off"
+        self._speculate = check_mode(mode) if self._rewinds else "off"
 
     @property
     def threads(self) -> int:
@@ -609,8 +610,9 @@ class Engine:
 
     def _steps(self, decoding: Decoding, session: KeptContext | None, record: Record) -> Generator[Step, None, None]:
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
-            # Before the prompt: passes that are timed may change what a device keeps of the last one.
-            guesser = None if self._speculate == "off" else self._guesser(decoding.prompt, self._speculate)
+            if self._speculate != "off":
+                _ = self._pass_costs  # timed before the prompt, not between two tokens
+            guesser = Guesser(decoding.prompt.tolist(), lambda: self._speculate, lambda: self._pass_costs, self._eos)
             context, length = session, decoding.length
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
@@ -621,9 +623,6 @@ class Engine:
         model, budget = self.manifest.model, self.manifest.budget
         budgets = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
         return PassCosts.measure(self._backend, budgets, model.vocab_size)
-
-    def _guesser(self, prompt: NDArray[np.int32], mode: Mode) -> Guesser:
-        return Guesser(prompt.tolist(), mode, self._pass_costs, self._eos)
 
 
 class _Alone:

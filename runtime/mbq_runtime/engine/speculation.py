@@ -13,7 +13,7 @@ Guesses of the model are chosen with the same random numbers as the tokens thems
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -90,10 +90,9 @@ class LookUp:
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens: list[int] = []
+        self._tokens = list(tokens)
         self._follows: dict[tuple[int, ...], int] = {}  # where the token after these tokens is
-        for token in tokens:
-            self.add(token)
+        self._indexed = 0  # tokens whose place is in it
 
     def add(self, token: int) -> None:
         """Add a token of the reply.
@@ -101,14 +100,19 @@ class LookUp:
         Args:
             token: its id.
         """
-        at = len(self._tokens)
-        for count in _MATCHES:
-            if at >= count:
-                self._follows[tuple(self._tokens[at - count :])] = at
         self._tokens.append(token)
+
+    def _index(self) -> None:
+        """Note the places of the tokens that came since the last look."""
+        for at in range(self._indexed, len(self._tokens)):
+            for count in _MATCHES:
+                if at >= count:
+                    self._follows[tuple(self._tokens[at - count : at])] = at
+        self._indexed = len(self._tokens)
 
     def match(self) -> int:
         """How many of the last tokens have come before, a key of ``_MATCHES``; 0: too few."""
+        self._index()
         return next((count for count in _MATCHES if tuple(self._tokens[-count:]) in self._follows), 0)
 
     def guess(self, most: int) -> list[int]:
@@ -227,14 +231,19 @@ class Guesser:
     """The guesses of one reply.
 
     prompt: ids.
-    mode: "on" or "auto".
-    costs: of this model's passes.
+    mode: gives the mode of this moment.
+    costs: gives the costs of this model's passes; called where the mode is not "off".
     end_tokens: ids after which nothing is guessed.
     """
 
-    def __init__(self, prompt: Sequence[int], mode: Mode, costs: PassCosts, end_tokens: frozenset[int]) -> None:
-        self._look_up, self._costs, self._end_tokens = LookUp(prompt), costs, end_tokens
-        self._fewest = 1 if mode == "on" else 0
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        mode: Callable[[], Mode],
+        costs: Callable[[], PassCosts],
+        end_tokens: frozenset[int],
+    ) -> None:
+        self._look_up, self._mode, self._costs, self._end_tokens = LookUp(prompt), mode, costs, end_tokens
         self._found = {count: Acceptance(share) for count, share in _MATCHES.items()}
         self._own = self._last = Acceptance(0.7)
 
@@ -248,27 +257,31 @@ class Guesser:
             most: most guesses.
         """
         self._look_up.add(token)
-        counts, bits = range(self._fewest, min(most, MOST_GUESSES) + 1), context.avg_bits
+        mode = self._mode()
+        if mode == "off":
+            return []
+        counts, bits = range(1 if mode == "on" else 0, min(most, MOST_GUESSES) + 1), context.avg_bits
         if not len(counts):
             return []
+        costs = self._costs()
         if match := self._look_up.match():
             self._last = self._found[match]
-            found = self._look_up.guess(self._costs.best_count(self._last.share, 0.0, bits, counts))
+            found = self._look_up.guess(costs.best_count(self._last.share, 0.0, bits, counts))
             if found:
                 return found
-        low = self._costs.bits[0]
+        low = costs.bits[0]
         if bits < low + _LEAST_BITS:
             return []
         self._last = self._own
-        count = self._costs.best_count(self._own.share, self._costs.at(1, low), bits, counts)
-        return self._of_model(context, token, sampler.fork(), count) if count else []
+        count = costs.best_count(self._own.share, costs.at(1, low), bits, counts)
+        return self._of_model(context, token, sampler.fork(), count, low) if count else []
 
-    def _of_model(self, context: KeptContext, token: int, sampler: Sampler, count: int) -> list[int]:
+    def _of_model(self, context: KeptContext, token: int, sampler: Sampler, count: int, avg_bits: float) -> list[int]:
         """What the model says at its lowest budget."""
         before, found = len(context), list[int]()
         try:
             while len(found) < count and token not in self._end_tokens:
-                context.append([token], avg_bits=self._costs.bits[0])
+                context.append([token], avg_bits=avg_bits)
                 token = sampler.choose(context.logits()[0])
                 found.append(token)
         except (BundleError, GrammarError):  # nothing that was guessed may end a reply
