@@ -17,7 +17,6 @@ from .common import (
     coming_bundle_argument,
     engine_option,
     prompt_cache_option,
-    speculate_option,
     template_kwargs_option,
     threads_option,
 )
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 @template_kwargs_option
 @click.option("--show-bits", is_flag=True, help="Colour each token by the bits it used (on a terminal).")
 @prompt_cache_option
-@speculate_option
 @steering_options
 @engine_option
 @trust_option
@@ -58,7 +56,6 @@ def command(
     template_kwargs: dict[str, Any] | None,
     show_bits: bool,
     prompt_cache: Path | None,
-    speculate: str,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -75,7 +72,6 @@ def command(
 
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
-    loaded.speculate = speculate
     follow(loaded)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")

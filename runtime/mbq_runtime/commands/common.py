@@ -268,17 +268,6 @@ def choice_options(function: F) -> F:
     return function
 
 
-def speculate_option(function: F) -> F:
-    """Add the option --speculate.
-
-    Args:
-        function: a command; it gets ``speculate``, a value of ``Engine.speculate``.
-    """
-    help = "Guess tokens and check several in one pass; the reply is the same."
-    choice = click.Choice(["off", "on", "auto"])
-    return click.option("--speculate", type=choice, default="off", show_default=True, help=help)(function)
-
-
 def prompt_cache_option(function: F) -> F:
     """Add the option --prompt-cache.
 

@@ -21,7 +21,6 @@ from .common import (
     engine_option,
     json_option,
     prompt_cache_option,
-    speculate_option,
     template_kwargs_option,
     threads_option,
 )
@@ -54,7 +53,6 @@ _MOST_SCHEMA_BYTES = 1 << 20
 )
 @template_kwargs_option
 @prompt_cache_option
-@speculate_option
 @steering_options
 @engine_option
 @trust_option
@@ -76,7 +74,6 @@ def command(
     json_schema: Path | None,
     template_kwargs: dict[str, Any] | None,
     prompt_cache: Path | None,
-    speculate: str,
     engine: str | None,
     trust: bool,
     threads: int | None,
@@ -96,7 +93,6 @@ def command(
     text = _from_stdin() if prompt == "-" else prompt
     note_code(bundle, trust=trust)
     loaded = Engine.load(bundle, threads=threads, engine=engine)
-    loaded.speculate = speculate
     session = None if prompt_cache is None else loaded.load_session(prompt_cache)
     follow(loaded)
     with steered(loaded, Steering(**steering)) as (_, governor):

@@ -17,7 +17,7 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import SWITCH_S, coming_bundle_argument, engine_option, speculate_option, threads_option
+from .common import SWITCH_S, coming_bundle_argument, engine_option, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -44,7 +44,6 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
     show_default=True,
     help="Memory for the contexts of earlier conversations, in MB; 0 for none.",
 )
-@speculate_option
 @click.option(
     "--sleep-idle-seconds",
     type=click.FloatRange(0, min_open=True),
@@ -72,7 +71,6 @@ def command(
     queue: int,
     context: int | None,
     cache_mb: int,
-    speculate: str,
     sleep_idle_seconds: float | None,
     app: Path | None,
     engine: str | None,
@@ -110,7 +108,6 @@ def command(
         note_code(bundle, trust=trust)
         loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
         follow(loaded)
-        loaded.speculate = speculate
         feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
         bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))
         low, high = governor.policy.bounds

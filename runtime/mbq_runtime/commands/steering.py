@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_SPECULATE = "Guess tokens and check several in one pass; the reply is the same.  [default: auto under pressure]"
 _POLICY = "How bits follow the board: fixed, auto, quality, battery, cool.  [default: auto, or fixed with --bits]"
 
 
@@ -39,6 +41,7 @@ class Steering:
     min_tps: tokens per second to hold.
     last_until: when the battery must still hold, such as "18:00" or "2.5h".
     reader_tps: tokens per second that the reader of a reply needs at most.
+    speculate: a value of ``Engine.speculate``; None: the policy turns it on under pressure.
     events: file that gets budget changes as JSON lines.
     """
 
@@ -49,7 +52,13 @@ class Steering:
     min_tps: float | None = None
     last_until: str | None = None
     reader_tps: float | None = None
+    speculate: str | None = None
     events: Path | None = None
+
+    @cached_property
+    def applied(self) -> Policy:
+        """The policy that ``make`` gave at the first look.  ``last_until`` counts from there."""
+        return self.make()
 
     def make(self) -> Policy:
         """The policy that the options describe.
@@ -101,6 +110,7 @@ def steering_options(function: F) -> F:
         click.option(
             "--reader-tps", type=float, help="Tokens per second that the reader needs; heat slows replies to it."
         ),
+        click.option("--speculate", type=click.Choice(["off", "on", "auto"]), help=_SPECULATE),
         click.option("--events", type=click.Path(path_type=Path), help="Append budget changes here, as JSON lines."),
     )
     for option in reversed(options):
@@ -142,9 +152,13 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
                 listener(event)
 
         known = cache_dir() / "learned" / kept.key(*_identity(engine))
-        policy = steering.make()
+        policy = steering.applied
+        if steering.speculate is not None:
+            engine.speculate = steering.speculate
         learned = kept.load(known) if policy.bands else None
-        governor = stack.enter_context(Governor(bounded, Sensors(), policy, tell, learned=learned))
+        governor = stack.enter_context(
+            Governor(bounded, Sensors(), policy, tell, learned=learned, speculates=steering.speculate is None)
+        )
         try:
             yield Steered(bounded, governor)
         finally:

@@ -70,6 +70,19 @@ class BoundedEngine:
     def threads(self, count: int) -> None:
         self._engine.threads = count
 
+    @property
+    def speculate(self) -> str:
+        """Whether the engine guesses tokens, see ``Engine.speculate``.
+
+        Args:
+            mode: the new value.
+        """
+        return self._engine.speculate
+
+    @speculate.setter
+    def speculate(self, mode: str) -> None:
+        self._engine.speculate = mode
+
     def add_listener(self, listener: Callable[[float, float], None]) -> None:
         """Pass a listener on to the engine.
 

@@ -107,7 +107,7 @@ def start(policy: Policy, learned: Learned | None = None) -> State:
     return State(bits=policy.bounds[1], learned=learned or Learned())
 
 
-def step(state: State, readings: Readings, now: float, policy: Policy) -> Decision:
+def step(state: State, readings: Readings, now: float, policy: Policy, *, learns_speed: bool = True) -> Decision:
     """Decide the budget of the next tokens.  Call it once or twice a second.
 
     It accepts a clock that jumps, and readings that are None or not finite.
@@ -117,6 +117,7 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
         readings: what the sensors show now.
         now: seconds on any clock, the same clock as ``policy.last_until_s``.
         policy: a policy that has bounds.
+        learns_speed: whether the speed of the last tokens tells the speed of the board.
     """
     low, high = policy.bounds
     spent_s = elapsed_s(state, now)
@@ -138,7 +139,7 @@ def step(state: State, readings: Readings, now: float, policy: Policy) -> Decisi
     before = state.bits
     state = _move(state, found, spent_s, policy)
     reason = _reason(before, state, found, at)
-    return Decision(_learn(state, found, at, spent_s), state.bits, reason)
+    return Decision(_learn(state, found, at, spent_s, learns_speed), state.bits, reason)
 
 
 def elapsed_s(state: State, now: float) -> float:
@@ -207,18 +208,18 @@ def situation(state: State, readings: Readings, policy: Policy) -> Situation:
     )  # fmt: skip
 
 
-def _learn(state: State, found: list[Wish], at: Situation, elapsed_s: float) -> State:
+def _learn(state: State, found: list[Wish], at: Situation, elapsed_s: float, learns_speed: bool) -> State:
     """Add the readings to what is known."""
     readings, best, learned = at.readings, state.best_tps, state.learned
     state = replace(state, best_clock=at.best_clock)
     tps, share = readings.tokens_per_s, readings.decode_share
-    if tps is not None and tps > best.get(state.bits, 0.0):
+    if learns_speed and tps is not None and tps > best.get(state.bits, 0.0):
         state = replace(state, best_tps={**best, state.bits: tps})
     if elapsed_s == 0:
         return state
     bits = readings.decode_bits or at.bits
     # The time and the power of a token are those of the board alone only if nothing slowed it.
-    quiet = any(wish.name == "cpu" for wish in found) and not any(wish.slows for wish in found)
+    quiet = learns_speed and any(wish.name == "cpu" for wish in found) and not any(wish.slows for wish in found)
     if quiet and tps is not None and tps > 0:
         learned = learned.with_token(at.threads, at.policy.part(bits), 1 / tps, min(elapsed_s, 1.0))
     if share is not None and 0 <= share <= 1:

@@ -68,6 +68,13 @@ class Threaded(Protocol):
     threads: int
 
 
+@runtime_checkable
+class Speculating(Protocol):
+    """An engine that can guess tokens: "off" or "auto", from any thread.  One that cannot stays "off"."""
+
+    speculate: str
+
+
 class Reads(Protocol):
     """What a governor needs of the sensors."""
 
@@ -104,9 +111,10 @@ class Governor:
     """Reads the sensors twice a second and sets ``engine.avg_bits`` by the policy.
 
     Use it as a context manager.  It sets the first budget when the block begins.  The last budget stays after the
-    block; the number of threads is restored.  A new budget applies from the engine's next token.  ``policy`` can be
-    replaced at any time.  With any policy except "fixed", ``engine.threads`` follows the processors that other programs
-    leave free (see ``Threads``), and replies are paced where ``policy.reader_tps`` allows it (see ``RUNGS``).
+    block; the number of threads is restored, and so is speculation.  A new budget applies from the engine's next token.
+    ``policy`` can be replaced at any time.  With any policy except "fixed", ``engine.threads`` follows the processors
+    that other programs leave free (see ``Threads``), tokens are guessed under pressure (see ``Engine.speculate``), and
+    replies are paced where ``policy.reader_tps`` allows it (see ``RUNGS``).
 
     It looks at the sensors between two tokens, on the engine's thread.  A look at another time would take a core from
     one of the engine's threads, and the others would wait for it.  When no tokens come, its own thread looks.
@@ -118,6 +126,7 @@ class Governor:
         on_event: called for each change of the budget and each notice, on the thread that looks.
         clock: returns seconds that never go back.
         learned: what is known about the board from before; None: nothing.
+        speculates: whether tokens may be guessed under pressure, where ``engine.speculate`` is "off" now.
 
     Raises:
         UsageError: the bundle does not have the bounds of the policy.
@@ -132,12 +141,15 @@ class Governor:
         clock: Callable[[], float] = time.monotonic,
         *,
         learned: Learned | None = None,
+        speculates: bool = True,
     ) -> None:
         self._engine, self._sensors, self._clock = engine, sensors, clock
         self._on_event = on_event
         self._threaded = engine if isinstance(engine, Threaded) else None
         most = 1 if self._threaded is None else self._threaded.threads
         self._most = most
+        off = isinstance(engine, Speculating) and engine.speculate == "off"
+        self._speculating = engine if speculates and off and isinstance(engine, Speculating) else None
         self.policy = policy
         self._ladder = Ladder.of(self._policy, Threads.of(most, len(os.sched_getaffinity(0))), learned)
         self._trim = BudgetTrim(self._ladder.bits.bits)
@@ -166,7 +178,8 @@ class Governor:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         threads = None if self._threaded is None else self._most
-        self._policy = replace(policy.within(self._engine.manifest), threads=threads)
+        speculates = self._speculating is not None
+        self._policy = replace(policy.within(self._engine.manifest), threads=threads, speculates=speculates)
 
     def status(self) -> Status:
         """The result of the last look.  It can be called from any thread."""
@@ -203,8 +216,9 @@ class Governor:
         self._asked = self._trim.request(bundle.min_bits, bundle.max_bits) if self._policy.bands else budget
         if self._asked != self._engine.avg_bits:
             self._engine.avg_bits = self._asked
-        able = self._set_threads()
-        for notice in (*state.notices, *(said for said in look.said if able or not said.startswith("threads"))):
+        done = {"threads": self._set_threads(), "speculation": self._set_speculation()}
+        said = (text for text in look.said if done.get(text.partition(":")[0], True))
+        for notice in (*state.notices, *said):
             self._tell(Event(time.time(), budget, budget, notice, readings))
         if budget != before.bits.bits:
             self._tell(Event(time.time(), before.bits.bits, budget, look.reason, readings))
@@ -222,6 +236,19 @@ class Governor:
         if self._threaded.threads != count:
             self._threaded.threads = count
         return self._threaded.threads == count
+
+    def _set_speculation(self) -> bool:
+        """Turn speculation on or off.  Returns whether the engine could; some cannot take guesses back."""
+        if self._speculating is None:
+            return False
+        mode = "auto" if self._ladder.speculates else "off"
+        if self._speculating.speculate != mode:
+            self._speculating.speculate = mode
+        if self._speculating.speculate == mode:
+            return True
+        self._speculating = None
+        self.policy = self._policy
+        return False
 
     def _drain(self, now_s: float) -> tuple[float | None, float | None, float | None]:
         """Count the tokens since the last look.  Returns (tokens/s, average bits used, share of the time)."""
@@ -283,5 +310,7 @@ class Governor:
         self._thread.join()
         if self._threaded is not None:
             self._threaded.threads = self._most
+        if self._speculating is not None:
+            self._speculating.speculate = "off"
         if isinstance(self._engine, Telling):
             self._engine.remove_listener(self._between_tokens)

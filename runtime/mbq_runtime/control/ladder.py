@@ -1,7 +1,7 @@
 """The ladder: what a controller does about pressure, in the order of what it costs.
 
-Threads cost nothing, and count first.  Pacing costs nothing where nobody waits for more than reading speed.  Bits cost
-quality, and come last.  Each rung is a row of ``RUNGS``.
+Threads cost nothing, and count first.  Speculation gives the same reply sooner.  Pacing costs nothing where nobody
+waits for more than reading speed.  Bits cost quality, and come last.  Each rung is a row of ``RUNGS``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .learned import Learned
 from .policy import Policy
 from .threads import Threads
 from .triggers import is_too_warm
+from .wishes import wishes
 
 _ROOM_C = 5.0  # the board must be this much cooler before a reply is no longer paced
-_CALM_S = 20.0  # how long there must be no cause before a reply is no longer paced
+_CALM_S = 20.0  # how long there must be no cause before a reply is no longer paced, or tokens no longer guessed
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class Ladder:
         bits: state of the controller of the budget.
         paced: whether replies are slowed to the reader's speed.
         calm_s: time in s for which there was no cause to pace.
+        speculates: whether tokens are guessed.
+        unpressed_s: time in s for which there was no cause to guess.
     """
 
     threads: Threads
     bits: State
     paced: bool = False
     calm_s: float = 0.0
+    speculates: bool = False
+    unpressed_s: float = 0.0
 
     @classmethod
     def of(cls, policy: Policy, threads: Threads, learned: Learned | None = None) -> Ladder:
@@ -90,6 +95,25 @@ def _threads(look: Look) -> Look:
     return replace(look, ladder=replace(look.ladder, threads=after), said=said)
 
 
+def _speculation(look: Look) -> Look:
+    """Guess tokens from the first sign of pressure on.  Bits fall only for a pressure that lasts."""
+    ladder, policy = look.ladder, look.policy
+    if not (policy.speculates and policy.bands):
+        return replace(look, ladder=replace(ladder, speculates=False))
+    high = policy.bounds[1]
+    found = wishes(ladder.bits.tracks, situation(ladder.bits, look.readings, policy), ladder.bits.clock_s)
+    pressing = [wish.name for wish in found if wish.target < high]
+    if pressing and not ladder.speculates:
+        said = (*look.said, f"speculation: tokens are guessed before bits are given ({', '.join(pressing)})")
+        return replace(look, ladder=replace(ladder, speculates=True, unpressed_s=0.0), said=said)
+    pressed = ladder.bits.bits < high or pressing or any(wish.slows for wish in found)
+    unpressed_s = 0.0 if pressed else ladder.unpressed_s + look.elapsed_s
+    if ladder.speculates and unpressed_s >= _CALM_S:
+        said = (*look.said, "speculation: no longer needed")
+        return replace(look, ladder=replace(ladder, speculates=False, unpressed_s=0.0), said=said)
+    return replace(look, ladder=replace(ladder, unpressed_s=unpressed_s))
+
+
 def _pacing(look: Look) -> Look:
     """Slow a reply to its reader's speed while decoding without pause would make the board too warm."""
     ladder, reader_tps = look.ladder, look.policy.reader_tps
@@ -122,11 +146,14 @@ def _at_pace(ladder: Ladder, policy: Policy, reader_tps: float) -> Ladder:
 def _bits(look: Look) -> Look:
     """The budget."""
     before = look.ladder.bits
-    decision = step(before, look.readings, look.now, look.policy)
+    # The speed of guessed tokens depends on the text, so the board's own speed cannot be learned from them.
+    decision = step(before, look.readings, look.now, look.policy, learns_speed=not look.ladder.speculates)
     return replace(look, ladder=replace(look.ladder, bits=decision.state), reason=decision.reason)
 
 
-RUNGS: tuple[Rung, ...] = (Rung("threads", _threads), Rung("pacing", _pacing), Rung("bits", _bits))
+RUNGS: tuple[Rung, ...] = (
+    Rung("threads", _threads), Rung("speculation", _speculation), Rung("pacing", _pacing), Rung("bits", _bits),
+)  # fmt: skip
 """The rungs in the order of what they cost."""
 
 

@@ -52,6 +52,7 @@ class Policy:
         reader_tps: speed in tokens/s that the reader of a reply needs at most; None: somebody waits for every token.
         bytes_at: pairs of a budget and the bytes of weights that a token reads at it; ``within`` sets it.
         threads: number of threads that the engine was loaded with; the governor sets it.
+        speculates: whether tokens are guessed under pressure, before bits are given; the governor sets it.
 
     Raises:
         UsageError: ``min_tps``, ``reader_tps`` or ``last_until_s`` is not a usable number.
@@ -68,6 +69,7 @@ class Policy:
     reader_tps: float | None = None
     bytes_at: tuple[tuple[float, int], ...] = ()
     threads: int | None = None
+    speculates: bool = False
 
     def __post_init__(self) -> None:
         for name, tps in (("min_tps", self.min_tps), ("reader_tps", self.reader_tps)):

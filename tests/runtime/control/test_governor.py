@@ -202,7 +202,7 @@ def test_a_full_disk_ends_the_file_not_the_reply(caplog: pytest.LogCaptureFixtur
 def test_with_the_real_engine(engine: Engine) -> None:
     """The engine reports its tokens by itself, and a change applies to a reply in progress."""
     board = Board()
-    with Governor(engine, board, AUTO) as governor:
+    with Governor(engine, board, AUTO, speculates=False) as governor:  # a pass is one token
         reply = engine.generate(CIRCLE, max_tokens=80, chat=False)
         next(reply)
         board.readings = replace(CALM, heat_throttled=True)

@@ -35,6 +35,27 @@ def test_policies(engine: Engine, options: dict[str, Any], name: str, bounds: tu
             assert engine.avg_bits == bounds[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "mode", "under_pressure"),
+    [
+        ({}, "off", True),
+        ({"speculate": "off"}, "off", False),
+        ({"speculate": "auto"}, "auto", False),
+        ({"speculate": "on", "bits": 5.0}, "on", False),
+    ],
+)
+def test_speculation(engine: Engine, options: dict[str, Any], mode: str, under_pressure: bool) -> None:
+    with steered(engine, Steering(**options)) as (bounded, governor):
+        assert bounded.speculate == mode
+        assert governor.policy.speculates is under_pressure
+    engine.speculate = "off"
+
+
+def test_a_time_counts_from_the_first_look() -> None:
+    steering = Steering(last_until="2h")
+    assert steering.applied is steering.applied
+
+
 def test_goals() -> None:
     policy = Steering(min_tps=8.0, last_until="2h").make()
     assert policy.min_tps == 8.0
