@@ -19,6 +19,7 @@ from mbq_runtime.engine import Grammar
 from mbq_runtime.engine import grammar as grammar_module
 from mbq_runtime.errors import GrammarError
 
+DEPTHS = (3.0, 4.0, 6.0, 8.0)
 pytestmark = pytest.mark.usefixtures("llguidance")
 
 
@@ -34,7 +35,7 @@ def test_replies_validate_at_every_budget(engine: Engine) -> None:
     whole = 0
     for seed in range(200):
         wanted = schema(seed)
-        bits = (3.0, 5.0, 8.0)[seed % 3]
+        bits = DEPTHS[seed % len(DEPTHS)]
         reply = engine.generate(
             "A", chat=False, max_tokens=94, temperature=1.5, seed=seed, avg_bits=bits, grammar=Grammar.of_schema(wanted)
         )
@@ -72,9 +73,13 @@ def test_a_session_and_likelihoods_go_with_a_grammar(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
-        (Grammar.of_schema({"type": "objet"}), "json_schema: Invalid type: objet"),
-        (Grammar.of_schema({"properties": {"a": {"$ref": "#/x"}}}), "'/x' does not exist"),
-        (Grammar.of_schema({"not": {"type": "string"}}), "json_schema: Unimplemented keys"),
+        (Grammar.of_schema({"type": "objet"}), "json_schema: at type: Invalid type: objet"),
+        (Grammar.of_schema({"properties": {"a": {"$ref": "#/x"}}}), r"at properties.a.\$ref: .*'/x' does not exist"),
+        (Grammar.of_schema({"not": {"type": "string"}}), "json_schema: at not: Unimplemented keys"),
+        (
+            Grammar.of_schema({"type": "object", "properties": {"a": {"anyOf": [{}, {"items": {"type": 5}}]}}}),
+            "json_schema: at properties.a.anyOf.1.items.type: ",
+        ),
         (Grammar("json_schema", "{"), "json_schema: "),
         (Grammar("regex", "(a"), "regex: .*unclosed group"),
         (Grammar("lark", "start: x"), "lark: "),

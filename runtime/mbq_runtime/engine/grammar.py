@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
+_SEARCH_S = 0.5  # longest search for the fault of a schema
 _SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write each value: a model can fill a reply with spaces where they are free."""
 
@@ -89,18 +92,68 @@ class Grammars:
         Raises:
             GrammarError: the grammar is not understood.
         """
-        made = self._library.LLMatcher
         try:
-            if grammar.kind == "json_schema":
-                source = made.grammar_from_json_schema(grammar.text, defaults=_SPACES)
-            else:
-                source = getattr(made, f"grammar_from_{grammar.kind}")(grammar.text)
+            return Matcher(self._native(grammar), self._vocab_size)
         except ValueError as error:
-            raise GrammarError(f"{grammar.kind}: {_line(str(error))}") from None
+            where = self._place(grammar) if grammar.kind == "json_schema" else ""
+            raise GrammarError(f"{grammar.kind}: {where}{_line(str(error))}") from None
+
+    def _native(self, grammar: Grammar) -> Any:
+        """A matcher of the library.  Raises ValueError where the grammar is not understood."""
+        made = self._library.LLMatcher
+        if grammar.kind == "json_schema":
+            source = made.grammar_from_json_schema(grammar.text, defaults=_SPACES)
+        else:
+            source = getattr(made, f"grammar_from_{grammar.kind}")(grammar.text)
         native = made(self._tokenizer, source, log_level=0)
         if native.is_error():
-            raise GrammarError(f"{grammar.kind}: {_line(native.get_error())}")
-        return Matcher(native, self._vocab_size)
+            raise ValueError(native.get_error())
+        return native
+
+    def _place(self, grammar: Grammar) -> str:
+        """Where the fault of a schema is, such as "at properties.a.type: "; "" where it cannot be found."""
+
+        def understood(schema: Any) -> bool:
+            with suppress(ValueError):
+                return self._native(Grammar.of_schema(schema)) is not None
+            return False
+
+        with suppress(ValueError, RecursionError):
+            path = fault_path(json.loads(grammar.text), understood)
+            return f"at {path}: " if path else ""
+        return ""
+
+
+def fault_path(schema: Any, understood: Callable[[Any], bool]) -> str:
+    """The path of the smallest part of a schema without which it is understood; "" where there is none.
+
+    Args:
+        schema: a JSON schema that is not understood.
+        understood: whether a schema is understood.
+
+    >>> fault_path({"a": {"b": 1, "c": 2}}, lambda schema: "c" not in json.dumps(schema))
+    'a.c'
+    """
+    path: list[str] = []
+    part: Any = schema
+    end_s = time.monotonic() + _SEARCH_S
+    while isinstance(part, dict | list):
+        for key, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
+            part[key] = True  # any value
+            heals = understood(schema)
+            if not heals and isinstance(part, dict):
+                del part[key]
+                heals = understood(schema)
+            part[key] = value
+            if heals:
+                path.append(str(key))
+                part = value
+                break
+            if time.monotonic() > end_s:
+                return ".".join(path)
+        else:
+            break
+    return ".".join(path)
 
 
 class Matcher:
