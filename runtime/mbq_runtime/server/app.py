@@ -38,6 +38,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .monitor_feed import FeedSampler, MonitorFeed
 from .replies import Reply, Shape, send_events, while_connected
 from .requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, order, parse
+from .tool_rules import named
 from .tools import FORMATS, ToolFormat, find_format, with_calls
 from .worker import Worker
 
@@ -269,7 +270,7 @@ class Server:
             if (marks := self._engine.reasoning_marks) is not None:
                 made = replace(made, options={**made.options, "shown": list(marks)})
             if body.offered_tools():
-                tool_format = self._tool_format()
+                tool_format = self._tool_format()._replace(tools=named(body.callable_tools()))
                 made = with_calls(made, body, tool_format, self._engine.special_id)
         return Reply(self.worker.submit(made), shape(tool_format), self.worker.cancel, stream=bool(body.stream))
 

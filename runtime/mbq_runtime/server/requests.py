@@ -473,6 +473,7 @@ class Order:
         floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
         echo: whether the prompt comes before each reply.
+        grammar_field: field of the request that the grammar comes from.
     """
 
     prompt: str | list[int] | list[dict[str, Any]]
@@ -482,6 +483,7 @@ class Order:
     floor_bits: float | None = None
     ceiling_bits: float | None = None
     echo: bool = False
+    grammar_field: str = "response_format"
 
 
 B = TypeVar("B", bound=_Strict)
@@ -541,7 +543,8 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     echo = isinstance(body, CompletionBody) and bool(body.echo)
-    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling, echo)
+    field = "response_format" if body.structured_outputs is None else "structured_outputs"
+    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling, echo, field)
 
 
 def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -16,8 +18,7 @@ from mbq_runtime.engine.grammar import Grammar
 
 from .errors import ApiError
 from .requests import ChatBody, Order, ToolChoice
-
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+from .tool_rules import TEXT_RULES, Tools, Wanted, is_text, json_rule, named_rule, parameters, properties, tagged_rule
 
 
 class Call(NamedTuple):
@@ -47,22 +48,29 @@ class ToolFormat(NamedTuple):
     marks: texts in the chat template; a template that has all of them is of this family.
     opens: text before a call; "": a reply that begins with a brace is a call.
     closes: text after a call; "": a call goes to the end of the reply.
-    read: finds the calls in the text between; raises ValueError, TypeError or SyntaxError where there are none.
-    arguments: name of the arguments in the JSON of a call; None: calls are not JSON.
+    read: finds the calls in the text between, given the tools that may be called; raises ValueError, TypeError or
+        SyntaxError where there are none.
+    rule: the grammar of the text between, in ``tool_rules``; None: it is not known.
+    arguments: name of the arguments in the JSON of a call.
     listed: whether that JSON is a list of calls.
     around: text before and after the JSON.
+    inner: text between the name and the arguments, where a call is not all JSON.
+    tools: those that may be called; a request has them.
     """
 
     marks: tuple[str, ...]
     opens: str
     closes: str
-    read: Callable[[str], list[Call]]
-    arguments: str | None = "arguments"
+    read: Callable[[str, Tools], list[Call]]
+    rule: Callable[[ToolFormat, Wanted], str] | None = json_rule
+    arguments: str = "arguments"
     listed: bool = False
     around: tuple[str, str] = ("", "")
+    inner: str = ""
+    tools: Tools = MappingProxyType({})
 
 
-def _json_calls(body: str) -> list[Call]:
+def _json_calls(body: str, _: Tools) -> list[Call]:
     """Calls as JSON: an object with "name" and "arguments" or "parameters", or a list of such objects."""
     found = json.loads(body)
     calls = []
@@ -80,7 +88,7 @@ def _call(name: str, arguments: Any) -> Call:
     return Call(name, text)
 
 
-def _python_calls(body: str) -> list[Call]:
+def _python_calls(body: str, _: Tools) -> list[Call]:
     """Calls as a list in Python: [name(key="value", other=3)].  It is read, never run."""
     tree = ast.parse(body.strip(), mode="eval").body
     calls = []
@@ -92,19 +100,58 @@ def _python_calls(body: str) -> list[Call]:
     return calls
 
 
+def _named_calls(body: str, _: Tools) -> list[Call]:
+    """Calls as name[ARGS]{"key": "value"}, with the opening mark between two of them."""
+    calls = []
+    for entry in body.split("[TOOL_CALLS]"):
+        name, mark, arguments = entry.partition("[ARGS]")
+        given = json.loads(arguments) if mark else None
+        if not isinstance(given, dict):
+            raise ValueError("no call")
+        calls.append(_call(name.strip(), given))
+    return calls
+
+
+def _tagged_calls(body: str, tools: Tools) -> list[Call]:
+    """A call as <function=name>, with a <parameter=key> for each argument.  Its schema says which values are text."""
+    found = _FUNCTION.fullmatch(body.strip())
+    if found is None:
+        raise ValueError("no call")
+    types = properties(parameters(tools.get(found[1], {})))
+    arguments = {key: _value(text, types.get(key)) for key, text in _PARAMETER.findall(found[2])}
+    return [_call(found[1], arguments)]
+
+
+_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_WORDS = {"True": True, "False": False, "None": None}  # templates write values as Python does
+
+
+def _value(text: str, schema: Any) -> Any:
+    """A value that is text where its schema says so, and JSON else."""
+    if is_text(schema):
+        return text
+    try:
+        return _WORDS[text] if text in _WORDS else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 FORMATS: Mapping[str, ToolFormat] = {
     "granite": ToolFormat(("<|tool_call|>",), "<|tool_call|>", "", _json_calls, listed=True),
-    "lfm": ToolFormat(
-        ("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _python_calls, arguments=None
-    ),
+    "lfm": ToolFormat(("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _python_calls, None),
+    "ministral": ToolFormat(("[TOOL_CALLS]", "[ARGS]"), "[TOOL_CALLS]", "", _named_calls, named_rule, inner="[ARGS]"),
     "mistral": ToolFormat(("[TOOL_CALLS]",), "[TOOL_CALLS]", "", _json_calls, listed=True, around=(" ", "")),
     "llama": ToolFormat(('"parameters": ', "ipython"), "", "", _json_calls, arguments="parameters"),
+    "qwen3.5": ToolFormat(
+        ("<tool_call>", "<function="), "<tool_call>", "</tool_call>", _tagged_calls, tagged_rule, around=("\n", "\n")
+    ),
     "hermes": ToolFormat(("<tool_call>",), "<tool_call>", "</tool_call>", _json_calls, around=("\n", "\n")),
     "smollm": ToolFormat(("xml_tools",), "<tool_call>", "</tool_call>", _json_calls, around=("\n", "\n")),
 }
 """By the name of the family.  The first row whose marks are all in a template counts."""
 
-_UNKNOWN_MARKS = ("<arg_key>",)  # templates that share a mark with a family, and write calls in another way
+_UNKNOWN_MARKS = ("<arg_key>", "[CALL_ID]")  # templates that share a mark with a family, and write calls in another way
 
 
 def find_format(template: str) -> ToolFormat | None:
@@ -119,47 +166,37 @@ def find_format(template: str) -> ToolFormat | None:
 
 
 def call_grammar(
-    tool_format: ToolFormat,
-    tools: Sequence[Mapping[str, Any]],
-    *,
-    several: bool,
-    special_id: Callable[[str], int | None],
+    tool_format: ToolFormat, *, demanded: bool, several: bool, special_id: Callable[[str], int | None]
 ) -> Grammar | None:
-    """The grammar of a reply that is one call or several.
+    """The grammar of a reply that is one call or several, or of a reply that may have calls.
 
     Args:
-        tool_format: how the model writes them.
-        tools: those that may be called, in the format of OpenAI.
+        tool_format: how the model writes them, and the tools.
+        demanded: whether the reply must be calls; else it is text, and its calls follow the schemas.  What the grammar
+            does not know in a schema is then left out.
         several: whether there may be several calls.
         special_id: returns the id of a text that is a special token, else None.
 
     Returns:
-        None: calls of this format are not JSON.
+        None: the grammar of this format is not known, or a text cannot be told from a call.
     """
-    if tool_format.arguments is None:
+    if tool_format.rule is None or not (demanded or tool_format.opens):
         return None
-
-    def call(tool: Mapping[str, Any]) -> dict[str, Any]:
-        function = tool["function"]
-        arguments = function.get("parameters") or {"type": "object"}
-        properties = {"name": {"const": function["name"]}, tool_format.arguments: arguments}
-        required = ["name", tool_format.arguments]
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def literal(text: str) -> str:
         token = special_id(text)
         return "" if not text else json.dumps(text) if token is None else f"<[{token}]>"
 
-    schema: dict[str, Any] = {"anyOf": [call(tool) for tool in tools]}
-    if tool_format.listed:
-        schema = {"type": "array", "items": schema, "minItems": 1, **({} if several else {"maxItems": 1})}
-    before, after = tool_format.around
-    text = " ".join(
-        (literal(tool_format.opens), literal(before), "%json", json.dumps(schema | {"x-guidance": _SPACES}),
-         literal(after), literal(tool_format.closes))
-    )  # fmt: skip
-    more = ' ("\\n" call)*' if several and tool_format.closes else ""
-    return Grammar("lark", f"start: call{more}\ncall: {text}\n")
+    body = tool_format.rule(tool_format, Wanted(demanded, several, literal))
+    opens, (before, after) = literal(tool_format.opens), map(literal, tool_format.around)
+    call = f"{before} {body} {after} {literal(tool_format.closes)}"
+    if demanded:
+        more = ' ("\\n" call)*' if several and tool_format.closes else ""
+        return Grammar("lark", f"start: call{more}\ncall: {opens} {call}\n{TEXT_RULES}")
+    start = ("call* TEXT" if several else "call? TEXT") if tool_format.closes else "call | TEXT"
+    # A special token is no text.  Other text that opens a call ends the text before it as soon as it is there.
+    opening = "opening" if opens.startswith("<") else "opening[lazy]"
+    return Grammar("lark", f"start: {start}\ncall: opening {call}\n{opening}: TEXT {opens}\n{TEXT_RULES}")
 
 
 def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id: Callable[[str], int | None]) -> Order:
@@ -168,27 +205,30 @@ def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id:
     Args:
         made: the order without them.
         body: the request.
-        tool_format: how the model writes calls.
+        tool_format: how the model writes calls, and the tools.
         special_id: returns the id of a text that is a special token, else None.
 
     Raises:
         ApiError: the reply must be a call, and calls of this format cannot be demanded.
     """
-    shown = [*made.options.get("shown", ()), *(text for text in (tool_format.opens, tool_format.closes) if text)]
+    marks = (tool_format.opens, tool_format.inner, tool_format.closes)
+    shown = [*made.options.get("shown", ()), *(text for text in marks if text)]
     options = {**made.options, "shown": shown}
-    if body.must_call:
-        several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ToolChoice)
-        options["grammar"] = call_grammar(tool_format, body.callable_tools(), several=several, special_id=special_id)
-        if options["grammar"] is None:
-            message = "tool_choice: this model writes calls as Python, which cannot be demanded; use auto"
-            raise ApiError(400, message, param="tool_choice", code="unsupported")
+    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ToolChoice)
+    grammar = call_grammar(tool_format, demanded=body.must_call, several=several, special_id=special_id)
+    if body.must_call and grammar is None:
+        message = "tool_choice: calls of this model cannot be demanded; use auto"
+        raise ApiError(400, message, param="tool_choice", code="unsupported")
+    if made.options["grammar"] is None and grammar is not None:
+        options["grammar"] = grammar
+        made = replace(made, grammar_field="tools")
     return replace(made, options=options)
 
 
 class CallReader:
     """Divides a reply into text and calls, as it comes.
 
-    tool_format: how the model writes calls.
+    tool_format: how the model writes calls, and the tools.
     """
 
     def __init__(self, tool_format: ToolFormat) -> None:
@@ -258,7 +298,7 @@ class CallReader:
 
     def _read(self, body: str, whole: str) -> Iterator[str | Call]:
         try:
-            found = self._format.read(body)
+            found = self._format.read(body, self._format.tools)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             yield from self._said(whole)  # no call after all
             return

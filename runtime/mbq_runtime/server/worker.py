@@ -281,7 +281,7 @@ class Worker:
             except ApiError as error:
                 job.end(error)
             except GrammarError as error:
-                job.end(ApiError(400, str(error), param="response_format", code="invalid_grammar"))
+                job.end(ApiError(400, str(error), param=job.order.grammar_field, code="invalid_grammar"))
             except Exception:
                 # An error of one request must not stop the next one.
                 log.exception("a reply failed")

@@ -11,10 +11,12 @@ import needs
 import openai
 import pytest
 from serving import Running
+from tiny_bundle import EOS
 
 from mbq_runtime import Engine
 from mbq_runtime.engine import Grammar
-from mbq_runtime.server.tools import FORMATS, Call, CallReader, find_format
+from mbq_runtime.server.tool_rules import named
+from mbq_runtime.server.tools import FORMATS, Call, CallReader, call_grammar, find_format
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
 
@@ -35,6 +37,12 @@ REPLIES = {
     ),
     "granite": (
         '<|tool_call|>[{"name": "tide", "arguments": {"place": "Ouessant"}}, {"name": "now", "arguments": {}}]', "",
+    ),
+    "ministral": ('[TOOL_CALLS]tide[ARGS]{"place": "Ouessant"}[TOOL_CALLS]now[ARGS]{}', ""),
+    "qwen3.5": (
+        "I look.\n<tool_call>\n<function=tide>\n<parameter=place>\nOuessant\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "I look.",
     ),
     "llama": ('\n{"name": "tide", "parameters": {"place": "Ouessant"}}', ""),
     "lfm": ('<|tool_call_start|>[tide(place="Ouessant"), now()]<|tool_call_end|>Done.', "Done."),
@@ -104,6 +112,25 @@ def test_what_is_no_call_after_all_comes_out_as_text() -> None:
 def test_the_family_is_seen_in_the_template(file: str, family: str | None) -> None:
     found = find_format((TEMPLATES / f"{file}.jinja").read_text())
     assert found == (None if family is None else FORMATS[family])
+
+
+def test_families_that_share_a_mark_are_told_apart() -> None:
+    assert find_format("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}") == FORMATS["ministral"]
+    assert find_format("{{ '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}") is None
+    assert find_format("<tool_call>\n<function={{ name }}>") == FORMATS["qwen3.5"]
+
+
+def test_values_in_tags_have_the_types_of_the_schema() -> None:
+    types = {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"enum": ["1", "2"]}, "d": {"type": "boolean"}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": types}}}
+    values = {"a": "20", "b": "20", "c": "1", "d": "True", "e": '{"x": [1]}', "f": "two\nlines", "g": "2 of 3"}
+    tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    reader = CallReader(FORMATS["qwen3.5"]._replace(tools=named([tool])))
+    (call,) = reader.feed(f"<tool_call>\n<function=f>\n{tags}</function>\n</tool_call>")
+    assert isinstance(call, Call)
+    assert json.loads(call.arguments) == {
+        "a": "20", "b": 20, "c": "1", "d": True, "e": {"x": [1]}, "f": "two\nlines", "g": "2 of 3",
+    }  # fmt: skip
 
 
 TIDE: dict[str, Any] = {
@@ -186,6 +213,72 @@ def test_text_without_calls_goes_through(client: openai.OpenAI) -> None:
         found = ask(client, tool_choice=choice, max_tokens=5).choices[0]
         assert found.message.content == "BCDEF"
         assert (found.message.tool_calls, found.finish_reason) == (None, "length")
+
+
+PLACES: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "sail",
+        "parameters": {
+            "type": "object", "properties": {"to": {"$ref": "#/$defs/place"}}, "required": ["to"],
+            "additionalProperties": False, "$defs": {"place": {"enum": ["AB", "CD"]}},
+        },
+    },
+}  # fmt: skip
+
+
+def ends(engine: Engine, grammar: Grammar, text: str) -> bool:
+    """Whether a reply of this text is one of the grammar's."""
+    matcher = engine._grammars.matcher(grammar)
+    for token in engine.encode(text):
+        if not matcher.allowed()[token]:
+            return False
+        matcher.accept(token)
+    return bool(matcher.allowed()[EOS])
+
+
+@pytest.mark.parametrize("family", [name for name, row in FORMATS.items() if row.rule and row.opens])
+@pytest.mark.parametrize("special", [False, True])
+def test_calls_that_nobody_demands_follow_the_schemas(engine: Engine, family: str, special: bool) -> None:
+    needs.module("llguidance")
+    row = FORMATS[family]
+    opens = "<|im_start|>" if special else row.opens  # a special token of the tiny model
+    row = row._replace(opens=opens, tools=named([TIDE, PLACES, NOW]))
+    grammar = call_grammar(row, demanded=False, several=True, special_id=engine.special_id)
+    assert grammar is not None
+
+    def call(name: str, arguments: str) -> str:
+        body = f'{{"name": "{name}", "{row.arguments}": {arguments}}}'
+        if row.inner:
+            body = f"{name}{row.inner}{arguments}"
+        if family == "qwen3.5":
+            values = {
+                key: value if isinstance(value, str) else json.dumps(value)
+                for key, value in json.loads(arguments).items()
+            }
+            tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+            body = f"<function={name}>\n{tags}</function>"
+        before, after = row.around
+        return opens + before + (f"[{body}]" if row.listed else body) + after + row.closes
+
+    right = call("tide", '{"place": "AB", "high": true}')
+    assert ends(engine, grammar, "The tide < turns [at] six. {}")
+    for text in (right, f"So: {right}", call("sail", '{"to": "CD"}'), call("now", "{}")):
+        assert ends(engine, grammar, text), text
+    # A family without a closing mark has its calls at the end.
+    assert ends(engine, grammar, f"{right}\n{right} So.") is bool(row.closes)
+    for name, arguments in (("tides", "{}"), ("tide", '{"place": "EF", "high": true}'), ("sail", '{"to": "EF"}')):
+        assert not ends(engine, grammar, call(name, arguments)), name
+
+
+def test_what_a_grammar_does_not_know_is_left_out_unless_a_call_is_demanded(client: openai.OpenAI) -> None:
+    needs.module("llguidance")
+    odd = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    tool = {"type": "function", "function": {"name": "odd", "parameters": odd}}
+    assert ask(client, tools=[tool], max_tokens=3).choices[0].message.content == "BCD"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[tool], tool_choice="required")
+    assert (caught.value.param, caught.value.code) == ("tools", "invalid_grammar")
 
 
 def test_tools_and_their_answers_reach_the_template(client: openai.OpenAI) -> None:

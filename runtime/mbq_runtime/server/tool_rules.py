@@ -1,0 +1,178 @@
+"""The grammars of calls, in the Lark of llguidance: what stands between the marks of a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .tools import ToolFormat
+
+Tools = Mapping[str, Mapping[str, Any]]
+"""Tools in the format of OpenAI, by name."""
+
+TEXT_RULES = """TEXT: /(.|\\n)*/
+text_value[lazy]: TEXT "\\n</parameter>\\n"
+"""
+"""Rules that others use."""
+
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Wanted(NamedTuple):
+    """What a grammar is for.
+
+    demanded: whether the reply must be a call; else what is not known in a schema is left out.
+    several: whether there may be several calls.
+    literal: writes a text, or the special token that it is.
+    """
+
+    demanded: bool
+    several: bool
+    literal: Callable[[str], str]
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """JSON of a schema.
+
+        Args:
+            schema: the schema.
+        """
+        options = _SPACES if self.demanded else {**_SPACES, "lenient": True}
+        return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def named(tools: Sequence[Mapping[str, Any]]) -> Tools:
+    """Tools by their names.
+
+    Args:
+        tools: in the format of OpenAI.
+    """
+    return {tool["function"]["name"]: tool for tool in tools}
+
+
+def parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a tool's arguments.
+
+    Args:
+        tool: in the format of OpenAI; an empty one has any arguments.
+    """
+    found: Mapping[str, Any] = tool.get("function", {}).get("parameters") or {"type": "object"}
+    return found
+
+
+def properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schemas of the members of an object, each where its ``$ref`` leads; none where there are no properties.
+
+    Args:
+        schema: of an object.
+    """
+    found = schema.get("properties")
+    return {key: _followed(value, schema) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _followed(schema: Any, root: Any, steps: int = 8) -> Any:
+    """The schema that a ``$ref`` leads to, where it is in the same root."""
+    place = schema.get("$ref") if isinstance(schema, dict) else None
+    if not isinstance(place, str) or not place.startswith("#/") or not steps:
+        return schema
+    found = root
+    for name in place[2:].split("/"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return schema if found is None else _followed(found, root, steps - 1)
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any]:
+    """The only values of a schema; none where it has others."""
+    found = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return found if isinstance(found, list) else []
+
+
+def is_text(schema: Any) -> bool:
+    """Whether values of a schema are text.
+
+    Args:
+        schema: of a value.
+    """
+    if not isinstance(schema, dict):
+        return False
+    values = _values(schema)
+    return schema.get("type") == "string" or (bool(values) and all(isinstance(value, str) for value in values))
+
+
+def json_rule(tool_format: ToolFormat, wanted: Wanted) -> str:
+    """A call, or a list of calls, as JSON with name and arguments.
+
+    Args:
+        tool_format: how the model writes them, and the tools.
+        wanted: what the grammar is for.
+    """
+    calls, arguments = [], {}
+    for at, (name, tool) in enumerate(tool_format.tools.items()):
+        place = f"#/$defs/{at}"
+        arguments[str(at)] = _moved(parameters(tool), place)
+        properties = {"name": {"const": name}, tool_format.arguments: {"$ref": place}}
+        calls.append(
+            {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        )
+    schema: dict[str, Any] = {"anyOf": calls}
+    if tool_format.listed:
+        schema = {"type": "array", "items": schema, "minItems": 1, **({} if wanted.several else {"maxItems": 1})}
+    return wanted.json(schema | {"$defs": arguments})
+
+
+def named_rule(tool_format: ToolFormat, wanted: Wanted) -> str:
+    """A name, a mark, and the arguments as JSON.
+
+    Args:
+        tool_format: how the model writes them, and the tools.
+        wanted: what the grammar is for.
+    """
+    mark = wanted.literal(tool_format.inner)
+    calls = " | ".join(
+        f"{json.dumps(name)} {mark} {wanted.json(parameters(tool))}" for name, tool in tool_format.tools.items()
+    )
+    more = f" ({wanted.literal(tool_format.opens)} ({calls}))*" if wanted.several else ""
+    return f"({calls}){more}"
+
+
+def tagged_rule(tool_format: ToolFormat, wanted: Wanted) -> str:
+    """A tag with the name, and in it one for each argument.  Text stands as it is, other values as JSON.
+
+    Args:
+        tool_format: how the model writes them, and the tools.
+        wanted: what the grammar is for.
+    """
+    calls = []
+    for name, tool in tool_format.tools.items():
+        schema = parameters(tool)
+        needed, shared = schema.get("required") or [], {"$defs": schema.get("$defs", {})}
+        parts = [json.dumps(f"<function={name}>\n")]
+        for key, value in properties(schema).items():
+            part = " ".join((json.dumps(f"<parameter={key}>\n"), _value_rule(value, shared, wanted)))
+            parts.append(part if isinstance(needed, list) and key in needed else f"({part})?")
+        calls.append(" ".join([*parts, '"</function>"']))
+    return f"({' | '.join(calls)})"
+
+
+def _value_rule(schema: Any, shared: Mapping[str, Any], wanted: Wanted) -> str:
+    """A value in a tag, and the end of the tag."""
+    end = json.dumps("\n</parameter>\n")
+    if not is_text(schema):
+        value = wanted.json({**shared, **schema} if isinstance(schema, dict) else shared)
+        return f"{value} {end}"
+    values = _values(schema)
+    return f"({' | '.join(map(json.dumps, values))}) {end}" if values else "text_value"
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that is no longer the root: what it refers to in itself is found at its new place."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: f"{place}{part[1:]}" if key == "$ref" and isinstance(part, str) and part.startswith("#") else
+        _moved(part, place)
+        for key, part in schema.items()
+    }  # fmt: skip
