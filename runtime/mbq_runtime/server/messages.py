@@ -39,7 +39,10 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
     if tools := fields.objects("tools"):
         chat["tools"] = [_tool(tool, where) for where, tool in tools]
     chat |= _choice(fields.take("tool_choice", dict)) | _thinking(fields.take("thinking", dict))
-    wanted = fields.take("output_format", dict) or (fields.take("output_config", dict) or {}).get("format")
+    output = fields.take("output_config", dict) or {}
+    if (effort := output.get("effort")) not in (None, "high"):  # high is the default
+        chat["reasoning_effort"] = effort
+    wanted = fields.take("output_format", dict) or output.get("format")
     if wanted:
         if not isinstance(wanted, dict):
             raise refuse("output_config.format", "needed an object")

@@ -1,7 +1,8 @@
 """The bodies of completion requests, checked field by field.
 
-Some fields of the API change the meaning of a reply, and this server does not support them.  They are refused unless
-they have their neutral value.  Other unknown fields are ignored, because clients send many.
+Clients send many fields that this server does not have.  Those that change no reply are ignored (``_NO_EFFECT``), and
+so are values that mean the same as no field (``_NEUTRAL``).  Any other unknown field is refused: its reply would not
+be the one that the client asked for.
 """
 
 from __future__ import annotations
@@ -33,80 +34,59 @@ _INT32 = 2**31  # limit of the engine's whole numbers
 MOST_SEEDS = _INT32
 """Seeds of the engine are below it.  Those of the API have 64 bits."""
 
+_NO_EFFECT = frozenset((
+    # of OpenAI
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
+    # of other servers and of clients
+    "cache_prompt", "chat_id", "id", "id_slot", "keep_alive", "priority", "provider", "request_id", "return_progress",
+    "session_id", "slot_id", "timings_per_token", "usage", "n_keep",
+    # of samplers that have to be turned on by a field of ``_NEUTRAL``
+    "dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers", "dynatemp_exponent",
+    "mirostat_eta", "mirostat_tau", "repeat_last_n", "smoothing_curve", "xtc_threshold",
+))  # fmt: skip
+"""Fields that change no reply."""
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    # Other servers' names for what changes a reply.
-    "repeat_penalty": (None, 1),
-    "repeat_last_n": (None, 0),
-    "length_penalty": (None, 1),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1),
-    "dry_multiplier": (None, 0),
-    "xtc_probability": (None, 0),
-    "typical_p": (None, 1),
-    "typ_p": (None, 1),
-    "tfs_z": (None, 1),
-    "top_a": (None, 0),
-    "top_n_sigma": (None, -1, 0),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
-    "mirostat": (None, 0),
-    "mirostat_mode": (None, 0),
-    "dynatemp_range": (None, 0),
-    "smoothing_factor": (None, 0),
-    "penalty_alpha": (None, 0),
-    "guidance_scale": (None, 1),
-    "num_beams": (None, 1),
-    "use_beam_search": (None, False),
-    "do_sample": (None, True),
-    "samplers": (None, []),
-    "temperature_last": (None, False),
-    "json_schema": (None, {}),
-    "grammar": (None, ""),
-    "guided_json": (None, {}),
-    "guided_regex": (None, ""),
-    "guided_choice": (None, []),
-    "guided_grammar": (None, ""),
-    "regex": (None, ""),
-    "ebnf": (None, ""),
-    "format": (None, ""),
-    "options": (None, {}),
-    "stop_token_ids": (None, []),
-    "include_stop_str_in_output": (None, False),
-    "ignore_eos": (None, False),
-    "min_tokens": (None, 0),
-    "min_new_tokens": (None, 0),
-    "max_new_tokens": (None, -1),
-    "n_predict": (None, -1),
-    "num_predict": (None, -1),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
-    "banned_tokens": (None, []),
-    "custom_token_bans": (None, ""),
-    "truncate_prompt_tokens": (None, -1),
-    "continue_final_message": (None, False),
-    "add_generation_prompt": (None, True),
-    "chat_template": (None, ""),
-    "documents": (None, []),
-    "prompt_logprobs": (None, 0),
-    "lora": (None, []),
-    "prediction": (None,),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "web_search_options": (None,),
-    "function_call": (None, "none", "auto"),
-    "thinking": (None,),
-    "thinking_budget": (None,),
-    "thinking_token_budget": (None,),
-    "thinking_budget_tokens": (None,),
-    "reasoning_format": (None, "auto", "deepseek"),
-    "verbosity": (None, "medium"),
-    "skip_special_tokens": (None, True),
-    "add_special_tokens": (None, True),
-    "n_probs": (None, 0),
-    "functions": (None, []),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "do_sample": (True,),
+    "encoder_repetition_penalty": (1,),
+    "function_call": ("none", "auto"),
+    "guidance_scale": (1,),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "max_new_tokens": (-1,),
+    "modalities": (["text"],),
+    "n_predict": (-1,),
+    "num_beams": (1,),
+    "num_predict": (-1,),
+    "parse_special": (True,),
+    "parse_tool_calls": (True,),
+    "reasoning_format": ("auto", "deepseek"),
+    "repeat_penalty": (1,),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "tfs_z": (1,),
+    "top_n_sigma": (-1, 0),
+    "truncate_prompt_tokens": (-1,),
+    "typ_p": (1,),
+    "typical_p": (1,),
+    "verbosity": ("medium",),
 }
+"""Fields that this server does not have: their values that mean the same as no field, besides null.
+
+Of a field that is not here, those are 0, false, and what is empty.
+"""
+
+
+def _is_neutral(field: str, value: Any) -> bool:
+    """Whether an unknown field may be left out."""
+    if field in _NO_EFFECT or value is None:
+        return True
+    return value in _NEUTRAL[field] if field in _NEUTRAL else value in (0, "", [], {})
 
 
 def _as_list(value: Any) -> Any:
@@ -120,6 +100,11 @@ def _as_text(value: Any) -> Any:
     if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
         raise ValueError("needed a string, or parts of type text")
     return "".join(part["text"] for part in value)
+
+
+def _unless_minus_one(value: Any) -> Any:
+    """-1 is another server's word for the default: all tokens, or a random seed."""
+    return None if value == -1 else value
 
 
 def _no_limit(value: Any) -> Any:
@@ -193,6 +178,8 @@ class Message(_Strict):
             return data
         if data.get("function_call"):
             raise ValueError("function_call: it is out of date; give tool_calls")
+        if prefix := next((name for name in ("prefix", "partial") if data.get(name)), None):
+            raise ValueError(f"{prefix}: this server begins a new message, it continues none; leave {prefix} out")
         if data.get("role") == "assistant" and data.get("content") is None:
             return {**data, "content": ""}
         return data
@@ -301,8 +288,8 @@ class Body(_Strict):
     max_tokens: _Limit = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=_INT32)] | None = None
-    seed: int | None = None
+    top_k: Annotated[int | None, Field(ge=0, lt=_INT32), BeforeValidator(_unless_minus_one)] = None
+    seed: Annotated[int | None, BeforeValidator(_unless_minus_one)] = None
     stop: Annotated[list[_Stop] | None, Field(max_length=16), BeforeValidator(_as_list)] = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -507,7 +494,7 @@ def parse(kind: type[B], data: bytes) -> B:
         reason = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{param or 'the request body'}: {reason}", param=param, code=first["type"]) from None
     for field, value in (body.model_extra or {}).items():
-        if field in _NEUTRAL and value not in _NEUTRAL[field]:
+        if not _is_neutral(field, value):
             raise ApiError(400, f"{field}: not supported by this server; leave it out", param=field, code="unsupported")
     return body
 

@@ -23,9 +23,10 @@ _SAME = (
     "avg_bits", "min_bits", "max_bits", "chat_template_kwargs",
 )  # fmt: skip
 _NO_EFFECT = (
-    "store", "include", "metadata", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+    "store", "metadata", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "stream_options", "max_tool_calls",
 )  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -54,7 +55,12 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
         choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
     if choice is not None:
         chat["tool_choice"] = choice
-    wanted = (fields.take("text", dict) or {}).get("format") or {}
+    text = fields.take("text", dict) or {}
+    if text.get("verbosity") not in (None, "medium"):
+        raise refuse("text.verbosity", "not supported by this server; leave it out")
+    if _LOGPROBS in (fields.take("include", list) or ()):
+        raise refuse("include", f"{_LOGPROBS} is not supported here; use logprobs of /v1/chat/completions")
+    wanted = text.get("format") or {}
     if not isinstance(wanted, dict):
         raise refuse("text.format", "needed an object")
     if wanted.get("type") == "json_schema":

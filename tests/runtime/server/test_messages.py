@@ -79,6 +79,7 @@ def test_errors_are_the_client_s_own(client: Any, with_tools: Running) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0"),
         ({"tool_choice": {"type": "tool", "name": "tide"}}, "tool_choice 'tide': no such tool"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers: not supported"),
+        ({"output_config": {"effort": "low"}}, "no variable 'reasoning_effort'"),
         ({"messages": [{"role": "user", "content": "A" * 99}]}, "100 tokens long"),
     ):
         with pytest.raises(anthropic.BadRequestError) as caught:

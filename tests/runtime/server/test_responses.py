@@ -99,6 +99,9 @@ def test_a_response_is_json_of_a_pydantic_model(client: openai.OpenAI) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.0"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"temperature": 7.0}, "temperature"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"reasoning": {"effort": "high"}}, None),  # a variable that this template does not have
     ],
 )

@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "temperature above 2": (CHAT, chat(temperature=2.1), "temperature", "less than or equal to 2"),
     "temperature not a number": (CHAT, b'{"messages": [], "temperature": NaN}', "temperature", "finite"),
     "temperature infinite": (CHAT, b'{"messages": [], "temperature": 1e999}', "temperature", "finite"),
-    "top_k below 0": (CHAT, chat(top_k=-1), "top_k", "greater than or equal to 0"),
+    "top_k below -1": (CHAT, chat(top_k=-2), "top_k", "greater than or equal to 0"),
     "seed is text": (CHAT, chat(seed="x"), "seed", "valid integer"),
     "stop is a number": (CHAT, chat(stop=3), "stop", "valid array"),
     "stop holds a number": (CHAT, chat(stop=["a", 3]), "stop.1", "valid string"),
@@ -156,12 +156,18 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
         CHAT, json.dumps({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}).encode(),
         "messages.0", "out of date",
     ),
+    **{f"{field} of a message": (
+        CHAT, json.dumps({"messages": [*SAY_A, {"role": "assistant", "content": "B", field: True}]}).encode(),
+        "messages.1", "continues none",
+    ) for field in ("prefix", "partial")},
     "max_tokens -2": (CHAT, chat(max_tokens=-2), "max_tokens", "greater than or equal to 1"),
     **{f"{field} under another name": (CHAT, chat(**{field: value}), field, "not supported") for field, value in (
         ("repeat_penalty", 1.1), ("typical_p", 0.9), ("mirostat", 2),
         ("json_schema", {"type": "object"}), ("grammar", "root ::= 'a'"), ("guided_json", {"type": "object"}),
         ("guided_regex", "a"), ("ignore_eos", True), ("min_tokens", 5), ("n_predict", 5),
         ("max_new_tokens", 5), ("stop_token_ids", [1]), ("do_sample", False), ("function_call", {"name": "f"}),
+        ("t_max_predict_ms", 5), ("min_length", 9), ("suppress_tokens", [1]), ("forced_decoder", "x"), ("best_of", 2),
+        ("skip_special_tokens", False), ("include_reasoning", False), ("extra_body", {"min_p": 0.1}),
         ("dry_multiplier", 0.8), ("chat_template", "{{ 1 }}"), ("documents", [{"text": "a"}]), ("verbosity", "low"),
     )},
 }  # fmt: skip
@@ -191,14 +197,23 @@ def test_a_bad_schema_says_what_is_wrong(running: Running) -> None:
         status, found = ask(running, CHAT, body)
         assert (status, found["error"]["code"]) == (400, "invalid_grammar")
         assert found["error"]["param"] == "response_format"
-        assert "Invalid type: strin" in found["error"]["message"]
+        assert "at properties.a.type: Invalid type: strin" in found["error"]["message"]
+    for field, body in (
+        ("structured_outputs", chat(structured_outputs={"json": wanted})),
+        ("structured_outputs", completion(structured_outputs={"regex": "("})),
+    ):
+        _, found = ask(running, CHAT if b"messages" in body else COMPLETIONS, body)
+        assert (found["error"]["param"], found["error"]["code"]) == (field, "invalid_grammar")
     assert still_answers(running)
 
 
 def test_neutral_and_unknown_fields_are_let_through(running: Running) -> None:
     body = chat(
         n=1, tools=[], logprobs=False, presence_penalty=0, frequency_penalty=0.0, response_format={"type": "text"},
-        user="somebody", metadata={"a": 1}, stop=None, max_tokens=None, temperature=None, stream=None, store=False,
+        user="somebody", metadata={"a": 1}, stop=None, max_tokens=None, temperature=None, stream=None, store=True,
+        prompt_cache_key="a", cache_prompt=True, repeat_penalty=1.0, typical_p=1, n_predict=-1, do_sample=True,
+        mirostat=0, xtc_probability=0.0, xtc_threshold=0.1, dry_base=1.75, samplers=[], grammar="", anything=None,
+        something=False,
     )  # fmt: skip
     status, found = ask(running, CHAT, body)
     assert (status, found["object"]) == (200, "chat.completion")
@@ -214,6 +229,15 @@ def test_values_that_other_servers_take(running: Running) -> None:
     for _ in range(3):
         _, found = ask(running, COMPLETIONS, completion(prompt="xA", top_p=0, max_tokens=3))
         assert found["choices"][0]["text"] == "BCD"
+    texts = set()
+    for fields in ({"top_k": -1}, {"top_k": 0}):
+        _, found = ask(running, COMPLETIONS, completion(prompt="xA", temperature=2, seed=3, avg_bits=3, **fields))
+        texts.add(found["choices"][0]["text"])
+    assert len(texts) == 1
+    for _ in range(4):  # a seed of -1 is a new one each time
+        _, found = ask(running, COMPLETIONS, completion(prompt="xA", temperature=2, seed=-1, avg_bits=3))
+        texts.add(found["choices"][0]["text"])
+    assert len(texts) == 5
     turns = [*SAY_A, {"role": "assistant", "content": None}, *SAY_A]
     counts = set()
     for turn in (turns, [{**one, "content": one["content"] or ""} for one in turns]):
