@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,15 +17,26 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import SWITCH_S, coming_bundle_argument, engine_option, threads_option
+from .common import SWITCH_S, coming_bundle_argument, engine_option, local_bundle, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
+
+if TYPE_CHECKING:
+    from mbq_runtime.bundle.facts import Budget
+    from mbq_runtime.engine import Engine
 
 _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
 
 
 @click.command("serve")
 @coming_bundle_argument
+@click.argument("others", nargs=-1, metavar="[BUNDLE]...")
+@click.option(
+    "--models-mb",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of several bundles, keep so many MB in memory; the ones used longest ago go.  [default: what is free]",
+)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 for a free one.")
 @click.option("--api-key", envvar="MBQ_API_KEY", help="Key that clients must send; better set as MBQ_API_KEY.")
@@ -63,6 +74,8 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 def command(
     bundle: Path,
     follow: Callable[[Any], None],
+    others: tuple[str, ...],
+    models_mb: int | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -80,7 +93,7 @@ def command(
 ) -> None:
     """Serve BUNDLE over HTTP with the APIs of OpenAI and Anthropic, and show the board on a page at /.
 
-    A request may set avg_bits, or bound them by min_bits and max_bits.
+    A request may set avg_bits, or bound them by min_bits and max_bits.  Of several bundles, it names one.
     """
     try:
         import uvicorn
@@ -88,12 +101,24 @@ def command(
         from mbq_runtime.server.app import Server
         from mbq_runtime.server.connections import Listener
         from mbq_runtime.server.http import configure
+        from mbq_runtime.server.models import Models, named
         from mbq_runtime.server.monitor_feed import MonitorFeed
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mbq-export[serve]'") from None
     from mbq_runtime.bundle import manifest
     from mbq_runtime.engine import Engine
+    from mbq_runtime.sensing.sensors import Sensors
 
+    def load(folder: Path) -> Engine:
+        most = min(manifest.read(folder).model.context_length, _CONTEXT)
+        note_code(folder, trust=trust)
+        return Engine.load(folder, threads=threads, engine=engine, context=most if context is None else context)
+
+    def offered(loaded: Engine) -> Budget:
+        low, high = followed.applied.within(loaded.manifest).bounds
+        return replace(loaded.manifest.budget, min_bits=low, max_bits=high)
+
+    followed = Steering(**steering)
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty; leave it out, or give a key")
     for origin in allow_origin:
@@ -104,22 +129,26 @@ def command(
     with ExitStack() as stack:
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
-        most = min(manifest.read(bundle).model.context_length, _CONTEXT)
-        note_code(bundle, trust=trust)
-        loaded = Engine.load(bundle, threads=threads, engine=engine, context=most if context is None else context)
+        most_bytes = Sensors().read().available_memory_bytes if models_mb is None else models_mb * 10**6
+        rest = []
+        for other in others:  # one after another in memory, so that a broken bundle is reported at once
+            rest.append(load(local_bundle(other, allow_http=False)))
+            rest[-1].sleep()
+        loaded = load(bundle)
         follow(loaded)
-        feed = MonitorFeed(loaded.manifest.model.name, lambda: runner.should_exit)
-        bounded, governor = stack.enter_context(steered(loaded, Steering(**steering), feed.add_event))
-        low, high = governor.policy.bounds
+        offers = named([(one, offered(one)) for one in (loaded, *rest)])
+        names = ", ".join(printable(model.name) for model in offers)
+        feed = MonitorFeed(names, lambda: runner.should_exit)
+        models = stack.enter_context(
+            Models(offers, lambda one: steered(one, followed, feed.add_event), most_bytes=most_bytes)
+        )
         server = Server(
-            loaded, bounded, governor, feed,
-            budget=replace(loaded.manifest.budget, min_bits=low, max_bits=high),
-            queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key, origins=allow_origin,
-            any_model=any_model, sleep_s=sleep_idle_seconds, app=app,
+            models, feed, queue_limit=queue, cache_bytes=cache_mb * 10**6, host=host, api_key=api_key,
+            origins=allow_origin, any_model=any_model, sleep_s=sleep_idle_seconds, app=app,
         )  # fmt: skip
         runner = uvicorn.Server(configure(server.app))
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
-        click.echo(f"{printable(server.model)}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
+        click.echo(f"{names}: {address}/v1 for clients, {address}/ for people; Ctrl-C ends it")
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
         sys.setswitchinterval(SWITCH_S)

@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.errors import MbqError
 from mbq_runtime.web import ENGINE as WEB_ENGINE
 
@@ -35,6 +34,7 @@ from .connections import Uploads
 from .divide import Divider
 from .errors import ApiError
 from .metrics import CONTENT_TYPE, Metrics
+from .models import Model, Models
 from .monitor_feed import FeedSampler, MonitorFeed
 from .replies import Reply, Shape, send_events, while_connected
 from .requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, order, parse
@@ -43,8 +43,6 @@ from .tools import FORMATS, ToolFormat, find_format, with_calls
 from .worker import Worker
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import BoundedEngine
-    from mbq_runtime.control.governor import Governor
     from mbq_runtime.engine import Engine
 
 _MIN_BODY_LIMIT = 1 << 20
@@ -62,22 +60,19 @@ _PAGE_HEADERS = {
 
 
 class Server:
-    """A loaded engine behind HTTP.  ``app`` is the ASGI application.
+    """Models behind HTTP.  ``app`` is the ASGI application.
 
     Args:
-        engine: a loaded engine.
-        bounded: the same engine, as the governor controls it.
-        governor: gives readings and the reason of the budget.
+        models: the models, each with its engine.
         feed: the data of the monitor page.
-        budget: bits that requests can ask for, within the budget of the bundle.
         queue_limit: number of requests that can wait while one runs.
         cache_bytes: bytes of the contexts that are kept after their reply; 0: none.
         host: address on which the server listens.
         api_key: key that clients must send; None: no key.
         origins: origins whose pages may use the server, such as "https://chat.example"; "*" for every page.
-        any_model: whether requests may name any model.
-        sleep_s: seconds without a request after which the model's memory is freed; None: never.
-        app: folder of a bundle for WebGPU, which browsers run at /app; None: that of the engine, if it is one.
+        any_model: whether requests may name any model; the first answers those of unknown names.
+        sleep_s: seconds without a request after which the memory of the models is freed; None: never.
+        app: folder of a bundle for WebGPU, which browsers run at /app; None: the first model's, if it is one.
 
     Raises:
         UsageError: ``app`` has no kernels for WebGPU.
@@ -85,12 +80,9 @@ class Server:
 
     def __init__(
         self,
-        engine: Engine,
-        bounded: BoundedEngine,
-        governor: Governor,
+        models: Models,
         feed: MonitorFeed,
         *,
-        budget: Budget,
         queue_limit: int,
         cache_bytes: int = 0,
         host: str = "127.0.0.1",
@@ -100,16 +92,16 @@ class Server:
         sleep_s: float | None = None,
         app: Path | None = None,
     ) -> None:
-        self.model = engine.manifest.model.name
-        self.worker = Worker(engine, bounded, governor, limit=queue_limit, cache_bytes=cache_bytes, sleep_s=sleep_s)
-        self._engine, self._bounded, self._budget, self._feed = engine, bounded, budget, feed
-        self._sample = FeedSampler(bounded, governor, self.worker)
-        self._body_limit = max(_MIN_BODY_LIMIT, engine.context_length * _BODY_BYTES_PER_TOKEN)
+        self.worker = Worker(models, limit=queue_limit, cache_bytes=cache_bytes, sleep_s=sleep_s)
+        self._models, self._feed = models, feed
+        self._sample = FeedSampler(models, self.worker)
+        longest = max(model.engine.context_length for model in models)
+        self._body_limit = max(_MIN_BODY_LIMIT, longest * _BODY_BYTES_PER_TOKEN)
         self._uploads = Uploads(_FAIR_UPLOAD_S)
         self._watchers, self._any_model = 0, any_model
         self._started_s = int(time.time())
-        if app is None and WEB_ENGINE in engine.manifest.engines:
-            app = engine.path
+        if app is None and WEB_ENGINE in models.first.engine.manifest.engines:
+            app = models.first.engine.path
         app_page = AppPage(app)
         routes = [
             Route("/", self._page),
@@ -118,7 +110,7 @@ class Server:
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/live", self._watch),
-            Route("/v1/models", self._models),
+            Route("/v1/models", self._all_models),
             Route("/v1/models/{name:path}", self._one_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
@@ -129,7 +121,7 @@ class Server:
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
         ]
-        self.metrics = Metrics(bounded, governor, self.worker, [route.path for route in routes])
+        self.metrics = Metrics(models, self.worker, [route.path for route in routes])
         self.worker.on_result = self.metrics.reply
         self.app = Starlette(
             routes=routes,
@@ -172,7 +164,7 @@ class Server:
         return Response(page, headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     async def _health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "ceiling_bits": self._bounded.ceiling_bits})
+        return JSONResponse({"status": "ok", "ceiling_bits": self._models.bounded.ceiling_bits})
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -192,114 +184,98 @@ class Server:
 
         return respond
 
-    async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+    async def _all_models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card(model) for model in self._models]})
 
     async def _one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._card())
+        return JSONResponse(self._card(self._model(request.path_params["name"])))
 
     async def _chat(self, request: Request) -> Any:
         body = parse(ChatBody, await self._read(request))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        shape = partial(ChatShape, self._named(body), self._engine.spell, self._engine.reasoning_marks)
-        return self._reply(body, lambda form: shape(form, with_usage=with_usage))
+        model = self._model(body.model)
+        shape = partial(ChatShape, body.model or model.name, model.engine.spell, model.engine.reasoning_marks)
+        return self._reply(model, body, lambda form: shape(form, with_usage=with_usage))
 
     async def _completion(self, request: Request) -> Any:
         body = parse(CompletionBody, await self._read(request))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        shape = CompletionShape(self._named(body), self._engine.spell, with_usage=with_usage)
-        return self._reply(body, lambda form: shape)
+        model = self._model(body.model)
+        shape = CompletionShape(body.model or model.name, model.engine.spell, with_usage=with_usage)
+        return self._reply(model, body, lambda form: shape)
 
     async def _respond(self, request: Request) -> Any:
         data = _object(await self._read(request))
         body = _chat_body(responses.as_chat(data))
-        return self._reply(body, lambda form: responses.ResponseShape(self._named(body), self._divider(form), data))
+        model = self._model(body.model)
+        name = body.model or model.name
+        return self._reply(model, body, lambda form: responses.ResponseShape(name, _divider(model, form), data))
 
     async def _message(self, request: Request) -> Any:
         data = _object(await self._read(request))
         body = _chat_body(messages.as_chat(data))
         if body.max_tokens is None:
             raise ApiError(400, "max_tokens: field required", param="max_tokens", code="missing")
-        return self._reply(body, lambda form: messages.MessageShape(self._named(body), self._divider(form)))
+        model = self._model(body.model)
+        name = body.model or model.name
+        return self._reply(model, body, lambda form: messages.MessageShape(name, _divider(model, form)))
 
     async def _count(self, request: Request) -> Response:
         body = _chat_body(messages.as_chat(_object(await self._read(request))))
-        tokens = await self._tokens(body.engine_prompt(), template_kwargs=body.template_kwargs())
+        engine = self._model(body.model).engine
+        tokens = await _tokens(engine, body.engine_prompt(), template_kwargs=body.template_kwargs())
         return JSONResponse({"input_tokens": len(tokens)})
 
     async def _tokenize(self, request: Request) -> Response:
         body = parse(TokenizeBody, await self._read(request))
+        engine = self._model(body.model).engine
         if body.messages is not None:
-            tokens = await self._tokens([message.for_template() for message in body.messages])
+            tokens = await _tokens(engine, [message.for_template() for message in body.messages])
         else:
             text = body.content if body.content is not None else body.prompt or ""
-            tokens = await self._tokens(text, add_bos=body.add_special or bool(body.add_special_tokens))
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.context_length})
+            tokens = await _tokens(engine, text, add_bos=body.add_special or bool(body.add_special_tokens))
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": engine.context_length})
 
     async def _detokenize(self, request: Request) -> Response:
         body = parse(DetokenizeBody, await self._read(request))
         try:
-            text = await asyncio.to_thread(self._engine.decode, body.tokens)
+            text = await asyncio.to_thread(self._model(body.model).engine.decode, body.tokens)
         except MbqError as error:
             raise ApiError(400, str(error), param="tokens", code="invalid_prompt") from None
         return JSONResponse({"content": text, "prompt": text})
 
-    async def _tokens(
-        self, prompt: str | list[dict[str, Any]], *, add_bos: bool = False, template_kwargs: Any = None
-    ) -> list[int]:
-        """The ids of a text or a conversation.  A template takes time, so a thread renders it."""
-        try:
-            if isinstance(prompt, list):
-                prompt = await asyncio.to_thread(self._engine.chat_prompt, prompt, template_kwargs)
-            return await asyncio.to_thread(self._engine.encode, prompt, add_bos=add_bos)
-        except MbqError as error:
-            raise ApiError(400, str(error).removeprefix(f"{self._engine.path}: "), code="invalid_prompt") from None
-
     async def _embeddings(self, _: Request) -> Response:
-        message = f"{self.model} writes text and gives no embeddings; use a model that was made for them"
+        message = f"{self._models.first.name} writes text and gives no embeddings; use a model that was made for them"
         raise ApiError(400, message, code="unsupported")
 
-    def _reply(self, body: Body, shape: Callable[[ToolFormat | None], Shape]) -> Reply:
+    def _reply(self, model: Model, body: Body, shape: Callable[[ToolFormat | None], Shape]) -> Reply:
         """Queue a request.  shape: makes its format, given how calls of tools are written."""
-        self._check_model(body.model)
-        made, tool_format = order(body, self._budget, self._engine.context_length), None
+        engine, tool_format = model.engine, None
+        made = order(body, model.budget, engine.context_length)
         if isinstance(body, ChatBody):
-            if not self._engine.has_chat_template:
+            if not engine.has_chat_template:
                 raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
-            if (marks := self._engine.reasoning_marks) is not None:
+            if (marks := engine.reasoning_marks) is not None:
                 made = replace(made, options={**made.options, "shown": list(marks)})
             if body.offered_tools():
-                tool_format = self._tool_format()._replace(tools=named(body.callable_tools()))
-                made = with_calls(made, body, tool_format, self._engine.special_id)
-        return Reply(self.worker.submit(made), shape(tool_format), self.worker.cancel, stream=bool(body.stream))
+                tool_format = _tool_format(engine)._replace(tools=named(body.callable_tools()))
+                made = with_calls(made, body, tool_format, engine.special_id)
+        job = self.worker.submit(model, made)
+        return Reply(job, shape(tool_format), self.worker.cancel, stream=bool(body.stream))
 
-    def _divider(self, tool_format: ToolFormat | None) -> Divider:
-        return Divider(self._engine.reasoning_marks, tool_format)
+    def _card(self, model: Model) -> dict[str, Any]:
+        facts = {"context_length": model.engine.context_length, "min_bits": model.budget.min_bits}
+        facts |= {"max_bits": model.budget.max_bits}
+        return {"id": model.name, "object": "model", "created": self._started_s, "owned_by": "local", **facts}
 
-    def _named(self, body: Body) -> str:
-        """The model's name as the client knows it."""
-        return body.model or self.model
-
-    def _tool_format(self) -> ToolFormat:
-        """How the model writes calls of tools.  Raises ApiError where nobody knows."""
-        found = find_format(self._engine.chat_template(tools=True))
-        if found is None:
-            message = (
-                f"tools: how this model writes calls is not known; known are {', '.join(FORMATS)}; leave tools out"
-            )
-            raise ApiError(400, message, param="tools", code="unsupported")
-        return found
-
-    def _card(self) -> dict[str, Any]:
-        facts = {"context_length": self._engine.context_length, "min_bits": self._budget.min_bits}
-        facts |= {"max_bits": self._budget.max_bits}
-        return {"id": self.model, "object": "model", "created": self._started_s, "owned_by": "local", **facts}
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model and not self._any_model:
-            message = f"model {name[:80]!r} is unknown; this server has {self.model!r} (--any-model accepts each name)"
+    def _model(self, name: str | None) -> Model:
+        """The model that a client names.  Raises ApiError where there is none."""
+        found = self._models.first if name is None else self._models.find(name)
+        if found is None and not self._any_model:
+            known = ", ".join(repr(model.name) for model in self._models)
+            message = f"model {str(name)[:80]!r} is unknown; this server has {known} (--any-model accepts each name)"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return found or self._models.first
 
     async def _read(self, request: Request) -> bytes:
         """The request body.  Raises ApiError when it is too large, too slow, or incomplete."""
@@ -322,6 +298,31 @@ class Server:
         except ClientDisconnect:
             raise ApiError(400, "the request body was cut off") from None
         return bytes(data)
+
+
+async def _tokens(
+    engine: Engine, prompt: str | list[dict[str, Any]], *, add_bos: bool = False, template_kwargs: Any = None
+) -> list[int]:
+    """The ids of a text or a conversation.  A template takes time, so a thread renders it."""
+    try:
+        if isinstance(prompt, list):
+            prompt = await asyncio.to_thread(engine.chat_prompt, prompt, template_kwargs)
+        return await asyncio.to_thread(engine.encode, prompt, add_bos=add_bos)
+    except MbqError as error:
+        raise ApiError(400, str(error).removeprefix(f"{engine.path}: "), code="invalid_prompt") from None
+
+
+def _divider(model: Model, tool_format: ToolFormat | None) -> Divider:
+    return Divider(model.engine.reasoning_marks, tool_format)
+
+
+def _tool_format(engine: Engine) -> ToolFormat:
+    """How the model writes calls of tools.  Raises ApiError where nobody knows."""
+    found = find_format(engine.chat_template(tools=True))
+    if found is None:
+        message = f"tools: how this model writes calls is not known; known are {', '.join(FORMATS)}; leave tools out"
+        raise ApiError(400, message, param="tools", code="unsupported")
+    return found
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Kept:
-    """A context, the length of the last prompt that it read, and how many tokens of prompts it lost to others."""
+    """A context of an engine, the length of its last prompt, and how many tokens of prompts it lost to others."""
 
+    engine: Engine
     context: KeptContext
     prompt_tokens: int = 0
     lost: int = 0
@@ -22,12 +23,11 @@ class KeptContexts:
     """Finds the context that has the start of a prompt, and drops the ones that were not used for the longest time.
 
     Args:
-        engine: makes contexts.
         most_bytes: bytes of the keys and values of all contexts together; one may have more; 0: nothing is kept.
     """
 
-    def __init__(self, engine: Engine, most_bytes: int) -> None:
-        self._engine, self.most_bytes = engine, most_bytes
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
         self._kept: list[_Kept] = []  # the one used last is at the end
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class KeptContexts:
         """Bytes of the keys and values of all contexts."""
         return sum(kept.context.kept_bytes for kept in self._kept)
 
-    def take(self, prompt: list[int]) -> KeptContext | None:
+    def take(self, engine: Engine, prompt: list[int]) -> KeptContext | None:
         """A context for a prompt: one that has its start, or a new one.
 
         Most prompts begin with the last prompt of their conversation.  Another prompt takes the context of a
@@ -46,6 +46,7 @@ class KeptContexts:
         with a long beginning in common thus get a context each.
 
         Args:
+            engine: reads the prompt.
             prompt: ids.
 
         Returns:
@@ -53,7 +54,8 @@ class KeptContexts:
         """
         if not self.most_bytes:
             return None
-        best = max(self._kept, key=lambda kept: kept.context.common(prompt), default=None)
+        own = (kept for kept in self._kept if kept.engine is engine)
+        best = max(own, key=lambda kept: kept.context.common(prompt), default=None)
         if best is not None:
             common = best.context.common(prompt)
             lost = max(0, best.prompt_tokens - common)
@@ -63,7 +65,7 @@ class KeptContexts:
                 best.lost += lost
                 self._kept.remove(best)
         if best is None:
-            best = _Kept(self._engine.session())
+            best = _Kept(engine, engine.session())
             # Memory for the new one goes first, so that both together stay within the bytes.
             while self._kept and self.kept_bytes + best.context.first_bytes > self.most_bytes:
                 self._kept.pop(0).context.clear()
@@ -71,11 +73,16 @@ class KeptContexts:
         self._kept.append(best)
         return best.context
 
-    def clear(self) -> None:
-        """Drop all contexts."""
+    def drop(self, engine: Engine) -> None:
+        """Drop the contexts of an engine.
+
+        Args:
+            engine: whose memory is to be freed.
+        """
         for kept in self._kept:
-            kept.context.clear()
-        self._kept.clear()
+            if kept.engine is engine:
+                kept.context.clear()
+        self._kept = [kept for kept in self._kept if kept.engine is not engine]
 
     def trim(self) -> None:
         """Drop contexts without tokens, then the ones used longest ago until the others are within the bytes.

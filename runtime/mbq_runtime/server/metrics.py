@@ -14,9 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import BoundedEngine
-    from mbq_runtime.control.governor import Governor
-
+    from .models import Models
     from .worker import Result, Worker
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,16 +25,15 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        bounded: the engine, as the governor controls it.
-        governor: gives readings.
+        models: the models; those in use give budgets and readings.
         worker: gives counts of requests and tokens.
         paths: paths that become labels; other paths are counted as "other".
     """
 
-    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker, paths: Iterable[str]) -> None:
+    def __init__(self, models: Models, worker: Worker, paths: Iterable[str]) -> None:
         self._paths = frozenset(paths)
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(bounded, governor, worker))
+        self.registry.register(_Gauges(models, worker))
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "mbq_requests",
@@ -91,20 +88,20 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker) -> None:
-        self._bounded, self._governor, self._worker = bounded, governor, worker
+    def __init__(self, models: Models, worker: Worker) -> None:
+        self._models, self._worker = models, worker
 
     def collect(self) -> Iterable[Metric]:
-        status, worker = self._governor.status(), self._worker
+        status, worker, bounded = self._models.governor.status(), self._worker, self._models.bounded
         readings = status.readings
         gauges = (
-            ("avg_bits", "Budget in force, average bits per weight.", self._bounded.avg_bits),
+            ("avg_bits", "Budget in force, average bits per weight.", bounded.avg_bits),
             (
                 "ceiling_bits",
                 "Most bits per weight of a token; fewer while a bundle comes.",
-                self._bounded.ceiling_bits,
+                bounded.ceiling_bits,
             ),
-            ("threads", "Processor threads in use.", self._bounded.threads),
+            ("threads", "Processor threads in use.", bounded.threads),
             ("avg_bits_used", "Average bits per weight of the last tokens.", status.avg_bits_used),
             ("tokens_per_second", "Decoding speed of the last tokens.", status.tokens_per_s),
             (
@@ -128,7 +125,8 @@ class _Gauges(Collector):
             ("contexts_kept", "Conversations whose context is kept.", len(worker.contexts)),
             ("cache_bytes", "Bytes of the contexts that are kept.", worker.contexts.kept_bytes),
             ("cache_limit_bytes", "Bytes that kept contexts may have.", worker.contexts.most_bytes),
-            ("asleep", "1 while the model is not in memory.", worker.asleep),
+            ("asleep", "1 while no model is in memory.", worker.asleep),
+            ("models_in_memory", "Models that are in memory.", self._models.in_memory),
             ("queue_limit", "Requests that can wait.", worker.limit),
         )
         for name, text, value in gauges:

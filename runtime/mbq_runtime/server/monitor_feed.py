@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .replies import event
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import BoundedEngine
     from mbq_runtime.control.events import Event
-    from mbq_runtime.control.governor import Governor
 
+    from .models import Models
     from .worker import Worker
 
 _PERIOD_S = 1.0
@@ -30,7 +29,7 @@ class MonitorFeed:
     """Keeps the last samples and events, and streams them to any number of clients.
 
     Args:
-        model: name of the model.
+        model: name of the model, or names of several.
         closing: returns whether the server stops; then the streams end.
     """
 
@@ -91,21 +90,20 @@ class FeedSampler:
     """Makes one sample.  A reading is null when it is unknown; tokens_per_s is null when no reply is made.
 
     Args:
-        bounded: the engine, as the governor controls it.
-        governor: gives readings and the reason of the budget.
+        models: the one in use gives readings and the reason of the budget.
         worker: gives the number of waiting requests.
     """
 
-    def __init__(self, bounded: BoundedEngine, governor: Governor, worker: Worker) -> None:
-        self._bounded, self._governor, self._worker = bounded, governor, worker
+    def __init__(self, models: Models, worker: Worker) -> None:
+        self._models, self._worker = models, worker
 
     def __call__(self) -> dict[str, Any]:
         """The values of a sample of now."""
-        status, worker = self._governor.status(), self._worker
+        status, worker, bounded = self._models.governor.status(), self._worker, self._models.bounded
         readings = asdict(status.readings)
-        asked = self._bounded.is_limiting
+        asked = bounded.is_limiting
         return {
-            "avg_bits": self._bounded.avg_bits if asked else status.avg_bits,
+            "avg_bits": bounded.avg_bits if asked else status.avg_bits,
             "reason": "set by the request" if asked else status.reason,
             "tokens_per_s": status.tokens_per_s,
             "avg_bits_used": status.avg_bits_used,

@@ -429,6 +429,7 @@ class TokenizeBody(_Strict):
     add_special: put the model's opening token first.
     """
 
+    model: str | None = None
     content: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -446,6 +447,7 @@ class DetokenizeBody(_Strict):
     """The body of /detokenize: ids."""
 
     tokens: list[Annotated[int, Field(ge=0, lt=_INT32)]]
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from mbq_runtime.errors import GrammarError, MbqError, PromptTooLongError
 
 from .errors import ApiError
 from .kept_contexts import KeptContexts
+from .models import Model, Models
 from .requests import MOST_SEEDS, Order
 
 if TYPE_CHECKING:
-    from mbq_runtime.control.bounds import BoundedEngine
-    from mbq_runtime.control.governor import Governor
-    from mbq_runtime.engine import Engine, Generation, GenerationStats, KeptContext, Likelihood
+    from mbq_runtime.engine import Generation, GenerationStats, KeptContext, Likelihood
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +79,12 @@ class Job:
     """One reply, on its way from the thread of the worker to the event loop.
 
     Args:
+        model: answers it.
         order: the request.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, model: Model, order: Order) -> None:
+        self.model, self.order = model, order
         self.cancelled = False
         self.reply: Generation | None = None
         self.prompt: list[int] = []
@@ -171,9 +171,7 @@ class Worker:
     replies so far; ``guessed`` and ``kept_guesses`` the tokens that were guessed, and those of them that were right.
 
     Args:
-        engine: a loaded engine.
-        bounded: the same engine, as the governor controls it.
-        governor: gives the power.
+        models: the models, each with its engine.
         limit: number of requests that can wait while one runs.
         cache_bytes: bytes of the contexts that are kept after their reply; 0: none.
         sleep_s: seconds without a request after which the model's memory is freed; None: never.
@@ -181,18 +179,17 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
-        bounded: BoundedEngine,
-        governor: Governor,
+        models: Models,
         *,
         limit: int,
         cache_bytes: int = 0,
         sleep_s: float | None = None,
     ) -> None:
-        self._engine, self._bounded, self._governor, self._sleep_s = engine, bounded, governor, sleep_s
+        self._models, self._sleep_s = models, sleep_s
         self.limit = limit
         self.on_result: Callable[[Result], None] = lambda result: None
-        self.contexts = KeptContexts(engine, cache_bytes)
+        self.contexts = KeptContexts(cache_bytes)
+        models.before_sleep = self.contexts.drop
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.tokens = 0
@@ -219,18 +216,19 @@ class Worker:
 
     @property
     def asleep(self) -> bool:
-        """Whether the model is not in memory."""
-        return self._engine.asleep
+        """Whether no model is in memory."""
+        return not self._models.in_memory
 
     @property
     def running(self) -> bool:
         """Whether a reply is in progress."""
         return self._running is not None
 
-    def submit(self, order: Order) -> Job:
+    def submit(self, model: Model, order: Order) -> Job:
         """Put a request into the queue.  Call it from an event loop.
 
         Args:
+            model: answers it.
             order: the request.
 
         Raises:
@@ -246,7 +244,7 @@ class Worker:
                     code="queue_full",
                     headers={"Retry-After": "1"},
                 )
-            job = Job(order)
+            job = Job(model, order)
             self._waiting.append(job)
             self._changed.notify()
             return job
@@ -293,21 +291,20 @@ class Worker:
         while True:
             with self._changed:
                 self._running = None
-                patience_s = None if self._engine.asleep else self._sleep_s
+                patience_s = None if self.asleep else self._sleep_s
                 awake = self._changed.wait_for(lambda: self._waiting or self._closing, patience_s)
                 if self._closing:
                     return None
                 if awake:
                     self._running = self._waiting.popleft()
                     return self._running
-            self.contexts.clear()
-            self._engine.sleep()
-            log.info("%s: asleep after %g s without a request", self._engine.path, self._sleep_s)
+            self._models.sleep()
 
     def _answer(self, job: Job) -> Result:
         order, done = job.order, []
         energy_j: float | None = 0.0
-        with self._bounded.within_bounds(order.floor_bits, order.ceiling_bits):
+        self._models.use(job.model)
+        with self._models.bounded.within_bounds(order.floor_bits, order.ceiling_bits):
             for index in range(order.replies):
                 metered, stats = self._reply(job, index)
                 done.append(stats)
@@ -324,21 +321,21 @@ class Worker:
 
     def _reply(self, job: Job, index: int) -> tuple[MeteredReply, GenerationStats]:
         """Make one reply.  index: its number, from 0; the replies after the first find the prompt read."""
-        order, seed = job.order, job.order.options["seed"]
+        order, engine, seed = job.order, job.model.engine, job.order.options["seed"]
         try:
-            prompt = self._engine.prompt_tokens(order.prompt, **order.rendering) if index == 0 else job.prompt
+            prompt = engine.prompt_tokens(order.prompt, **order.rendering) if index == 0 else job.prompt
             if index == 0:
-                job.prompt, job.session = prompt, self.contexts.take(prompt)
+                job.prompt, job.session = prompt, self.contexts.take(engine, prompt)
                 if job.session is None and order.replies > 1:
-                    job.session = self._engine.session()
+                    job.session = engine.session()
             options = {**order.options, "seed": None if seed is None else (seed + index) % MOST_SEEDS}
-            reply = self._engine.generate(prompt, session=job.session, **options)
+            reply = engine.generate(prompt, session=job.session, **options)
         except PromptTooLongError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
         except GrammarError:
             raise
         except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
-            message = str(error).removeprefix(f"{self._engine.path}: ")
+            message = str(error).removeprefix(f"{engine.path}: ")
             raise ApiError(400, message, code="invalid_prompt") from None
         with self._changed:
             job.reply = reply
@@ -347,10 +344,10 @@ class Worker:
         job.begin()
         if order.echo:
             job.put(self._echo(job, index))
-        marks = self._engine.reasoning_marks if order.rendering.get("chat") else None
-        if marks is not None and is_begun(prompt, self._engine.spell, marks):
+        marks = engine.reasoning_marks if order.rendering.get("chat") else None
+        if marks is not None and is_begun(prompt, engine.spell, marks):
             job.put(Part(index, marks.opens))  # the prompt has it, and those who divide the reply need it
-        metered, told = MeteredReply(reply, self._governor), 0
+        metered, told = MeteredReply(reply, self._models.governor), 0
         with reply:
             for piece in metered:
                 likelihoods = reply.stats.likelihoods[told:]
@@ -366,10 +363,10 @@ class Worker:
 
     def _echo(self, job: Job, index: int) -> Part:
         """The prompt as a part of a reply."""
-        count = job.order.options["logprobs"]
-        likelihoods = [] if count is None else self._engine.likelihoods(job.prompt, self._bounded.avg_bits, count)
+        count, engine = job.order.options["logprobs"], job.model.engine
+        likelihoods = [] if count is None else engine.likelihoods(job.prompt, engine.avg_bits, count)
         given = job.order.prompt
-        return Part(index, given if isinstance(given, str) else self._engine.decode(job.prompt), tuple(likelihoods))
+        return Part(index, given if isinstance(given, str) else engine.decode(job.prompt), tuple(likelihoods))
 
 
 def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Result:

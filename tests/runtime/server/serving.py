@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mbq_runtime.sensing.readings import Readings
 from mbq_runtime.server.app import Server
 from mbq_runtime.server.connections import Listener
 from mbq_runtime.server.http import configure
+from mbq_runtime.server.models import Models, named
 from mbq_runtime.server.monitor_feed import MonitorFeed
 
 PATIENCE_S = 20.0
@@ -89,15 +90,20 @@ class _Runner(uvicorn.Server):
 
 
 @contextmanager
-def serve(engine: Engine, *, port: int = 0, queue_limit: int = 16, **options: Any) -> Iterator[Running]:
-    """Run a server.  port: 0 for a free one; options: arguments of ``Server``."""
+def serve(
+    engine: Engine, *others: Engine, port: int = 0, queue_limit: int = 16, most_bytes: int | None = None, **options: Any
+) -> Iterator[Running]:
+    """Run a server.  port: 0 for a free one; most_bytes: of models in memory; options: arguments of ``Server``."""
     bounded = BoundedEngine(engine)
     governor = HandGovernor(bounded)
     feed = MonitorFeed(engine.manifest.model.name, lambda: runner.should_exit)
-    made = Server(
-        engine, bounded, governor, feed,  # type: ignore[arg-type]
-        **{"budget": engine.manifest.budget, "queue_limit": queue_limit, **options},
-    )  # fmt: skip
+
+    def steer(one: Engine) -> Any:
+        hands = BoundedEngine(one)
+        return nullcontext((bounded, governor) if one is engine else (hands, HandGovernor(hands)))
+
+    models = Models(named([(one, one.manifest.budget) for one in (engine, *others)]), steer, most_bytes=most_bytes)
+    made = Server(models, feed, queue_limit=queue_limit, **options)
     runner = _Runner(configure(made.app))
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -99,14 +99,14 @@ def test_nothing_is_kept_without_memory_for_it(engine: Engine) -> None:
 def read(engine: Engine, contexts: KeptContexts, text: str) -> int:
     """How many tokens of a prompt are read."""
     prompt = ids(text)
-    reply = engine.generate(prompt, max_tokens=1, session=contexts.take(prompt))
+    reply = engine.generate(prompt, max_tokens=1, session=contexts.take(engine, prompt))
     reply.text()
     contexts.trim()
     return len(prompt) - reply.stats.cached_tokens
 
 
 def test_a_common_beginning_serves_questions_that_never_come_back(engine: Engine) -> None:
-    contexts = KeptContexts(engine, 10**6)
+    contexts = KeptContexts(10**6)
     rules = "r" * 40
     assert read(engine, contexts, rules + "question") == 48
     assert [read(engine, contexts, rules + f"{at}uestion") for at in range(4)] == [8] * 4
@@ -114,7 +114,7 @@ def test_a_common_beginning_serves_questions_that_never_come_back(engine: Engine
 
 
 def test_two_conversations_with_a_common_beginning_get_a_context_each(engine: Engine) -> None:
-    contexts = KeptContexts(engine, 10**6)
+    contexts = KeptContexts(10**6)
     talks = ["r" * 12 + who for who in "ab"]
     counts = []
     for _ in range(12):
