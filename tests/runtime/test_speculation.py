@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from forked_mbq import Mbq
 from numpy.typing import NDArray
-from tiny_bundle import CIRCLE, CONTEXT, EOS, ids
+from tiny_bundle import CIRCLE, CONTEXT, EOS, VOCAB, ids
 
 from mbq_runtime import Engine, UsageError
-from mbq_runtime.engine import Grammar
+from mbq_runtime.engine import Grammar, speculation
 from mbq_runtime.engine.generation import GenerationStats, Sampling
 from mbq_runtime.engine.sampling import Sampler
 from mbq_runtime.engine.speculation import MOST_GUESSES, Acceptance, LookUp, PassCosts, checked
@@ -228,6 +228,23 @@ def test_more_guesses_where_they_are_kept() -> None:
     for _ in range(60):
         seen.note(kept=3, guessed=3)
     assert seen.share > 0.9
+
+
+def test_a_slow_board_times_each_pass_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "_ENOUGH_S", 0.0)
+    sizes: list[int] = []
+    start = engine._backend.start
+
+    def counted(length: int, budget: F32) -> Any:
+        context = start(length, budget)
+        append = context.append
+        monkeypatch.setattr(context, "append", lambda tokens, rows: (sizes.append(rows), append(tokens, rows)))
+        return context
+
+    monkeypatch.setattr(engine._backend, "start", counted)
+    costs = PassCosts.measure(engine._backend, (engine._allowed(3.0), engine._allowed(8.0)), VOCAB)
+    assert sizes == [1, 2, 4, 8] * 2
+    assert np.isfinite(costs.seconds).all()
 
 
 def test_another_mode_is_refused(engine: Engine) -> None:

@@ -39,6 +39,7 @@ _MATCHES = {5: 0.85, 3: 0.5, 2: 0.3}
 
 _SIZES = (1, 2, 4, MOST_GUESSES + 1)  # passes that are timed
 _TIMES = 3
+_ENOUGH_S = 0.3  # a slow board times each pass once: a reply waits for it
 _PRIOR = 8.0  # guesses for which the first estimate stands
 _FADE = 0.95  # weight of what was seen one round ago
 _LEAST_BITS = 1.0  # the model guesses with a budget that is lower by at least this
@@ -165,7 +166,7 @@ class PassCosts:
 
     @classmethod
     def measure(cls, backend: Backend, budgets: tuple[Allowance, Allowance], vocab_size: int) -> PassCosts:
-        """Time passes over random tokens, each with logits for all of its tokens.
+        """Time passes over random tokens, each with logits for all of its tokens: three times, or for 0.3 s.
 
         Args:
             backend: a loaded model.
@@ -173,7 +174,7 @@ class PassCosts:
             vocab_size: ids are below it.
         """
         budget, rng = np.zeros(2, np.float32), np.random.default_rng(0)
-        context = backend.start(sum(_SIZES), budget)
+        context, end_s = backend.start(sum(_SIZES), budget), time.perf_counter() + _ENOUGH_S
         found = np.full((_TIMES, len(budgets), len(_SIZES)), np.inf)
         for turn in range(_TIMES):
             for row, of_row in enumerate(budgets):
@@ -185,6 +186,8 @@ class PassCosts:
                     context.logits()
                     found[turn, row, column] = time.perf_counter() - start_s
                 context.rewind(0)
+            if time.perf_counter() > end_s:
+                break
         return cls(_SIZES, (budgets[0].bits, budgets[1].bits), found.min(0))
 
     def at(self, tokens: int, avg_bits: float) -> float:
