@@ -49,7 +49,7 @@ web: $(VENV)/.web
 test-quick: $(VENV)/.dev $(VENV)/.web
 	$(MAKE) --jobs --output-sync=line $(QUICK_PARTS)
 
-test: $(VENV)/.dev $(VENV)/.rivals $(VENV)/.web system-packages
+test: $(VENV)/.dev $(VENV)/.rivals $(VENV)/.agents $(VENV)/.web system-packages
 	$(MAKE) --jobs=2 --output-sync=line $(PARTS) lint
 
 # Each part multiplies on one core.
@@ -117,6 +117,15 @@ $(VENV)/.dev: $(VENV)/.export
 $(VENV)/.web: web/package.json web/package-lock.json | $(VENV)/.dev system-packages
 	npm ci --prefix web --ignore-scripts --no-audit --no-fund --silent && touch $@ \
 	    || echo "no packages of npm: the tests of the page for browsers are skipped, or fail where CI is set"
+
+# LlamaIndex wants an older openai than the other clients, so it has an environment of its own, and no pins.
+# uv resolves its many packages in seconds.
+$(VENV)/.agents: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/agents
+	$(VENV)/agents/bin/pip --disable-pip-version-check install --quiet uv
+	$(VENV)/agents/bin/uv pip install --quiet --python $(VENV)/agents/bin/python llama-index-core \
+	    llama-index-llms-openai-like
+	touch $@
 
 # Libraries that `mbq-export compare` measures beside a bundle.  That of llama.cpp is compiled once,
 # and its wheel is kept; nothing of it depends on the processor.

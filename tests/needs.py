@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +64,19 @@ def package_file(package: str, pattern: str) -> Path:
         for file in sorted(Path(folder).glob(pattern)):
             return file
     missing(f"no {pattern} of package {package}: make .venv/.dev")
+
+
+def environment(name: str) -> str:
+    """Find an environment beside the one of the tests, for packages that do not go with theirs.
+
+    Args:
+        name: its folder in the environment of the tests.
+
+    Returns:
+        Its Python.
+    """
+    python = Path(sys.prefix) / name / "bin" / "python"
+    return str(python) if python.exists() else missing(f"no {python}: make .venv/.{name}")
 
 
 def program(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,17 @@ def test_langchain(url: str) -> None:
     assert answer.usage_metadata["input_tokens"] == len("uA" + "a" + f"<tool_call>{asked[0]}" + "tsix")
     streamed = [chunk.content for chunk in model.bind(max_tokens=4).stream(talk)]
     assert "".join(streamed) == "BCDE"
+
+
+def test_llama_index(url: str) -> None:
+    script = Path(__file__).with_name("llama_index_agent.py")
+    command = [needs.environment("agents"), str(script), url]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["outputs"] == ["six"]
+    assert found["asked"][0] in ("AB", "CD")
+    assert found["answer"].startswith("yz{")  # what the tiny model says after the tool's result
 
 
 def test_lm_evaluation_harness(
