@@ -140,7 +140,7 @@ def attend(q: F32, keys: F32, values: F32, heads: Heads) -> F64:
     seen = (place <= at) & ((place > at - heads.window) if heads.window else True)
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return np.einsum("hmt,thd->mhd", weights / weights.sum(axis=2, keepdims=True), v)
+    return np.asarray(np.einsum("hmt,thd->mhd", weights / weights.sum(axis=2, keepdims=True), v))
 
 
 def cached_attention(

@@ -25,7 +25,7 @@ ROWS = 4
 STATE_NUMBERS = 2 * LANES
 """Numbers of a query's state before its channels: the largest score, and the sums of the weights."""
 
-TILE_BLOCKS = 2
+TILE_BLOCKS = 4
 """Blocks of positions of an expanded tile."""
 
 _BLOCKS = 4
@@ -47,15 +47,13 @@ _POINTERS = {
 class _Source:
     """Where vectors of a cache come from.
 
-    count: queries that are computed together; blocks: of positions between two updates; together: blocks whose scores
-    are computed together; keys: (block, channel) -> float32 of 16 positions; values: (block, position, channel) ->
-    float32 of 16 channels, without their scales; value_scales: (block) -> these scales of 16 positions; key_scales: the
-    same, None where they are in the vectors.
+    count: queries that are computed together; blocks: of positions between two updates; keys: (block, channel) ->
+    float32 of 16 positions; values: (block, position, channel) -> float32 of 16 channels, without their scales;
+    value_scales: (block) -> these scales of 16 positions; key_scales: the same, None where they are in the vectors.
     """
 
     count: int
     blocks: int
-    together: int
     keys: Callable[[Expr, Expr], Expr]
     values: Callable[[Expr, int, Expr], Expr]
     value_scales: Callable[[Expr], Expr]
@@ -98,22 +96,28 @@ class _Attend:
         self.block_bytes = bind((self.head_dim + KV_SCALE_BYTES) * KEY_LANES)
         self.width = bind(self.head_dim + STATE_NUMBERS)
         self.parts = bind(self.head_dim // LANES)
+        # Vectors of the cache that share a loaded number of a query.  Other instruction sets have no registers for two.
+        self.together = 2 if isa.vector_bytes == 4 * LANES else 1
 
     def direct(self, count: int) -> None:
         """All rows, from the codes."""
         with T.serial(0, (self.end - self.begin + (_BLOCKS - 1)) // _BLOCKS) as i:
             first = bind(self.begin + i * _BLOCKS)
 
+            def held(block: Expr) -> Expr:
+                """The last block may be computed twice. Its second scores are not seen."""
+                return T.min(first + block, self.end - 1)
+
             def keys(block: Expr, d: Expr) -> Expr:
-                return self._codes(self.keys, first + block, d * KEY_LANES)
+                return self._codes(self.keys, held(block), d * KEY_LANES)
 
             def values(block: Expr, j: int, d: Expr) -> Expr:
                 return self._codes(self.values, first + block, self.head_dim * j + d)
 
             source = _Source(
-                count, _BLOCKS, 1, keys, values,
+                count, _BLOCKS, keys, values,
                 lambda block: self._scales(self.value_scales, first + block),
-                lambda block: self._scales(self.key_scales, first + block),
+                lambda block: self._scales(self.key_scales, held(block)),
             )  # fmt: skip
             self._update(source, T.int64(0), first)
 
@@ -124,7 +128,7 @@ class _Attend:
         with T.serial(0, (self.end - self.begin + (TILE_BLOCKS - 1)) // TILE_BLOCKS) as i:
             first = bind(self.begin + i * TILE_BLOCKS)
             source = _Source(
-                ROWS, TILE_BLOCKS, TILE_BLOCKS if self.isa.vector_bytes == 4 * LANES else 1,
+                ROWS, TILE_BLOCKS,
                 lambda block, d: load(self.tiles, d * lanes + block * KEY_LANES, KEY_LANES),
                 lambda block, j, d: load(self.tiles, of_values + (block * KEY_LANES + j) * self.head_dim + d, LANES),
                 lambda block: self._scales(self.value_scales, first + block),
@@ -167,18 +171,22 @@ class _Attend:
         blocks = bind(T.min(self.end - first, T.int64(source.blocks)))
         for peak in peaks:
             store(peak, 0, LANES, const(NEVER, "float32", LANES))
-        with T.serial(0, (blocks + (source.together - 1)) // source.together) as i:
-            self._scores(source, rows, bind(i * source.together), first, scores, peaks)
+        with T.serial(0, (blocks + (self.together - 1)) // self.together) as i:
+            self._scores(source, rows, bind(i * self.together), first, scores, peaks)
         fades = [self._weights(source, blocks, *of_row) for of_row in zip(states, scores, peaks, strict=True)]
-        with T.serial(0, self.parts) as part:
-            self._values(source, blocks, bind(part * LANES), states, scores, fades)
+        with T.serial(0, self.parts // self.together) as part:
+            places = [bind((part * self.together + v) * LANES) for v in range(self.together)]
+            self._values(source, blocks, places, states, scores, fades)
+        if self.together > 1:
+            with T.If(self.parts % self.together != T.int64(0)), T.Then():
+                self._values(source, blocks, [bind((self.parts - 1) * LANES)], states, scores, fades)
 
     def _scores(
         self, source: _Source, rows: list[Expr], block: Expr, first: Expr, scores: list[Any], peaks: list[Any]
     ) -> None:
-        """Scores of ``source.together`` blocks from ``block`` on, and their largest, lane by lane."""
-        turns = self._chains(source.count * source.together)
-        sums = [[registers(turns * LANES, "float32") for _ in range(source.together)] for _ in rows]
+        """Scores of ``together`` blocks from ``block`` on, and their largest, lane by lane."""
+        turns = self._chains(source.count * self.together)
+        sums = [[registers(turns * LANES, "float32") for _ in range(self.together)] for _ in rows]
         for of_row in sums:
             for chains in of_row:
                 for turn in range(turns):
@@ -187,12 +195,12 @@ class _Attend:
         with T.serial(0, self.head_dim // step) as part:
             for inner in range(step):
                 d, at = bind(part * step + inner), inner % turns * LANES
-                keys = [source.keys(block + b, d) for b in range(source.together)]
+                keys = [source.keys(block + b, d) for b in range(self.together)]
                 for r, of_row in zip(rows, sums, strict=True):
                     query = splat(load(self.queries, r * self.head_dim + d, 1), LANES)
                     for key, chains in zip(keys, of_row, strict=True):
                         store(chains, at, LANES, fma(query, key, load(chains, at, LANES)))
-        for b in range(source.together):
+        for b in range(self.together):
             begins = bind(cast((first + block + b) * KEY_LANES, "int32", 1))
             positions = bind(T.ramp(begins, 1, KEY_LANES))
             for r, of_row, of_scores, peak in zip(rows, sums, scores, peaks, strict=True):
@@ -237,24 +245,27 @@ class _Attend:
         return fade
 
     def _values(
-        self, source: _Source, blocks: Expr, d: Expr, states: list[Expr], scores: list[Any], fades: list[Any]
+        self, source: _Source, blocks: Expr, places: list[Expr], states: list[Expr], scores: list[Any], fades: list[Any]
     ) -> None:
-        """Add the weighted values of 16 channels from ``d`` on."""
-        turns = self._chains(source.count)
-        sums = [registers(turns * LANES, "float32") for _ in states]
-        places = [bind(state + STATE_NUMBERS + d) for state in states]
-        for chains, place, fade in zip(sums, places, fades, strict=True):
-            store(chains, 0, LANES, load(self.state, place, LANES) * load(fade, 0, LANES))
-            for turn in range(1, turns):
-                store(chains, turn * LANES, LANES, const(0, "float32", LANES))
+        """Add the weighted values of 16 channels from each of ``places`` on."""
+        turns = self._chains(source.count * len(places))
+        sums = [[registers(turns * LANES, "float32") for _ in places] for _ in states]
+        for of_row, state, fade in zip(sums, states, fades, strict=True):
+            for chains, d in zip(of_row, places, strict=True):
+                before = load(self.state, state + STATE_NUMBERS + d, LANES)
+                store(chains, 0, LANES, before * load(fade, 0, LANES))
+                for turn in range(1, turns):
+                    store(chains, turn * LANES, LANES, const(0, "float32", LANES))
         with T.serial(0, blocks) as block:
             for j in range(KEY_LANES):
-                value, at = source.values(block, j, d), j % turns * LANES
-                for chains, weights in zip(sums, scores, strict=True):
+                values, at = [source.values(block, j, d) for d in places], j % turns * LANES
+                for of_row, weights in zip(sums, scores, strict=True):
                     weight = splat(load(weights, block * KEY_LANES + j, 1), LANES)
-                    store(chains, at, LANES, fma(weight, value, load(chains, at, LANES)))
-        for chains, place in zip(sums, places, strict=True):
-            total = load(chains, 0, LANES)
-            for turn in range(1, turns):
-                total = bind(total + load(chains, turn * LANES, LANES))
-            store(self.state, place, LANES, total)
+                    for chains, value in zip(of_row, values, strict=True):
+                        store(chains, at, LANES, fma(weight, value, load(chains, at, LANES)))
+        for of_row, state in zip(sums, states, strict=True):
+            for chains, d in zip(of_row, places, strict=True):
+                total = load(chains, 0, LANES)
+                for turn in range(1, turns):
+                    total = bind(total + load(chains, turn * LANES, LANES))
+                store(self.state, state + STATE_NUMBERS + d, LANES, total)
