@@ -38,8 +38,8 @@ from .models import Model, Models
 from .monitor_feed import FeedSampler, MonitorFeed
 from .replies import Reply, Shape, send_events, while_connected
 from .requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, order, parse
-from .tool_rules import named
-from .tools import FORMATS, ToolFormat, find_format, with_calls
+from .tool_format import ToolFormat, named
+from .tools import FORMATS, find_format, with_calls
 from .worker import Worker
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from mbq_runtime.engine.reasoning import Thought
 from .divide import Divider
 from .errors import ApiError
 from .replies import joined
-from .tools import Call
+from .tool_format import Call
 from .worker import Job, Part, Result
 
 Kind = Literal["reasoning", "text", "call"]

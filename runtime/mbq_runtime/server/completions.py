@@ -13,7 +13,7 @@ from mbq_runtime.engine.reasoning import Marks, Thought
 from .divide import Divider
 from .errors import ApiError
 from .replies import event, joined
-from .tools import Call, ToolFormat
+from .tool_format import Call, ToolFormat
 from .worker import Job, Part, Result
 
 

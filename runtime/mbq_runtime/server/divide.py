@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mbq_runtime.engine.reasoning import Marks, Thought, ThoughtReader
 
-from .tools import Call, CallReader, ToolFormat
+from .tool_format import Call, ToolFormat
+from .tools import CallReader
 
 Piece = Thought | str | Call
 

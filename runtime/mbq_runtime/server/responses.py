@@ -14,7 +14,7 @@ from .blocks import BlockShape, Kind
 from .divide import Divider
 from .errors import ApiError
 from .replies import event
-from .tools import Call
+from .tool_format import Call
 from .translate import Fields, objects, refuse, text_of
 from .worker import Result
 

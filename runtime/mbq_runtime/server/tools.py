@@ -10,64 +10,24 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import Any
 
 from mbq_runtime.engine.grammar import Grammar
 
 from .errors import ApiError
 from .requests import ChatBody, Order, ToolChoice
-from .tool_rules import TEXT_RULES, Tools, Wanted, is_text, json_rule, named_rule, parameters, properties, tagged_rule
-
-
-class Call(NamedTuple):
-    """One call of a tool.
-
-    name: of the tool.
-    arguments: as the text of a JSON object.
-    """
-
-    name: str
-    arguments: str
-
-    def as_json(self, index: int | None = None) -> dict[str, Any]:
-        """The call in the format of OpenAI, with a new id.
-
-        Args:
-            index: its number in a stream; None for a whole reply.
-        """
-        # Nine letters and digits: the templates of Mistral take no other ids.
-        call = {"id": uuid4().hex[:9], "type": "function", "function": self._asdict()}
-        return call if index is None else {"index": index, **call}
-
-
-class ToolFormat(NamedTuple):
-    """How a family of models writes calls.
-
-    marks: texts in the chat template; a template that has all of them is of this family.
-    opens: text before a call; "": a reply that begins with a brace is a call.
-    closes: text after a call; "": a call goes to the end of the reply.
-    read: finds the calls in the text between, given the tools that may be called; raises ValueError, TypeError or
-        SyntaxError where there are none.
-    rule: the grammar of the text between, in ``tool_rules``; None: it is not known.
-    arguments: name of the arguments in the JSON of a call.
-    listed: whether that JSON is a list of calls.
-    around: text before and after the JSON.
-    inner: text between the name and the arguments, where a call is not all JSON.
-    tools: those that may be called; a request has them.
-    """
-
-    marks: tuple[str, ...]
-    opens: str
-    closes: str
-    read: Callable[[str, Tools], list[Call]]
-    rule: Callable[[ToolFormat, Wanted], str] | None = json_rule
-    arguments: str = "arguments"
-    listed: bool = False
-    around: tuple[str, str] = ("", "")
-    inner: str = ""
-    tools: Tools = MappingProxyType({})
+from .tool_format import (
+    TEXT_RULES,
+    Call,
+    ToolFormat,
+    Tools,
+    Wanted,
+    is_text,
+    named_rule,
+    parameters,
+    properties,
+    tagged_rule,
+)  # fmt: skip
 
 
 def _json_calls(body: str, _: Tools) -> list[Call]:

@@ -19,7 +19,8 @@ from tiny_bundle import TEMPLATE, write_manifest
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.engine.reasoning import MARKS, Marks, Thought, find_marks
 from mbq_runtime.server.divide import Divider
-from mbq_runtime.server.tools import FORMATS, Call
+from mbq_runtime.server.tool_format import Call
+from mbq_runtime.server.tools import FORMATS
 
 THINK = MARKS[0]
 OPENS, CLOSES = 259, 260  # ids of the two marks

@@ -15,8 +15,8 @@ from tiny_bundle import EOS
 
 from mbq_runtime import Engine
 from mbq_runtime.engine import Grammar
-from mbq_runtime.server.tool_rules import named
-from mbq_runtime.server.tools import FORMATS, Call, CallReader, call_grammar, find_format
+from mbq_runtime.server.tool_format import Call, named
+from mbq_runtime.server.tools import FORMATS, CallReader, call_grammar, find_format
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
 

@@ -1,13 +1,12 @@
-"""The grammars of calls, in the Lark of llguidance: what stands between the marks of a call."""
+"""How calls are written: the format of a family of models, and grammars in the Lark of llguidance."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from .tools import ToolFormat
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 Tools = Mapping[str, Mapping[str, Any]]
 """Tools in the format of OpenAI, by name."""
@@ -176,3 +175,52 @@ def _moved(schema: Any, place: str) -> Any:
         _moved(part, place)
         for key, part in schema.items()
     }  # fmt: skip
+
+
+class Call(NamedTuple):
+    """One call of a tool.
+
+    name: of the tool.
+    arguments: as the text of a JSON object.
+    """
+
+    name: str
+    arguments: str
+
+    def as_json(self, index: int | None = None) -> dict[str, Any]:
+        """The call in the format of OpenAI, with a new id.
+
+        Args:
+            index: its number in a stream; None for a whole reply.
+        """
+        # Nine letters and digits: the templates of Mistral take no other ids.
+        call = {"id": uuid4().hex[:9], "type": "function", "function": self._asdict()}
+        return call if index is None else {"index": index, **call}
+
+
+class ToolFormat(NamedTuple):
+    """How a family of models writes calls.
+
+    marks: texts in the chat template; a template that has all of them is of this family.
+    opens: text before a call; "": a reply that begins with a brace is a call.
+    closes: text after a call; "": a call goes to the end of the reply.
+    read: finds the calls in the text between, given the tools that may be called; raises ValueError, TypeError or
+        SyntaxError where there are none.
+    rule: the grammar of the text between, in ``tool_format``; None: it is not known.
+    arguments: name of the arguments in the JSON of a call.
+    listed: whether that JSON is a list of calls.
+    around: text before and after the JSON.
+    inner: text between the name and the arguments, where a call is not all JSON.
+    tools: those that may be called; a request has them.
+    """
+
+    marks: tuple[str, ...]
+    opens: str
+    closes: str
+    read: Callable[[str, Tools], list[Call]]
+    rule: Callable[[ToolFormat, Wanted], str] | None = json_rule
+    arguments: str = "arguments"
+    listed: bool = False
+    around: tuple[str, str] = ("", "")
+    inner: str = ""
+    tools: Tools = MappingProxyType({})
