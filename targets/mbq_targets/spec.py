@@ -92,3 +92,29 @@ class DeltaNet:
             "conv": (self.channels, self.taps - 1),
             "recurrent": (self.value_heads, self.key_dim, self.value_dim),
         }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of all blocks of a model that have some: gated MLPs of one size, of which each token takes a few.
+
+    ``mbq_export.format.experts`` defines how a token chooses experts.
+
+    count: experts of a block; used: how many a token takes; ffn_size: width of one expert; blocks: whether a block has
+    experts, by layer, and not one MLP.
+    """
+
+    count: int
+    used: int
+    ffn_size: int
+    blocks: tuple[bool, ...]
+    sigmoid: bool = False
+    """The share of an expert is the sigmoid of its score.  False: shares are the softmax of the scores."""
+    normed: bool = False
+    """The weights of the experts that a token takes are divided by their sum."""
+    sum_eps: float = 0.0
+    """Is added to the sum."""
+    scale: float = 1.0
+    """What the weights are multiplied by."""
+    biased: bool = False
+    """Experts are chosen by their shares plus a bias of each expert."""

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mbq_export.format.codes import F32, F64, I32, Sliced, decode
+from mbq_export.format.experts import experts_matmul
 from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
 from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
@@ -267,6 +268,57 @@ def gated_cases(rng: np.random.Generator) -> Iterator[tuple[str, onnx.ModelProto
         yield op, model, runs
 
 
+def experts_model(sliced: Sliced, profile: SliceProfile, count: int, *, own: bool, **changes: Any) -> onnx.ModelProto:
+    """A node ExpertsMatMul whose depths are ``dictated``.
+
+    own: whether each expert of a token has an input of its own.
+    """
+    n, k = sliced.codes.shape
+    attrs = {
+        "N": n,
+        "K": k,
+        "group_size": sliced.group_size,
+        "slices": list(profile.slices),
+        "experts": count,
+        **changes,
+    }
+    inputs: Inputs = {
+        "x": (TensorProto.FLOAT, ["b", "s", "j", k] if own else ["b", "s", k]),
+        "experts": (TensorProto.INT64, ["b", "s", "j"]),
+        "routed_by": (TensorProto.FLOAT, ["b", "s", DICTATED_WIDTH]),
+        "avg_bits": (TensorProto.FLOAT, [2]),
+    }
+    constants = {**router_constants(dictating(profile.depths)), **stored(sliced, profile)}
+    model = op_model("ExpertsMatMul", inputs, constants, (TensorProto.FLOAT, ["b", "s", "j", n // count]), **attrs)
+    model.graph.node[0].output.append("depth")
+    model.graph.output.append(helper.make_tensor_value_info("depth", TensorProto.INT32, ["b", "s"]))
+    return model
+
+
+def experts_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, count: int, *, own: bool) -> Runs:
+    """One token and many, with one expert each, two, or all."""
+    k, rows = sliced.codes.shape[1], len(sliced.codes) // count
+    experts = [sliced.rows(slice(at * rows, (at + 1) * rows)) for at in range(count)]
+    runs: Runs = []
+    for tokens, used in ((1, 2), (1, count), (23, 1), (60, 2)):
+        depth = rng.integers(1, spec.profile.depths + 1, tokens).astype(np.int32)
+        chosen = np.stack([rng.permutation(count)[:used] for _ in range(tokens)])
+        x = activations(rng, tokens * (used if own else 1), k, sliced.group_size)
+        x = x.reshape(tokens, used, k) if own else x
+        each = np.broadcast_to(x if own else x[:, None], (tokens, used, k))
+        allowed = np.zeros((tokens, used, rows))
+        for m, j in np.ndindex(chosen.shape):
+            allowed[m, j] = matmul_tolerance(each[m, j][None], depth[m : m + 1], experts[chosen[m, j]], spec)[0]
+        runs.append(
+            {
+                "in": {"x": x[None], "experts": chosen[None], **dictated(depth[None])},
+                "out": {"y": experts_matmul(x, chosen, depth, experts, spec)[None], "depth": depth[None]},
+                "tol": {"y": allowed[None], "depth": 0},
+            }
+        )
+    return runs
+
+
 SHAPES = {
     32: ((40, 576), (16, 96), (200, 1536)),
     64: ((40, 576), (16, 896), (200, 1536)),
@@ -285,6 +337,12 @@ def prepare(folder: Path, spec: KernelSpec, seed: int = 0) -> None:
     sliced = weight(rng, 50, SHAPES[group][0][1], group)
     for depth in range(1, profile.depths + 1):
         save_case(folder, f"gather_d{depth}", *gather_case(rng, sliced, profile, depth))
+    sliced = weight(rng, 5 * 48, SHAPES[group][0][1], group)
+    for own in (False, True):
+        model = experts_model(sliced, profile, 5, own=own)
+        save_case(
+            folder, f"experts_{'own' if own else 'one'}_input", model, experts_runs(rng, sliced, spec, 5, own=own)
+        )
     for name, model, runs in gated_cases(rng):
         save_case(folder, name, model, runs)
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):

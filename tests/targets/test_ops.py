@@ -46,7 +46,7 @@ def test_ops_agree_with_the_reference(
     built = library(target, spec)
     op_cases.prepare(tmp_path, spec)
     cases = sorted(tmp_path.iterdir())
-    assert len(cases) == len(op_cases.SHAPES[group]) + spec.profile.depths + 5
+    assert len(cases) == len(op_cases.SHAPES[group]) + spec.profile.depths + 7
     assert [line for case in cases for line in op_check.check_case(case, built)] == []
 
 

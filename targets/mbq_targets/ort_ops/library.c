@@ -63,8 +63,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   OrtApi *api = base->GetApi(ORT_VERSION);
   if (api == NULL) return NULL; /* ONNX Runtime before 1.17 then reports the ops as unknown */
   ort_api = api;
-  static const OrtCustomOp *const ops[] = {&mbq_routed_matmul_op, &mbq_gather_op, &mbq_gated_silu_op,
-                                           &mbq_gated_gelu_op,
+  static const OrtCustomOp *const ops[] = {&mbq_routed_matmul_op, &mbq_experts_matmul_op, &mbq_gather_op,
+                                           &mbq_gated_silu_op, &mbq_gated_gelu_op,
 #if MBQ_KV_BITS == 8
                                            &mbq_cached_attention_op,
 #endif

@@ -9,7 +9,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_RANK = 8, MAX_INPUTS = 10 + MBQ_DEPTHS, NAME_BYTES = 128 };
+enum { MAX_RANK = 8, MAX_INPUTS = 11 + MBQ_DEPTHS, NAME_BYTES = 128 };
 
 #define TRY(call)                     \
   do {                                \
@@ -56,9 +56,10 @@ int64_t elements(const Shape *shape);
 /* The last dimension must be k; *rows is the product of the others. */
 OrtStatus *check_rows(const Node *node, const char *what, const Shape *shape, int64_t k, int64_t *rows);
 
-/* Sizes of a sliced weight [n, k]: row blocks and groups along K. */
+/* Sizes of a sliced weight [n, k]: row blocks and groups along K. It may be a part of a stored weight that has
+ * `stored_blocks` row blocks; the part begins at row block `first`. */
 typedef struct Weight {
-  int64_t n, k, blocks, groups;
+  int64_t n, k, blocks, groups, first, stored_blocks;
 } Weight;
 typedef struct Stored {
   const uint8_t *planes;       /* of the first slice */
@@ -118,7 +119,8 @@ void *thread_scratch(size_t bytes);
 
 /* ---- the ops ---- */
 
-extern const OrtCustomOp mbq_routed_matmul_op, mbq_gather_op, mbq_gated_silu_op, mbq_gated_gelu_op, mbq_cached_attention_op;
+extern const OrtCustomOp mbq_routed_matmul_op, mbq_experts_matmul_op, mbq_gather_op, mbq_gated_silu_op,
+    mbq_gated_gelu_op, mbq_cached_attention_op;
 
 /* Fields that are the same for every op. */
 const char *any_provider(const OrtCustomOp *op);

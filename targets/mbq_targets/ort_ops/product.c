@@ -33,7 +33,8 @@ typedef struct Job {
 
 static void gemv_blocks(const Job *job, int64_t begin, int64_t end, float *y) {
   CALL(job->kernel, PTR(job->q), PTR(job->step), PTR(job->total), WEIGHT(job->stored), PTR(y),
-       INT(job->weight->blocks), INT(job->weight->groups), INT(begin), INT(end));
+       INT(job->weight->stored_blocks), INT(job->weight->groups), INT(job->weight->first + begin),
+       INT(job->weight->first + end));
 }
 
 static void gemv_piece(void *data, size_t index) {
@@ -55,8 +56,9 @@ static void gemm_blocks(const Job *job, uint8_t *scratch, int64_t begin, int64_t
     if (job->count[d] > 0)
       CALL(many[d][job->count[d] > MBQ_FEW_TOKENS], PTR(job->q + place * MBQ_TILE_K),
            PTR(job->step + place * groups), PTR(job->total + place * groups), WEIGHT(job->stored), PTR(y), PTR(scratch),
-           PTR(job->tokens + place), PTR(job->sums + place * groups), INT(job->weight->blocks), INT(groups),
-           INT(job->rows), INT(begin), INT(end), INT(job->count[d]), INT(stride));
+           PTR(job->tokens + place), PTR(job->sums + place * groups), INT(job->weight->stored_blocks), INT(groups),
+           INT(job->rows), INT(job->weight->first + begin), INT(job->weight->first + end), INT(job->count[d]),
+           INT(stride));
 }
 
 static void gemm_piece(void *data, size_t index) {

@@ -149,6 +149,7 @@ OrtStatus *weight_init(const Node *node, const OrtKernelInfo *info, size_t first
                 (long long)weight->n, (long long)weight->k, MBQ_GROUP);
   weight->blocks = (weight->n + MBQ_ROW_BLOCK - 1) / MBQ_ROW_BLOCK;
   weight->groups = weight->k / MBQ_GROUP;
+  weight->first = 0, weight->stored_blocks = weight->blocks;
   for (size_t e = 0; e < MBQ_DEPTHS; ++e)
     if (node->known[first + e]) TRY(check_planes(node, weight, e, &node->shapes[first + e]));
   const size_t scales = first + MBQ_DEPTHS;
