@@ -105,6 +105,20 @@ def test_outputs_that_no_exported_graph_has_are_refused() -> None:
         infer([node_of], {}, X, MOST)
 
 
+def test_a_token_has_as_many_experts_as_rows_of_them() -> None:
+    shapes = {"x": (1, 5, 8), "e": (1, 5, 2), "by": (1, 5, 16), "own": (1, 5, 2, 8)}
+    values = {name: Value(shape) for name, shape in shapes.items()}
+
+    def made(x: str, **changes: Any) -> tuple[int, ...]:
+        op = node("ai.mbq.ExpertsMatMul", f"{x} e by", "y", **{"N": 30, "K": 8, "experts": 3, **changes})
+        return infer([op], {}, values, MOST)["y"].shape
+
+    assert made("x") == made("own") == (1, 5, 2, 10)
+    for x, changes in (("by", {}), ("x", {"N": 31}), ("x", {"experts": 1}), ("x", {"K": 16})):
+        with pytest.raises(ValueError, match="does not fit its inputs"):
+            made(x, **changes)
+
+
 def test_a_memory_gets_a_decay_and_a_strength_of_each_token() -> None:
     shapes = {"q": (1, 5, 6), "k": (1, 5, 6), "v": (1, 5, 16), "s": (1, 4, 3, 4), "d": (1, 5, 4), "b": (1, 5, 4)}
     heads = {"q_num_heads": 2, "kv_num_heads": 4}

@@ -116,6 +116,17 @@ def joins() -> Iterator[Case]:
         yield Case("NonZero", (shape,), {})
 
 
+def choices() -> Iterator[Case]:
+    for count, axis in itertools.product((-1, 0, 1, 2, 4, 5), AXES):
+        yield Case("TopK", (X, ints(count)), {"axis": axis})
+    yield Case("TopK", (X, ints(1)), {})
+    yield Case("TopK", (X, ints(1, 2)), {"axis": -1})
+    for places, axis in itertools.product(((2, 3, 1), (2, 3, 4), (2, 3, 6), (1, 3, 1), (2, 3), (2, 3, 0)), AXES):
+        yield Case("GatherElements", (X, np.zeros(places, np.int64)), {"axis": axis})
+        for numbers in (places, (2, 3, 1)):
+            yield Case("ScatterElements", (X, np.zeros(places, np.int64), numbers), {"axis": axis})
+
+
 def given(case: Case, path: Path, outputs: int) -> list[Shape] | None:
     """What ONNX Runtime gives; None where it refuses.  The graph is at ``path``."""
     names = [f"in.{i}" for i in range(len(case.inputs))]
@@ -155,11 +166,11 @@ def inferred(case: Case, path: Path, outputs: int) -> list[Value] | None:
     return [found.get(f"out.{i}", Value((-1,))) for i in range(outputs)]
 
 
-@pytest.mark.parametrize("cases", [reductions, reshapes, parts, joins])
+@pytest.mark.parametrize("cases", [reductions, reshapes, parts, joins, choices])
 def test_what_is_inferred_is_what_the_operator_gives(cases: Any, tmp_path: Path) -> None:
     right, refused = 0, 0
     for case in cases():
-        outputs = case.attributes.get("num_outputs", 2) if case.op == "Split" else 1
+        outputs = 2 if case.op == "TopK" else case.attributes.get("num_outputs", 2) if case.op == "Split" else 1
         actual = given(case, tmp_path / "one.onnx", max(outputs, 1))
         known = inferred(case, tmp_path / "one.onnx", max(outputs, 1))
         if known is None:

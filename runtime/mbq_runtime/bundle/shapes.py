@@ -432,6 +432,41 @@ def _routed_product(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     return [*_packed_product(inputs, attributes), Value(_given(inputs, 1).shape[:-1])]
 
 
+def _of_experts(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """[1, tokens, K] or [1, tokens, used, K], and the experts of each token [1, tokens, used]."""
+    x, chosen, routed = (_given(inputs, at).shape for at in range(3))
+    rows, count = attributes["N"], attributes["experts"]
+    if len(chosen) != 3 or x not in ((*chosen[:2], attributes["K"]), (*chosen, attributes["K"])):
+        raise ValueError
+    if routed[:-1] != chosen[:2] or not 0 < chosen[2] <= count or rows % count:
+        raise ValueError
+    return [Value((*chosen, rows // count)), Value(routed[:-1])]
+
+
+def _largest(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """The largest numbers along the last axis, and their places."""
+    shape, (count,) = _given(inputs, 0).shape, _numbers(inputs[1])
+    if _axis(attributes, -1, len(shape)) != len(shape) - 1 or not 0 < count <= shape[-1]:
+        raise ValueError
+    return [Value((*shape[:-1], count))] * 2
+
+
+def _scattered(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """Numbers put to places along the last axis."""
+    data, places, numbers = (_given(inputs, at).shape for at in range(3))
+    if _axis(attributes, 0, len(data)) != len(data) - 1 or places != numbers or places[:-1] != data[:-1]:
+        raise ValueError
+    return [Value(data)]
+
+
+def _picked(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
+    """Numbers of places along the last axis."""
+    data, places = (_given(inputs, at).shape for at in range(2))
+    if _axis(attributes, 0, len(data)) != len(data) - 1 or places[:-1] != data[:-1]:
+        raise ValueError
+    return [Value(places)]
+
+
 def _packed_gather(inputs: _Inputs, attributes: _Attributes) -> list[Value]:
     return [Value((*_given(inputs, 0).shape, attributes["K"]))]
 
@@ -515,7 +550,20 @@ _RULES: dict[str, _Rule] = {
         ("BitShift", "BitwiseAnd", "Greater", "GreaterOrEqual", "LessOrEqual", "Max", "Min", "Where"), _spread
     ),
     **dict.fromkeys(
-        ("Abs", "Cast", "Clip", "Gelu", f"{_MS}QuickGelu", "Log", "Round", "ScatterND", "Sigmoid", "Sqrt", "Tanh"),
+        (
+            "Abs",
+            "Cast",
+            "Clip",
+            "Gelu",
+            f"{_MS}QuickGelu",
+            "Log",
+            "Round",
+            "ScatterND",
+            "Sigmoid",
+            "Softmax",
+            "Sqrt",
+            "Tanh",
+        ),
         _same,
     ),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
@@ -529,6 +577,7 @@ _RULES: dict[str, _Rule] = {
     "Div": _arithmetic(_quotient),
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherElements": _picked,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": _product,
@@ -536,13 +585,16 @@ _RULES: dict[str, _Rule] = {
     "NonZero": _non_zero,
     "Pad": _pad,
     "Reshape": _reshape,
+    "ScatterElements": _scattered,
     "Shape": _shape,
     "Slice": _slice,
     "Split": _split,
     "Sub": _arithmetic(lambda a, b: a - b),
+    "TopK": _largest,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     f"{_MBQ}CachedAttention": _cached_attention,
+    f"{_MBQ}ExpertsMatMul": _of_experts,
     f"{_MBQ}RoutedMatMul": _routed_product,
     f"{_MBQ}SlicedGather": _packed_gather,
     f"{_MS}CausalConvWithState": _convolution,
@@ -558,6 +610,7 @@ _RULES: dict[str, _Rule] = {
 _INNER: dict[str, Callable[[_Inputs, _Attributes], int]] = {
     "Gemm": lambda inputs, attributes: _given(inputs, 0).shape[0 if attributes.get("transA", 0) else 1],
     "MatMul": lambda inputs, _: _given(inputs, 0).shape[-1],
+    f"{_MBQ}ExpertsMatMul": lambda _, attributes: int(attributes["K"]),
     f"{_MBQ}RoutedMatMul": lambda _, attributes: int(attributes["K"]),
     f"{_MS}MatMulNBits": lambda _, attributes: int(attributes["K"]),
 }
