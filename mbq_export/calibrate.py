@@ -33,9 +33,9 @@ from mbq_runtime.errors import UsageError
 
 from . import processes, quality
 from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
-from .check import check_sliced, check_transformed
+from .check import check_sliced, check_transformed, looser
 from .context import Calibration
-from .format.codes import Sliced
+from .format.codes import Sliced, joined
 from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tuned_bits, tunings
 from .model.checkpoint import Checkpoint
 from .model.recording import Recording, check_prompt, record, record_sliced
@@ -132,7 +132,7 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
         head_input = rotate(checkpoint, calibration.seed)
     else:
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
-    check_transformed(original, record(checkpoint, original.prompt))
+    check_transformed(original, record(checkpoint, original.prompt), looser(d))
     embedding = (
         None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, calibration.profile, "embedding")
     )
@@ -148,8 +148,10 @@ def _round(calibration: Calibration) -> dict[str, Sliced]:
     for i, unit in enumerate(units):
         found = store.get(unit.name)
         if found is None:
-            rounded = rtn.slice_weight(checkpoint.weight(unit), group_size, calibration.profile, unit.name)
-            found = store.put(unit.name, {unit.name: rounded})
+            # One layer at a time: a unit of experts has hundreds.
+            weights = (linear.weight.detach().cpu().numpy() for linear, _ in checkpoint.layers(unit))
+            rounded = [rtn.slice_weight(of_one, group_size, calibration.profile, unit.name) for of_one in weights]
+            found = store.put(unit.name, {unit.name: joined(rounded)})
         slices |= found
         checkpoint.release(unit)
         progress(i + 1, len(units))
@@ -202,7 +204,7 @@ def _select_routers(
     stats = measure_gains(calibration, slices, fitted_windows, keep_inputs=keep_inputs)
     fitted = {}
     for i, name in enumerate(names):
-        fitted[name] = select.fit_routers(calibration, name, stats, slices)
+        fitted[name] = select.fit_routers(calibration, name, stats)
         calibration.report("fitting routers", i + 1, len(names))
     if calibration.method.brief and len(fitted) == 1:
         return select.Selected(names[0], fitted[names[0]], {})

@@ -59,8 +59,8 @@ class RoutedLinear:
 
     @property
     def parameters(self) -> int:
-        """Weights of the unit."""
-        return int(self.sliced.codes.size)
+        """Weights of the unit that a token reads."""
+        return self.unit.read_of(int(self.sliced.codes.size))
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,7 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "layers": plan.decoder.layers,
         "parameters": plan.parameters,
         "routed_parameters": plan.routed_parameters,
+        "read_parameters": plan.read_parameters,
         "bytes_per_token": {f"{bits:g}": plan.bytes_per_token(bits) for bits in plan.profile.depth_bits},
         "context_bytes": {
             "each_token": plan.decoder.token_bytes(prepared.options.kv_bits),
@@ -294,7 +295,8 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
         yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers_of(role)}"
     by_depth = (f"{plan.bytes_per_token(bits) / 1e6:.0f} MB at {bits} bits" for bits in plan.profile.depth_bits)
-    yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {', '.join(by_depth)}"
+    of_all = "" if plan.read_parameters == plan.routed_parameters else f"{plan.read_parameters / 1e6:.0f} M of them, "
+    yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {of_all}{', '.join(by_depth)}"
     besides = f", and its states {d.state_bytes / 1e6:.1f} MB" if d.state_bytes else ""
     token_kb = d.token_bytes(prepared.options.kv_bits) / 1e3
     yield "Context", f"on the board, each token takes {token_kb:.0f} kB of memory{besides}"

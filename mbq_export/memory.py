@@ -49,7 +49,7 @@ def activation_bytes(decoder: Decoder) -> int:
     Args:
         decoder: the model.
     """
-    widths = sum((2 * n + 2 * k) * decoder.layers_of(role) for role, (n, k) in decoder.role_shapes.items())
+    widths = sum((2 * n + 2 * k) * decoder.layers_of(role) for role, (n, k) in decoder.token_widths.items())
     widths += decoder.heads * CONTEXT_TOKENS * decoder.layers_of("attn_in")
     return 4 * CONTEXT_TOKENS * (widths + _delta_width(decoder) * decoder.layers_of("delta_in"))
 
@@ -64,10 +64,10 @@ def _delta_width(decoder: Decoder) -> int:
 
 
 def router_input_bytes(decoder: Decoder, tokens: int) -> int:
-    """Bytes of every unit's input in float16.
+    """Bytes of the inputs of every unit's router in float16.
 
     Args:
         decoder: the model.
         tokens: number of tokens.
     """
-    return 2 * tokens * sum(k for _, k in decoder.unit_shapes().values())
+    return 2 * tokens * sum(decoder.router_widths().values())

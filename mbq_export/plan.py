@@ -12,6 +12,7 @@ from . import memory
 from .format.nbits import packed_bits
 from .methods import (
     CONTEXT_TOKENS,
+    METHODS,
     MLP_HIDDEN,
     TUNE_ROUTED,
     TUNE_SCALES,
@@ -29,6 +30,9 @@ ROW_SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 0}
 
 _ROUTER_CASES = 14
 """Most ways to route a model that are compared side by side: four kinds at three budgets, and both ends."""
+
+_MOST_MOMENT_WINDOWS = max(method.hessian_windows for method in METHODS.values())
+"""Windows of text that second moments are measured on."""
 
 _LIBRARIES_BYTES = 1 << 29
 """Memory of torch, transformers and TVM, and of their allocators.  Their mapped files do not count."""
@@ -58,7 +62,7 @@ class Plan:
     def router_bytes(self) -> int:
         """Size of the routers' parameters; of the largest kind while it is to be chosen."""
         steps = self.profile.depths - 1
-        widths = [k for _, k in self.decoder.unit_shapes().values()]
+        widths = self.decoder.router_widths().values()
         rules = len(widths) * 8 * steps
         if self.router_kind not in ("auto", "mlp"):
             return rules
@@ -68,6 +72,17 @@ class Plan:
     def routed_parameters(self) -> int:
         """Number of weights that are sliced and routed."""
         return sum(n * k for n, k in self.decoder.unit_shapes().values())
+
+    @property
+    def read_parameters(self) -> int:
+        """Number of routed weights that a token reads: of experts those that it takes."""
+        return sum(n * k for n, k in self._read_shapes)
+
+    @property
+    def _read_shapes(self) -> Collection[tuple[int, int]]:
+        # A graph of stock operators computes all experts.
+        d, native = self.decoder, self.layout == NATIVE_LAYOUT
+        return (d.read_shapes() if native else d.unit_shapes()).values()
 
     @property
     def parameters(self) -> int:
@@ -80,10 +95,11 @@ class Plan:
         Args:
             avg_bits: average bits per weight.
         """
-        rows = sum(n for n, _ in self.decoder.unit_shapes().values())
-        scales = self.routed_parameters * SCALE_BYTES[self.layout] // self.group_size
+        read, rows = self.read_parameters, sum(n for n, _ in self._read_shapes)
+        scales = read * SCALE_BYTES[self.layout] // self.group_size
         scales += rows * ROW_SCALE_BYTES[self.layout]
-        return round(self.routed_parameters * self.stored_bits(avg_bits) / 8) + scales + self.router_bytes
+        besides = self.router_bytes + self.decoder.chooser_bytes
+        return round(read * self.stored_bits(avg_bits) / 8) + scales + besides
 
     def stored_bits(self, avg_bits: float) -> float:
         """Bits read per weight: more than ``avg_bits`` where the layout pads its fields.
@@ -105,7 +121,7 @@ class Plan:
         d = self.decoder
         per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES[self.layout] / self.group_size
         rotary = len(d.rotary_kinds) * d.context_length * d.head_dim * 4
-        return round(self.parameters * per_weight) + rotary + self.router_bytes + (16 << 20)
+        return round(self.parameters * per_weight) + rotary + self.router_bytes + d.chooser_bytes + (16 << 20)
 
     @property
     def weights_file_bytes(self) -> int:
@@ -114,10 +130,16 @@ class Plan:
 
     @property
     def work_bytes(self) -> int:
-        """Size of the files that calibration keeps beside the first output: float32 weights, and finished slices."""
-        return self.weights_file_bytes + round(
-            self.routed_parameters * (1 + SCALE_BYTES[NATIVE_LAYOUT] / self.group_size)
-        )
+        """Size of the files beside the first output: float32 weights, finished slices, and packed experts."""
+        slices = round(self.routed_parameters * (1 + SCALE_BYTES[NATIVE_LAYOUT] / self.group_size))
+        return self.weights_file_bytes + slices + self.packed_experts_bytes
+
+    @property
+    def packed_experts_bytes(self) -> int:
+        """Size of the files in which packed matrices of experts wait until they are written."""
+        d = self.decoder
+        share = sum(n * k * d.layers_of(role) for role, (n, k) in d.role_shapes.items() if role.startswith("experts"))
+        return self.disk_bytes * share // self.parameters
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -154,7 +176,8 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
     seen = 0
     if kept > memory.KEPT_ACTIVATION_BYTES:
         kept, in_use = kept // d.layers + 4 * tokens * d.layers * d.hidden_size, block + head
-        seen = 4 * tokens * sum(n + k for n, k in d.unit_shapes().values())
+        of_blocks = sum((n + k) * d.layers_of(role) for role, (n, k) in d.token_widths.items())
+        seen = 4 * tokens * (of_blocks + d.vocab_size + d.hidden_size)
 
     # Scales and offsets before and after tuning, their gradients, and Adam's two moments.
     tuned = 2 * 4 * 5 * (plan.routed_parameters // plan.group_size)
@@ -170,23 +193,40 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         min(memory.router_input_bytes(d, of), memory.ROUTER_INPUT_BYTES)
         for of in (measured, TUNING_ROUTER_WINDOWS * tokens)
     )
+    expert_inputs, token_weights = _expert_bytes(plan)
     measuring = after + kept + seen + 4 * head + 4 * (depths + 4) * logits
     return {
         # Rotations are computed in float64.
         "rotating": before + 4 * 8 * min(max(largest, head), memory.WEIGHTS_AT_ONCE),
-        "computing token weights": before + kept * fast // 4 + fast * in_use + 20 * logits,
+        "computing token weights": before + token_weights + kept * fast // 4 + fast * in_use + 20 * logits,
         # Second moments of the inputs, and of one layer three copies to invert them, and then their factor.
-        "slicing": before + 8 * sum(k * k for _, k in shapes)
+        "slicing": before + token_weights + expert_inputs + 8 * sum(k * k for _, k in shapes)
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
-        "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head,
+        "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head
+        if plan.tunings else 0,
         "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head) + 2 * 4 * logits
         + 4 * _ROUTER_CASES * measured * d.hidden_size,
-        "writing": _LIBRARIES_BYTES + plan.disk_bytes + 4 * max(largest, head),
+        # Packed experts wait in files; of one unit codes, planes and scales are in memory.
+        "writing": _LIBRARIES_BYTES + plan.disk_bytes - plan.packed_experts_bytes + 4 * max(largest, head),
     }  # fmt: skip
+
+
+def _expert_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the inputs of a block's experts, and of the weights of tokens in all layers of experts.
+
+    Second moments are computed of one expert at a time, from the inputs of all.
+    """
+    d, tokens = plan.decoder, min(plan.calib_tokens, _MOST_MOMENT_WINDOWS * CONTEXT_TOKENS)
+    blocks = d.layers_of("experts_in")
+    if d.experts is None or not blocks:
+        return 0, 0
+    pairs = sum(d.token_widths[role][1] for role in ("experts_in", "experts_out"))
+    layers = 3 * d.experts.count * blocks
+    return memory.fast_bytes() * pairs * tokens, 4 * layers * tokens if plan.tunings else 0
 
 
 def depth_budgets(profile: SliceProfile) -> list[float]:

@@ -85,7 +85,10 @@ def prepare(settings: Settings) -> Prepared:
         if bits not in _BITS:
             raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
     source = locate(settings.model)
-    for name, (_, width) in read_config(source).unit_shapes().items():
+    decoder = read_config(source)
+    if decoder.experts is not None:
+        raise UsageError(f"{source.name}: models with experts are not compared; compare one without experts")
+    for name, (_, width) in decoder.unit_shapes().items():
         if width % settings.group_size:
             raise UsageError(f"--group-size {settings.group_size} does not divide K = {width} of {name}")
     contents = {name: _text(name) for name in texts.expanded(settings.data)}

@@ -12,6 +12,7 @@ and the rest of a weight's value is in ``centre`` and in what each depth adds to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 
 import numpy as np
@@ -62,6 +63,22 @@ def half_steps(profile: SliceProfile) -> list[float]:
         for ratio, bits, fields in zip(ratios, profile.depth_bits, middles, strict=True)
     ]
     return [value - found[0] for value in found]
+
+
+def side_by_side(tensors: Mapping[str, NDArray[np.generic]], count: int) -> dict[str, NDArray[np.generic]]:
+    """The tensors of a matrix whose rows are cut into parts that stand beside each other: [N / count, count * K].
+
+    A sum of products with each part is then one product.
+
+    Args:
+        tensors: of the matrix [N, K], as ``pack_nbits`` makes them.
+        count: of parts.
+    """
+    found = dict[str, NDArray[np.generic]]()
+    for name, tensor in tensors.items():
+        parts = np.swapaxes(tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]), 0, 1)
+        found[name] = parts.reshape(parts.shape[0], -1, *tensor.shape[2:])
+    return found
 
 
 def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.generic]]:

@@ -12,6 +12,7 @@ Lifecycle of one pass over a token::
     embed
     for each layer:  norm or add -> linear -> attention, convolution or delta -> linear [-> post_norm]
                      norm or add -> linear -> gate                            -> linear [-> post_norm]
+                                 or experts
     final_norm [-> head_input] -> logits
 
 A family without norms before its blocks adds where the others norm.
@@ -31,7 +32,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_targets.spec import DeltaNet
+from mbq_runtime.errors import BuildError
+from mbq_targets.spec import DeltaNet, Experts
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
@@ -134,6 +136,20 @@ class Gate:
     """
 
     name: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class ExpertsStep:
+    """What a block's experts compute (``format.experts``).
+
+    name: in a graph; layer: index of the block; shape: of the experts; activation: of their gates, a value of
+    ``families.ACTIVATIONS``.
+    """
+
+    name: str
+    layer: int
+    shape: Experts
     activation: str
 
 
@@ -260,6 +276,23 @@ class Builder(ABC, Generic[V]):
             The product, [tokens, ffn].
         """
 
+    def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: V, routed_by: V) -> V:
+        """Choose the experts of each token, and add up their outputs.  An engine without experts leaves this out.
+
+        Args:
+            experts: what scores them, their number, their activation.
+            layers: gate and up of each expert, [experts * 2 * ffn, hidden]; down of each, [experts * hidden, ffn].
+            x: input of the block, [tokens, hidden].
+            routed_by: what both routers read, [tokens, hidden].
+
+        Returns:
+            The sum, [tokens, hidden].
+
+        Raises:
+            BuildError: the engine has no experts.
+        """
+        raise BuildError(f"{experts.name}: experts run on ONNX Runtime alone; use --engine onnx and another target")
+
     @abstractmethod
     def final_norm(self, residual: V, branch: V | None, norm: Norm, feeds: RoutedLinear) -> tuple[V, V]:
         """As ``norm``, before the head.  Only tokens whose logits are wanted need it.
@@ -359,28 +392,34 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
     residual, branch = builder.embed(_embedding(decoder, calibrated)), None
     for layer in range(decoder.layers):
         linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
-        for part in (decoder.mixer(layer), "mlp"):
+        for part in (decoder.mixer(layer), decoder.feed_forward(layer)):
             reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
             name, source = f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in")
             if source is None:
                 x, residual = builder.add(residual, branch, f"{name}.sum", reads)
             else:
                 x, residual = builder.norm(residual, branch, Norm(name, source), reads)
-            stacked = builder.linear(reads, x, residual)
-            if part == "attn":
-                inner = builder.attention(_attention(decoder, layer), stacked, writes)
-            elif part == "delta" and decoder.delta is not None:
-                inner = builder.delta(Delta(f"layers.{layer}.delta", layer, decoder.delta), stacked, writes)
-            elif part == "conv":
-                convolution = Convolution(f"layers.{layer}.convolution", layer, decoder.convolution(layer))
-                inner = builder.convolution(convolution, stacked, writes)
+            if part == "experts":
+                branch = builder.experts(_experts(decoder, layer), (reads, writes), x, residual)
             else:
-                inner = builder.gate(Gate(f"layers.{layer}.mlp.gated", decoder.activation), stacked, writes)
-            branch = builder.linear(writes, inner, inner)
+                inner = _inner(decoder, layer, part, builder, builder.linear(reads, x, residual), writes)
+                branch = builder.linear(writes, inner, inner)
             post_norm = decoder.output_norm(layer, f"{part}_out")
             if post_norm is not None:
                 branch = builder.post_norm(branch, Norm(f"layers.{layer}.{part}_post_norm", post_norm))
     return Stream(residual, branch)
+
+
+def _inner(decoder: Decoder, layer: int, part: str, builder: Builder[V], stacked: V, writes: RoutedLinear) -> V:
+    """What a part of a block computes between its two linear layers."""
+    if part == "attn":
+        return builder.attention(_attention(decoder, layer), stacked, writes)
+    if part == "delta" and decoder.delta is not None:
+        return builder.delta(Delta(f"layers.{layer}.delta", layer, decoder.delta), stacked, writes)
+    if part == "conv":
+        convolution = Convolution(f"layers.{layer}.convolution", layer, decoder.convolution(layer))
+        return builder.convolution(convolution, stacked, writes)
+    return builder.gate(Gate(f"layers.{layer}.mlp.gated", decoder.activation), stacked, writes)
 
 
 def walk_head(decoder: Decoder, calibrated: Calibrated, builder: Builder[V], stream: Stream[V]) -> V:
@@ -409,6 +448,11 @@ def _embedding(decoder: Decoder, calibrated: Calibrated) -> Embedding:
     if own is None:
         return Embedding(decoder.head.name, calibrated.units[decoder.head.name].sliced, factors)
     return Embedding("embedding", own, factors if decoder.embedding_scale != 1 else None)
+
+
+def _experts(decoder: Decoder, layer: int) -> ExpertsStep:
+    assert decoder.experts is not None
+    return ExpertsStep(f"layers.{layer}.experts", layer, decoder.experts, decoder.activation)
 
 
 def _attention(decoder: Decoder, layer: int) -> Attention:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format import nbits, planes
 from ..format.codes import Sliced
 from ..model.checkpoint import Checkpoint
+from ..model.mapped_weights import arrays_in_file
 from ..model.shape import Decoder
 from .decoder import (
     Attention,
@@ -31,6 +33,7 @@ from .decoder import (
     Convolution,
     Delta,
     Embedding,
+    ExpertsStep,
     Gate,
     Norm,
     first_depths,
@@ -40,6 +43,7 @@ from .decoder import (
 )
 from .onnx_attention import MS, AttentionNodes
 from .onnx_delta import delta_nodes
+from .onnx_experts import ExpertNodes
 from .onnx_functions import GATES, portable_functions
 from .onnx_graph import Array, Graph
 from .onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_IMPORTS
@@ -82,7 +86,13 @@ class Lowered(NamedTuple):
 
 
 def lower(
-    checkpoint: Checkpoint, calibrated: Calibrated, layout_name: str, activation_bits: int = 16, kv_bits: int = 32
+    checkpoint: Checkpoint,
+    calibrated: Calibrated,
+    layout_name: str,
+    activation_bits: int = 16,
+    *,
+    kv_bits: int = 32,
+    folder: Path | None = None,
 ) -> Lowered:
     """Lower a decoder to ONNX.
 
@@ -92,13 +102,14 @@ def lower(
         layout_name: a key of ``LAYOUTS``.
         activation_bits: 8 or 16, of the integers that the portable ops round activations to.
         kv_bits: bits of a cached key or value: 32 for float32, or 8, which only a native graph can have.
+        folder: where packed matrices of experts wait in files without names; None to hold them in memory.
 
     Returns:
         The model and its tensors.
     """
     layout, decoder = LAYOUTS[layout_name], checkpoint.decoder
     calibrated = in_engine_order(checkpoint, calibrated)
-    builder = OnnxBuilder(checkpoint, calibrated, layout, kv_bits)
+    builder = OnnxBuilder(checkpoint, calibrated, layout, kv_bits=kv_bits, folder=folder)
     builder.attentions.positions()
     walk_head(decoder, calibrated, builder, walk_blocks(decoder, calibrated, builder))
     builder.bits_used()
@@ -129,16 +140,26 @@ class OnnxBuilder(Builder[str]):
         calibrated: its slices and routers.
         layout: how matrices are stored.
         kv_bits: bits of a cached key or value, 8 or 32.
+        folder: where packed matrices of experts wait, see ``lower``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated, layout: Layout, kv_bits: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibrated: Calibrated,
+        layout: Layout,
+        *,
+        kv_bits: int = 32,
+        folder: Path | None = None,
+    ) -> None:
         self.checkpoint, self.decoder = checkpoint, checkpoint.decoder
-        self.calibrated, self.layout = calibrated, layout
+        self.calibrated, self.layout, self.folder = calibrated, layout, folder
         self.graph = Graph()
         self.depths: list[str] = []
         self.shared_table: str | None = None
         self.matrices: dict[str, list[str]] = {}
         self.attentions = AttentionNodes(self.graph, checkpoint, kv_bits)
+        self.expert_nodes = ExpertNodes(self.graph, checkpoint)
 
     def embed(self, embedding: Embedding) -> str:
         g, d = self.graph, self.decoder
@@ -199,6 +220,31 @@ class OnnxBuilder(Builder[str]):
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self.graph.node(GATES[gate.activation], [stacked], gate.name, DOMAIN)
+
+    def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: str, routed_by: str) -> str:
+        nodes, (reads, writes) = self.expert_nodes, layers
+        gate = Gate(f"{experts.name}.gated", experts.activation)
+        chosen = nodes.choose(experts, x)
+        if not self.layout.portable:
+            gated = self.gate(gate, self._of_chosen(reads, x, chosen.indices, routed_by), writes)
+            return nodes.added(experts, self._of_chosen(writes, gated, chosen.indices, routed_by), chosen)
+        gated = self.gate(gate, nodes.apart(experts, self.linear(reads, x, routed_by)), writes)
+        name, depth = writes.unit.name, f"{writes.unit.name}.depth"
+        self.depths.append(depth)
+        row = nodes.side_by_side(experts, gated, chosen)
+        return self._routed(writes, row, routed_by, name, depth, side_by_side=experts.shape.count)[0]
+
+    def _of_chosen(self, linear: RoutedLinear, x: str, chosen: str, routed_by: str) -> str:
+        """One ExpertsMatMul.  chosen: indices of the experts of each token."""
+        name, depth, experts = linear.unit.name, f"{linear.unit.name}.depth", linear.unit.experts
+        assert experts is not None
+        weights = self._router(linear, self._weights(name, linear.sliced))
+        self.graph.node(
+            "ExpertsMatMul", [x, chosen, routed_by, "avg_bits", *weights], name, DOMAIN, outputs=[name, depth],
+            **self._shape(*linear.sliced.codes.shape), experts=experts.count,
+        )  # fmt: skip
+        self.depths.append(depth)
+        return name
 
     def final_norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         return self.norm(residual, branch, norm, feeds)
@@ -261,18 +307,29 @@ class OnnxBuilder(Builder[str]):
         calibrated = self.calibrated
         return {"N": n, "K": k, "group_size": calibrated.group_size, "slices": list(calibrated.profile.slices)}
 
-    def _weights(self, name: str, sliced: Sliced) -> list[str]:
+    def _weights(self, name: str, sliced: Sliced, side_by_side: int = 1) -> list[str]:
         """Names of a matrix's tensors; a tied table is stored once."""
         if name not in self.matrices:
             packed = self.layout.pack(sliced, self.calibrated.profile)
+            if side_by_side > 1:
+                packed = nbits.side_by_side(packed, side_by_side)
+            if self.folder is not None and ".experts_" in name:
+                packed = arrays_in_file(packed, self.folder)
             self.matrices[name] = [self.graph.tensor(f"{name}.{part}", value) for part, value in packed.items()]
         return self.matrices[name]
 
-    def _routed(self, linear: RoutedLinear, x: str, routed_by: str, output: str, depth: str) -> tuple[str, str]:
-        """One RoutedMatMul and its bias.  output, depth: names of the product and of the tokens' depths."""
+    def _routed(
+        self, linear: RoutedLinear, x: str, routed_by: str, output: str, depth: str, *, side_by_side: int = 1
+    ) -> tuple[str, str]:
+        """One RoutedMatMul and its bias.
+
+        output, depth: names of the product and of the tokens' depths; side_by_side: into how many parts the rows are
+        cut, which then stand beside each other.
+        """
         g, name = self.graph, linear.unit.name
         n, k = linear.sliced.codes.shape
-        weights = self._weights(name, linear.sliced)
+        n, k = n // side_by_side, k * side_by_side
+        weights = self._weights(name, linear.sliced, side_by_side)
         product = output if linear.bias is None else f"{output}.unbiased"
         inputs = [x, routed_by, "avg_bits", *self._router(linear, weights)]
         g.node("RoutedMatMul", inputs, product, DOMAIN, outputs=[product, depth], **self._shape(n, k))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .experts import tokens_of
 from .pieces import pieces
 from .shape import Decoder, Unit, stacked
 from .source import ModelSource
@@ -94,6 +95,27 @@ class Checkpoint:
         assert isinstance(module, torch.nn.Linear)
         return module
 
+    def downs(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Views of what a block's MLP, or each of its experts, writes to the residual stream with.
+
+        Args:
+            layer: index of the block.
+
+        Returns:
+            For each, float32 weight [hidden, ffn], and bias [hidden] or None.
+        """
+        if self.decoder.feed_forward(layer) == "mlp":
+            return [self.part(layer, "down")]
+        return [(self.linear(name).weight, None) for name in self.decoder.expert_layers(layer)[2]]
+
+    def tokens_of(self, name: str) -> torch.Tensor | None:
+        """The tokens of the running pass that a linear layer sees, int64 [rows]: those of an expert, or None for all.
+
+        Args:
+            name: the layer's name in the checkpoint.
+        """
+        return tokens_of(self.model, name)
+
     def layers(self, unit: Unit) -> list[tuple[torch.nn.Linear, slice]]:
         """A unit's linear layers, each with its rows in the stacked matrix.
 
@@ -153,6 +175,23 @@ class Checkpoint:
         linear = self.linear(rows.layer)
         bias = None if linear.bias is None else linear.bias[rows.start : rows.stop]
         return linear.weight[rows.start : rows.stop], bias
+
+    def chooser(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """What scores the experts of a block, and what is added to their shares to choose some.
+
+        Args:
+            layer: index of a block with experts.
+
+        Returns:
+            float32 [experts, hidden], and float32 [experts] or None.
+        """
+        name, bias = self.decoder.chooser(layer), self.decoder.expert_bias(layer)
+        assert name is not None
+        weight = self.model.get_submodule(name).weight.detach().cpu().numpy()
+        if bias is None:
+            return weight, None
+        owner, _, attribute = bias.rpartition(".")
+        return weight, getattr(self.model.get_submodule(owner), attribute).detach().float().cpu().numpy()
 
     def taps(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """What a convolution multiplies the last tokens by.
@@ -242,7 +281,9 @@ class Checkpoint:
         """
         ids = torch.tensor(places)[None].to(self.device)
         of_kind = {"layer_type": kind} if self.decoder.family.local_rotary else {}
-        cos, sin = self.model.model.rotary_emb(torch.zeros(1, device=self.device), ids, **of_kind)
+        cos, sin = self.model.get_submodule(self.decoder.family.rotary)(
+            torch.zeros(1, device=self.device), ids, **of_kind
+        )
         half = cos.shape[-1] // 2
         return cos[0, :, :half].cpu().numpy().copy(), sin[0, :, :half].cpu().numpy().copy()
 

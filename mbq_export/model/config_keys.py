@@ -18,7 +18,8 @@ from typing import Any
 
 _INERT = {
     "initializer_range", "use_cache", "attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop",
-    "pretraining_tp", "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id",
+    "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id",
+    "eod_token_id",
 }  # fmt: skip
 """Keys that change training, or how a model is called, but not what it computes of tokens."""
 

@@ -57,6 +57,13 @@ SIZES = {
     "linear_key_head_dim": Range(1, 1 << 12),
     "linear_value_head_dim": Range(1, 1 << 12),
     "linear_conv_kernel_dim": Range(2, 64),
+    "moe_intermediate_size": Range(1, 1 << 20),
+    "num_experts": Range(0, 1 << 14),
+    "num_local_experts": Range(0, 1 << 14),
+    "num_experts_per_tok": Range(0, 1 << 14),
+    "decoder_sparse_step": Range(1, MOST_LAYERS),
+    "num_dense_layers": Range(0, MOST_LAYERS),
+    "routed_scaling_factor": Range(1e-6, 1e6, whole=False),
     "vocab_size": Range(1, 1 << 22),
     "max_position_embeddings": Range(1, 1 << 24),
     "original_max_position_embeddings": Range(1, 1 << 24),
@@ -84,8 +91,11 @@ ROPE = {
 }
 """The same of ``rope_parameters`` or ``rope_scaling``, or of each kind of layers in it."""
 
+_LAYER = Range(0, MOST_LAYERS)
 _FACTOR = Range(1e-6, 1e6, whole=False)
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_SWITCHES = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "use_expert_bias",
+)  # fmt: skip
 _OBJECTS = ("rope_parameters", "rope_scaling")
 
 
@@ -113,6 +123,9 @@ def _wrong_values(values: Mapping[str, Any]) -> Iterator[str]:
     kinds = values.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         yield f"layer_types is {_shown(kinds)}; a list of names is needed"
+    without = values.get("mlp_only_layers")
+    if without is not None and not (isinstance(without, list) and all(map(_LAYER.holds, without))):
+        yield f"mlp_only_layers is {_shown(without)}; a list of whole numbers from 0 to {MOST_LAYERS} is needed"
 
 
 def _wrong_rope(rope: Any, name: str) -> Iterator[str]:

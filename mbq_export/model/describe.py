@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mbq_runtime.errors import ModelError
-from mbq_targets.spec import DeltaNet
+from mbq_targets.spec import DeltaNet, Experts
 
 from .config_keys import ConfigKeys
 from .families import Family, check_family
@@ -14,6 +14,9 @@ from .shape import CONV, DELTA, FULL, SLIDING, Decoder, QueryGrowth
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The activation function of the gate, by its name in config.json."""
+
+_SUM_EPS = 1e-6
+"""What transformers' LFM2-MoE adds to a sum of weights before it divides by it."""
 
 HEAD_DIM_STEP = 16
 """ONNX Runtime's attention with rotation needs a head size that is a multiple of this on a CPU, and so do delta nets
@@ -54,8 +57,6 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
     window, kinds = _windows(keys, family, layers, where)
     told_tied = bool(keys.get("tie_word_embeddings"))
     beta = keys.rope("llama_4_scaling_beta") if family.growing_queries else None
-    if keys.get("num_local_experts"):
-        raise ModelError(f"{where}: num_local_experts is {keys.get('num_local_experts')}; experts have no lowering")
     return Decoder(
         family=family,
         layers=layers,
@@ -81,6 +82,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         delta=_delta_net(keys, activation, where) if DELTA in kinds else None,
         branch_scale=float(keys.get("residual_multiplier") or 1),
         logits_scale=1 / float(keys.get("logits_scaling") or 1),
+        experts=_experts(keys, family, layers, where),
     )
 
 
@@ -93,6 +95,36 @@ def _windows(keys: ConfigKeys, family: Family, layers: int, where: str) -> tuple
     if unknown:
         raise ModelError(f"{where}: layers of kind {', '.join(sorted(unknown))} have no lowering")
     return window, tuple(kinds)
+
+
+def _experts(keys: ConfigKeys, family: Family, layers: int, where: str) -> Experts | None:
+    """The shape of the experts, or None where no block has some."""
+    if family.experts is None:
+        if keys.get("num_local_experts"):
+            raise ModelError(f"{where}: num_local_experts is {keys.get('num_local_experts')}; experts have no lowering")
+        return None
+    without, every = keys.get("mlp_only_layers") or (), keys.get("decoder_sparse_step") or 1
+    first = keys.get("num_dense_layers") or 0
+    sigmoid = family.experts.sigmoid
+    found = Experts(
+        count=keys.get("num_experts") or keys.get("num_local_experts") or 0,
+        used=keys.get("num_experts_per_tok"),
+        ffn_size=keys.get("moe_intermediate_size") or keys.get("intermediate_size"),
+        blocks=tuple(first <= at and at not in without and (at + 1) % every == 0 for at in range(layers)),
+        sigmoid=sigmoid,
+        # Granite has no such key.  The softmax over the chosen experts alone is the softmax over all, normed.
+        normed=bool(keys.get("norm_topk_prob", True)),
+        sum_eps=_SUM_EPS if sigmoid else 0.0,
+        scale=float(keys.get("routed_scaling_factor") or 1),
+        biased=family.experts.bias is not None and bool(keys.get("use_expert_bias")),
+    )
+    if not found.count or not any(found.blocks):
+        return None
+    if found.used > found.count:
+        raise ModelError(
+            f"{where}: num_experts_per_tok is {found.used} of {found.count} experts; at most all are needed"
+        )
+    return found
 
 
 def _delta_net(keys: ConfigKeys, activation: str, where: str) -> DeltaNet:

@@ -1,8 +1,8 @@
 """The families of decoders: one row each, which says how a checkpoint of the family is built.
 
 A decoder is a list of blocks.  A block is a mixer (attention, a short convolution, or a gated delta net), then a
-feed-forward (a gated MLP), with RMS norms in stated places.  A row says where the family differs from Llama.  Only this
-module knows the names of a checkpoint's modules.
+feed-forward (a gated MLP, or experts), with RMS norms in stated places.  A row says where the family differs from
+Llama.  Only this module knows the names of a checkpoint's modules.
 """
 
 from __future__ import annotations
@@ -89,6 +89,28 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Names of a block with experts, which are gated MLPs of which a token takes a few.
+
+    chooser: the module whose weight, [experts, hidden], scores the experts of a token; experts: the list of experts;
+    layers: gate, up and down of one expert.
+    """
+
+    chooser: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    layers: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    sigmoid: bool = False
+    """The share of an expert is the sigmoid of its score.  False: shares are the softmax of the scores."""
+    bias: str | None = None
+    """What is added to the shares to choose experts, but not to their weights; None for nothing."""
+    joined: tuple[str, str] | None = None
+    """The layers of all experts in the files, if they are there together: gate and up, [experts, 2 * ffn, hidden], and
+    down, [experts, hidden, ffn]."""
+    renamed: tuple[str, str] | None = None
+    """A module's name in the files, and in the model."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family and its differences from Llama.
 
@@ -113,6 +135,8 @@ class Family:
     """In a model with sliding windows only the layers with a window rotate q and k."""
     activation: str | None = None
     """The activation of the gate, in a family whose config does not say it."""
+    rotary: str = "model.rotary_emb"
+    """The name of the module that makes rotations."""
     final_norm: str = "model.norm"
     """The name of the norm before the head."""
     norm_eps: str = "rms_norm_eps"
@@ -126,6 +150,8 @@ class Family:
     """Queries grow with their position by ``llama_4_scaling_beta``."""
     ffn_size: str = "intermediate_size"
     """The key of the MLP's width in config.json."""
+    experts: ExpertNames | None = None
+    """Names of a block with experts.  None: the family has no such block."""
     without: tuple[str, ...] = ()
     """First parts of keys that only describe parts which a supported model of the family does not have."""
 
@@ -139,6 +165,7 @@ FAMILIES = {
         Family("ministral3", "Ministral3ForCausalLM", growing_queries=True),
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", head_norms=HeadNorms()),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", head_norms=HeadNorms(), experts=ExpertNames()),
         Family(
             "qwen3_5_text", "Qwen3_5ForCausalLM",
             linears=_DELTA_NET, norms=_DELTA_NORMS, norm_offset=1.0, head_norms=HeadNorms(), channel_gates=True,
@@ -146,6 +173,14 @@ FAMILIES = {
         Family("smollm3", "SmolLM3ForCausalLM"),
         Family("seed_oss", "SeedOssForCausalLM"),
         Family("granite", "GraniteForCausalLM"),
+        Family(
+            "granitemoe", "GraniteMoeForCausalLM",
+            experts=ExpertNames(
+                "block_sparse_moe.router", "block_sparse_moe.experts",
+                joined=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+                renamed=("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+            ),
+        ),
         Family(
             "granitemoehybrid", "GraniteMoeHybridForCausalLM",
             linears=_SHARED_MLP, ffn_size="shared_intermediate_size",
@@ -182,6 +217,16 @@ FAMILIES = {
             linears=_SHORT_CONV, norms=_LFM_NORMS, final_norm="model.embedding_norm", norm_eps="norm_eps",
             activation="silu",
             head_norms=HeadNorms("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ),
+        Family(
+            "lfm2_moe", "Lfm2MoeForCausalLM",
+            linears=_SHORT_CONV, norms=_LFM_NORMS, final_norm="model.embedding_norm", norm_eps="norm_eps",
+            activation="silu", rotary="model.pos_emb",
+            head_norms=HeadNorms("self_attn.q_layernorm", "self_attn.k_layernorm"),
+            experts=ExpertNames(
+                "feed_forward.gate", "feed_forward.experts", ("w1", "w3", "w2"),
+                sigmoid=True, bias="feed_forward.expert_bias",
+            ),
         ),
         Family(
             "lfm3", "Lfm3ForCausalLM",

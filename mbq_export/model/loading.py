@@ -22,6 +22,9 @@ from .boundary import reading
 from .checkpoint import Checkpoint
 from .config_schema import check_values
 from .describe import describe
+from .empty_model import empty_model, stored_buffers
+from .experts import single_experts
+from .families import FAMILIES
 from .float8 import FLOAT8, float32_weights, is_float8
 from .folding import fold
 from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
@@ -271,29 +274,47 @@ def _check_values(source: ModelSource, name: str, parameter: torch.Tensor) -> No
         )
 
 
-def _empty_model(config: Any) -> Any:
-    """The model of a config, in float32.  Only its parameters are empty: buffers are computed from the config."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-
-
 def _from_gguf(source: ModelSource, config: Any) -> Any:
-    model, file = _empty_model(config), _gguf(source)
+    model, file = empty_model(config), _gguf(source)
     load_weights(model, file)
     file.refuse_unread()
     return model
 
 
 def _from_float8(source: ModelSource, config: Any) -> Any:
-    if source.local is None:
-        raise ModelError(f"{source.name}: float8 weights are read from a folder; download the model and give that")
+    files = weight_files(_folder(source, "float8 weights"))
     del config.quantization_config
-    stored = float32_weights(weight_files(source.local), source.name)
-    model, weights = _empty_model(config), {renamed(name): weight for name, weight in stored.items()}
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return _from_stored(source, config, float32_weights(files, source.name))
+
+
+def _with_experts(source: ModelSource, config: Any, weights_folder: Path | None) -> Any:
+    """The experts' weights as the files have them, one by one: transformers would join all of a block in memory."""
+    from safetensors.torch import load_file
+    from transformers import GenerationConfig
+
+    folder = _folder(source, "models with experts")
+    # The files are mapped into memory.
+    stored = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+    stored = single_experts(stored, FAMILIES[config.model_type])
+    if weights_folder is None:
+        stored = {name: weight.float() for name, weight in stored.items()}
+    model = _from_stored(source, config, stored)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _folder(source: ModelSource, what: str) -> Path:
+    if source.local is None:
+        raise ModelError(f"{source.name}: {what} are read from a folder; download the model and give that")
+    return source.local
+
+
+def _from_stored(source: ModelSource, config: Any, stored: dict[str, torch.Tensor]) -> Any:
+    """The model with weights by their names in the files."""
+    model, weights = empty_model(config), {renamed(name): weight for name, weight in stored.items()}
+    buffers = {name: buffer.shape for name, buffer in stored_buffers(model)}
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()} | buffers
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     _check_names(
         source,
@@ -302,7 +323,9 @@ def _from_float8(source: ModelSource, config: Any) -> Any:
         mismatched={name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape},
         unexpected=weights.keys() - wanted.keys(),
     )
-    for name in wanted.keys() & weights.keys():
+    for name in buffers:
+        model.get_buffer(name).copy_(weights[name])
+    for name in (wanted.keys() - buffers.keys()) & weights.keys():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weights[name], requires_grad=False))
     model.tie_weights()
@@ -315,6 +338,8 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
 
     if getattr(config, "quantization_config", None):
         return _from_float8(source, config)
+    if FAMILIES[config.model_type].experts is not None:
+        return _with_experts(source, config, weights_folder)
     transformers_logging.disable_progress_bar()
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
     dtype = torch.float32 if weights_folder is None else "auto"

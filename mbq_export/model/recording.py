@@ -43,7 +43,9 @@ _CLEAR = 5.0
 
 _SMALLEST = 1e-30
 
-_PARTS = {"attn_in": "attention", "conv_in": "convolution", "delta_in": "delta net", "mlp_in": "MLP"}
+_PARTS = {
+    "attn_in": "attention", "conv_in": "convolution", "delta_in": "delta net", "mlp_in": "MLP", "experts_in": "experts",
+}  # fmt: skip
 
 F32 = NDArray[np.float32]
 

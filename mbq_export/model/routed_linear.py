@@ -9,7 +9,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..format.codes import Sliced
 from .checkpoint import Checkpoint
-from .router_inputs import RouterInputs, UnitDepths
+from .router_inputs import Depths, RouterInputs, UnitDepths
 from .shape import Unit
 from .sliced_linear import values_at
 
@@ -19,7 +19,7 @@ class RoutedUnit:
 
     unit: the unit.
     depths: chooses the depth of each token.
-    parameters: weights of the unit.
+    parameters: weights of the unit that a token reads.
     layers: modules that replace the unit's layers, in its order.
 
     Args:
@@ -41,14 +41,14 @@ class RoutedUnit:
         *,
         dtype: torch.dtype,
     ) -> None:
-        self.unit, self.depths = unit, UnitDepths(unit, inputs)
-        self.parameters = sliced.codes.size
+        self.unit, self.depths = unit, UnitDepths(unit, inputs, checkpoint)
+        self.parameters = unit.read_of(sliced.codes.size)
         self._bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
         depths = range(1, profile.depths + 1)
         whole = [values_at(sliced, profile, depth, dtype, checkpoint.device) for depth in depths]
         self.layers: list[torch.nn.Module] = [
-            _RoutedLayer([weight[rows] for weight in whole], linear.bias, self.depths)
-            for linear, rows in checkpoint.layers(unit)
+            _RoutedLayer([weight[rows] for weight in whole], linear.bias, self.depths.of_layer(name))
+            for name, (linear, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True)
         ]
 
     @property
@@ -60,13 +60,13 @@ class RoutedUnit:
 class _RoutedLayer(torch.nn.Module):
     """weights: by depth, each [N, K]."""
 
-    def __init__(self, weights: list[torch.Tensor], bias: torch.Tensor | None, depths: UnitDepths) -> None:
+    def __init__(self, weights: list[torch.Tensor], bias: torch.Tensor | None, depths: Depths) -> None:
         super().__init__()
         self.weights, self.bias, self.depths = weights, bias, depths
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., tokens, K] -> [..., tokens, N]."""
-        depth = self.depths.of(x).to(x.device)
+        depth = self.depths(x).to(x.device)
         flat = x.reshape(-1, x.shape[-1])
         output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
         for at, weight in enumerate(self.weights, 1):

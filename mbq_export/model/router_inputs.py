@@ -1,7 +1,8 @@
 """Router inputs: what the router of each unit looks at, and the depths that it chooses.
 
-The router of a unit behind a norm looks at the norm's input.  The norm removes the size of a token's residual stream,
-and this size tells how much an error added to the stream matters.  Every other router looks at its unit's own input.
+The router of a unit behind a norm looks at the norm's input.  So do both routers of experts.  The norm removes the size
+of a token's residual stream, and this size tells how much an error added to the stream matters.  Every other router
+looks at its unit's own input.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def norms_before(decoder: Decoder) -> dict[str, str]:
     found = {decoder.head.name: decoder.final_norm}
     for layer in range(decoder.layers):
         found |= {unit.name: norm for norm, unit in decoder.normed_units(layer).values()}
+        units = decoder.layer_units(layer)
+        if "experts_out" in units and (norm := decoder.input_norm(layer, "experts_in")) is not None:
+            found[units["experts_out"].name] = norm
     return found
 
 
@@ -78,12 +82,13 @@ class UnitDepths:
     Args:
         unit: the unit.
         inputs: the router inputs of the model.
+        checkpoint: the model.
     """
 
     of_last: torch.Tensor
 
-    def __init__(self, unit: Unit, inputs: RouterInputs) -> None:
-        self._unit, self._inputs = unit, inputs
+    def __init__(self, unit: Unit, inputs: RouterInputs, checkpoint: Checkpoint) -> None:
+        self._unit, self._inputs, self._checkpoint = unit, inputs, checkpoint
 
     def use(self, depths: Depths) -> None:
         """Set what chooses the depths from now on.
@@ -109,3 +114,20 @@ class UnitDepths:
             seen = self._inputs.of(self._unit, x.detach().reshape(-1, x.shape[-1]))
             self.of_last = self._depths(seen.float().cpu())
         return self.of_last
+
+    def of_layer(self, name: str) -> Depths:
+        """What gives the depths of the tokens in an input of one layer.
+
+        Args:
+            name: of the layer in the checkpoint.
+        """
+        if self._unit.experts is None:
+            return self.of
+
+        def of_expert(x: torch.Tensor) -> torch.Tensor:
+            tokens = self._checkpoint.tokens_of(name)
+            assert tokens is not None
+            # An expert's input has some tokens, the norm's input has all.
+            return self.of(self._inputs.of(self._unit, x))[tokens.cpu()]
+
+        return of_expert

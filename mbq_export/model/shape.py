@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from math import prod
 
 from mbq_runtime.bundle.layout import kv_row_bytes
-from mbq_targets.spec import DeltaNet
+from mbq_targets.spec import DeltaNet, Experts
 
 from .families import Family
 
@@ -24,11 +24,20 @@ class Unit:
     """Linear layers that share one input, and so one router and one sliced matmul.
 
     name: as in the graph and in the manifest; sources: the layers' names in the checkpoint, in the order in which their
-    weights are stacked along N.
+    weights are stacked along N; experts: of which each token takes some, or None.
     """
 
     name: str
     sources: tuple[str, ...]
+    experts: Experts | None = None
+
+    def read_of(self, weights: int) -> int:
+        """How many of the unit's weights a token reads: of experts those that it takes.
+
+        Args:
+            weights: all weights of the unit.
+        """
+        return weights if self.experts is None else weights * self.experts.used // self.experts.count
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,8 @@ class Decoder:
     """What attention and MLP put out is multiplied by.  Folded into weights when the model is loaded."""
     logits_scale: float = 1.0
     """What logits are multiplied by.  Folded into the final norm when the model is loaded."""
+    experts: Experts | None = None
+    """The experts of all blocks that have some.  None: there are none."""
 
     def mixer(self, layer: int) -> str:
         """What mixes tokens in a block: attn, conv or delta, the first part of its roles.
@@ -111,14 +122,22 @@ class Decoder:
         """
         return _MIXERS.get(self.layer_kinds[layer], "attn")
 
+    def feed_forward(self, layer: int) -> str:
+        """What works on each token by itself in a block: mlp or experts, the first part of its roles.
+
+        Args:
+            layer: index of the block.
+        """
+        return "mlp" if self.experts is None or not self.experts.blocks[layer] else "experts"
+
     def layers_of(self, role: str) -> int:
         """How many blocks have a unit of this role.
 
         Args:
             role: such as attn_in.
         """
-        mixer = role.partition("_")[0]
-        return self.layers if mixer == "mlp" else sum(self.mixer(layer) == mixer for layer in range(self.layers))
+        part = role.partition("_")[0]
+        return sum(part in (self.mixer(layer), self.feed_forward(layer)) for layer in range(self.layers))
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -164,8 +183,9 @@ class Decoder:
 
     @property
     def role_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each role's stacked matrix in a block, for the roles that occur."""
+        """(N, K) of each role's stacked matrix in a block, for the roles that occur.  Experts are stacked along N."""
         attended, delta = self.heads * self.head_dim, self.delta
+        experts, expert_size = (0, 0) if self.experts is None else (self.experts.count, self.experts.ffn_size)
         shapes = {
             "attn_in": (sum(self.attention_sizes.values()), self.hidden_size),
             "attn_out": (self.hidden_size, attended),
@@ -175,6 +195,8 @@ class Decoder:
             "delta_out": (self.hidden_size, 0 if delta is None else delta.values),
             "mlp_in": (2 * self.ffn_size, self.hidden_size),
             "mlp_out": (self.hidden_size, self.ffn_size),
+            "experts_in": (experts * 2 * expert_size, self.hidden_size),
+            "experts_out": (experts * self.hidden_size, expert_size),
         }
         return {role: shape for role, shape in shapes.items() if self.layers_of(role)}
 
@@ -186,6 +208,27 @@ class Decoder:
             for role, unit in self.layer_units(layer).items()
         }
         return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
+
+    def read_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of what a token reads of every unit, in the order of ``units``: of experts those that it takes."""
+        shapes = self.unit_shapes()
+        return {unit.name: (unit.read_of(shapes[unit.name][0]), shapes[unit.name][1]) for unit in self.units()}
+
+    @property
+    def token_widths(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) that a token has in the layers of each role's unit, for the roles that occur."""
+        shapes = self.role_shapes
+        if self.experts is not None and shapes.keys() & {"experts_in"}:
+            # Each expert that a token takes has a copy of its input.
+            used, size = self.experts.used, self.experts.ffn_size
+            shapes["experts_in"] = (2 * used * size, used * self.hidden_size)
+            shapes["experts_out"] = (used * self.hidden_size, used * size)
+        return shapes
+
+    def router_widths(self) -> dict[str, int]:
+        """Numbers that each unit's router looks at, by unit name: see ``model.router_inputs``."""
+        widths = {name: k for name, (_, k) in self.unit_shapes().items()}
+        return widths | {unit.name: self.hidden_size for unit in self.units() if unit.experts is not None}
 
     @property
     def parameters(self) -> int:
@@ -200,6 +243,11 @@ class Decoder:
             kv_bits: bits of each: 32 for float32, or 8.
         """
         return 2 * self.layers_of("attn_in") * self.kv_heads * kv_row_bytes(self.head_dim, kv_bits)
+
+    @property
+    def chooser_bytes(self) -> int:
+        """Bytes of the float32 weights that score experts.  They are not sliced: a token reads all of them."""
+        return 0 if self.experts is None else 4 * self.layers_of("experts_in") * self.experts.count * self.hidden_size
 
     @property
     def state_bytes(self) -> int:
@@ -223,11 +271,54 @@ class Decoder:
         Args:
             layer: index of the block.
         """
-        return {
+        parts = (self.mixer(layer), self.feed_forward(layer))
+        units = {
             role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
             for role, names in self.family.linears.items()
-            if role.startswith((self.mixer(layer), "mlp"))
+            if role.startswith(parts)
         }
+        if self.experts is None or self.feed_forward(layer) != "experts":
+            return units
+        gate, up, down = self.expert_layers(layer)
+        both = tuple(name for of_one in zip(gate, up, strict=True) for name in of_one)
+        for role, names in (("experts_in", both), ("experts_out", down)):
+            units[role] = Unit(f"layers.{layer}.{role}", names, self.experts)
+        return units
+
+    def expert_layers(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The names of gate, of up and of down of each expert.
+
+        Args:
+            layer: index of a block with experts.
+        """
+        assert self.experts is not None
+        assert self.family.experts is not None
+        first = f"{self.block(layer)}.{self.family.experts.experts}"
+        gate, up, down = (
+            tuple(f"{first}.{at}.{name}" for at in range(self.experts.count)) for name in self.family.experts.layers
+        )
+        return gate, up, down
+
+    def expert_bias(self, layer: int) -> str | None:
+        """The name of what is added to the shares of a block's experts to choose some, or None for nothing.
+
+        Args:
+            layer: index of a block with experts.
+        """
+        names = self.family.experts
+        if names is None or names.bias is None or self.experts is None or not self.experts.biased:
+            return None
+        return f"{self.block(layer)}.{names.bias}"
+
+    def chooser(self, layer: int) -> str | None:
+        """The name of the module that scores a block's experts, or None where the block has none.
+
+        Args:
+            layer: index of the block.
+        """
+        if self.family.experts is None or self.feed_forward(layer) != "experts":
+            return None
+        return f"{self.block(layer)}.{self.family.experts.chooser}"
 
     @property
     def head(self) -> Unit:
@@ -245,7 +336,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_in, conv_in, delta_in or mlp_in.
+            role: attn_in, conv_in, delta_in, mlp_in or experts_in.
         """
         return self._norm(layer, role)
 
@@ -256,20 +347,34 @@ class Decoder:
             layer: index of the block.
         """
         units = self.layer_units(layer)
-        norms = {role: self.input_norm(layer, role) for role in (f"{self.mixer(layer)}_in", "mlp_in")}
+        roles = (f"{self.mixer(layer)}_in", f"{self.feed_forward(layer)}_in")
+        norms = {role: self.input_norm(layer, role) for role in roles}
         return {role: (norm, units[role]) for role, norm in norms.items() if norm is not None}
+
+    def norm_readers(self, layer: int) -> dict[str, tuple[str, ...]]:
+        """The modules whose weights multiply what a norm puts out, by the norm's name: for all norms before units.
+
+        Args:
+            layer: index of the block.
+        """
+        chooser = self.chooser(layer)
+        return {
+            norm: unit.sources if unit.experts is None or chooser is None else (*unit.sources, chooser)
+            for norm, unit in self.normed_units(layer).values()
+        }
 
     def output_norm(self, layer: int, role: str) -> str | None:
         """The name of the norm that a unit's output goes through, or None where the family has no such norm.
 
         Args:
             layer: index of the block.
-            role: attn_out, conv_out, delta_out or mlp_out.
+            role: attn_out, conv_out, delta_out, mlp_out or experts_out.
         """
         return self._norm(layer, role)
 
     def _norm(self, layer: int, role: str) -> str | None:
-        name = self.family.norms.get(role)
+        # Experts stand in the place of the MLP.
+        name = self.family.norms.get(role.replace("experts", "mlp"))
         return None if name is None else f"{self.block(layer)}.{name}"
 
     @property

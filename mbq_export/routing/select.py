@@ -59,16 +59,13 @@ def candidates(calibration: Calibration) -> list[str]:
     return [_BRIEF_KIND] if calibration.method.brief else list(kinds.ROUTERS)
 
 
-def fit_routers(
-    calibration: Calibration, kind: str, stats: Mapping[str, UnitStatistics], slices: Mapping[str, Sliced]
-) -> dict[str, RouterParams]:
+def fit_routers(calibration: Calibration, kind: str, stats: Mapping[str, UnitStatistics]) -> dict[str, RouterParams]:
     """Fit one kind of router to every unit, with one table of thresholds for all.
 
     Args:
         calibration: the context.
         kind: a key of ``kinds.ROUTERS``.
         stats: by unit name.
-        slices: by unit name.
 
     Returns:
         Routers by unit name.
@@ -78,7 +75,7 @@ def fit_routers(
     fitted = processes.gathered(fit(stats[unit], profile, calibration.seed) for unit in own)
     routers = dict(zip(stats, fitted, strict=True))
     scores = [_scores(routers[unit], of_unit) for unit, of_unit in stats.items()]
-    found = thresholds.table(scores, [slices[unit].codes.size for unit in stats], profile)
+    found = thresholds.table(scores, [of_unit.parameters for of_unit in stats.values()], profile)
     budgets = thresholds.budgets(profile)
     return {unit: replace(router, budgets=budgets, thresholds=found) for unit, router in routers.items()}
 
@@ -116,7 +113,7 @@ def routers_for_tuning(
         )  # fmt: skip
         kept = {
             f"{unit}:{field.name}": getattr(router, field.name)
-            for unit, router in fit_routers(calibration, kind, stats, slices).items()
+            for unit, router in fit_routers(calibration, kind, stats).items()
             for field in fields(router)
             if getattr(router, field.name) is not None
         }
@@ -217,19 +214,20 @@ def measure_kinds(
     )  # fmt: skip
     lowest, highest = results[len(cases) :]
     by_name = {name: results[i * len(bits) : (i + 1) * len(bits)] for i, name in enumerate(names)}
-    left = {name: np.array(bits) - (router_bits(fitted[name], slices) if name in fitted else 0) for name in names}
+    read = {unit.name: unit.read_of(slices[unit.name].codes.size) for unit in calibration.checkpoint.decoder.units()}
+    left = {name: np.array(bits) - (router_bits(fitted[name], read) if name in fitted else 0) for name in names}
     losses = {name: _at_equal_bits([lowest, *of_kind, highest], left[name]) for name, of_kind in by_name.items()}
     return losses, {name: [result.avg_bits_used for result in of_kind] for name, of_kind in by_name.items()}
 
 
-def router_bits(routers: Routers, slices: Mapping[str, Sliced]) -> float:
+def router_bits(routers: Routers, weights: Mapping[str, int]) -> float:
     """Bits of all routers' parameters for each weight: a token reads all of them.
 
     Args:
         routers: by unit name.
-        slices: by unit name.
+        weights: how many weights of a unit a token reads, by unit name.
     """
-    return 8 * sum(router.bytes for router in routers.values()) / sum(sliced.codes.size for sliced in slices.values())
+    return 8 * sum(router.bytes for router in routers.values()) / sum(weights.values())
 
 
 def _at_equal_bits(results: list[quality.Measured], bits: NDArray[np.float64]) -> NDArray[np.float64]:

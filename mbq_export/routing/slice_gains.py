@@ -23,9 +23,10 @@ from ..context import Calibration
 from ..format.codes import Sliced
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
 from ..model.blocks import fast_dtype, require_finite
+from ..model.checkpoint import Checkpoint
 from ..model.gradients import backpropagate_samples, lean_backward
 from ..model.router_inputs import RouterInputs
-from ..model.shape import Unit
+from ..model.shape import Unit, stacked
 from ..model.sliced_linear import SlicedLinear, sliced_layers, values_at
 
 F32 = NDArray[np.float32]
@@ -41,7 +42,7 @@ class UnitStatistics:
 
     Where the inputs of all tokens would take more than ``ROUTER_INPUT_BYTES``, T is an even sample of them.
 
-    parameters: weights of the unit.
+    parameters: weights of the unit that a token reads.
     mean_square: float32 [T], of the router's input.
     change: float32 [T, E - 1], squared norm of what slice k + 1 adds to the output.
     loss: float32 [T, E], predicted loss at each depth in nats, relative to full depth, with rare outliers cut.
@@ -63,6 +64,7 @@ class _Recorder:
     keep_inputs: bool
     every: int
     router_inputs: RouterInputs
+    checkpoint: Checkpoint
     tokens: InitVar[int]
     x: torch.Tensor | None = None
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class _Recorder:
         }
         if self.keep_inputs:
             # float16 holds the inputs because they are scaled to unit mean square.
-            self.kept["inputs"] = torch.empty(tokens, self.sliced.codes.shape[1], dtype=torch.float16)
+            width = self.checkpoint.decoder.router_widths()[self.unit.name]
+            self.kept["inputs"] = torch.empty(tokens, width, dtype=torch.float16)
 
     def hook(self, name: str) -> Callable[..., None]:
         def forward(_: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -89,16 +92,12 @@ class _Recorder:
     def close_window(self) -> None:
         assert self.x is not None
         require_finite(self.unit.name, self.x)
-        x = self.x[:: self.every]
-        g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
         mean_square = (seen**2).mean(1) + MEAN_SQUARE_EPS
-        rows = slice(self.done, self.done + len(g))
+        rows = slice(self.done, self.done + len(seen))
         self.kept["mean_square"][rows] = mean_square
-        gains = torch.zeros(len(g), self.profile.depths, device=g.device)
-        for slice_, change in enumerate(self._changes(x)):
-            self.kept["change"][rows, slice_] = (change**2).sum(1)
-            gains[:, slice_] = (g * change).sum(1)
+        gains = torch.zeros(len(seen), self.profile.depths, device=seen.device)
+        self._add_changes(self.kept["change"][rows], gains)
         # What all slices after a depth change.
         self.kept["loss"][rows] = 0.5 * gains.flip(1).cumsum(1).flip(1).cpu() ** 2
         if self.keep_inputs:
@@ -107,16 +106,24 @@ class _Recorder:
         self.x = None
         self.grads.clear()
 
-    def _changes(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _add_changes(self, squared: torch.Tensor, gains: torch.Tensor) -> None:
+        """Set the squared norm [T, E - 1] of what each slice adds to the output, and its product with g [T, E]."""
+        assert self.x is not None
+        g = torch.cat([self.grads[name][:: self.every] for name in self.unit.sources], dim=1)
+        for slice_, change in enumerate(self._changes(self.x[:: self.every], self.sliced)):
+            squared[:, slice_] = (change**2).sum(1)
+            gains[:, slice_] = (g * change).sum(1)
+
+    def _changes(self, x: torch.Tensor, sliced: Sliced) -> Iterator[torch.Tensor]:
         """What each slice after the first adds to the output, float32 [tokens, N].
 
         Weights are rebuilt each time: to keep them would take E times the model's memory.  A product of differences
         loses nothing by fewer digits, as a difference of products would.
         """
         dtype = fast_dtype(x.device)
-        x, below = x.to(dtype), values_at(self.sliced, self.profile, 1, device=x.device)
+        x, below = x.to(dtype), values_at(sliced, self.profile, 1, device=x.device)
         for depth in range(2, self.profile.depths + 1):
-            deeper = values_at(self.sliced, self.profile, depth, device=x.device)
+            deeper = values_at(sliced, self.profile, depth, device=x.device)
             yield (x @ below.neg_().add_(deeper).to(dtype).T).float()
             below = deeper
 
@@ -128,8 +135,44 @@ class _Recorder:
         }
         loss = without_outliers(joined["loss"])
         return UnitStatistics(
-            self.sliced.codes.size, joined["mean_square"], joined["change"], loss, joined.get("inputs")
+            self.unit.read_of(self.sliced.codes.size),
+            joined["mean_square"],
+            joined["change"],
+            loss,
+            joined.get("inputs"),
         )
+
+
+class _ExpertsRecorder(_Recorder):
+    """Of experts: what a slice changes for a token is the sum over the experts that it takes."""
+
+    def __post_init__(self, tokens: int) -> None:
+        super().__post_init__(tokens)
+        self.parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def forward(_: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            tokens = self.checkpoint.tokens_of(name)
+            assert tokens is not None
+            self.x = args[0].detach()
+            self.parts[name] = self.x, tokens
+            output.register_hook(lambda g: self.grads.__setitem__(name, g))
+
+        return forward
+
+    def _add_changes(self, squared: torch.Tensor, gains: torch.Tensor) -> None:
+        squared.zero_()
+        places = dict(zip(self.unit.sources, stacked(*self._rows_each()), strict=True))
+        for name, (x, tokens) in self.parts.items():
+            taken = tokens % self.every == 0
+            at = tokens[taken] // self.every
+            for slice_, change in enumerate(self._changes(x[taken], self.sliced.rows(places[name]))):
+                squared[:, slice_].index_add_(0, at.cpu(), (change**2).sum(1).cpu())
+                gains[:, slice_].index_add_(0, at, (self.grads[name][taken] * change).sum(1))
+        self.parts.clear()
+
+    def _rows_each(self) -> list[int]:
+        return [len(self.sliced.codes) // len(self.unit.sources)] * len(self.unit.sources)
 
 
 def without_outliers(loss: F32) -> F32:
@@ -176,7 +219,9 @@ def measure_gains(
     every = -(-router_input_bytes(checkpoint.decoder, windows.size) // ROUTER_INPUT_BYTES) if keep_inputs else 1
     tokens = len(own) * -(-windows.shape[1] // every)
     recorders = [
-        _Recorder(unit, slices[unit.name], calibration.profile, keep_inputs, every, router_inputs, tokens)
+        (_Recorder if unit.experts is None else _ExpertsRecorder)(
+            unit, slices[unit.name], calibration.profile, keep_inputs, every, router_inputs, checkpoint, tokens
+        )
         for unit in checkpoint.decoder.units()
     ]
     with ExitStack() as hooks, router_inputs.recording():

@@ -5,8 +5,10 @@ The windows go through the sliced part at different depths in turn.  So a block 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +26,11 @@ from ..model.shape import Unit
 from ..model.sliced_linear import row_ranges, values_at
 from . import nested
 from .columns import DEEP, DEEP_LATER
+from .expert_inputs import FEWEST_TOKENS, ExpertInputs, weighted_square
 from .importance import Importance
 from .refine import refine
+
+log = logging.getLogger(__name__)
 
 _SliceRows = Callable[[str, slice, F32, torch.Tensor], Sliced]
 """Slices some rows of a layer.  Takes the layer's name, the rows, their weights float32 [rows, K], and the second
@@ -108,6 +113,10 @@ def slice_residuals(
     return _slice_blocks(calibration, windows, importance, walk)
 
 
+_Hessians = dict[str, Callable[[], torch.Tensor]]
+"""By a layer's name, what makes the second moments of its inputs, float64 [K, K]."""
+
+
 @dataclass(frozen=True)
 class _Walk:
     """One walk over all blocks.
@@ -121,10 +130,10 @@ class _Walk:
     slice_rows: _SliceRows
     keep_weights: bool
 
-    def slice_unit(self, checkpoint: Checkpoint, unit: Unit, hessians: dict[str, torch.Tensor]) -> Sliced:
+    def slice_unit(self, checkpoint: Checkpoint, unit: Unit, hessians: _Hessians) -> Sliced:
         parts = []
         for name in unit.sources:
-            whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)
+            whole, hessian = checkpoint.linear(name).weight.detach().cpu().numpy(), hessians.pop(name)()
             ranges = row_ranges(whole.shape, WEIGHTS_AT_ONCE, processes.share(len(whole)))
             parts += processes.gathered(self.slice_rows(name, rows, whole[rows], hessian) for rows in ranges)
         return joined(parts)
@@ -139,12 +148,15 @@ def _slice_blocks(
     own = processes.share(len(windows))
     hidden = blocks.embed(windows[own])
     slices: dict[str, Sliced] = {}
+    rare = 0
     for layer in range(d.layers):
         units = list(d.layer_units(layer).values())
         step = walk.step.format(d.block(layer))
         found = store.get(step)
         if found is None:
-            hessians = _hessians(blocks, layer, hidden, importance, own)
+            seen = ExpertInputs(checkpoint, layer, importance, own)
+            hessians = _hessians(blocks, layer, hidden, importance, own, seen)
+            rare += seen.rare
             found = store.put(step, {unit.name: walk.slice_unit(checkpoint, unit, hessians) for unit in units})
         linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
         weights = [linear.weight.detach().clone() for linear in linears] if walk.keep_weights else []
@@ -158,16 +170,21 @@ def _slice_blocks(
             for unit in units:
                 checkpoint.release(unit)
         progress(layer + 1, d.layers + 1)
+    if rare:
+        log.warning(
+            "%s: %d experts saw fewer than %d tokens of the calibration text: each of their weights is rounded by "
+            "itself; give more --calib-tokens", walk.stage, rare, FEWEST_TOKENS,
+        )  # fmt: skip
     step = walk.step.format("head")
     found = store.get(step)
     if found is None:
         (name,) = d.head.sources
         seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
-        total = sum((_weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
+        total = sum((weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
         hessian = processes.summed(total) / windows.size
         if d.tied:
             hessian = nested.damped(hessian, nested.TIED_DAMPING)
-        found = store.put(step, {d.head.name: walk.slice_unit(checkpoint, d.head, {name: hessian})})
+        found = store.put(step, {d.head.name: walk.slice_unit(checkpoint, d.head, {name: lambda: hessian})})
     if not walk.keep_weights:
         checkpoint.release(d.head)
     progress(d.layers + 1, d.layers + 1)
@@ -175,36 +192,34 @@ def _slice_blocks(
 
 
 def _hessians(
-    blocks: Blocks, layer: int, hidden: list[Hidden], importance: Importance, windows: slice
-) -> dict[str, torch.Tensor]:
+    blocks: Blocks, layer: int, hidden: list[Hidden], importance: Importance, windows: slice, experts: ExpertInputs
+) -> _Hessians:
     """Second moments of the inputs of each layer in a block: mean of ``x x.T``, weighted by importance.
 
-    hidden: the residual streams of ``windows``.  Returns float64 [K, K] by the layer's name.
+    hidden: the residual streams of ``windows``.
     """
     checkpoint = blocks.checkpoint
-    units = checkpoint.decoder.layer_units(layer).values()
+    units = [unit for unit in checkpoint.decoder.layer_units(layer).values() if unit.experts is None]
     sums: dict[str, torch.Tensor] = {}
     sources = {unit.name: unit.sources for unit in units}
 
     def add(name: str, x: torch.Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             for source in sources[name]:
-                sums[source] = sums.get(source, 0) + _weighted_square(x, importance[source][windows][at])
+                sums[source] = sums.get(source, 0) + weighted_square(x, importance[source][windows][at])
 
     first = {unit.name: unit.sources[0] for unit in units}
-    with fast_autocast(checkpoint.device), watching_inputs(checkpoint, first, add):
-        for at, window in enumerate(hidden):  # noqa: B007 -- read by ``add``
+    with fast_autocast(checkpoint.device), watching_inputs(checkpoint, first, add), experts.watching():
+        for at, window in enumerate(hidden):
+            experts.window = at
             blocks.run(layer, window)
     for name, total in sums.items():
         require_finite(name, processes.summed(total))
     tokens = next(iter(importance.values())).size
-    return {name: total.div_(tokens) for name, total in sums.items()}
-
-
-def _weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Tensor:
-    """[tokens, K] and float32 [tokens] -> float64 [K, K]."""
-    weighted = x.float() * torch.from_numpy(weights).to(x.device).sqrt()[:, None]
-    return (weighted.T @ weighted).double()
+    return {
+        **{name: partial(torch.Tensor.div_, total, tokens) for name, total in sums.items()},
+        **experts.hessians(tokens),
+    }
 
 
 def _advance(
@@ -223,7 +238,6 @@ def _advance(
 
 def _write_depth(checkpoint: Checkpoint, unit: Unit, sliced: Sliced, profile: SliceProfile, depth: int) -> None:
     """Put the unit's values at ``depth`` (1-based) into the checkpoint's layers."""
-    values = values_at(sliced, profile, depth, device=checkpoint.device)
     with torch.no_grad():
         for layer, rows in checkpoint.layers(unit):
-            layer.weight.copy_(values[rows])
+            layer.weight.copy_(values_at(sliced.rows(rows), profile, depth, device=checkpoint.device))

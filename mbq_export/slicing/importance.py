@@ -26,7 +26,7 @@ MAX_WEIGHT = 4.0
 """Largest weight of a token, in mean weights."""
 
 Importance = dict[str, NDArray[np.float32]]
-"""Token weights by layer: float32 [windows, context], of mean 1."""
+"""Token weights by layer: float32 [windows, context], of mean 1 over the tokens that the layer sees."""
 
 _STEP = "token weights"
 
@@ -65,10 +65,13 @@ def token_importance(calibration: Calibration, windows: NDArray[np.int64]) -> Im
     }
 
     def hook(name: str) -> Callable[..., None]:
-        def see_gradient(gradient: torch.Tensor) -> None:
-            squares[name][at] = gradient.detach().float().square().reshape(-1, gradient.shape[-1]).mean(1)
-
         def forward(_: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            of_expert = checkpoint.tokens_of(name)
+            tokens = slice(None) if of_expert is None else of_expert
+
+            def see_gradient(gradient: torch.Tensor) -> None:
+                squares[name][at, tokens] = gradient.detach().float().square().reshape(-1, gradient.shape[-1]).mean(1)
+
             output.register_hook(see_gradient)
 
         return forward
@@ -83,15 +86,20 @@ def token_importance(calibration: Calibration, windows: NDArray[np.int64]) -> Im
             with fast_autocast(checkpoint.device):
                 backpropagate_samples(checkpoint, windows[at], generator)
             progress(done, len(own))
-    importance = {name: _weights(name, processes.summed(of_layer)) for name, of_layer in squares.items()}
+    importance = {}
+    for unit in checkpoint.decoder.units():
+        for name in unit.sources:
+            importance[name] = _weights(name, processes.summed(squares.pop(name)), some=unit.experts is not None)
     calibration.store.put_arrays(_STEP, importance)
     return importance
 
 
-def _weights(name: str, squares: torch.Tensor) -> NDArray[np.float32]:
+def _weights(name: str, squares: torch.Tensor, *, some: bool) -> NDArray[np.float32]:
+    """some: whether the layer is of an expert, which sees some tokens.  The mean is that of these."""
     require_finite(name, squares)
-    mean = squares.mean()
-    if mean == 0:  # a layer without influence: all tokens count alike
+    seen = squares != 0 if some else slice(None)
+    mean = squares[seen].mean()
+    if not mean > 0:  # a layer without influence, or an expert that saw nothing: all tokens count alike
         return np.ones(squares.shape, np.float32)
     weights = (squares / mean).clamp(max=MAX_WEIGHT)
-    return np.asarray((weights / weights.mean()).cpu().numpy())
+    return np.asarray((weights / weights[seen].mean()).cpu().numpy())

@@ -143,15 +143,15 @@ def rotate(checkpoint: Checkpoint, seed: int) -> HeadInput | None:
     stream, heads = Rotation.random(d.hidden_size, seed), Rotation.random(d.head_dim, seed + 1)
     with torch.no_grad():
         for layer in range(d.layers):
-            for norm, unit in d.normed_units(layer).values():
-                _absorb(checkpoint, norm, unit.sources, stream)
+            for norm, readers in d.norm_readers(layer).items():
+                _absorb(checkpoint, norm, readers, stream)
             heads_turn = d.mixer(layer) == "attn" and not d.family.channel_gates
             if heads_turn:
                 _rotate_values(checkpoint, layer, heads)
-            for part in (_WRITES[d.mixer(layer)], "down"):
-                weight, bias = checkpoint.part(layer, part)
+            of_mixer = checkpoint.part(layer, _WRITES[d.mixer(layer)])
+            for weight, bias in (of_mixer, *checkpoint.downs(layer)):
                 exact = _exact(weight)
-                weight.copy_(stream.rows(_per_head(exact, heads) if part == "o" and heads_turn else exact))
+                weight.copy_(stream.rows(_per_head(exact, heads) if weight is of_mixer[0] and heads_turn else exact))
                 if bias is not None:
                     bias.copy_(stream.rows(_exact(bias)))
         table = model.get_input_embeddings().weight
@@ -177,11 +177,11 @@ def _rotate_values(checkpoint: Checkpoint, layer: int, heads: Rotation) -> None:
         v_bias.copy_(_per_head(_exact(v_bias)[None], heads)[0])
 
 
-def _absorb(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...], stream: Rotation) -> None:
+def _absorb(checkpoint: Checkpoint, norm: str, readers: tuple[str, ...], stream: Rotation) -> None:
     """Move a norm's gain into the matrices that read it, and rotate their columns."""
     gain = torch.from_numpy(checkpoint.norm(norm).copy())
-    for name in linears:
-        _rotate_columns(checkpoint.linear(name).weight, gain, stream)
+    for name in readers:
+        _rotate_columns(checkpoint.model.get_submodule(name).weight, gain, stream)
     checkpoint.reset_norm(norm)
 
 

@@ -6,7 +6,7 @@ activations lose less, and the columns that matter more get finer steps (the ide
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
 attention), the rows of up (through the gate), the rows of c (behind a convolution), the norm of a delta net's heads.
 The function of the model stays the same.  A unit that reads the residual stream without a norm is left as it is: the
-stream has other readers.
+stream has other readers.  What is between the layers of one expert is left as it is too: few tokens tell of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def _input_rms(checkpoint: Checkpoint, windows: NDArray[np.int64], progress: Sta
     def add(name: str, x: torch.Tensor) -> None:
         squares[name] = squares.get(name, 0) + (x**2).sum(0)
 
-    first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units()}
+    first_layers = {unit.name: unit.sources[0] for unit in checkpoint.decoder.units() if unit.experts is None}
+    for layer in range(checkpoint.decoder.layers):
+        # All tokens go through what scores experts.
+        if (chooser := checkpoint.decoder.chooser(layer)) is not None:
+            first_layers[checkpoint.decoder.layer_units(layer)["experts_in"].name] = chooser
     with watching_inputs(checkpoint, first_layers, add), torch.no_grad():
         own = windows[processes.share(len(windows))]
         for i, window in enumerate(own):
@@ -81,11 +85,12 @@ def smooth(
     with torch.no_grad():
         for layer in range(d.layers):
             units = d.layer_units(layer)
+            readers = d.norm_readers(layer)
             for norm, unit in d.normed_units(layer).values():
                 scale = _spread(rms[unit.name])
                 checkpoint.scale_norm(norm, 1 / scale)
-                for name in unit.sources:
-                    checkpoint.linear(name).weight *= scale
+                for name in readers[norm]:
+                    checkpoint.model.get_submodule(name).weight *= scale
             of_mixer = rms[units[f"{d.mixer(layer)}_out"].name]
             if d.mixer(layer) == "attn":
                 per_query, per_value = _shared_by_value_heads(of_mixer, checkpoint)
@@ -97,8 +102,9 @@ def smooth(
             else:
                 scale = _spread(of_mixer)
                 _rescale(checkpoint, layer, "c", scale, "y", scale)
-            scale = _spread(rms[units["mlp_out"].name])
-            _rescale(checkpoint, layer, "up", scale, "down", scale)
+            if d.feed_forward(layer) == "mlp":
+                scale = _spread(rms[units["mlp_out"].name])
+                _rescale(checkpoint, layer, "up", scale, "down", scale)
         scale = _spread(rms[d.head.name])
         checkpoint.scale_norm(d.final_norm, 1 / scale)
         # The head gets weights of its own.  A tied embedding keeps the old ones here; in the bundle it is read from

@@ -4,7 +4,7 @@ The loss is the Kullback-Leibler divergence from the original model's next-token
 Codes stay as they are.  Only depths of few bits get steps (``methods.tuned_bits``): half of them at the shallowest,
 which gains most, and the others take turns.  The bits after them are chosen again when the tuning is done
 (``slicing.by_block.slice_residuals``), so that deep depths are the original model.  For that the checkpoint stays the
-original too: what a norm's gain becomes is divided out of the linear layers behind it.
+original too: what a norm's gain becomes is divided out of the layers behind it.
 
 A base slice of two bits needs other scales than more bits do, and its divergence is many times theirs.  So it is tuned
 twice:
@@ -35,7 +35,7 @@ from ..methods import Phase, tuned_bits
 from ..model.blocks import fast_autocast
 from ..model.checkpoint import Checkpoint
 from ..model.gradients import lean_backward
-from ..model.router_inputs import RouterInputs, Routing, UnitDepths
+from ..model.router_inputs import Depths, RouterInputs, Routing, UnitDepths
 from ..model.sliced_linear import CPU, SlicedLinear, sliced_layers
 from ..store import Store
 from .teacher import Teacher, divergence
@@ -196,7 +196,7 @@ def _trained_norms(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
     Afterwards the layers behind them take back the change.
     """
     d = checkpoint.decoder
-    readers = {norm: unit.sources for layer in range(d.layers) for norm, unit in d.normed_units(layer).values()}
+    readers = {norm: names for layer in range(d.layers) for norm, names in d.norm_readers(layer).items()}
     before = {name: checkpoint.norm(name).copy() for name in readers}
     norms = [checkpoint.model.get_submodule(name).weight for name in readers]
     for norm in norms:
@@ -204,12 +204,12 @@ def _trained_norms(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
     yield norms
     for norm in norms:
         norm.requires_grad_(False)
-    for name, linears in readers.items():
+    for name, of_norm in readers.items():
         now = checkpoint.norm(name)
         # A gain of 0 hides its channel: no weight behind it can matter.
         back = np.divide(before[name], now, out=np.ones_like(now), where=now != 0)
-        for linear in linears:
-            checkpoint.linear(linear).weight.mul_(checkpoint.on_device(back))
+        for reader in of_norm:
+            checkpoint.model.get_submodule(reader).weight.mul_(checkpoint.on_device(back))
 
 
 @contextmanager
@@ -237,18 +237,19 @@ def budget_control(
         yield use_depth
         return
     inputs, depth_bits = RouterInputs(checkpoint), torch.tensor([0, *profile.depth_bits])
-    depths = {unit.name: UnitDepths(unit, inputs) for unit in checkpoint.decoder.units()}
+    depths = {unit.name: UnitDepths(unit, inputs, checkpoint) for unit in checkpoint.decoder.units()}
 
     def use_budget(avg_bits: float) -> None:
         for name, of_unit in routing(avg_bits).items():
             depths[name].use(of_unit)
 
     with ExitStack() as hooks, inputs.recording():
-        for name, parts in tuned.items():
-            for layer in parts:
+        for unit in checkpoint.decoder.units():
+            for source, layer in zip(unit.sources, tuned[unit.name], strict=True):
+                of_layer = depths[unit.name].of_layer(source)
 
-                def ask(layer: TunedLinear, args: tuple[torch.Tensor], depths: UnitDepths = depths[name]) -> None:
-                    layer.bits = depth_bits[depths.of(args[0])]
+                def ask(layer: TunedLinear, args: tuple[torch.Tensor], of: Depths = of_layer) -> None:
+                    layer.bits = depth_bits[of(args[0])]
 
                 hooks.enter_context(layer.register_forward_pre_hook(ask))
         yield use_budget

@@ -33,7 +33,7 @@ from mbq_runtime.engine.session import empty_past
 from mbq_runtime.engine.threads import cores
 from mbq_targets.machines import best_for
 
-from ..check import fault
+from ..check import fault, looser
 from ..model.recording import F32, Difference, Recording, check_prompt, difference, record_sliced
 from ..model.stop_tokens import stop_token_ids
 from ..progress import staged
@@ -92,7 +92,8 @@ def _expected(work: Work) -> Recording:
 
 
 def _limit(work: Work) -> float:
-    return max(LIMITS[work.spec.activation_bits], KV_LIMITS[work.spec.kv_bits])
+    limit = max(LIMITS[work.spec.activation_bits], KV_LIMITS[work.spec.kv_bits])
+    return limit * looser(work.checkpoint.decoder)
 
 
 def _onnx_difference(work: Work, expected: Recording) -> Difference | None:
@@ -159,7 +160,8 @@ def _streams(work: Work, graph: Path, library: Path | None, expected: Recording)
     reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
     d = work.checkpoint.decoder
-    sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in (d.mixer(layer), "mlp")]
+    parts = [(layer, part) for layer in range(d.layers) for part in (d.mixer(layer), d.feed_forward(layer))]
+    sums = [f"layers.{layer}.{part}_norm.sum" for layer, part in parts]
     names = [first_reader.input[0], *sums[1:], "final_norm.sum"]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))

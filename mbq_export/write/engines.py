@@ -42,8 +42,9 @@ def _write_onnx(work: Work) -> list[FileRange]:
 
     target, folder = work.target, work.folder
     model, tensors, depths = lower(
-        work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits, work.spec.kv_bits
-    )
+        work.checkpoint, work.calibrated, target.layout, work.spec.activation_bits,
+        kv_bits=work.spec.kv_bits, folder=folder,
+    )  # fmt: skip
     places = files.write_model(model, tensors, folder, staged(work.progress, "writing weights"), depths)
     if target.native:
         from mbq_targets.build import build_ops_library

@@ -126,7 +126,7 @@ def main(bundle: Path, model: str, data: str, windows: int, bits: str, json_file
         original = Teacher(calibration, measured, exact=True)
         slices = restore(checkpoint, manifest, tensors)
         stats = measure_gains(calibration, slices, np.array_split(held, 2)[0], keep_inputs=True)
-        fits = {kind: select.fit_routers(calibration, kind, stats, slices) for kind in kinds.ROUTERS}
+        fits = {kind: select.fit_routers(calibration, kind, stats) for kind in kinds.ROUTERS}
         fits[manifest.router.kind] = stored_routers(manifest, tensors)
         losses, used = select.measure_kinds(calibration, fits, slices, original, budgets)
     found = select.comparison(losses, manifest.router.kind, budgets)

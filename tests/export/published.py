@@ -45,6 +45,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         ),
         3.08e9,
     ),
+    # config.json of Qwen/Qwen3-30B-A3B: the defaults of transformers' class but for layers, ffn and normed weights.
+    "Qwen3-30B-A3B": (
+        _config(
+            "Qwen3MoeForCausalLM", "qwen3_moe", (48, 2048, 6144, 32, 4, 151936, 40960),
+            head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+            decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001, output_router_logits=False,
+            rope_theta=1000000.0, rms_norm_eps=1e-06, hidden_act="silu", tie_word_embeddings=False,
+            use_sliding_window=False, sliding_window=None, max_window_layers=48, attention_bias=False,
+        ),
+        30.53e9,
+    ),
     "granite-3.3-2b-instruct": (
         _config(
             "GraniteForCausalLM", "granite", (40, 2048, 8192, 32, 8, 49159, 131072),

@@ -73,7 +73,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         found |= {f"energy {name}": of_unit.mean_square, f"change {name}": of_unit.change, f"in {name}": of_unit.inputs}
         # Each process draws its own labels, so losses differ.  Replace them by values that do not depend on labels.
         of_unit.loss = np.pad(of_unit.change[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
-    routers = select.fit_routers(calibration, "norm", stats, slices)
+    routers = select.fit_routers(calibration, "norm", stats)
     found |= {f"router {name}": np.append(router.bias, router.norm_gain) for name, router in routers.items()}
     (measured,) = quality.measure(calibration, slices, original, [by_energy])
     return found | {"nll": measured.nll, "bits": np.array([measured.avg_bits_used])}

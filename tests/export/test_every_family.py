@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from short_export import engines_there_are
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import EXPERTS, MODELS, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mbq_export.cli import command
@@ -68,13 +68,18 @@ def test_a_bundle_says_what_its_model_says(
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
     """A folder with the checkpoint of a family, and its bundles for any machine and for this one."""
     folder = tmp_path_factory.mktemp(request.param) / request.param
-    options = ["--target", "portable", "--target", "host", "--engine", "both", "--output", folder / "bundles"]
+    engine = "onnx" if request.param in EXPERTS else "both"
+    options = ["--target", "portable", "--target", "host", "--engine", engine, "--output", folder / "bundles"]
     options += ["--model", write_checkpoint(folder / request.param, request.param), "--calib-data", calibration_text]
     options += ["--calib-tokens", 1024, "--method", "rtn", "--json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Target, "engines", engines_there_are)
         command([str(option) for option in options], standalone_mode=False)
     return folder
+
+
+def session_engines(name: str, target: str) -> tuple[str, ...]:
+    return ("onnx", "tvm") if target == "host" and name not in EXPERTS else ("onnx",)
 
 
 @pytest.mark.slow
@@ -93,7 +98,7 @@ def test_three_texts_on_every_engine(family: Path, target: str) -> None:
     assert 3 < session.run(texts[0].tolist(), 4.0).avg_bits_used < 6
     found = np.stack([one.logits for one in passes])
     assert np.linalg.norm(found - wanted) < SENSITIVE.get(name, TOLERANCE["rtn"]) * np.linalg.norm(wanted)
-    engines = [Engine.load(bundle, engine=one) for one in (("onnx", "tvm") if target == "host" else ("onnx",))]
+    engines = [Engine.load(bundle, engine=one) for one in session_engines(name, target)]
     for text in texts:
         replies = []
         for engine in engines:

@@ -78,8 +78,11 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
         for role, (norm, _) in d.normed_units(layer).items():
             factor = factors(d.hidden_size)
             checkpoint.scale_norm(norm, 1 / factor)
-            for part in d.parts[role]:
+            for part in d.parts.get(role, ()):
                 checkpoint.part(layer, part)[0].mul_(factor)
+            if role == "experts_in":
+                for name in d.norm_readers(layer)[norm]:
+                    checkpoint.model.get_submodule(name).weight.mul_(factor)
         if d.mixer(layer) == "attn":
             factor = factors(d.kv_heads * d.head_dim)
             by_query = factor.reshape(d.kv_heads, 1, -1).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
@@ -91,8 +94,9 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
         else:
             factor = factors(d.hidden_size)
             move(layer, "c", "y", factor, factor)
-        factor = factors(d.ffn_size)
-        move(layer, "up", "down", factor, factor)
+        if d.feed_forward(layer) == "mlp":
+            factor = factors(d.ffn_size)
+            move(layer, "up", "down", factor, factor)
     factor = factors(d.hidden_size)
     checkpoint.scale_norm(d.final_norm, 1 / factor)
     head = checkpoint.linear(d.head.sources[0])

@@ -50,7 +50,7 @@ def plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
 def test_the_plan_of_a_published_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, (_, parameters) = plan(name, tmp_path, monkeypatch), CONFIGS[name]
     assert found["parameters"] == pytest.approx(parameters, rel=0.02)
-    read, routed = found["bytes_per_token"], found["routed_parameters"]
+    read, routed = found["bytes_per_token"], found["read_parameters"]
     assert list(read) == ["3", "4", "6", "8"]
     # A scale and a zero of a byte each for 64 weights or fewer, and the routers.
     for bits, size in read.items():

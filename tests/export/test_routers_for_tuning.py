@@ -36,7 +36,7 @@ def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkey
         return Calibration(checkpoint, recipe, Store(tmp_path / "work", "inputs"))
 
     stats = measure_gains(calibration(), slices, WINDOWS, keep_inputs=True)
-    expected = select.fit_routers(calibration(), kind, stats, slices)
+    expected = select.fit_routers(calibration(), kind, stats)
     found = select.routers_for_tuning(calibration(), slices, WINDOWS)
     # The second time they come from the store.
     monkeypatch.delattr(select, "measure_gains")

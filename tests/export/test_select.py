@@ -18,6 +18,7 @@ from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import Recipe
 from mbq_export.model.describe import describe
+from mbq_export.model.shape import Unit
 from mbq_export.plan import Plan
 from mbq_export.routing import kinds, select
 from mbq_export.routing.slice_gains import UnitStatistics
@@ -31,7 +32,7 @@ def zeros(n: int, k: int) -> Sliced:
     return Sliced(np.zeros((n, k), np.uint8), *np.ones((2, n, 1), np.uint8), np.ones(n, np.float16))
 
 
-SLICES = {"unit": zeros(N, K)}
+SLICES, WEIGHTS = {"unit": zeros(N, K)}, {"unit": N * K}
 BITS = (2.5, 3.0, 4.0)
 TABLE = np.linspace(2, 8, 25, dtype=np.float32)
 RULE = RouterParams(np.zeros(3, np.float32), np.zeros(3, np.float32), TABLE, -TABLE)
@@ -62,6 +63,11 @@ def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[s
     class Anywhere:
         device = "cpu"
 
+        class decoder:
+            @staticmethod
+            def units() -> list[Unit]:
+                return [Unit("unit", ("layer",))]
+
     fits = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
     windows: NDArray[np.int64] = np.zeros((2, 8), np.int64)
     calibration = Calibration(Anywhere(), Recipe(PROFILE, 64))  # type: ignore[arg-type]
@@ -70,13 +76,13 @@ def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[s
 
 
 def test_the_bits_of_a_router_are_those_of_all_its_parameters_per_weight() -> None:
-    assert select.router_bits({"unit": RULE}, SLICES) == pytest.approx(8 * 2 * 3 * 4 / (N * K))
+    assert select.router_bits({"unit": RULE}, WEIGHTS) == pytest.approx(8 * 2 * 3 * 4 / (N * K))
     more = 2 * K * 2 + 2 * 4 + 3 * 2 * 4
-    assert select.router_bits({"unit": LEARNED}, SLICES) == pytest.approx(8 * (2 * 3 * 4 + more) / (N * K))
+    assert select.router_bits({"unit": LEARNED}, WEIGHTS) == pytest.approx(8 * (2 * 3 * 4 + more) / (N * K))
 
 
 def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = select.router_bits({"unit": LEARNED}, SLICES) - select.router_bits({"unit": RULE}, SLICES)
+    cost = select.router_bits({"unit": LEARNED}, WEIGHTS) - select.router_bits({"unit": RULE}, WEIGHTS)
     assert chosen(monkeypatch, 0.5 * cost)[0] == "norm"
     kind, compared = chosen(monkeypatch, 2 * cost)
     assert kind == "mlp"
@@ -91,12 +97,11 @@ def test_the_plan_knows_how_large_routers_will_be(kind: str) -> None:
     config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **MODELS["llama"]})
     decoder = describe(config, "tiny")
     rng = np.random.default_rng(0)
-    slices, stats = {}, {}
+    stats = {}
     for name, (n, k) in decoder.unit_shapes().items():
-        slices[name] = zeros(n, k)
         loss = -np.sort(-rng.uniform(size=(32, 4)).astype(np.float32), axis=1)
         x = rng.normal(size=(32, k)).astype(np.float16)
         stats[name] = UnitStatistics(n * k, loss[:, 0], loss[:, 1:], loss, x)
-    routers = select.fit_routers(Calibration(None, Recipe(PROFILE, 64)), kind, stats, slices)  # type: ignore[arg-type]
+    routers = select.fit_routers(Calibration(None, Recipe(PROFILE, 64)), kind, stats)  # type: ignore[arg-type]
     plan = Plan(decoder, PROFILE, 64, "mbq16", kind, 2048)
     assert sum(router.bytes for router in routers.values()) == plan.router_bytes

@@ -39,6 +39,27 @@ MODELS: dict[str, dict[str, object]] = {
     # The width of Qwen2.5-0.5B.
     "qwen2": {"hidden_size": 896, "num_attention_heads": 14, "head_dim": 64, "tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
+    # A block of one MLP before three of experts.
+    "qwen3_moe": {
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    # Experts in every second block, whose weights do not add up to 1.
+    "qwen3_moe-sparse": {
+        "model_type": "qwen3_moe",
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 2,
+        "moe_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+    },
     "gemma3_text": {
         "tie_word_embeddings": True,
         "sliding_window": 16,
@@ -74,6 +95,16 @@ MODELS: dict[str, dict[str, object]] = {
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.0625,
         "logits_scaling": 8.0,
+    },
+    "granitemoe": {
+        "tie_word_embeddings": True,
+        "intermediate_size": 64,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0625,
+        "logits_scaling": 6.0,
+        "num_local_experts": 10,
+        "num_experts_per_tok": 3,
     },
     "granitemoehybrid": {
         "tie_word_embeddings": True,
@@ -127,6 +158,18 @@ MODELS: dict[str, dict[str, object]] = {
         "conv_L_cache": 3,
         "block_multiple_of": 64,
     },
+    # A convolution with an MLP, attention and a convolution with experts.
+    "lfm2_moe": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "routed_scaling_factor": 1.5,
+    },
     "lfm3": {
         "tie_word_embeddings": True,
         "num_hidden_layers": 3,
@@ -165,10 +208,14 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
+EXPERTS = ("qwen3_moe", "qwen3_moe-sparse", "granitemoe", "lfm2_moe")
+"""Those with experts, which ONNX Runtime alone runs."""
+
 # Those that together have every part of a block, for tests that cost seconds a model.
 EVERY_PART = (
     "llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "phi3-longrope",
     "smollm3", "granite", "gemma2", "olmo3", "hunyuan_v1_dense", "ministral3", "ernie4_5", "lfm3", "qwen3_5_text",
+    "qwen3_moe",
 )  # fmt: skip
 
 
@@ -184,10 +231,15 @@ def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) 
                 parameter.uniform_(0.5, 1.5)
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.2)
+            elif parameter_name.endswith((".gate.weight", ".router.weight")):
+                parameter.mul_(20)  # experts that are clearly chosen
             elif parameter_name.endswith("A_log"):
                 parameter.uniform_(-4, 0)  # a memory that lasts
             else:
                 parameter.mul_(2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("expert_bias"):
+                buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -1,0 +1,233 @@
+"""A model with experts: its modules, its definition, its bundle, its calibration, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_models import EXPERTS, write_checkpoint
+from transformers import AutoModelForCausalLM
+
+from mbq_export.cli import command
+from mbq_export.format.experts import choose_experts, experts_matmul
+from mbq_export.format.nbits import pack_nbits, side_by_side
+from mbq_export.format.ops import gated_silu
+from mbq_export.lower.decoder import ExpertsStep
+from mbq_export.lower.onnx_experts import ExpertNodes
+from mbq_export.lower.onnx_graph import Graph
+from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
+from mbq_export.slicing import rtn
+from mbq_export.slicing.expert_inputs import FEWEST_TOKENS, ExpertInputs
+from mbq_export.slicing.importance import alike
+from mbq_runtime import Engine, UsageError
+from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.engine import Session
+from mbq_targets.spec import KernelSpec
+
+RNG = np.random.default_rng(5)
+TEXTS = RNG.integers(0, 256, (3, 200)).tolist()  # more than one pass of a prompt
+TIE = 1e-3
+SPEC = KernelSpec(SliceProfile.parse("3,1,2,2"), 64)
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path) -> Checkpoint:
+    return load(locate(str(model)))
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> Array:
+    """Logits of transformers, float32 [texts, tokens, vocab]."""
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return np.asarray(original(torch.tensor(TEXTS)).logits.numpy())
+
+
+def test_single_experts_are_the_model(checkpoint: Checkpoint, wanted: Array) -> None:
+    with torch.no_grad():
+        found = checkpoint.model(torch.tensor(TEXTS)).logits.numpy()
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_weights_from_a_file_are_the_same(model: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    mapped = dict(load(locate(str(model)), tmp_path).model.named_parameters())
+    for name, weight in checkpoint.model.named_parameters():
+        assert torch.equal(mapped[name], weight), name
+
+
+def _chooser(checkpoint: Checkpoint, layer: int) -> tuple[Any, Any, Any]:
+    weight, bias = checkpoint.chooser(layer)
+    return weight, checkpoint.decoder.experts, bias
+
+
+def test_the_definition_is_what_transformers_computes(checkpoint: Checkpoint) -> None:
+    """To what rounding to 8 bits leaves."""
+    d = checkpoint.decoder
+    layer = next(layer for layer in range(d.layers) if d.feed_forward(layer) == "experts")
+    chooser = d.chooser(layer)
+    assert chooser is not None
+    assert d.experts is not None
+    x = torch.randn(30, d.hidden_size, generator=torch.Generator().manual_seed(1)) * 2
+    with torch.no_grad():
+        expected = checkpoint.model.get_submodule(chooser.rpartition(".")[0])(x[None])[0].numpy()
+    chosen, weights = choose_experts(x.numpy(), *_chooser(checkpoint, layer))
+    matrices = []
+    for unit in (d.layer_units(layer)["experts_in"], d.layer_units(layer)["experts_out"]):
+        sliced = rtn.slice_weight(checkpoint.weight(unit), 64, SPEC.profile, unit.name)
+        rows = len(sliced.codes) // d.experts.count
+        matrices.append([sliced.rows(slice(at * rows, (at + 1) * rows)) for at in range(d.experts.count)])
+    depth = np.full(30, 4, np.int32)
+    inner = gated_silu(experts_matmul(x.numpy(), chosen, depth, matrices[0], SPEC))
+    outputs = experts_matmul(inner.astype(np.float32), chosen, depth, matrices[1], SPEC)
+    found = (outputs * weights[..., None]).sum(1)
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_the_nodes_choose_as_the_definition_does(checkpoint: Checkpoint) -> None:
+    d, graph = checkpoint.decoder, Graph()
+    layer = d.layers - 1
+    assert d.experts is not None
+    chosen = ExpertNodes(graph, checkpoint).choose(ExpertsStep("experts", layer, d.experts, "silu"), "x")
+    value = onnx.helper.make_tensor_value_info
+    constants = [onnx.numpy_helper.from_array(array, name) for name, array in graph.tensors.items()]
+    outputs = [value(chosen.indices, onnx.TensorProto.INT64, None), value(chosen.weights, 1, None)]
+    made = onnx.helper.make_graph(graph.nodes, "g", [value("x", 1, [1, "t", d.hidden_size])], outputs, constants)
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10)
+    x = RNG.standard_normal((40, d.hidden_size)).astype(np.float32)
+    indices, weights = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x[None]})
+    expected, shares = choose_experts(x, *_chooser(checkpoint, layer))
+    assert np.array_equal(indices[0], expected)
+    np.testing.assert_allclose(weights[0], shares, rtol=1e-4)
+
+
+def test_matrices_side_by_side_add_up() -> None:
+    """The product with the parts beside each other is the sum of the products with each part."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((3 * 16, 128)).astype(np.float32)
+    whole = pack_nbits(rtn.slice_weight(weight, 64, SPEC.profile, "w"), SPEC.profile)
+    beside = side_by_side(whole, 3)
+    for name, tensor in whole.items():
+        parts = [tensor[at * 16 : (at + 1) * 16] for at in range(3)]
+        assert np.array_equal(beside[name], np.concatenate(parts, axis=1)), name
+
+
+def exported(model: Path, folder: Path, text: Path, *options: str) -> Path:
+    arguments = ["--model", str(model), "--output", str(folder), "--calib-data", str(text), "--calib-tokens", "512"]
+    command([*arguments, "--method", "rtn", "--json", *options], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["host", "portable"])
+def engine(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path
+) -> Engine:
+    folder = tmp_path_factory.mktemp(request.param) / "bundle"
+    return Engine.load(exported(model, folder, calibration_text, "--target", request.param))
+
+
+@pytest.mark.heavy
+def test_the_bundle_says_what_transformers_says(engine: Engine, wanted: Array) -> None:
+    passes = [engine.logits(text, 8.0) for text in TEXTS]
+    found = np.stack([one.logits for one in passes])
+    assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
+    assert [one.avg_bits_used for one in passes] == pytest.approx([8.0] * 3)
+    assert 3 < engine.logits(TEXTS[0], 4.0).avg_bits_used < 6
+
+
+@pytest.mark.heavy
+def test_token_by_token_is_one_pass(engine: Engine) -> None:
+    for text in TEXTS:
+        reply = engine.generate(text, max_tokens=15, avg_bits=8)
+        reply.text()
+        said = reply.stats.tokens
+        rows = Session(engine.path).run([*text, *said], 8.0).logits[len(text) - 1 : -1]
+        assert (rows.max(1) - rows[np.arange(len(said)), said] <= TIE * np.abs(rows).max()).all()
+
+
+@pytest.mark.heavy
+def test_a_session_goes_on_or_goes_back(engine: Engine) -> None:
+    session, talk = engine.session(), TEXTS[0]
+    first = engine.generate(talk, max_tokens=6, avg_bits=8, session=session)
+    first.text()
+    longer = [*talk, *first.stats.tokens, 7, 8, 9]
+    for prompt, kept in ((longer, len(longer) - 4), ([*talk[:100], 1, 2, 3], 100)):
+        reply = engine.generate(prompt, max_tokens=6, avg_bits=8, session=session)
+        assert reply.text() == engine.generate(prompt, max_tokens=6, avg_bits=8).text()
+        assert reply.stats.cached_tokens == kept
+
+
+@pytest.mark.heavy
+def test_a_tuned_bundle(
+    model: Path, tmp_path: Path, calibration_text: Path, wanted: Array, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Error feedback, tuning and routers of every kind."""
+    options = ["--target", "portable", "--method", "nested", "--tune-steps", "4"]
+    engine = Engine.load(exported(model, tmp_path / "bundle", calibration_text, *options))
+    found = np.stack([engine.logits(text, 8.0).logits for text in TEXTS])
+    assert np.linalg.norm(found - wanted) < 0.3 * np.linalg.norm(wanted)
+    assert 3 < engine.logits(TEXTS[0], 4.0).avg_bits_used < 6
+
+
+def test_an_expert_that_few_tokens_choose_is_rounded(checkpoint: Checkpoint) -> None:
+    """It has second moments without covariance; the others have those of their own inputs."""
+    d = checkpoint.decoder
+    layer = d.layers - 1
+    gate, _, down = d.expert_layers(layer)
+    windows = np.zeros((1, 64), np.int64)
+    seen = ExpertInputs(checkpoint, layer, alike(checkpoint, windows), slice(None))
+    x = torch.randn(64, d.hidden_size, generator=torch.Generator().manual_seed(1))
+    experts = checkpoint.model.get_submodule(gate[0].rpartition(".")[0].rpartition(".")[0])
+    chosen = torch.zeros(64, 1, dtype=torch.long)
+    chosen[: FEWEST_TOKENS - 1] = 1
+    with seen.watching(), torch.no_grad():
+        experts(x, chosen, torch.ones(64, 1))
+    found = seen.hessians(64)
+    few = torch.eye(d.hidden_size, dtype=torch.float64)
+    of_one = x[FEWEST_TOKENS - 1 :]
+    assert torch.equal(found[gate[1]](), few)
+    assert torch.allclose(found[gate[0]](), (of_one.T @ of_one).double() / 64, rtol=0.05, atol=0.05)
+    assert found[down[0]]().shape == (d.experts.ffn_size,) * 2  # type: ignore[union-attr]
+    assert seen.rare == d.experts.count - 1  # type: ignore[union-attr]
+
+
+def test_rare_experts_are_said_in_one_line(
+    tmp_path: Path, calibration_text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_checkpoint(tmp_path / "model", "qwen3_moe-sparse", num_experts=64, num_experts_per_tok=1)
+    with caplog.at_level(logging.WARNING):
+        exported(source, tmp_path / "bundle", calibration_text, "--target", "portable", "--method", "quick")
+    (said,) = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
+    assert "tokens of the calibration text: each of their weights is rounded by itself" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "webgpu"), "engine webgpu for target webgpu: it has no kernel for experts"),
+        (("--target", "host", "--engine", "tvm"), "engine tvm for target .*: it has no kernel for experts"),
+        (("--target", "host", "--engine", "both"), "engine tvm for target .*: it has no kernel for experts"),
+    ],
+)
+def test_other_engines_are_refused_before_any_work(
+    model: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        command(["--model", str(model), "--output", str(tmp_path / "b"), "--dry-run", *options], standalone_mode=False)
+    assert "\n" not in str(raised.value)
