@@ -51,6 +51,7 @@ def test_every_family_has_a_tiny_model() -> None:
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9 of 8 experts; at most all are needed"),
         ("granitemoehybrid", {"layer_types": ["attention", "mamba"]}, "layers of kind"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layers of kind linear_attention"),
         (

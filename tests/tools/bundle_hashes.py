@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
 
 from exporting import digests, run
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import EXPERTS, MODELS, write_checkpoint
 
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rtn": (("portable", "webgpu"), ("--method", "rtn")),
@@ -32,7 +32,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """By name: targets and options.  Those of ``TUNED`` tune, which is slow, on few models."""
 TUNED = ("nested", "learned", "learned-2222")
 TUNED_MODELS = ("llama", "gemma3_text")
-NO_GPU = ("lfm2", "lfm3", "qwen3_5_text")
+NO_GPU = ("lfm2", "lfm3", "qwen3_5_text", *EXPERTS)
 TEXT = "The tide turns twice a day, and twice a day the boats leave the harbour. " * 400
 
 
@@ -73,6 +73,8 @@ def bundle_hashes() -> dict[str, str]:
                 command = [sys.executable, "-m", "mbq_export.cli", "--model", str(checkpoint), "--output", str(output)]
                 targets = tuple(target for target in targets if target != "webgpu" or model not in NO_GPU)
                 command += ["--calib-data", str(folder / "text.txt"), "--calib-tokens", "2048", *options]
+                if model in EXPERTS:
+                    command = ["onnx" if part == "both" else part for part in command]
                 run([*command, *(part for target in targets for part in ("--target", target))])
                 found |= {f"{recipe}/{model}/{path}": digest for path, digest in comparable(output).items()}
                 print(f"{recipe} {model}", file=sys.stderr)
