@@ -84,7 +84,9 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         calibration, weights.slices, original_model, [select.depths_at(selected.routers, b) for b in bits],
         stage="measuring the quality curve",
     )  # fmt: skip
-    sliced = record_sliced(checkpoint, weights.slices, weights.embedding, profile, original.prompt)
+    sliced = record_sliced(
+        checkpoint, weights.slices, weights.embedding, profile, original.prompt, per_layer=weights.per_layer
+    )
     check_sliced(original, sliced)
     linears = {
         unit.name: RoutedLinear(unit, weights.slices[unit.name], checkpoint.bias(unit), selected.routers[unit.name])
@@ -105,6 +107,7 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         ),
         selected.comparison,
         sliced,
+        weights.per_layer,
     )
 
 
@@ -116,11 +119,11 @@ class _Weights:
     embedding: Sliced | None
     head_scale: NDArray[np.float32]
     head_input: HeadInput | None
+    per_layer: Sliced | None
 
 
 def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recording) -> _Weights:
-    checkpoint, method = calibration.checkpoint, calibration.method
-    d, group_size = checkpoint.decoder, calibration.recipe.group_size
+    checkpoint, method, d = calibration.checkpoint, calibration.method, calibration.checkpoint.decoder
     hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
     if len(hessian_windows) < processes.count():
         raise UsageError(
@@ -133,11 +136,19 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
     else:
         head_scale = smooth(checkpoint, hessian_windows, calibration.stage("measuring activations"))
     check_transformed(original, record(checkpoint, original.prompt), looser(d))
-    embedding = (
-        None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, calibration.profile, "embedding")
-    )
+    embedding = None if d.tied else _rounded(calibration, "embedding", checkpoint.embedding())
+    per_layer = _rounded(calibration, "per_layer", checkpoint.per_layer_table()) if d.per_layer_size else None
     slices = _slice_with_feedback(calibration, windows, hessian_windows) if method.feedback else _round(calibration)
-    return _Weights(slices, embedding, head_scale, head_input)
+    return _Weights(slices, embedding, head_scale, head_input, per_layer)
+
+
+def _rounded(calibration: Calibration, name: str, table: NDArray[np.float32]) -> Sliced:
+    """A table of which a token reads one row.  Error feedback has no sums of products to feed errors into."""
+    found = calibration.store.get(name)
+    if found is None:
+        sliced = rtn.slice_table(table, calibration.recipe.group_size, calibration.profile, name)
+        found = calibration.store.put(name, {name: sliced})
+    return found[name]
 
 
 def _round(calibration: Calibration) -> dict[str, Sliced]:

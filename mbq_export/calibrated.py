@@ -79,6 +79,7 @@ class Calibrated:
     routers: KL divergence from the original of each kind of router on this text, its ratio to the shipped kind's, and
         the ratio's standard error.
     recording: what the model computes at full depth, for the check of the bundle; None: the check runs it.
+    per_layer: slices of the table of per-layer embeddings; None where there is none.
     """
 
     profile: SliceProfile
@@ -92,6 +93,7 @@ class Calibrated:
     curve: tuple[QualityPoint, ...] = ()
     routers: Comparison = field(default_factory=dict)
     recording: Recording | None = None
+    per_layer: Sliced | None = None
 
     def embedding_factors(self, decoder: Decoder) -> NDArray[np.float32]:
         """What a row of the embedding is multiplied by when it is read, float32 [hidden].

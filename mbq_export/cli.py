@@ -292,8 +292,10 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "Model", f"{prepared.source.name}: {d.family.architecture}, {shape}"
     if prepared.left_out:
         yield "", f"its text part alone; left out: {', '.join(prepared.left_out)}"
-    for role, (n, k) in {**d.role_shapes, "head": (d.vocab_size, d.hidden_size)}.items():
-        yield "", f"{role:9} {n:6} x {k:<6} x {1 if role == 'head' else d.layers_of(role)}"
+    for (role, (n, k)), count in {**d.shape_counts, ("head", (d.vocab_size, d.hidden_size)): 1}.items():
+        yield "", f"{role:9} {n:6} x {k:<6} x {count}"
+    if d.per_layer_width:
+        yield "", f"per-layer embeddings {d.vocab_size} x {d.per_layer_width}, of which a token reads one row"
     by_depth = (f"{plan.bytes_per_token(bits) / 1e6:.0f} MB at {bits} bits" for bits in plan.profile.depth_bits)
     of_all = "" if plan.read_parameters == plan.routed_parameters else f"{plan.read_parameters / 1e6:.0f} M of them, "
     yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {of_all}{', '.join(by_depth)}"

@@ -245,12 +245,13 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     from hashlib import sha256
 
     from .methods import METHODS
+    from .model.empty_model import stored_buffers
     from .store import Store
 
     digest = sha256(repr((recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
-    for name, parameter in checkpoint.model.named_parameters():
+    for name, values in (*checkpoint.model.named_parameters(), *stored_buffers(checkpoint.model)):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().numpy())
+        digest.update(values.detach().cpu().numpy())
     return Store(_store_folder(prepared, recipe.profile), digest.hexdigest())
 
 

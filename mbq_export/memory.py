@@ -24,6 +24,12 @@ _DELTA_CHUNK = 64
 _PAIR_COPIES, _HEAD_COPIES, _MEMORY_COPIES = 6, 8, 3
 """How often a backward pass through a delta net keeps what it computes of pairs of tokens, of heads and of memories."""
 
+TABLE_WEIGHTS_AT_ONCE = 1 << 22
+"""Weights of a table of per-layer embeddings that are rounded at once."""
+
+ROUNDING_BYTES = 48 * TABLE_WEIGHTS_AT_ONCE
+"""Most bytes of the float64 numbers that this takes."""
+
 WEIGHTS_AT_ONCE = 1 << 26
 """Most weights that are rotated or sliced at once.  A larger matrix is worked on some rows at a time."""
 
@@ -49,7 +55,7 @@ def activation_bytes(decoder: Decoder) -> int:
     Args:
         decoder: the model.
     """
-    widths = sum((2 * n + 2 * k) * decoder.layers_of(role) for role, (n, k) in decoder.token_widths.items())
+    widths = sum((2 * n + 2 * k) * count for (_, (n, k)), count in decoder.token_counts.items())
     widths += decoder.heads * CONTEXT_TOKENS * decoder.layers_of("attn_in")
     return 4 * CONTEXT_TOKENS * (widths + _delta_width(decoder) * decoder.layers_of("delta_in"))
 

@@ -98,8 +98,15 @@ class Plan:
         read, rows = self.read_parameters, sum(n for n, _ in self._read_shapes)
         scales = read * SCALE_BYTES[self.layout] // self.group_size
         scales += rows * ROW_SCALE_BYTES[self.layout]
-        besides = self.router_bytes + self.decoder.chooser_bytes
+        besides = self.router_bytes + self.decoder.chooser_bytes + self.per_layer_row_bytes
         return round(read * self.stored_bits(avg_bits) / 8) + scales + besides
+
+    @property
+    def per_layer_row_bytes(self) -> int:
+        """Bytes of a token's row of the table of per-layer embeddings, which is read with all its slices."""
+        width = self.decoder.per_layer_width
+        scales = width * SCALE_BYTES[self.layout] // self.group_size + ROW_SCALE_BYTES[self.layout]
+        return round(width * self.stored_bits(CODE_BITS) / 8) + scales if width else 0
 
     def stored_bits(self, avg_bits: float) -> float:
         """Bits read per weight: more than ``avg_bits`` where the layout pads its fields.
@@ -120,7 +127,8 @@ class Plan:
         """Size of the bundle, to a few percent."""
         d = self.decoder
         per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES[self.layout] / self.group_size
-        rotary = len(d.rotary_kinds) * d.context_length * d.head_dim * 4
+        of_kinds = {d.rotary_kind(layer): d.heads_of(layer).head_dim for layer in range(d.layers)}
+        rotary = sum(size for kind, size in of_kinds.items() if kind is not None) * d.context_length * 4
         return round(self.parameters * per_weight) + rotary + self.router_bytes + d.chooser_bytes + (16 << 20)
 
     @property
@@ -131,14 +139,15 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """Size of the files beside the first output: float32 weights, finished slices, and packed experts."""
-        slices = round(self.routed_parameters * (1 + SCALE_BYTES[NATIVE_LAYOUT] / self.group_size))
+        sliced = self.routed_parameters + self.decoder.per_layer_width * self.decoder.vocab_size
+        slices = round(sliced * (1 + SCALE_BYTES[NATIVE_LAYOUT] / self.group_size))
         return self.weights_file_bytes + slices + self.packed_experts_bytes
 
     @property
     def packed_experts_bytes(self) -> int:
         """Size of the files in which packed matrices of experts wait until they are written."""
         d = self.decoder
-        share = sum(n * k * d.layers_of(role) for role, (n, k) in d.role_shapes.items() if role.startswith("experts"))
+        share = sum(n * k * count for (role, (n, k)), count in d.shape_counts.items() if role.startswith("experts"))
         return self.disk_bytes * share // self.parameters
 
     @property
@@ -176,7 +185,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
     seen = 0
     if kept > memory.KEPT_ACTIVATION_BYTES:
         kept, in_use = kept // d.layers + 4 * tokens * d.layers * d.hidden_size, block + head
-        of_blocks = sum((n + k) * d.layers_of(role) for role, (n, k) in d.token_widths.items())
+        of_blocks = sum((n + k) * count for (_, (n, k)), count in d.token_counts.items())
         seen = 4 * tokens * (of_blocks + d.vocab_size + d.hidden_size)
 
     # Scales and offsets before and after tuning, their gradients, and Adam's two moments.
@@ -203,13 +212,14 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         "slicing": before + token_weights + expert_inputs + 8 * sum(k * k for _, k in shapes)
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
+        "rounding tables": before + memory.ROUNDING_BYTES + d.per_layer_width * d.vocab_size,
         "tuning": after + tuned + teacher + windows * (kept * fast // 4 + 3 * fast * logits) + 2 * fast * head
         if plan.tunings else 0,
         "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
         "comparing routers": after + inputs + fast * depths * max(block, head) + 2 * 4 * logits
-        + 4 * _ROUTER_CASES * measured * d.hidden_size,
+        + 4 * _ROUTER_CASES * measured * d.carried_size,
         # Packed experts wait in files; of one unit codes, planes and scales are in memory.
         "writing": _LIBRARIES_BYTES + plan.disk_bytes - plan.packed_experts_bytes + 4 * max(largest, head),
     }  # fmt: skip
@@ -224,7 +234,7 @@ def _expert_bytes(plan: Plan) -> tuple[int, int]:
     blocks = d.layers_of("experts_in")
     if d.experts is None or not blocks:
         return 0, 0
-    pairs = sum(d.token_widths[role][1] for role in ("experts_in", "experts_out"))
+    pairs = sum(d.of_token(role, d.role_shapes[role])[1] for role in ("experts_in", "experts_out"))
     layers = 3 * d.experts.count * blocks
     return memory.fast_bytes() * pairs * tokens, 4 * layers * tokens if plan.tunings else 0
 

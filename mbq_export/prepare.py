@@ -169,19 +169,29 @@ def _bad_options(options: Options) -> Iterator[str]:
 
 
 def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
-    if decoder.layers_of("conv_in") or decoder.layers_of("delta_in") or decoder.head_gates:
+    without = {
+        "short convolutions": decoder.layers_of("conv_in"),
+        "delta nets": decoder.layers_of("delta_in"),
+        "gates of heads": decoder.head_gates,
+        "per-layer embeddings": decoder.per_layer_size,
+        "norms of values": decoder.family.value_norms,
+        "scalars of layers": decoder.family.layer_scalars,
+        "blocks that share keys and values": decoder.some_share,
+    }
+    if found := [part for part, there in without.items() if there]:
         for target in options.outputs.values():
             if target.gpu:
-                yield (
-                    f"target {target.name}: short convolutions, delta nets and gates of heads have no GPU kernel; "
-                    "choose a processor's target"
-                )
-
-    if options.kv_bits != 32 and (decoder.head_dim % KEY_LANES or decoder.head_dim > MOST_HEAD_DIM):
-        yield (
-            f"--kv {options.kv_bits}: heads of {decoder.head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
-            f"most {MOST_HEAD_DIM}; leave it out"
-        )
+                yield f"target {target.name}: {', '.join(found)} have no GPU kernel; choose a processor's target"
+    if options.kv_bits == 32:
+        return
+    if decoder.some_share:
+        yield f"--kv {options.kv_bits}: blocks that share keys and values have them in float32 alone; leave it out"
+    for head_dim in sorted({of.head_dim for of in decoder.caches.values()}):
+        if head_dim % KEY_LANES or head_dim > MOST_HEAD_DIM:
+            yield (
+                f"--kv {options.kv_bits}: heads of {head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
+                f"most {MOST_HEAD_DIM}; leave it out"
+            )
 
 
 def _without_experts(decoder: Decoder, options: Options) -> Iterator[str]:

@@ -25,11 +25,17 @@ from .codes import F16, U8, Sliced
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
+_AT_ONCE = 1 << 24
+"""Codes that are packed at once."""
+
+
 def _padded(n: int) -> int:
     return -(-n // ROW_BLOCK) * ROW_BLOCK
 
 
 def _pad_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    if len(array) % ROW_BLOCK == 0:
+        return array
     return np.pad(array, [(0, _padded(len(array)) - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
@@ -64,23 +70,32 @@ def pack_slices(codes: U8, profile: SliceProfile) -> list[U8]:
     Returns:
         For each slice, uint8 [``slice_bytes``].
     """
-    padded = _pad_rows(codes)
-    n16, k = padded.shape
-    packed = []
+    padded, packed = _pad_rows(codes), []
     low = CODE_BITS
     for planes in profile.planes_of_slices:
         of_slice = []
         for bits in planes:
             low -= bits
-            fields = 8 // bits
-            span = 4 * fields
-            field = (padded >> low) & ((1 << bits) - 1)
-            blocks = field.reshape(n16 // ROW_BLOCK, ROW_BLOCK, k // span, fields, 4)
-            shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
-            byte = np.bitwise_or.reduce(blocks << shifts, axis=3)
-            of_slice.append(np.ascontiguousarray(byte.transpose(0, 2, 1, 3)).reshape(-1))
-        packed.append(np.concatenate(of_slice).astype(np.uint8))
+            of_slice.append(_plane(padded, low, bits))
+        packed.append(np.concatenate(of_slice) if len(of_slice) > 1 else of_slice[0])
     return packed
+
+
+def _plane(codes: U8, low: int, bits: int) -> U8:
+    """The plane of ``bits`` bits from bit ``low`` on of uint8 [n16, k], uint8 [n16 * k * bits / 8]."""
+    n16, k = codes.shape
+    fields = 8 // bits
+    span = 4 * fields
+    shifts = (bits * np.arange(fields, dtype=np.uint8))[:, None]
+    plane = np.empty((n16 // ROW_BLOCK, k // span, ROW_BLOCK, 4), np.uint8)
+    # A table may be almost as large as memory.
+    step = max(1, _AT_ONCE // (ROW_BLOCK * k))
+    for start in range(0, len(plane), step):
+        rows = codes[start * ROW_BLOCK : (start + step) * ROW_BLOCK]
+        field = (rows >> low) & ((1 << bits) - 1)
+        blocks = field.reshape(-1, ROW_BLOCK, k // span, fields, 4)
+        plane[start : start + step] = np.bitwise_or.reduce(blocks << shifts, axis=3).transpose(0, 2, 1, 3)
+    return plane.reshape(-1)
 
 
 def unpack_slices(slices: Sequence[U8], n: int, k: int, profile: SliceProfile) -> U8:

@@ -13,9 +13,12 @@ Lifecycle of one pass over a token::
     for each layer:  norm or add -> linear -> attention, convolution or delta -> linear [-> post_norm]
                      norm or add -> linear -> gate                            -> linear [-> post_norm]
                                  or experts
+                     [add -> two linears -> per_layer -> linear -> post_norm]
+                     [scale]
     final_norm [-> head_input] -> logits
 
-A family without norms before its blocks adds where the others norm.
+A family without norms before its blocks adds where the others norm.  With per-layer embeddings, ``embed`` is called a
+second time, for their table.
 
 The walk does not add a branch (the output of attention or MLP) to the residual stream.  It gives both to the next
 ``norm``, because engines add and norm in one kernel.  It also tells each step which linear layer reads the result
@@ -37,8 +40,12 @@ from mbq_targets.spec import DeltaNet, Experts
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.codes import Sliced
+from ..model import per_layer
 from ..model.checkpoint import Checkpoint
 from ..model.shape import Decoder
+
+PER_LAYER_TABLE = "per_layer"
+"""First part of the names of the tensors of the table of per-layer embeddings."""
 
 V = TypeVar("V")
 """How a builder refers to an activation: a name in a graph, a variable, a buffer."""
@@ -48,13 +55,14 @@ V = TypeVar("V")
 class Embedding:
     """The table that tokens are looked up in, at full depth or the deepest one of the pass.
 
-    name: first part of its tensors' names, "head" for a tied table; table: its slices, [vocab, hidden];
-    factors: float32 [hidden], multiply each row that is read; None for none.
+    name: first part of its tensors' names, "head" for a tied table; table: its slices, [vocab, width];
+    factors: float32 [width], multiply each row that is read; None for none; rows: name of what is read.
     """
 
     name: str
     table: Sliced
     factors: NDArray[np.float32] | None
+    rows: str = "embedding"
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,12 @@ class HeadNorms:
 class Attention:
     """What one layer's attention computes between its two linear layers.
 
-    name: in a graph; layer: index of its cache, from 0; rotary: kind of its table of rotations, as
-    ``Checkpoint.rotary`` takes it, None for no rotation; window: tokens that a token sees, itself included, None for
-    all; scale: multiplies q . k; head_norms: norms of q and of k, None for none; cap: soft cap of the scores, None for
-    none; grows: whether queries are multiplied by ``Checkpoint.query_growth``; gates: how many numbers the projection
-    has behind v for each head, whose sigmoids multiply what the head attends to: 0, 1, or one for each channel.
+    name: in a graph; layer: index of the block, whose heads are ``Decoder.heads_of``; rotary: kind of its table of
+    rotations, as ``Checkpoint.rotary`` takes it, None for no rotation; window: tokens that a token sees, itself
+    included, None for all; scale: multiplies q . k; head_norms: norms of q and of k, None for none; cap: soft cap of
+    the scores, None for none; grows: whether queries are multiplied by ``Checkpoint.query_growth``; gates: how many
+    numbers the projection has behind v for each head, whose sigmoids multiply what the head attends to: 0, 1, or one
+    for each channel; value_norms: whether each head of values goes through an RMS norm that multiplies by 1.
     """
 
     name: str
@@ -102,6 +111,7 @@ class Attention:
     cap: float | None = None
     grows: bool = False
     gates: int = 0
+    value_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,20 @@ class ExpertsStep:
     name: str
     layer: int
     shape: Experts
+    activation: str
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """What a block does with its part of the per-layer embeddings (``format.per_layer``).
+
+    name: in a graph; layer: index of the block; norm: of what the embedding gives; activation: a value of
+    ``families.ACTIVATIONS``.
+    """
+
+    name: str
+    layer: int
+    norm: Norm
     activation: str
 
 
@@ -294,6 +318,34 @@ class Builder(ABC, Generic[V]):
         raise BuildError(f"{experts.name}: experts run on ONNX Runtime alone; use --engine onnx and another target")
 
     @abstractmethod
+    def per_layer(self, per_layer: PerLayer, gate: V, given: V, rows: V) -> V:
+        """Add a block's part of the per-layer embeddings to what the embedding gives it, and gate the sum.
+
+        Args:
+            per_layer: which block, norm and activation.
+            gate: gate before its activation, [tokens, size].
+            given: what the embedding gives, before its norm, [tokens, size].
+            rows: result of ``embed`` for the table of per-layer embeddings, [tokens, layers * size].
+
+        Returns:
+            ``activation(gate) * (norm(given) + part of rows)``, [tokens, size].
+        """
+
+    @abstractmethod
+    def scale(self, residual: V, branch: V, name: str, source: str) -> V:
+        """Add a branch to the residual stream, and multiply the sum by a scalar of the checkpoint.
+
+        Args:
+            residual: stream, [tokens, hidden].
+            branch: what the last branch of the block adds to it, [tokens, hidden].
+            name: of the result in a graph.
+            source: name of the scalar in the checkpoint.
+
+        Returns:
+            The stream, [tokens, hidden].
+        """
+
+    @abstractmethod
     def final_norm(self, residual: V, branch: V | None, norm: Norm, feeds: RoutedLinear) -> tuple[V, V]:
         """As ``norm``, before the head.  Only tokens whose logits are wanted need it.
 
@@ -375,6 +427,7 @@ def first_depths(decoder: Decoder, calibrated: Calibrated, slices: Sequence[str]
         slices: last parts of the names of a matrix's slices, in order.
     """
     names = dict.fromkeys([*calibrated.units, _embedding(decoder, calibrated).name])
+    names |= {} if calibrated.per_layer is None else {PER_LAYER_TABLE: None}
     return {f"{name}.{part}": depth for name in names for depth, part in enumerate(slices, 1)}
 
 
@@ -389,10 +442,13 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
     Returns:
         The stream that ``walk_head`` takes.
     """
-    residual, branch = builder.embed(_embedding(decoder, calibrated)), None
+    embedded = residual = builder.embed(_embedding(decoder, calibrated))
+    branch, rows = None, None
+    if (table := _per_layer_table(decoder, calibrated)) is not None:
+        rows = builder.embed(table)
     for layer in range(decoder.layers):
         linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
-        for part in (decoder.mixer(layer), decoder.feed_forward(layer)):
+        for part in decoder.branches(layer):
             reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
             name, source = f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in")
             if source is None:
@@ -402,11 +458,21 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
             if part == "experts":
                 branch = builder.experts(_experts(decoder, layer), (reads, writes), x, residual)
             else:
-                inner = _inner(decoder, layer, part, builder, builder.linear(reads, x, residual), writes)
+                given = builder.linear(linears["ple_embed"], embedded, embedded) if part == "ple" else None
+                stacked = builder.linear(reads, x, residual)
+                if given is not None and rows is not None:
+                    inner = builder.per_layer(_per_layer(decoder, layer), stacked, given, rows)
+                else:
+                    inner = _inner(decoder, layer, part, builder, stacked, writes)
                 branch = builder.linear(writes, inner, inner)
             post_norm = decoder.output_norm(layer, f"{part}_out")
             if post_norm is not None:
                 branch = builder.post_norm(branch, Norm(f"layers.{layer}.{part}_post_norm", post_norm))
+        if (scalar := decoder.layer_scalar(layer)) is not None and branch is not None:
+            reader = (
+                f"layers.{layer + 1}.{decoder.mixer(layer + 1)}_norm" if layer + 1 < decoder.layers else "final_norm"
+            )
+            residual, branch = builder.scale(residual, branch, f"{reader}.sum", scalar), None
     return Stream(residual, branch)
 
 
@@ -455,6 +521,18 @@ def _experts(decoder: Decoder, layer: int) -> ExpertsStep:
     return ExpertsStep(f"layers.{layer}.experts", layer, decoder.experts, decoder.activation)
 
 
+def _per_layer(decoder: Decoder, layer: int) -> PerLayer:
+    of_table = Norm("per_layer.norm", per_layer.NORM)
+    return PerLayer(f"layers.{layer}.ple.gated", layer, of_table, decoder.activation)
+
+
+def _per_layer_table(decoder: Decoder, calibrated: Calibrated) -> Embedding | None:
+    if calibrated.per_layer is None:
+        return None
+    factors = np.full(decoder.per_layer_width, decoder.per_layer_scale, np.float32)
+    return Embedding(PER_LAYER_TABLE, calibrated.per_layer, factors, f"{PER_LAYER_TABLE}.rows")
+
+
 def _attention(decoder: Decoder, layer: int) -> Attention:
     name = f"layers.{layer}.attention"
     norms, sources = decoder.family.head_norms, decoder.head_norms(layer)
@@ -472,4 +550,5 @@ def _attention(decoder: Decoder, layer: int) -> Attention:
         cap=decoder.attention_cap,
         grows=decoder.query_growth is not None,
         gates=decoder.head_gates,
+        value_norms=decoder.family.value_norms,
     )

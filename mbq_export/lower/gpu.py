@@ -40,6 +40,7 @@ from .decoder import (
     Embedding,
     Gate,
     Norm,
+    PerLayer,
     in_engine_order,
     walk_blocks,
     walk_head,
@@ -200,6 +201,12 @@ class GpuBuilder(Builder[str]):
 
     def delta(self, delta: Delta, stacked: str, feeds: RoutedLinear) -> str:
         raise ModelError(f"{delta.name}: a delta net has no GPU kernel; export for a processor's target")
+
+    def per_layer(self, per_layer: PerLayer, gate: str, given: str, rows: str) -> str:
+        raise ModelError(f"{per_layer.name}: per-layer embeddings have no GPU kernel; export for a processor's target")
+
+    def scale(self, residual: str, branch: str, name: str, source: str) -> str:
+        raise ModelError(f"{source}: scalars of layers have no GPU kernel; export for a processor's target")
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         d, tokens = self.decoder, self.tokens

@@ -36,6 +36,7 @@ from .decoder import (
     ExpertsStep,
     Gate,
     Norm,
+    PerLayer,
     first_depths,
     in_engine_order,
     walk_blocks,
@@ -162,17 +163,18 @@ class OnnxBuilder(Builder[str]):
         self.expert_nodes = ExpertNodes(self.graph, checkpoint)
 
     def embed(self, embedding: Embedding) -> str:
-        g, d = self.graph, self.decoder
+        g = self.graph
         # The head's tensors come first in the file, also where the embedding has its own.
         self._weights("head", self.calibrated.units["head"].sliced)
         table = self._weights(embedding.name, embedding.table)
         rows = g.node(
-            "SlicedGather", ["input_ids", "avg_bits", *table], "embedding", DOMAIN,
-            **self._shape(d.vocab_size, d.hidden_size), depth=self.calibrated.profile.depths,
+            "SlicedGather", ["input_ids", "avg_bits", *table], embedding.rows, DOMAIN,
+            **self._shape(*embedding.table.codes.shape), depth=self.calibrated.profile.depths,
         )  # fmt: skip
         if embedding.factors is None:
             return rows
-        return g.node("Mul", [rows, g.tensor("embedding.scale", embedding.factors)], "embedding.scaled")
+        factors = g.tensor(f"{embedding.rows}.scale", embedding.factors)
+        return g.node("Mul", [rows, factors], f"{embedding.rows}.scaled")
 
     def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         if branch is None:
@@ -245,6 +247,22 @@ class OnnxBuilder(Builder[str]):
         )  # fmt: skip
         self.depths.append(depth)
         return name
+
+    def per_layer(self, per_layer: PerLayer, gate: str, given: str, rows: str) -> str:
+        g, d, name = self.graph, self.decoder, per_layer.name
+        parts = [f"{rows}.{layer}" for layer in range(d.layers)]
+        if per_layer.layer == 0:
+            sizes = g.numbers("per_layer_sizes", *[d.per_layer_size] * d.layers)
+            g.node("Split", [rows, sizes], f"{rows}.split", outputs=parts, axis=-1)
+        normed = self.attentions.norm(given, per_layer.norm, f"{name}.normed")
+        summed = g.node("Add", [normed, parts[per_layer.layer]], f"{name}.summed")
+        stacked = g.node("Concat", [gate, summed], f"{name}.stacked", axis=-1)
+        return g.node(GATES[per_layer.activation], [stacked], name, DOMAIN)
+
+    def scale(self, residual: str, branch: str, name: str, source: str) -> str:
+        g = self.graph
+        summed = g.node("Add", [residual, branch], f"{name}.unscaled")
+        return g.node("Mul", [summed, g.tensor(source, self.checkpoint.scalar(source))], name)
 
     def final_norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         return self.norm(residual, branch, norm, feeds)
@@ -390,9 +408,12 @@ def _signature(decoder: Decoder, kv_bits: int) -> Iterator[tuple[bool, onnx.Valu
                 held: list[str | int] = ["batch", decoder.hidden_size, decoder.conv_taps - 1]
                 yield is_input, value(f"{name.removesuffix('_key_values')}.{layer}.conv", TensorProto.FLOAT, held)
                 continue
+            if decoder.shares(layer):
+                continue
+            of = decoder.heads_of(layer)
             for part in ("key", "value"):
-                row = decoder.head_dim if kv_bits == 32 else kv_row_bytes(decoder.head_dim, kv_bits)
+                row = of.head_dim if kv_bits == 32 else kv_row_bytes(of.head_dim, kv_bits)
                 kind = TensorProto.FLOAT if kv_bits == 32 else TensorProto.UINT8
-                shape: list[str | int] = ["batch", decoder.kv_heads, length, row]
+                shape: list[str | int] = ["batch", of.kv_heads, length, row]
                 yield is_input, value(f"{name}.{layer}.{part}", kind, shape)
     yield False, value("avg_bits_used", TensorProto.FLOAT, [1])

@@ -57,7 +57,7 @@ class AttentionNodes:
             The attended values.
         """
         g, d = self.graph, self.decoder
-        norms = attention.head_norms
+        of, norms = d.heads_of(attention.layer), attention.head_norms
         together = norms is None and not attention.grows and not attention.gates
         query = [qkv, "", ""] if together else self._separate_heads(attention, qkv)
         rotates = attention.rotary is not None and not (norms is not None and norms.rotated_first)
@@ -65,8 +65,11 @@ class AttentionNodes:
         past = [f"past_key_values.{attention.layer}.{part}" for part in ("key", "value")]
         present = [f"present.{attention.layer}.{part}" for part in ("key", "value")]
         name = f"{attention.name}.ungated" if attention.gates else attention.name
+        if d.shares(attention.layer):
+            # The keys and values of an earlier block, which that block has written, and none besides.
+            past, present = [f"present.{of.source}.{part}" for part in ("key", "value")], []
         heads: dict[str, Any] = {
-            "outputs": [name, *present], "num_heads": d.heads, "kv_num_heads": d.kv_heads, "scale": attention.scale
+            "outputs": [name, *present], "num_heads": d.heads, "kv_num_heads": of.kv_heads, "scale": attention.scale
         }  # fmt: skip
         if self.kv_bits == 8:
             attended = g.node(
@@ -94,36 +97,58 @@ class AttentionNodes:
         gated = g.node("Mul", [heads, opening], f"{attention.name}.gated_heads")
         return g.node("Reshape", [gated, g.numbers("flat", 0, 0, -1)], attention.name)
 
-    def norm(self, x: str, norm: Norm) -> str:
+    def norm(self, x: str, norm: Norm, name: str | None = None) -> str:
         """Write an RMS norm.
 
         Args:
             x: what is normed, [..., width].
             norm: which norm.
+            name: of the result, where several nodes have one norm; None: the norm's.
         """
         weight = self.graph.tensor(f"{norm.name}.weight", self.checkpoint.norm(norm.source))
+        return self._normed(x, weight, name or norm.name)
+
+    def _normed(self, x: str, weight: str, name: str) -> str:
         return self.graph.node(
-            "SimplifiedLayerNormalization", [x, weight], norm.name,
+            "SimplifiedLayerNormalization", [x, weight], name,
             axis=-1, epsilon=self.decoder.norm_eps, stash_type=1,
         )  # fmt: skip
 
     def _separate_heads(self, attention: Attention, qkv: str) -> list[str]:
         """q, k and v as three tensors, with what comes between their product and the cache, rotation apart."""
         g, norms, d = self.graph, attention.head_norms, self.decoder
-        sizes = g.numbers("qkv_sizes", *d.attention_sizes.values())
+        of, own = d.attention_sizes(attention.layer), not d.shares(attention.layer)
         q, k, v = (f"{attention.name}.{part}" for part in "qkv")
-        parts = [f"{attention.name}.{part}" for part in d.attention_sizes]
-        g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=parts, axis=-1)
+        if len(of) == 1:
+            q = qkv
+        else:
+            kind = "".join(f".{size}" for size in of.values()) if d.block_heads else ""
+            sizes, parts = g.numbers(f"qkv_sizes{kind}", *of.values()), [f"{attention.name}.{part}" for part in of]
+            g.node("Split", [qkv, sizes], f"{attention.name}.split", outputs=parts, axis=-1)
         if norms is not None:
             if norms.rotated_first and attention.rotary is not None:
                 q, k = (self._rotated(x, n, attention.rotary) for x, n in ((q, d.heads), (k, d.kv_heads)))
-            q, k = (
-                self.norm(x, norm) if norms.whole_row else self._head_norm(x, norm)
-                for x, norm in ((q, norms.q), (k, norms.k))
-            )
+            q = self._part_norm(q, attention, norms.q)
+            k = self._part_norm(k, attention, norms.k) if own else k
         if attention.grows:
             q = g.node("Mul", [q, self._growth()], f"{q}_grown")
-        return [q, k, v]
+        if not own:
+            heads = d.heads_of(attention.layer)
+            width = heads.kv_heads * heads.head_dim
+            none = g.tensor(f"no_keys.{width}", np.empty((1, 0, width), np.float32))
+            return [q, none, none]
+        return [q, k, self._value_norm(v, attention.layer) if attention.value_norms else v]
+
+    def _part_norm(self, x: str, attention: Attention, norm: Norm) -> str:
+        assert attention.head_norms is not None
+        return self.norm(x, norm) if attention.head_norms.whole_row else self._head_norm(x, norm, attention.layer)
+
+    def _value_norm(self, v: str, layer: int) -> str:
+        """Each head of values over its root mean square."""
+        g, size = self.graph, self.decoder.heads_of(layer).head_dim
+        split = g.node("Reshape", [v, self._per_head(layer)], f"{v}_heads")
+        normed = self._normed(split, g.tensor(f"ones.{size}", np.ones(size, np.float32)), f"{v}_heads_normed")
+        return g.node("Reshape", [normed, g.numbers("flat", 0, 0, -1)], f"{v}_normed")
 
     def _past_tokens(self) -> str:
         """int64 [1]: how many tokens the cache holds."""
@@ -151,11 +176,15 @@ class AttentionNodes:
             self.values["query_growth"] = g.node("Slice", rows, "query_growth")
         return self.values["query_growth"]
 
-    def _head_norm(self, x: str, norm: Norm) -> str:
-        g = self.graph
-        per_head, flat = g.numbers("per_head", 0, 0, -1, self.decoder.head_dim), g.numbers("flat", 0, 0, -1)
-        split = g.node("Reshape", [x, per_head], f"{x}_heads")
-        return g.node("Reshape", [self.norm(split, norm), flat], f"{x}_normed")
+    def _head_norm(self, x: str, norm: Norm, layer: int) -> str:
+        per_head, flat = self._per_head(layer), self.graph.numbers("flat", 0, 0, -1)
+        split = self.graph.node("Reshape", [x, per_head], f"{x}_heads")
+        return self.graph.node("Reshape", [self.norm(split, norm), flat], f"{x}_normed")
+
+    def _per_head(self, layer: int) -> str:
+        """The shape [batch, tokens, heads, head_dim]."""
+        size = self.decoder.heads_of(layer).head_dim
+        return self.graph.numbers("per_head" if size == self.decoder.head_dim else f"per_head.{size}", 0, 0, -1, size)
 
     def _rotary(self, kind: str) -> list[str]:
         """cos and sin of the layers of one kind."""

@@ -9,8 +9,8 @@ the call as a number (see ``tvm_weights``).  All functions of the module have on
 
 With keys and values of 8 bits, both are u8 [layers, kv_heads, positions, head_dim + 4] (``format.attention``).
 
-A decoder with short convolutions takes their states behind ``values``; one with delta nets states and memories
-(``tvm_ops.delta``).
+A decoder whose layers have heads of several shapes takes keys and values of each (``facts.by_shape``).  One with short
+convolutions takes their states behind ``values``; one with delta nets states and memories (``tvm_ops.delta``).
 
 ``decode`` takes M = 1.  ``prefill`` returns the logits of the last token, ``score`` of all tokens.  Each function
 writes the cache and ``used``, the average bits of the pass, in place.
@@ -22,9 +22,10 @@ one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mbq_runtime.bundle.facts import by_shape
 from mbq_runtime.bundle.layout import KEY_LANES, ROW_BLOCK, kv_row_bytes
 from mbq_runtime.bundle.tensors import Entry
 from mbq_targets.spec import KernelSpec
@@ -40,12 +41,16 @@ from .decoder import (
     Embedding,
     Gate,
     Norm,
+    PerLayer,
     first_depths,
     in_engine_order,
     walk_blocks,
     walk_head,
 )
 from .tvm_weights import QUERY_GROWTH, Array, collect, delta_tensors, head_norm_tensors, places
+
+_PREFIX = "mbq_"
+"""Of the symbols of operations."""
 
 
 class Lowered(NamedTuple):
@@ -79,9 +84,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     slices = weight_inputs(calibrated.profile)[: calibrated.profile.depths]
     depths = first_depths(checkpoint.decoder, calibrated, slices)
     entries = places(tensors, depths)
-    kinds = checkpoint.decoder.rotary_kinds
-    rotated = 2 * tensors[f"{kinds[0]}.cos"].shape[1] if kinds else 0
-    functions = relax.BlockBuilder(_operations(checkpoint, calibrated, spec, rotated))
+    functions = relax.BlockBuilder(_operations(checkpoint, calibrated, spec, tensors))
     tokens = tirx.Var("tokens", "int64")
     for name, rows, wanted in (("decode", 1, 1), ("prefill", tokens, 1), ("score", tokens, tokens)):
         parameters = _parameters(checkpoint, entries, rows, spec.kv_bits)
@@ -93,45 +96,62 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     return Lowered(functions.get(), tensors, entries, depths)
 
 
-def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec, rotated: int) -> Any:
-    """IRModule of the operations.  rotated: how many of a head's first numbers are rotated."""
+def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec, tensors: Mapping[str, Array]) -> Any:
+    """IRModule of the operations.  tensors: with the tables of rotations."""
     from mbq_targets.tvm_ops.attention import Attention as Heads
     from mbq_targets.tvm_ops.module import Shape, build_module
 
     d, turn = checkpoint.decoder, calibrated.head_input
     norms = d.family.head_norms
-    heads = Heads(
-        d.heads, d.kv_heads, d.head_dim, rotated, d.attention_scale, None if norms is None else d.norm_eps,
-        norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
-        some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
-        cap=d.attention_cap, grows=d.query_growth is not None, gates=d.head_gates, kv_bits=spec.kv_bits,
+
+    def rotated(layers: list[int]) -> int:
+        """How many of a head's first numbers are rotated."""
+        kinds = [kind for layer in layers if (kind := d.rotary_kind(layer)) is not None]
+        return 2 * tensors[f"{kinds[0]}.cos"].shape[1] if kinds else 0
+
+    heads = tuple(
+        Heads(
+            d.heads, *shape, rotated(layers), d.attention_scale, None if norms is None else d.norm_eps,
+            norm_rows=norms is not None and norms.whole_row, norm_last=norms is not None and norms.rotated_first,
+            some_still=any(d.rotary_kind(layer) is None for layer in range(d.layers)),
+            cap=d.attention_cap, grows=d.query_growth is not None, gates=d.head_gates,
+            kv_bits=spec.kv_bits, value_norms=d.family.value_norms, some_share=d.some_share,
+        )
+        for shape, layers in by_shape(d.caches).items()
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
-    adds = any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
+    adds = bool(d.per_layer_size) or any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
     convolution = None
     if layers := [layer for layer in range(d.layers) if d.mixer(layer) == "conv"]:
         convolution = (d.conv_taps, checkpoint.taps(d.convolution(layers[0]))[1] is not None)
-    return build_module(Shape(spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution, d.delta))
+    shape = Shape(
+        spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution, d.delta,
+        per_layer=bool(d.per_layer_size), scales=d.family.layer_scalars,
+    )  # fmt: skip
+    return build_module(shape)
 
 
 def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any, kv_bits: int) -> dict[str, Any]:
     """Parameters of one function, by name.  rows: tokens that it takes; kv_bits: bits of a cached key or value."""
     from tvm import relax, tirx
 
-    d, attending = checkpoint.decoder, checkpoint.decoder.layers_of("attn_in")
+    d = checkpoint.decoder
     blocks, positions = tirx.Var("blocks", "int64"), tirx.Var("positions", "int64")
     shapes: dict[str, tuple[list[Any], str]] = {
         "ids": ([rows], "int64"),
         "past": ([1], "int64"),
         "avg_bits": ([2], "float32"),
         "used": ([1], "float32"),
-        "keys": ([attending, d.kv_heads, blocks, d.head_dim, KEY_LANES], "float32"),
-        "values": ([attending, d.kv_heads, positions, d.head_dim], "float32"),
     }
-    if kv_bits == 8:
-        cache = ([attending, d.kv_heads, positions, kv_row_bytes(d.head_dim, kv_bits)], "uint8")
-        shapes |= {"keys": cache, "values": cache}
-    kept = d.layers - attending
+    for index, ((kv_heads, head_dim), layers) in enumerate(by_shape(d.caches).items()):
+        keys, values = _cache_names(index)
+        if kv_bits == 8:
+            cache = ([len(layers), kv_heads, positions, kv_row_bytes(head_dim, kv_bits)], "uint8")
+            shapes |= {keys: cache, values: cache}
+        else:
+            shapes[keys] = ([len(layers), kv_heads, blocks, head_dim, KEY_LANES], "float32")
+            shapes[values] = ([len(layers), kv_heads, positions, head_dim], "float32")
+    kept = d.layers - d.layers_of("attn_in")
     if d.delta is not None:
         shapes["states"] = ([kept, d.delta.taps - 1, d.delta.channels], "float32")
         shapes["memories"] = ([kept, *d.delta.states["recurrent"]], "float32")
@@ -139,6 +159,11 @@ def _parameters(checkpoint: Checkpoint, entries: dict[str, Entry], rows: Any, kv
         shapes["states"] = ([kept, d.conv_taps - 1, d.hidden_size], "float32")
     shapes["weights"] = ([max(entry.place + entry.size for entry in entries.values())], "uint8")
     return {name: relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def _cache_names(index: int) -> tuple[str, str]:
+    """The parameters with the keys and the values of heads of one shape.  index: its place in ``by_shape``."""
+    return (f"keys_{index}", f"values_{index}") if index else ("keys", "values")
 
 
 class RelaxBuilder(Builder[Any]):
@@ -173,10 +198,9 @@ class RelaxBuilder(Builder[Any]):
 
     def embed(self, embedding: Embedding) -> Any:
         numbers = [self._place(f"{embedding.name}.{part}") for part in weight_inputs(self.profile)]
-        numbers += [self._place("embedding.scale"), self.decoder.vocab_size]
-        return self._call(
-            "embed", ["ids", "avg_bits", "weights", "used"], numbers, (self.rows, self.decoder.hidden_size)
-        )
+        rows, width = embedding.table.codes.shape
+        numbers += [self._place(f"{embedding.rows}.scale"), rows]
+        return self._call("embed", ["ids", "avg_bits", "weights", "used"], numbers, (self.rows, width))
 
     def norm(self, residual: Any, branch: Any | None, norm: Norm, feeds: RoutedLinear) -> tuple[Any, Any]:
         from tvm import relax
@@ -202,6 +226,7 @@ class RelaxBuilder(Builder[Any]):
 
     def attention(self, attention: Attention, qkv: Any, feeds: RoutedLinear) -> Any:
         from mbq_targets.tvm_ops.attention import STILL
+        from mbq_targets.tvm_ops.module import attention_name
 
         d = self.decoder
         rotary = [STILL, STILL]
@@ -209,10 +234,15 @@ class RelaxBuilder(Builder[Any]):
         if attention.rotary is not None:
             rotary = [self._place(f"{attention.rotary}.{part}") for part in ("cos", "sin")]
         # The scale, the soft cap and how heads are normed are compiled into the operation.
-        numbers = [self._index(attention.layer), *rotary, *gains, attention.window or d.context_length]
+        of, shapes = d.heads_of(attention.layer), by_shape(d.caches)
+        layers = shapes[of.kv_heads, of.head_dim]
+        numbers = [layers.index(of.source), *rotary, *gains, attention.window or d.context_length]
         numbers += [self._place(QUERY_GROWTH)] if attention.grows else []
-        tensors = [qkv, "past", "keys", "values", "weights"]
-        return self._call("attention", tensors, numbers, (self.rows, d.heads * d.head_dim))
+        numbers += [int(d.shares(attention.layer))] if d.some_share else []
+        index = list(shapes.values()).index(layers)
+        tensors = [qkv, "past", *_cache_names(index), "weights"]
+        operation = attention_name(index).removeprefix(_PREFIX)
+        return self._call(operation, tensors, numbers, (self.rows, d.heads * of.head_dim))
 
     def convolution(self, convolution: Convolution, stacked: Any, feeds: RoutedLinear) -> Any:
         names = (f"{convolution.source}.{part}" for part in ("taps", "bias"))
@@ -226,13 +256,22 @@ class RelaxBuilder(Builder[Any]):
         return self._call("delta", tensors, [self._index(delta.layer), *places], (self.rows, delta.shape.values))
 
     def _index(self, layer: int) -> int:
-        """The index of a block among those with the same mixer: caches and states have no gaps."""
+        """The index of a block among those with the same mixer: states have no gaps."""
         d = self.decoder
         return sum(d.mixer(before) == d.mixer(layer) for before in range(layer))
 
     def gate(self, gate: Gate, stacked: Any, feeds: RoutedLinear) -> Any:
         # The activation is compiled into the operation.
-        return self._call("gate", [stacked], [], (self.rows, self.decoder.ffn_size))
+        return self._call("gate", [stacked], [], (self.rows, feeds.sliced.codes.shape[1]))
+
+    def per_layer(self, per_layer: PerLayer, gate: Any, given: Any, rows: Any) -> Any:
+        size = self.decoder.per_layer_size
+        numbers = [per_layer.layer * size, self._place(per_layer.norm.source)]
+        return self._call("per_layer", [gate, given, rows, "weights"], numbers, (self.rows, size))
+
+    def scale(self, residual: Any, branch: Any, name: str, source: str) -> Any:
+        shape = (self.rows, self.decoder.hidden_size)
+        return self._call("scale", [residual, branch, "weights"], [self._place(source)], shape)
 
     def final_norm(self, residual: Any, branch: Any | None, norm: Norm, feeds: RoutedLinear) -> tuple[Any, Any]:
         x, residual = self.norm(residual, branch, norm, feeds)
@@ -258,7 +297,7 @@ class RelaxBuilder(Builder[Any]):
         kinds = [relax.TensorType(list(shape), "float32") for shape in shapes]
         given = relax.Tuple([*args, *map(relax.prim_value, numbers)])
         returned = kinds[0] if len(kinds) == 1 else kinds
-        return self.functions.emit(relax.op.call_dps_packed(f"mbq_{operation}", given, returned))
+        return self.functions.emit(relax.op.call_dps_packed(_PREFIX + operation, given, returned))
 
     def _place(self, name: str) -> int:
         return self.entries[name].place

@@ -14,7 +14,9 @@ from mbq_runtime.bundle.tensors import Entry, plan, write_header
 from ..calibrated import Calibrated, RoutedLinear
 from ..format.codes import Sliced
 from ..format.planes import pack_matrix
+from ..model import per_layer
 from ..model.checkpoint import Checkpoint
+from .decoder import PER_LAYER_TABLE
 
 Array = NDArray[np.generic]
 
@@ -41,11 +43,17 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
     if calibrated.embedding is not None:
         tensors |= _matrix("embedding", calibrated.embedding, calibrated)
     tensors["embedding.scale"] = calibrated.embedding_factors(d)
+    if calibrated.per_layer is not None:
+        tensors |= _matrix(PER_LAYER_TABLE, calibrated.per_layer, calibrated)
+        tensors[f"{PER_LAYER_TABLE}.rows.scale"] = np.full(d.per_layer_width, d.per_layer_scale, np.float32)
+        tensors[per_layer.NORM] = checkpoint.norm(per_layer.NORM)
     for name, source in _norms(checkpoint).items():
         tensors[name] = checkpoint.norm(source)
     for kind in d.rotary_kinds:
         tensors[f"{kind}.cos"], tensors[f"{kind}.sin"] = checkpoint.rotary(kind)
     for layer in range(d.layers):
+        if (scalar := d.layer_scalar(layer)) is not None:
+            tensors[scalar] = checkpoint.scalar(scalar)
         if d.mixer(layer) == "delta":
             tensors |= delta_tensors(checkpoint, layer)
         if d.mixer(layer) == "conv":
@@ -114,7 +122,7 @@ def _norms(checkpoint: Checkpoint) -> dict[str, str]:
     names = {d.final_norm: d.final_norm}
     for layer in range(d.layers):
         of_block = [norm for norm, _ in d.normed_units(layer).values()]
-        of_block += [name for role in (f"{d.mixer(layer)}_out", "mlp_out") if (name := d.output_norm(layer, role))]
+        of_block += [name for part in d.branches(layer) if (name := d.output_norm(layer, f"{part}_out"))]
         names |= {name: name for name in of_block} | head_norm_tensors(checkpoint, layer)
     return names
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from mbq_runtime.errors import ModelError
 
 from ..memory import fast_bytes
 from .checkpoint import Checkpoint
+from .per_layer import given
 from .shape import Unit
 
 
@@ -56,8 +58,18 @@ def fast_autocast(device: torch.device) -> torch.autocast:
     return autocast(fast_dtype(device), device)
 
 
-Hidden = torch.Tensor
-"""float32 [1, context, hidden_size]: one window's residual stream."""
+@dataclass(frozen=True)
+class Hidden:
+    """One window of text between two blocks.
+
+    stream: float32 [1, context, hidden_size], its residual stream.
+    tokens: int64 [1, context].
+    shared: keys and values that later blocks attend to again, by kind of layer, as transformers names them.
+    """
+
+    stream: torch.Tensor
+    tokens: torch.Tensor
+    shared: Mapping[str, Any]
 
 
 class Blocks:
@@ -77,13 +89,17 @@ class Blocks:
         """What the model passes to each block besides the residual stream: masks, positions, rotations."""
         seen: list[dict[str, Any]] = []
 
-        def note(hidden: Hidden, **kwargs: Any) -> Hidden:
+        def note(stream: torch.Tensor, *of_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             seen.append(kwargs)
-            return hidden
+            return stream
 
         with ExitStack() as stack, torch.no_grad():
             for layer in self.layers:
                 stack.enter_context(replaced_forward(layer, note))
+            if width := self.checkpoint.decoder.per_layer_width:
+                # Its weights are those of blocks, which may be released.
+                projection = self.checkpoint.model.model.per_layer_model_projection
+                stack.enter_context(replaced_forward(projection, lambda x: x.new_zeros(*x.shape[:-1], width)))
             tokens = torch.zeros(1, context, dtype=torch.long, device=self.checkpoint.device)
             self.checkpoint.model.model(tokens, use_cache=False)
         return seen
@@ -96,31 +112,36 @@ class Blocks:
         """
         with torch.no_grad():
             embedding, tokens = self.checkpoint.model.get_input_embeddings(), self.checkpoint.on_device(windows)
-            return [embedding(window[None]) for window in tokens]
+            return [Hidden(embedding(window[None]), window[None], {}) for window in tokens]
 
     def run(self, layer: int, hidden: Hidden) -> Hidden:
         """Run one window through one block.
 
         Args:
             layer: index of the block, 0-based.
-            hidden: float32 [1, context, hidden_size], the block's input.
+            hidden: the window in front of the block.
         """
+        arguments, shared = dict(self._arguments[layer]), hidden.shared
         with torch.no_grad():
-            output: Hidden = self.layers[layer](hidden, **self._arguments[layer])
-        return output
+            if self.checkpoint.decoder.per_layer_size:
+                arguments["per_layer_input"] = given(self.checkpoint.model, layer, hidden.tokens)
+            if "shared_kv_states" in arguments:
+                arguments["shared_kv_states"] = shared = type(arguments["shared_kv_states"])(shared)
+            stream = self.layers[layer](hidden.stream, **arguments)
+        return Hidden(stream, hidden.tokens, shared)
 
     def final(self, hidden: Hidden) -> torch.Tensor:
         """The head's input.
 
         Args:
-            hidden: float32 [1, context, hidden_size], the last block's output.
+            hidden: the window behind the last block.
 
         Returns:
             float32 [context, hidden_size].
         """
         final_norm = self.checkpoint.model.get_submodule(self.checkpoint.decoder.final_norm)
         with torch.no_grad():
-            normed: torch.Tensor = final_norm(hidden)[0]
+            normed: torch.Tensor = final_norm(hidden.stream)[0]
         return normed
 
 

@@ -161,6 +161,18 @@ class Checkpoint:
         """The embedding table, float32 [vocab, hidden], before ``Decoder.embedding_scale``."""
         return np.asarray(self.model.get_input_embeddings().weight.detach().cpu().numpy())
 
+    def per_layer_table(self) -> NDArray[np.float32]:
+        """The table of per-layer embeddings, float32 [vocab, layers * size], before ``Decoder.per_layer_scale``."""
+        return np.asarray(self.model.model.embed_tokens_per_layer.weight.detach().cpu().numpy())
+
+    def scalar(self, name: str) -> NDArray[np.float32]:
+        """A number of the checkpoint that is no weight of a layer, float32 [1].
+
+        Args:
+            name: as in the checkpoint.
+        """
+        return np.asarray(self.model.get_buffer(name).detach().float().cpu().numpy())
+
     def part(self, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A view of one part of a block, to read and to write.
 
@@ -300,7 +312,7 @@ class Checkpoint:
             int64 [rows of q, k, v and gates]: for each row of the new order, its row in the checkpoint.
         """
         d, kind = self.decoder, self.decoder.rotary_kind(layer)
-        rows = np.arange(sum(d.attention_sizes.values()))
+        rows = np.arange(sum(d.attention_sizes(layer).values()))
         if d.family.channel_gates:
             size = d.heads * d.head_dim
             queries, gates = rows[: 2 * size].reshape(d.heads, 2, d.head_dim).swapaxes(0, 1)

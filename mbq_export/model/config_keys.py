@@ -60,6 +60,7 @@ class ConfigKeys:
         self._known = self._usual.keys() | _named_in_source(config_class) | {"tie_word_embeddings"}
         self._read: set[str] = set()
         self._read_of_rope: set[str] = set()
+        self._by_layer: set[str] = getattr(config, "per_layer_attributes", None) or set()
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, which counts as read.
@@ -68,8 +69,21 @@ class ConfigKeys:
             key: as in config.json.
             default: for a key that the config does not have, or that transformers does not read of this family.
         """
+        if key in self._by_layer:  # remains unread: the caller does not know that layers differ
+            return getattr(self._config.per_layer_config[0], key)
         self._read.add(key)
         return getattr(self._config, key, default) if key in self._known else default
+
+    def by_layer(self, key: str) -> list[Any]:
+        """The value of a key for each layer, which counts as read.  In most families all layers have the same.
+
+        Args:
+            key: as in config.json.
+        """
+        self._read.add(key)
+        if key not in self._by_layer:
+            return [self.get(key)] * self.get("num_hidden_layers")
+        return [getattr(layer, key) for layer in self._config.per_layer_config]
 
     def rope(self, key: str) -> Any:
         """The value of a key of ``rope_parameters``, which counts as read; None for a key that it does not have.
@@ -82,9 +96,12 @@ class ConfigKeys:
 
     def unread(self) -> Iterator[tuple[str, Any]]:
         """Keys with their values that transformers reads, that have not been read, and that are not as by default."""
-        known = self._read | _INERT | _IN_WEIGHTS | _IN_OTHER_KEYS | {"rope_parameters"}
+        known = self._read | _INERT | _IN_WEIGHTS | _IN_OTHER_KEYS | {"rope_parameters", "per_layer_config"}
         given = self._config.to_dict()
-        for key in sorted((self._usual.keys() | (self._known & given.keys())) - known):
+        yield from ((f"per_layer_config.{key}", "not the same in all layers") for key in self._by_layer - known)
+        if any(getattr(layer, "skip", None) for layer in getattr(self._config, "per_layer_config", ())):
+            yield "per_layer_config.skip", "not empty"
+        for key in sorted((self._usual.keys() | (self._known & given.keys())) - known - self._by_layer):
             value = getattr(self._config, key, None)
             if not key.startswith(self._without or "\0") and value != self._usual.get(key):
                 yield key, value
@@ -104,6 +121,8 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     of_all, usual = {field.name for field in fields(PreTrainedConfig)}, config_class()
+    if getattr(usual, "is_heterogeneous", False):
+        usual = usual.per_layer_config[0]
     named = (field.name for field in fields(config_class))
     return {name: getattr(usual, name, None) for name in named if name not in of_all and not name.startswith("_")}
 

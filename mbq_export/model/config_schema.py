@@ -52,6 +52,11 @@ SIZES = {
     "num_attention_heads": Range(1, 1 << 12),
     "num_key_value_heads": Range(1, 1 << 12),
     "head_dim": Range(1, 1 << 12),
+    "global_head_dim": Range(1, 1 << 12),
+    "num_global_key_value_heads": Range(1, 1 << 12),
+    "num_kv_shared_layers": Range(0, MOST_LAYERS),
+    "hidden_size_per_layer_input": Range(0, 1 << 17),
+    "vocab_size_per_layer_input": Range(1, 1 << 22),
     "linear_num_key_heads": Range(1, 1 << 12),
     "linear_num_value_heads": Range(1, 1 << 12),
     "linear_key_head_dim": Range(1, 1 << 12),
@@ -97,6 +102,7 @@ _SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "use_expert_bias",
 )  # fmt: skip
 _OBJECTS = ("rope_parameters", "rope_scaling")
+_BY_LAYER = "per_layer_config"
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:
@@ -120,6 +126,12 @@ def _wrong_values(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {_shown(values[name])}; true or false is needed"
     for name in _OBJECTS:
         yield from _wrong_rope(values.get(name), name)
+    by_layer = values.get(_BY_LAYER) or {}
+    if not isinstance(by_layer, Mapping) or not all(isinstance(of, Mapping) for of in by_layer.values()):
+        yield f"{_BY_LAYER} is {_shown(by_layer)}; an object of objects is needed"
+        return
+    for layer, of in by_layer.items():
+        yield from _out_of_range(of, SIZES, f"{_BY_LAYER}.{layer}.")
     kinds = values.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         yield f"layer_types is {_shown(kinds)}; a list of names is needed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mbq_runtime.bundle.facts import BlockHeads
 from mbq_runtime.errors import ModelError
 from mbq_targets.spec import DeltaNet, Experts
 
@@ -51,26 +52,38 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         raise ModelError(f"{where}: hidden_act is {activation!r}; only {', '.join(ACTIVATIONS)} have a lowering")
     layers, heads = keys.get("num_hidden_layers"), keys.get("num_attention_heads")
     hidden = keys.get("hidden_size")
-    head_dim = keys.get("head_dim") or hidden // heads
-    if head_dim % HEAD_DIM_STEP:
-        raise ModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}")
+    head_dims = [size or hidden // heads for size in keys.by_layer("head_dim")]
+    for head_dim in head_dims:
+        if head_dim % HEAD_DIM_STEP:
+            raise ModelError(
+                f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of {HEAD_DIM_STEP}"
+            )
     window, kinds = _windows(keys, family, layers, where)
+    block_heads = _block_heads(keys, kinds, head_dims, where)
     told_tied = bool(keys.get("tie_word_embeddings"))
     beta = keys.rope("llama_4_scaling_beta") if family.growing_queries else None
+    if keys.get("enable_moe_block"):
+        raise ModelError(f"{where}: enable_moe_block is true; experts have no lowering")
+    # "vision": only tokens of an image look ahead.
+    if (ahead := keys.get("use_bidirectional_attention")) not in (None, False, "vision"):
+        raise ModelError(
+            f"{where}: use_bidirectional_attention is {ahead!r}; tokens of text that look ahead have no lowering"
+        )
+    ffn_size = _ffn_size(keys, family)
     return Decoder(
         family=family,
         layers=layers,
         hidden_size=hidden,
-        ffn_size=_ffn_size(keys, family),
+        ffn_size=ffn_size,
         heads=heads,
-        kv_heads=keys.get("num_key_value_heads"),
-        head_dim=head_dim,
+        kv_heads=keys.by_layer("num_key_value_heads")[0],
+        head_dim=head_dims[0],
         vocab_size=keys.get("vocab_size"),
         context_length=_context_length(keys),
         norm_eps=keys.get(family.norm_eps),
         tied=told_tied if tied is None else tied,
         activation=ACTIVATIONS[activation],
-        attention_scale=_attention_scale(keys, head_dim),
+        attention_scale=1.0 if family.scores_as_they_are else _attention_scale(keys, head_dims[0]),
         layer_kinds=kinds,
         sliding_window=window or keys.get("max_position_embeddings"),
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else float(keys.get("embedding_multiplier") or 1),
@@ -83,6 +96,9 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         branch_scale=float(keys.get("residual_multiplier") or 1),
         logits_scale=1 / float(keys.get("logits_scaling") or 1),
         experts=_experts(keys, family, layers, where),
+        block_heads=block_heads,
+        ffn_sizes=_ffn_sizes(keys, block_heads, ffn_size),
+        per_layer_size=_per_layer_size(keys, family, where),
     )
 
 
@@ -125,6 +141,44 @@ def _experts(keys: ConfigKeys, family: Family, layers: int, where: str) -> Exper
             f"{where}: num_experts_per_tok is {found.used} of {found.count} experts; at most all are needed"
         )
     return found
+
+
+def _block_heads(keys: ConfigKeys, kinds: tuple[str, ...], head_dims: list[int], where: str) -> tuple[BlockHeads, ...]:
+    """Heads by block, where they differ or where the last blocks share keys and values; else nothing.
+
+    A block that shares reads those of the last block of its kind that has its own.
+    """
+    kv_heads, shared = keys.by_layer("num_key_value_heads"), keys.get("num_kv_shared_layers") or 0
+    own = list(kinds[: len(kinds) - shared])
+    if missing := set(kinds[len(own) :]) - set(own):
+        raise ModelError(
+            f"{where}: num_kv_shared_layers is {shared}; then no layer of kind {', '.join(sorted(missing))} has keys "
+            "and values"
+        )
+    if not shared and len(set(zip(kv_heads, head_dims, strict=True))) == 1:
+        return ()
+    last = {kind: layer for layer, kind in enumerate(own)}
+    sources = [layer if layer < len(own) else last[kind] for layer, kind in enumerate(kinds)]
+    return tuple(BlockHeads(*of) for of in zip(sources, kv_heads, head_dims, strict=True))
+
+
+def _ffn_sizes(keys: ConfigKeys, block_heads: tuple[BlockHeads, ...], ffn_size: int) -> tuple[int, ...]:
+    """The width of the MLP by block, where blocks that share keys and values have twice the width; else nothing."""
+    if not keys.get("use_double_wide_mlp"):
+        return ()
+    return tuple(ffn_size * (1 if heads.source == layer else 2) for layer, heads in enumerate(block_heads))
+
+
+def _per_layer_size(keys: ConfigKeys, family: Family, where: str) -> int:
+    """Numbers that a token has in a table for each block."""
+    if "ple_in" not in family.linears:
+        return 0
+    size, rows = keys.get("hidden_size_per_layer_input") or 0, keys.get("vocab_size_per_layer_input")
+    if size and rows != keys.get("vocab_size"):
+        raise ModelError(
+            f"{where}: vocab_size_per_layer_input is {rows}, vocab_size is {keys.get('vocab_size')}; they must be equal"
+        )
+    return int(size)
 
 
 def _delta_net(keys: ConfigKeys, activation: str, where: str) -> DeltaNet:

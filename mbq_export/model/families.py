@@ -55,6 +55,14 @@ _DELTA_NET: Linears = {
     "mlp_out": LINEARS["mlp_out"],
 }
 
+_PER_LAYER: Linears = {
+    **LINEARS,
+    "ple_embed": ("per_layer_model_projection",),
+    "ple_in": ("per_layer_input_gate",),
+    "ple_out": ("per_layer_projection",),
+}
+"""With the linear layers of per-layer embeddings.  ``per_layer.divide`` gives each block its rows of the first."""
+
 Norms = Mapping[str, str]
 """By role, the norm before a unit that ends in _in, and the norm after a unit that ends in _out, by its name in a
 block.  A role that is not named has no norm there."""
@@ -62,6 +70,7 @@ block.  A role that is not named has no norm there."""
 PRE_NORMS: Norms = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 POST_NORMS: Norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 SANDWICH_NORMS: Norms = {**POST_NORMS, "attn_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
+_PER_LAYER_NORMS: Norms = {**SANDWICH_NORMS, "ple_out": "post_per_layer_input_norm"}
 _LFM_NORMS: Norms = {"attn_in": "operator_norm", "conv_in": "operator_norm", "mlp_in": "ffn_norm"}
 _LFM3_NORMS: Norms = {
     **_LFM_NORMS,
@@ -148,6 +157,12 @@ class Family:
     each head first the query, then the gates."""
     growing_queries: bool = False
     """Queries grow with their position by ``llama_4_scaling_beta``."""
+    value_norms: bool = False
+    """Each head of values goes through an RMS norm that multiplies by 1."""
+    scores_as_they_are: bool = False
+    """q . k is not multiplied by anything."""
+    layer_scalars: bool = False
+    """The residual stream behind a block is multiplied by the block's ``layer_scalar``."""
     ffn_size: str = "intermediate_size"
     """The key of the MLP's width in config.json."""
     experts: ExpertNames | None = None
@@ -201,6 +216,12 @@ FAMILIES = {
             "gemma3_text", "Gemma3ForCausalLM",
             head_norms=HeadNorms(), norms=SANDWICH_NORMS, norm_offset=1.0, scaled_embedding=True, local_rotary=True,
         ),
+        Family(
+            "gemma4_text", "Gemma4ForCausalLM",
+            linears=_PER_LAYER, norms=_PER_LAYER_NORMS, head_norms=HeadNorms(), value_norms=True,
+            scores_as_they_are=True, scaled_embedding=True, local_rotary=True, layer_scalars=True,
+            without=("num_experts", "top_k_experts", "moe_intermediate_size"),
+        ),
         Family("phi3", "Phi3ForCausalLM", linears=_FUSED),
         Family("olmo2", "Olmo2ForCausalLM", norms=POST_NORMS, head_norms=HeadNorms(whole_row=True)),
         Family(
@@ -242,6 +263,7 @@ FAMILIES = {
 
 WRAPPERS = {
     "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .per_layer import divide
 from .shape import Decoder
 
 
@@ -21,6 +22,8 @@ def fold(model: Any, decoder: Decoder) -> None:
         model: transformers' model, in float32.
         decoder: its description.
     """
+    if decoder.per_layer_size:
+        divide(model, decoder)
     with torch.no_grad():
         if decoder.branch_scale != 1:
             for layer in range(decoder.layers):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from ..memory import KEPT_ACTIVATION_BYTES, activation_bytes
 from .blocks import replaced_forward
 from .checkpoint import Checkpoint
+from .per_layer import beside_embedding
 
 
 def backpropagate_samples(checkpoint: Checkpoint, window: NDArray[np.int64], generator: torch.Generator) -> None:
@@ -28,9 +29,10 @@ def backpropagate_samples(checkpoint: Checkpoint, window: NDArray[np.int64], gen
         generator: draws the labels, on the processor.
     """
     # Only the embedding's output needs a gradient: no weight does.
-    embedding = checkpoint.model.get_input_embeddings()
-    embedded = embedding(checkpoint.on_device(window)[None]).detach().requires_grad_()
-    logits = checkpoint.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+    embedding, tokens = checkpoint.model.get_input_embeddings(), checkpoint.on_device(window)[None]
+    embedded = embedding(tokens).detach().requires_grad_()
+    beside = beside_embedding(checkpoint.model, checkpoint.decoder, tokens)
+    logits = checkpoint.model(inputs_embeds=embedded, use_cache=False, **beside).logits[0].float()
     with torch.no_grad():
         # Drawn on the processor: the same seed gives the same labels on every device.
         labels = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator)[:, 0]

@@ -18,6 +18,7 @@ import torch
 from mbq_runtime.bundle.check import check_tokenizer_files
 from mbq_runtime.errors import BundleError, ModelError
 
+from ..memory import WEIGHTS_AT_ONCE
 from .boundary import reading
 from .checkpoint import Checkpoint
 from .config_schema import check_values
@@ -237,8 +238,8 @@ def _float32_model(source: ModelSource, weights_folder: Path | None) -> tuple[An
     config = _config(source)
     describe(config, source.name)
     model = _from_gguf(source, config) if source.gguf is not None else _from_safetensors(source, config, weights_folder)
-    for name, parameter in model.named_parameters():
-        _check_values(source, name, parameter)
+    for name, values in (*model.named_parameters(), *stored_buffers(model)):
+        _check_values(source, name, values)
     return config, model if weights_folder is None else in_file(model, weights_folder)
 
 
@@ -251,10 +252,15 @@ def _check_tables(checkpoint: Checkpoint) -> None:
         for kind in decoder.rotary_kinds:
             last = checkpoint.rotary_at(kind, [0, decoder.context_length - 1])
             width = 2 * last[0].shape[1]
-            if width > decoder.head_dim or not all(np.isfinite(table).all() for table in last):
+            head_dim = min(
+                decoder.heads_of(layer).head_dim
+                for layer in range(decoder.layers)
+                if decoder.rotary_kind(layer) == kind
+            )
+            if width > head_dim or not all(np.isfinite(table).all() for table in last):
                 raise ModelError(
                     f"{name}: its rotations of {kind} have width {width} and may be infinite; finite ones of at most "
-                    f"{decoder.head_dim} are needed: check rope_parameters"
+                    f"{head_dim} are needed: check rope_parameters"
                 )
 
 
@@ -267,8 +273,9 @@ def _is_tied(model: Any) -> bool:
 def _check_values(source: ModelSource, name: str, parameter: torch.Tensor) -> None:
     if parameter.dtype in FLOAT8:
         raise ModelError(f"{source.name}: weight {name} is {parameter.dtype} without a scale; give the original model")
-    if not torch.isfinite(parameter).all():
-        bad = int((~torch.isfinite(parameter)).sum())
+    # In parts: a table may be almost as large as memory.
+    parts = parameter.detach().reshape(-1).split(WEIGHTS_AT_ONCE)
+    if bad := sum(int((~torch.isfinite(part)).sum()) for part in parts):
         raise ModelError(
             f"{source.name}: weight {name} holds {bad} values that are NaN or infinite; the checkpoint is broken"
         )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,8 +44,13 @@ _CLEAR = 5.0
 _SMALLEST = 1e-30
 
 _PARTS = {
-    "attn_in": "attention", "conv_in": "convolution", "delta_in": "delta net", "mlp_in": "MLP", "experts_in": "experts",
-}  # fmt: skip
+    "attn_in": "attention",
+    "conv_in": "convolution",
+    "delta_in": "delta net",
+    "mlp_in": "MLP",
+    "experts_in": "experts",
+    "ple_in": "per-layer embedding",
+}
 
 F32 = NDArray[np.float32]
 
@@ -172,6 +177,7 @@ def record_sliced(
     profile: SliceProfile,
     prompt: NDArray[np.int64],
     *,
+    per_layer: Sliced | None = None,
     activation_bits: int = 16,
     kv_bits: int = 32,
 ) -> Recording:
@@ -183,12 +189,20 @@ def record_sliced(
         embedding: slices of the embedding, or None to leave it as it is.
         profile: the bits of each slice.
         prompt: int64 [tokens].
+        per_layer: slices of the table of per-layer embeddings, or None to leave it as it is.
         activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
         kv_bits: 8 rounds keys and values; 32 does not.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
-    cached = rounded_cache(checkpoint) if kv_bits == 8 else nullcontext()
-    with cached, sliced_layers(checkpoint, slices, profile, kind), _embedded(checkpoint, embedding, profile, prompt):
+    model = checkpoint.model
+    with ExitStack() as stack:
+        if kv_bits == 8:
+            stack.enter_context(rounded_cache(checkpoint))
+        stack.enter_context(sliced_layers(checkpoint, slices, profile, kind))
+        if embedding is not None:
+            stack.enter_context(_embedded(checkpoint, model.get_input_embeddings(), embedding, profile, prompt))
+        if per_layer is not None:
+            stack.enter_context(_embedded(checkpoint, model.model.embed_tokens_per_layer, per_layer, profile, prompt))
         return record(checkpoint, prompt)
 
 
@@ -224,17 +238,14 @@ def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _embedded(
-    checkpoint: Checkpoint, embedding: Sliced | None, profile: SliceProfile, prompt: NDArray[np.int64]
+    checkpoint: Checkpoint, embedding: torch.nn.Module, sliced: Sliced, profile: SliceProfile, prompt: NDArray[np.int64]
 ) -> Iterator[None]:
-    """Put the slices' values into the rows of the embedding that the prompt reads, while the block runs."""
-    if embedding is None:
-        yield
-        return
+    """Put the slices' values into the rows of a table that the prompt reads, while the block runs."""
     used = np.unique(prompt)
-    table, rows = checkpoint.model.get_input_embeddings().weight, checkpoint.on_device(used)
+    table, rows = cast(torch.Tensor, embedding.weight), checkpoint.on_device(used)
     with torch.no_grad():
         before = table[rows].clone()
-        table[rows] = values_at(embedding.rows(used), profile, profile.depths, table.dtype, checkpoint.device)
+        table[rows] = values_at(sliced.rows(used), profile, profile.depths, table.dtype, checkpoint.device)
         try:
             yield
         finally:

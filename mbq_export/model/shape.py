@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
+from mbq_runtime.bundle.facts import BlockHeads
 from mbq_runtime.bundle.layout import kv_row_bytes
 from mbq_targets.spec import DeltaNet, Experts
 
@@ -113,6 +115,13 @@ class Decoder:
     """What logits are multiplied by.  Folded into the final norm when the model is loaded."""
     experts: Experts | None = None
     """The experts of all blocks that have some.  None: there are none."""
+    block_heads: tuple[BlockHeads, ...] = ()
+    """Heads of keys and values by block.  Empty: all have ``kv_heads`` of ``head_dim``, and none shares those of an
+    earlier block."""
+    ffn_sizes: tuple[int, ...] = ()
+    """Width of the MLP by block.  Empty: all have ``ffn_size``."""
+    per_layer_size: int = 0
+    """Numbers that a token has in a table for each block, beside its embedding.  0: there is no such table."""
 
     def mixer(self, layer: int) -> str:
         """What mixes tokens in a block: attn, conv or delta, the first part of its roles.
@@ -130,28 +139,72 @@ class Decoder:
         """
         return "mlp" if self.experts is None or not self.experts.blocks[layer] else "experts"
 
+    def branches(self, layer: int) -> tuple[str, ...]:
+        """What adds to the residual stream in a block, in order: its mixer, mlp or experts, and ple for per-layer
+        embeddings.
+
+        Args:
+            layer: index of the block.
+        """
+        parts = (self.mixer(layer), self.feed_forward(layer))
+        return (*parts, "ple") if self.per_layer_size else parts
+
     def layers_of(self, role: str) -> int:
         """How many blocks have a unit of this role.
 
         Args:
             role: such as attn_in.
         """
-        part = role.partition("_")[0]
-        return sum(part in (self.mixer(layer), self.feed_forward(layer)) for layer in range(self.layers))
+        branch = role.partition("_")[0]
+        return sum(branch in self.branches(layer) for layer in range(self.layers))
+
+    def heads_of(self, layer: int) -> BlockHeads:
+        """The heads of keys and values of a block with attention.
+
+        Args:
+            layer: index of the block.
+        """
+        return self.block_heads[layer] if self.block_heads else BlockHeads(layer, self.kv_heads, self.head_dim)
+
+    def shares(self, layer: int) -> bool:
+        """Whether a block attends to the keys and values of an earlier block, and has none of its own.
+
+        Args:
+            layer: index of a block with attention.
+        """
+        return self.heads_of(layer).source != layer
 
     @property
-    def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of q, k and v in the stacked projection."""
-        kv = self.kv_heads * self.head_dim
-        return self.heads * self.head_dim, kv, kv
+    def some_share(self) -> bool:
+        """Whether a block shares the keys and values of an earlier one."""
+        return any(of.source != layer for layer, of in enumerate(self.block_heads))
 
     @property
-    def attention_sizes(self) -> dict[str, int]:
+    def caches(self) -> dict[int, BlockHeads]:
+        """The heads of the blocks that have keys and values of their own, by index of the block."""
+        attending = (layer for layer in range(self.layers) if self.mixer(layer) == "attn")
+        return {layer: self.heads_of(layer) for layer in attending if not self.shares(layer)}
+
+    def ffn_size_of(self, layer: int) -> int:
+        """Width of the MLP of a block.
+
+        Args:
+            layer: index of the block.
+        """
+        return self.ffn_sizes[layer] if self.ffn_sizes else self.ffn_size
+
+    def attention_sizes(self, layer: int) -> dict[str, int]:
         """Rows of q, k and v in the stacked projection, and of gates (g) where the family has them.
 
         In this order engines take them.  A checkpoint with ``channel_gates`` has the gates among the rows of q.
+
+        Args:
+            layer: index of a block with attention.
         """
-        sizes = dict(zip("qkv", self.qkv_sizes, strict=True))
+        of = self.heads_of(layer)
+        sizes = {"q": self.heads * of.head_dim}
+        if not self.shares(layer):
+            sizes |= dict.fromkeys("kv", of.kv_heads * of.head_dim)
         return {**sizes, "g": self.heads * self.head_gates} if self.head_gates else sizes
 
     @property
@@ -159,14 +212,16 @@ class Decoder:
         """Numbers that gate what a head attends to: 0 for no gates, 1, or one for each channel."""
         return self.head_dim if self.family.channel_gates else int(self.family.head_gates)
 
-    @property
-    def parts(self) -> dict[str, dict[str, slice]]:
-        """By role, the rows of each part in the stacked matrix, in the order of the checkpoint.
+    def parts(self, layer: int) -> dict[str, dict[str, slice]]:
+        """By role, the rows of each part in the stacked matrix of a block, in the order of the checkpoint.
 
         Parts are q, k, v, g and o of attention; gate, up and down of an MLP; b, c, x and y of a convolution; and mixed
         (queries, keys and values), z, beta, decay and out of a delta net.
+
+        Args:
+            layer: index of the block.
         """
-        delta, attention = self.delta, self.attention_sizes
+        delta, attention, ffn_size = self.delta, self.attention_sizes(layer), self.ffn_size_of(layer)
         if self.family.channel_gates:
             attention = {"q": attention["q"] + attention["g"], "k": attention["k"], "v": attention["v"]}
         sizes = {
@@ -176,36 +231,59 @@ class Decoder:
             "conv_out": {"y": self.hidden_size},
             "delta_in": {} if delta is None else delta.sizes,
             "delta_out": {"out": self.hidden_size},
-            "mlp_in": {"gate": self.ffn_size, "up": self.ffn_size},
+            "mlp_in": {"gate": ffn_size, "up": ffn_size},
             "mlp_out": {"down": self.hidden_size},
         }
         return {role: dict(zip(of, stacked(*of.values()), strict=True)) for role, of in sizes.items()}
 
-    @property
-    def role_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each role's stacked matrix in a block, for the roles that occur.  Experts are stacked along N."""
-        attended, delta = self.heads * self.head_dim, self.delta
+    def shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(N, K) of the stacked matrix of each unit of a block, by role.
+
+        Args:
+            layer: index of the block.
+        """
+        attended, delta = self.heads * self.heads_of(layer).head_dim, self.delta
         experts, expert_size = (0, 0) if self.experts is None else (self.experts.count, self.experts.ffn_size)
         shapes = {
-            "attn_in": (sum(self.attention_sizes.values()), self.hidden_size),
+            "attn_in": (sum(self.attention_sizes(layer).values()), self.hidden_size),
             "attn_out": (self.hidden_size, attended),
             "conv_in": (3 * self.hidden_size, self.hidden_size),
             "conv_out": (self.hidden_size, self.hidden_size),
             "delta_in": (0 if delta is None else sum(delta.sizes.values()), self.hidden_size),
             "delta_out": (self.hidden_size, 0 if delta is None else delta.values),
-            "mlp_in": (2 * self.ffn_size, self.hidden_size),
-            "mlp_out": (self.hidden_size, self.ffn_size),
+            "mlp_in": (2 * self.ffn_size_of(layer), self.hidden_size),
+            "mlp_out": (self.hidden_size, self.ffn_size_of(layer)),
             "experts_in": (experts * 2 * expert_size, self.hidden_size),
             "experts_out": (experts * self.hidden_size, expert_size),
+            "ple_embed": (self.per_layer_size, self.hidden_size),
+            "ple_in": (self.per_layer_size, self.hidden_size),
+            "ple_out": (self.hidden_size, self.per_layer_size),
         }
-        return {role: shape for role, shape in shapes.items() if self.layers_of(role)}
+        return {role: shapes[role] for role in self.layer_units(layer)}
+
+    @property
+    def role_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of the largest stacked matrix of each role, for the roles that occur."""
+        return {role: max(of, key=prod) for role, of in self._shapes_by_role().items()}
+
+    @property
+    def shape_counts(self) -> dict[tuple[str, tuple[int, int]], int]:
+        """How many blocks have a unit of a role and an (N, K)."""
+        return {(role, shape): of.count(shape) for role, of in self._shapes_by_role().items() for shape in of}
+
+    def _shapes_by_role(self) -> dict[str, list[tuple[int, int]]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for layer in range(self.layers):
+            for role, shape in self.shapes(layer).items():
+                found.setdefault(role, []).append(shape)
+        return found
 
     def unit_shapes(self) -> dict[str, tuple[int, int]]:
         """(N, K) of every unit by name, in the order of ``units``."""
         shapes = {
-            unit.name: self.role_shapes[role]
+            unit.name: shape
             for layer in range(self.layers)
-            for role, unit in self.layer_units(layer).items()
+            for unit, shape in zip(self.layer_units(layer).values(), self.shapes(layer).values(), strict=True)
         }
         return {**shapes, self.head.name: (self.vocab_size, self.hidden_size)}
 
@@ -215,15 +293,25 @@ class Decoder:
         return {unit.name: (unit.read_of(shapes[unit.name][0]), shapes[unit.name][1]) for unit in self.units()}
 
     @property
-    def token_widths(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) that a token has in the layers of each role's unit, for the roles that occur."""
-        shapes = self.role_shapes
-        if self.experts is not None and shapes.keys() & {"experts_in"}:
-            # Each expert that a token takes has a copy of its input.
-            used, size = self.experts.used, self.experts.ffn_size
-            shapes["experts_in"] = (2 * used * size, used * self.hidden_size)
-            shapes["experts_out"] = (used * self.hidden_size, used * size)
-        return shapes
+    def token_counts(self) -> dict[tuple[str, tuple[int, int]], int]:
+        """How many blocks have a unit of a role and the (outputs, inputs) that a token has in the unit's layers."""
+        return {(role, self.of_token(role, shape)): count for (role, shape), count in self.shape_counts.items()}
+
+    def of_token(self, role: str, shape: tuple[int, int]) -> tuple[int, int]:
+        """(outputs, inputs) that a token has in the layers of a unit.
+
+        Each expert that a token takes has a copy of its input.
+
+        Args:
+            role: of the unit.
+            shape: (N, K) of its stacked matrix.
+        """
+        if self.experts is None or not role.startswith("experts"):
+            return shape
+        used, size = self.experts.used, self.experts.ffn_size
+        if role == "experts_in":
+            return 2 * used * size, used * self.hidden_size
+        return used * self.hidden_size, used * size
 
     def router_widths(self) -> dict[str, int]:
         """Numbers that each unit's router looks at, by unit name: see ``model.router_inputs``."""
@@ -231,10 +319,27 @@ class Decoder:
         return widths | {unit.name: self.hidden_size for unit in self.units() if unit.experts is not None}
 
     @property
+    def per_layer_width(self) -> int:
+        """Width of a row of the table of per-layer embeddings, of all blocks together; 0 for no table."""
+        return self.layers * self.per_layer_size
+
+    @property
+    def per_layer_scale(self) -> float:
+        """What a row of the table of per-layer embeddings is multiplied by.
+
+        Gemma 4 multiplies by ``sqrt(size)``, and the sum of the row and of what the embedding gives by ``sqrt(1 / 2)``.
+        """
+        return math.sqrt(self.per_layer_size / 2)
+
+    @property
     def parameters(self) -> int:
-        """Number of weights: those of all units, and the embedding where it is not the head.  Norms do not count."""
-        of_units = sum(self.layers_of(role) * n * k for role, (n, k) in self.role_shapes.items())
-        return of_units + (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        """Number of weights: those of all units, the embedding where it is not the head, and per-layer embeddings.
+
+        Norms do not count.
+        """
+        of_units = sum(count * prod(shape) for (_, shape), count in self.shape_counts.items())
+        tables = (1 if self.tied else 2) * self.hidden_size + self.per_layer_width
+        return of_units + tables * self.vocab_size
 
     def token_bytes(self, kv_bits: int) -> int:
         """Bytes of the keys and values of one token, which an engine keeps.
@@ -242,7 +347,14 @@ class Decoder:
         Args:
             kv_bits: bits of each: 32 for float32, or 8.
         """
-        return 2 * self.layers_of("attn_in") * self.kv_heads * kv_row_bytes(self.head_dim, kv_bits)
+        return 2 * sum(of.kv_heads * kv_row_bytes(of.head_dim, kv_bits) for of in self.caches.values())
+
+    @property
+    def carried_size(self) -> int:
+        """Numbers of each token that calibration keeps between blocks: the stream, and what later blocks share."""
+        sources = {self.heads_of(layer).source for layer in range(self.layers) if self.shares(layer)}
+        of_sources = (self.heads_of(layer) for layer in sources)
+        return self.hidden_size + 2 * sum(of.kv_heads * of.head_dim for of in of_sources)
 
     @property
     def chooser_bytes(self) -> int:
@@ -271,12 +383,13 @@ class Decoder:
         Args:
             layer: index of the block.
         """
-        parts = (self.mixer(layer), self.feed_forward(layer))
-        units = {
-            role: Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in names))
-            for role, names in self.family.linears.items()
-            if role.startswith(parts)
-        }
+        parts = self.branches(layer)
+        units = {}
+        for role, names in self.family.linears.items():
+            if role.startswith(parts):
+                # A block that shares keys and values has queries alone.
+                own = names[:1] if role == "attn_in" and self.shares(layer) else names
+                units[role] = Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in own))
         if self.experts is None or self.feed_forward(layer) != "experts":
             return units
         gate, up, down = self.expert_layers(layer)
@@ -336,7 +449,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_in, conv_in, delta_in, mlp_in or experts_in.
+            role: attn_in, conv_in, delta_in, mlp_in, experts_in or ple_in.
         """
         return self._norm(layer, role)
 
@@ -368,7 +481,7 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_out, conv_out, delta_out, mlp_out or experts_out.
+            role: attn_out, conv_out, delta_out, mlp_out, experts_out or ple_out.
         """
         return self._norm(layer, role)
 
@@ -403,14 +516,24 @@ class Decoder:
         """
         return f"{self.block(layer)}.linear_attn"
 
+    def layer_scalar(self, layer: int) -> str | None:
+        """The name of what the residual stream behind a block is multiplied by, or None for nothing.
+
+        Args:
+            layer: index of the block.
+        """
+        return f"{self.block(layer)}.layer_scalar" if self.family.layer_scalars else None
+
     def head_norms(self, layer: int) -> tuple[str, str] | None:
-        """The names of the norms of q and of k, or None where the block has none.
+        """The names of the norms of q and of the keys that it attends to, or None where the block has none.
 
         Args:
             layer: index of the block.
         """
         norms = self.family.head_norms if self.mixer(layer) == "attn" else None
-        return None if norms is None else (f"{self.block(layer)}.{norms.q}", f"{self.block(layer)}.{norms.k}")
+        if norms is None:
+            return None
+        return f"{self.block(layer)}.{norms.q}", f"{self.block(self.heads_of(layer).source)}.{norms.k}"
 
     def rows(self, layer: int, part: str) -> Rows:
         """Where a part of a block is in the checkpoint.
@@ -419,11 +542,12 @@ class Decoder:
             layer: index of the block.
             part: as ``parts`` names it.
         """
-        role = next(role for role, of in self.parts.items() if part in of)
-        within, names = self.parts[role][part], self.layer_units(layer)[role].sources
+        parts = self.parts(layer)
+        role = next(role for role, of in parts.items() if part in of)
+        within, names = parts[role][part], self.layer_units(layer)[role].sources
         if len(names) == 1:
             return Rows(names[0], within.start, within.stop)
-        return Rows(names[list(self.parts[role]).index(part)], 0, within.stop - within.start)
+        return Rows(names[list(parts[role]).index(part)], 0, within.stop - within.start)
 
     def rotary_kind(self, layer: int) -> str | None:
         """The kind of rotation of a block, or None for no rotation.  Blocks of one kind use the same frequencies.

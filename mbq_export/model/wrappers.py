@@ -23,7 +23,9 @@ RENAMED = {
 }
 """Names of weights in a wrapper's files, as patterns, and what they are in its text part."""
 
-_LEFT_OUT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\.")
+_LEFT_OUT = re.compile(
+    r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|visual|mtp)\."
+)
 """Weights of other media, and those that guess the next tokens but one."""
 
 

@@ -7,7 +7,7 @@ represent what a clip cuts off.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
 from ..format.codes import F32, Sliced, encode, row_scales, scale_codes, zero_codes
+from ..memory import TABLE_WEIGHTS_AT_ONCE
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -39,6 +40,33 @@ def group_range(weights: F32, name: str) -> tuple[F32, F32]:
         raise ModelError(f"{name}: a weight of {largest:g} is beyond the {_LARGEST:g} that a row's scale can hold")
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     return ((high - low) / np.float32(4 - 1 / ZERO_STEPS)).astype(np.float32), low.astype(np.float32)
+
+
+def slice_table(table: F32, group_size: int, profile: SliceProfile, name: str) -> Sliced:
+    """Slices of a matrix that may be larger than memory, some rows at a time.
+
+    Args:
+        table: float32 [N, K], such as one that is mapped from a file.
+        group_size: weights that share a scale; it divides K.
+        profile: the bits of each slice.
+        name: of the table, for errors.
+
+    Returns:
+        What ``slice_weight`` returns for all rows.
+
+    Raises:
+        ModelError: a weight is outside the range of float16.
+    """
+    n, k = table.shape
+    of_groups = np.empty((n, k // group_size), np.uint8)
+    sliced = Sliced(np.empty(table.shape, np.uint8), of_groups, of_groups.copy(), np.empty(n, np.float16))
+    step = max(1, TABLE_WEIGHTS_AT_ONCE // k)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        some = slice_weight(table[rows], group_size, profile, name)
+        for field in fields(Sliced):
+            getattr(sliced, field.name)[rows] = getattr(some, field.name)
+    return sliced
 
 
 def slice_weight(weight: F32, group_size: int, profile: SliceProfile, name: str) -> Sliced:

@@ -5,8 +5,12 @@ A few channels of an LLM's activations are far larger than the rest.  Each linea
 activations lose less, and the columns that matter more get finer steps (the idea of SmoothQuant, arXiv 2211.10438,
 and AWQ, arXiv 2306.00978).  The division is folded into what makes the input: a norm's weight, the rows of v (through
 attention), the rows of up (through the gate), the rows of c (behind a convolution), the norm of a delta net's heads.
-The function of the model stays the same.  A unit that reads the residual stream without a norm is left as it is: the
-stream has other readers.  What is between the layers of one expert is left as it is too: few tokens tell of it.
+The function of the model stays the same.
+
+A unit that reads the residual stream without a norm is left as it is: the stream has other readers.  So are what is
+between the layers of one expert, because few tokens tell of it; attention whose values are normed, because the norm
+would take the division back; and the last projection of per-layer embeddings, because all blocks share the norm and
+the table that make its input.
 """
 
 from __future__ import annotations
@@ -93,8 +97,10 @@ def smooth(
                     checkpoint.model.get_submodule(name).weight *= scale
             of_mixer = rms[units[f"{d.mixer(layer)}_out"].name]
             if d.mixer(layer) == "attn":
-                per_query, per_value = _shared_by_value_heads(of_mixer, checkpoint)
-                _rescale(checkpoint, layer, "v", per_value, "o", per_query)
+                # Norms of values stand between v and o.
+                if not d.family.value_norms:
+                    per_query, per_value = _shared_by_value_heads(of_mixer, checkpoint)
+                    _rescale(checkpoint, layer, "v", per_value, "o", per_query)
             elif d.delta is not None and d.mixer(layer) == "delta":
                 scale = _spread(of_mixer.reshape(-1, d.delta.value_dim).square().mean(0).sqrt())
                 checkpoint.scale_delta_norm(layer, 1 / scale)

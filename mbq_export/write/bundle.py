@@ -127,6 +127,7 @@ def _manifest(
             layers=d.layers,
             context_length=d.context_length,
             states={} if d.delta is None else d.delta.states,
+            attention=d.block_heads,
         ),
         target=TargetFacts(target.name, engines[0], target.arch, target.cpu, target.features),
         slices=plan.profile.slices,

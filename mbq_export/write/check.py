@@ -87,7 +87,7 @@ def _expected(work: Work) -> Recording:
     slices = {name: linear.sliced for name, linear in calibrated.units.items()}
     return record_sliced(
         checkpoint, slices, calibrated.embedding, calibrated.profile, prompt,
-        activation_bits=work.spec.activation_bits, kv_bits=work.spec.kv_bits,
+        per_layer=calibrated.per_layer, activation_bits=work.spec.activation_bits, kv_bits=work.spec.kv_bits,
     )  # fmt: skip
 
 
@@ -160,8 +160,7 @@ def _streams(work: Work, graph: Path, library: Path | None, expected: Recording)
     reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
     d = work.checkpoint.decoder
-    parts = [(layer, part) for layer in range(d.layers) for part in (d.mixer(layer), d.feed_forward(layer))]
-    sums = [f"layers.{layer}.{part}_norm.sum" for layer, part in parts]
+    sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in d.branches(layer)]
     names = [first_reader.input[0], *sums[1:], "final_norm.sum"]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))

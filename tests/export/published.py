@@ -166,6 +166,47 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         },
         3.88e9,
     ),
+    # Of 5.1 G weights, which are named with it, the rest is for images and sound.  By the sizes; as in other programs'
+    # tests of this config.
+    "gemma-4-E2B-it": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "eos_token_id": [1, 106],
+            "tie_word_embeddings": True,
+            "vision_config": {"model_type": "gemma4_vision", "hidden_size": 768},
+            "audio_config": {"model_type": "gemma4_audio", "hidden_size": 1024},
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": 1536, "num_hidden_layers": 35, "intermediate_size": 6144,
+                "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512,
+                "num_global_key_value_heads": None, "attention_k_eq_v": False, "sliding_window": 512,
+                "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
+                "num_kv_shared_layers": 20, "use_double_wide_mlp": True, "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": 30.0,
+                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "enable_moe_block": False,
+                "rope_parameters": {
+                    "full_attention": {
+                        "partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional",
+                    },
+                    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+                },
+            },
+        },
+        4.63e9,
+    ),
+    "gemma-4-E4B-it": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "eos_token_id": [1, 106],
+            "tie_word_embeddings": True,
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": 2560, "num_hidden_layers": 42, "intermediate_size": 10240,
+                "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+                "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
+                "num_kv_shared_layers": 18, "use_double_wide_mlp": False, "attention_k_eq_v": False,
+                "max_position_embeddings": 131072, "sliding_window": 512, "final_logit_softcapping": 30.0,
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 7,
+            },
+        },
+        7.46e9,
+    ),
     "Qwen3-VL-4B-Instruct": (
         {
             "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "eos_token_id": 1,

@@ -52,6 +52,13 @@ def test_every_family_has_a_tiny_model() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9 of 8 experts; at most all are needed"),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, "enable_moe_block is true"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+        ("gemma4_text", {"attention_k_eq_v": True}, "attention_k_eq_v is True"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input is 100, vocab_size is 264"),
+        ("gemma4_text", {"per_layer_config": {0: {"intermediate_size": 64}}}, "per_layer_config.intermediate_size is"),
+        ("gemma4_text", {"per_layer_config": {0: {"skip": ["mlp"]}}}, "per_layer_config.skip is"),
+        ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3; then no layer of kind full_attention"),
         ("granitemoehybrid", {"layer_types": ["attention", "mamba"]}, "layers of kind"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layers of kind linear_attention"),
         (

@@ -19,6 +19,7 @@ from mbq_export.lower.decoder import (
     Embedding,
     Gate,
     Norm,
+    PerLayer,
     walk_blocks,
     walk_head,
 )
@@ -43,7 +44,7 @@ class Recorder(Builder[str]):
     def embed(self, embedding: Embedding) -> str:
         if embedding.factors is not None:
             self.factors = embedding.factors
-        return self._made("rows", f"embed {embedding.name}")
+        return self._made("rows" if embedding.rows == "embedding" else embedding.rows, f"embed {embedding.name}")
 
     def norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         self._made(norm.name, f"norm {residual} + {branch} for {feeds.unit.name}")
@@ -71,6 +72,12 @@ class Recorder(Builder[str]):
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self._made(gate.name, f"{gate.activation} {stacked} for {feeds.unit.name}")
+
+    def per_layer(self, per_layer: PerLayer, gate: str, given: str, rows: str) -> str:
+        return self._made(per_layer.name, f"{per_layer.activation} {gate} * ({per_layer.norm.source} {given} + {rows})")
+
+    def scale(self, residual: str, branch: str, name: str, source: str) -> str:
+        return self._made(name, f"({residual} + {branch}) * {source}")
 
     def final_norm(self, residual: str, branch: str | None, norm: Norm, feeds: RoutedLinear) -> tuple[str, str]:
         return self.norm(residual, branch, norm, feeds)
@@ -181,6 +188,33 @@ def test_a_block_with_a_delta_net() -> None:
         "layers.0.delta_out = linear layers.0.delta by layers.0.delta",
     ]
     assert [(attention.layer, attention.gates) for attention in recorder.attentions] == [(1, 64)]
+
+
+def test_a_block_with_per_layer_embeddings() -> None:
+    decoder = described("gemma4_text")
+    plain = calibrated(decoder)
+    recorder = walked(decoder, replace(plain, per_layer=plain.units["head"].sliced))
+    assert recorder.calls[:2] == ["rows = embed head", "per_layer.rows = embed per_layer"]
+    at = recorder.calls.index("layers.0.mlp_post_norm = post_norm layers.0.mlp_out")
+    assert recorder.calls[at + 1 : at + 9] == [
+        "layers.0.ple_norm.sum = layers.0.mlp_norm.sum + layers.0.mlp_post_norm for layers.0.ple_in",
+        "layers.0.ple_embed = linear rows by rows",
+        "layers.0.ple_in = linear layers.0.ple_norm.sum by layers.0.ple_norm.sum",
+        "layers.0.ple.gated = gelu_tanh layers.0.ple_in * (model.per_layer_projection_norm layers.0.ple_embed"
+        " + per_layer.rows)",
+        "layers.0.ple_out = linear layers.0.ple.gated by layers.0.ple.gated",
+        "layers.0.ple_post_norm = post_norm layers.0.ple_out",
+        "layers.1.attn_norm.sum = (layers.0.ple_norm.sum + layers.0.ple_post_norm) * model.layers.0.layer_scalar",
+        "layers.1.attn_norm = norm layers.1.attn_norm.sum + None for layers.1.attn_in",
+    ]
+    assert recorder.calls[-2] == "final_norm = norm final_norm.sum + None for head"
+    norms = [attention.head_norms for attention in recorder.attentions]
+    # The third block attends to the keys of the first.
+    assert norms[2] is not None
+    assert (norms[2].q.source, norms[2].k.source) == (
+        "model.layers.2.self_attn.q_norm", "model.layers.0.self_attn.k_norm",
+    )  # fmt: skip
+    assert all(attention.value_norms and attention.scale == 1 for attention in recorder.attentions)
 
 
 def test_layers_without_rotation_and_growing_queries() -> None:

@@ -67,6 +67,22 @@ def test_the_memory_of_a_context_with_states(tmp_path: Path, monkeypatch: pytest
     assert plan("EXAONE-4.0-1.2B", tmp_path, monkeypatch)["context_bytes"]["states"] == 0
 
 
+def test_a_token_reads_one_row_of_per_layer_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of Gemma 4 E2B is half of its weights, and a row of it a thousandth of what a token reads."""
+    found = plan("gemma-4-E2B-it", tmp_path, monkeypatch)
+    table = 262144 * 35 * 256
+    assert found["parameters"] - found["routed_parameters"] == table
+    assert found["outputs"][0]["disk_bytes"] > found["bytes_per_token"]["8"] + table
+    row = 35 * 256 * (1 + 2 / 64) + 2
+    routed = sum(n * k for n, k in read_config(locate(str(tmp_path / "gemma-4-E2B-it"))).unit_shapes().values())
+    assert found["routed_parameters"] == routed
+    per_bit = (found["bytes_per_token"]["8"] - found["bytes_per_token"]["4"]) / 4
+    assert per_bit == pytest.approx(routed / 8)
+    assert found["bytes_per_token"]["8"] < 1.1 * routed + row
+    # 12 blocks with keys and values of 256 channels, 3 of 512.
+    assert found["context_bytes"] == {"each_token": 2 * 4 * (12 * 256 + 3 * 512), "states": 0}
+
+
 def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     of = {name: read_config(locate(str(folder_of(name, tmp_path / name)))) for name in CONFIGS}
     smollm = of["SmolLM3-3B"]
@@ -79,6 +95,17 @@ def test_what_the_configs_say_of_blocks(tmp_path: Path) -> None:
     lfm = of["LFM3-1.7B"]
     assert [lfm.layer_kinds.count(kind) for kind in ("conv", "sliding_attention", "full_attention")] == [13, 5, 6]
     assert (lfm.conv_taps, lfm.sliding_window, lfm.role_shapes["attn_in"]) == (7, 256, (3072 + 16, 2048))
+    gemma = of["gemma-4-E2B-it"]
+    # Google names 2.3 G weights without the table of per-layer embeddings.
+    assert gemma.parameters - gemma.vocab_size * gemma.per_layer_width == pytest.approx(2.3e9, rel=0.02)
+    assert sorted(gemma.caches) == list(range(15))
+    assert [gemma.heads_of(layer).source for layer in (3, 4, 15, 19, 33, 34)] == [3, 4, 13, 14, 13, 14]
+    assert gemma.shapes(4)["attn_in"] == (8 * 512 + 2 * 512, 1536)
+    assert gemma.shapes(18)["attn_in"] == (8 * 256, 1536)
+    assert (gemma.shapes(14)["mlp_in"], gemma.shapes(15)["mlp_in"]) == ((2 * 6144, 1536), (4 * 6144, 1536))
+    assert gemma.shapes(0)["ple_out"] == (1536, 256)
+    assert (gemma.logits_cap, gemma.attention_scale, gemma.window(0), gemma.window(4)) == (30, 1, 512, None)
+    assert of["gemma-4-E4B-it"].shapes(41)["mlp_in"] == (2 * 10240, 2560)
     assert of["gemma-2-2b-it"].attention_cap == 50
     assert of["gemma-2-2b-it"].logits_cap == 30
     olmo = of["Olmo-3-7B-Instruct"]

@@ -189,6 +189,19 @@ MODELS: dict[str, dict[str, object]] = {
         "linear_value_head_dim": 32,
         "linear_conv_kernel_dim": 4,
     },
+    # Two kinds of heads; the last two layers share keys and values and have MLPs of twice the width.
+    "gemma4_text": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 16,
+        "global_head_dim": 64,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 264,
+        "final_logit_softcapping": 4.0,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "helium": {"tie_word_embeddings": False},
     "glm4": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
@@ -216,6 +229,7 @@ EVERY_PART = (
     "llama", "mistral-sliding", "qwen2", "qwen3", "gemma3_text", "phi3", "phi3-longrope",
     "smollm3", "granite", "gemma2", "olmo3", "hunyuan_v1_dense", "ministral3", "ernie4_5", "lfm3", "qwen3_5_text",
     "qwen3_moe",
+    "gemma4_text",
 )  # fmt: skip
 
 
@@ -229,6 +243,8 @@ def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) 
             # Norms and biases start at one and zero; a lowering that dropped them would go unnoticed.
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+                if config.model_type == "gemma4_text" and "q_norm" in parameter_name:
+                    parameter.mul_(0.25)  # it stands for the factor of the scores, which this family does not have
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.2)
             elif parameter_name.endswith((".gate.weight", ".router.weight")):
@@ -240,6 +256,8 @@ def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) 
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("expert_bias"):
                 buffer.normal_(0, 0.2)
+            if buffer_name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

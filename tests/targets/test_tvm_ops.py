@@ -15,7 +15,8 @@ from op_cases import matmul_tolerance, weight
 
 from mbq_export.format.attention import round_rows
 from mbq_export.format.delta import delta_net
-from mbq_export.format.ops import sliced_matmul
+from mbq_export.format.ops import gated_gelu, sliced_matmul
+from mbq_export.format.per_layer import per_layer
 from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.layout import kv_row_bytes
@@ -40,6 +41,7 @@ ROUNDED = {
     "norms of heads": replace(HEADS, kv_bits=8),
     "gates": replace(LAST, kv_bits=8),
 }
+SHARED = replace(HEADS, value_norms=True, some_share=True)
 NETS = [DeltaNet(3, 6, 16, 32, taps=4), DeltaNet(2, 2, 48, 16, taps=2)]
 NORM_EPS = 1e-5
 N, K, HIDDEN = 1000, 320, 8
@@ -61,12 +63,14 @@ def compiled(
         spec,
         NORM_EPS,
         "gelu_tanh",
-        heads,
+        (heads,),
         (16, 20),
         adds=heads.norm_rows,
         logits_cap=heads.cap,
         convolution=(3, True) if heads.norm_rows else None,
         delta=net,
+        per_layer=heads.some_share,
+        scales=heads.some_share,
     )
     build_decoder(target, spec, build_module(shape), folder / "ops.so")
     module = tvm.runtime.load_module(str(folder / "ops.so"))
@@ -171,6 +175,25 @@ def test_attention_with_8_bits(heads: Attention, tmp_path: Path) -> None:
         check_attention(ops, heads, parts, 9)
 
 
+def test_values_with_norms_and_blocks_that_share_them(tmp_path: Path) -> None:
+    """With the other operations that such a model has."""
+    ops, rng = compiled(SPECS[0], tmp_path, SHARED), np.random.default_rng(4)
+    check_attention(ops, SHARED, (5, 1, 12), 9)
+    x, branch = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    factor = rng.standard_normal(1).astype(np.float32)
+    data, places = weights({"factor": factor})
+    out = np.zeros_like(x)
+    ops("scale")(x, branch, data, places["factor"], out)
+    np.testing.assert_allclose(out, (x + branch) * factor, rtol=1e-6)
+    gate, given = rng.standard_normal((2, 3, 48)).astype(np.float32) * 3
+    rows, gain = rng.standard_normal((3, 4 * 48)).astype(np.float32), rng.random(48).astype(np.float32) + 0.5
+    data, places = weights({"gain": gain})
+    out = np.zeros_like(gate)
+    ops("per_layer")(gate, given, rows, data, 2 * 48, places["gain"], out)
+    expected = per_layer(gate, given, rows[:, 96:144], gain, eps=NORM_EPS, gated=gated_gelu)
+    assert np.abs(out - expected).max() <= RELATIVE * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("net", NETS, ids=["shared keys", "wide keys"])
 def test_delta_nets(net: DeltaNet, tmp_path: Path) -> None:
     """In passes of several sizes, the second of two states."""
@@ -237,7 +260,7 @@ def check_attention(
     if still:
         places |= {"cos": STILL, "sin": STILL}
         tables = [np.ones_like(tables[0]), np.zeros_like(tables[1])]
-    numbers = {"layer": layer, "window": window, **places}
+    numbers = {"layer": layer, "window": window, "shares": 0, **places}
     blocks = -(-total // 16)
     keys = np.zeros((2, h.kv_heads, blocks, h.head_dim, 16), np.float32)
     values = np.zeros((2, h.kv_heads, blocks * 16, h.head_dim), np.float32)
@@ -257,6 +280,14 @@ def check_attention(
     assert np.abs(np.concatenate(found) - expected).max() <= relative * np.abs(expected).max()
     assert not keys[0].any()
     assert not values[0].any()
+    if h.some_share:  # queries alone, of the last part again
+        before, queries, out = (keys.copy(), values.copy()), rows[:, : h.heads * h.head_dim].copy(), np.zeros_like(out)
+        numbers["shares"] = 1
+        past = np.array([total - parts[-1]])
+        ops("attention")(queries, past, keys, values, data, *(numbers[field] for field in h.fields), out)
+        np.testing.assert_array_equal(out, found[-1])
+        np.testing.assert_array_equal(keys, before[0])
+        np.testing.assert_array_equal(values, before[1])
 
 
 def reference_attention(
@@ -278,6 +309,7 @@ def reference_attention(
         return normed(x, gain) if h.norm_last else x
 
     q, k = turned(q, norms[0]), turned(k, norms[1])
+    v = normed(v, np.ones(h.head_dim)) if h.value_norms else v
     q = q * growth[:, None, None] if h.grows else q
     if h.kv_bits == 8:
         k, v = (codes * scales[..., None] for codes, scales in map(round_rows, (k, v)))

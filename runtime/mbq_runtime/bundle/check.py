@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import BundleError
 from .facts import Linear
 from .file_names import GPU_FILES
-from .genai_config import Settings, keeping, read_settings, states
+from .genai_config import Settings, caches, heads_of, keeping, read_settings, states
 from .gpu_plan import FOLDER, read_plan
 from .layout import kv_row_bytes, whole_blocks
 from .manifest import Manifest
@@ -124,7 +124,7 @@ def _check_tvm(folder: Path, manifest: Manifest, settings: Settings | None) -> N
     for name, entry in entries.items():
         if name.endswith(_ROTARY):
             _check_rotary(path, name, entry.shape, manifest)
-            _check_rotated(path, name, entry.shape, settings)
+            _check_rotated(path, name, entry.shape, manifest, settings)
     check_parameters(path, entries, manifest, settings)
 
 
@@ -216,20 +216,21 @@ def _check_cache_inputs(path: Path, graph: Graph, manifest: Manifest, settings: 
                     f"{path}: past.{layer}.{state} has shape {list(shape) or 'none'}, needed {list(held)} behind "
                     "the batch; export the bundle again"
                 )
-    attending = [layer for layer in range(manifest.model.layers) if layer not in keeping(manifest)]
-    row = _cache_row(manifest, settings)
-    for name in (f"past_key_values.{layer}.{part}" for layer in attending for part in _KEY_VALUE):
-        shape = graph.inputs.get(name, ())
-        if len(shape) != 4 or (shape[1], shape[3]) != (settings.kv_heads, row):
-            raise BundleError(
-                f"{path}: {name} has shape {list(shape) or 'none'}, needed {settings.kv_heads} heads of "
-                f"{row} as genai_config.json says; export the bundle again"
-            )
+    said = "the manifest" if manifest.model.attention else "genai_config.json"
+    for layer, of in caches(manifest, settings).items():
+        row = _cache_row(manifest, of.head_dim)
+        for name in (f"past_key_values.{layer}.{part}" for part in _KEY_VALUE):
+            shape = graph.inputs.get(name, ())
+            if len(shape) != 4 or (shape[1], shape[3]) != (of.kv_heads, row):
+                raise BundleError(
+                    f"{path}: {name} has shape {list(shape) or 'none'}, needed {of.kv_heads} heads of "
+                    f"{row} as {said} says; export the bundle again"
+                )
 
 
-def _cache_row(manifest: Manifest, settings: Settings) -> int:
+def _cache_row(manifest: Manifest, head_dim: int) -> int:
     """Numbers of a cached key or value: float32, or bytes."""
-    return settings.head_dim if manifest.kv_bits == 32 else kv_row_bytes(settings.head_dim, manifest.kv_bits)
+    return head_dim if manifest.kv_bits == 32 else kv_row_bytes(head_dim, manifest.kv_bits)
 
 
 def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings) -> None:
@@ -237,19 +238,22 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     model, linears = manifest.model, manifest.weights.linears
     tokens = min(settings.chunk_size, model.context_length)
     room = model.context_length if manifest.kv_bits == 32 else whole_blocks(model.context_length)
-    cache = Value((1, settings.kv_heads, room, _cache_row(manifest, settings)))
+    cached = {
+        f"{layer}.{part}": Value((1, of.kv_heads, room, _cache_row(manifest, of.head_dim)))
+        for layer, of in caches(manifest, settings).items()
+        for part in _KEY_VALUE
+    }
     kept = {
         f"{layer}.{state}": Value((1, *shape))
         for layer in keeping(manifest)
         for state, shape in states(manifest, settings).items()
     }
-    attending = [layer for layer in range(model.layers) if layer not in keeping(manifest)]
     inputs = {
         "input_ids": Value((1, tokens)),
         "attention_mask": Value((1, model.context_length)),
         "avg_bits": Value((2,)),
         "scored": Value((1,), (1,)),
-        **{f"past_key_values.{layer}.{part}": cache for layer in attending for part in _KEY_VALUE},
+        **{f"past_key_values.{name}": value for name, value in cached.items()},
         **{f"past.{name}": value for name, value in kept.items()},
     }
     given = dict(inputs)
@@ -279,8 +283,7 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     except ValueError as error:
         raise BundleError(f"{path}: {error}; do not trust the bundle, export it again") from None
     outputs: dict[str, tuple[int, ...]] = dict.fromkeys(("logits", "all_logits"), (1, 1, model.vocab_size))
-    outputs |= {name.replace("past_key_values", "present"): cache.shape for name in inputs if "past_key" in name}
-    outputs |= {f"present.{name}": value.shape for name, value in kept.items()}
+    outputs |= {f"present.{name}": value.shape for name, value in (cached | kept).items()}
     outputs["avg_bits_used"] = (1,)
     for name, needed in outputs.items():
         shape = found[name].shape if name in found else ()
@@ -292,11 +295,16 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
             )
 
 
-def _check_rotated(path: Path, name: str, shape: tuple[int, ...], settings: Settings | None) -> None:
+def _check_rotated(
+    path: Path, name: str, shape: tuple[int, ...], manifest: Manifest, settings: Settings | None
+) -> None:
     """A table is not wider than half a head.  The library itself refuses a cache of other heads."""
-    if settings is not None and 2 * shape[-1] > settings.head_dim:
+    if settings is None:
+        return
+    most = max((of.head_dim for of in heads_of(manifest, settings).values()), default=0)
+    if 2 * shape[-1] > most:
         raise BundleError(
-            f"{path}: {name} rotates {2 * shape[-1]} numbers of a head, which has {settings.head_dim} "
+            f"{path}: {name} rotates {2 * shape[-1]} numbers of a head, which has {most} "
             "as genai_config.json says; export the bundle again"
         )
 

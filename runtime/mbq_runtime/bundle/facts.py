@@ -18,6 +18,38 @@ STATES = {"conv": 2, "recurrent": 3}
 
 
 @dataclass(frozen=True)
+class BlockHeads:
+    """The heads of a block with attention.
+
+    source: the block whose keys and values it attends to: itself, or an earlier one.
+    kv_heads: heads of keys, and of values.
+    head_dim: channels of a head.
+    """
+
+    source: int
+    kv_heads: int
+    head_dim: int
+
+
+def by_shape(heads: Mapping[int, BlockHeads]) -> dict[tuple[int, int], list[int]]:
+    """The blocks whose keys and values an engine holds in one array: those with heads of one shape.
+
+    Args:
+        heads: of the blocks with keys and values of their own, by index of the block.
+
+    Returns:
+        Indices of blocks, by (kv_heads, head_dim), in the order of the first block of each.
+
+    >>> by_shape({0: BlockHeads(0, 1, 32), 1: BlockHeads(1, 1, 64), 2: BlockHeads(2, 1, 32)})
+    {(1, 32): [0, 2], (1, 64): [1]}
+    """
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for layer, of in heads.items():
+        shapes.setdefault((of.kv_heads, of.head_dim), []).append(layer)
+    return shapes
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The model as it was exported.
 
@@ -30,6 +62,8 @@ class ModelFacts:
     layers: decoder blocks.
     context_length: tokens of prompt and reply together.
     states: shapes of the ``STATES`` of a block with a delta net; empty where the model has no such block.
+    attention: heads of each block; empty where all blocks have the heads of ``genai_config.json`` and keys and values
+        of their own.
     """
 
     name: str
@@ -41,6 +75,7 @@ class ModelFacts:
     layers: int
     context_length: int
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attention: tuple[BlockHeads, ...] = ()
 
 
 @dataclass(frozen=True)

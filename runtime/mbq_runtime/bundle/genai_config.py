@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, ModelError
-from .facts import STATES
+from .facts import STATES, BlockHeads
 from .file_names import OPS_LIBRARY
 from .layout import KV_SCALE_BYTES, kv_row_bytes, whole_blocks
 from .manifest import Manifest
@@ -230,6 +230,29 @@ def _blocks_with(manifest: Manifest, role: str) -> tuple[int, ...]:
     return tuple(int(part[1]) for part in parts if part[-1] == role and len(part) == 3 and part[1].isdecimal())
 
 
+def heads_of(manifest: Manifest, settings: Settings) -> dict[int, BlockHeads]:
+    """The heads of the blocks with attention, by index of the block.
+
+    Args:
+        manifest: the bundle's manifest.
+        settings: of the same bundle.
+    """
+    if manifest.model.attention:
+        return dict(enumerate(manifest.model.attention))
+    kept, shape = keeping(manifest), (settings.kv_heads, settings.head_dim)
+    return {layer: BlockHeads(layer, *shape) for layer in range(manifest.model.layers) if layer not in kept}
+
+
+def caches(manifest: Manifest, settings: Settings) -> dict[int, BlockHeads]:
+    """The heads of the blocks that have keys and values of their own, by index of the block.
+
+    Args:
+        manifest: the bundle's manifest.
+        settings: of the same bundle.
+    """
+    return {layer: of for layer, of in heads_of(manifest, settings).items() if of.source == layer}
+
+
 def cache_bytes(manifest: Manifest, settings: Settings) -> int:
     """Bytes of the keys and values of one token.
 
@@ -237,8 +260,8 @@ def cache_bytes(manifest: Manifest, settings: Settings) -> int:
         manifest: the bundle's manifest.
         settings: of the same bundle.
     """
-    layers = manifest.model.layers - len(keeping(manifest))
-    return 2 * layers * settings.kv_heads * kv_row_bytes(settings.head_dim, manifest.kv_bits)
+    own = caches(manifest, settings).values()
+    return 2 * sum(of.kv_heads * kv_row_bytes(of.head_dim, manifest.kv_bits) for of in own)
 
 
 def state_bytes(manifest: Manifest, settings: Settings) -> int:
@@ -351,17 +374,23 @@ def _fits(settings: Settings, manifest: Manifest) -> Iterator[tuple[bool, str, o
         needed = f"a multiple of num_key_value_heads {settings.kv_heads}"
         yield whole, "model.decoder.num_attention_heads", settings.heads, needed
     model, linears = manifest.model, manifest.weights.linears
-    rows = (settings.heads + 2 * settings.kv_heads) * settings.head_dim
-    shapes = {"attn_in": (rows, model.hidden_size), "head": (model.vocab_size, model.hidden_size)}
-    shapes["attn_out"] = (model.hidden_size, settings.heads * settings.head_dim)
     hidden = model.hidden_size
-    shapes |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
+    shapes = {"head": (model.vocab_size, hidden), "conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     shapes |= _delta_shapes(manifest)
-    # A gate for each head, or for each of its channels.
-    gated = [rows + settings.heads * gates for gates in (1, settings.head_dim)]
+    alike = BlockHeads(0, settings.kv_heads, settings.head_dim)
+    # By the names of blocks where they differ; else any block's.
+    blocks_of = {f"layers.{layer}.": (layer, of) for layer, of in enumerate(model.attention)} or {"": (0, alike)}
+    gated: dict[str, list[int]] = {}
+    for prefix, (layer, of) in blocks_of.items():
+        rows = (settings.heads + (2 * of.kv_heads if of.source == layer else 0)) * of.head_dim
+        shapes |= {f"{prefix}attn_in": (rows, hidden), f"{prefix}attn_out": (hidden, settings.heads * of.head_dim)}
+        # A gate for each head, or for each of its channels.
+        gated[f"{prefix}attn_in"] = [rows + settings.heads * gates for gates in (1, of.head_dim)]
     for linear in linears:
-        shape = shapes.get(linear.name.rpartition(".")[2])
-        if linear.name.endswith(".attn_in") and linear.N in gated:
+        role = linear.name.rpartition(".")[2]
+        name = linear.name if linear.name in shapes else role
+        shape = (0, 0) if role.startswith("attn_") and name not in shapes else shapes.get(name)
+        if linear.N in gated.get(name, ()):
             shape = (linear.N, hidden)
         if shape is not None:
             yield shape == (linear.N, linear.K), f"shape for {linear.name}", shape, f"{(linear.N, linear.K)}"

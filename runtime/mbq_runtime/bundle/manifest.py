@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,8 +253,9 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     path = Path(folder) / MANIFEST_NAME
     _check_values(manifest, path)
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
-    if not manifest.model.states:
-        del document["model"]["states"]
+    for name in ("states", "attention"):
+        if not document["model"][name]:
+            del document["model"][name]
     if manifest.kv_bits == 32:
         del document["kv_bits"]
     draft = path.with_name(f".{MANIFEST_NAME}.part")
@@ -305,6 +306,12 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
             manifest.kv_bits,
             "32 without own kernels on a processor",
         ),
+        (
+            manifest.kv_bits == 32 or all(of.source == layer for layer, of in enumerate(manifest.model.attention)),
+            "kv_bits",
+            manifest.kv_bits,
+            "32 where blocks share keys and values",
+        ),
         (manifest.layout in ENGINE_FILES["onnx"], "layout", manifest.layout, " or ".join(ENGINE_FILES["onnx"])),
         *(
             (manifest.layout in ENGINE_FILES.get(engine, ()), "engines", engine, f"engines that read {manifest.layout}")
@@ -333,6 +340,7 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
             (all(0 < side <= _MOST_SIDE for side in shape), f"model.states.{name}", shape, f"1 to {_MOST_SIDE}")
             for name, shape in manifest.model.states.items()
         ),
+        *_attention_rules(manifest.model),
         *(
             (
                 linear.N > 0 and linear.K > 0 and linear.K % manifest.group_size == 0,
@@ -352,6 +360,26 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
             raise BundleError(f"{path}: {field} is {shown(seen)}, needed {needed}; export the bundle again")
     check_entries(manifest.files, manifest.engines, manifest.layout, path)
     check_parts(manifest.parts, manifest.files, profile.depths, path)
+
+
+def _attention_rules(model: ModelFacts) -> Iterator[tuple[bool, str, object, str]]:
+    """Rules that hold between the heads of blocks, as (holds, field, value, needed)."""
+    given = model.attention
+    yield len(given) in (0, model.layers), "model.attention", len(given), f"none, or an entry for {model.layers} blocks"
+    for layer, of in enumerate(given):
+        field = f"model.attention[{layer}]"
+        for name, size in (("kv_heads", of.kv_heads), ("head_dim", of.head_dim)):
+            yield 0 < size <= _MOST_SIDE, f"{field}.{name}", size, f"1 to {_MOST_SIDE}"
+        # What is shared is of a block that has its own, and of the same shape.
+        inside = 0 <= of.source <= layer
+        source = given[of.source] if inside else of
+        same = inside and source == replace(of, source=of.source) and source.source == of.source
+        yield (
+            same,
+            f"{field}.source",
+            of.source,
+            "the block itself, or an earlier one of the same heads that has its own",
+        )
 
 
 def _is_number(text: str) -> bool:

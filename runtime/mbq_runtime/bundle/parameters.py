@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import BundleError
 from .facts import Linear
-from .genai_config import Settings
+from .genai_config import Settings, heads_of
 from .layout import ROW_BLOCK
 from .manifest import Manifest
 from .slice_profile import CODE_BITS
@@ -22,7 +22,8 @@ _Kind = tuple[str, tuple[int, ...]]
 
 _ROTARY = (".cos", ".sin")
 _HEAD_INPUT = "head_input."
-_QUERY_GROWTH, _TAPS = "query_growth", "taps"
+_QUERY_GROWTH, _TAPS, _LAYER_SCALAR = "query_growth", "taps", "layer_scalar"
+_PER_LAYER, _PER_LAYER_NORM = "per_layer", "model.per_layer_projection_norm"
 _DELTA = ("rate", "step", "gain")
 """Last parts of names of what the heads of a delta net are computed with."""
 _HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm", "q_layernorm", "k_layernorm", "q_row", "k_row")
@@ -63,6 +64,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
     sides |= {"attn_out": (hidden, -1), "mlp_out": (hidden, -1)}
     sides |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     sides |= {"delta_in": (-1, hidden), "delta_out": (hidden, -1)}
+    sides |= {"ple_embed": (-1, hidden), "ple_in": (-1, hidden), "ple_out": (hidden, -1)}
     for linear in manifest.weights.linears:
         needed = sides.get(linear.name.rpartition(".")[2], (-1, -1))
         if not _fits((linear.N, linear.K), needed):
@@ -88,6 +90,13 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
 
 def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
     routed = len(manifest.slices) - 1
+    if size := _per_layer_size(manifest):
+        # Widths of the projections are as one: the library reads the table's rows for all of them.
+        table = Linear(_PER_LAYER, manifest.model.vocab_size, manifest.model.layers * size)
+        for part, kind in matrix_kinds(table, manifest.group_size, manifest.slices).items():
+            yield f"{_PER_LAYER}.{part}", kind
+        yield f"{_PER_LAYER}.rows.scale", ("F32", (table.K,))
+        yield _PER_LAYER_NORM, ("F32", (size,))
     for linear in manifest.weights.linears:
         for part, kind in matrix_kinds(linear, manifest.group_size, manifest.slices).items():
             yield f"{linear.name}.{part}", kind
@@ -95,6 +104,11 @@ def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
         yield f"{linear.name}.router.bias", ("F32", (routed,))
         yield f"{linear.name}.router.norm_gain", ("F32", (routed,))
     yield "embedding.scale", ("F32", (manifest.model.hidden_size,))
+
+
+def _per_layer_size(manifest: Manifest) -> int:
+    """Numbers that a token has for each block in the table of per-layer embeddings; 0 where there is none."""
+    return max((linear.N for linear in manifest.weights.linears if linear.name.endswith(".ple_in")), default=0)
 
 
 def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
@@ -127,12 +141,16 @@ def _other(name: str, settings: Settings | None, manifest: Manifest) -> _Kind:
     if held and last in _DELTA:
         heads, _, width = held["recurrent"]
         return "F32", (width if last == "gain" else heads,)
+    if last == _LAYER_SCALAR:
+        return "F32", (1,)
     if last not in _HEAD_NORMS:
         return "F32", (manifest.model.hidden_size,)
     if settings is None:
         return "F32", (-1,)
     together = {"q_row": settings.heads, "k_row": settings.kv_heads}.get(last, 1)
-    return "F32", (together * settings.head_dim,)
+    block = next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+    of = heads_of(manifest, settings).get(block)
+    return "F32", (together * (settings.head_dim if of is None else of.head_dim),)
 
 
 def _fits(shape: tuple[int, ...], needed: tuple[int, ...]) -> bool:

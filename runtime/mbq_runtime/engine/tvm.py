@@ -10,14 +10,16 @@ import ctypes
 import importlib.util
 from collections.abc import Sequence
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.facts import by_shape
 from mbq_runtime.bundle.file_names import DECODER_LIBRARY
-from mbq_runtime.bundle.genai_config import cache_bytes, keeping, read_settings, state_bytes, states
+from mbq_runtime.bundle.genai_config import cache_bytes, caches, keeping, read_settings, state_bytes, states
 from mbq_runtime.bundle.layout import KEY_LANES, kv_row_bytes, whole_blocks
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.tensors import WEIGHTS
@@ -63,12 +65,13 @@ class Backend:
         self.ffi = _tvm()
         self._path = path
         settings = read_settings(path, manifest)
-        self.kv_heads, self.head_dim, self.kv_bits = settings.kv_heads, settings.head_dim, manifest.kv_bits
+        self.kv_bits = manifest.kv_bits
         kept = len(keeping(manifest))
-        self.layers = manifest.model.layers - kept
+        shapes = by_shape(caches(manifest, settings))
+        self.caches = [(len(layers), *shape) for shape, layers in shapes.items()]
         # The last tokens lie one behind the other, each with all of its channels.
-        shapes = [shape[::-1] if name == "conv" else shape for name, shape in states(manifest, settings).items()]
-        self.states = [(kept, *shape) for shape in shapes]
+        held = [shape[::-1] if name == "conv" else shape for name, shape in states(manifest, settings).items()]
+        self.states = [(kept, *shape) for shape in held]
         self.rewinds = self.keeps = kept == 0  # a state holds the last tokens alone
         self.marks = kept > 0
         self.vocab_size = manifest.model.vocab_size
@@ -106,6 +109,18 @@ class Backend:
         return _Context(self, length, budget)
 
 
+def _new_cache(
+    layers: int, kv_heads: int, head_dim: int, blocks: int, kv_bits: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The keys and the values of all blocks with heads of one shape, for ``blocks`` times 16 positions."""
+    positions = blocks * KEY_LANES
+    if kv_bits == 8:
+        rows = (layers, kv_heads, positions, kv_row_bytes(head_dim, kv_bits))
+        return np.zeros(rows, np.uint8), np.zeros(rows, np.uint8)
+    keys = np.zeros((layers, kv_heads, blocks, head_dim, KEY_LANES), np.float32)
+    return keys, np.zeros((layers, kv_heads, positions, head_dim), np.float32)
+
+
 class _Context:
     def __init__(self, backend: Backend, length: int, budget: NDArray[np.float32]) -> None:
         b, blocks = backend, -(-length // KEY_LANES)
@@ -113,15 +128,10 @@ class _Context:
         self._past, self._used = np.zeros(1, np.int64), np.zeros(1, np.float32)
         # Every matrix reads the budget, and other threads may change it while a pass runs.
         self._budget, self._budget_of_pass = budget, budget.copy()
-        self._keys: NDArray[Any]
-        self._values: NDArray[Any]
-        if b.kv_bits == 8:
-            rows = (b.layers, b.kv_heads, blocks * KEY_LANES, kv_row_bytes(b.head_dim, b.kv_bits))
-            self._keys, self._values = np.zeros(rows, np.uint8), np.zeros(rows, np.uint8)
-        else:
-            self._keys = np.zeros((b.layers, b.kv_heads, blocks, b.head_dim, KEY_LANES), np.float32)
-            self._values = np.zeros((b.layers, b.kv_heads, blocks * KEY_LANES, b.head_dim), np.float32)
-        state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, self._keys, self._values]
+        self._caches: list[tuple[NDArray[Any], NDArray[Any]]] = [
+            _new_cache(layers, kv_heads, head_dim, blocks, b.kv_bits) for layers, kv_heads, head_dim in b.caches
+        ]
+        state: list[NDArray[Any]] = [self._past, self._budget_of_pass, self._used, *chain(*self._caches)]
         self._states = [np.zeros(shape, np.float32) for shape in b.states]
         self._marked: list[NDArray[np.float32]] = []
         state += self._states
@@ -145,8 +155,9 @@ class _Context:
 
     def kept(self, count: int) -> list[NDArray[Any]]:
         if self._backend.kv_bits == 8:
-            return [part[:, :, : whole_blocks(count)] for part in (self._keys, self._values)]
-        return [self._keys[:, :, : -(-count // KEY_LANES)], self._values[:, :, :count]]
+            return [part[:, :, : whole_blocks(count)] for part in chain(*self._caches)]
+        of_each = ((keys[:, :, : -(-count // KEY_LANES)], values[:, :, :count]) for keys, values in self._caches)
+        return [*chain(*of_each)]
 
     def keep(self, count: int, arrays: Sequence[NDArray[Any]]) -> None:
         for own, given in zip(self.kept(count), arrays, strict=True):

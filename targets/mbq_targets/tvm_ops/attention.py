@@ -52,6 +52,8 @@ class Attention:
     gates: how many numbers qkv has for each head behind v: 0, 1, or one for each channel. What the head attends to is
         multiplied by their sigmoids.
     kv_bits: bits of a cached key or value: 32 for float32, or 8.
+    value_norms: each head of values goes through a norm that multiplies by 1.
+    some_share: some layers have queries alone, and attend to the keys and values of the layer that ``layer`` names.
     """
 
     heads: int
@@ -67,11 +69,14 @@ class Attention:
     grows: bool = False
     gates: int = 0
     kv_bits: int = 32
+    value_norms: bool = False
+    some_share: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the operation's integers."""
-        return ("layer", "cos", "sin", "q_norm", "k_norm", "window", *(("growth",) if self.grows else ()))
+        growth, shares = ("growth",) if self.grows else (), ("shares",) if self.some_share else ()
+        return ("layer", "cos", "sin", "q_norm", "k_norm", "window", *growth, *shares)
 
 
 def attention(shape: Attention, name: str) -> None:
@@ -80,7 +85,7 @@ def attention(shape: Attention, name: str) -> None:
     Arguments: past int64 [1], positions before the first of the M tokens; keys and values, the cache, which must have
     room for the M tokens and gets their keys and values; weights uint8; ``Attention.fields``: layer; cos, sin, q_norm,
     k_norm, places in the weights in bytes; window, positions that a token sees, itself included; growth, the place of
-    float32 [context] that queries are multiplied by.
+    float32 [context] that queries are multiplied by; shares, 1 where qkv has queries alone, else 0.
 
     Args:
         shape: the heads.
@@ -93,10 +98,11 @@ def attention(shape: Attention, name: str) -> None:
         "weights": ("uint8", 1), "out": ("float32", 2),
     }  # fmt: skip
     with driver(name, tensors, shape.fields) as args:
-        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *growth = args
+        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *more = args
         s = shape
+        growth, shares = more[: int(s.grows)], more[int(s.grows) :]
         # Rows of the projection are padded to whole blocks. Without gates they are whole.
-        width = qkv.shape[1] if s.gates else (s.heads + 2 * s.kv_heads) * s.head_dim
+        width = qkv.shape[1] if s.gates or s.some_share else (s.heads + 2 * s.kv_heads) * s.head_dim
         rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
         blocks = keys.shape[2]
         queries = scratch(rows * (s.heads * s.head_dim), "float32")
@@ -121,6 +127,14 @@ def attention(shape: Attention, name: str) -> None:
                     for table in growths:
                         value = value * splat(load(table, position, 1), LANES)
                     store(queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
+            if shares:
+                with T.If(shares[0] == T.int64(0)), T.Then():
+                    remember(m, position, rows_scale)
+            else:
+                remember(m, position, rows_scale)
+
+        def remember(m: Expr, position: Expr, rows_scale: Any) -> None:
+            """Put the keys and values of a token into the cache."""
             block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
             with T.serial(0, T.int64(s.kv_heads)) as h:
                 norm = _HeadNorm(norms[1], rows_scale, 1, h)
@@ -134,8 +148,13 @@ def attention(shape: Attention, name: str) -> None:
                     store(
                         keys.flat, ((head * blocks + block) * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1)
                     )
+                at = m * width + (s.heads + s.kv_heads + h) * s.head_dim
+                inverse = None
+                if s.value_norms and s.norm_eps is not None:
+                    inverse = bind(splat(_inverse_rms(qkv.flat, at, s.head_dim, s.norm_eps), LANES))
                 for d in range(0, s.head_dim, LANES):
-                    value = load(qkv.flat, m * width + (s.heads + s.kv_heads + h) * s.head_dim + d, LANES)
+                    value = load(qkv.flat, at + d, LANES)
+                    value = value if inverse is None else value * inverse
                     store(values.flat, (head * (blocks * KEY_LANES) + position) * s.head_dim + d, LANES, value)
 
         def attend(i: Expr) -> None:

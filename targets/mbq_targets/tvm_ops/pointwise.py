@@ -103,6 +103,23 @@ def add(name: str) -> None:
             store(out.flat, i * LANES, LANES, load(x.flat, i * LANES, LANES) + load(branch.flat, i * LANES, LANES))
 
 
+def scale(name: str) -> None:
+    """Operation: x, branch float32 [M, K] -> out = (x + branch) * a number. K is a multiple of 16.
+
+    Other arguments: weights uint8; factor, place in it in bytes of the float32 number.
+
+    Args:
+        name: the function's symbol.
+    """
+    tensors = {"x": ("float32", 2), "branch": ("float32", 2), "weights": ("uint8", 1), "out": ("float32", 2)}
+    with driver(name, tensors, ("factor",)) as (x, branch, weights, out, place):
+        factor = bind(splat(load(view(weights.at(place), "float32"), 0, 1), LANES))
+        vectors = x.shape[0] * x.shape[1] // LANES
+        with T.serial(0, vectors) as i:
+            summed = load(x.flat, i * LANES, LANES) + load(branch.flat, i * LANES, LANES)
+            store(out.flat, i * LANES, LANES, summed * factor)
+
+
 def cap(limit: float, name: str) -> None:
     """Operation: x float32 [M, N] -> out = limit * tanh(x / limit). N is a multiple of 16.
 
