@@ -50,8 +50,10 @@ class ExpertNodes:
         g, name, shape = self._graph, experts.name, experts.shape
         chooser, bias = self._checkpoint.chooser(experts.layer)
         scores = g.node("MatMul", [x, g.tensor(f"{name}.chooser", chooser.T)], f"{name}.scores")
-        softmax = {} if shape.sigmoid else {"axis": -1}
-        shares = g.node("Sigmoid" if shape.sigmoid else "Softmax", [scores], f"{name}.shares", **softmax)
+        if shape.sigmoid:
+            shares = g.node("Sigmoid", [scores], f"{name}.shares")
+        else:
+            shares = g.node("Softmax", [scores], f"{name}.shares", axis=-1)
         ranks = shares if bias is None else g.node("Add", [shares, g.tensor(f"{name}.bias", bias)], f"{name}.ranks")
         weights, indices = f"{name}.largest", f"{name}.chosen"
         used = g.numbers("experts_used", shape.used)

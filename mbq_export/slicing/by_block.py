@@ -154,9 +154,9 @@ def _slice_blocks(
         step = walk.step.format(d.block(layer))
         found = store.get(step)
         if found is None:
-            seen = ExpertInputs(checkpoint, layer, importance, own)
-            hessians = _hessians(blocks, layer, hidden, importance, own, seen)
-            rare += seen.rare
+            of_experts = ExpertInputs(checkpoint, layer, importance, own)
+            hessians = _hessians(blocks, layer, hidden, importance, own, of_experts)
+            rare += of_experts.rare
             found = store.put(step, {unit.name: walk.slice_unit(checkpoint, unit, hessians) for unit in units})
         linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
         weights = [linear.weight.detach().clone() for linear in linears] if walk.keep_weights else []
