@@ -56,7 +56,8 @@ def test_the_plan_of_a_published_model(name: str, tmp_path: Path, monkeypatch: p
     for bits, size in read.items():
         assert routed * int(bits) / 8 < size < routed * (int(bits) / 8 + 0.1)
     assert found["outputs"][0]["disk_bytes"] > read["8"]
-    assert parameters < found["peak_memory_bytes"] < MOST_MEMORY + 2 * parameters
+    # Of experts, those that no token of a pass takes may stay in mapped files.
+    assert routed < found["peak_memory_bytes"] < MOST_MEMORY + 2 * parameters
 
 
 def test_the_memory_of_a_context_with_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
