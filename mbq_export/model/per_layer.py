@@ -75,8 +75,8 @@ def given(model: Any, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     size = table.weight.shape[1] // len(inner.layers)
     rows = functional.embedding(tokens, table.weight)[..., layer * size : (layer + 1) * size] * table.embed_scale
     projected = block.per_layer_model_projection(inner.embed_tokens(tokens))
-    normed: torch.Tensor = inner.per_layer_projection_norm(projected)
-    return normed + rows
+    summed: torch.Tensor = inner.per_layer_projection_norm(projected) + rows
+    return summed
 
 
 def beside_embedding(model: Any, decoder: Decoder, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

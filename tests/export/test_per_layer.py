@@ -250,6 +250,27 @@ def test_a_session_in_a_file(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize(("kind", "weights"), [("onnx", "model.onnx.data"), ("tvm", "decoder.safetensors")])
+def test_weights_are_mapped_and_not_read_when_an_engine_loads(
+    bundle: Path, tmp_path: Path, kind: str, weights: str
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    engine = Engine.load(folder, engine=kind)
+    sizes = {"Size": 0, "Rss": 0}  # kB
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            here = line.endswith(f"{folder}/{weights}")
+        elif here and first.rstrip(":") in sizes:
+            sizes[first.rstrip(":")] += int(rest[0])
+    assert engine.manifest.model.family == NAME
+    assert sizes["Size"] * 1024 > 0.9 * (folder / weights).stat().st_size
+    assert sizes["Rss"] < 0.1 * sizes["Size"]
+
+
+@pytest.mark.heavy
 def test_blocks_that_share_take_no_memory(bundle: Path) -> None:
     manifest = Engine.load(bundle).manifest
     assert cache_bytes(manifest, read_settings(bundle, manifest)) == 2 * 4 * 2 * (32 + 64)
