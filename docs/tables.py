@@ -316,6 +316,18 @@ TABLES = {
             million_instructions=("million instructions", 0),
         ),
     ),
+    "long-context": Table(
+        "long-context",
+        _columns(
+            keys_and_values=("keys and values", None),
+            bits=("average bits", 0),
+            behind=("tokens behind", 0),
+            token_ms=("a token, ms", 2),
+            token_of_empty=("speed of empty", 2),
+            prompt_ms=("prompt of 128, ms", 0),
+            prompt_of_empty=("speed of empty", 2),
+        ),
+    ),
     "router-cost": Table(
         "router-cost",
         _columns(
