@@ -77,7 +77,7 @@ class AttentionNodes:
                 window=attention.window or 0, softcap=float(attention.cap or 0),
             )  # fmt: skip
         else:
-            more: dict[str, float] = {} if attention.window is None else {"local_window_size": attention.window}
+            more: dict[str, Any] = {} if attention.window is None else {"local_window_size": attention.window}
             more |= {} if attention.cap is None else {"softcap": attention.cap}
             attended = g.node(
                 "GroupQueryAttention", [*query, *past, "seqlens_k", "total_sequence_length", *tables], name, MS,

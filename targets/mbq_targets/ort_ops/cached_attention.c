@@ -78,6 +78,7 @@ static OrtStatus *open_rows(const CachedAttention *op, const OrtKernelContext *c
   a->k = a->q + op->heads * a->head_dim, a->v = a->k + op->kv_heads * a->head_dim;
   a->k_stride = a->v_stride = width;
   if (!key.present) return NULL;
+  if (!value.present) return fail(node, "key is there without value");
   int64_t rows[2];
   a->k_stride = a->v_stride = op->kv_heads * a->head_dim;
   TRY(check_rows(node, "key", &key.shape, a->k_stride, &rows[0]));
