@@ -51,7 +51,7 @@ def compare(engine: Engine, options: argparse.Namespace) -> bool:
         guessed, kept = guessed + found[1].guessed, kept + found[1].kept_guesses
     model = engine.manifest.model.name
     print(f"| {model} | {engine.name} | {same} of {options.replies} | {tokens} | {kept} of {guessed} |", flush=True)
-    return same == options.replies
+    return bool(same == options.replies)
 
 
 def main() -> None:

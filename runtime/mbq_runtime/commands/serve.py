@@ -130,13 +130,15 @@ def command(
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
         most_bytes = Sensors().read().available_memory_bytes if models_mb is None else models_mb * 10**6
+        folders = [bundle, *(local_bundle(other, allow_http=False) for other in others)]
         rest = []
-        for other in others:  # one after another in memory, so that a broken bundle is reported at once
-            rest.append(load(local_bundle(other, allow_http=False)))
+        for folder in folders[1:]:  # one after another in memory, so that a broken bundle is reported at once
+            rest.append(load(folder))
             rest[-1].sleep()
         loaded = load(bundle)
         follow(loaded)
-        offers = named([(one, offered(one)) for one in (loaded, *rest)])
+        engines = (loaded, *rest)
+        offers = named([(path.absolute().name, one, offered(one)) for path, one in zip(folders, engines, strict=True)])
         names = ", ".join(printable(model.name) for model in offers)
         feed = MonitorFeed(names, lambda: runner.should_exit)
         models = stack.enter_context(

@@ -27,27 +27,29 @@ class Model:
     """A bundle of the server.
 
     name: as clients call it.
+    folder: name of its folder, by which clients can call it too.
     engine: loaded or asleep.
     budget: bits that requests can ask for, within the budget of the bundle.
     """
 
     name: str
+    folder: str
     engine: Engine
     budget: Budget
 
 
-def named(bundles: Sequence[tuple[Engine, Budget]]) -> list[Model]:
+def named(bundles: Sequence[tuple[str, Engine, Budget]]) -> list[Model]:
     """Models with the names of their manifests, or of their folders where two have the same.
 
     Args:
-        bundles: the engines, each with the bits that requests can ask for.
+        bundles: names of folders, each with its engine and the bits that requests can ask for.
 
     Raises:
         UsageError: two folders have the same name too.
     """
-    names = [engine.manifest.model.name for engine, _ in bundles]
+    names = [engine.manifest.model.name for _, engine, _ in bundles]
     if len(set(names)) < len(names):
-        names = [engine.path.name for engine, _ in bundles]
+        names = [folder for folder, _, _ in bundles]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"two bundles have the name {twice!r}; rename the folder of one")
@@ -94,7 +96,7 @@ class Models:
         Args:
             name: what a client calls it.
         """
-        return next((model for model in self if name in (model.name, model.engine.path.name)), None)
+        return next((model for model in self if name in (model.name, model.folder)), None)
 
     @property
     def in_memory(self) -> int:

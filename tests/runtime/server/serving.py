@@ -102,7 +102,9 @@ def serve(
         hands = BoundedEngine(one)
         return nullcontext((bounded, governor) if one is engine else (hands, HandGovernor(hands)))
 
-    models = Models(named([(one, one.manifest.budget) for one in (engine, *others)]), steer, most_bytes=most_bytes)
+    models = Models(
+        named([(one.path.name, one, one.manifest.budget) for one in (engine, *others)]), steer, most_bytes=most_bytes
+    )
     made = Server(models, feed, queue_limit=queue_limit, **options)
     runner = _Runner(configure(made.app))
     loops: list[asyncio.AbstractEventLoop] = []

@@ -141,7 +141,7 @@ def test_each_model_is_steered_while_it_is_in_use(engines: list[Engine]) -> None
         def __exit__(self, *_: object) -> None:
             log.append(f"-{self.engine.manifest.model.name}")
 
-    offers = named([(engine, engine.manifest.budget) for engine in engines])
+    offers = named([(engine.path.name, engine, engine.manifest.budget) for engine in engines])
     with Models(offers, Steering) as models:  # type: ignore[arg-type]
         models.use(offers[0])
         models.use(offers[1])
@@ -151,10 +151,10 @@ def test_each_model_is_steered_while_it_is_in_use(engines: list[Engine]) -> None
 
 def test_bundles_of_one_name_are_told_apart_by_their_folders(bundle: Path, tmp_path: Path) -> None:
     engines = [Engine.load(bundle, threads=1), Engine.load(copy_of(bundle, tmp_path / "b", "tiny"), threads=1)]
-    names = [model.name for model in named([(engine, engine.manifest.budget) for engine in engines])]
+    names = [model.name for model in named([(engine.path.name, engine, engine.manifest.budget) for engine in engines])]
     assert names == ["bundle", "b"]
     with pytest.raises(UsageError, match="two bundles have the name 'bundle'; rename the folder of one"):
-        named([(engines[0], engines[0].manifest.budget)] * 2)
+        named([("bundle", engines[0], engines[0].manifest.budget)] * 2)
 
 
 def test_the_command_refuses_a_second_bundle_that_is_broken(bundle: Path, tmp_path: Path, mbq: Mbq) -> None:
