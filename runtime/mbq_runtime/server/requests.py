@@ -43,11 +43,13 @@ _NO_EFFECT = frozenset((
     "session_id", "slot_id", "timings_per_token", "usage", "n_keep",
     # of samplers that have to be turned on by a field of ``_NEUTRAL``
     "dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers", "dynatemp_exponent",
-    "mirostat_eta", "mirostat_tau", "repeat_last_n", "smoothing_curve", "xtc_threshold",
+    "dynatemp_high", "dynatemp_low", "mirostat_eta", "mirostat_tau", "repeat_last_n", "smoothing_curve",
+    "xtc_threshold",
 ))  # fmt: skip
 """Fields that change no reply."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_bos_token": (True,),
     "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
     "best_of": (1,),
@@ -65,10 +67,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parse_special": (True,),
     "parse_tool_calls": (True,),
     "reasoning_format": ("auto", "deepseek"),
+    "rep_pen": (1,),
     "repeat_penalty": (1,),
     "separate_reasoning": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "tfs": (1,),
     "tfs_z": (1,),
     "top_n_sigma": (-1, 0),
     "truncate_prompt_tokens": (-1,),
