@@ -125,7 +125,7 @@ def test_memory_is_as_computed(
         loaded = Engine.load(bundles["llama"], engine=engine)
         assert loaded._backend.token_bytes == each_token
     context = loaded._backend.start(1000, np.array([8, 4], np.float32))
-    assert context._keys.nbytes + context._values.nbytes == 1008 * each_token
+    assert sum(part.nbytes for part in context.kept(1008)) == 1008 * each_token
     assert main(["inspect", str(bundles["llama"])]) == 0
     assert "each takes 0.3 kB of memory (8-bit keys and values)" in capsys.readouterr().out
     assert main(["inspect", str(bundles["llama"]), "--json"]) == 0

@@ -78,12 +78,14 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
         for role, (norm, _) in d.normed_units(layer).items():
             factor = factors(d.hidden_size)
             checkpoint.scale_norm(norm, 1 / factor)
-            for part in d.parts.get(role, ()):
+            for part in d.parts(layer).get(role, ()):
                 checkpoint.part(layer, part)[0].mul_(factor)
             if role == "experts_in":
                 for name in d.norm_readers(layer)[norm]:
                     checkpoint.model.get_submodule(name).weight.mul_(factor)
-        if d.mixer(layer) == "attn":
+        if d.family.value_norms:
+            pass  # a norm stands between v and o
+        elif d.mixer(layer) == "attn":
             factor = factors(d.kv_heads * d.head_dim)
             by_query = factor.reshape(d.kv_heads, 1, -1).expand(-1, d.heads // d.kv_heads, -1).reshape(-1)
             move(layer, "v", "o", factor, by_query)
@@ -95,7 +97,7 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
             factor = factors(d.hidden_size)
             move(layer, "c", "y", factor, factor)
         if d.feed_forward(layer) == "mlp":
-            factor = factors(d.ffn_size)
+            factor = factors(d.ffn_size_of(layer))
             move(layer, "up", "down", factor, factor)
     factor = factors(d.hidden_size)
     checkpoint.scale_norm(d.final_norm, 1 / factor)
@@ -120,7 +122,10 @@ def calibrated(rescaled: tuple[Checkpoint, NDArray[np.float32]]) -> Calibrated:
     own_table = None
     if not checkpoint.decoder.tied:
         own_table = rtn.slice_weight(checkpoint.embedding(), GROUP_SIZE, PROFILE, "embedding")
-    return Calibrated(PROFILE, GROUP_SIZE, "norm", units, own_table, head_scale)
+    per_layer = None
+    if checkpoint.decoder.per_layer_size:
+        per_layer = rtn.slice_weight(checkpoint.per_layer_table(), GROUP_SIZE, PROFILE, "per_layer")
+    return Calibrated(PROFILE, GROUP_SIZE, "norm", units, own_table, head_scale, per_layer=per_layer)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +190,9 @@ def test_logits_are_those_of_decoded_weights(
     if calibrated.embedding is None:
         rows /= torch.from_numpy(calibrated.head_scale)
     model.get_input_embeddings().weight.copy_(rows)
+    if calibrated.per_layer is not None:
+        rows = torch.from_numpy(decode_f32(calibrated.per_layer, PROFILE, PROFILE.depths))
+        model.model.embed_tokens_per_layer.weight.copy_(rows)
     for linear in calibrated.units.values():
         weights = torch.from_numpy(decode_f32(linear.sliced, PROFILE, depth))
         layers = [model.get_submodule(name) for name in linear.unit.sources]
