@@ -6,7 +6,7 @@ from pathlib import Path
 
 import needs
 import pytest
-from devices import Runner
+from devices import DEVICES, Runner
 
 
 @pytest.fixture(autouse=True)
@@ -18,4 +18,4 @@ def binary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", params=["opencl", "wgsl"])
 def runner(request: pytest.FixtureRequest) -> Runner:
     needs.gpu({"opencl": "opencl", "wgsl": "webgpu"}[request.param])
-    return Runner(request.param)
+    return Runner(request.param, DEVICES[request.param]())

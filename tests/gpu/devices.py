@@ -14,7 +14,7 @@ from mbq_runtime.bundle.gpu_plan import Kernel as PlanKernel
 from mbq_runtime.bundle.gpu_plan import Launch
 from mbq_runtime.engine import opencl, webgpu
 from mbq_targets.gpu.kernel import Kernel
-from mbq_targets.gpu.source import lower
+from mbq_targets.gpu.source import Source, lower
 
 os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # the loader of display drivers complains without one
 
@@ -22,17 +22,29 @@ Array = NDArray[Any]
 
 
 class Runner:
-    """One device that compiles and launches a kernel at a time."""
+    """One device that compiles and launches a kernel at a time.
 
-    def __init__(self, dialect: str) -> None:
-        self.dialect = dialect
-        self.device: Any = {"opencl": opencl.Device, "wgsl": webgpu.Device}[dialect]()
+    Args:
+        dialect: language of the kernels, "opencl" or "wgsl".
+        device: what compiles and launches them.
+    """
+
+    def __init__(self, dialect: str, device: Any) -> None:
+        self.dialect, self.device = dialect, device
+        self._compiled: tuple[Kernel, Source] | None = None
+
+    def _source(self, kernel: Kernel) -> Source:
+        """The source of a kernel, which is compiled when another one was launched before it."""
+        if self._compiled is None or self._compiled[0] is not kernel:
+            source = lower([kernel], self.dialect)[kernel.name]
+            self.device.compile({kernel.name: _planned(kernel, source)}, {kernel.name: source.text}, Path("test"))
+            self._compiled = kernel, source
+        return self._compiled[1]
 
     def __call__(self, kernel: Kernel, arrays: Mapping[str, Array], *results: str) -> list[Array]:
         """Launch ``kernel`` over ``arrays`` by argument; copies of ``results`` after it."""
-        source = lower([kernel], self.dialect)[kernel.name]
-        kernels = {kernel.name: PlanKernel("", source.arguments, kernel.threads, 0)}
-        self.device.compile(kernels, {kernel.name: source.text}, Path("test"))
+        source = self._source(kernel)
+        kernels = {kernel.name: _planned(kernel, source)}
         buffers = {}
         for name in source.arguments:
             content = np.ascontiguousarray(arrays[name])
@@ -46,6 +58,15 @@ class Runner:
             self.device.read(buffers[name], content)
             found.append(content)
         return found
+
+
+def _planned(kernel: Kernel, source: Source) -> PlanKernel:
+    """The entry of a kernel in a plan."""
+    return PlanKernel("", source.arguments, kernel.threads, 0)
+
+
+DEVICES = {"opencl": opencl.Device, "wgsl": webgpu.Device}
+"""By dialect."""
 
 
 def state(position: int = 0, count: int = 1, row: int = 0, threshold: float = 0.0, tokens: Any = (0,)) -> Array:

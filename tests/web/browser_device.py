@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from devices import Runner
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.gpu_plan import Kernel, Launch
@@ -65,15 +64,3 @@ class BrowserDevice:
     def read(self, buffer: int, content: NDArray[Any]) -> None:
         found = base64.b64decode(self._page.evaluate(_READ, [buffer, -(-content.nbytes // 4) * 4]))
         content.reshape(-1)[:] = np.frombuffer(found[: content.nbytes], content.dtype)
-
-
-class BrowserRunner(Runner):
-    """Compiles and launches a kernel at a time in a page.
-
-    Args:
-        page: see ``BrowserDevice``.
-    """
-
-    def __init__(self, page: Any) -> None:
-        self.dialect = "wgsl"
-        self.device: Any = BrowserDevice(page)

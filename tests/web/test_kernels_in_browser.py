@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from browser_device import BrowserRunner
+from browser_device import BrowserDevice
+from devices import Runner
 from playwright import sync_api as playwright
 from sites import BLANK, serving
 from test_kernels import *  # noqa: F403
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def runner(browser: playwright.Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def runner(browser: playwright.Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder: Path = tmp_path_factory.mktemp("engine")
     (folder / "mbq.js").write_bytes(SITE["mbq.js"].read_bytes())
     with serving(folder) as site:
         page = browser.new_page()
         page.goto(site.url + BLANK)
-        yield BrowserRunner(page)
+        yield Runner("wgsl", BrowserDevice(page))
         page.close()
