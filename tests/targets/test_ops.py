@@ -29,11 +29,11 @@ FEW = [
     ("1,1,2,2,2", 64, 16),  # lone and paired 1-bit planes
     ("3,3,2", 32, 16),  # segments that do not join
 ]
+# Few depths, because each of them is compiled.
 MORE = [
-    ("2,2,2,2", 64, 8),
-    ("2,2,2,2", 128, 16),  # a compiler takes four times as long for this group size
-    ("3,1,2,2", 32, 8),
-    ("8", 128, 16),  # a single depth: no router decision
+    ("4,4", 32, 8),
+    ("4,4", 128, 16),  # a compiler takes four times as long for this group size
+    ("8", 64, 16),  # a single depth: no router decision
 ]
 CASES = [(t.name, *f) for i, t in enumerate(runnable()) for f in (FEW if i else FEW + MORE)]
 

@@ -32,33 +32,41 @@ from mbq_targets.tvm_ops.module import Shape, build_module
 pytestmark = pytest.mark.heavy
 
 PROFILE, GROUP = SliceProfile.parse("3,1,2,2"), 64
-SPECS = [KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)]
+SPECS = {bits: KernelSpec(PROFILE, GROUP, bits) for bits in (16, 8)}
+"""By the bits of activations."""
 HEADS = Attention(heads=6, kv_heads=2, head_dim=32, rotated=24, scale=0.2, norm_eps=1e-5)
 ROWS = replace(HEADS, norm_rows=True, some_still=True)
 LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True, gates=1)
 CHANNELS = replace(HEADS, gates=HEADS.head_dim)
-ROUNDED = {
-    "norms of heads": replace(HEADS, kv_bits=8),
-    "gates": replace(LAST, kv_bits=8),
-}
+ROUNDED = replace(LAST, kv_bits=8)
 SHARED = replace(HEADS, value_norms=True, some_share=True)
 NETS = [DeltaNet(3, 6, 16, 32, taps=4), DeltaNet(2, 2, 48, 16, taps=2)]
+BUILDS: dict[str, tuple[int, Attention, DeltaNet | None]] = {
+    "plain": (16, HEADS, None),
+    "8 bits": (8, CHANNELS, NETS[0]),
+    "norms of rows": (16, ROWS, NETS[1]),
+    "norms behind the rotation": (16, LAST, None),
+    "rounded keys and values": (16, ROUNDED, None),
+    "shared keys and values": (16, SHARED, None),
+}
+"""What is compiled, for seconds each: bits of activations, attention, delta net.  They do not touch each other."""
 NORM_EPS = 1e-5
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
 ONE_STEP = 2e-3
 """Where a sum in another order moves a key or a value to the next of its 8 bits."""
 Array = NDArray[Any]
+Operations = Callable[[str], Any]
+"""(name) -> compiled operation"""
 
 
-def compiled(
-    spec: KernelSpec, folder: Path, heads: Attention = HEADS, net: DeltaNet | None = None
-) -> Callable[[str], Any]:
+def compiled(bits: int, heads: Attention, net: DeltaNet | None, folder: Path) -> Operations:
     import tvm
 
     target = resolve("host")
     if not target.native:
         pytest.skip("no kernels for this machine")
+    spec = replace(SPECS[bits], kv_bits=heads.kv_bits)
     shape = Shape(
         spec,
         NORM_EPS,
@@ -78,14 +86,14 @@ def compiled(
 
 
 @pytest.fixture(scope="module")
-def of_spec(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelSpec], Callable[[str], Any]]:
-    """The operations for a spec, by name, compiled once."""
-    return cache(lambda spec: compiled(spec, tmp_path_factory.mktemp("ops")))
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Operations]:
+    """The operations of a row of ``BUILDS``, by name, compiled once."""
+    return cache(lambda build: compiled(*BUILDS[build], tmp_path_factory.mktemp("ops")))
 
 
 @pytest.fixture
-def ops(of_spec: Callable[[KernelSpec], Callable[[str], Any]]) -> Callable[[str], Any]:
-    return of_spec(SPECS[0])
+def ops(built: Callable[[str], Operations]) -> Operations:
+    return built("plain")
 
 
 def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
@@ -98,14 +106,14 @@ def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
     return np.frombuffer(data, np.uint8).copy(), places
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("build", "activation_bits"), [("plain", 16), ("8 bits", 8)])
 @pytest.mark.parametrize(("bits", "deepest"), [(3.0, 4), (4.6, 4), (8.0, 4), (4.6, 2), (8.0, 3)])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (7, 7), (9, 1), (40, 40)])
 def test_linear(
-    of_spec: Callable[[KernelSpec], Callable[[str], Any]], tokens: int, wanted: int, bits: float, deepest: int,
-    spec: KernelSpec,
+    built: Callable[[str], Operations], tokens: int, wanted: int, bits: float, deepest: int, build: str,
+    activation_bits: int,
 ) -> None:  # fmt: skip
-    ops = of_spec(spec)
+    ops, spec = built(build), SPECS[activation_bits]
     rng = np.random.default_rng(tokens)
     sliced = weight(rng, N, K, GROUP)
     steps = PROFILE.depths - 1
@@ -142,13 +150,13 @@ def test_linear(
 
 @pytest.mark.parametrize("window", [5, 1000])
 @pytest.mark.parametrize("parts", [(1, 1, 1), (20,), (3, 30, 1, 1), (150,)])
-def test_attention_in_parts(ops: Callable[[str], Any], parts: tuple[int, ...], window: int) -> None:
+def test_attention_in_parts(ops: Operations, parts: tuple[int, ...], window: int) -> None:
     check_attention(ops, HEADS, parts, window)
 
 
-@pytest.mark.parametrize("heads", [ROWS, LAST], ids=["norms of rows", "norms behind the rotation"])
-def test_other_attentions(heads: Attention, tmp_path: Path) -> None:
-    ops, rng = compiled(SPECS[0], tmp_path, heads), np.random.default_rng(1)
+@pytest.mark.parametrize("build", ["norms of rows", "norms behind the rotation"])
+def test_other_attentions(build: str, built: Callable[[str], Operations]) -> None:
+    ops, heads, rng = built(build), BUILDS[build][1], np.random.default_rng(1)
     x, y = rng.standard_normal((2, 3, 64)).astype(np.float32) * 2
     out = np.zeros_like(x)
     if heads.cap is None:
@@ -162,22 +170,20 @@ def test_other_attentions(heads: Attention, tmp_path: Path) -> None:
     check_attention(ops, heads, (5, 1, 12), 9)
 
 
-def test_gates_of_channels(tmp_path: Path) -> None:
-    check_attention(compiled(SPECS[0], tmp_path, CHANNELS), CHANNELS, (5, 1, 12), 9)
+def test_gates_of_channels(built: Callable[[str], Operations]) -> None:
+    check_attention(built("8 bits"), CHANNELS, (5, 1, 12), 9)
 
 
-@pytest.mark.parametrize("heads", ROUNDED.values(), ids=ROUNDED.keys())
-def test_attention_with_8_bits(heads: Attention, tmp_path: Path) -> None:
+def test_attention_with_8_bits(built: Callable[[str], Operations]) -> None:
     """Few tokens read the codes, and many read tiles."""
-    ops = compiled(replace(SPECS[0], kv_bits=8), tmp_path, heads)
     for parts in ((1, 1, 1), (5, 1, 12), (3, 130, 1, 1)):
-        check_attention(ops, heads, parts, 1000)
-        check_attention(ops, heads, parts, 9)
+        check_attention(built("rounded keys and values"), ROUNDED, parts, 1000)
+        check_attention(built("rounded keys and values"), ROUNDED, parts, 9)
 
 
-def test_values_with_norms_and_blocks_that_share_them(tmp_path: Path) -> None:
+def test_values_with_norms_and_blocks_that_share_them(built: Callable[[str], Operations]) -> None:
     """With the other operations that such a model has."""
-    ops, rng = compiled(SPECS[0], tmp_path, SHARED), np.random.default_rng(4)
+    ops, rng = built("shared keys and values"), np.random.default_rng(4)
     check_attention(ops, SHARED, (5, 1, 12), 9)
     x, branch = rng.standard_normal((2, 3, 64)).astype(np.float32)
     factor = rng.standard_normal(1).astype(np.float32)
@@ -194,10 +200,10 @@ def test_values_with_norms_and_blocks_that_share_them(tmp_path: Path) -> None:
     assert np.abs(out - expected).max() <= RELATIVE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("net", NETS, ids=["shared keys", "wide keys"])
-def test_delta_nets(net: DeltaNet, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("build", "net"), [("8 bits", NETS[0]), ("norms of rows", NETS[1])])
+def test_delta_nets(build: str, net: DeltaNet, built: Callable[[str], Operations]) -> None:
     """In passes of several sizes, the second of two states."""
-    ops, rng = compiled(SPECS[0], tmp_path, net=net), np.random.default_rng(3)
+    ops, rng = built(build), np.random.default_rng(3)
     width = sum(net.sizes.values())
     stacked = rng.standard_normal((23, -(-width // 16) * 16)).astype(np.float32) * 2
     stacked[:, width:] = np.nan  # what pads a row is not read
@@ -222,7 +228,7 @@ def test_delta_nets(net: DeltaNet, tmp_path: Path) -> None:
     assert not memories[0].any()
 
 
-def check_convolution(ops: Callable[[str], Any]) -> None:
+def check_convolution(ops: Operations) -> None:
     """In passes of several sizes, the second of two states."""
     rng, k = np.random.default_rng(2), 48
     stacked = rng.standard_normal((9, 3 * k)).astype(np.float32)
@@ -240,9 +246,7 @@ def check_convolution(ops: Callable[[str], Any]) -> None:
     assert not states[0].any()
 
 
-def check_attention(
-    ops: Callable[[str], Any], h: Attention, parts: tuple[int, ...], window: int, *, still: bool = False
-) -> None:
+def check_attention(ops: Operations, h: Attention, parts: tuple[int, ...], window: int, *, still: bool = False) -> None:
     """A cache filled by passes of several sizes, in the second of two layers.  still: a layer without rotation."""
     total, layer = sum(parts), 1
     rng = np.random.default_rng(total)
@@ -323,7 +327,7 @@ def reference_attention(
     return np.einsum("hmn,nhd->mhd", scores, v).reshape(total, -1)
 
 
-def test_gate_and_head_input(ops: Callable[[str], Any]) -> None:
+def test_gate_and_head_input(ops: Operations) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 128)).astype(np.float32) * 4
     out = np.zeros((3, 64), np.float32)
