@@ -1,4 +1,7 @@
-"""The check of the whole: right exports pass, and a wrong transform, model or lowering is found and named."""
+"""The check of the whole: a wrong transform, model or lowering is found and named.
+
+Right exports pass with room: ``test_every_family.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import EVERY_PART, write_checkpoint
+from tiny_models import write_checkpoint
 
-from mbq_export import calibrate, check, export
+from mbq_export import calibrate, export
 from mbq_export.calibrated import Calibrated
 from mbq_export.lower import onnx as lower_onnx
-from mbq_export.model import recording
 from mbq_export.write import bundle as write_bundle
-from mbq_export.write import check as written_check
 from mbq_runtime.errors import ModelError
 
 pytestmark = pytest.mark.heavy
 
 
-def exported(model: Path, text: Path, output: Path, target: str = "portable", **options: Any) -> None:
-    settings = {"method": "rtn", "router": "static", "calib_tokens": 1024, **options}
-    export(model, [target], output=output, calib_data=str(text), **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "target", "options"),
-    [
-        *((name, "portable", {}) for name in EVERY_PART),
-        ("gemma3_text", "host", {"engine": "both"}),
-        ("llama", "host", {"activation_bits": 8}),
-        ("llama", "portable", {"method": "nested", "tune_steps": 4}),
-        ("qwen3", "portable", {"method": "nested", "tune_steps": 4}),
-        ("qwen3_5_text", "portable", {"method": "nested", "tune_steps": 4}),
-    ],
-)
-def test_right_exports_pass_with_room(
-    name: str, target: str, options: dict[str, Any], calibration_text: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    errors: dict[str, float] = {}
-    compare = recording.difference
-
-    def see(expected: Any, logits: Any, streams: Any, *, limit: float, rotated: bool = False) -> Any:
-        errors[f"limit {limit:g}"] = recording.logits_difference(expected.logits, logits) / limit
-        return compare(expected, logits, streams, limit=limit, rotated=rotated)
-
-    monkeypatch.setattr(check, "difference", see)
-    monkeypatch.setattr(written_check, "difference", see)
-    exported(write_checkpoint(tmp_path / name, name), calibration_text, tmp_path / "bundle", target, **options)
-    assert len(errors) == 3
-    assert max(errors.values()) < 0.5
+def exported(model: Path, text: Path, output: Path) -> None:
+    export(
+        model, ["portable"], output=output, calib_data=str(text), calib_tokens=1024, method="rtn", router="static"
+    )  # fmt: skip
 
 
 def tied_without_factors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from family_exports import FamilyExport
 from json_fields import set_in
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
@@ -106,25 +108,18 @@ def test_the_nodes_are_the_definition(checkpoint: Checkpoint) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "qwen3_5", "qwen3_5_text")
-
-
-def exported(model: Path, folder: Path, text: Path, *options: str) -> Path:
-    arguments = ["--model", str(model), "--output", str(folder), "--calib-data", str(text), "--calib-tokens", "512"]
-    command([*arguments, "--method", "rtn", "--json", *options], standalone_mode=False)
-    return folder
+def model(families: Callable[[str], FamilyExport]) -> Path:
+    return families("qwen3_5_text").model
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    folder = tmp_path_factory.mktemp("host") / "bundle"
-    return exported(model, folder, calibration_text, "--target", "host", "--engine", "both")
+def bundle(families: Callable[[str], FamilyExport]) -> Path:
+    return families("qwen3_5_text").host
 
 
 @pytest.fixture(scope="module")
-def portable(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    return exported(model, tmp_path_factory.mktemp("portable") / "bundle", calibration_text, "--target", "portable")
+def portable(families: Callable[[str], FamilyExport]) -> Path:
+    return families("qwen3_5_text").portable
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +216,15 @@ def test_other_states_are_refused(portable: Path, tmp_path: Path, where: str, va
     assert "\n" not in str(raised.value)
 
 
-def test_a_bundle_without_states_has_no_such_key(tmp_path: Path, calibration_text: Path) -> None:
-    llama = write_checkpoint(tmp_path / "llama", "llama")
-    folder = exported(llama, tmp_path / "bundle", calibration_text, "--target", "portable")
+@pytest.mark.heavy
+def test_a_bundle_without_states_has_no_such_key(families: Callable[[str], FamilyExport]) -> None:
+    folder = families("llama").portable
     assert "states" not in json.loads((folder / "manifest.json").read_text())["model"]
     assert bundle_manifest.read(folder).model.states == {}
 
 
-def test_a_gpu_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+def test_a_gpu_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "qwen3_5", "qwen3_5_text")
     options = ["--model", model, "--output", tmp_path / "bundle", "--target", "webgpu", "--dry-run"]
     with pytest.raises(UsageError, match=r"target webgpu: .*delta nets .*have no GPU kernel") as raised:
         command([str(option) for option in options], standalone_mode=False)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from file_server import serving
+from short_export import engines_there_are
 from tiny_models import write_checkpoint
 
 from mbq_export import cli
@@ -28,6 +29,7 @@ from mbq_runtime.engine import Session
 from mbq_runtime.pull import Incoming, Source, pull, trim
 from mbq_runtime.pull.incoming import runs_in_part
 from mbq_runtime.trust import code
+from mbq_targets.machines import Target
 
 pytestmark = pytest.mark.heavy
 
@@ -36,22 +38,27 @@ PROMPT = np.random.default_rng(5).integers(0, 256, 12).tolist()
 STEP = 5  # tokens between two rises of the ceiling
 
 
-def export(folder: Path, text: Path, target: str, engine: str) -> Path:
-    arguments = ["--target", target, "--model", write_checkpoint(folder / "llama", "llama"), "--engine", engine]
-    arguments += ["--output", folder / "bundle", "--calib-data", text, "--router", "norm", "--json"]
-    arguments += ["--calib-tokens", 512, "--method", "rtn"]
-    cli.command([str(argument) for argument in arguments], standalone_mode=False)
-    return folder / "bundle"
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
+    """A folder with a bundle for this machine and both of its engines, and one for any machine."""
+    folder = tmp_path_factory.mktemp("comes")
+    arguments = ["--target", "host", "--target", "portable", "--engine", "both", "--output", folder / "bundles"]
+    arguments += ["--model", write_checkpoint(folder / "llama", "llama"), "--calib-data", calibration_text]
+    arguments += ["--router", "norm", "--calib-tokens", 512, "--method", "rtn", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "engines", engines_there_are)
+        cli.command([str(argument) for argument in arguments], standalone_mode=False)
+    return folder / "bundles"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    return export(tmp_path_factory.mktemp("comes"), calibration_text, "host", "both")
+def exported(bundles: Path) -> Path:
+    return bundles / "llama-host"
 
 
 @pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    return export(tmp_path_factory.mktemp("portable"), calibration_text, "portable", "onnx")
+def portable(bundles: Path) -> Path:
+    return bundles / "llama-portable"
 
 
 def in_small_chunks(bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from family_exports import FamilyExport
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
@@ -24,12 +26,8 @@ TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    folder = tmp_path_factory.mktemp("lfm2")
-    options = ["--model", write_checkpoint(folder / "lfm2", "lfm2"), "--output", folder / "bundle", "--target", "host"]
-    options += ["--engine", "both", "--calib-data", calibration_text, "--calib-tokens", 512, "--method", "rtn"]
-    command([str(option) for option in [*options, "--json"]], standalone_mode=False)
-    return folder / "bundle"
+def bundle(families: Callable[[str], FamilyExport]) -> Path:
+    return families("lfm2").host
 
 
 @pytest.fixture(scope="module", params=["onnx", "tvm"])
