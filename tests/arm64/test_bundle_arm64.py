@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from forked_mbq import Ended, Mbq
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from userland import Userland
 
 from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.manifest import read
@@ -34,6 +33,7 @@ pytestmark = pytest.mark.slow
 CORES = {"arm64": "cortex-a76", "rpi4": "cortex-a72"}
 TARGETS = list(CORES)
 Array = NDArray[Any]
+Board = Callable[[str], Mbq]
 
 PROMPT = "The history of the lighthouse begins"
 REPLY_TOKENS = 12
@@ -82,11 +82,11 @@ def board_bundle(request: pytest.FixtureRequest, target: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def host_tokens(smollm2_host_bundle: Path) -> list[int]:
+def host_tokens(smollm2_host_bundle: Path, host: Mbq) -> list[int]:
     """The host bundle's greedy reply at 8 bits."""
-    done = host_mbq(*greedy(smollm2_host_bundle))
-    assert done.returncode == 0, done.stderr
-    reply = json.loads(done.stdout)
+    done = host(greedy(smollm2_host_bundle))
+    assert done.code == 0, done.err
+    reply = json.loads(done.out)
     assert len(reply["tokens"]) == REPLY_TOKENS
     return list(reply["tokens"])
 
@@ -104,30 +104,21 @@ def short_greedy(bundle: Path) -> list[str | Path]:
     return ["run", bundle, "1, 2, 3,", "--raw", "--json", "--bits", "8", "--max-tokens", "3"]
 
 
-def host_mbq(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mbq_runtime.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
-
-
-def board_mbq(userland: Userland, cpu: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    return userland.run(["-m", "mbq_runtime.cli", *args], cpu=cpu, timeout=600)
-
-
-def assert_one_line_error(done: subprocess.CompletedProcess[str], exit_code: int, *parts: str) -> None:
-    assert done.returncode == exit_code, (done.returncode, done.stderr)  # a signal would be negative
-    assert done.stdout == ""
-    assert done.stderr.startswith("mbq: error: ")
-    assert done.stderr.count("\n") == 1
+def assert_one_line_error(done: Ended, exit_code: int, *parts: str) -> None:
+    assert done.code == exit_code, (done.code, done.err)  # a signal would be negative
+    assert done.out == ""
+    assert done.err.startswith("mbq: error: ")
+    assert done.err.count("\n") == 1
     for part in parts:
-        assert part in done.stderr
+        assert part in done.err
 
 
 def test_greedy_reply_is_the_hosts(
-    userland: Userland, target: str, board_bundle: Path, smollm2_host_bundle: Path, host_tokens: list[int]
+    board: Board, target: str, board_bundle: Path, smollm2_host_bundle: Path, host_tokens: list[int]
 ) -> None:
-    done = board_mbq(userland, CORES[target], *greedy(board_bundle))
-    assert done.returncode == 0, done.stderr
-    reply = json.loads(done.stdout)
+    done = board(CORES[target])(greedy(board_bundle))
+    assert done.code == 0, done.err
+    reply = json.loads(done.out)
     tokens = list(reply["tokens"])
     print(f"\n{target} on {CORES[target]}: {reply['text']!r}, {reply['avg_bits_used']:.2f} bits")
     assert reply["avg_bits_used"] == pytest.approx(8.0, abs=1e-3)
@@ -146,7 +137,7 @@ def test_greedy_reply_is_the_hosts(
 
 
 def test_every_layer_gives_the_hosts_numbers(
-    userland: Userland,
+    board: Board,
     target: str,
     board_bundle: Path,
     smollm2_host_bundle: Path,
@@ -166,18 +157,17 @@ def test_every_layer_gives_the_hosts_numbers(
         expected[bits] = dict(zip(names, host.run(names, given), strict=True))
         files += [tmp_path / f"in-{bits}.npz", tmp_path / f"out-{bits}.npz"]
         np.savez(files[-2], **given)  # type: ignore[arg-type]
-    script: list[str | Path] = ["-c", RUN_OPS, ops, board_bundle / OPS_LIBRARY, *files]
-    done = userland.run(script, cpu=CORES[target], timeout=600)
-    assert done.returncode == 0, done.stderr
+    done = board(CORES[target])([ops, board_bundle / OPS_LIBRARY, *files], program=RUN_OPS)
+    assert done.code == 0, done.err
     for bits, outputs in zip(budgets, files[1::2], strict=True):
         worst = 0.0
-        with np.load(outputs) as board:
-            assert set(board) == set(expected[bits])
+        with np.load(outputs) as found:
+            assert set(found) == set(expected[bits])
             for name, value in expected[bits].items():
                 if value.dtype == np.int32:
-                    assert np.array_equal(board[name], value), f"{name} at {bits} bits: another depth"
+                    assert np.array_equal(found[name], value), f"{name} at {bits} bits: another depth"
                     continue
-                error = relative_error(board[name], value)
+                error = relative_error(found[name], value)
                 worst = max(worst, error)
                 assert error <= LAYER_TOLERANCE, f"{name} at {bits} bits"
         print(f"\n{target} on {CORES[target]} at {bits} bits: {len(expected[bits])} tensors, worst {worst:.1e}")
@@ -250,7 +240,7 @@ def run_probe(
 
 
 def test_logits_are_the_hosts(
-    userland: Userland,
+    board: Board,
     target: str,
     board_bundle: Path,
     smollm2_host_bundle: Path,
@@ -260,16 +250,16 @@ def test_logits_are_the_hosts(
     """At the lowest depth, in the middle and at full depth, at every position of a text."""
     budgets = [f"{read(smollm2_host_bundle).budget.min_bits:g}", "4", "8"]
     out = tmp_path / "board.npz"
-    script: list[str | Path] = ["-c", WRITE_LOGITS, board_bundle, json.dumps(text_tokens), json.dumps(budgets), out]
-    done = userland.run(script, cpu=CORES[target], timeout=600)
-    assert done.returncode == 0, done.stderr
+    arguments = [board_bundle, json.dumps(text_tokens), json.dumps(budgets), out]
+    done = board(CORES[target])(arguments, program=WRITE_LOGITS)
+    assert done.code == 0, done.err
     session = Session(smollm2_host_bundle)
-    with np.load(out) as board:
-        assert set(board) == set(budgets)
+    with np.load(out) as found:
+        assert set(found) == set(budgets)
         for bits in budgets:
             expected = session.run(text_tokens, float(bits)).logits
-            assert board[bits].shape == expected.shape
-            error = relative_error(board[bits], expected)
+            assert found[bits].shape == expected.shape
+            error = relative_error(found[bits], expected)
             print(f"\n{target} on {CORES[target]} at {bits} bits: logits differ by {error:.1e} of the largest")
             assert error <= LOGITS_TOLERANCE, f"{bits} bits"
 
@@ -283,37 +273,35 @@ def relative_error(a: Array, b: Array) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def test_dot_product_bundle_is_refused_by_a_core_without(userland: Userland, smollm2_arm64_bundle: Path) -> None:
+def test_dot_product_bundle_is_refused_by_a_core_without(board: Board, smollm2_arm64_bundle: Path) -> None:
     """One line before the library is opened, not the signal of an unknown instruction."""
     assert "asimddp" in read(smollm2_arm64_bundle).target.features
-    done = board_mbq(userland, "cortex-a72", *greedy(smollm2_arm64_bundle))
+    done = board("cortex-a72")(greedy(smollm2_arm64_bundle))
     assert_one_line_error(done, BundleError.exit_code, "asimddp", "arm64", "aarch64")
 
 
-def test_rpi4_bundle_needs_no_dot_product_and_runs_on_newer_cores(
-    userland: Userland, smollm2_rpi4_bundle: Path
-) -> None:
+def test_rpi4_bundle_needs_no_dot_product_and_runs_on_newer_cores(board: Board, smollm2_rpi4_bundle: Path) -> None:
     assert "asimddp" not in read(smollm2_rpi4_bundle).target.features
-    done = board_mbq(userland, "cortex-a76", *short_greedy(smollm2_rpi4_bundle))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["text"] == " 4,"
+    done = board("cortex-a76")(short_greedy(smollm2_rpi4_bundle))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["text"] == " 4,"
 
 
-def test_portable_bundle_runs_on_a_board(userland: Userland, smollm2_portable_bundle: Path) -> None:
+def test_portable_bundle_runs_on_a_board(board: Board, smollm2_portable_bundle: Path) -> None:
     """Stock operators only."""
-    done = board_mbq(userland, "cortex-a76", *short_greedy(smollm2_portable_bundle))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["text"] == " 4,"
+    done = board("cortex-a76")(short_greedy(smollm2_portable_bundle))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["text"] == " 4,"
 
 
-def test_board_bundle_is_refused_by_the_host(target: str, board_bundle: Path) -> None:
+def test_board_bundle_is_refused_by_the_host(host: Mbq, target: str, board_bundle: Path) -> None:
     if os.uname().machine == "aarch64":
         pytest.skip("the host is an arm64 machine itself")
-    done = host_mbq(*greedy(board_bundle))
+    done = host(greedy(board_bundle))
     assert_one_line_error(done, BundleError.exit_code, target, "aarch64", os.uname().machine)
 
 
-def test_board_bundle_verifies_on_the_board(userland: Userland, target: str, board_bundle: Path) -> None:
-    done = board_mbq(userland, CORES[target], "verify", board_bundle)
-    assert done.returncode == 0, done.stderr
-    assert "note:" not in done.stdout  # it runs here
+def test_board_bundle_verifies_on_the_board(board: Board, target: str, board_bundle: Path) -> None:
+    done = board(CORES[target])(["verify", board_bundle])
+    assert done.code == 0, done.err
+    assert "note:" not in done.out  # it runs here

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from board_packages import REPO, SUITE, UserlandError, base_requirements, pinned, size_table
+from forked_mbq import Mbq
 from onnx import TensorProto, helper, numpy_helper
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -90,7 +92,7 @@ def matmul_nbits_model(path: Path, accuracy_level: int, rows: int = 64, columns:
 # float32 arithmetic agrees to rounding; with activations rounded to 8 bits each instruction set rounds its own way.
 @pytest.mark.parametrize(("accuracy_level", "tolerance"), [(1, 1e-6), (4, 2e-2)])
 def test_stock_operators_give_the_hosts_numbers(
-    userland: Userland, tmp_path: Path, accuracy_level: int, tolerance: float
+    board: Callable[[str], Mbq], tmp_path: Path, accuracy_level: int, tolerance: float
 ) -> None:
     model = tmp_path / "linear.onnx"
     matmul_nbits_model(model, accuracy_level)
@@ -99,21 +101,14 @@ def test_stock_operators_give_the_hosts_numbers(
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"x": x})[0]
 
-    def on_core(cpu: str) -> np.ndarray:
+    for cpu in ("cortex-a76", "cortex-a72"):
         out = tmp_path / f"{cpu}.npy"
-        done = userland.run(["-c", RUN_MODEL, model, tmp_path / "x.npy", out], cpu=cpu)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == [
-            importlib.metadata.version(name) for name in ("onnxruntime", "onnxruntime-genai")
-        ]
-        return np.asarray(np.load(out))
-
-    cores = ["cortex-a76", "cortex-a72"]
-    with ThreadPoolExecutor(2) as pool:
-        for cpu, y in zip(cores, pool.map(on_core, cores), strict=True):
-            error = float(np.abs(y - expected).max() / np.abs(expected).max())
-            print(f"accuracy level {accuracy_level}, {cpu}: largest difference {error:.1e} of the largest value")
-            assert error <= tolerance, cpu
+        done = board(cpu)([model, tmp_path / "x.npy", out], program=RUN_MODEL)
+        assert done.code == 0, done.err
+        assert done.out.split() == [importlib.metadata.version(name) for name in ("onnxruntime", "onnxruntime-genai")]
+        error = float(np.abs(np.load(out) - expected).max() / np.abs(expected).max())
+        print(f"accuracy level {accuracy_level}, {cpu}: largest difference {error:.1e} of the largest value")
+        assert error <= tolerance, cpu
 
 
 @pytest.mark.parametrize("cpu", CORE_FEATURES)
@@ -133,7 +128,7 @@ def test_features_of_each_core(userland: Userland, cpu: str) -> None:
 
 
 def test_two_cores_at_once_see_their_own_features(userland: Userland) -> None:
-    cores = ["cortex-a72", "cortex-a76"] * 3
+    cores = ["cortex-a72", "cortex-a76"]
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda cpu: userland.run(["-c", READ_FEATURES], cpu=cpu), cores))
     assert ["asimddp" in run.stdout for run in runs] == [cpu == "cortex-a76" for cpu in cores]

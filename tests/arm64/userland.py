@@ -180,6 +180,14 @@ class Userland:
             capture_output=True, encoding="utf-8", check=False,
         )  # fmt: skip
 
+    def interpreter(self, cpu: str = DEFAULT_CPU) -> list[str]:
+        """The command of ``python3`` on an emulated core.
+
+        Args:
+            cpu: a name QEMU knows.
+        """
+        return self._python(self.cpu_root(cpu), cpu)
+
     def cpu_root(self, cpu: str) -> Path:
         """The file tree as a machine with this core shows it: links into the root and a /proc/cpuinfo of its own.
 
@@ -202,6 +210,28 @@ class Userland:
         _build_once(folder, build)
         return folder
 
+    def _python(self, root: Path, cpu: str, emulator: Sequence[str | Path] = ()) -> list[str]:
+        """The command of the emulated interpreter."""
+        program = root / f"usr/bin/python{SUITE.python}"
+        return [*map(str, emulator or [self.folder / SUITE.qemu]), "-cpu", cpu, "-L", str(root), str(program)]
+
+    def environment(self, python: Sequence[str]) -> dict[str, str]:
+        """All variables of an emulated process.
+
+        Args:
+            python: its command, as ``interpreter`` gives it.
+        """
+        return {
+            "HOME": "/nonexistent",
+            "LANG": "C.UTF-8",
+            # A process that starts another one, such as the renderer of chat templates, needs the emulator for it.
+            "MBQ_PYTHON": shlex.join(python),
+            "ORT_DISABLE_TELEMETRY": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(self.overlay),
+        }
+
     def _emulate(
         self,
         root: Path,
@@ -212,23 +242,10 @@ class Userland:
         input: str | None,
         emulator: Sequence[str | Path] = (),
     ) -> subprocess.CompletedProcess[str]:
-        program = root / f"usr/bin/python{SUITE.python}"
-        python = [*(emulator or [self.folder / SUITE.qemu]), "-cpu", cpu, "-L", root, program]
-        command = [*python, *args]
-        environment = {
-            "HOME": "/nonexistent",
-            "LANG": "C.UTF-8",
-            # A process that starts another one, such as the renderer of chat templates, needs the emulator for it.
-            "MBQ_PYTHON": shlex.join(map(str, python)),
-            "ORT_DISABLE_TELEMETRY": "1",
-            "PATH": "/usr/bin:/bin",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": str(self.overlay),
-            **(env or {}),
-        }
+        python = self._python(root, cpu, emulator)
         return subprocess.run(
-            [str(part) for part in command],
-            env=environment,
+            [*python, *map(str, args)],
+            env=self.environment(python) | {**(env or {})},
             timeout=timeout,
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
