@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-import needs
 import numpy as np
 import pytest
 
@@ -12,17 +12,17 @@ from mbq_runtime import Engine
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = 128
 TIE = 1e-3
 
 
 @pytest.mark.parametrize(("target", "new_tokens"), [("android-adreno", 32), ("webgpu", 4)])
-def test_tokens_are_the_processors(smollm2_bundles: dict[str, Path], target: str, new_tokens: int) -> None:
-    needs.gpu(needs.GPU_ENGINES[target])
-    on_cpu = Engine.load(smollm2_bundles["host"], context=CONTEXT)
+def test_tokens_are_the_processors(
+    smollm2_bundles: dict[str, Path], gpu_engine: Callable[[str], Engine], target: str, new_tokens: int
+) -> None:
+    on_gpu = gpu_engine(target)
+    on_cpu = Engine.load(smollm2_bundles["host"], context=128)
     prompt = on_cpu.encode("The history of the lighthouse begins with fires on hills. " * 6)[:64]
     assert len(prompt) == 64
-    on_gpu = Engine.load(smollm2_bundles[target], context=CONTEXT)
     reply = on_gpu.generate(prompt, max_tokens=new_tokens, avg_bits=8)
     reply.text()
     said = list(reply.stats.tokens)
