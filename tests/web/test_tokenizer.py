@@ -109,3 +109,15 @@ def test_prompts_are_those_of_python(tmp_path: Path) -> None:
         if want is not None:
             assert (mine == want) == (name not in DIFFERENT), name
     assert sum(want is not None for want in wanted) > 140
+
+
+def test_a_template_that_cannot_be_read_is_told_in_one_line() -> None:
+    given = [
+        {"template": template, "config": {}, "messages": [{"role": "user", "content": "Hi"}], "options": {}}
+        for template in ("{% nonesuch %}", "{{ messages | nonesuch }}", "{{ raise_exception('no system') }}")
+    ]
+    broken, unknown, refused = (found["error"] for found in nodes.run(RENDER, given))
+    assert broken.startswith("this page cannot read the bundle's chat template: ")
+    assert broken.endswith("; run the bundle with mbq chat")
+    assert unknown.startswith("the chat template does not take this conversation: ")
+    assert refused == "the chat template does not take this conversation: no system"

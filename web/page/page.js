@@ -7,6 +7,7 @@ const LOCK = `mbq-model ${new URL("./", location.href).pathname}`;
 const KEY = "mbq-key";
 const POLICIES = { auto: "heat and battery", battery: "battery first", cool: "stay cool", quality: "quality first", fixed: "nothing" };
 const STATES = ["nominal", "fair", "serious", "critical"];
+const IDEAS = ["Tell me about the sea.", "Write a short poem about rain.", "How does a bicycle stay upright?"];
 const VARIED = { temperature: 0.7, topP: 0.95 };
 
 const sensors = new Sensors();
@@ -39,6 +40,12 @@ async function main() {
     el("install").onclick = () => event.prompt();
   });
   for (const [name, label] of Object.entries(POLICIES)) el("policy").append(new Option(label, name));
+  for (const idea of IDEAS) {
+    const button = document.createElement("button");
+    button.textContent = idea;
+    button.onclick = () => ask(idea);
+    el("ideas").append(button);
+  }
   await welcome();
 }
 
@@ -128,9 +135,9 @@ async function open({ steal = false } = {}) {
     if (!page.found.device.alive) page.found = await probe(page.app.bundle, options());
     const on = {
       progress: (done, count) => el("progress").value = done / count,
-      trouble: (error, wait_s) => {
+      trouble: (error, wait_s, engine) => {
         if (error === null) trouble(null);
-        else if (wait_s === null) trouble(`${said(error)}; it goes on with ${page.engine?.ceilingBits ?? 0} bits`, "Try again", () => page.engine.resume());
+        else if (wait_s === null) trouble(`${said(error)}; it goes on with ${engine.ceilingBits} bits`, "Try again", () => engine.resume());
         else trouble(`${said(error)}; tried again in ${wait_s} s`);
       },
       lost,
@@ -147,6 +154,7 @@ async function open({ steal = false } = {}) {
   page.governor = new Governor(page.engine, sensors, show, el("policy").value || "auto");
   if (page.most) page.governor.setCeiling(page.most);
   el("welcome").hidden = true;
+  el("ideas").hidden = page.messages.length > 0;
   for (const id of ["gauges", "why", "composer", "new", "set"]) el(id).hidden = false;
   Object.assign(el("limit"), { min: page.engine.minBits, max: page.engine.maxBits, step: 0.5, value: page.governor.ceilingBits });
   el("most").textContent = page.governor.ceilingBits;
@@ -171,7 +179,10 @@ function show({ bits, reason, readings, tokensPerS, bitsUsed }) {
     place.classList.toggle("word", text.length > 5);
   };
   set("bits", bits.toFixed(1));
-  if (engine) el("bits").style.setProperty("--part", `${100 * bits / engine.maxBits}%`);
+  if (engine) {
+    el("bits").style.setProperty("--part", `${100 * bits / engine.maxBits}%`);
+    el("bits").querySelector("small").textContent = `of ${engine.maxBits} bits`;
+  }
   el("bits").title = bitsUsed === null ? "" : `used ${bitsUsed.toFixed(2)}`;
   set("speed", tokensPerS === null ? "idle" : tokensPerS.toFixed(1));
   set("device", STATES[readings.device_state] ?? "–", readings.device_state > 1);
@@ -194,6 +205,7 @@ function bubble(kind, text) {
 
 async function answer(text) {
   const { engine, messages } = page;
+  el("ideas").hidden = true;
   messages.push({ role: "user", content: text });
   bubble("user", text);
   const place = bubble("assistant", ""), stopping = page.stopping = new AbortController();
@@ -229,17 +241,21 @@ async function answer(text) {
 function begin() {
   page.stopping?.abort();
   page.messages = [];
-  for (const old of [...el("talk").children]) if (old.id !== "welcome") old.remove();
+  for (const old of el("talk").querySelectorAll("article, .note")) old.remove();
+  el("ideas").hidden = !page.engine;
+}
+
+function ask(text) {
+  if (!text || !page.engine || page.stopping) return;
+  el("text").value = "";
+  el("text").style.height = "";
+  answer(text);
 }
 
 el("composer").onsubmit = event => {
   event.preventDefault();
-  if (page.stopping) return page.stopping.abort();
-  const text = el("text").value.trim();
-  if (!text || !page.engine) return;
-  el("text").value = "";
-  el("text").style.height = "";
-  answer(text);
+  if (page.stopping) page.stopping.abort();
+  else ask(el("text").value.trim());
 };
 el("text").onkeydown = event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {

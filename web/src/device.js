@@ -14,7 +14,7 @@ function whyNoGpu() {
     return `browsers give the GPU to pages over https and on localhost alone, and this one came from ${location.origin}; ` +
       "put the page on an https server";
   }
-  return "this browser has no WebGPU; Chrome or Edge 113 and later have it (on Android 12 and later from 121), and Safari 26";
+  return "this browser has no WebGPU; Chrome and Edge have it from 113 (Linux: 144, Android: 121), Safari from 26";
 }
 
 export class Device {

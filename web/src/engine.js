@@ -99,31 +99,28 @@ export class Engine {
   // Resolves when the first slices are there.  The others follow by themselves.
   async start() {
     const { bundle, device, plan } = this;
-    const texts = {};
-    await Promise.all(Object.entries(plan.kernels).map(async ([name, kernel]) => {
-      texts[name] = await bundle.kernel(kernel.file);
-    }));
-    await device.compile(plan.kernels, texts);
-    const [document, config, template, settings] = await Promise.all([
+    const names = Object.keys(plan.kernels);
+    const [document, config, template, settings, ...texts] = await Promise.all([
       bundle.json("tokenizer.json"), bundle.json("tokenizer_config.json"), bundle.text("chat_template.jinja"),
-      bundle.json("genai_config.json"),
+      bundle.json("genai_config.json"), ...names.map(name => bundle.kernel(plan.kernels[name].file)),
     ]);
     this.tokenizer = new Tokenizer(document, config ?? {}, template);
     this.endTokens = new Set([settings.model.eos_token_id].flat());
     this.promptChunk = settings.search.chunk_size;
     this.pieces = contents(plan).sort((a, b) => a.offset - b.offset);
-    await device.allocating(() => {
-      this.fixed = fixedBuffers(plan, device);
-      this.context = new Context(plan, device, this.fixed, this.contextLength);
-    });
+    await device.allocating(() => this.fixed = fixedBuffers(plan, device));
     let ready, failed;
     const first = new Promise((resolve, reject) => [ready, failed] = [resolve, reject]);
+    // The weights come while the kernels are compiled.
     this.coming = this.#fetchWeights(ready).catch(error => {
       this.failure = error;
-      if (this.depth) this.#tell("trouble", error, null);
+      if (this.depth) this.#tell("trouble", error, null, this);
       failed(error);
     });
-    await Promise.race([first, device.lost.then(error => Promise.reject(error))]);
+    const compiled = device.compile(plan.kernels, Object.fromEntries(names.map((name, index) => [name, texts[index]])))
+      .then(() => device.allocating(() => this.context = new Context(plan, device, this.fixed, this.contextLength)));
+    const gone = device.lost.then(error => Promise.reject(error));
+    await Promise.race([Promise.all([first, compiled]), gone]);
   }
 
   // Goes on with a download that ended with an error.
@@ -132,7 +129,7 @@ export class Engine {
     this.failure = null;
     this.coming = this.#fetchWeights(() => {}).catch(error => {
       this.failure = error;
-      this.#tell("trouble", error, null);
+      this.#tell("trouble", error, null, this);
     });
   }
 
@@ -156,7 +153,7 @@ export class Engine {
       } catch (error) {
         if (error.kind !== "network") throw error;
         const wait_s = RETRY_S[Math.min(tries++, RETRY_S.length - 1)];
-        this.#tell("trouble", error, wait_s);
+        this.#tell("trouble", error, wait_s, this);
         await pause(wait_s);
       }
     }

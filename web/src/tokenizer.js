@@ -22,7 +22,7 @@ export class Tokenizer {
     }
     const given = config.chat_template;
     const source = template ?? (Array.isArray(given) ? given.find(entry => entry.name === "default")?.template : given);
-    this.template = source ? new Template(source) : null;
+    this.template = source ? parsed(source) : null;
     this.names = specialTokens(config);
   }
 
@@ -63,6 +63,15 @@ export class Tokenizer {
 
   stream() {
     return new TextStream(this);
+  }
+}
+
+function parsed(source) {
+  try {
+    return new Template(source);
+  } catch (error) {
+    throw new MbqError("unsupported", `this page cannot read the bundle's chat template: ${error.message}; run the bundle ` +
+      "with mbq chat");
   }
 }
 
