@@ -17,6 +17,7 @@ from mbq_export.format.router import RouterParams, router_scores
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.gpu import attention, matmul, sampling
 from mbq_targets.gpu import routing as rules
+from mbq_targets.gpu.kernel import DEEPEST
 from mbq_targets.gpu.work_groups import WorkGroups
 
 pytestmark = pytest.mark.heavy
@@ -26,6 +27,7 @@ WORK_GROUPS = [WorkGroups(4, 8, 8, 64, 32), WorkGroups(1, 4, 2, 32, 16), WorkGro
 CHUNK = 16
 # Float32 sums in another order than the definition's, of the sum of |terms|.
 RELATIVE = 2e-6
+NO_BOUND = 8
 
 
 def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
@@ -35,6 +37,12 @@ def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
     scales[n // 2, 0] = 0
     rows[0] = 1e-5  # subnormal in float16
     return Sliced(codes, scales, zeros, rows)
+
+
+def bounded(of: Any, deepest: int) -> Any:
+    """The buffer ``state`` with a bound on depths."""
+    of[DEEPEST] = deepest
+    return of
 
 
 def stored(sliced: Sliced, profile: SliceProfile) -> dict[str, Any]:
@@ -108,13 +116,14 @@ def test_gather(runner: Runner, profile: SliceProfile) -> None:
     sliced, factors = weight(rng, n, k, group), rng.uniform(0.5, 2, k).astype(np.float32)
     tokens = np.array([49, 0, 25, 7], np.int32)
     used = routing([1] * 4) + np.array([0, 5], np.int32)
-    arrays = {"state": state(count=4, tokens=tokens), "factors": factors, "routing": used, **stored(sliced, profile)}
-    arrays["x"] = np.zeros((4, k), np.float32)
+    arrays = {"factors": factors, "routing": used, **stored(sliced, profile), "x": np.zeros((4, k), np.float32)}
     kernel = matmul.gather("g", matmul.MatrixShape(n, k, group, profile), 32, 4, scaled=True)
-    x, cleared = runner(kernel, arrays, "x", "routing")
-    want = sliced_gather(tokens.astype(np.int64), sliced, profile, profile.depths) * factors
-    np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
-    assert (cleared[:, 1] == 0).all()
+    for deepest in range(1, profile.depths + 1):
+        now = bounded(state(count=4, tokens=tokens), deepest if deepest < profile.depths else NO_BOUND)
+        x, cleared = runner(kernel, arrays | {"state": now}, "x", "routing")
+        want = sliced_gather(tokens.astype(np.int64), sliced, profile, deepest) * factors
+        np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
+        assert (cleared[:, 1] == 0).all()
 
 
 def router(rng: np.random.Generator, profile: SliceProfile, k: int, hidden: int) -> RouterParams:
@@ -148,14 +157,14 @@ def test_router(runner: Runner, profile: SliceProfile, hidden: int) -> None:
     k, threads = 576, 64
     params = router(rng, profile, k, hidden)
     kernel = rules.route("r", k, threads, CHUNK, rules.RouterShape(profile, hidden))
-    for threshold in (0.4, -3e38, 3e38):
+    for threshold, deepest in ((0.4, NO_BOUND), (-3e38, NO_BOUND), (3e38, NO_BOUND), (-3e38, 2), (0.4, 1)):
         x = clear_rows(rng, k, params, threshold, CHUNK)
-        now = state(count=CHUNK, threshold=threshold, tokens=np.zeros(CHUNK))
+        now = bounded(state(count=CHUNK, threshold=threshold, tokens=np.zeros(CHUNK)), deepest)
         before = routing(np.zeros(CHUNK))
         before[:, 1] = np.full(CHUNK, 1.5, np.float32).view(np.int32)
         arrays = {"x": x, "routing": before, "state": now, **router_arrays(params, profile)}
         (after,) = runner(kernel, arrays, "routing")
-        want = depth_by(params, x, threshold)
+        want = np.minimum(depth_by(params, x, threshold), deepest)
         np.testing.assert_array_equal(after[:, 0], want)
         bits = np.asarray(profile.depth_bits)[want - 1]
         np.testing.assert_allclose(after[:, 1].copy().view(np.float32), 1.5 + 0.25 * bits, rtol=1e-6)
