@@ -11,7 +11,8 @@ from typing import Any
 import nodes
 import numpy as np
 import pytest
-from sites import Site, serving
+from file_server import FileServer
+from sites import damaged, ends_after, serving, weight_ranges
 
 from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_runtime.bundle.listed_files import CHUNK_BYTES
@@ -67,7 +68,7 @@ def bundle(weights: bytes, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def site(bundle: Path) -> Iterator[Site]:
+def site(bundle: Path) -> Iterator[FileServer]:
     with serving(bundle) as found:
         yield found
 
@@ -76,7 +77,7 @@ def hashes(content: bytes) -> list[str]:
     return [sha256(content[at : at + CHUNK_BYTES]).hexdigest() for at in range(0, len(content), CHUNK_BYTES)]
 
 
-def read(site: Site, depth: int | None = None) -> Any:
+def read(site: FileServer, depth: int | None = None) -> Any:
     return nodes.run(READ, {"url": site.url, "depth": depth})
 
 
@@ -84,67 +85,64 @@ WHOLE = [2, 0, 3, 0, 4]
 """The depth that is whole after each chunk, 0 for none."""
 
 
-def test_chunks_come_in_the_order_of_depth(site: Site, weights: bytes) -> None:
+def test_chunks_come_in_the_order_of_depth(site: FileServer, weights: bytes) -> None:
     done = read(site)
     assert done["errors"] == []
     assert done["found"] == [[at, WHOLE[at], digest] for at, digest in enumerate(hashes(weights))]
     # One request for each depth that has chunks of its own.
     ends = (CHUNK_BYTES, 3 * CHUNK_BYTES, SIZE)
-    assert site.weight_ranges == [f"bytes={a}-{b - 1}" for a, b in zip((0, *ends[:-1]), ends, strict=True)]
+    assert weight_ranges(site) == list(zip((0, *ends[:-1]), ends, strict=True))
     assert (done["startBytes"], done["totalBytes"]) == (CHUNK_BYTES, SIZE)
 
 
-def test_a_server_without_ranges_sends_the_file_once(site: Site, weights: bytes) -> None:
+def test_a_server_without_ranges_sends_the_file_once(site: FileServer, weights: bytes) -> None:
     site.ranges = False
     done = read(site)
     assert done["errors"] == []
     assert [digest for _, _, digest in done["found"]] == hashes(weights)
-    assert len(site.weight_ranges) == 1
+    assert len(weight_ranges(site)) == 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_goes_on_where_it_broke_off(site: Site, weights: bytes, ranges: bool) -> None:
-    site.ranges, site.most = ranges, CHUNK_BYTES + 1000
+def test_a_download_goes_on_where_it_broke_off(site: FileServer, weights: bytes, ranges: bool) -> None:
+    ends = ends_after(CHUNK_BYTES + 1000)
 
-    def mend(path: str, begin: int, content: bytes) -> bytes:
-        if len(site.weight_ranges) == 3:  # the first answers end early
-            site.most = None
-        return content
+    def change(path: str, begin: int, data: bytes) -> bytes:
+        return ends(path, begin, data) if len(weight_ranges(site)) < 3 else data
 
-    site.change = mend
+    site.ranges, site.change = ranges, change
     done = read(site)
     assert {kind for kind, _ in done["errors"]} == {"network"}
     assert [digest for _, _, digest in done["found"]] == hashes(weights)
     if ranges:
-        assert site.weight_ranges[-1].startswith(f"bytes={3 * CHUNK_BYTES}-")
-        assert sum(span.startswith("bytes=0-") for span in site.weight_ranges) == 1
+        begins = [begin for begin, _ in weight_ranges(site)]
+        assert begins[-1] == 3 * CHUNK_BYTES
+        assert begins.count(0) == 1
 
 
-def test_a_chunk_that_was_damaged_on_the_way_is_fetched_again(site: Site, weights: bytes) -> None:
-    times = [0]
-
-    def damage(path: str, begin: int, content: bytes) -> bytes:
-        times[0] += path.endswith("weights.bin")
-        return bytes([content[0] ^ 1]) + content[1:] if times[0] == 2 else content
+def test_a_chunk_that_was_damaged_on_the_way_is_fetched_again(site: FileServer, weights: bytes) -> None:
+    def damage(path: str, begin: int, data: bytes) -> bytes:
+        asked = weight_ranges(site)
+        return bytes([data[0] ^ 1]) + data[1:] if len(asked) == 2 and begin == asked[1][0] else data
 
     site.change = damage
     done = read(site)
     assert done["errors"] == []
     assert [digest for _, _, digest in done["found"]] == hashes(weights)
-    assert times[0] > 3
+    assert len(weight_ranges(site)) > 3
 
 
-def test_a_damaged_file_is_refused_in_one_line(site: Site) -> None:
-    site.change = lambda path, begin, content: content[::-1] if path.endswith("weights.bin") else content
+def test_a_damaged_file_is_refused_in_one_line(site: FileServer) -> None:
+    site.change = damaged
     done = read(site)
     ((kind, message),) = done["errors"]
     assert kind == "broken"
     assert "gpu/weights.bin: its SHA-256 is" in message
     assert "copy the bundle again" in message
-    assert len(site.weight_ranges) == 3
+    assert len(weight_ranges(site)) == 3
 
 
-def test_a_trimmed_bundle_ends_behind_its_depth(site: Site, weights: bytes) -> None:
+def test_a_trimmed_bundle_ends_behind_its_depth(site: FileServer, weights: bytes) -> None:
     done = read(site, depth=3)
     assert [digest for _, _, digest in done["found"]] == hashes(weights)[:3]
     assert done["found"][-1][1] == 3
@@ -157,14 +155,14 @@ def test_a_trimmed_bundle_ends_behind_its_depth(site: Site, weights: bytes) -> N
         ({"engines": ["onnx"]}, "usage", "the bundle is for onnx, a browser needs webgpu; export it with --target"),
     ],
 )
-def test_another_bundle_is_refused(site: Site, change: dict[str, Any], kind: str, message: str) -> None:
-    path = site.folder / "manifest.json"
+def test_another_bundle_is_refused(site: FileServer, change: dict[str, Any], kind: str, message: str) -> None:
+    path = site.root / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     ((found, said),) = read(site)["errors"]
     assert found == kind
     assert message in said
 
 
-def test_a_server_that_is_not_there(site: Site) -> None:
-    (site.folder / "manifest.json").unlink()
+def test_a_server_that_is_not_there(site: FileServer) -> None:
+    (site.root / "manifest.json").unlink()
     assert read(site)["errors"] == [["network", f"{site.url}/manifest.json: the server says 404"]]

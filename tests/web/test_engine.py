@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import needs
+import nodes
 import numpy as np
 import pytest
+from model_page import EARLY_PROMPT, EARLY_TOKENS, ModelPage, until
 from playwright import sync_api as playwright
-from sites import BLANK, Site, serving
-from watched_page import watched
+from sites import serving
+from watched_page import faults, hosts, watched
 
 from mbq_runtime import Engine
 from mbq_runtime.bundle import manifest as bundle_manifest
@@ -21,27 +24,9 @@ from mbq_runtime.pull import trim
 pytestmark = pytest.mark.heavy
 
 PROMPT = np.random.default_rng(5).integers(0, 256, 40).tolist()  # two chunks
-CONTEXT, TOKENS, EARLY = 128, 10, 4
+CONTEXT, TOKENS = 128, 10
 CHANGES = [(3.0, None), (4.5, None), (8.0, 3.0), (3.0, 8.0)]
 """Budget at the start, and from the fifth token on."""
-# A kernel takes seconds to compile on a processor, so all tests share one engine.  The server first breaks off behind
-# the slices of the lowest depth.
-LOAD = """async context => {
-  const { load } = await import("/mbq.js");
-  globalThis.said = { trouble: [], depth: [] };
-  const on = { trouble: error => said.trouble.push(error && error.message), depth: bits => said.depth.push(bits) };
-  globalThis.engine = await load("/bundle/", { context, on });
-  globalThis.reply = async (prompt, options, then = null) => {
-    const found = { tokens: [], bits: [] };
-    for await (const piece of engine.generate(prompt, { fresh: true, ...options })) {
-      if (!piece.ends) found.tokens.push(piece.token);
-      found.bits.push(piece.bits);
-      if (found.bits.length === 5 && then !== null) engine.avgBits = then;
-    }
-    return found;
-  };
-  return { loaded: engine.loaded, ceiling: engine.ceilingBits };
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -51,38 +36,19 @@ def on_python(web_bundle: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def coming(browser: playwright.Browser, site_folder: Path, first_chunks: int) -> Iterator[tuple[Any, Site, Any]]:
-    """A page whose engine has the first slices, its site, and what ``LOAD`` returned."""
-    with serving(site_folder) as site:
-        site.most = first_chunks * CHUNK_BYTES
-        page = watched(browser.new_page())
-        page.goto(site.url + BLANK)
-        yield page, site, page.evaluate(LOAD, CONTEXT)
-        page.close()
+def page(model_page: ModelPage) -> Iterator[Any]:
+    """The page, whose governor leaves the budget alone."""
+    found = model_page.page
+    found.evaluate("void (mbq.governor.look = () => {})")
+    yield found
+    found.evaluate("() => { delete mbq.governor.look; mbq.governor.tokens = []; }")
 
 
-@pytest.fixture(scope="module")
-def first_chunks(web_bundle: Path) -> int:
-    """Chunks with the slices of depth 1."""
-    manifest = bundle_manifest.read(web_bundle)
-    (weights,) = (entry for entry in manifest.files if entry.name == "gpu/weights.bin")
-    found = -(-manifest.parts[0][0].end // CHUNK_BYTES)
-    assert found < len(weights.chunks)
-    return found
-
-
-@pytest.fixture
-def page(coming: tuple[Any, Site, Any]) -> Any:
-    """The page when all slices are there."""
-    found, site, _ = coming
-    site.most = None
-    found.evaluate("engine.coming")
-    return found
-
-
-def said(engine: Engine, first: float, then: float | None, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
+def said(
+    engine: Engine, first: float, then: float | None, prompt: list[int] = PROMPT, tokens: int = TOKENS
+) -> tuple[list[int], list[float]]:
     """Tokens and bits of the Python engine."""
-    reply, count = engine.generate(PROMPT, max_tokens=tokens, avg_bits=first), [1]
+    reply, count = engine.generate(prompt, max_tokens=tokens, avg_bits=first), [1]
 
     def change(seconds: float, bits: float) -> None:
         count[0] += 1
@@ -97,44 +63,37 @@ def said(engine: Engine, first: float, then: float | None, tokens: int = TOKENS)
     return list(reply.stats.tokens), list(reply.stats.bits)
 
 
-def test_it_speaks_after_the_first_slices(
-    on_python: Engine, coming: tuple[Any, Site, Any], first_chunks: int, web_bundle: Path
-) -> None:
-    page, _, loaded = coming
+def test_it_speaks_after_the_first_slices(on_python: Engine, model_page: ModelPage, web_bundle: Path) -> None:
     manifest = bundle_manifest.read(web_bundle)
-    there = sum(part[0].end <= first_chunks * CHUNK_BYTES for part in manifest.parts)
+    there = sum(part[0].end <= CHUNK_BYTES for part in manifest.parts)
     ceiling = manifest.profile.depth_bits[there - 1]
     assert 3 <= ceiling < 8
-    assert loaded == {"loaded": first_chunks, "ceiling": ceiling}
-    found = page.evaluate("([prompt, maxTokens]) => reply(prompt, { maxTokens })", [PROMPT, EARLY])
+    assert model_page.early["ceiling_bits"] == ceiling
     on_python.ceiling_bits = float(ceiling)
-    assert (found["tokens"], found["bits"]) == said_about(on_python, EARLY)
+    tokens, bits = said(on_python, 8.0, None, EARLY_PROMPT, EARLY_TOKENS)
     on_python.ceiling_bits = None
+    assert model_page.early["tokens"] == tokens
+    assert model_page.early["bits"] == pytest.approx(bits, abs=1e-4)
 
 
-def said_about(engine: Engine, tokens: int) -> tuple[list[int], Any]:
-    found, bits = said(engine, 8.0, None, tokens)
-    return found, pytest.approx(bits, abs=1e-4)
-
-
-def test_the_ceiling_rises_when_the_rest_comes(page: Any) -> None:
-    told = page.evaluate("said")
-    assert told["depth"] == sorted(told["depth"])
-    assert told["depth"][-1] == 8
-    assert "broke off" in told["trouble"][0]
-    assert told["trouble"][-1] is None
-    assert page.evaluate("engine.whole")
+def test_a_server_that_goes_away_and_one_that_damages_are_told_and_outlived(model_page: ModelPage) -> None:
+    bits = model_page.early["ceiling_bits"]
+    assert "gpu/weights.bin: the connection broke off; tried again in" in model_page.broken_off
+    assert "gpu/weights.bin: its SHA-256 is" in model_page.damaged
+    assert f"copy the bundle again; it goes on with {bits} bits" in model_page.damaged
+    assert model_page.page.evaluate("[mbq.engine.whole, mbq.engine.ceilingBits]") == [True, 8]
 
 
 @pytest.mark.parametrize(("first", "then"), CHANGES)
 def test_tokens_are_those_of_the_python_engine(on_python: Engine, page: Any, first: float, then: float | None) -> None:
     script = """([prompt, maxTokens, first, then]) => {
-      engine.avgBits = first;
+      mbq.engine.avgBits = first;
       return reply(prompt, { maxTokens }, then);
     }"""
     found = page.evaluate(script, [PROMPT, TOKENS, first, then])
     tokens, bits = said(on_python, first, then)
     assert found["tokens"] == tokens
+    assert len(set(tokens)) > 2
     # A router's score may lie within a rounding of its threshold.
     assert np.mean(found["bits"]) == pytest.approx(np.mean(bits), abs=0.05)
     if first != 4.5:
@@ -157,7 +116,7 @@ def test_a_sampled_reply_is_repeated_by_its_seed(page: Any) -> None:
 def test_what_is_kept_of_a_prompt_is_not_read_again(page: Any) -> None:
     script = """async prompt => {
       const first = await reply(prompt, { maxTokens: 3 }), longer = [...prompt, ...first.tokens, 7, 8];
-      const kept = engine.context.common(longer), short = await reply(longer, { maxTokens: 3, fresh: false });
+      const kept = mbq.engine.context.common(longer), short = await reply(longer, { maxTokens: 3, fresh: false });
       return [kept, short.tokens, (await reply(longer, { maxTokens: 3 })).tokens];
     }"""
     kept, short, fresh = page.evaluate(script, PROMPT[:9])
@@ -169,30 +128,48 @@ def test_a_prompt_that_is_too_long_or_empty_and_a_second_reply(page: Any) -> Non
     script = """async prompt => {
       const failing = async asked => {
         try {
-          for await (const _ of engine.generate(asked)) break;
+          for await (const _ of mbq.engine.generate(asked)) break;
         } catch (error) {
           return error.message;
         }
       };
-      return [await failing(Array(128).fill(3)), await failing([])];
+      const found = [await failing(Array(mbq.engine.contextLength).fill(3)), await failing([])];
+      const reply = mbq.engine.generate(prompt);
+      await reply.next();
+      found.push(await failing(prompt));
+      await reply.return();
+      return found;
     }"""
-    long, empty = page.evaluate(script, PROMPT)
-    assert long == "the prompt has 128 tokens, and the context 128; start a new conversation"
+    long, empty, second = page.evaluate(script, PROMPT[:9])
+    assert long == "the prompt has 2048 tokens, and the context 2048; start a new conversation"
     assert empty == "the prompt is empty"
+    assert second == "the engine is already generating; end that reply first"
 
 
-def test_nothing_else_was_asked_and_nothing_complained(page: Any, coming: tuple[Any, Site, Any]) -> None:
-    assert {url.split("/")[2] for url in page.asked} == {coming[1].url.split("/")[2]}
-    assert [text for text in page.complaints if "CONTENT_LENGTH_MISMATCH" not in text] == []
+def test_no_other_host_was_asked_and_nothing_complained(page: Any, model_page: ModelPage) -> None:
+    assert hosts(page) == {model_page.site.url}
+    assert faults(page) == []
+
+
+def test_another_page_embeds_the_engine(browser: playwright.Browser, site_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(nodes.REPO / "examples/embed.html", tmp_path)
+    (tmp_path / "site").symlink_to(site_folder)
+    with serving(tmp_path) as site:
+        page = watched(browser.new_page())
+        page.goto(f"{site.url}/embed.html")
+        until(page, "document.getElementById('reply').textContent.length > 2")
+        assert hosts(page) == {site.url}
+        assert faults(page) == []
+        page.close()
 
 
 def test_a_trimmed_bundle_says_what_the_whole_one_says_under_its_ceiling(
     on_python: Engine, web_bundle: Path, tmp_path: Path
 ) -> None:
-    trim(web_bundle, tmp_path / "trimmed", 4.0)
+    trim(web_bundle, tmp_path / "trimmed", 3.0)
     weights = "gpu/weights.bin"
     assert (tmp_path / "trimmed" / weights).stat().st_size < (web_bundle / weights).stat().st_size
-    on_python.ceiling_bits = 4.0
+    on_python.ceiling_bits = 3.0
     wanted = said(on_python, 8.0, None)
     on_python.ceiling_bits = None
-    assert said(Engine.load(tmp_path / "trimmed", context=CONTEXT), 4.0, None) == wanted
+    assert said(Engine.load(tmp_path / "trimmed", context=CONTEXT), 3.0, None) == wanted

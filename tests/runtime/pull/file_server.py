@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -54,11 +55,11 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            path = unquote(self.path)
+            path = unquote(self.path.partition("?")[0])
             server.headers.append({name.lower(): value for name, value in self.headers.items()})
             if server.answer(self, path):
                 return
-            place = server.root / path.lstrip("/")
+            place = server.root / (path.lstrip("/") or "index.html")
             if not place.is_file():
                 self.send_error(404)
                 return
@@ -69,6 +70,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(206 if found else 200)
             if found:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+            self.send_header("Content-Type", mimetypes.guess_type(place)[0] or "application/octet-stream")
             self.send_header("Content-Length", str(end - begin))
             self.end_headers()
             with place.open("rb") as file:
