@@ -29,7 +29,7 @@ from onnx import TensorProto, helper
 
 from mbq_runtime import Engine
 from mbq_runtime.bundle import listed_files, manifest
-from mbq_runtime.bundle.file_names import OPS_LIBRARY
+from mbq_runtime.bundle.file_names import MANIFEST_NAME, OPS_LIBRARY
 from mbq_runtime.bundle.genai_config import FILE, read_settings
 from mbq_runtime.bundle.layout import kv_row_bytes
 from mbq_targets.build import build_ops_library
@@ -51,7 +51,7 @@ def twin(bundle: Path, folder: Path) -> Path:
         copy = folder / path.relative_to(bundle)
         if path.is_dir():
             copy.mkdir()
-        elif path.name not in (manifest.MANIFEST_NAME, FILE, Path(OPS_LIBRARY).name, "model.onnx"):
+        elif path.name not in (MANIFEST_NAME, FILE, Path(OPS_LIBRARY).name, "model.onnx"):
             copy.write_bytes(path.read_bytes())
     graph = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
     narrow(graph, settings.head_dim)
@@ -193,7 +193,7 @@ def main() -> None:
             for length, grown in side.context_bytes.items():
                 computed = side.engine._backend.token_bytes * (length + CHUNK)
                 print(f"{name}: a context of {length + CHUNK} takes {grown} bytes, computed {computed}")
-        changed = {bits: divergence(*sides.values(), bits, options.kl_windows) for bits in budgets}
+        changed = {bits: divergence(sides["float32"], sides["8 bits"], bits, options.kl_windows) for bits in budgets}
         for bits, figures in changed.items():
             print(f"{bits:g} bits: {json.dumps(figures)}")
         if options.json is not None:
