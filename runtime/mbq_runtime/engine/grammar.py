@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
-_SEARCH_S = 0.5  # longest search for the fault of a schema
+_SEARCH_S = 0.2  # longest search for the fault of a schema; a client waits for the refusal
 _SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write each value: a model can fill a reply with spaces where they are free."""
 
