@@ -16,7 +16,7 @@ from serving import Running, serve
 from tiny_bundle import write_manifest
 
 from mbq_runtime import Engine
-from mbq_runtime.server import app
+from mbq_runtime.server import app, replies
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SAY_A = [{"role": "user", "content": "A"}]
@@ -187,8 +187,9 @@ def test_refused(running: Running, name: str) -> None:
     assert still_answers(running)
 
 
-def test_a_bad_schema_says_what_is_wrong(running: Running) -> None:
+def test_a_bad_schema_says_what_is_wrong(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     needs.module("llguidance")
+    monkeypatch.setattr(replies, "_PROMPT_S", 20.0)  # a slow machine must not begin the stream before the refusal
     wanted = {"type": "object", "properties": {"a": {"type": "strin"}}}
     for stream in (False, True):
         body = chat(
