@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from exporting import digests
 from tiny_models import write_checkpoint
+from warm_start import Running
 
 import mbq_export
 from mbq_export import export
@@ -95,8 +96,7 @@ def test_verbose_shows_the_log(model: Path, calibration_text: Path, tmp_path: Pa
     arguments = ["--target", "portable", "--model", model, "--output", tmp_path / "b", "--dry-run"]
     arguments += ["--calib-data", calibration_text]
     for verbose, lines in (([], 0), (["-v"], 1)):
-        done = subprocess.run(
-            [sys.executable, "-m", "mbq_export.cli", *map(str, arguments), *verbose],
-            capture_output=True, encoding="utf-8", check=True,
-        )  # fmt: skip
-        assert done.stderr.count("mbq_export.prepare: llama: groups of 64, calibrated on ") == lines
+        running = Running([*map(str, arguments), *verbose])
+        _, said = running.communicate()
+        assert running.returncode == 0, said
+        assert said.count("mbq_export.prepare: llama: groups of 64, calibrated on ") == lines

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import COMMON, MODELS, write_checkpoint
 from transformers import AutoConfig
+from warm_start import Running
 
 from mbq_export.lines import one_line
 from mbq_export.model.boundary import reading
@@ -136,11 +135,12 @@ def test_every_failure_in_reading_is_one_line_of_a_model_error() -> None:
 @pytest.mark.heavy
 def test_the_log_has_the_trace_of_an_error(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("[]")
-    command = [sys.executable, "-m", "mbq_export.cli", "--target", "portable", "--model", str(folder)]
-    quiet, told = (
-        subprocess.run([*command, *more], capture_output=True, encoding="utf-8", check=False) for more in ([], ["-v"])
-    )
-    assert quiet.returncode == told.returncode == ModelError.exit_code
-    assert len(quiet.stderr.splitlines()) == 1
-    assert "Traceback" in told.stderr
-    assert told.stderr.splitlines()[-1] == quiet.stderr.strip()
+    said = []
+    for more in ([], ["-v"]):
+        running = Running(["--target", "portable", "--model", str(folder), *more])
+        said.append(running.communicate()[1])
+        assert running.returncode == ModelError.exit_code
+    quiet, told = said
+    assert len(quiet.splitlines()) == 1
+    assert "Traceback" in told
+    assert told.splitlines()[-1] == quiet.strip()
