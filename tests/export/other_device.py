@@ -111,7 +111,7 @@ def _calibrated(model: str, method: str, device: str) -> Calibrated:
     fitted, held_back = (rng.integers(0, checkpoint.decoder.vocab_size, (4, 32)) for _ in range(2))
     # ``learned`` tunes a base slice of two bits twice.
     profile = SliceProfile((2, 2, 2, 2) if method == "learned" else (3, 1, 2, 2))
-    recipe = Recipe(profile, 32, method, {"rtn": 0, "nested": 3, "learned": 4}[method], "auto", 0)
+    recipe = Recipe(profile, 32, method, {"rtn": 0, "learned": 4}[method], "auto", 0)
     return calibrate(Calibration(checkpoint, recipe), fitted, held_back)
 
 
