@@ -136,6 +136,11 @@ def _beside_oracle(rows: list[Row]) -> list[Row]:
     return found
 
 
+def _change(row: Row) -> str:
+    first, then = row["first_bits"], row["then_bits"]
+    return f"{first:g}" if then is None else f"{first:g}, then {then:g}"
+
+
 _KL = {
     "file": ("file", None),
     "mb_per_token": ("MB a token", 1),
@@ -292,6 +297,24 @@ TABLES = {
             cpu_ms_before=("processor ms, before", 2),
             cpu_ms_now=("now", 2),
             time_ratio=("now / before", 3),
+        ),
+    ),
+    "browser-loading": Table(
+        "browser",
+        _only(
+            lambda row: "event" in row,
+            lambda rows: _columns(event=("event", None), megabytes=("MB that have come", 1), percent=("of all, %", 1))(
+                [row | {"percent": 100 * row["share"]} for row in rows]
+            ),
+        ),
+    ),
+    "browser-replies": Table(
+        "browser",
+        _only(
+            lambda row: "text" in row,
+            lambda rows: _columns(
+                bits=("bits", None), tokens=("tokens", 0), equal=("equal to Python's", 0), text=("reply", None)
+            )([row | {"bits": _change(row)} for row in rows]),
         ),
     ),
     "first-words": Table(
