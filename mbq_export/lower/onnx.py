@@ -256,8 +256,11 @@ class OnnxBuilder(Builder[str]):
             g.node("Split", [rows, sizes], f"{rows}.split", outputs=parts, axis=-1)
         normed = self.attentions.norm(given, per_layer.norm, f"{name}.normed")
         summed = g.node("Add", [normed, parts[per_layer.layer]], f"{name}.summed")
-        stacked = g.node("Concat", [gate, summed], f"{name}.stacked", axis=-1)
-        return g.node(GATES[per_layer.activation], [stacked], name, DOMAIN)
+        if per_layer.activation == "silu":
+            opened = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.opened")
+        else:
+            opened = g.node("Gelu", [gate], f"{name}.opened", approximate="tanh")
+        return g.node("Mul", [opened, summed], name)
 
     def scale(self, residual: str, branch: str, name: str, source: str) -> str:
         g = self.graph
