@@ -29,7 +29,7 @@ GRAPH: _Counts = {
     "GatherElements": (0, 1),
     "Gelu": (0, 1),
     "MatMul": (8, 1),
-    "Mul": (8, 5),
+    "Mul": (8, 4),
     "ReduceMean": (1, 0),
     "ReduceSum": (2, 2),
     "Reshape": (3, 7),
