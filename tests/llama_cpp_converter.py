@@ -6,18 +6,23 @@ hash of what they do; the tests' tokenizers are none of those, so the name of th
 
 from __future__ import annotations
 
+import atexit
 import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import finished_exports
 import needs
+from forked_mbq import Mbq, forks
 
 PACKAGE = "llama-cpp-python"
 _PARTS = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py")
+_LIBRARIES = ("torch", "sentencepiece", "transformers.models.auto.modeling_auto",
+              "transformers.models.auto.tokenization_auto")  # fmt: skip
 _SCRIPT = """
 import sys
 pre, root = sys.argv[1:3]
@@ -42,11 +47,18 @@ def convert(folder: Path, output: Path, *more: str, pre: str = "gpt-2") -> Path:
     Returns:
         ``output``.
     """
-    command = [sys.executable, "-c", _SCRIPT, pre, str(_converter()), str(folder)]
-    command += ["--outtype", "f32", "--outfile", str(output), *more]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = [pre, _converter(), folder, "--outtype", "f32", "--outfile", output, *more]
+    done = _python()(arguments, program=_SCRIPT, imports=_LIBRARIES)
+    assert done.code == 0, done.err[-2000:]
     return output
+
+
+@cache
+def _python() -> Mbq:
+    """Runs programs in forks of one process: to load the converter's libraries takes longer than to convert."""
+    process = ExitStack()
+    atexit.register(process.close)
+    return process.enter_context(forks(Path(tempfile.gettempdir()), most_s=600))
 
 
 def _version() -> str:
