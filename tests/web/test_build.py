@@ -32,7 +32,7 @@ def test_it_is_small_and_names_no_other_host() -> None:
     assert sum(len(gzip.compress(content)) for content in shipped.values()) < MOST_BYTES
     assert "default-src 'self'" in shipped["index.html"].decode()
     code = b"".join(content for name, content in shipped.items() if name != "licenses.txt")
-    assert set(re.findall(rb"\w+://[\w.-]+", code)) == {b"http://www.w3.org"}  # the name space of the icon
+    assert set(re.findall(rb"https?://[\w.-]+", code)) == {b"http://www.w3.org"}  # the name space of the icon
 
 
 def test_the_worker_keeps_all_of_the_page() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 class VirtualPressure:
     """Takes the place of the processor's pressure for one page.
 
+    Every two to four minutes Chromium shifts the limits of the states, so that no page knows a device by them.  Then it
+    tells a page ``fair`` for ``nominal``, and ``critical`` for ``serious``.
+
     Args:
         page: a page of Chromium that has loaded nothing yet.
     """
