@@ -132,9 +132,10 @@ def _in_browser(
         page.goto(f"{server.url}/")
         page.wait_for_selector("#composer:visible")
         page.evaluate("mbq.engine.coming")
-        again = page.evaluate(ASK, {"prompt": PROMPT, "first": BUDGETS[0][0], "then": None, "tokens": AGAIN_TOKENS})
-        if again["tokens"] != replies[0][1][:AGAIN_TOKENS]:
-            raise SystemExit(f"without a server it says {again['tokens']}, with one {replies[0][1][:AGAIN_TOKENS]}")
+        before = replies[0][1][:AGAIN_TOKENS]
+        again = page.evaluate(ASK, {"prompt": PROMPT, "first": BUDGETS[0][0], "then": None, "tokens": len(before)})
+        if again["tokens"] != before:
+            raise SystemExit(f"without a server it says {again['tokens']}, with one {before}")
         _tell("without a server it says the same")
         if options.pictures is not None:
             page.evaluate("() => { delete mbq.governor.look; mbq.governor.tokens = []; mbq.governor.restart(); }")
