@@ -102,6 +102,12 @@ def _router(row: Row) -> str:
     return f"{row['perplexity']:.2f} ({row['excess_percent']:.1f} ± {row['excess_stderr_percent']:.1f} %)"
 
 
+def _router_kl(row: Row) -> str:
+    if row["excess_percent"] is None:
+        return _number(row["kl_nats"], 3)
+    return f"{row['kl_nats']:.3f} ({row['excess_percent']:.0f} ± {row['excess_stderr_percent']:.0f} %)"
+
+
 def _with_error(rows: list[Row]) -> list[Row]:
     return [row | {"ratio": f"{row['perplexity_ratio']:.3f} ± {row['ratio_stderr']:.3f}"} for row in rows]
 
@@ -194,7 +200,7 @@ TABLES = {
     "perplexity": Table(
         "perplexity", _by_bits("row", "perplexity / float32", lambda r: _number(r["perplexity_ratio"], 3), commits=True)
     ),
-    "routers-3122": Table("routers-3122", _by_bits("router", "router", _router)),
+    "routers-3122": Table("routers-3122", _by_bits("router", "text and router", _router_kl)),
     "routers-2222": Table("routers-2222", _by_bits("router", "router", _router)),
     "speed-short": Table("speed", _only(lambda row: row["side"] in _SHORT, _columns(**_DECODE))),
     "speed": Table(
