@@ -96,8 +96,8 @@ class _Attend:
         self.block_bytes = bind((self.head_dim + KV_SCALE_BYTES) * KEY_LANES)
         self.width = bind(self.head_dim + STATE_NUMBERS)
         self.parts = bind(self.head_dim // LANES)
-        # Vectors of the cache that share a loaded number of a query.  Other instruction sets have no registers for two.
-        self.together = 2 if isa.vector_bytes == 4 * LANES else 1
+        # Vectors of the cache that share a loaded number of a query.
+        self.together = 1
 
     def direct(self, count: int) -> None:
         """All rows, from the codes."""
@@ -124,6 +124,8 @@ class _Attend:
     def tiled(self) -> None:
         """All rows, ROWS at a time, from tiles in float32."""
         lanes = TILE_BLOCKS * KEY_LANES
+        # Others have no registers for two. Codes from memory are read faster one by one, see docs/log.md.
+        self.together = 2 if self.isa.vector_bytes == 4 * LANES else 1
         of_values = bind(self.head_dim * lanes)
         with T.serial(0, (self.end - self.begin + (TILE_BLOCKS - 1)) // TILE_BLOCKS) as i:
             first = bind(self.begin + i * TILE_BLOCKS)
