@@ -33,8 +33,8 @@ def tied_without_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied table is stored for the head; what makes an embedding of its rows is left out."""
     right = lower_onnx.lower
 
-    def wrong(checkpoint: Any, calibrated: Calibrated, *more: Any) -> Any:
-        return right(checkpoint, replace(calibrated, head_scale=np.ones_like(calibrated.head_scale)), *more)
+    def wrong(checkpoint: Any, calibrated: Calibrated, *more: Any, **options: Any) -> Any:
+        return right(checkpoint, replace(calibrated, head_scale=np.ones_like(calibrated.head_scale)), *more, **options)
 
     monkeypatch.setattr(lower_onnx, "lower", wrong)
 

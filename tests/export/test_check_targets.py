@@ -25,6 +25,7 @@ from mbq_export.model.shape import Decoder
 from mbq_export.model.source import locate
 from mbq_export.options import Options
 from mbq_export.prepare import prepare
+from mbq_export.slicing import rtn
 from mbq_export.write import bundle, check
 from mbq_runtime.bundle.isa import Machine
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -197,10 +198,12 @@ def test_a_tied_head_in_place_of_the_model_s_own_is_found_before_it_is_sliced(tm
 
 def test_slices_of_another_model_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", "llama"))))
-    weight = Checkpoint.weight
-    monkeypatch.setattr(
-        Checkpoint, "weight", lambda self, unit: weight(self, unit) * (-1 if unit.name == "layers.0.mlp_in" else 1)
-    )
+    right = rtn.slice_weight
+
+    def of_another(weight: Any, group_size: int, profile: SliceProfile, name: str) -> Any:
+        return right(-weight if name == "layers.0.mlp_in" else weight, group_size, profile, name)
+
+    monkeypatch.setattr(rtn, "slice_weight", of_another)
     windows = np.random.default_rng(0).integers(0, 256, (4, 128))
     with pytest.raises(ModelError, match=r"at 8 bits .* first difference is in layers\.0 MLP \("):
         calibrate(Calibration(checkpoint, Recipe(PROFILE, 64, "rtn", None, "norm", 0)), windows, windows)
