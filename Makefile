@@ -1,4 +1,4 @@
-# `make demo` shows the product; `make test-quick` (2 minutes) and `make test` (25 to 40) test it, on two cores.
+# `make demo` shows the product; `make test-quick` (2 minutes) and `make test` (17) test it, on two cores.
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLES ?= bundles
