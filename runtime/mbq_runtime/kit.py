@@ -31,7 +31,7 @@ from .text_file import read_text_file
 
 FORMAT, VERSION = "mbq-kit", 1
 PROMPT = "Tell me a long story about the sea."
-_TOKENS = 24  # of one measured run, after its first
+_TOKENS = 24  # of one measured run, after its first two
 _REPLY_TOKENS = 128
 _MARGIN_C = 2.0  # a stage ends this far below the throttle point
 _COOL_C, _COOL_S = 10.0, 120.0  # a pause between two speeds ends this far below it, or after so long
@@ -97,30 +97,41 @@ class Board:
             bits: average bits per weight.
 
         Raises:
-            Limit: the reply has less than two tokens.
+            Limit: the reply has less than three tokens.
         """
-        spent_s = [token_s for _, token_s in self.tokens(_TOKENS + 1, bits=bits)]
+        spent_s = [token_s for _, token_s in self.tokens(_TOKENS + 2, bits=bits)]
         if not spent_s:
-            raise Limit("a reply had less than two tokens, and no speed follows from it")
+            raise Limit("a reply had less than three tokens, and no speed follows from it")
         return len(spent_s) / sum(spent_s)
 
     def tokens(self, most: int, most_s: float = math.inf, bits: float | None = None) -> Iterator[tuple[float, float]]:
-        """(time, seconds since the token before) of each token of a reply but the first.
+        """(time, seconds since the token before) of each token of a reply but the first two.
+
+        Tokens are counted, and not pieces of text: some characters need several tokens.
 
         Args:
             most: tokens at which the reply ends.
             most_s: seconds after which it ends.
             bits: its budget in average bits per weight; None leaves the engine's.
         """
-        begin_s, before_s = self.now(), None
-        with self.engine.generate(PROMPT, max_tokens=most, avg_bits=bits) as reply:
-            for _ in reply:
-                now_s = self.now()
-                if before_s is not None:
-                    yield now_s, now_s - before_s
-                if now_s - begin_s >= most_s:
-                    return
-                before_s = now_s
+        begin_s, before_s, heard_s = self.now(), None, list[float]()
+
+        def hear(seconds: float, bits_used: float) -> None:
+            heard_s.append(self.now())
+
+        self.engine.add_listener(hear)
+        try:
+            with self.engine.generate(PROMPT, max_tokens=most, avg_bits=bits) as reply:
+                for _ in reply:
+                    for at_s in heard_s:
+                        if before_s is not None:
+                            yield at_s, at_s - before_s
+                        before_s = at_s
+                    heard_s.clear()
+                    if self.now() - begin_s >= most_s:
+                        return
+        finally:
+            self.engine.remove_listener(hear)
 
 
 @contextmanager
@@ -220,10 +231,11 @@ class _Looks:
 def _closed_loop(board: Board, seconds: float) -> dict[str, Any]:
     """Replies under the policy ``auto``.  In the middle third another program takes a core.
 
-    Prompts are left out: a row is a second of writing.
+    Prompts are left out: a row is a second of writing.  No token is guessed: the speed of guesses depends on the text,
+    and a simulated board has none.
     """
     rows: dict[int, list[float]] = {}
-    with Governor(board.engine, _Looks(board), find_policy("auto")) as governor:
+    with Governor(board.engine, _Looks(board), find_policy("auto"), speculates=False) as governor:
         begin_s = board.now()
         for third in range(3):
             with busy_cores(third % 2):

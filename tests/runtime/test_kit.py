@@ -65,14 +65,20 @@ def quiet_report(engine: Engine) -> dict[str, Any]:
     return finished(report)
 
 
-def test_the_speed_is_that_of_a_reply(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a program gets: sampling and text are in it, the prompt is not."""
-    looks = iter(range(10_000))
-    board = kit.Board(engine, lambda: Readings(0.0), lambda: 0.5 * next(looks))
-    assert board.tokens_per_s(8.0) == pytest.approx(2.0)
-    assert 3 <= next(looks) <= 26  # at its begin and after each of 25 tokens, or less where the reply ends
+def test_the_speed_is_that_of_the_tokens_of_a_reply(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program gets: sampling and text are in it, the prompt is not.  A piece may have several tokens."""
+    heard: list[float] = []
+    engine.add_listener(listener := lambda seconds, bits: heard.append(seconds))
+    times = iter(range(10_000))
+    board = kit.Board(engine, lambda: Readings(0.0), lambda: 0.5 * next(times))
+    spent_s = [token_s for _, token_s in board.tokens(26, bits=8.0)]
+    engine.remove_listener(listener)
+    # The clock is read once a token, and once a piece besides.
+    assert set(spent_s) <= {0.5, 1.0}
+    assert 1 <= len(spent_s) <= len(heard) - 1
+    assert 1.0 <= board.tokens_per_s(8.0) <= 2.0
     monkeypatch.setattr(kit, "_TOKENS", 0)
-    with pytest.raises(kit.Limit, match="less than two tokens"):
+    with pytest.raises(kit.Limit, match="less than three tokens"):
         board.tokens_per_s(8.0)
 
 
