@@ -16,6 +16,7 @@ import torch
 from family_exports import FamilyExport
 from json_fields import set_in
 from numpy.typing import NDArray
+from said_tokens import assert_sessions_say_the_same, assert_steps_are_one_pass
 from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -30,12 +31,10 @@ from mbq_export.model.source import locate
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.genai_config import cache_bytes, read_settings, state_bytes
-from mbq_runtime.engine import Session
 from mbq_runtime.errors import ModelError
 
 RNG = np.random.default_rng(5)
 TEXTS = RNG.integers(0, 256, (3, 200)).tolist()  # more than one pass of a prompt
-TIE = 1e-3
 # Rounding to 8 bits leaves 0.10 of the logits of these random weights (docs/log.md).
 ROUNDED = 0.13
 
@@ -145,25 +144,12 @@ def test_the_bundle_says_what_transformers_says(engine: Engine, wanted: NDArray[
 
 @pytest.mark.heavy
 def test_token_by_token_is_one_pass(engine: Engine) -> None:
-    for text in TEXTS:
-        reply = engine.generate(text, max_tokens=15, avg_bits=8)
-        reply.text()
-        said = reply.stats.tokens
-        rows = Session(engine.path).run([*text, *said], 8.0).logits[len(text) - 1 : -1]
-        assert (rows.max(1) - rows[np.arange(len(said)), said] <= TIE * np.abs(rows).max()).all()
+    assert_steps_are_one_pass(engine, TEXTS)
 
 
 @pytest.mark.heavy
 def test_a_session_goes_on_or_begins_again(engine: Engine) -> None:
-    session, talk = engine.session(), TEXTS[0]
-    first = engine.generate(talk, max_tokens=6, avg_bits=8, session=session)
-    first.text()
-    longer = [*talk, *first.stats.tokens, 7, 8, 9]
-    others = [*talk[:100], 1, 2, 3]  # a memory cannot go back to the 100th token
-    for prompt, kept in ((longer, len(longer) - 4), (others, 0)):
-        reply = engine.generate(prompt, max_tokens=6, avg_bits=8, session=session)
-        assert reply.text() == engine.generate(prompt, max_tokens=6, avg_bits=8).text()
-        assert reply.stats.cached_tokens == kept
+    assert_sessions_say_the_same(engine, TEXTS[0], 0)  # a memory cannot go back to the 100th token
 
 
 @pytest.mark.heavy

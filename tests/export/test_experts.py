@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from said_tokens import assert_sessions_say_the_same, assert_steps_are_one_pass
 from tiny_models import EXPERTS, write_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -30,12 +31,10 @@ from mbq_export.slicing.expert_inputs import FEWEST_TOKENS, ExpertInputs
 from mbq_export.slicing.importance import alike
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.bundle.slice_profile import SliceProfile
-from mbq_runtime.engine import Session
 from mbq_targets.spec import KernelSpec
 
 RNG = np.random.default_rng(5)
 TEXTS = RNG.integers(0, 256, (3, 200)).tolist()  # more than one pass of a prompt
-TIE = 1e-3
 SPEC = KernelSpec(SliceProfile.parse("3,1,2,2"), 64)
 
 Array = NDArray[Any]
@@ -158,26 +157,13 @@ def test_the_bundle_says_what_transformers_says(engine: Engine, wanted: Array) -
 
 @pytest.mark.heavy
 def test_token_by_token_is_one_pass(engine: Engine) -> None:
-    for text in TEXTS:
-        reply = engine.generate(text, max_tokens=15, avg_bits=8)
-        reply.text()
-        said = reply.stats.tokens
-        rows = Session(engine.path).run([*text, *said], 8.0).logits[len(text) - 1 : -1]
-        assert (rows.max(1) - rows[np.arange(len(said)), said] <= TIE * np.abs(rows).max()).all()
+    assert_steps_are_one_pass(engine, TEXTS)
 
 
 @pytest.mark.heavy
 def test_a_session_goes_on_or_goes_back(engine: Engine) -> None:
-    session, talk = engine.session(), TEXTS[0]
-    first = engine.generate(talk, max_tokens=6, avg_bits=8, session=session)
-    first.text()
-    longer = [*talk, *first.stats.tokens, 7, 8, 9]
     # A convolution keeps the last tokens alone, so a session with some begins again.
-    back = 100 if engine._backend.rewinds else 0
-    for prompt, kept in ((longer, len(longer) - 4), ([*talk[:100], 1, 2, 3], back)):
-        reply = engine.generate(prompt, max_tokens=6, avg_bits=8, session=session)
-        assert reply.text() == engine.generate(prompt, max_tokens=6, avg_bits=8).text()
-        assert reply.stats.cached_tokens == kept
+    assert_sessions_say_the_same(engine, TEXTS[0], 100 if engine._backend.rewinds else 0)
 
 
 @pytest.mark.heavy

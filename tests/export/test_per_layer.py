@@ -15,6 +15,7 @@ import torch
 from json_fields import set_in
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from said_tokens import assert_sessions_say_the_same, assert_steps_are_one_pass
 from tiny_models import COMMON, MODELS, tokenizer, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -33,11 +34,9 @@ from mbq_export.transforms.smoothing import smooth
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle.genai_config import cache_bytes, read_settings
 from mbq_runtime.bundle.slice_profile import SliceProfile
-from mbq_runtime.engine import Session
 
 RNG = np.random.default_rng(5)
 TEXTS = RNG.integers(0, 256, (3, 200)).tolist()  # more than one pass of a prompt
-TIE = 1e-3
 # Rounding to 8 bits leaves this much of the logits of these random weights.
 ROUNDED = 0.1
 NAME = "gemma4_text"
@@ -215,25 +214,12 @@ def test_the_bundle_says_what_transformers_says(engine: Engine, wanted: NDArray[
 
 @pytest.mark.heavy
 def test_token_by_token_is_one_pass(engine: Engine) -> None:
-    for text in TEXTS:
-        reply = engine.generate(text, max_tokens=15, avg_bits=8)
-        reply.text()
-        said = reply.stats.tokens
-        rows = Session(engine.path).run([*text, *said], 8.0).logits[len(text) - 1 : -1]
-        assert (rows.max(1) - rows[np.arange(len(said)), said] <= TIE * np.abs(rows).max()).all()
+    assert_steps_are_one_pass(engine, TEXTS)
 
 
 @pytest.mark.heavy
 def test_a_session_goes_on_and_goes_back(engine: Engine) -> None:
-    session, talk = engine.session(), TEXTS[0]
-    first = engine.generate(talk, max_tokens=6, avg_bits=8, session=session)
-    first.text()
-    longer = [*talk, *first.stats.tokens, 7, 8, 9]
-    others = [*talk[:100], 1, 2, 3]
-    for prompt, kept in ((longer, len(longer) - 4), (others, 100)):
-        reply = engine.generate(prompt, max_tokens=6, avg_bits=8, session=session)
-        assert reply.text() == engine.generate(prompt, max_tokens=6, avg_bits=8).text()
-        assert reply.stats.cached_tokens == kept
+    assert_sessions_say_the_same(engine, TEXTS[0], 100)
 
 
 @pytest.mark.heavy
