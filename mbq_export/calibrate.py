@@ -35,7 +35,7 @@ from . import processes, quality
 from .calibrated import CURVE_BITS, Calibrated, HeadInput, RoutedLinear
 from .check import check_sliced, check_transformed, looser
 from .context import Calibration
-from .format.codes import Sliced, joined
+from .format.codes import Sliced
 from .methods import TUNE_ROUTED, TUNING_ROUTER_WINDOWS, tuned_bits, tunings
 from .model.checkpoint import Checkpoint
 from .model.recording import Recording, check_prompt, record, record_sliced
@@ -159,10 +159,8 @@ def _round(calibration: Calibration) -> dict[str, Sliced]:
     for i, unit in enumerate(units):
         found = store.get(unit.name)
         if found is None:
-            # One layer at a time: a unit of experts has hundreds.
-            weights = (linear.weight.detach().cpu().numpy() for linear, _ in checkpoint.layers(unit))
-            rounded = [rtn.slice_weight(of_one, group_size, calibration.profile, unit.name) for of_one in weights]
-            found = store.put(unit.name, {unit.name: joined(rounded)})
+            rounded = rtn.slice_unit(checkpoint, unit, group_size, calibration.profile)
+            found = store.put(unit.name, {unit.name: rounded})
         slices |= found
         checkpoint.release(unit)
         progress(i + 1, len(units))

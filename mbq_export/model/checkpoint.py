@@ -125,14 +125,6 @@ class Checkpoint:
         linears = [self.linear(name) for name in unit.sources]
         return list(zip(linears, stacked(*(linear.out_features for linear in linears)), strict=True))
 
-    def weight(self, unit: Unit) -> NDArray[np.float32]:
-        """The stacked weights of a unit, float32 [N, K].
-
-        Args:
-            unit: one of ``decoder.units()``.
-        """
-        return torch.cat([self.linear(name).weight.detach().cpu() for name in unit.sources]).numpy()
-
     def release(self, unit: Unit) -> None:
         """Free the memory of a unit's weights.  Biases stay.
 

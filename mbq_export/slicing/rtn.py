@@ -15,8 +15,10 @@ from mbq_runtime.bundle.layout import ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
-from ..format.codes import F32, Sliced, encode, row_scales, scale_codes, zero_codes
+from ..format.codes import F32, Sliced, encode, joined, row_scales, scale_codes, zero_codes
 from ..memory import TABLE_WEIGHTS_AT_ONCE
+from ..model.checkpoint import Checkpoint
+from ..model.shape import Unit
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -92,3 +94,19 @@ def slice_weight(weight: F32, group_size: int, profile: SliceProfile, name: str)
     )
     ranged = replace(empty, zero_codes=zero_codes(offset, empty.scale, up=True))
     return replace(ranged, codes=encode(weight, ranged.scale, ranged.offset, profile))
+
+
+def slice_unit(checkpoint: Checkpoint, unit: Unit, group_size: int, profile: SliceProfile) -> Sliced:
+    """Slices of the stacked layers of a unit, one layer at a time: a unit of experts has hundreds.
+
+    Args:
+        checkpoint: the model.
+        unit: one of its units.
+        group_size: weights that share a scale; it divides K.
+        profile: the bits of each slice.
+
+    Raises:
+        ModelError: a weight is outside the range of float16.
+    """
+    weights = (layer.weight.detach().cpu().numpy() for layer, _ in checkpoint.layers(unit))
+    return joined([slice_weight(weight, group_size, profile, unit.name) for weight in weights])

@@ -69,9 +69,7 @@ def random_model(profile: SliceProfile) -> tuple[Checkpoint, Calibrated]:
     router = RouterParams(bias, np.zeros(steps, np.float32), budgets, -budgets)
 
     def routed(unit: Unit) -> RoutedLinear:
-        return RoutedLinear(
-            unit, rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, profile, unit.name), None, router
-        )
+        return RoutedLinear(unit, rtn.slice_unit(checkpoint, unit, GROUP_SIZE, profile), None, router)
 
     units = {unit.name: routed(unit) for unit in checkpoint.decoder.units()}
     scale = np.ones(checkpoint.decoder.hidden_size, np.float32)

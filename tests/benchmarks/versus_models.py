@@ -124,7 +124,7 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: 
     d, group_size = checkpoint.decoder, prepared.plan.group_size
     units, seen = {}, 0.0
     for unit in d.units():
-        sliced = rtn.slice_weight(checkpoint.weight(unit), group_size, profile, unit.name)
+        sliced = rtn.slice_unit(checkpoint, unit, group_size, profile)
         share = (seen + sliced.codes.size / 2) / prepared.plan.routed_parameters
         seen += sliced.codes.size
         router = spread_router(profile, share, MLP_HIDDEN, sliced.codes.shape[1])

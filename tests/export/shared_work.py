@@ -49,10 +49,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
         for name in unit.sources
     }
     # From here on the slices are rounded ones.  They contain no sums, so they are the same with any process count.
-    slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, PROFILE, unit.name)
-        for unit in checkpoint.decoder.units()
-    }
+    slices = {unit.name: rtn.slice_unit(checkpoint, unit, GROUP_SIZE, PROFILE) for unit in checkpoint.decoder.units()}
     fed_back = slice_model(calibration, windows, importance, keep_weights=True)
     found |= weights("sliced", fed_back)
     by_energy = dict.fromkeys(slices, halves)

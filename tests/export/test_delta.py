@@ -58,7 +58,8 @@ def defined(checkpoint: Checkpoint, stacked: NDArray[Any], states: Any = None) -
 
 def stacked_input(checkpoint: Checkpoint, x: torch.Tensor) -> NDArray[np.float32]:
     unit = checkpoint.decoder.layer_units(0)["delta_in"]
-    return np.asarray(x.numpy() @ checkpoint.weight(unit).T)
+    weight = torch.cat([layer.weight for layer, _ in checkpoint.layers(unit)]).detach()
+    return np.asarray(x.numpy() @ weight.numpy().T)
 
 
 def test_the_definition_is_what_transformers_computes(checkpoint: Checkpoint) -> None:

@@ -92,7 +92,7 @@ def test_the_definition_is_what_transformers_computes(checkpoint: Checkpoint) ->
     chosen, weights = choose_experts(x.numpy(), *_chooser(checkpoint, layer))
     matrices = []
     for unit in (d.layer_units(layer)["experts_in"], d.layer_units(layer)["experts_out"]):
-        sliced = rtn.slice_weight(checkpoint.weight(unit), 64, SPEC.profile, unit.name)
+        sliced = rtn.slice_unit(checkpoint, unit, 64, SPEC.profile)
         rows = len(sliced.codes) // d.experts.count
         matrices.append([sliced.rows(slice(at * rows, (at + 1) * rows)) for at in range(d.experts.count)])
     depth = np.full(30, 4, np.int32)

@@ -82,10 +82,7 @@ def test_a_backward_pass_that_runs_blocks_again_gives_the_same(
     family: str, routed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", family))))
-    slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, PROFILE, unit.name)
-        for unit in checkpoint.decoder.units()
-    }
+    slices = {unit.name: rtn.slice_unit(checkpoint, unit, 64, PROFILE) for unit in checkpoint.decoder.units()}
     window = torch.arange(1, 33)[None]
     routing, occurring = (lambda avg_bits: dict.fromkeys(slices, halves), {3, 8}) if routed else (None, {8})
 

@@ -115,7 +115,7 @@ def calibrated(rescaled: tuple[Checkpoint, NDArray[np.float32]]) -> Calibrated:
     router = RouterParams(2 - 0.5 * steps, np.full_like(steps, 0.5), budgets, np.linspace(3, -3, 6).astype(np.float32))
 
     def routed(unit: Unit) -> RoutedLinear:
-        sliced = rtn.slice_weight(checkpoint.weight(unit), GROUP_SIZE, PROFILE, unit.name)
+        sliced = rtn.slice_unit(checkpoint, unit, GROUP_SIZE, PROFILE)
         return RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
 
     units = {unit.name: routed(unit) for unit in checkpoint.decoder.units()}

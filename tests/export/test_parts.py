@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     router = RouterParams(ones, ones, np.array([3, 8], np.float32), np.array([1, -1], np.float32))
 
     def routed(unit: Unit) -> RoutedLinear:
-        sliced = rtn.slice_weight(checkpoint.weight(unit), 64, PROFILE, unit.name)
+        sliced = rtn.slice_unit(checkpoint, unit, 64, PROFILE)
         return RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
 
     units = {unit.name: routed(unit) for unit in checkpoint.decoder.units()}

@@ -26,10 +26,7 @@ WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 60))
 @pytest.mark.parametrize("kind", ["static", pytest.param("mlp", marks=pytest.mark.heavy)])
 def test_they_are_those_of_their_kind_and_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
-    slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, PROFILE, unit.name)
-        for unit in checkpoint.decoder.units()
-    }
+    slices = {unit.name: rtn.slice_unit(checkpoint, unit, 64, PROFILE) for unit in checkpoint.decoder.units()}
     recipe = Recipe(PROFILE, 64, router=kind)
 
     def calibration() -> Calibration:

@@ -47,10 +47,7 @@ def predicted_losses(checkpoint: Checkpoint, slices: dict[str, Sliced]) -> NDArr
 
 def test_losses_are_those_of_second_order_but_for_one_token_in_a_hundred(tmp_path: Path) -> None:
     checkpoint = load(locate(str(write_checkpoint(tmp_path / "llama", "llama"))))
-    slices = {
-        unit.name: rtn.slice_weight(checkpoint.weight(unit), 64, PROFILE, unit.name)
-        for unit in checkpoint.decoder.units()
-    }
+    slices = {unit.name: rtn.slice_unit(checkpoint, unit, 64, PROFILE) for unit in checkpoint.decoder.units()}
     found = measure_gains(Calibration(checkpoint, Recipe(PROFILE, 64)), slices, WINDOWS)[UNIT].loss
     expected = predicted_losses(checkpoint, slices)
     highest = np.quantile(expected, 0.99, axis=0)
