@@ -186,6 +186,7 @@ def ratios(model: str, lines: Sequence[Line], tests: Sequence[str]) -> Iterator[
 @click.option("--rounds", default=5)
 @click.option("--tokens", default=24, help="Decoded in each turn.")
 @click.option("--tests", default=",".join(TESTS))
+@click.option("--target", default="host", help="Of this project's sides; x86-64-v3 beside a llama.cpp of AVX2.")
 @click.option("--only", default="", help="Regular expression for the names of sides; all by default.")
 @click.option("--work", type=click.Path(path_type=Path), default=default_work_folder())
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
@@ -198,6 +199,7 @@ def main(
     rounds: int,
     tokens: int,
     tests: str,
+    target: str,
     only: str,
     work: Path,
     json_file: Path | None,
@@ -206,8 +208,8 @@ def main(
     if clock == "cpu" and threads != 1:
         raise click.UsageError("--clock cpu counts the time of one thread: use --threads 1")
     budgets, wanted = tuple(map(float, bits.split(","))), tests.split(",")
-    found = [side for side in sides(work, model, slices, budgets) if re.search(only, side.name)]
-    facts = measured_on(threads=threads, clock=clock, target=resolve("host").name, **library_versions())
+    found = [side for side in sides(work, model, slices, budgets, resolve(target)) if re.search(only, side.name)]
+    facts = measured_on(threads=threads, clock=clock, target=resolve(target).name, **library_versions())
     with ExitStack() as stack:
         probe = stack.enter_context(worker(Side("probe", "probe", work), threads, 0, clock))
         lines = start(found, threads, clock, stack)

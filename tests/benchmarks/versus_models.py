@@ -39,7 +39,7 @@ from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.manifest import read
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_ops_library
-from mbq_targets.machines import TARGETS, resolve
+from mbq_targets.machines import TARGETS, Target
 from mbq_targets.spec import KernelSpec
 
 GGUF_TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
@@ -111,11 +111,11 @@ def spread_router(profile: SliceProfile, share: float, hidden: int, k: int) -> R
     )
 
 
-def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, out: Path) -> None:
-    """A bundle for this machine, rounded to nearest.  Its speed is that of a calibrated one: bytes, ops and
-    routers of the same size, but no text is run through the model."""
+def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, target: Target, out: Path) -> None:
+    """A bundle for a target that this machine can run, rounded to nearest.  Its speed is that of a calibrated one:
+    bytes, ops and routers of the same size, but no text is run through the model."""
     options = Options(
-        model=str(model), outputs={out: resolve("host")}, profiles=(profile,), group_size="auto",
+        model=str(model), outputs={out: target}, profiles=(profile,), group_size="auto",
         activation_bits=activation_bits, method="rtn", engines=OWN_ENGINES, tune_steps=0, router="mlp",
         floor_ratio=1.25, calib_data=None, calib_tokens=1, device="cpu", seed=0, force=False,
     )  # fmt: skip
@@ -165,16 +165,16 @@ def _run(*command: object) -> None:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
 
 
-def sides(work: Path, model: str, slices: str, bits: tuple[float, ...]) -> Iterator[Side]:
-    """All sides of a model that can be had here, their files made when missing."""
+def sides(work: Path, model: str, slices: str, bits: tuple[float, ...], target: Target) -> Iterator[Side]:
+    """All sides of a model that can be had here, their files made when missing.  target: of this project's sides."""
     checkpoint = _once(work / model / "checkpoint", CHECKPOINTS[model])
 
     for name, (engine, activation_bits) in OURS.items():
 
         def bundle(out: Path, activation_bits: int = activation_bits) -> None:
-            write_bundle(checkpoint, SliceProfile.parse(slices), activation_bits, out)
+            write_bundle(checkpoint, SliceProfile.parse(slices), activation_bits, target, out)
 
-        place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}"
+        place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}-{target.name}"
         if place.exists() and not has_these_kernels(place):
             shutil.rmtree(place)
         yield Side(name, engine, _once(place, bundle), bits)
