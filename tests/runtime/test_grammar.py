@@ -12,7 +12,7 @@ import needs
 import pytest
 from forked_mbq import Mbq
 from schemas import schema
-from tiny_bundle import CIRCLE
+from tiny_bundle import CIRCLE, ids, write_bundle
 
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.engine import Grammar
@@ -28,22 +28,29 @@ def llguidance() -> None:
     needs.module("llguidance")
 
 
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An engine whose context cuts no reply off."""
+    return Engine.load(write_bundle(tmp_path_factory.mktemp("patient") / "bundle", context=400), threads=1)
+
+
 @pytest.mark.heavy
-def test_replies_validate_at_every_budget(engine: Engine) -> None:
-    """Two hundred schemas.  A reply that the context cuts off proves nothing, so there must be few."""
+@pytest.mark.parametrize("bits", DEPTHS)
+def test_replies_validate_at_every_depth(patient: Engine, bits: float) -> None:
+    """Two hundred schemas at each depth.  Braces are unlikely, so that what contains its own kind ends."""
     jsonschema = needs.module("jsonschema")
-    whole = 0
+    recursions = 0
     for seed in range(200):
         wanted = schema(seed)
-        bits = DEPTHS[seed % len(DEPTHS)]
-        reply = engine.generate(
-            "A", chat=False, max_tokens=94, temperature=1.5, seed=seed, avg_bits=bits, grammar=Grammar.of_schema(wanted)
-        )
+        reply = patient.generate(
+            "A", chat=False, max_tokens=398, temperature=1.5, seed=seed, avg_bits=bits, logit_bias={ids("{")[0]: -3},
+            grammar=Grammar.of_schema(wanted),
+        )  # fmt: skip
         text = reply.text()
-        if reply.stats.finish_reason == "stop":
-            whole += 1
-            jsonschema.validate(json.loads(text), wanted)
-    assert whole >= 160
+        assert reply.stats.finish_reason == "stop", (seed, text)
+        jsonschema.validate(json.loads(text), wanted)
+        recursions += '"next": {' in text
+    assert recursions > 5
 
 
 def test_greedy_choices_are_the_likeliest_that_fit(engine: Engine) -> None:

@@ -94,13 +94,13 @@ def successors() -> NDArray[np.int64]:
     return following
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, context: int = CONTEXT) -> None:
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
     head = np.zeros((HIDDEN, VOCAB), np.float32)
     for token, following in enumerate(successors()):
         head[:, following] += embedding[token] * 20 / HIDDEN
-    angles = np.arange(CONTEXT)[:, None] * 10000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)[None]
+    angles = np.arange(context)[:, None] * 10000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)[None]
     constants: dict[str, NDArray[Any]] = {
         "embedding": embedding,
         "head": head,
@@ -193,16 +193,17 @@ def write_manifest(folder: Path, base: manifest.Manifest | None = None) -> None:
     manifest.write(replace(base or facts(), files=file_entries(folder)), folder)
 
 
-def write_bundle(folder: Path, *, bos: bool = False, chunk: int = 8) -> Path:
+def write_bundle(folder: Path, *, bos: bool = False, chunk: int = 8, context: int = CONTEXT) -> Path:
     """A whole bundle; prompts run in chunks of ``chunk`` tokens."""
     folder.mkdir(parents=True)
     write_tokenizer(folder, bos=bos)
-    write_model(folder / "model.onnx")
+    write_model(folder / "model.onnx", context)
     config = genai_config(
-        family="llama", vocab_size=VOCAB, context_length=CONTEXT, layers=1, hidden_size=HIDDEN, heads=HEADS,
+        family="llama", vocab_size=VOCAB, context_length=context, layers=1, hidden_size=HIDDEN, heads=HEADS,
         kv_heads=KV_HEADS, head_dim=HEAD_DIM, eos_token_ids=[EOS], bos_token_id=1, native=False,
     )  # fmt: skip
     config["search"]["chunk_size"] = chunk
     (folder / "genai_config.json").write_text(json.dumps(config))
-    write_manifest(folder)
+    made = facts()
+    write_manifest(folder, replace(made, model=replace(made.model, context_length=context)))
     return folder
