@@ -15,13 +15,19 @@ from .tokenizer import Tokenizer
 
 
 class Marks(NamedTuple):
-    """The texts around reasoning."""
+    """The texts around reasoning.
+
+    title: what a model writes after the opening text, before its reasoning.
+    """
 
     opens: str
     closes: str
+    title: str = ""
 
 
-MARKS = (Marks("<think>", "</think>"), Marks("[THINK]", "[/THINK]"))
+MARKS = (
+    Marks("<think>", "</think>"), Marks("[THINK]", "[/THINK]"), Marks("<|channel>", "<channel|>", "thought\n"),
+)  # fmt: skip
 """The first row whose closing text is in a chat template counts."""
 
 _TAIL = 16  # tokens at the end of a prompt in which an opening text lies
@@ -137,7 +143,7 @@ class ThoughtReader:
 
     def __init__(self, marks: Marks | None, *, begun: bool = False) -> None:
         self._marks = marks
-        self._state = "answer" if marks is None else "reasoning" if begun else "start"
+        self._state = "answer" if marks is None else "title" if begun else "start"
         self._held = ""
 
     def feed(self, text: str, *, last: bool = False) -> Iterator[Thought | str]:
@@ -152,12 +158,19 @@ class ThoughtReader:
             assert self._marks is not None
             opens, begin = self._marks.opens, held.lstrip()
             if begin.startswith(opens):
-                self._state, held = "reasoning", begin.removeprefix(opens)
+                self._state, held = "title", begin.removeprefix(opens)
             elif opens.startswith(begin) and not last:
                 self._held = held
                 return
             else:
                 self._state = "answer"
+        if self._state == "title":
+            assert self._marks is not None
+            title = self._marks.title
+            if held != title and title.startswith(held) and not last:
+                self._held = held
+                return
+            self._state, held = "reasoning", held.removeprefix(title)
         if self._state == "reasoning":
             assert self._marks is not None
             thought, closes, held = held.partition(self._marks.closes)

@@ -256,7 +256,7 @@ class Server:
             if not engine.has_chat_template:
                 raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
             if (marks := engine.reasoning_marks) is not None:
-                made = replace(made, options={**made.options, "shown": list(marks)})
+                made = replace(made, options={**made.options, "shown": [marks.opens, marks.closes]})
             if body.offered_tools():
                 tool_format = _tool_format(engine)._replace(tools=named(body.callable_tools()))
                 made = with_calls(made, body, tool_format, engine.special_id)

@@ -89,8 +89,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type", "custom") not in ("custom", None):
         raise refuse(where, "this server runs no tools of its own; needed a tool with an input_schema")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    if tool.get("description"):
-        function["description"] = tool["description"]
+    function |= {name: tool[name] for name in ("description", "strict") if tool.get(name)}
     return {"type": "function", "function": function}
 
 

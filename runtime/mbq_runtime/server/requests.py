@@ -205,6 +205,7 @@ class _ToolFunction(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Strict):
@@ -387,6 +388,11 @@ class ChatBody(Body):
         if isinstance(self.tool_choice, ToolChoice):
             return [one for one in self.offered_tools() if one["function"]["name"] == self.tool_choice.function.name]
         return self.offered_tools()
+
+    def strict_tool(self) -> str | None:
+        """The field of the first tool whose calls must follow its schema to the letter; None where there is none."""
+        tools = self.tools or () if self.tool_choice != "none" else ()
+        return next((f"tools.{at}.function.strict" for at, tool in enumerate(tools) if tool.function.strict), None)
 
     def engine_prompt(self) -> list[dict[str, Any]]:
         return [message.for_template() for message in self.messages]

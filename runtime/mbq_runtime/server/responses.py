@@ -118,7 +118,7 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise refuse(where, "this server runs no tools of its own; needed a tool of type function")
-    names = ("name", "description", "parameters")
+    names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 

@@ -19,17 +19,49 @@ text_value[lazy]: TEXT "\\n</parameter>\\n"
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class Wanted(NamedTuple):
-    """What a grammar is for.
+class Wanted:
+    """What a grammar is for, and the rules that it has besides.
 
-    demanded: whether the reply must be a call; else what is not known in a schema is left out.
+    exact: whether all of a schema must hold; else what is not known in it is left out.
     several: whether there may be several calls.
     literal: writes a text, or the special token that it is.
     """
 
-    demanded: bool
-    several: bool
-    literal: Callable[[str], str]
+    def __init__(self, *, exact: bool, several: bool, literal: Callable[[str], str]) -> None:
+        self.exact, self.several, self.literal = exact, several, literal
+        self.rules: list[str] = []
+
+    def define(self, body: str, *, lazy: bool = False) -> str:
+        """Add a rule.
+
+        Args:
+            body: what it stands for.
+            lazy: whether its text ends as soon as it can.
+
+        Returns:
+            Its name.
+        """
+        name, fill = self.reserve(lazy=lazy)
+        fill(body)
+        return name
+
+    def reserve(self, *, lazy: bool = False) -> tuple[str, Callable[[str], None]]:
+        """Add a rule that may contain itself.
+
+        Args:
+            lazy: whether its text ends as soon as it can.
+
+        Returns:
+            Its name, and a function that takes what it stands for.
+        """
+        at = len(self.rules)
+        self.rules.append("")
+        name = f"rule_{at}"
+
+        def fill(body: str) -> None:
+            self.rules[at] = f"{name}{'[lazy]' if lazy else ''}: {body}"
+
+        return name, fill
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """JSON of a schema.
@@ -37,7 +69,7 @@ class Wanted(NamedTuple):
         Args:
             schema: the schema.
         """
-        options = _SPACES if self.demanded else {**_SPACES, "lenient": True}
+        options = _SPACES if self.exact else {**_SPACES, "lenient": True}
         return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
@@ -81,8 +113,12 @@ def _followed(schema: Any, root: Any, steps: int = 8) -> Any:
     return schema if found is None else _followed(found, root, steps - 1)
 
 
-def _values(schema: Mapping[str, Any]) -> list[Any]:
-    """The only values of a schema; none where it has others."""
+def only_values(schema: Mapping[str, Any]) -> list[Any]:
+    """The only values of a schema; none where it has others.
+
+    Args:
+        schema: of a value.
+    """
     found = schema.get("enum", [schema["const"]] if "const" in schema else [])
     return found if isinstance(found, list) else []
 
@@ -95,7 +131,7 @@ def is_text(schema: Any) -> bool:
     """
     if not isinstance(schema, dict):
         return False
-    values = _values(schema)
+    values = only_values(schema)
     return schema.get("type") == "string" or (bool(values) and all(isinstance(value, str) for value in values))
 
 
@@ -160,7 +196,7 @@ def _value_rule(schema: Any, shared: Mapping[str, Any], wanted: Wanted) -> str:
     if not is_text(schema):
         value = wanted.json({**shared, **schema} if isinstance(schema, dict) else shared)
         return f"{value} {end}"
-    values = _values(schema)
+    values = only_values(schema)
     return f"({' | '.join(map(json.dumps, values))}) {end}" if values else "text_value"
 
 
@@ -198,6 +234,21 @@ class Call(NamedTuple):
         return call if index is None else {"index": index, **call}
 
 
+def made_call(name: str, arguments: Any) -> Call:
+    """A call that can be sent: its arguments are JSON, and no text has half a character.
+
+    Args:
+        name: of the tool.
+        arguments: as values, or as text.
+
+    Raises:
+        ValueError: they cannot be sent.
+    """
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    f"{name}{text}".encode()
+    return Call(name, text)
+
+
 class ToolFormat(NamedTuple):
     """How a family of models writes calls.
 
@@ -206,11 +257,14 @@ class ToolFormat(NamedTuple):
     closes: text after a call; "": a call goes to the end of the reply.
     read: finds the calls in the text between, given the tools that may be called; raises ValueError, TypeError or
         SyntaxError where there are none.
-    rule: the grammar of the text between, in ``tool_format``; None: it is not known.
+    rule: the grammar of the text between.
     arguments: name of the arguments in the JSON of a call.
     listed: whether that JSON is a list of calls.
     around: text before and after the JSON.
     inner: text between the name and the arguments, where a call is not all JSON.
+    quote: text around a text among the arguments, where it is not that of JSON.
+    between: text between two calls.
+    ends: text with which the model waits for the answer to its calls; a reply ends before it.
     tools: those that may be called; a request has them.
     """
 
@@ -218,9 +272,12 @@ class ToolFormat(NamedTuple):
     opens: str
     closes: str
     read: Callable[[str, Tools], list[Call]]
-    rule: Callable[[ToolFormat, Wanted], str] | None = json_rule
+    rule: Callable[[ToolFormat, Wanted], str] = json_rule
     arguments: str = "arguments"
     listed: bool = False
     around: tuple[str, str] = ("", "")
     inner: str = ""
+    quote: str = ""
+    between: str = "\n"
+    ends: str = ""
     tools: Tools = MappingProxyType({})

@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from mbq_runtime.engine.grammar import Grammar
+from mbq_runtime.errors import GrammarError
 
+from .braced_calls import braced_rule, reader
 from .errors import ApiError
 from .requests import ChatBody, Order, ToolChoice
 from .tool_format import (
@@ -23,11 +25,13 @@ from .tool_format import (
     Tools,
     Wanted,
     is_text,
+    made_call,
     named_rule,
     parameters,
     properties,
     tagged_rule,
-)  # fmt: skip
+)
+from .value_rules import python_rule
 
 
 def _json_calls(body: str, _: Tools) -> list[Call]:
@@ -37,15 +41,8 @@ def _json_calls(body: str, _: Tools) -> list[Call]:
     for entry in found if isinstance(found, list) else [found]:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ValueError("no call")
-        calls.append(_call(entry["name"], entry.get("arguments", entry.get("parameters", {}))))
+        calls.append(made_call(entry["name"], entry.get("arguments", entry.get("parameters", {}))))
     return calls
-
-
-def _call(name: str, arguments: Any) -> Call:
-    """A call that can be sent: its arguments are JSON, and no text has half a character."""
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    f"{name}{text}".encode()
-    return Call(name, text)
 
 
 def _python_calls(body: str, _: Tools) -> list[Call]:
@@ -56,7 +53,7 @@ def _python_calls(body: str, _: Tools) -> list[Call]:
         if not isinstance(entry, ast.Call) or entry.args or any(word.arg is None for word in entry.keywords):
             raise ValueError("no call")
         arguments = {word.arg: ast.literal_eval(word.value) for word in entry.keywords}
-        calls.append(_call(ast.unparse(entry.func), arguments))
+        calls.append(made_call(ast.unparse(entry.func), arguments))
     return calls
 
 
@@ -68,7 +65,7 @@ def _named_calls(body: str, _: Tools) -> list[Call]:
         given = json.loads(arguments) if mark else None
         if not isinstance(given, dict):
             raise ValueError("no call")
-        calls.append(_call(name.strip(), given))
+        calls.append(made_call(name.strip(), given))
     return calls
 
 
@@ -79,7 +76,7 @@ def _tagged_calls(body: str, tools: Tools) -> list[Call]:
         raise ValueError("no call")
     types = properties(parameters(tools.get(found[1], {})))
     arguments = {key: _value(text, types.get(key)) for key, text in _PARAMETER.findall(found[2])}
-    return [_call(found[1], arguments)]
+    return [made_call(found[1], arguments)]
 
 
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
@@ -98,8 +95,28 @@ def _value(text: str, schema: Any) -> Any:
 
 
 FORMATS: Mapping[str, ToolFormat] = {
+    "gemma4": ToolFormat(
+        ("<|tool_call>", '<|"|>'),
+        "<|tool_call>",
+        "<tool_call|>",
+        reader('<|"|>'),
+        braced_rule,
+        quote='<|"|>',
+        between="",
+        ends="<|tool_response>",
+    ),
+    "functiongemma": ToolFormat(
+        ("<start_function_call>", "<escape>"),
+        "<start_function_call>",
+        "<end_function_call>",
+        reader("<escape>"),
+        braced_rule,
+        quote="<escape>",
+        between="",
+        ends="<start_function_response>",
+    ),
     "granite": ToolFormat(("<|tool_call|>",), "<|tool_call|>", "", _json_calls, listed=True),
-    "lfm": ToolFormat(("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _python_calls, None),
+    "lfm": ToolFormat(("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _python_calls, python_rule),
     "ministral": ToolFormat(("[TOOL_CALLS]", "[ARGS]"), "[TOOL_CALLS]", "", _named_calls, named_rule, inner="[ARGS]"),
     "mistral": ToolFormat(("[TOOL_CALLS]",), "[TOOL_CALLS]", "", _json_calls, listed=True, around=(" ", "")),
     "llama": ToolFormat(('"parameters": ', "ipython"), "", "", _json_calls, arguments="parameters"),
@@ -126,37 +143,46 @@ def find_format(template: str) -> ToolFormat | None:
 
 
 def call_grammar(
-    tool_format: ToolFormat, *, demanded: bool, several: bool, special_id: Callable[[str], int | None]
+    tool_format: ToolFormat, *, demanded: bool, several: bool, exact: bool, special_id: Callable[[str], int | None]
 ) -> Grammar | None:
     """The grammar of a reply that is one call or several, or of a reply that may have calls.
 
     Args:
         tool_format: how the model writes them, and the tools.
-        demanded: whether the reply must be calls; else it is text, and its calls follow the schemas.  What the grammar
-            does not know in a schema is then left out.
+        demanded: whether the reply must be calls; else it is text, and its calls follow the schemas.
         several: whether there may be several calls.
+        exact: whether all of the schemas must hold; else what the grammar does not know in them is left out.
         special_id: returns the id of a text that is a special token, else None.
 
     Returns:
-        None: the grammar of this format is not known, or a text cannot be told from a call.
+        None: a text cannot be told from a call, and the schemas need not hold.
+
+    Raises:
+        GrammarError: the schemas must hold, and have what the grammar does not know.
     """
-    if tool_format.rule is None or not (demanded or tool_format.opens):
+    if not (demanded or exact or tool_format.opens):
         return None
 
     def literal(text: str) -> str:
         token = special_id(text)
         return "" if not text else json.dumps(text) if token is None else f"<[{token}]>"
 
-    body = tool_format.rule(tool_format, Wanted(demanded, several, literal))
+    wanted = Wanted(exact=exact, several=several, literal=literal)
+    body = tool_format.rule(tool_format, wanted)
     opens, (before, after) = literal(tool_format.opens), map(literal, tool_format.around)
     call = f"{before} {body} {after} {literal(tool_format.closes)}"
+    rules = "\n".join((*wanted.rules, TEXT_RULES))
     if demanded:
-        more = ' ("\\n" call)*' if several and tool_format.closes else ""
-        return Grammar("lark", f"start: call{more}\ncall: {opens} {call}\n{TEXT_RULES}")
+        more = f" ({literal(tool_format.between)} call)*" if several and tool_format.closes else ""
+        return Grammar("lark", f"start: call{more}\ncall: {opens} {call}\n{rules}")
+    if not tool_format.opens:  # a reply that begins as a call does is one
+        return Grammar("lark", f"start: call | PLAIN\ncall: {call}\nPLAIN: /([^{{\\s](.|\\n)*)?/\n{rules}")
     start = ("call* TEXT" if several else "call? TEXT") if tool_format.closes else "call | TEXT"
+    if tool_format.ends and special_id(tool_format.ends) is not None:
+        start += f" {literal(tool_format.ends)}?"
     # A special token is no text.  Other text that opens a call ends the text before it as soon as it is there.
     opening = "opening" if opens.startswith("<") else "opening[lazy]"
-    return Grammar("lark", f"start: {start}\ncall: opening {call}\n{opening}: TEXT {opens}\n{TEXT_RULES}")
+    return Grammar("lark", f"start: {start}\ncall: opening {call}\n{opening}: TEXT {opens}\n{rules}")
 
 
 def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id: Callable[[str], int | None]) -> Order:
@@ -169,16 +195,28 @@ def with_calls(made: Order, body: ChatBody, tool_format: ToolFormat, special_id:
         special_id: returns the id of a text that is a special token, else None.
 
     Raises:
-        ApiError: the reply must be a call, and calls of this format cannot be demanded.
+        ApiError: the schemas of the tools must hold, and cannot.
     """
-    marks = (tool_format.opens, tool_format.inner, tool_format.closes)
-    shown = [*made.options.get("shown", ()), *(text for text in marks if text)]
-    options = {**made.options, "shown": shown}
+    texts = (tool_format.opens, tool_format.inner, tool_format.quote, tool_format.closes, tool_format.ends)
+    options = {**made.options, "shown": [*made.options.get("shown", ()), *(text for text in texts if text)]}
+    if tool_format.ends:
+        options["stop"] = (*made.options["stop"], tool_format.ends)
+    strict = body.strict_tool()
+    if strict is not None and made.options["grammar"] is not None:
+        message = f"{strict}: a reply has one grammar; leave strict or {made.grammar_field} out"
+        raise ApiError(400, message, param=strict, code="unsupported")
     several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ToolChoice)
-    grammar = call_grammar(tool_format, demanded=body.must_call, several=several, special_id=special_id)
-    if body.must_call and grammar is None:
-        message = "tool_choice: calls of this model cannot be demanded; use auto"
-        raise ApiError(400, message, param="tool_choice", code="unsupported")
+    try:
+        grammar = call_grammar(
+            tool_format,
+            demanded=body.must_call,
+            several=several,
+            exact=body.must_call or strict is not None,
+            special_id=special_id,
+        )
+    except (GrammarError, RecursionError) as error:
+        message = str(error) if isinstance(error, GrammarError) else "tools: a schema has too many levels"
+        raise ApiError(400, message, param="tools", code="invalid_grammar") from None
     if made.options["grammar"] is None and grammar is not None:
         options["grammar"] = grammar
         made = replace(made, grammar_field="tools")

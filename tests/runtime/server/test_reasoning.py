@@ -35,7 +35,8 @@ def thinking_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(bundle, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     same = {"special": False, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-    tokenizer["added_tokens"] += [{"id": OPENS + at, "content": mark, **same} for at, mark in enumerate(THINK)]
+    marks = ((OPENS, THINK.opens), (CLOSES, THINK.closes))
+    tokenizer["added_tokens"] += [{"id": token, "content": mark, **same} for token, mark in marks]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace(ASSISTANT, ASSISTANT + SWITCH))
     write_manifest(folder)
@@ -149,12 +150,19 @@ def test_bad_budgets(thinking: openai.OpenAI, thinking_bundle: Path, engine: Eng
         ("  Hi <think>", "", "  Hi <think>", 0),
         ("<think>never ends </thi", "never ends </thi", "", 0),
         ('<think>x</think>\n<tool_call>{"name": "f", "arguments": {}}</tool_call>', "x", "", 1),
+        ("<|channel>thought\na thought<channel|>Hi", "a thought", "Hi", 0),
+        ("<|channel>thought\n<channel|><|tool_call>call:f{}<tool_call|>", "", "", 1),
+        ("<|channel>thou", "thou", "", 0),
+        ("<|channel>though not<channel|>", "though not", "", 0),
     ],
 )
 def test_reasoning_text_and_calls_however_the_text_is_cut(
     text: str, thought: str, answer: str, calls: int, size: int
 ) -> None:
-    divider, found = Divider(THINK, FORMATS["hermes"]), []
+    marks, family = THINK, "hermes"
+    if "channel" in text:
+        marks, family = MARKS[2], "gemma4"
+    divider, found = Divider(marks, FORMATS[family]), []
     for at in range(0, len(text), size):
         found += divider.feed(text[at : at + size], last=at + size >= len(text))
     thoughts = [piece for piece in found if isinstance(piece, Thought)]
@@ -166,6 +174,7 @@ def test_reasoning_text_and_calls_however_the_text_is_cut(
 def test_marks_are_seen_in_the_template() -> None:
     assert find_marks("{{ '<think>' + x + '</think>' }}") == THINK
     assert find_marks("[THINK]{{ x }}[/THINK]") == Marks("[THINK]", "[/THINK]")
+    assert find_marks("{{ '<|channel>thought\\n<channel|>' }}") == MARKS[2]
     assert find_marks(TEMPLATE) is None
 
 

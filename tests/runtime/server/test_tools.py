@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import needs
 import openai
 import pytest
-from serving import Running
-from tiny_bundle import EOS
+from serving import Running, serve
+from tiny_bundle import EOS, write_bundle, write_manifest
 
 from mbq_runtime import Engine
+from mbq_runtime.bundle import manifest
 from mbq_runtime.engine import Grammar
-from mbq_runtime.server.tool_format import Call, named
+from mbq_runtime.engine.template import ChatTemplate
+from mbq_runtime.errors import GrammarError
+from mbq_runtime.server.braced_calls import reader
+from mbq_runtime.server.tool_format import Call, ToolFormat, named
 from mbq_runtime.server.tools import FORMATS, CallReader, call_grammar, find_format
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
@@ -43,6 +48,15 @@ REPLIES = {
         "I look.\n<tool_call>\n<function=tide>\n<parameter=place>\nOuessant\n</parameter>\n</function>\n</tool_call>\n"
         "<tool_call>\n<function=now>\n</function>\n</tool_call>",
         "I look.",
+    ),
+    "gemma4": (
+        'I look.<|tool_call>call:tide{place:<|"|>Ouessant<|"|>}<tool_call|><|tool_call>call:now{}<tool_call|>',
+        "I look.",
+    ),
+    "functiongemma": (
+        "<start_function_call>call:tide{place:<escape>Ouessant<escape>}<end_function_call>"
+        "<start_function_call>call:now{}<end_function_call>",
+        "",
     ),
     "llama": ('\n{"name": "tide", "parameters": {"place": "Ouessant"}}', ""),
     "lfm": ('<|tool_call_start|>[tide(place="Ouessant"), now()]<|tool_call_end|>Done.', "Done."),
@@ -106,7 +120,8 @@ def test_what_is_no_call_after_all_comes_out_as_text() -> None:
     [
         ("qwen2.5", "hermes"), ("qwen3", "hermes"), ("hermes", "hermes"), ("falcon3", "hermes"),
         ("mistral-v0.3", "mistral"), ("granite3", "granite"), ("llama3", "llama"), ("lfm2", "lfm"),
-        ("smollm3", "smollm"), ("gemma3", None), ("chatml", None),
+        ("smollm3", "smollm"), ("gemma3", None), ("gemma4", "gemma4"),
+        ("functiongemma", "functiongemma"), ("chatml", None),
     ],
 )  # fmt: skip
 def test_the_family_is_seen_in_the_template(file: str, family: str | None) -> None:
@@ -237,38 +252,178 @@ def ends(engine: Engine, grammar: Grammar, text: str) -> bool:
     return bool(matcher.allowed()[EOS])
 
 
-@pytest.mark.parametrize("family", [name for name, row in FORMATS.items() if row.rule and row.opens])
+@pytest.mark.parametrize("family", FORMATS)
 @pytest.mark.parametrize("special", [False, True])
 def test_calls_that_nobody_demands_follow_the_schemas(engine: Engine, family: str, special: bool) -> None:
     needs.module("llguidance")
     row = FORMATS[family]
-    opens = "<|im_start|>" if special else row.opens  # a special token of the tiny model
-    row = row._replace(opens=opens, tools=named([TIDE, PLACES, NOW]))
-    grammar = call_grammar(row, demanded=False, several=True, special_id=engine.special_id)
+    if special:  # special tokens of the tiny model
+        row = row._replace(opens=row.opens and "<|im_start|>", quote=row.quote and "<|endoftext|>", ends="<|im_end|>")
+    row = row._replace(tools=named([TIDE, PLACES, NOW]))
+    grammar = call_grammar(row, demanded=False, several=True, exact=not row.opens, special_id=engine.special_id)
     assert grammar is not None
 
-    def call(name: str, arguments: str) -> str:
-        body = f'{{"name": "{name}", "{row.arguments}": {arguments}}}'
-        if row.inner:
-            body = f"{name}{row.inner}{arguments}"
-        if family == "qwen3.5":
-            values = {
-                key: value if isinstance(value, str) else json.dumps(value)
-                for key, value in json.loads(arguments).items()
-            }
-            tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-            body = f"<function={name}>\n{tags}</function>"
+    def call(name: str, **arguments: Any) -> str:
         before, after = row.around
-        return opens + before + (f"[{body}]" if row.listed else body) + after + row.closes
+        return row.opens + before + written(family, row, name, arguments) + after + row.closes
 
-    right = call("tide", '{"place": "AB", "high": true}')
+    right = call("tide", high=True, place="AB") if row.quote else call("tide", place="AB", high=True)
     assert ends(engine, grammar, "The tide < turns [at] six. {}")
-    for text in (right, f"So: {right}", call("sail", '{"to": "CD"}'), call("now", "{}")):
+    for text in (right, call("sail", to="CD"), call("now")):
         assert ends(engine, grammar, text), text
+    assert ends(engine, grammar, f"So: {right}")  # which is text, where calls have no mark
     # A family without a closing mark has its calls at the end.
     assert ends(engine, grammar, f"{right}\n{right} So.") is bool(row.closes)
-    for name, arguments in (("tides", "{}"), ("tide", '{"place": "EF", "high": true}'), ("sail", '{"to": "EF"}')):
-        assert not ends(engine, grammar, call(name, arguments)), name
+    for text in (call("tides"), call("tide", high=True, place="EF"), call("sail", to="EF"), call("tide", high=True)):
+        assert not ends(engine, grammar, text), text
+
+
+def written(family: str, row: ToolFormat, name: str, arguments: dict[str, Any]) -> str:
+    """A call as a family writes it."""
+    if row.quote:
+        values = {
+            key: row.quote + value + row.quote if isinstance(value, str) else json.dumps(value)
+            for key, value in arguments.items()
+        }
+        return f"call:{name}{{{','.join(f'{key}:{value}' for key, value in values.items())}}}"
+    if family == "lfm":
+        values = {key: repr(value).replace("'", '"') for key, value in arguments.items()}
+        return f"[{name}({', '.join(f'{key}={value}' for key, value in values.items())})]"
+    if family == "qwen3.5":
+        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+        tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return f"<function={name}>\n{tags}</function>"
+    if row.inner:
+        return f"{name}{row.inner}{json.dumps(arguments)}"
+    body = json.dumps({"name": name, row.arguments: arguments})
+    return f"[{body}]" if row.listed else body
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("family", ["gemma4", "functiongemma", "lfm"])
+def test_values_that_are_not_written_as_json(engine: Engine, family: str, special: bool) -> None:
+    """Each kind of schema: what the grammar takes is what the reader gives, and what breaks the schema is refused."""
+    needs.module("llguidance")
+    quote = FORMATS[family].quote
+    row = FORMATS[family]._replace(opens="<|im_start|>")
+    if special and quote:
+        row = row._replace(quote="<|endoftext|>", read=reader("<|endoftext|>"))
+    node = {
+        "type": "object", "properties": {"v": {"type": "integer", "maximum": 9}, "next": {"$ref": "#/$defs/node"}},
+        "required": ["v"], "additionalProperties": False,
+    }  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 2},
+            "b": {"anyOf": [{"type": "null"}, {"type": "number"}]},
+            "c": {"type": ["boolean", "string"], "pattern": "^[x-z]+$"},
+            "d": {"const": {"k": [1, True]}},
+            "e": {"$ref": "#/$defs/node"},
+            "f": {},
+            "g": {"enum": ["two words", 3]},
+        },
+        "additionalProperties": False,
+        "$defs": {"node": node},
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    row = row._replace(tools=named([tool]))
+    grammar = call_grammar(row, demanded=True, several=False, exact=True, special_id=engine.special_id)
+    assert grammar is not None
+
+    def text(value: Any, python: bool = not quote) -> str:
+        if isinstance(value, str):
+            return json.dumps(value) if python else row.quote + value + row.quote
+        if isinstance(value, list):
+            return f"[{(', ' if python else ',').join(map(text, value))}]"
+        if isinstance(value, dict):
+            pairs = (
+                f"{json.dumps(key)}: {text(part)}" if python else f"{key}:{text(part)}" for key, part in value.items()
+            )
+            return f"{{{(', ' if python else ',').join(pairs)}}}"
+        return repr(value) if python else json.dumps(value)
+
+    def body(arguments: dict[str, Any]) -> str:
+        if quote:
+            return "call:f" + text(arguments)
+        return f"[f({', '.join(f'{key}={text(part)}' for key, part in arguments.items())})]"
+
+    for right in (
+        {},
+        {"a": ["x", "ab{"]},
+        {"b": None, "d": {"k": [1, True]}},
+        {"a": [""], "b": -2.5, "c": "xyz", "e": {"next": {"v": 3}, "v": 4} if quote else {"v": 4, "next": {"v": 3}}},
+        {"c": True, "f": {"any": ["thing", 1, None, {}]}, "g": "two words"},
+        {"f": [], "g": 3},
+    ):
+        assert ends(engine, grammar, row.opens + body(right) + row.closes), right
+        (call,) = row.read(body(right), row.tools)
+        assert json.loads(call.arguments) == right
+    for wrong in (
+        {"a": []}, {"a": ["abcd"]}, {"a": ["x"] * 3}, {"b": "x"}, {"c": "abc"}, {"c": None}, {"d": {"k": [1]}},
+        {"e": {}}, {"e": {"v": 10}}, {"g": "two"}, {"h": 1},
+    ):  # fmt: skip
+        assert not ends(engine, grammar, row.opens + body(wrong) + row.closes), wrong
+    bad = {**tool["function"], "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    row = row._replace(tools=named([{"type": "function", "function": bad}]))
+    with pytest.raises(GrammarError, match="json_schema: at not: not known for the calls of this model"):
+        call_grammar(row, demanded=True, several=False, exact=True, special_id=engine.special_id)
+    assert call_grammar(row, demanded=True, several=False, exact=False, special_id=engine.special_id)
+
+
+def test_calls_in_braces_that_are_none() -> None:
+    for call in (
+        "call:f", "f{}", "call:f{a}", "call:f{a:}", "call:f{a:1", "call:f{a:1}}", "call:f{a:<escape>b}", "call:f{a:b}",
+        "call:f{a:[1}", "call:f{a:NaN}", "call:f{" + "a:{" * 10**5, 'call:f{a:"\\ud800"}',
+    ):  # fmt: skip
+        text = f"<start_function_call>{call}<end_function_call>"
+        assert read("functiongemma", [text]) == (text, [])
+    spaced = '<start_function_call> call:f { a : "b", <escape>c<escape>: [1, {d:None}] } <end_function_call>'
+    assert read("functiongemma", [spaced]) == ("", [Call("f", '{"a": "b", "c": [1, {"d": null}]}')])
+
+
+@pytest.mark.parametrize("family", ["gemma4", "functiongemma"])
+def test_a_template_of_gemma_says_what_its_calls_are(family: str, tmp_path: Path) -> None:
+    """Tools, calls and answers as the template writes them; its calls are those that the reader knows."""
+    (tmp_path / "chat_template.jinja").write_text((TEMPLATES / f"{family}.jinja").read_text())
+    row = FORMATS[family]
+    call = {"id": "1", "type": "function", "function": {"name": "tide", "arguments": {"place": "AB", "high": True}}}
+    talk = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "tide", "tool_call_id": "1", "content": "six"},
+    ]
+    described = {**TIDE["function"], "description": "When?"}
+    text = ChatTemplate(tmp_path).render(talk, {"tools": [{"type": "function", "function": described}]})
+    assert f"declaration:tide{{description:{row.quote}When?{row.quote}" in text
+    assert f"response:tide{{value:{row.quote}six{row.quote}}}" in text
+    _, _, after = text.partition(row.opens)
+    found, _, _ = after.partition(row.closes)
+    (made,) = row.read(found, {})
+    assert (made.name, json.loads(made.arguments)) == ("tide", {"high": True, "place": "AB"})
+    assert text.index(row.ends) > text.index(row.closes)  # a reply ends before the answer
+
+
+def test_a_reply_of_gemma_ends_where_an_answer_would_begin(tmp_path: Path) -> None:
+    """In a stream, through the server, where the texts are no special tokens."""
+    needs.module("llguidance")
+    folder = write_bundle(tmp_path / "bundle", context=400)
+    shutil.copy(TEMPLATES / "gemma4.jinja", folder / "chat_template.jinja")
+    write_manifest(folder, manifest.read(folder))
+    call = "<|tool_call>call:now{}<tool_call|>"
+    said = {"structured_outputs": {"choice": [f"So.{call}<|tool_response>response"]}}
+    with (
+        serve(Engine.load(folder, threads=1)) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=30) as client,
+    ):
+        short = {"type": "function", "function": {"name": "now", "description": ""}}
+        chunks = list(
+            ask(client, tools=[short], stream=True, extra_body=said, messages=[{"role": "user", "content": ""}])
+        )
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [(call.function.name, call.function.arguments) for call in calls] == [("now", "{}")]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "So."
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_what_a_grammar_does_not_know_is_left_out_unless_a_call_is_demanded(client: openai.OpenAI) -> None:
@@ -279,6 +434,13 @@ def test_what_a_grammar_does_not_know_is_left_out_unless_a_call_is_demanded(clie
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, tools=[tool], tool_choice="required")
     assert (caught.value.param, caught.value.code) == ("tools", "invalid_grammar")
+    tool["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[tool])
+    assert (caught.value.param, caught.value.code) == ("tools", "invalid_grammar")
+    assert ask(client, tools=[{**TIDE, "function": {**TIDE["function"], "strict": True}}], max_tokens=3).choices
+    with pytest.raises(openai.BadRequestError, match="a reply has one grammar; leave strict or response_format out"):
+        ask(client, tools=[tool], response_format={"type": "json_object"})
 
 
 def test_tools_and_their_answers_reach_the_template(client: openai.OpenAI) -> None:
