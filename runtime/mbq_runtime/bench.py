@@ -20,6 +20,7 @@ from typing import Any
 
 from . import tables
 from .engine import Engine
+from .machine import cpu_name
 from .sensing.readings import Readings
 
 _PACKAGES = ("mbq-export", "onnxruntime", "onnxruntime-genai", "apache-tvm", "apache-tvm-ffi", "numpy")
@@ -182,16 +183,6 @@ def environment(look: Callable[[], Readings], root: Path = Path("/")) -> dict[st
         "temp_c": reading.temp_c,
         "power_sensor": reading.power_w is not None,
     }
-
-
-def cpu_name(root: Path = Path("/")) -> str | None:
-    """Name of the processor; None is unknown.
-
-    Args:
-        root: folder that holds ``proc``.
-    """
-    info = _text(root / "proc/cpuinfo") or ""
-    return next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), None)
 
 
 def _text(path: Path) -> str | None:

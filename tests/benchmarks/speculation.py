@@ -2,8 +2,9 @@
 
     python tests/benchmarks/speculation.py BUNDLE --bits 8 --guess-bits 3,4
 
-Both sides make the same replies in turn.  Times are the processor's, so that other work on the machine counts little.
-The prompts are short questions, and a text to sum up and a list to repeat, of which much comes again in the reply.
+BUNDLE is a folder, or a shape such as llama-1b.  Both sides make the same replies in turn.  Times are the
+processor's, so that other work on the machine counts little.  The prompts are short questions, and a text to sum up
+and a list to repeat, of which much comes again in the reply.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
+from named_bundles import bundle_of
 
 from mbq_runtime import Engine
 from mbq_runtime.bench import environment
 from mbq_runtime.engine.allowance import Allowance
 from mbq_runtime.engine.generation import GenerationStats
-from mbq_runtime.engine.speculation import MOST_GUESSES, PassCosts
+from mbq_runtime.engine.pass_costs import PassCosts
+from mbq_runtime.engine.speculation import MOST_GUESSES
 from mbq_runtime.sensing.sensors import Sensors
 
 QUESTIONS = (
@@ -80,7 +82,7 @@ def compare(engine: Engine, prompts: tuple[str, ...], options: argparse.Namespac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_of)
     parser.add_argument("--engine")
     parser.add_argument("--bits", type=float, default=8.0)
     parser.add_argument("--guess-bits", default="3,4")

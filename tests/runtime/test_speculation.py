@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from tiny_bundle import CIRCLE, CONTEXT, EOS, VOCAB, ids
 
 from mbq_runtime import Engine, UsageError
-from mbq_runtime.engine import Grammar, speculation
+from mbq_runtime.engine import Grammar, pass_costs
 from mbq_runtime.engine.generation import GenerationStats, Sampling
+from mbq_runtime.engine.pass_costs import PassCosts
 from mbq_runtime.engine.sampling import Sampler
-from mbq_runtime.engine.speculation import MOST_GUESSES, Acceptance, LookUp, PassCosts, checked
+from mbq_runtime.engine.speculation import MOST_GUESSES, Acceptance, LookUp, checked
 
 F32 = NDArray[np.float32]
 
@@ -144,7 +145,10 @@ def test_a_reply_can_be_stopped_within_a_pass(guessing: Engine) -> None:
     assert guessing.generate("xA", chat=False, max_tokens=3).text() == "BCD"
 
 
-def test_where_guesses_cost_more_than_they_give_auto_makes_none(engine: Engine) -> None:
+def test_where_guesses_cost_more_than_they_give_auto_makes_none(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PassCosts, "note", lambda *_: None)  # the tiny model has other costs
     cheap, dear = np.array([1.0, 1.0, 1.0, 1.0]), np.array([1.0, 2.0, 4.0, 8.0])
     for seconds, fewest in ((cheap, 30), (dear, 0)):
         engine.__dict__["_pass_costs"] = PassCosts((1, 2, 4, 8), (3.0, 8.0), np.stack([seconds, seconds]))
@@ -230,8 +234,86 @@ def test_more_guesses_where_they_are_kept() -> None:
     assert seen.share > 0.9
 
 
+def costs_of(one: float, more: float) -> PassCosts:
+    """Costs of a model that takes ``one`` second for a token, and ``more`` for each other of a pass."""
+    return PassCosts((1, 8), (3.0, 8.0), np.array([[one / 2, one / 2 + 7 * more], [one, one + 7 * more]]))
+
+
+def test_costs_are_corrected_by_the_passes_of_replies() -> None:
+    """The table says that a pass of many tokens costs as much as one; on this board each token costs as much."""
+    costs, said = costs_of(1.0, 0.0), []
+    for at in range(200):
+        count = costs.best_count(0.5, 0.0, 8.0, range(8)) if at % 16 else 0
+        costs.note(count + 1, 8.0, 3.0 * (count + 1))  # a board three times as slow
+        said.append(count)
+    assert said[1] > 0
+    assert said[-20:] == [0] * 20
+    assert sum(said) < 250
+    assert costs.at(1, 8.0) == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_pass_that_takes_long_once_changes_little() -> None:
+    costs = costs_of(1.0, 0.1)
+    for _ in range(20):
+        costs.note(1, 8.0, 1.0)
+    costs.note(1, 8.0, 50.0)
+    for _ in range(10):
+        costs.note(1, 8.0, 1.0)
+    assert costs.at(8, 8.0) / costs.at(1, 8.0) == pytest.approx(1.7, rel=0.05)
+    assert costs.at(1, 8.0) == pytest.approx(1.0, rel=0.1)
+
+
+def test_auto_times_passes_behind_a_reply_and_keeps_the_times(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path))
+    measured = []
+    measure = PassCosts.measure
+    monkeypatch.setattr(PassCosts, "measure", lambda *a: measured.append(a) or measure(*a))
+    prompt = "xA" + CIRCLE * 3
+    for run in range(3):
+        engine = Engine.load(bundle, threads=1)
+        engine.speculate = "auto"
+        reply = engine.generate(prompt, chat=False, max_tokens=20)
+        text = next(reply)
+        assert len(measured) == (run > 0)  # not before the first token
+        text += reply.text()
+        assert text == (CIRCLE * 9)[:20]
+        assert (reply.stats.guessed > 0) == (run > 0)
+        assert len(measured) == 1
+    (file,) = (tmp_path / "pass-costs").iterdir()
+    assert pass_costs.place(bundle, "onnx", 2, (3.0, 8.0)) != file == pass_costs.place(bundle, "onnx", 1, (3.0, 8.0))
+    reply = Engine.load(bundle, threads=2)
+    reply.speculate = "auto"
+    stopped = reply.generate(prompt, chat=False, max_tokens=20)
+    next(stopped)
+    stopped.close()
+    assert len(measured) == 1  # somebody who stops a reply does not wait
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{", "x" * 5000, '{"sizes": [1, 2, 4, 8], "bits": [3, 8], "seconds": [[1, 1, 1], [1, 1, 1]]}',
+        '{"sizes": [1, 2, 4, 8], "bits": [3, 8], "seconds": [[1, 1, 1, 1], [1, 1, 1, NaN]]}',
+        '{"sizes": [1, 2, 4, 8], "bits": [8, 3], "seconds": [[1, 1, 1, 1], [1, 1, 1, 1]]}',
+        '{"sizes": [1, 2, 4, 8], "bits": [3, 8], "seconds": [[1, 1, 1, 1], [1, 1, 0, 1]]}',
+        '{"sizes": 1, "bits": [3, 8], "seconds": [[1, 1, 1, 1], [1, 1, 1, 1]]}',
+    ],
+)  # fmt: skip
+def test_a_file_of_times_that_is_none_is_ignored(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "costs.json"
+    assert pass_costs.load(file) is None
+    file.write_text(text)
+    assert pass_costs.load(file) is None
+    pass_costs.save(PassCosts((1, 2, 4, 8), (3.0, 8.0), np.full((2, 4), 0.5)), file)
+    found = pass_costs.load(file)
+    assert found is not None
+    assert (found.bits, found.seconds.tolist()) == ((3.0, 8.0), [[0.5] * 4] * 2)
+
+
 def test_a_slow_board_times_each_pass_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculation, "_ENOUGH_S", 0.0)
+    monkeypatch.setattr(pass_costs, "_ENOUGH_S", 0.0)
     sizes: list[int] = []
     start = engine._backend.start
 

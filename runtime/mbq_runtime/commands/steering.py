@@ -168,8 +168,8 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
 
 def _identity(engine: Engine) -> tuple[str, str, int]:
     """What tells bundle, board and threads from others."""
-    from mbq_runtime.bench import cpu_name
     from mbq_runtime.bundle.file_names import MANIFEST_NAME
+    from mbq_runtime.machine import cpu_name
 
     manifest = sha256((engine.path / MANIFEST_NAME).read_bytes()).hexdigest()
     return manifest, f"{platform.node()} {cpu_name()}", engine.threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,8 +51,11 @@ class Decoding:
         """
         left, guesses = self.length - len(self.prompt), list[int]()
         self._read_prompt(context, left, record)
+        start_s = 0.0
         while left and not record.stopping:
             rows, bits = context.logits(), context.bits_used()
+            if start_s:
+                guesser.time(1 + len(guesses), context.avg_bits, time.perf_counter() - start_s)
             tokens = checked(rows, guesses, self.sampler, self.end_tokens)
             record.reasoning_tokens = self.sampler.reasoning_tokens
             if guesses:
@@ -70,6 +74,7 @@ class Decoding:
                     return
             if left:
                 guesses = guesser.guess(context, tokens[-1], self.sampler, left - 1)
+                start_s = time.perf_counter()
                 context.append([tokens[-1], *guesses], 1 + len(guesses))
 
     def _read_prompt(self, context: KeptContext, max_tokens: int, record: Record) -> None:

@@ -21,6 +21,7 @@ from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.errors import BundleError, PromptTooLongError, UsageError
 from mbq_runtime.fidelity import TokenFidelity
 
+from . import pass_costs
 from .allowance import Allowance
 from .backend import Backend, choose_engine, load_backend
 from .decoding import Decoding
@@ -29,6 +30,7 @@ from .grammar import Grammar, Grammars
 from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
+from .pass_costs import PassCosts
 from .prompt import Prompt, checked_ids, prompt_ids
 from .reasoning import Marks, find_marks, follow
 from .sampling import Sampler
@@ -46,7 +48,7 @@ from .score import (
     time_passes,
 )
 from .session_file import owner
-from .speculation import Guesser, Mode, PassCosts, check_mode
+from .speculation import Guesser, Mode, check_mode
 from .template import Message
 from .threads import cores
 from .tokenizer import Tokenizer
@@ -610,19 +612,36 @@ class Engine:
 
     def _steps(self, decoding: Decoding, session: KeptContext | None, record: Record) -> Generator[Step, None, None]:
         with self._alone(), engine_errors(f"{self.path}: generation failed"):
-            if self._speculate != "off":
-                _ = self._pass_costs  # timed before the prompt, not between two tokens
+            if self._speculate == "on":
+                self._time_guesses()  # before the prompt, not between two tokens
             guesser = Guesser(decoding.prompt.tolist(), lambda: self._speculate, lambda: self._pass_costs, self._eos)
             context, length = session, decoding.length
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
-            yield from decoding.steps(context, guesser, record)
+            try:
+                yield from decoding.steps(context, guesser, record)
+            finally:
+                if self._speculate == "auto" and not record.stopping:
+                    self._time_guesses()
 
     @cached_property
-    def _pass_costs(self) -> PassCosts:
-        model, budget = self.manifest.model, self.manifest.budget
-        budgets = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
-        return PassCosts.measure(self._backend, budgets, model.vocab_size)
+    def _kept_costs(self) -> Path:
+        """The file that keeps what passes cost."""
+        bits = self._allowed(self.manifest.budget.min_bits).bits, self._allowed(self.manifest.budget.max_bits).bits
+        return pass_costs.place(self.path, self.name, self._threads, bits)
+
+    @cached_property
+    def _pass_costs(self) -> PassCosts | None:
+        """What passes cost; None where it is not known yet."""
+        return pass_costs.load(self._kept_costs)
+
+    def _time_guesses(self) -> None:
+        """Time passes, unless they have been timed on this machine before."""
+        if self._pass_costs is None:
+            model, budget = self.manifest.model, self.manifest.budget
+            budgets = self._allowed(budget.min_bits), self._allowed(budget.max_bits)
+            self._pass_costs = PassCosts.measure(self._backend, budgets, model.vocab_size)
+            pass_costs.save(self._pass_costs, self._kept_costs)
 
 
 class _Alone:

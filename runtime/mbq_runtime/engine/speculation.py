@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,25 +21,22 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
-from .allowance import Allowance
-from .backend import Backend
 from .kept_context import KeptContext
+from .pass_costs import MOST_TOKENS, PassCosts
 from .sampling import Sampler
 
 Mode = Literal["off", "on", "auto"]
 """off: no guesses; on: guesses always; auto: guesses where they are expected to save time."""
 
-MOST_GUESSES = 7
+MOST_GUESSES = MOST_TOKENS - 1
 """Guesses of a round.  The pass that checks them has one token more."""
 
 _MATCHES = {5: 0.85, 3: 0.5, 2: 0.3}
 """How many of the last tokens came before -> the share of guesses that is expected at first.  The longest counts."""
 
-_SIZES = (1, 2, 4, MOST_GUESSES + 1)  # passes that are timed
-_TIMES = 3
-_ENOUGH_S = 0.3  # a slow board times each pass once: a reply waits for it
 _PRIOR = 8.0  # guesses for which the first estimate stands
 _FADE = 0.95  # weight of what was seen one round ago
+_PLAIN = 16  # one round of so many has no guess, the first one too: what a token costs must be known
 _LEAST_BITS = 1.0  # the model guesses with a budget that is lower by at least this
 
 
@@ -151,91 +146,12 @@ class Acceptance:
         return self._kept / self._seen
 
 
-@dataclass(frozen=True)
-class PassCosts:
-    """Seconds of a pass, by the number of its tokens and by its budget.
-
-    sizes: numbers of tokens, from 1 up.
-    bits: two budgets in average bits per weight, the lower one first.
-    seconds: float64 [2, sizes].
-    """
-
-    sizes: tuple[int, ...]
-    bits: tuple[float, float]
-    seconds: NDArray[np.float64]
-
-    @classmethod
-    def measure(cls, backend: Backend, budgets: tuple[Allowance, Allowance], vocab_size: int) -> PassCosts:
-        """Time passes over random tokens, each with logits for all of its tokens: three times, or for 0.3 s.
-
-        Args:
-            backend: a loaded model.
-            budgets: two, the lower one first.
-            vocab_size: ids are below it.
-        """
-        budget, rng = np.zeros(2, np.float32), np.random.default_rng(0)
-        context, end_s = backend.start(sum(_SIZES), budget), time.perf_counter() + _ENOUGH_S
-        found = np.full((_TIMES, len(budgets), len(_SIZES)), np.inf)
-        for turn in range(_TIMES):
-            for row, of_row in enumerate(budgets):
-                budget[:] = of_row.numbers
-                for column, size in enumerate(_SIZES):
-                    tokens = rng.integers(0, vocab_size, size, np.int32)
-                    start_s = time.perf_counter()
-                    context.append(tokens, size)
-                    context.logits()
-                    found[turn, row, column] = time.perf_counter() - start_s
-                context.rewind(0)
-            if time.perf_counter() > end_s:
-                break
-        return cls(_SIZES, (budgets[0].bits, budgets[1].bits), found.min(0))
-
-    def at(self, tokens: int, avg_bits: float) -> float:
-        """Seconds of a pass.
-
-        Args:
-            tokens: how many, 1 to ``MOST_GUESSES`` + 1.
-            avg_bits: its budget.
-        """
-        low, high = self._by_tokens[tokens]
-        share = (avg_bits - self.bits[0]) / (self.bits[1] - self.bits[0]) if self.bits[1] > self.bits[0] else 1.0
-        return low + (high - low) * min(max(share, 0.0), 1.0)
-
-    @cached_property
-    def _by_tokens(self) -> list[tuple[float, float]]:
-        """Seconds at both budgets, by the number of tokens."""
-        counts = range(MOST_GUESSES + 2)
-        return [
-            (float(a), float(b))
-            for a, b in zip(*(np.interp(counts, self.sizes, row) for row in self.seconds), strict=True)
-        ]
-
-    def best_count(self, acceptance: float, guess_s: float, avg_bits: float, counts: range) -> int:
-        """How many guesses give the most tokens a second.
-
-        With a share a kept, k guesses give 1 + a + ... + a^k tokens.
-
-        Args:
-            acceptance: share of guesses that are kept.
-            guess_s: seconds that a guess takes.
-            avg_bits: budget of the check.
-            counts: from which to choose; the lower of two equal ones is taken.
-        """
-        best, highest, tokens = counts[0], 0.0, 0.0
-        for count in range(counts[-1] + 1):
-            tokens += acceptance**count
-            speed = tokens / (count * guess_s + self.at(count + 1, avg_bits))
-            if count in counts and speed > highest:
-                best, highest = count, speed
-        return best
-
-
 class Guesser:
     """The guesses of one reply.
 
     prompt: ids.
     mode: gives the mode of this moment.
-    costs: gives the costs of this model's passes; called where the mode is not "off".
+    costs: gives the costs of this model's passes; called where the mode is not "off".  None: nothing is guessed.
     end_tokens: ids after which nothing is guessed.
     """
 
@@ -243,12 +159,13 @@ class Guesser:
         self,
         prompt: Sequence[int],
         mode: Callable[[], Mode],
-        costs: Callable[[], PassCosts],
+        costs: Callable[[], PassCosts | None],
         end_tokens: frozenset[int],
     ) -> None:
         self._look_up, self._mode, self._costs, self._end_tokens = LookUp(prompt), mode, costs, end_tokens
         self._found = {count: Acceptance(share) for count, share in _MATCHES.items()}
         self._own = self._last = Acceptance(0.7)
+        self._rounds = 0
 
     def guess(self, context: KeptContext, token: int, sampler: Sampler, most: int) -> list[int]:
         """Guess what follows a token.  The context is as before afterwards.
@@ -267,6 +184,9 @@ class Guesser:
         if not len(counts):
             return []
         costs = self._costs()
+        self._rounds += 1
+        if costs is None or (mode == "auto" and self._rounds % _PLAIN == 1):
+            return []
         if match := self._look_up.match():
             self._last = self._found[match]
             found = self._look_up.guess(costs.best_count(self._last.share, 0.0, bits, counts))
@@ -277,20 +197,34 @@ class Guesser:
             return []
         self._last = self._own
         count = costs.best_count(self._own.share, costs.at(1, low), bits, counts)
-        return self._of_model(context, token, sampler.fork(), count, low) if count else []
+        return self._of_model(context, token, sampler.fork(), count, costs) if count else []
 
-    def _of_model(self, context: KeptContext, token: int, sampler: Sampler, count: int, avg_bits: float) -> list[int]:
+    def _of_model(self, context: KeptContext, token: int, sampler: Sampler, count: int, costs: PassCosts) -> list[int]:
         """What the model says at its lowest budget."""
         before, found = len(context), list[int]()
         try:
             while len(found) < count and token not in self._end_tokens:
-                context.append([token], avg_bits=avg_bits)
-                token = sampler.choose(context.logits()[0])
+                start_s = time.perf_counter()
+                context.append([token], avg_bits=costs.bits[0])
+                logits = context.logits()[0]
+                costs.note(1, costs.bits[0], time.perf_counter() - start_s)
+                token = sampler.choose(logits)
                 found.append(token)
         except (BundleError, GrammarError):  # nothing that was guessed may end a reply
             pass
         context.rewind(before)
         return found
+
+    def time(self, tokens: int, avg_bits: float, seconds: float) -> None:
+        """Learn from the time of a pass, its logits included.
+
+        Args:
+            tokens: of the pass.
+            avg_bits: its budget.
+            seconds: its time.
+        """
+        if self._mode() != "off" and (costs := self._costs()) is not None:
+            costs.note(tokens, avg_bits, seconds)
 
     def note(self, tokens: Sequence[int], guessed: int) -> None:
         """Learn from a check.
