@@ -2,9 +2,10 @@
 
     python tests/benchmarks/conversation.py BUNDLE --turns 12 --tokens 150 --bits 8 --clients 8
 
-A turn has ``--tokens`` tokens: a message, and a reply of 32.  Both sides get the same messages in one run, and
-their replies are compared.  Then ``--clients`` conversations go through two servers at once, one of which keeps
-nothing; that one is asked for turns 1, 2 and the last, as it reads everything.
+BUNDLE is a folder, or a shape such as llama-1b.  A turn has ``--tokens`` tokens: a message, and a reply of 32.  Both
+sides get the same messages in one run, and their replies are compared.  Then ``--clients`` conversations go through
+two servers at once, one of which keeps nothing; that one is asked for turns 1, 2 and the last, as it reads
+everything.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 from measured_on import measured_on
+from named_bundles import bundle_of
 
 from mbq_runtime import Engine, Generation
 
@@ -134,7 +135,7 @@ def many_clients(engine: Engine, options: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_of)
     parser.add_argument("--engine")
     parser.add_argument("--bits", type=float, default=8.0)
     parser.add_argument("--turns", type=int, default=12)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/few_tokens.py BUNDLE [BUNDLE2] --bits 4,8 --threads 1 --rounds 15 [--json FILE]
 
-BUNDLE has both engines, or BUNDLE has one and BUNDLE2 the other.  Each pass adds its tokens behind ``--past`` tokens
-and gives logits for all of them, as the check of guesses does.  Sizes, budgets and engines take turns in each round.
-Figures are the least of all rounds, because other work on the machine only adds time.  FILE has the medians too.
+BUNDLE is a folder, or a shape such as llama-1b.  It has both engines, or BUNDLE has one and BUNDLE2 the other.  Each
+pass adds its tokens behind ``--past`` tokens and gives logits for all of them, as the check of guesses does.  Sizes,
+budgets and engines take turns in each round.  Figures are the least of all rounds, because other work on the machine
+only adds time.  FILE has the medians too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from measured_on import measured_on
+from named_bundles import bundle_of
 
 from mbq_runtime import Engine
 from mbq_runtime.bundle.manifest import read
@@ -43,7 +45,7 @@ def time_round(engine: Engine, bits: float, past: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument("bundles", nargs="+", type=bundle_of)
     parser.add_argument("--engines", help="Some of those that the bundles have, such as onnx,tvm.")
     parser.add_argument("--bits", default="4,8")
     parser.add_argument("--threads", type=int, default=1)

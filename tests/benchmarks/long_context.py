@@ -1,6 +1,10 @@
 """Time of a token and of a prompt's chunk behind a long context, with keys and values of float32 and of 8 bits.
 
     python tests/benchmarks/long_context.py BUNDLE --past 512,4096 --bits 4,8 --threads 1 --rounds 9 [--json FILE]
+    python tests/benchmarks/long_context.py llama-1b --past 4096
+
+BUNDLE is a folder, or a shape of ``versus_models.py``.  A shape has llama.cpp beside it, and a folder has it with
+``--gguf FILE``: Q4_0 with keys and values of q8_0 and flash attention.
 
 BUNDLE has float32 keys and values and the engine onnx.  Its twin with 8 bits is made from it, so that all else is the
 same.  Passes, budgets and sides take turns in each round.  Times are of the processor, of all threads together, and the
@@ -24,8 +28,10 @@ from typing import Any
 import numpy as np
 import onnx
 from measured_on import measured_on
+from named_bundles import bundle_of, gguf_of
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from versus_worker import LlamaCpp
 
 from mbq_runtime import Engine
 from mbq_runtime.bundle import listed_files, manifest
@@ -40,6 +46,9 @@ CHUNK = 128
 EMPTY = 16
 """Tokens of a context that counts as empty."""
 KL_WINDOW = 1024
+RIVAL, RIVAL_BITS = "llama.cpp Q4_0, q8_0", 4.5
+"""Q4_0 has 4 bits and a scale of 16 for 32 weights."""
+VOCABULARY = 32000
 PAGES = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -108,7 +117,11 @@ class Side:
                 self.contexts[length].append(self.tokens(min(CHUNK, length - start), start))
 
     def tokens(self, count: int, seed: int) -> NDArray[np.int32]:
-        return np.random.default_rng(seed).integers(0, self.vocabulary, count, np.int32)
+        return self.tokens_below(self.vocabulary, count, seed)
+
+    @staticmethod
+    def tokens_below(vocabulary: int, count: int, seed: int) -> NDArray[np.int32]:
+        return np.random.default_rng(seed).integers(0, vocabulary, count, np.int32)
 
     def time_s(self, length: int, count: int, bits: float) -> float:
         """Seconds of the processor for a pass behind a context."""
@@ -117,6 +130,31 @@ class Side:
         start_s = time.process_time()
         context.append(tokens)
         context.logits()
+        elapsed_s = time.process_time() - start_s
+        context.rewind(length)
+        return elapsed_s
+
+
+class Rival:
+    """llama.cpp, with a context of each length.  It has one budget."""
+
+    def __init__(self, gguf: Path, lengths: list[int], threads: int) -> None:
+        model = LlamaCpp(gguf)
+        q8_0, flash = model.api.GGML_TYPE_Q8_0, model.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.contexts, self.context_bytes = {}, {}
+        for length in lengths:
+            before = resident_bytes()
+            made = model.context(threads, length + CHUNK, type_k=q8_0, type_v=q8_0, flash_attn_type=flash)
+            self.contexts[length] = made
+            for start in range(0, length, CHUNK):
+                made.append(Side.tokens_below(VOCABULARY, min(CHUNK, length - start), start))
+            self.context_bytes[length] = resident_bytes() - before
+
+    def time_s(self, length: int, count: int, bits: float) -> float:
+        """Seconds of the processor for a pass behind a context."""
+        context, tokens = self.contexts[length], Side.tokens_below(VOCABULARY, count, 1)
+        start_s = time.process_time()
+        context.append(tokens)
         elapsed_s = time.process_time() - start_s
         context.rewind(length)
         return elapsed_s
@@ -157,7 +195,8 @@ def divergence(exact: Side, rounded: Side, bits: float, windows: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle")
+    parser.add_argument("--gguf", type=Path, help="llama.cpp's file of the same model, Q4_0.")
     parser.add_argument("--past", default="512,4096")
     parser.add_argument("--bits", default="4,8")
     parser.add_argument("--threads", type=int, default=1)
@@ -166,34 +205,42 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write all figures here.")
     options = parser.parse_args()
     lengths, budgets = [EMPTY, *map(int, options.past.split(","))], [float(bits) for bits in options.bits.split(",")]
+    bundle, gguf = bundle_of(options.bundle), options.gguf or gguf_of(options.bundle, "Q4_0")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
-        sides = {"float32": Side(options.bundle, lengths, options.threads)}
-        sides["8 bits"] = Side(twin(options.bundle, Path(scratch)), lengths, options.threads)
-        rows = list(product(sides, budgets, lengths, (1, CHUNK)))
+        exact = Side(bundle, lengths, options.threads)
+        rounded = Side(twin(bundle, Path(scratch)), lengths, options.threads)
+        own = {"float32": exact, "8 bits": rounded}
+        sides: dict[str, Side | Rival] = {**own}
+        lines = list(product(own, budgets))
+        if gguf is not None:
+            sides[RIVAL] = Rival(gguf, lengths, options.threads)
+            lines.append((RIVAL, RIVAL_BITS))
+        rows = [(*line, length, count) for line in lines for length in lengths for count in (1, CHUNK)]
         seconds: dict[Any, list[float]] = {row: [] for row in rows}
         for round_ in range(options.rounds + 1):
             for name, bits, length, count in rows:
                 found = sides[name].time_s(length, count, bits)
                 if round_:  # the first warms up
                     seconds[name, bits, length, count].append(found)
-        where = measured_on(
-            threads=options.threads, rounds=options.rounds, model=sides["8 bits"].engine.manifest.model.name
-        )
+        where = measured_on(threads=options.threads, rounds=options.rounds, model=rounded.engine.manifest.model.name)
         print(json.dumps(where))
         least = {row: min(times) for row, times in seconds.items()}
         print("| keys and values | bits | behind | token | of empty | prompt of 128 | of empty |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for name, bits, length in product(sides, budgets, lengths):
+        for (name, bits), length in product(lines, lengths):
             cells = []
             for count in (1, CHUNK):
                 now, empty = (least[name, bits, at, count] for at in (length, EMPTY))
                 cells.append(f"{1e3 * now:.2f} ms | {empty / now:.2f}")
             print(f"| {name} | {bits:g} | {length} | {' | '.join(cells)} |")
-        for name, side in sides.items():
+        for (name, bits), length in product(lines[:-1] if gguf is not None else (), lengths):
+            ratio = least[RIVAL, RIVAL_BITS, length, 1] / least[name, bits, length, 1]
+            print(f"a token behind {length}, {name}, {bits:g} bits: {ratio:.2f} x the speed of {RIVAL}")
+        for name, side in own.items():
             for length, grown in side.context_bytes.items():
                 computed = side.engine._backend.token_bytes * (length + CHUNK)
                 print(f"{name}: a context of {length + CHUNK} takes {grown} bytes, computed {computed}")
-        changed = {bits: divergence(sides["float32"], sides["8 bits"], bits, options.kl_windows) for bits in budgets}
+        changed = {bits: divergence(exact, rounded, bits, options.kl_windows) for bits in budgets}
         for bits, figures in changed.items():
             print(f"{bits:g} bits: {json.dumps(figures)}")
         if options.json is not None:

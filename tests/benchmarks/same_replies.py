@@ -66,7 +66,8 @@ def compare(engine: Engine, prompt: list[int], options: argparse.Namespace) -> L
 
 def lines(options: argparse.Namespace, before: list[Line]) -> Iterator[Line]:
     """A line for each prompt, those of ``before`` first."""
-    pairs = [(path, name) for path in options.bundles for name in read(path).engines]
+    wanted = options.engines.split(",") if options.engines else ENGINES
+    pairs = [(path, name) for path in options.bundles for name in read(path).engines if name in wanted]
     end_s = time.monotonic() + 60 * options.minutes
     for path, name in sorted(pairs, key=lambda pair: list(ENGINES).index(pair[1])):
         about = {
@@ -104,6 +105,7 @@ def table(found: list[Line]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument("--engines", help="Some of those that the bundles have, such as onnx,tvm.")
     parser.add_argument("--replies", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--bits", type=float, default=8.0)

@@ -48,9 +48,12 @@ OWN_ENGINES = ("onnx", "tvm")
 OURS = {"mbq": ("mbq", 16), "mbq tvm": ("mbq tvm", 16), "mbq a8": ("mbq", 8), "mbq tvm a8": ("mbq tvm", 8)}
 """This project's sides: what the worker runs, and the bits of activations."""
 
+_TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+"""So that a random model can have conversations."""
+
 _LLAMA_1B: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 2048,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
 }  # fmt: skip
 
@@ -78,7 +81,9 @@ def _random_1b(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    made.chat_template = _TEMPLATE
+    made.save_pretrained(folder)
 
 
 def _smollm2(folder: Path) -> None:
@@ -165,30 +170,44 @@ def _run(*command: object) -> None:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
 
 
+def checkpoint_of(work: Path, model: str) -> Path:
+    """The Hugging Face folder of a model."""
+    return _once(work / model / "checkpoint", CHECKPOINTS[model])
+
+
+def own_bundle(work: Path, model: str, slices: str, activation_bits: int, target: Target) -> Path:
+    """This project's bundle of a model for a target, with the kernels of now."""
+    place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}-{target.name}"
+    if place.exists() and not has_these_kernels(place):
+        shutil.rmtree(place)
+    checkpoint = checkpoint_of(work, model)
+    profile = SliceProfile.parse(slices)
+    return _once(place, lambda out: write_bundle(checkpoint, profile, activation_bits, target, out))
+
+
+def has_llama_cpp() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def gguf(work: Path, model: str, name: str) -> Path:
+    """A model as llama.cpp quantises it.  name: one of ``GGUF_TYPES``."""
+
+    def float32(out: Path) -> None:
+        llama_cpp_files.write_float32(load(locate(str(checkpoint_of(work, model)))), out)
+
+    def quantised(out: Path) -> None:
+        llama_cpp_files.quantise(_once(work / model / "f32.gguf", float32), name, out, {})
+
+    return _once(work / model / f"{name}.gguf", quantised)
+
+
 def sides(work: Path, model: str, slices: str, bits: tuple[float, ...], target: Target) -> Iterator[Side]:
     """All sides of a model that can be had here, their files made when missing.  target: of this project's sides."""
-    checkpoint = _once(work / model / "checkpoint", CHECKPOINTS[model])
-
     for name, (engine, activation_bits) in OURS.items():
-
-        def bundle(out: Path, activation_bits: int = activation_bits) -> None:
-            write_bundle(checkpoint, SliceProfile.parse(slices), activation_bits, target, out)
-
-        place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}-{target.name}"
-        if place.exists() and not has_these_kernels(place):
-            shutil.rmtree(place)
-        yield Side(name, engine, _once(place, bundle), bits)
-    if importlib.util.find_spec("llama_cpp") is not None:
-
-        def float32(out: Path) -> None:
-            llama_cpp_files.write_float32(load(locate(str(checkpoint))), out)
-
-        def quantised(out: Path, name: str) -> None:
-            llama_cpp_files.quantise(_once(work / model / "f32.gguf", float32), name, out, {})
-
-        for name in GGUF_TYPES:
-            path = _once(work / model / f"{name}.gguf", lambda out, name=name: quantised(out, name))  # type: ignore[misc]
-            yield Side(f"llama.cpp {name}", "llama.cpp", path)
+        yield Side(name, engine, own_bundle(work, model, slices, activation_bits, target), bits)
+    for name in GGUF_TYPES if has_llama_cpp() else ():
+        yield Side(f"llama.cpp {name}", "llama.cpp", gguf(work, model, name))
+    checkpoint = checkpoint_of(work, model)
     # What its builder needs besides.
     can_build = importlib.util.find_spec("onnx_ir") is not None
     for precision in GENAI_PRECISIONS if can_build else ():

@@ -47,35 +47,65 @@ def mbq(path: Path, threads: int, context: int, engine_name: str = "onnx") -> Ti
     return passes
 
 
-def llama_cpp(path: Path, threads: int, context: int) -> Timer:
-    import llama_cpp as api
+class LlamaCpp:
+    """A model of llama.cpp."""
 
-    quiet = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(quiet, None)
-    api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
-    parameters = api.llama_context_default_params()
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = context, context, min(context, 512)
-    parameters.n_threads = parameters.n_threads_batch = threads
-    state = api.llama_init_from_model(model, parameters)
-    memory = api.llama_get_memory(state)
+    def __init__(self, path: Path) -> None:
+        import llama_cpp as api
+
+        self.api = api
+        self._quiet = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self._quiet, None)
+        api.llama_backend_init()
+        self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+
+    def context(self, threads: int, length: int, **more: int) -> LlamaCppContext:
+        """An empty context.  more: other fields of its parameters."""
+        parameters = self.api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = length, length, min(length, 512)
+        parameters.n_threads = parameters.n_threads_batch = threads
+        for name, value in more.items():
+            setattr(parameters, name, value)
+        state = self.api.llama_init_from_model(self._model, parameters)
+        if not state:
+            raise RuntimeError(f"llama.cpp made no context of {length} tokens with {more}")
+        return LlamaCppContext(self, state)
+
+
+class LlamaCppContext:
+    """Tokens that llama.cpp has read."""
+
+    def __init__(self, model: LlamaCpp, state: Any) -> None:
+        self._model, self._state = model, state
+        self._memory = model.api.llama_get_memory(state)
+
+    def append(self, tokens: np.ndarray[Any, Any]) -> None:
+        """Read tokens, with logits for the last."""
+        api = self._model.api
+        ids = (api.llama_token * len(tokens))(*tokens.tolist())
+        status = api.llama_decode(self._state, api.llama_batch_get_one(ids, len(tokens)))
+        api.llama_synchronize(self._state)
+        if status:
+            raise RuntimeError(f"llama_decode gave {status}")
+
+    def rewind(self, count: int) -> None:
+        """Drop the last tokens.  count: of those that stay."""
+        self._model.api.llama_memory_seq_rm(self._memory, 0, count, -1)
+
+
+def llama_cpp(path: Path, threads: int, context: int) -> Timer:
+    state = LlamaCpp(path).context(threads, context)
 
     def passes(sizes: Sequence[int], bits: float) -> Answer:
-        api.llama_memory_clear(memory, True)
-        ids = (api.llama_token * sum(sizes))(*_tokens(sum(sizes)).tolist())
-        seconds, start = [], 0
+        state.rewind(0)
+        ids, seconds, start = _tokens(sum(sizes)), [], 0
         for size in sizes:
-            begin = ctypes.cast(ctypes.byref(ids, 4 * start), ctypes.POINTER(api.llama_token))
             begin_s = time.perf_counter()
-            status = api.llama_decode(state, api.llama_batch_get_one(begin, size))
-            api.llama_synchronize(state)
+            state.append(ids[start : start + size])
             seconds.append(time.perf_counter() - begin_s)
-            if status:
-                raise RuntimeError(f"llama_decode gave {status}")
             start += size
         return {"seconds": seconds}
 
-    passes.keep = quiet  # type: ignore[attr-defined]
     return passes
 
 
