@@ -1,7 +1,7 @@
 """A small model of another family, trained here on packaged text, so that no setting is fitted to one model alone.
 
-    python tests/benchmarks/stand_in.py qwen3 [--minutes 60] [--output FOLDER]
-    python tests/benchmarks/stand_in.py gemma3_text
+    python tests/benchmarks/stand_in.py llama [--steps 300] [--output FOLDER]
+    python tests/benchmarks/stand_in.py qwen3_moe
 
 Random weights have no outliers and no sensitive layers, so they say little about calibration.  A stand-in has learned
 from the calibration parts of Wikipedia and code.  The other parts are still unseen and can measure it:
@@ -9,7 +9,8 @@ from the calibration parts of Wikipedia and code.  The other parts are still uns
     mbq-export --model FOLDER --target host --output bundles/stand-in
     mbq-export compare --model FOLDER --bundle bundles/stand-in --methods bundle --data wikipedia --data code
 
-The folder is by default in the cache, and a finished stand-in is not trained again.
+The folder is by default in the cache, and a finished stand-in is not trained again.  ``stand_in_curves.py`` compares
+bundles of several families.  All families have the same width, depth and steps, and nearly as many weights.
 """
 
 from __future__ import annotations
@@ -58,6 +59,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
         "query_pre_attn_scalar": 64,
     },
+    "gemma4_text": {
+        "sliding_window": 128,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        "global_head_dim": 64,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -75,21 +90,21 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
-def learning_rate(share: float, step: int) -> float:
-    """A short linear rise over steps, then half a cosine over the share of time that has passed."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+def learning_rate(step: int, steps: int) -> float:
+    """A short linear rise, then half a cosine."""
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(model: torch.nn.Module, tokens: torch.Tensor, seconds: float) -> None:
-    """Train for a given processor time, so that a busy machine gives the same model, only later."""
+def train(model: torch.nn.Module, tokens: torch.Tensor, steps: int) -> None:
+    """Train for a number of steps, so that a busy or slow machine gives the same model, only later."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
-    began, step = time.process_time(), 0
-    while (share := (time.process_time() - began) / seconds) < 1:
+    began = time.process_time()
+    for step in range(steps):
         starts = torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=generator)
         batch = torch.stack([tokens[start : start + CONTEXT] for start in starts.tolist()])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(share, step)
+            group["lr"] = learning_rate(step, steps)
         with fast_autocast(batch.device):
             logits = model(batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -97,17 +112,17 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, seconds: float) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if step % 50 == 0:
-            print(f"step {step}, {share:.0%} of the time, loss {float(loss.detach()):.3f} nats a token", flush=True)
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            took = time.process_time() - began
+            print(f"step {step + 1}, {took:.0f} s, loss {float(loss.detach()):.3f} nats a token", flush=True)
 
 
 @click.command(help=__doc__)
 @click.argument("family", type=click.Choice(list(FAMILIES)))
-@click.option("--minutes", default=60.0, help="Processor time of the training.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, help="Steps of training, each on 2048 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the checkpoint.")
-def main(family: str, minutes: float, output: Path | None) -> None:
-    folder = output or cache_dir() / "stand-ins" / f"{family}-{minutes:g}"
+def main(family: str, steps: int, output: Path | None) -> None:
+    folder = output or cache_dir() / "stand-ins" / f"{family}-{steps}"
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
         text = corpora.wikipedia("calibration") + corpora.code("calibration")
@@ -118,7 +133,7 @@ def main(family: str, minutes: float, output: Path | None) -> None:
         )
         weights = sum(parameter.numel() for parameter in model.parameters())
         print(f"{family}: {weights / 1e6:.1f} million weights, {len(tokens)} tokens of text", flush=True)
-        train(model, tokens, 60 * minutes)
+        train(model, tokens, steps)
         tokenizer.save_pretrained(folder)
         model.eval().save_pretrained(folder)
     print(folder)
