@@ -141,7 +141,6 @@ def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str
     return [
         *_bad_options(options),
         *_without_kernels(decoder, options),
-        *_without_experts(decoder, options),
         *_missing_packages(options),
         *_bad_folders(plans, options),
         *_too_little_memory(max(plan.peak_memory_bytes for plan in plans.values()), device),
@@ -172,6 +171,7 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
     without = {
         "short convolutions": decoder.layers_of("conv_in"),
         "delta nets": decoder.layers_of("delta_in"),
+        "experts": decoder.layers_of("experts_in"),
         "gates of heads": decoder.head_gates,
         "per-layer embeddings": decoder.per_layer_size,
         "norms of values": decoder.family.value_norms,
@@ -192,18 +192,6 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
                 f"--kv {options.kv_bits}: heads of {head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
                 f"most {MOST_HEAD_DIM}; leave it out"
             )
-
-
-def _without_experts(decoder: Decoder, options: Options) -> Iterator[str]:
-    if not decoder.layers_of("experts_in"):
-        return
-    for target in options.outputs.values():
-        for engine in target.engines(options.engines):
-            if engine != "onnx":
-                yield (
-                    f"engine {engine} for target {target.name}: it has no kernel for experts; use --engine onnx and a "
-                    "processor's target"
-                )
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

@@ -35,7 +35,6 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.errors import BuildError
 from mbq_targets.spec import DeltaNet, Experts
 
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
@@ -300,8 +299,9 @@ class Builder(ABC, Generic[V]):
             The product, [tokens, ffn].
         """
 
+    @abstractmethod
     def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: V, routed_by: V) -> V:
-        """Choose the experts of each token, and add up their outputs.  An engine without experts leaves this out.
+        """Choose the experts of each token, and add up their outputs.
 
         Args:
             experts: what scores them, their number, their activation.
@@ -311,11 +311,7 @@ class Builder(ABC, Generic[V]):
 
         Returns:
             The sum, [tokens, hidden].
-
-        Raises:
-            BuildError: the engine has no experts.
         """
-        raise BuildError(f"{experts.name}: experts run on ONNX Runtime alone; use --engine onnx and another target")
 
     @abstractmethod
     def per_layer(self, per_layer: PerLayer, gate: V, given: V, rows: V) -> V:

@@ -38,6 +38,7 @@ from .decoder import (
     Convolution,
     Delta,
     Embedding,
+    ExpertsStep,
     Gate,
     Norm,
     PerLayer,
@@ -201,6 +202,9 @@ class GpuBuilder(Builder[str]):
 
     def delta(self, delta: Delta, stacked: str, feeds: RoutedLinear) -> str:
         raise ModelError(f"{delta.name}: a delta net has no GPU kernel; export for a processor's target")
+
+    def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: str, routed_by: str) -> str:
+        raise ModelError(f"{experts.name}: experts have no GPU kernel; export for a processor's target")
 
     def per_layer(self, per_layer: PerLayer, gate: str, given: str, rows: str) -> str:
         raise ModelError(f"{per_layer.name}: per-layer embeddings have no GPU kernel; export for a processor's target")

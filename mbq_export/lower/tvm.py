@@ -22,7 +22,8 @@ one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbq_runtime.bundle.facts import by_shape
@@ -39,6 +40,7 @@ from .decoder import (
     Convolution,
     Delta,
     Embedding,
+    ExpertsStep,
     Gate,
     Norm,
     PerLayer,
@@ -47,7 +49,7 @@ from .decoder import (
     walk_blocks,
     walk_head,
 )
-from .tvm_weights import QUERY_GROWTH, Array, collect, delta_tensors, head_norm_tensors, places
+from .tvm_weights import QUERY_GROWTH, Array, collect, delta_tensors, expert_tensors, head_norm_tensors, places
 
 _PREFIX = "mbq_"
 """Of the symbols of operations."""
@@ -66,13 +68,14 @@ class Lowered(NamedTuple):
     depths: dict[str, int]
 
 
-def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> Lowered:
+def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec, *, folder: Path | None = None) -> Lowered:
     """Lower a decoder to TVM.
 
     Args:
         checkpoint: norms, rotations and shape of the model.
         calibrated: its slices and routers.
         spec: number format of the kernels.
+        folder: where packed matrices of experts wait in files without names; None to hold them in memory.
 
     Returns:
         The module and its weights.
@@ -80,7 +83,7 @@ def lower(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec) -> L
     from tvm import relax, tirx
 
     calibrated = in_engine_order(checkpoint, calibrated)
-    tensors = collect(checkpoint, calibrated)
+    tensors = collect(checkpoint, calibrated, folder)
     slices = weight_inputs(calibrated.profile)[: calibrated.profile.depths]
     depths = first_depths(checkpoint.decoder, calibrated, slices)
     entries = places(tensors, depths)
@@ -126,7 +129,7 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
         convolution = (d.conv_taps, checkpoint.taps(d.convolution(layers[0]))[1] is not None)
     shape = Shape(
         spec, d.norm_eps, d.activation, heads, factors, adds, d.logits_cap, convolution, d.delta,
-        per_layer=bool(d.per_layer_size), scales=d.family.layer_scalars,
+        per_layer=bool(d.per_layer_size), scales=d.family.layer_scalars, experts=d.experts,
     )  # fmt: skip
     return build_module(shape)
 
@@ -264,6 +267,30 @@ class RelaxBuilder(Builder[Any]):
         # The activation is compiled into the operation.
         return self._call("gate", [stacked], [], (self.rows, feeds.sliced.codes.shape[1]))
 
+    def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: Any, routed_by: Any) -> Any:
+        from tvm import relax
+
+        used, (reads, writes) = experts.shape.used, layers
+        places = [self._place(name) for name in expert_tensors(self.checkpoint, experts.layer)]
+        shapes = ((self.rows, used), (self.rows, used))
+        both = self._call("choose", [x, "weights"], places, *shapes, dtypes=("int64", "float32"))
+        chosen, shares = (self.functions.emit(relax.TupleGetItem(both, i)) for i in range(2))
+        stacked = self._of_chosen(reads, x, chosen, routed_by)
+        gated = self._call("gate", [stacked], [], (self.rows * used, experts.shape.ffn_size))
+        outputs = self._of_chosen(writes, gated, chosen, routed_by)
+        return self._call("add_experts", [outputs, shares], [], (self.rows, self.decoder.hidden_size))
+
+    def _of_chosen(self, linear: RoutedLinear, x: Any, chosen: Any, routed_by: Any) -> Any:
+        """Each token by the matrices of its experts, a row for each of them."""
+        from mbq_targets.tvm_ops.experts import fields
+
+        experts = linear.unit.experts
+        assert experts is not None
+        numbers = self._numbers(linear, fields(self.profile))
+        tensors = [x, chosen, routed_by, "avg_bits", "weights", "used"]
+        shape = (self.rows * experts.used, len(linear.sliced.codes) // experts.count)
+        return self._call("experts_linear", tensors, numbers, shape)
+
     def per_layer(self, per_layer: PerLayer, gate: Any, given: Any, rows: Any) -> Any:
         size = self.decoder.per_layer_size
         numbers = [per_layer.layer * size, self._place(per_layer.norm.source)]
@@ -289,12 +316,16 @@ class RelaxBuilder(Builder[Any]):
             return logits
         return self._call("cap", [logits], [], (self.wanted, -(-self.decoder.vocab_size // ROW_BLOCK) * ROW_BLOCK))
 
-    def _call(self, operation: str, tensors: list[Any], numbers: list[int], *shapes: tuple[Any, int]) -> Any:
-        """One operation.  tensors: variables, or names of parameters; shapes: of its float32 results."""
+    def _call(
+        self, operation: str, tensors: list[Any], numbers: list[int], *shapes: tuple[Any, int],
+        dtypes: tuple[str, ...] = (),
+    ) -> Any:  # fmt: skip
+        """One operation.  tensors: variables, or names of parameters; shapes, dtypes: of its results, or float32."""
         from tvm import relax
 
         args = [self.parameters[t] if isinstance(t, str) else t for t in tensors]
-        kinds = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        of_results = zip(shapes, dtypes or ["float32"] * len(shapes), strict=True)
+        kinds = [relax.TensorType(list(shape), dtype) for shape, dtype in of_results]
         given = relax.Tuple([*args, *map(relax.prim_value, numbers)])
         returned = kinds[0] if len(kinds) == 1 else kinds
         return self.functions.emit(relax.op.call_dps_packed(_PREFIX + operation, given, returned))
@@ -307,14 +338,19 @@ class RelaxBuilder(Builder[Any]):
         return self._call("norm", [x, "weights"], [self._place(norm.source)], shape)
 
     def _linear(self, linear: RoutedLinear, x: Any, routed_by: Any, rows: Any) -> Any:
+        from mbq_targets.tvm_ops.linear import fields
+
         n = linear.sliced.codes.shape[0]
         tensors = [x, routed_by, "avg_bits", "weights", "used"]
         padded = -(-n // ROW_BLOCK) * ROW_BLOCK
-        return self._call("linear", tensors, list(self._numbers(linear)), (rows, padded))
+        return self._call("linear", tensors, self._numbers(linear, fields(self.profile)), (rows, padded))
 
-    def _numbers(self, linear: RoutedLinear) -> Iterator[int]:
-        """The numbers of one linear layer, in the order of ``tvm_ops.linear.fields``."""
-        from mbq_targets.tvm_ops.linear import NONE, fields
+    def _numbers(self, linear: RoutedLinear, fields: tuple[str, ...]) -> list[int]:
+        """The numbers of one linear layer, in the order of ``fields``."""
+        return [self._number(linear, field) for field in fields]
+
+    def _number(self, linear: RoutedLinear, field: str) -> int:
+        from mbq_targets.tvm_ops.linear import NONE
 
         name, router = linear.unit.name, linear.router
         known = {
@@ -322,16 +358,15 @@ class RelaxBuilder(Builder[Any]):
             "hidden": 0 if router.w1 is None else len(router.w1),
             "parameters": linear.parameters,
             "all_parameters": self.routed_parameters,
+            "count": 1 if linear.unit.experts is None else linear.unit.experts.count,
         }
         stored = {
             **{part: f"{name}.{part}" for part in (*weight_inputs(self.profile), "bias")},
             **{part: f"{name}.router.{part}" for part in ("table", "norm_gain", "w1", "b1", "w2")},
             "router_bias": f"{name}.router.bias",
         }  # fmt: skip
-        for field in fields(self.profile):
-            if field in known:
-                yield known[field]
-            else:
-                entry = self.entries.get(stored[field])
-                # The operation asks whether there is a bias.  It does not read w1, b1 and w2 where hidden is 0.
-                yield entry.place if entry else NONE if field == "bias" else 0
+        if field in known:
+            return known[field]
+        entry = self.entries.get(stored[field])
+        # The operation asks whether there is a bias.  It does not read w1, b1 and w2 where hidden is 0.
+        return entry.place if entry else NONE if field == "bias" else 0

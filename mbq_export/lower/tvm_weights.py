@@ -16,6 +16,7 @@ from ..format.codes import Sliced
 from ..format.planes import pack_matrix
 from ..model import per_layer
 from ..model.checkpoint import Checkpoint
+from ..model.mapped_weights import arrays_in_file
 from .decoder import PER_LAYER_TABLE
 
 Array = NDArray[np.generic]
@@ -26,19 +27,21 @@ QUERY_GROWTH = "query_growth"
 _DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 
 
-def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
+def collect(checkpoint: Checkpoint, calibrated: Calibrated, folder: Path | None = None) -> dict[str, Array]:
     """Collect the tensors of a decoder.
 
     Args:
         checkpoint: norms, rotations and shape of the model.
         calibrated: its slices and routers.
+        folder: where packed matrices of experts wait in files without names; None to hold them in memory.
 
     Returns:
         Tensors by name.  Matrices and routers have names of units, norms have names of the checkpoint.
     """
     d, tensors = checkpoint.decoder, dict[str, Array]()
     for linear in calibrated.units.values():
-        tensors |= _matrix(linear.unit.name, linear.sliced, calibrated)
+        matrix = _matrix(linear.unit.name, linear.sliced, calibrated)
+        tensors |= matrix if folder is None or linear.unit.experts is None else arrays_in_file(matrix, folder)
         tensors |= _beside(linear)
     if calibrated.embedding is not None:
         tensors |= _matrix("embedding", calibrated.embedding, calibrated)
@@ -54,6 +57,8 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated) -> dict[str, Array]:
     for layer in range(d.layers):
         if (scalar := d.layer_scalar(layer)) is not None:
             tensors[scalar] = checkpoint.scalar(scalar)
+        if d.feed_forward(layer) == "experts":
+            tensors |= expert_tensors(checkpoint, layer)
         if d.mixer(layer) == "delta":
             tensors |= delta_tensors(checkpoint, layer)
         if d.mixer(layer) == "conv":
@@ -114,6 +119,20 @@ def delta_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Array]:
     weights, prefix = checkpoint.delta_weights(layer), checkpoint.decoder.delta_net(layer)
     found = {"taps": weights.taps.T, "rate": weights.rate, "step": weights.step, "gain": weights.gain}
     return {f"{prefix}.{part}": np.ascontiguousarray(value) for part, value in found.items()}
+
+
+def expert_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Array]:
+    """What chooses the experts of a block, by name: the chooser, and the bias if there is one, in whole vectors.
+
+    Args:
+        checkpoint: the model.
+        layer: index of the block.
+    """
+    chooser, bias = checkpoint.chooser(layer)
+    found = {f"layers.{layer}.chooser": np.ascontiguousarray(chooser)}
+    if bias is not None:
+        found[f"layers.{layer}.chooser_bias"] = np.pad(bias, (0, -len(bias) % ROW_BLOCK))
+    return found
 
 
 def _norms(checkpoint: Checkpoint) -> dict[str, str]:

@@ -63,7 +63,7 @@ def _write_tvm(work: Work) -> list[FileRange]:
 
     compiling = staged(work.progress, f"compiling the decoder for {work.target.name}")
     compiling(0, 1)
-    lowered = lower_tvm.lower(work.checkpoint, work.calibrated, work.spec)
+    lowered = lower_tvm.lower(work.checkpoint, work.calibrated, work.spec, folder=work.folder)
     build_decoder(work.target, work.spec, lowered.module, work.folder / DECODER_LIBRARY)
     compiling(1, 1)
     weights = work.folder / WEIGHTS

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from short_export import engines_there_are
-from tiny_models import EVERY_PART, EXPERTS, write_checkpoint
+from tiny_models import EVERY_PART, MODELS, write_checkpoint
 
 from mbq_export import check
 from mbq_export.cli import command
+from mbq_export.format.codes import decode
 from mbq_export.model import recording
+from mbq_export.model.experts import single_experts
+from mbq_export.model.families import FAMILIES
+from mbq_export.slicing import rtn
 from mbq_export.write import check as written_check
+from mbq_runtime import Engine
 from mbq_targets.machines import Target
 
-COMPILED = {*EVERY_PART, "lfm2"} - {*EXPERTS}
+COMPILED = {*EVERY_PART, "lfm2", "lfm2_moe"}
 """Models that are also exported for TVM, which compiles each of them for seconds.  It lowers by parts of a block."""
 
 
@@ -27,6 +37,7 @@ class FamilyExport:
     """A tiny model and its bundles, from one calibration.  No test may change them.
 
     model: folder of the checkpoint
+    rounded: folder of the same checkpoint, each weight rounded to 8 bits as the bundles have it
     portable: bundle for any machine
     host: bundle for this machine, for each of ``engines``
     engines: "onnx", and for models in ``COMPILED`` also "tvm"
@@ -34,10 +45,17 @@ class FamilyExport:
     """
 
     model: Path
+    rounded: Path
     portable: Path
     host: Path
     engines: tuple[str, ...]
     check_errors: dict[str, float]
+
+    def loaded(self) -> Iterator[Engine]:
+        """Every engine of both bundles, one after the other."""
+        yield Engine.load(self.portable)
+        for engine in self.engines:
+            yield Engine.load(self.host, engine=engine)
 
 
 @contextmanager
@@ -61,6 +79,71 @@ def recorded_errors() -> Iterator[dict[str, float]]:
         yield errors
 
 
+Factors = dict[str, NDArray[np.float64]]
+
+
+@contextmanager
+def recorded_rounding() -> Iterator[Factors]:
+    """While the block runs, record how rounding to 8 bits changes the weights of a model.
+
+    Yields:
+        By the name of a linear layer, or of a table, what rounding multiplies each of its weights by.  A smoothing
+        multiplies rows and columns before, and these factors stay the same.
+    """
+    factors = Factors()
+    slice_unit, slice_table = rtn.slice_unit, rtn.slice_table
+
+    def see_unit(checkpoint: Any, unit: Any, group_size: int, profile: Any) -> Any:
+        sliced = slice_unit(checkpoint, unit, group_size, profile)
+        values = decode(sliced, profile, profile.depths)
+        for name, (layer, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True):
+            factors[name] = ratio(values[rows], layer.weight.detach().numpy())
+        return sliced
+
+    def see_table(table: Any, group_size: int, profile: Any, name: str) -> Any:
+        sliced = slice_table(table, group_size, profile, name)
+        factors[name] = ratio(decode(sliced, profile, profile.depths), table)
+        return sliced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtn, "slice_unit", see_unit)
+        patch.setattr(rtn, "slice_table", see_table)
+        yield factors
+
+
+def ratio(rounded: NDArray[np.float64], weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    """1 where a weight is 0 and stays 0."""
+    assert not rounded[weight == 0].any()
+    return np.divide(rounded, weight, out=np.ones_like(rounded), where=weight != 0)
+
+
+def write_rounded(model: Path, folder: Path, factors: Mapping[str, NDArray[np.float64]]) -> Path:
+    """A copy of a checkpoint whose weights are multiplied.
+
+    Args:
+        model: folder of the checkpoint.
+        folder: is made.
+        factors: as ``recorded_rounding`` gives them.
+    """
+    shutil.copytree(model, folder)
+    stored = load_file(folder / "model.safetensors")
+    # Views of the stored tensors, by the names of layers.
+    views = {name.removesuffix(".weight"): tensor for name, tensor in stored.items()}
+    family = FAMILIES[str(MODELS[model.name].get("model_type", model.name))]
+    if family.experts is not None:
+        views = {name.removesuffix(".weight"): tensor for name, tensor in single_experts(stored, family).items()}
+    embedding = views["model.embed_tokens"]
+    views |= {"embedding": embedding, "lm_head": views.get("lm_head", embedding)}
+    if (per_layer := views.get("model.per_layer_model_projection")) is not None:
+        blocks = per_layer.chunk(int(str(MODELS[model.name]["num_hidden_layers"])))
+        views |= {f"model.layers.{at}.per_layer_model_projection": rows for at, rows in enumerate(blocks)}
+        views["per_layer"] = views["model.embed_tokens_per_layer"]
+    for name, factor in factors.items():
+        views[name].copy_(views[name].double() * torch.from_numpy(factor))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def export_family(name: str, folder: Path, text: Path) -> FamilyExport:
     """Write a checkpoint and export it by rounding, with a learned router.
 
@@ -74,7 +157,8 @@ def export_family(name: str, folder: Path, text: Path) -> FamilyExport:
     options = ["--model", model, "--target", "portable", "--target", "host", "--output", bundles]
     options += ["--engine", "both" if "tvm" in engines else "onnx", "--calib-data", text, "--calib-tokens", 1024]
     options += ["--method", "rtn", "--router", "mlp", "--json"]
-    with recorded_errors() as errors, pytest.MonkeyPatch.context() as patch:
+    with recorded_errors() as errors, recorded_rounding() as factors, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Target, "engines", engines_there_are)
         command([str(option) for option in options], standalone_mode=False)
-    return FamilyExport(model, bundles / f"{name}-portable", bundles / f"{name}-host", engines, errors)
+    rounded = write_rounded(model, folder / "rounded", factors)
+    return FamilyExport(model, rounded, bundles / f"{name}-portable", bundles / f"{name}-host", engines, errors)

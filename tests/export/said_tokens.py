@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mbq_runtime import Engine
 from mbq_runtime.engine import Session
+from mbq_runtime.engine.allowance import Allowance
 
 TIE = 1e-3
 """Two tokens whose logits are this close, of the largest one, may take each other's place."""
@@ -33,3 +35,19 @@ def assert_sessions_say_the_same(engine: Engine, talk: list[int], kept_of_100: i
         reply = engine.generate(prompt, max_tokens=6, avg_bits=8, session=session)
         assert reply.text() == engine.generate(prompt, max_tokens=6, avg_bits=8).text()
         assert reply.stats.cached_tokens == kept
+
+
+def logits_in_parts(engine: Engine, text: NDArray[np.int64], together: int) -> NDArray[np.float32]:
+    """The logits of a text at 8 bits, float32 [tokens, vocab]: of passes of many tokens, then of a pass for each token.
+
+    Args:
+        engine: a loaded bundle.
+        text: int64 [tokens].
+        together: tokens of the first passes.
+    """
+    context, found = engine._backend.start(len(text), Allowance(engine.manifest, 8.0).numbers), []
+    ends = [*range(engine._scoring_chunk, together, engine._scoring_chunk), *range(together, len(text))]
+    for part in np.split(text.astype(np.int32), ends):
+        context.append(part, len(part))
+        found.append(context.logits().copy())
+    return np.concatenate(found)

@@ -17,6 +17,7 @@ from mbq_export.lower.decoder import (
     Convolution,
     Delta,
     Embedding,
+    ExpertsStep,
     Gate,
     Norm,
     PerLayer,
@@ -72,6 +73,10 @@ class Recorder(Builder[str]):
 
     def gate(self, gate: Gate, stacked: str, feeds: RoutedLinear) -> str:
         return self._made(gate.name, f"{gate.activation} {stacked} for {feeds.unit.name}")
+
+    def experts(self, experts: ExpertsStep, layers: tuple[RoutedLinear, RoutedLinear], x: str, routed_by: str) -> str:
+        names = " and ".join(layer.unit.name for layer in layers)
+        return self._made(experts.name, f"{experts.shape.used} of {experts.shape.count} {names} {x} by {routed_by}")
 
     def per_layer(self, per_layer: PerLayer, gate: str, given: str, rows: str) -> str:
         return self._made(per_layer.name, f"{per_layer.activation} {gate} * ({per_layer.norm.source} {given} + {rows})")
@@ -188,6 +193,19 @@ def test_a_block_with_a_delta_net() -> None:
         "layers.0.delta_out = linear layers.0.delta by layers.0.delta",
     ]
     assert [(attention.layer, attention.gates) for attention in recorder.attentions] == [(1, 64)]
+
+
+def test_a_block_with_experts() -> None:
+    decoder = described("qwen3_moe")
+    recorder = walked(decoder, calibrated(decoder))
+    assert "layers.0.mlp.gated = silu layers.0.mlp_in for layers.0.mlp_out" in recorder.calls
+    at = recorder.calls.index("layers.1.attn_out = linear layers.1.attention by layers.1.attention")
+    assert recorder.calls[at + 1 : at + 4] == [
+        "layers.1.experts_norm = norm layers.1.attn_norm.sum + layers.1.attn_out for layers.1.experts_in",
+        "layers.1.experts = 2 of 8 layers.1.experts_in and layers.1.experts_out layers.1.experts_norm"
+        " by layers.1.experts_norm.sum",
+        "layers.2.attn_norm = norm layers.1.experts_norm.sum + layers.1.experts for layers.2.attn_in",
+    ]
 
 
 def test_a_block_with_per_layer_embeddings() -> None:

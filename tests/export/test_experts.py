@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from family_exports import FamilyExport
 from numpy.typing import NDArray
-from said_tokens import assert_sessions_say_the_same, assert_steps_are_one_pass
+from said_tokens import assert_sessions_say_the_same
 from tiny_models import EXPERTS, write_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -137,33 +139,12 @@ def exported(model: Path, folder: Path, text: Path, *options: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["host", "portable"])
-def engine(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path
-) -> Engine:
-    folder = tmp_path_factory.mktemp(request.param) / "bundle"
-    return Engine.load(exported(model, folder, calibration_text, "--target", request.param))
-
-
 @pytest.mark.heavy
-def test_the_bundle_says_what_transformers_says(engine: Engine, wanted: Array) -> None:
-    passes = [engine.logits(text, 8.0) for text in TEXTS]
-    found = np.stack([one.logits for one in passes])
-    # LFM2-MoE, whose biases choose experts, leaves 0.101.
-    assert np.linalg.norm(found - wanted) < 0.12 * np.linalg.norm(wanted)
-    assert [one.avg_bits_used for one in passes] == pytest.approx([8.0] * 3)
-    assert 3 < engine.logits(TEXTS[0], 4.0).avg_bits_used < 6
-
-
-@pytest.mark.heavy
-def test_token_by_token_is_one_pass(engine: Engine) -> None:
-    assert_steps_are_one_pass(engine, TEXTS)
-
-
-@pytest.mark.heavy
-def test_a_session_goes_on_or_goes_back(engine: Engine) -> None:
-    # A convolution keeps the last tokens alone, so a session with some begins again.
-    assert_sessions_say_the_same(engine, TEXTS[0], 100 if engine._backend.rewinds else 0)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_session_goes_on_or_goes_back(name: str, families: Callable[[str], FamilyExport]) -> None:
+    for engine in families(name).loaded():
+        # A convolution keeps the last tokens alone, so a session with some begins again.
+        assert_sessions_say_the_same(engine, TEXTS[0], 100 if engine._backend.rewinds else 0)
 
 
 @pytest.mark.heavy
@@ -214,9 +195,7 @@ def test_rare_experts_are_said_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "webgpu"), "engine webgpu for target webgpu: it has no kernel for experts"),
-        (("--target", "host", "--engine", "tvm"), "engine tvm for target .*: it has no kernel for experts"),
-        (("--target", "host", "--engine", "both"), "engine tvm for target .*: it has no kernel for experts"),
+        (("--target", "webgpu"), "target webgpu: .*experts have no GPU kernel; choose a processor's target"),
     ],
 )
 def test_other_engines_are_refused_before_any_work(

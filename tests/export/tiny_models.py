@@ -222,7 +222,7 @@ MODELS: dict[str, dict[str, object]] = {
 
 
 EXPERTS = ("qwen3_moe", "qwen3_moe-sparse", "granitemoe", "lfm2_moe")
-"""Those with experts, which ONNX Runtime alone runs."""
+"""Those with experts."""
 
 # Those that together have every part of a block, for tests that cost seconds a model.
 EVERY_PART = (

@@ -15,6 +15,7 @@ from op_cases import matmul_tolerance, weight
 
 from mbq_export.format.attention import round_rows
 from mbq_export.format.delta import delta_net
+from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.ops import gated_gelu, sliced_matmul
 from mbq_export.format.per_layer import per_layer
 from mbq_export.format.planes import pack_matrix
@@ -24,8 +25,9 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
 from mbq_targets.constants import FEW_TOKENS
 from mbq_targets.machines import resolve
-from mbq_targets.spec import DeltaNet, KernelSpec
+from mbq_targets.spec import DeltaNet, Experts, KernelSpec
 from mbq_targets.tvm_ops.attention import STILL, Attention
+from mbq_targets.tvm_ops.experts import fields as expert_fields
 from mbq_targets.tvm_ops.linear import fields
 from mbq_targets.tvm_ops.module import Shape, build_module
 
@@ -41,6 +43,11 @@ CHANNELS = replace(HEADS, gates=HEADS.head_dim)
 ROUNDED = replace(LAST, kv_bits=8)
 SHARED = replace(HEADS, value_norms=True, some_share=True)
 NETS = [DeltaNet(3, 6, 16, 32, taps=4), DeltaNet(2, 2, 48, 16, taps=2)]
+EXPERTS = {
+    16: Experts(21, 3, 48, (True,), normed=True, sum_eps=1e-6),
+    8: Experts(5, 2, 48, (True,), sigmoid=True, biased=True, scale=1.5),
+}
+"""By the bits of activations."""
 BUILDS: dict[str, tuple[int, Attention, DeltaNet | None]] = {
     "plain": (16, HEADS, None),
     "8 bits": (8, CHANNELS, NETS[0]),
@@ -79,6 +86,7 @@ def compiled(bits: int, heads: Attention, net: DeltaNet | None, folder: Path) ->
         delta=net,
         per_layer=heads.some_share,
         scales=heads.some_share,
+        experts=EXPERTS[bits] if heads in (HEADS, CHANNELS) else None,
     )
     build_decoder(target, spec, build_module(shape), folder / "ops.so")
     module = tvm.runtime.load_module(str(folder / "ops.so"))
@@ -106,6 +114,76 @@ def weights(parts: dict[str, Array]) -> tuple[Array, dict[str, int]]:
     return np.frombuffer(data, np.uint8).copy(), places
 
 
+def random_router(rng: np.random.Generator) -> RouterParams:
+    steps = PROFILE.depths - 1
+    return RouterParams(
+        rng.standard_normal(steps).astype(np.float32), rng.standard_normal(steps).astype(np.float32),
+        np.array([3, 4, 6, 8], np.float32), np.array([3, 0, -1, -3], np.float32),
+        (rng.standard_normal((HIDDEN, K)) / 20).astype(np.float16), rng.standard_normal(HIDDEN).astype(np.float32),
+        rng.standard_normal((steps, HIDDEN)).astype(np.float32),
+    )  # fmt: skip
+
+
+def router_parts(router: RouterParams) -> dict[str, Any]:
+    return {
+        "table": np.stack([router.budgets, router.thresholds]), "router_bias": router.bias,
+        "norm_gain": router.norm_gain, "w1": router.w1, "b1": router.b1, "w2": router.w2,
+    }  # fmt: skip
+
+
+ROUTER_NUMBERS = {"entries": 4, "hidden": HIDDEN, "parameters": 3, "all_parameters": 4}
+
+
+@pytest.mark.parametrize(("build", "activation_bits"), [("plain", 16), ("8 bits", 8)])
+@pytest.mark.parametrize(("bits", "deepest"), [(3.0, 4), (4.6, 4)])
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_experts_linear(
+    built: Callable[[str], Operations], own_rows: bool, tokens: int, bits: float, deepest: int, build: str,
+    activation_bits: int,
+) -> None:  # fmt: skip
+    """own_rows: each expert of a token has a row of x."""
+    ops, spec, of, n = built(build), SPECS[activation_bits], EXPERTS[activation_bits], 48
+    rng = np.random.default_rng(tokens)
+    sliced, router = weight(rng, of.count * n, K, GROUP), random_router(rng)
+    data, places = weights({**pack_matrix(sliced, PROFILE), **router_parts(router)})
+    numbers = {**places, **ROUTER_NUMBERS, "count": of.count}
+    chosen = np.argsort(rng.random((tokens, of.count)))[:, : of.used].copy()
+    by = rng.standard_normal((tokens, K)).astype(np.float32)
+    x = rng.standard_normal((tokens, of.used, K) if own_rows else (tokens, K)).astype(np.float32)
+    used, out = np.ones(1, np.float32), np.full((tokens * of.used, n), np.nan, np.float32)
+    given, budget = [numbers[field] for field in expert_fields(PROFILE)], np.array([bits, deepest], np.float32)
+    ops("experts_linear")(x.reshape(-1, K), chosen, by, budget, data, used, *given, out)
+    depth = route(by, bits, router, deepest)
+    matrices = [sliced.rows(slice(at * n, (at + 1) * n)) for at in range(of.count)]
+    expected = experts_matmul(x, chosen, depth, matrices, spec)
+    rows = np.broadcast_to(x if own_rows else x[:, None], (tokens, of.used, K))
+    for (m, j), expert in np.ndenumerate(chosen):
+        tolerance = matmul_tolerance(rows[m, j][None], depth[m : m + 1], matrices[expert], spec)[0]
+        assert (np.abs(out[m * of.used + j] - expected[m, j]) <= tolerance).all()
+    assert used[0] == pytest.approx(1 + 0.75 * np.mean([PROFILE.depth_bits[d - 1] for d in depth]))
+
+
+@pytest.mark.parametrize(("build", "activation_bits"), [("plain", 16), ("8 bits", 8)])
+def test_experts_are_chosen_and_added(built: Callable[[str], Operations], build: str, activation_bits: int) -> None:
+    ops, of, rng = built(build), EXPERTS[activation_bits], np.random.default_rng(7)
+    x, chooser = (
+        rng.standard_normal((21, 64)).astype(np.float32),
+        rng.standard_normal((of.count, 64)).astype(np.float32),
+    )
+    bias = rng.standard_normal(of.count).astype(np.float32) if of.biased else None
+    parts = {} if bias is None else {"bias": np.pad(bias, (0, -of.count % 16))}
+    data, places = weights({"chooser": chooser, **parts})
+    chosen, shares = np.full((21, of.used), -1), np.zeros((21, of.used), np.float32)
+    ops("choose")(x, data, *places.values(), chosen, shares)
+    expected, of_expected = choose_experts(x, chooser, of, bias)
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_allclose(shares, of_expected, rtol=RELATIVE)
+    rows, out = rng.standard_normal((21, of.used, 48)).astype(np.float32), np.zeros((21, 48), np.float32)
+    ops("add_experts")(rows.reshape(-1, 48), shares, out)
+    np.testing.assert_allclose(out, (rows * shares[..., None]).sum(1), rtol=RELATIVE, atol=RELATIVE)
+
+
 @pytest.mark.parametrize(("build", "activation_bits"), [("plain", 16), ("8 bits", 8)])
 @pytest.mark.parametrize(("bits", "deepest"), [(3.0, 4), (4.6, 4), (8.0, 4), (4.6, 2), (8.0, 3)])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, 1), (7, 7), (9, 1), (40, 40)])
@@ -115,23 +193,10 @@ def test_linear(
 ) -> None:  # fmt: skip
     ops, spec = built(build), SPECS[activation_bits]
     rng = np.random.default_rng(tokens)
-    sliced = weight(rng, N, K, GROUP)
-    steps = PROFILE.depths - 1
-    router = RouterParams(
-        rng.standard_normal(steps).astype(np.float32), rng.standard_normal(steps).astype(np.float32),
-        np.array([3, 4, 6, 8], np.float32), np.array([3, 0, -1, -3], np.float32),
-        (rng.standard_normal((HIDDEN, K)) / 20).astype(np.float16), rng.standard_normal(HIDDEN).astype(np.float32),
-        rng.standard_normal((steps, HIDDEN)).astype(np.float32),
-    )  # fmt: skip
+    sliced, router = weight(rng, N, K, GROUP), random_router(rng)
     bias = np.pad(rng.standard_normal(N).astype(np.float32), (0, -N % 16))
-    data, places = weights(
-        {
-            **pack_matrix(sliced, PROFILE), "bias": bias,
-            "table": np.stack([router.budgets, router.thresholds]), "router_bias": router.bias,
-            "norm_gain": router.norm_gain, "w1": router.w1, "b1": router.b1, "w2": router.w2,
-        }
-    )  # fmt: skip
-    numbers = {**places, "entries": 4, "hidden": HIDDEN, "parameters": 3, "all_parameters": 4}
+    data, places = weights({**pack_matrix(sliced, PROFILE), "bias": bias, **router_parts(router)})
+    numbers = {**places, **ROUTER_NUMBERS}
     x = rng.standard_normal((tokens, K)).astype(np.float32)
     used, out = np.ones(1, np.float32), np.full((wanted, len(bias)), np.nan, np.float32)
     given, budget = [numbers[field] for field in fields(PROFILE)], np.array([bits, deepest], np.float32)

@@ -26,6 +26,7 @@ _QUERY_GROWTH, _TAPS, _LAYER_SCALAR = "query_growth", "taps", "layer_scalar"
 _PER_LAYER, _PER_LAYER_NORM = "per_layer", "model.per_layer_projection_norm"
 _DELTA = ("rate", "step", "gain")
 """Last parts of names of what the heads of a delta net are computed with."""
+_EXPERTS_OUT = "experts_out"
 _HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm", "q_layernorm", "k_layernorm", "q_row", "k_row")
 """Last parts of names of norms over each head, and over all heads together."""
 _AGAIN = "export the bundle again"
@@ -64,6 +65,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
     sides |= {"attn_out": (hidden, -1), "mlp_out": (hidden, -1)}
     sides |= {"conv_in": (3 * hidden, hidden), "conv_out": (hidden, hidden)}
     sides |= {"delta_in": (-1, hidden), "delta_out": (hidden, -1)}
+    sides |= {"experts_in": (-1, hidden)}
     sides |= {"ple_embed": (-1, hidden), "ple_in": (-1, hidden), "ple_out": (hidden, -1)}
     for linear in manifest.weights.linears:
         needed = sides.get(linear.name.rpartition(".")[2], (-1, -1))
@@ -89,7 +91,7 @@ def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifes
 
 
 def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
-    routed = len(manifest.slices) - 1
+    routed, hidden = len(manifest.slices) - 1, manifest.model.hidden_size
     if size := _per_layer_size(manifest):
         # Widths of the projections are as one: the library reads the table's rows for all of them.
         table = Linear(_PER_LAYER, manifest.model.vocab_size, manifest.model.layers * size)
@@ -103,7 +105,14 @@ def _required(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
         yield f"{linear.name}.router.table", ("F32", (2, -1))
         yield f"{linear.name}.router.bias", ("F32", (routed,))
         yield f"{linear.name}.router.norm_gain", ("F32", (routed,))
-    yield "embedding.scale", ("F32", (manifest.model.hidden_size,))
+        if experts := _experts(linear, hidden):
+            yield f"{linear.name.removesuffix(_EXPERTS_OUT)}chooser", ("F32", (experts, hidden))
+    yield "embedding.scale", ("F32", (hidden,))
+
+
+def _experts(linear: Linear, hidden: int) -> int:
+    """How many experts a matrix holds that are what experts put out, one below the other; 0 for another matrix."""
+    return linear.N // hidden if linear.name.endswith(f".{_EXPERTS_OUT}") else 0
 
 
 def _per_layer_size(manifest: Manifest) -> int:
@@ -118,7 +127,12 @@ def _optional(manifest: Manifest) -> Iterator[tuple[str, _Kind]]:
     yield from ((f"embedding.{part}", kind) for part, kind in embedding.items())
     for linear in manifest.weights.linears:
         yield f"{linear.name}.bias", ("F32", (-(-linear.N // ROW_BLOCK) * ROW_BLOCK,))
-        yield f"{linear.name}.router.w1", ("F16", (-1, linear.K))
+        experts = _experts(linear, hidden)
+        # Both routers of experts read the residual stream.
+        yield f"{linear.name}.router.w1", ("F16", (-1, hidden if experts else linear.K))
+        if experts:
+            whole = -(-experts // ROW_BLOCK) * ROW_BLOCK
+            yield f"{linear.name.removesuffix(_EXPERTS_OUT)}chooser_bias", ("F32", (whole,))
         yield f"{linear.name}.router.b1", ("F32", (-1,))
         yield f"{linear.name}.router.w2", ("F32", (len(manifest.slices) - 1, -1))
     yield _HEAD_INPUT + "gain", ("F32", (hidden,))

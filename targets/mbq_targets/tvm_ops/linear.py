@@ -19,9 +19,10 @@ from .drivers import PIECES, Tensor, call, driver, each, i64, matrix_at, matrix_
 NONE = -1
 """The place of parameters that a matrix does not have."""
 
-_BESIDE = (
-    "bias", "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden", "parameters", "all_parameters",
+routing_fields = (
+    "table", "entries", "router_bias", "norm_gain", "w1", "b1", "w2", "hidden", "parameters", "all_parameters",
 )  # fmt: skip
+"""Names of the integers of a router, see ``fields``."""
 
 
 def fields(profile: SliceProfile) -> tuple[str, ...]:
@@ -34,7 +35,7 @@ def fields(profile: SliceProfile) -> tuple[str, ...]:
     Args:
         profile: bits of each slice.
     """
-    return (*matrix_fields(profile), *_BESIDE)
+    return (*matrix_fields(profile), "bias", *routing_fields)
 
 
 def linear(spec: KernelSpec, name: str) -> None:
@@ -56,10 +57,9 @@ def linear(spec: KernelSpec, name: str) -> None:
     with driver(name, tensors, names) as args:
         x, routed_by, avg_bits, weights, used, out, *rest = args
         at = dict(zip(names, rest, strict=True))
-        depth = scratch(routed_by.shape[0], "int32")
         profile = spec.profile
-        _route(profile, routed_by, avg_bits, weights, at, depth)
-        _count_bits(profile, routed_by.shape[0], depth, used, at)
+        depth = route(profile, routed_by, avg_bits, weights, at)
+        count_bits(profile, routed_by.shape[0], depth, used, at)
         _product(spec, x, bind(routed_by.shape[0] - x.shape[0]), depth, weights, at, out)
 
 
@@ -67,9 +67,18 @@ def _float64(buffer: Any, index: Expr) -> Expr:
     return bind(cast(load(buffer, index, 1), "float64", 1))
 
 
-def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, at: dict[str, Expr], out: Any) -> None:
-    """out int32 [M]: depths, by the rule of ``route`` in ``mbq_export.format``."""
+def route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, at: dict[str, Expr]) -> Any:
+    """The depths of tokens, by the rule of ``route`` in ``mbq_export.format``: a buffer int32 [M].
+
+    Args:
+        profile: bits of each slice.
+        x: what the router reads, float32 [M, K].
+        avg_bits: float32 [2], average bits and the deepest depth.
+        weights: uint8 [bytes].
+        at: the integers of ``routing_fields``, by name.
+    """
     rows, k = x.shape
+    out = scratch(rows, "int32")
     table = view(weights.at(at["table"]), "float32")
     last = bind(at["entries"] - 1)
     bits, most = _float64(avg_bits.flat, 0), bind(cast(load(avg_bits.flat, 1, 1), "int32", 1))
@@ -83,6 +92,7 @@ def _route(profile: SliceProfile, x: Tensor, avg_bits: Tensor, weights: Tensor, 
             with T.Else():
                 threshold = _threshold(table, at["entries"], bits)
                 each(rows, lambda m: _depth(profile, x.at(m * k), k, weights, at, (threshold, most), out, m))
+    return out
 
 
 def _threshold(table: Any, entries: Expr, bits: Expr) -> Expr:
@@ -137,7 +147,16 @@ def _depth(
     store(out, m, 1, bind(T.min(depth, most)))
 
 
-def _count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at: dict[str, Expr]) -> None:
+def count_bits(profile: SliceProfile, rows: Expr, depth: Any, used: Tensor, at: dict[str, Expr]) -> None:
+    """Add a matrix's share of the average bits to ``used``.
+
+    Args:
+        profile: bits of each slice.
+        rows: tokens, M.
+        depth: buffer int32 [M].
+        used: float32 [1].
+        at: the integers of ``routing_fields``, by name.
+    """
     total = T.alloc_buffer((1,), "float64", scope="global")
     store(total, 0, 1, T.float64(0))
     with T.serial(0, rows) as m:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.emit import module
-from ..spec import DeltaNet, KernelSpec
+from ..spec import DeltaNet, Experts, KernelSpec
 from .attention import Attention, attention
 from .delta import delta
+from .experts import add_experts, choose, experts_linear
 from .linear import linear
 from .per_layer import per_layer
 from .pointwise import add, cap, convolution, embed, gate, head_input, last, norm, scale
@@ -29,6 +30,7 @@ class Shape:
     delta: the gated delta nets; None for none.
     per_layer: whether there are per-layer embeddings.
     scales: whether the residual stream is multiplied by numbers.
+    experts: the experts of blocks that have some; None for none.
     """
 
     spec: KernelSpec
@@ -42,6 +44,7 @@ class Shape:
     delta: DeltaNet | None = None
     per_layer: bool = False
     scales: bool = False
+    experts: Experts | None = None
 
 
 def attention_name(index: int) -> str:
@@ -55,13 +58,14 @@ def attention_name(index: int) -> str:
 
 def build_module(shape: Shape) -> Any:
     """IRModule with the operations: mbq_embed, mbq_norm, mbq_add_norm, mbq_last, mbq_linear, mbq_attention, mbq_gate,
-    mbq_head_input, mbq_add, mbq_cap, mbq_convolution, mbq_delta, mbq_per_layer, mbq_scale. The attention of further
-    shapes of heads is mbq_attention_1, and so on.
+    mbq_head_input, mbq_add, mbq_cap, mbq_convolution, mbq_delta, mbq_per_layer, mbq_scale, mbq_choose,
+    mbq_experts_linear, mbq_add_experts. The attention of further shapes of heads is mbq_attention_1, and so on.
 
     Args:
         shape: what is compiled in. Without ``head_input`` there is no mbq_head_input, without ``adds`` no mbq_add,
             without ``logits_cap`` no mbq_cap, without ``convolution`` no mbq_convolution, without ``delta`` no
-            mbq_delta, without ``per_layer`` no mbq_per_layer, without ``scales`` no mbq_scale.
+            mbq_delta, without ``per_layer`` no mbq_per_layer, without ``scales`` no mbq_scale, without ``experts``
+            none of the last three.
     """
     with module() as builder:
         embed(shape.spec.profile, shape.spec.group_size, "mbq_embed")
@@ -86,4 +90,8 @@ def build_module(shape: Shape) -> Any:
             per_layer(shape.norm_eps, shape.activation, "mbq_per_layer")
         if shape.scales:
             scale("mbq_scale")
+        if shape.experts is not None:
+            choose(shape.experts, "mbq_choose")
+            experts_linear(shape.spec, "mbq_experts_linear")
+            add_experts("mbq_add_experts")
     return builder.get()
