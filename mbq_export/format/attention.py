@@ -1,9 +1,15 @@
 """Attention over a cache of 8 bits: how keys and values are rounded and stored, and what attention computes from them.
 
-A head's key or value of one token is a row.  It has codes of 8 bits and a float32 scale of its own, so a token's row
-does not depend on other tokens, and nothing is calibrated.  Rows lie in blocks of ``KEY_LANES`` tokens: the scales of a
-block, then its codes.  The codes of keys are ``[channel][token]``, those of values ``[token][channel]``.  The rows past
-the last token may hold anything.
+A head's key or value of one token is a row.  ``spread`` mixes its channels, so that a channel with large numbers does
+not take all the steps.  Then the row has codes of 8 bits and a float32 scale of its own.  So a token's row does not
+depend on other tokens, and nothing is calibrated.
+
+Rows lie in blocks of ``KEY_LANES`` tokens: the scales of a block, then its codes.  A stored byte is a code plus 128.
+Integer products take four bytes at a time, so the bytes of keys are ``[channel / 4][token][channel % 4]``, and those of
+values ``[token / 4][channel][token % 4]``.  The rows past the last token may hold anything.
+
+Queries are spread too, and rounded to integers of two bytes.  The kernels also round the weights of values, to steps of
+1/32639 of the largest weighted scale of some neighbouring tokens.  A value with a scale below 2**-60 counts as zero.
 """
 
 from __future__ import annotations
@@ -17,8 +23,11 @@ from mbq_runtime.bundle.layout import KEY_LANES, KV_SCALE_BYTES, whole_blocks
 from mbq_targets.constants import SMALLEST_ACTIVATION
 
 from .codes import F32, F64
+from .ops import round_activations
 
 _STEPS = np.float32(127)
+_OFFSET = 128
+_LEAST_VALUE_SCALE = np.float32(2**-60)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,34 @@ def rotate(x: F32, cos: F32, sin: F32) -> F32:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=2)
 
 
+def spread_width(head_dim: int) -> int:
+    """How many neighbouring channels ``spread`` mixes: the largest power of two that divides a head.
+
+    Args:
+        head_dim: channels of a head.
+    """
+    return head_dim & -head_dim
+
+
+def spread(x: F32) -> F32:
+    """The Hadamard transform of each ``spread_width`` channels, not divided by its length.
+
+    Products of two spread rows are ``spread_width`` times those of the rows.  So is a row that is spread twice.
+
+    Args:
+        x: float32 [..., head_dim].
+
+    Returns:
+        float32, of the shape of ``x``.
+    """
+    half = 1
+    while half < spread_width(x.shape[-1]):
+        a, b = np.moveaxis(x.reshape(*x.shape[:-1], -1, 2, half), -2, 0)
+        x = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
+        half *= 2
+    return x
+
+
 def round_rows(x: F32) -> tuple[NDArray[np.int8], F32]:
     """Round rows to codes of -127 to 127 times the row's scale.  A row below 1e-30 counts as zero.
 
@@ -69,22 +106,22 @@ def round_rows(x: F32) -> tuple[NDArray[np.int8], F32]:
     return np.rint(x * inverse[..., None]).astype(np.int8), (peak / _STEPS).astype(np.float32)
 
 
-def parts(stored: NDArray[np.uint8], *, keys: bool) -> tuple[F32, NDArray[np.int8]]:
-    """Views of a cache: its scales and its codes.
+def parts(stored: NDArray[np.uint8], *, keys: bool) -> tuple[F32, NDArray[np.uint8]]:
+    """Views of a cache: its scales and its stored bytes.
 
     Args:
         stored: uint8 [kv_heads, room, head_dim + KV_SCALE_BYTES]; room is a multiple of ``KEY_LANES``.
         keys: whether it has keys, and not values.
 
     Returns:
-        float32 [kv_heads, room / KEY_LANES, KEY_LANES] and int8 [kv_heads, room / KEY_LANES, KEY_LANES, head_dim].
+        float32 [kv_heads, room / KEY_LANES, KEY_LANES]; and uint8 [kv_heads, room / KEY_LANES, KEY_LANES, head_dim / 4,
+        4] of keys, or [kv_heads, room / KEY_LANES, KEY_LANES / 4, 4, head_dim] of values.
     """
     heads, room, row = stored.shape
     blocks = stored.reshape(heads, room // KEY_LANES, KEY_LANES * row)
     scales, codes = np.split(blocks, [KEY_LANES * KV_SCALE_BYTES], axis=2)
-    head_dim = row - KV_SCALE_BYTES
-    of_tokens = codes.view(np.int8).reshape(*blocks.shape[:2], *((head_dim, -1) if keys else (-1, head_dim)))
-    return scales.view(np.float32), of_tokens.swapaxes(2, 3) if keys else of_tokens
+    fours = codes.reshape(*blocks.shape[:2], -1, KEY_LANES if keys else row - KV_SCALE_BYTES, 4)
+    return scales.view(np.float32), fours.swapaxes(2, 3) if keys else fours.swapaxes(3, 4)
 
 
 def put_rows(stored: NDArray[np.uint8], first: int, x: F32, *, keys: bool) -> None:
@@ -99,11 +136,16 @@ def put_rows(stored: NDArray[np.uint8], first: int, x: F32, *, keys: bool) -> No
     scales, codes = parts(stored, keys=keys)
     for token, row in enumerate(x, first):
         block, lane = divmod(token, KEY_LANES)
-        codes[:, block, lane], scales[:, block, lane] = round_rows(row)
+        rounded, scales[:, block, lane] = round_rows(spread(row))
+        raised = rounded.view(np.uint8) ^ _OFFSET
+        if keys:
+            codes[:, block, lane] = raised.reshape(len(raised), -1, 4)
+        else:
+            codes[:, block, lane // 4, lane % 4] = raised
 
 
 def cached_rows(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> F32:
-    """The rows that a cache stands for.
+    """The rows that a cache stands for, as they were spread.
 
     Args:
         stored: uint8 [kv_heads, room, head_dim + KV_SCALE_BYTES].
@@ -113,9 +155,11 @@ def cached_rows(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> F32:
     Returns:
         float32 [tokens, kv_heads, head_dim].
     """
-    scales, codes = parts(stored, keys=keys)
-    rows = (codes * scales[..., None]).reshape(*stored.shape[:2], -1)
-    return rows.swapaxes(0, 1)[:tokens]
+    scales, raised = parts(stored, keys=keys)
+    if not keys:
+        scales = np.where(scales >= _LEAST_VALUE_SCALE, scales, np.float32(0))
+    codes = (raised ^ _OFFSET).view(np.int8).reshape(*stored.shape[:2], -1)
+    return (codes * scales.reshape(*stored.shape[:2], 1)).swapaxes(0, 1)[:tokens]
 
 
 def attend(q: F32, keys: F32, values: F32, heads: Heads) -> F64:
@@ -123,24 +167,26 @@ def attend(q: F32, keys: F32, values: F32, heads: Heads) -> F64:
 
     Args:
         q: float32 [M, query heads, head_dim], rotated queries of the last M tokens.
-        keys: float32 [tokens, kv_heads, head_dim], as ``cached_rows`` returns them.
+        keys: float32 [tokens, kv_heads, head_dim], spread, as ``cached_rows`` returns them.
         values: float32 [tokens, kv_heads, head_dim].
         heads: what else it does.
 
     Returns:
         float64 [M, query heads, head_dim].
     """
-    m, count, _ = q.shape
-    share = count // heads.kv_heads
+    m, count, head_dim = q.shape
+    share, width = count // heads.kv_heads, spread_width(head_dim)
     k, v = (np.repeat(rows.astype(np.float64), share, axis=1) for rows in (keys, values))
-    scores = np.einsum("mhd,thd->hmt", q.astype(np.float64) * heads.scale, k)
+    rounded = round_activations(spread(q).reshape(-1, head_dim), head_dim).reshape(q.shape)
+    scores = np.einsum("mhd,thd->hmt", rounded * (heads.scale / width), k)
     if heads.cap:
         scores = heads.cap * np.tanh(scores / heads.cap)
     at, place = np.arange(len(keys) - m, len(keys))[:, None], np.arange(len(keys))[None]
     seen = (place <= at) & ((place > at - heads.window) if heads.window else True)
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return np.asarray(np.einsum("hmt,thd->mhd", weights / weights.sum(axis=2, keepdims=True), v))
+    mixed = np.einsum("hmt,thd->mhd", weights / weights.sum(axis=2, keepdims=True), v)
+    return np.asarray(spread(mixed) / width)
 
 
 def cached_attention(

@@ -69,58 +69,99 @@ def quantize(isa: Isa, group: int, width: int, name: str) -> None:
         name: the function's symbol.
     """
     pointers = {"x": "float32", "q": "int8", "step": "float32", "total": "float32", "sums": "int32"}
-    low_unit = float(1 << LOW_BITS)
-    steps = 127 * low_unit ** (width - 1)
     with function(name, pointers, ("groups", "rows")) as args:
         x, q, step, total, sums, groups, rows = args
         with T.serial(0, groups) as g:
             places = bytes_at(g, width, rows, group)
             values = [load(x, g * group + i, LANES) for i in range(0, group, LANES)]
-            # Non-negative floats have the order of their bits, and an integer maximum has no NaN rules.
-            sizes = [bind(reinterpret(v, "int32", LANES) & const(0x7FFFFFFF, "int32", LANES)) for v in values]
+            sizes = [size_bits(value) for value in values]
             largest = sizes[0]
             for size in sizes[1:]:
                 largest = bind(T.max(largest, size))
-            peak = bind(reinterpret(intrin("int32", "llvm.vector.reduce.smax", largest), "float32", 1))
-            counts_as_zero = peak < const(SMALLEST_ACTIVATION, "float32")
-            zero, limit = const(0, "float32"), const(127, "float32")
-            inverse = bind(T.Select(counts_as_zero, zero, limit / peak))
-            one_step = bind(T.Select(counts_as_zero, zero, peak / const(steps, "float32")))
+            inverse, one_step = steps_of(largest, width)
             counts, integers = const(0, "int32", LANES), []
             for value in values:
-                scaled = bind(value * splat(inverse, LANES))
-                rounded = bind(T.nearbyint(scaled))
-                parts = [bind(cast(rounded, "int32", LANES))]
-                if width == 2:
-                    rest = T.nearbyint((scaled - rounded) * const(low_unit, "float32", LANES))
-                    low = bind(cast(bind(rest), "int32", LANES))
-                    # A rest of half a step gives 128, which does not fit a signed byte.
-                    parts.append(bind(T.max(T.min(low, const(127, "int32", LANES)), const(-127, "int32", LANES))))
+                parts = bytes_of(value, inverse, width)
                 integers.append(parts)
                 counts = bind(counts + joined(parts, LANES))
             if isa.pairs(width):
                 with T.If(rows == T.int64(1)):
                     with T.Then():
-                        _store_bytes(q, places, integers)
+                        store_bytes(q, places, integers)
                     with T.Else():
-                        _store_pairs(q, places, integers)
+                        store_pairs(q, places, integers)
             else:
-                _store_bytes(q, places, integers)
+                store_bytes(q, places, integers)
             store(step, g, 1, one_step)
             count = bind(intrin("int32", "llvm.vector.reduce.add", counts))
             store(total, g, 1, one_step * cast(count, "float32", 1))
             store(sums, g, 1, count)
 
 
-def _store_bytes(q: Any, places: list[Expr], integers: list[list[Expr]]) -> None:
-    """Store the bytes of a group. integers: for each vector, the high bytes and perhaps the low ones."""
+def size_bits(value: Expr) -> Expr:
+    """Magnitudes as int32. Non-negative floats have the order of their bits, and an integer maximum has no NaN rules.
+
+    Args:
+        value: float32x16.
+    """
+    return bind(reinterpret(value, "int32", LANES) & const(0x7FFFFFFF, "int32", LANES))
+
+
+def steps_of(largest: Expr, width: int) -> tuple[Expr, Expr]:
+    """What a group is multiplied by, and the step of its integers.
+
+    Args:
+        largest: int32x16, whose largest number is the largest of ``size_bits``.
+        width: bytes of an activation.
+    """
+    steps = 127 * float(1 << LOW_BITS) ** (width - 1)
+    peak = bind(reinterpret(intrin("int32", "llvm.vector.reduce.smax", largest), "float32", 1))
+    counts_as_zero = peak < const(SMALLEST_ACTIVATION, "float32")
+    zero, limit = const(0, "float32"), const(127, "float32")
+    inverse = bind(T.Select(counts_as_zero, zero, limit / peak))
+    return inverse, bind(T.Select(counts_as_zero, zero, peak / const(steps, "float32")))
+
+
+def bytes_of(value: Expr, inverse: Expr, width: int) -> list[Expr]:
+    """The integers of a vector: int32 of the high bytes, and perhaps of the low ones.
+
+    Args:
+        value: float32x16.
+        inverse: the first of ``steps_of``.
+        width: bytes of an activation.
+    """
+    scaled = bind(value * splat(inverse, LANES))
+    rounded = bind(T.nearbyint(scaled))
+    parts = [bind(cast(rounded, "int32", LANES))]
+    if width == 2:
+        rest = T.nearbyint((scaled - rounded) * const(float(1 << LOW_BITS), "float32", LANES))
+        low = bind(cast(bind(rest), "int32", LANES))
+        # A rest of half a step gives 128, which does not fit a signed byte.
+        parts.append(bind(T.max(T.min(low, const(127, "int32", LANES)), const(-127, "int32", LANES))))
+    return parts
+
+
+def store_bytes(q: Any, places: list[Expr], integers: list[list[Expr]]) -> None:
+    """Store the bytes of integers.
+
+    Args:
+        q: int8 buffer.
+        places: of the high bytes, and perhaps of the low ones.
+        integers: for each vector, what ``bytes_of`` returns.
+    """
     for i, parts in enumerate(integers):
         for at, part in zip(places, parts, strict=True):
             store(q, at + i * LANES, LANES, cast(part, "int8", LANES))
 
 
-def _store_pairs(q: Any, places: list[Expr], integers: list[list[Expr]]) -> None:
-    """Store a group as 16-bit integers, those of even k at the first place."""
+def store_pairs(q: Any, places: list[Expr], integers: list[list[Expr]]) -> None:
+    """Store 16-bit integers.
+
+    Args:
+        q: int8 buffer.
+        places: of the integers of even k, and of those of odd k.
+        integers: for each vector, what ``bytes_of`` returns.
+    """
     for i, parts in enumerate(integers):
         whole = bind(cast(joined(parts, LANES), "int16", LANES))
         for parity, at in enumerate(places):

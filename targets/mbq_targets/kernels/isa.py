@@ -45,6 +45,8 @@ class Isa:
     """For few tokens: tokens that share a loaded weight vector."""
     few_vectors: ClassVar[int] = 1
     """For few tokens: row vectors that share a loaded activation."""
+    attention_sums: ClassVar[int] = 16
+    """Attention over keys and values of 8 bits: most sums that are computed together, one register each."""
 
     @property
     def rows(self) -> int:
@@ -195,6 +197,14 @@ class Accumulator:
         self.bound = 128 if self.offset_codes else max_code
         self.total: Expr | None = None
 
+    def begin(self, start: Expr) -> None:
+        """Begin with a number, and not with 0.
+
+        Args:
+            start: int32, one lane per row.
+        """
+        self.total = start
+
     def add(self, codes: Expr, q: Expr) -> None:
         """Add the dot product of each row.
 
@@ -266,6 +276,7 @@ class AvxVnni(Vnni512):
     runs_together = 4
     row_blocks = 1
     few_vectors = 2
+    attention_sums = 8
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         """As ``Isa.lookup``.
@@ -334,6 +345,7 @@ class Avx2(Isa):
     pair_products = True
     few_tokens = 2
     few_vectors = 2
+    attention_sums = 8
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x32", "llvm.x86.avx2.pshuf.b", byte_table(table, 32), nibbles))
@@ -374,7 +386,8 @@ class _NeonLongDot(Accumulator):
     def result(self) -> Expr:
         if self.count:
             self._widen()
-        return bind(intrin("int32x4", "llvm.aarch64.neon.addp", *self.wide))
+        total = bind(intrin("int32x4", "llvm.aarch64.neon.addp", *self.wide))
+        return total if self.total is None else bind(self.total + total)
 
 
 class Neon(Isa):

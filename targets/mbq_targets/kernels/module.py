@@ -17,6 +17,7 @@ from .isa import Isa
 from .layout import DepthPlan, plan_depth
 from .matmul import gemm, gemv
 from .router import router_sums
+from .spread import round_queries, spread
 
 PREFIX = "mbq_"
 """The symbol of each kernel starts with it."""
@@ -34,7 +35,7 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
 
 def build_module(isa: Isa, spec: KernelSpec) -> Any:
     """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD;
-    for K/V of 8 bits, attend.
+    for K/V of 8 bits, spread, round_queries, attend.
 
     few_dD is left out where gemm_dD takes all passes of several tokens.
 
@@ -55,5 +56,7 @@ def build_module(isa: Isa, spec: KernelSpec) -> Any:
             gemm(isa, plan, group, width, f"{PREFIX}gemm_d{depth}")
             gather(plan, group, f"{PREFIX}gather_d{depth}")
         if spec.kv_bits == 8:
+            spread(f"{PREFIX}spread")
+            round_queries(isa, f"{PREFIX}round_queries")
             attend(isa, f"{PREFIX}attend")
     return builder.get()

@@ -72,12 +72,30 @@ class Products:
                 for chains, vector in zip(run, vectors, strict=True):
                     chains[j % self.chains].add(vector, act[j])
 
+    def begin(self, starts: list[list[Expr]]) -> None:
+        """Begin with numbers, and not with 0.
+
+        Args:
+            starts: int32, as ``sums_so_far`` returns them.
+        """
+        for run, of_run in zip(self.sums, starts, strict=True):
+            for chains, start in zip(run, of_run, strict=True):
+                chains[0].begin(start)
+
+    def sums_so_far(self) -> list[list[Expr]]:
+        """int32 [run][row vector], which ``results`` joins to sums of tokens."""
+        return [[tree_sum([chain.result() for chain in chains]) for chains in run] for run in self.sums]
+
     def results(self) -> list[list[Expr]]:
         """int32 [token][row vector]."""
-        return self._joined([[tree_sum([chain.result() for chain in chains]) for chains in run] for run in self.sums])
+        return self.joined(self.sums_so_far())
 
-    def _joined(self, runs: list[list[Expr]]) -> list[list[Expr]]:
-        """Sums of tokens from sums of runs, [run][row vector]."""
+    def joined(self, runs: list[list[Expr]]) -> list[list[Expr]]:
+        """Sums of tokens.
+
+        Args:
+            runs: as ``sums_so_far`` returns them.
+        """
         tokens = [runs[first : first + self.width] for first in range(0, len(runs), self.width)]
         return [[joined(list(of_bytes), self.isa.rows) for of_bytes in zip(*token, strict=True)] for token in tokens]
 
@@ -120,8 +138,14 @@ class PairProducts(Products):
                         product = intrin(f"int32x{self.isa.rows}", "llvm.x86.avx2.pmadd.wd", *both)
                         sums[v] = bind(sums[v] + product)
 
-    def results(self) -> list[list[Expr]]:
+    def begin(self, starts: list[list[Expr]]) -> None:
+        self.of_tokens = [list(of_token) for of_token in starts]
+
+    def sums_so_far(self) -> list[list[Expr]]:
         return self.of_tokens
+
+    def joined(self, runs: list[list[Expr]]) -> list[list[Expr]]:
+        return runs
 
 
 class MatrixProducts(Products):
@@ -170,7 +194,7 @@ class MatrixProducts(Products):
             [bind(T.Shuffle(sums, [m % 2, 2 + m % 2, 4 + m % 2, 6 + m % 2])) for sums in self.lanes[m // 2]]
             for m in range(self.runs)
         ]
-        return self._joined(runs)
+        return self.joined(runs)
 
 
 def many_products(isa: Isa, width: int) -> type[Products]:

@@ -20,6 +20,8 @@ enum { GROUP_ROWS = 64 };
 /* Adding this rounds a number of less than 2^22 to a whole one, in its lowest bits. */
 static const float rounding = 12582912.0f;
 
+static const float log2_e = 1.44269504f;
+
 typedef struct Job {
   Attend a;
   int64_t sharing;    /* query heads that share a head of keys */
@@ -28,11 +30,14 @@ typedef struct Job {
   int64_t per_head;   /* groups of a head of keys */
   int64_t groups;     /* of all heads */
   int64_t begin, end; /* blocks of positions that some token sees */
-  int64_t block_bytes, head_bytes, state_size, tile_size;
-  float *queries; /* [groups, group, head_dim] */
+  int64_t block_bytes, head_bytes, state_size;
+  float unspread; /* 1 over the factor of a product of two spread rows */
   float *states;  /* [pieces + groups - 1, group, state_size] */
-  float *tiles;   /* [pieces, tile_size] */
+  float *scratch; /* [pieces, MBQ_ATTEND_SCRATCH] */
+  float *steps;   /* [groups, group] */
+  int32_t *sums;  /* [groups, group] */
   int32_t *spans; /* [per_head, group, 2] */
+  int8_t *queries; /* [groups, group, MBQ_QUERY_BYTES * head_dim] */
   size_t pieces, enter_pieces, finish_pieces;
 } Job;
 
@@ -56,45 +61,51 @@ static void plan(Job *job) {
   job->block_bytes = MBQ_KEY_LANES * (a->head_dim + MBQ_KV_SCALE_BYTES);
   job->head_bytes = a->room / MBQ_KEY_LANES * job->block_bytes;
   job->state_size = MBQ_STATE_NUMBERS + a->head_dim;
-  job->tile_size = job->group > MBQ_ATTEND_ROWS ? 2 * MBQ_TILE_BLOCKS * MBQ_KEY_LANES * a->head_dim : 0;
+  job->unspread = 1 / (float)(a->head_dim & -a->head_dim);
 }
 
 static void *reserve(Job *job) {
-  const int64_t queries = job->groups * job->group * job->a.head_dim, tiles = (int64_t)job->pieces * job->tile_size;
+  const int64_t rows = job->groups * job->group, spans = 2 * job->per_head * job->group;
   const int64_t states = ((int64_t)job->pieces + job->groups - 1) * job->group * job->state_size;
-  const int64_t spans = 2 * job->per_head * job->group;
-  float *memory = malloc((size_t)(queries + states + tiles) * sizeof(float) + (size_t)spans * sizeof(int32_t));
-  job->queries = memory;
-  job->states = memory + queries;
-  job->tiles = job->states + states;
-  job->spans = (int32_t *)(job->tiles + tiles);
+  const int64_t scratch = (int64_t)job->pieces * MBQ_ATTEND_SCRATCH, of_queries = MBQ_QUERY_BYTES * job->a.head_dim;
+  float *memory = malloc((size_t)(states + scratch + 2 * rows + spans) * sizeof(float) + (size_t)(rows * of_queries));
+  job->states = memory;
+  job->scratch = memory + states;
+  job->steps = job->scratch + scratch;
+  job->sums = (int32_t *)(job->steps + rows);
+  job->spans = job->sums + rows;
+  job->queries = (int8_t *)(job->spans + spans);
   return memory;
 }
 
 /* The spans of all rows. Rows that fill the last group are zeros, and see what the last one sees. */
 static void fill(Job *job) {
-  const int64_t rows = job->per_head * job->group, d = job->a.head_dim;
+  const int64_t rows = job->per_head * job->group, more = rows - job->rows, bytes = MBQ_QUERY_BYTES * job->a.head_dim;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t token = min(row, job->rows - 1) / job->sharing;
     job->spans[2 * row] = (int32_t)first_seen(&job->a, token);
     job->spans[2 * row + 1] = (int32_t)(job->a.past + token);
   }
-  for (int64_t head = 0; head < job->a.kv_heads; ++head)
-    memset(job->queries + (head * rows + job->rows) * d, 0, (size_t)((rows - job->rows) * d) * sizeof(float));
+  for (int64_t head = 0; head < job->a.kv_heads; ++head) {
+    const int64_t first = head * rows + job->rows;
+    memset(job->queries + first * bytes, 0, (size_t)(more * bytes));
+    memset(job->steps + first, 0, (size_t)more * sizeof(float));
+    memset(job->sums + first, 0, (size_t)more * sizeof(int32_t));
+  }
 }
 
-static void rotate(const Attend *a, const float *restrict x, int64_t token, float scale, float *restrict y) {
+static void rotate(const Attend *a, const float *restrict x, int64_t token, float *restrict y) {
   const int64_t half = a->rotated / 2;
   const float *restrict cos = a->cos + (a->past + token) * half, *restrict sin = a->sin + (a->past + token) * half;
   for (int64_t i = 0; i < half; ++i) {
-    y[i] = (x[i] * cos[i] - x[half + i] * sin[i]) * scale;
-    y[half + i] = (x[half + i] * cos[i] + x[i] * sin[i]) * scale;
+    y[i] = x[i] * cos[i] - x[half + i] * sin[i];
+    y[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
   }
-  for (int64_t i = a->rotated; i < a->head_dim; ++i) y[i] = x[i] * scale;
+  for (int64_t i = a->rotated; i < a->head_dim; ++i) y[i] = x[i];
 }
 
-/* Codes of a row, `step` bytes apart, and their scale. */
-static void round_row(const float *restrict x, int64_t count, int64_t step, int8_t *restrict codes, float *scale) {
+/* The stored bytes of a row, and their scale. */
+static void round_row(const float *restrict x, int64_t count, uint8_t *restrict stored, float *scale) {
   uint32_t largest = 0; /* floats without a sign have the order of their bits */
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;
@@ -111,25 +122,35 @@ static void round_row(const float *restrict x, int64_t count, int64_t step, int8
     const float shifted = x[i] * inverse + rounding;
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
-    codes[i * step] = (int8_t)(uint8_t)bits;
+    stored[i] = (uint8_t)(bits + 128);
   }
 }
 
 static void enter(const Job *job, int64_t token) {
   const Attend *a = &job->a;
   const int64_t d = a->head_dim, position = a->past + token;
+  float x[MBQ_MOST_HEAD_DIM];
+  uint8_t stored[MBQ_MOST_HEAD_DIM];
   for (int64_t h = 0; h < a->heads; ++h) {
     const int64_t row = h / job->sharing * job->per_head * job->group + token * job->sharing + h % job->sharing;
-    rotate(a, a->q + token * a->q_stride + h * d, token, a->scale, job->queries + row * d);
+    rotate(a, a->q + token * a->q_stride + h * d, token, x);
+    CALL(__tvm_ffi_mbq_spread, PTR(x), INT(d));
+    CALL(__tvm_ffi_mbq_round_queries, PTR(x), PTR(job->queries + row * MBQ_QUERY_BYTES * d), PTR(job->steps + row),
+         PTR(job->sums + row), INT(d));
+    job->steps[row] *= a->scale * job->unspread * log2_e;
   }
   const int64_t block = position / MBQ_KEY_LANES * job->block_bytes, lane = position % MBQ_KEY_LANES;
-  const int64_t codes = MBQ_KEY_LANES * MBQ_KV_SCALE_BYTES;
+  const int64_t bytes = MBQ_KEY_LANES * MBQ_KV_SCALE_BYTES;
   for (int64_t h = 0; h < a->kv_heads; ++h) {
     uint8_t *keys = a->keys + h * job->head_bytes + block, *values = a->values + h * job->head_bytes + block;
-    float turned[MBQ_MOST_HEAD_DIM];
-    rotate(a, a->k + token * a->k_stride + h * d, token, 1, turned);
-    round_row(turned, d, MBQ_KEY_LANES, (int8_t *)keys + codes + lane, (float *)keys + lane);
-    round_row(a->v + token * a->v_stride + h * d, d, 1, (int8_t *)values + codes + lane * d, (float *)values + lane);
+    rotate(a, a->k + token * a->k_stride + h * d, token, x);
+    CALL(__tvm_ffi_mbq_spread, PTR(x), INT(d));
+    round_row(x, d, stored, (float *)keys + lane);
+    for (int64_t i = 0; i < d; i += 4) memcpy(keys + bytes + i * MBQ_KEY_LANES + 4 * lane, stored + i, 4);
+    memcpy(x, a->v + token * a->v_stride + h * d, (size_t)d * sizeof(float));
+    CALL(__tvm_ffi_mbq_spread, PTR(x), INT(d));
+    round_row(x, d, stored, (float *)values + lane);
+    for (int64_t i = 0; i < d; ++i) values[bytes + lane / 4 * 4 * d + 4 * i + lane % 4] = stored[i];
   }
 }
 
@@ -150,10 +171,11 @@ static void attend_group(const Job *job, size_t piece, int64_t g, int64_t begin,
   if (begin >= end) return;
   const uint8_t *keys = a->keys + g / job->per_head * job->head_bytes;
   const uint8_t *values = a->values + g / job->per_head * job->head_bytes;
-  const float caps[2] = {a->cap, a->cap > 0 ? 1 / a->cap : 0};
-  CALL(__tvm_ffi_mbq_attend, PTR(job->queries + g * job->group * a->head_dim), PTR(spans), PTR(keys), PTR(keys),
-       PTR(values), PTR(values), PTR(caps), PTR(state), PTR(job->tiles + (int64_t)piece * job->tile_size),
-       INT(a->head_dim), INT(job->group), INT(begin), INT(end));
+  const float cap = a->cap * log2_e, caps[2] = {cap, cap > 0 ? 1 / cap : 0};
+  const int64_t row = g * job->group;
+  CALL(__tvm_ffi_mbq_attend, PTR(job->queries + row * MBQ_QUERY_BYTES * a->head_dim), PTR(job->steps + row),
+       PTR(job->sums + row), PTR(spans), PTR(keys), PTR(keys), PTR(values), PTR(values), PTR(caps), PTR(state),
+       PTR(job->scratch + (int64_t)piece * MBQ_ATTEND_SCRATCH), INT(a->head_dim), INT(job->group), INT(begin), INT(end));
 }
 
 static void finish(const Job *job, int64_t g) {
@@ -170,11 +192,12 @@ static void finish(const Job *job, int64_t g) {
     for (size_t p = first; p <= last; ++p) peak = fmaxf(peak, state_of(job, p, g)[at]);
     for (size_t p = first; p <= last; ++p) {
       const float *restrict state = state_of(job, p, g) + at;
-      const float weight = first == last ? 1 : expf(state[0] - peak);
+      const float weight = first == last ? 1 : exp2f(state[0] - peak);
       for (int i = MBQ_STATE_NUMBERS - MBQ_LANES; i < MBQ_STATE_NUMBERS; ++i) sum += weight * state[i];
       for (int64_t i = 0; i < d; ++i) y[i] = (p == first ? 0 : y[i]) + weight * state[MBQ_STATE_NUMBERS + i];
     }
-    for (int64_t i = 0; i < d; ++i) y[i] /= sum;
+    CALL(__tvm_ffi_mbq_spread, PTR(y), INT(d));
+    for (int64_t i = 0; i < d; ++i) y[i] *= job->unspread / sum;
   }
 }
 

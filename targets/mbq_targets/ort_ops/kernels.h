@@ -24,7 +24,10 @@ typedef int (*Kernel)(void *self, const Arg *args, int32_t count, Arg *result);
 
 int __tvm_ffi_mbq_quantize(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_router_sums(void *, const Arg *, int32_t, Arg *);
-int __tvm_ffi_mbq_attend(void *, const Arg *, int32_t, Arg *); /* if MBQ_KV_BITS is 8 */
+/* If MBQ_KV_BITS is 8. */
+int __tvm_ffi_mbq_spread(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_round_queries(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_attend(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_gate_silu(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_gate_gelu_tanh(void *, const Arg *, int32_t, Arg *);
 #define DECLARE(d)                                                \
