@@ -6,8 +6,8 @@
 ``write`` lets the original and the bundle answer the held-back prompts greedily.  It writes ``sheet.md`` for readers
 and ``key.json``, which they do not see.  A pair on the sheet has a question and two replies, A and B, in random order.
 Which one is the original's, and at how many bits the other one was made, is in the key alone.  Equal replies are not
-shown.  A reader writes a JSON object that has "A", "B" or "same" for each number: the better reply, judged by whether it
-answers the question, says true things, and does not repeat itself or fall apart.  ``score`` counts.
+shown.  A reader writes a JSON object that has "A", "B" or "same" for each number: the better reply, judged by whether
+it answers the question, says true things, and does not repeat itself or fall apart.  ``score`` counts.
 
 8 bits are the control: the replies differ, but none should be better.
 """
