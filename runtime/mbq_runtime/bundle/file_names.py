@@ -23,8 +23,9 @@ DOWNLOAD_RECORDS = re.compile(
 )
 """What a download with ``hf download --local-dir`` leaves beside the bundle.  Nothing reads it."""
 COMMON_FILES = ("genai_config.json", "tokenizer.json")
-WEIGHT_FILES = ("model.onnx.data", WEIGHTS, GPU_FILES[1])
-"""The large files, which ``parts`` divides by depth."""
+ENGINE_WEIGHTS = {"onnx": "model.onnx.data", "tvm": WEIGHTS, "opencl": GPU_FILES[1], "webgpu": GPU_FILES[1]}
+"""The large file of each engine, which ``parts`` divides by depth."""
+WEIGHT_FILES = tuple(dict.fromkeys(ENGINE_WEIGHTS.values()))
 ENGINE_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {NATIVE_LAYOUT: ("model.onnx", OPS_LIBRARY), PORTABLE_LAYOUT: ("model.onnx",)},
     "tvm": {NATIVE_LAYOUT: (DECODER_LIBRARY, WEIGHTS)},

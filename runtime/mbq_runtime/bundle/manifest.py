@@ -29,7 +29,7 @@ from .facts import (
     TargetFacts,
     Weights,
 )
-from .file_names import ENGINE_FILES, MANIFEST_NAME, OPS_LIBRARY, TRIM_NAME
+from .file_names import ENGINE_FILES, ENGINE_WEIGHTS, MANIFEST_NAME, OPS_LIBRARY, TRIM_NAME, WEIGHT_FILES
 from .layout import NATIVE_LAYOUT
 from .listed_files import FileEntry, FileRange, check_entries, check_parts
 from .reading import parse_json, read_file, shown
@@ -121,6 +121,15 @@ class Manifest:
     def total_bytes(self) -> int:
         """Size of all files in the folder but the manifest."""
         return sum(entry.size for entry in self.held_files)
+
+    def engine_bytes(self, engine: str) -> int:
+        """Size of all of them but the weights of other engines.
+
+        Args:
+            engine: kind of engine.
+        """
+        others = {*WEIGHT_FILES} - {ENGINE_WEIGHTS[engine]}
+        return sum(entry.size for entry in self.held_files if entry.name not in others)
 
     def limited(self, depth: int) -> Manifest:
         """The manifest of the same bundle without its deeper slices.

@@ -98,6 +98,7 @@ class Engine:
         self._speculate: Mode = "off"
         self._rewinds = self._loaded.rewinds
         self._budget = Allowance(manifest, self._wish)
+        self._memory_bytes = manifest.engine_bytes(name) + self.session().first_bytes
         self._busy = threading.Lock()
         self._listeners: tuple[TokenListener, ...] = ()  # replaced, never changed: replies read it without the lock
         self._listeners_lock = threading.Lock()
@@ -155,6 +156,11 @@ class Engine:
     def asleep(self) -> bool:
         """Whether the model is not in memory."""
         return self._loaded is None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the model takes when it is loaded: its files, and the first context with its states."""
+        return self._memory_bytes
 
     def sleep(self) -> None:
         """Free the memory of the model.  The next reply loads it again.  Sessions from before are refused then.

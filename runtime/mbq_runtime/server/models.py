@@ -62,8 +62,7 @@ class Models:
     Args:
         models: at least one; the first answers requests that name none, and is in use at the start.
         steer: runs a governor for an engine while a block lasts.
-        most_bytes: bytes of the models in memory, counted by the files of their bundles; None: no bound.  The one in
-            use may have more.
+        most_bytes: bytes of the models in memory, each with one context; None: no bound.  The one in use may have more.
     """
 
     def __init__(self, models: Sequence[Model], steer: Steer, *, most_bytes: int | None = None) -> None:
@@ -125,7 +124,7 @@ class Models:
 
     def _bytes_with(self, model: Model) -> int:
         """Bytes of the models that are in memory, and of one that will be."""
-        return sum(other.engine.manifest.total_bytes for other in self if other is model or not other.engine.asleep)
+        return sum(other.engine.memory_bytes for other in self if other is model or not other.engine.asleep)
 
     def _put_to_sleep(self, model: Model) -> None:
         if not model.engine.asleep:

@@ -14,7 +14,7 @@ import openai
 import pytest
 from forked_mbq import Mbq
 from serving import Running, serve, wait_for
-from tiny_bundle import CIRCLE, TEMPLATE, facts, write_manifest
+from tiny_bundle import CIRCLE, CONTEXT, TEMPLATE, facts, write_manifest
 
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.control.bounds import BoundedEngine
@@ -48,7 +48,7 @@ def engines(bundle: Path, second_bundle: Path) -> list[Engine]:
 @pytest.fixture
 def one_at_a_time(engines: list[Engine]) -> Iterator[Running]:
     """A server with memory for one of the two."""
-    most = engines[0].manifest.total_bytes * 3 // 2
+    most = engines[0].memory_bytes * 3 // 2
     with serve(*engines, most_bytes=most, cache_bytes=10**7) as running:
         yield running
 
@@ -114,6 +114,14 @@ def test_contexts_stay_with_their_model(engines: list[Engine]) -> None:
         wait_for(lambda: len(contexts) == 2)
         contexts.drop(engines[0])
         assert len(contexts) == 1
+
+
+def test_a_model_counts_with_what_its_engine_reads_and_one_context(engines: list[Engine]) -> None:
+    engine, context_bytes = engines[0], CONTEXT * 2 * 2 * 16 * 4  # keys and values of two heads of 16, in float32
+    assert engine.memory_bytes == engine.manifest.total_bytes + context_bytes
+    entry = replace(engine.manifest.files[0], name="decoder.safetensors", size=10**6)
+    both = replace(engine.manifest, files=(*engine.manifest.files, entry))
+    assert both.engine_bytes("onnx") == engine.manifest.total_bytes == both.engine_bytes("tvm") - 10**6
 
 
 def test_an_idle_server_frees_both(engines: list[Engine]) -> None:
