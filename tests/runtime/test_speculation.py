@@ -267,9 +267,14 @@ def test_auto_times_passes_behind_a_reply_and_keeps_the_times(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path))
-    measured = []
+    measured: list[Any] = []
     measure = PassCosts.measure
-    monkeypatch.setattr(PassCosts, "measure", lambda *a: measured.append(a) or measure(*a))
+
+    def counted(*arguments: Any) -> PassCosts:
+        measured.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(PassCosts, "measure", counted)
     prompt = "xA" + CIRCLE * 3
     for run in range(3):
         engine = Engine.load(bundle, threads=1)
@@ -283,9 +288,9 @@ def test_auto_times_passes_behind_a_reply_and_keeps_the_times(
         assert len(measured) == 1
     (file,) = (tmp_path / "pass-costs").iterdir()
     assert pass_costs.place(bundle, "onnx", 2, (3.0, 8.0)) != file == pass_costs.place(bundle, "onnx", 1, (3.0, 8.0))
-    reply = Engine.load(bundle, threads=2)
-    reply.speculate = "auto"
-    stopped = reply.generate(prompt, chat=False, max_tokens=20)
+    engine = Engine.load(bundle, threads=2)
+    engine.speculate = "auto"
+    stopped = engine.generate(prompt, chat=False, max_tokens=20)
     next(stopped)
     stopped.close()
     assert len(measured) == 1  # somebody who stops a reply does not wait

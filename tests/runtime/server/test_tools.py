@@ -326,7 +326,7 @@ def test_values_that_are_not_written_as_json(engine: Engine, family: str, specia
         "additionalProperties": False,
         "$defs": {"node": node},
     }
-    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": schema}}
     row = row._replace(tools=named([tool]))
     grammar = call_grammar(row, demanded=True, several=False, exact=True, special_id=engine.special_id)
     assert grammar is not None
@@ -359,10 +359,11 @@ def test_values_that_are_not_written_as_json(engine: Engine, family: str, specia
         assert ends(engine, grammar, row.opens + body(right) + row.closes), right
         (call,) = row.read(body(right), row.tools)
         assert json.loads(call.arguments) == right
-    for wrong in (
+    wrongs: list[dict[str, Any]] = [
         {"a": []}, {"a": ["abcd"]}, {"a": ["x"] * 3}, {"b": "x"}, {"c": "abc"}, {"c": None}, {"d": {"k": [1]}},
         {"e": {}}, {"e": {"v": 10}}, {"g": "two"}, {"h": 1},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for wrong in wrongs:
         assert not ends(engine, grammar, row.opens + body(wrong) + row.closes), wrong
     bad = {**tool["function"], "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
     row = row._replace(tools=named([{"type": "function", "function": bad}]))
@@ -388,7 +389,7 @@ def test_a_template_of_gemma_says_what_its_calls_are(family: str, tmp_path: Path
     (tmp_path / "chat_template.jinja").write_text((TEMPLATES / f"{family}.jinja").read_text())
     row = FORMATS[family]
     call = {"id": "1", "type": "function", "function": {"name": "tide", "arguments": {"place": "AB", "high": True}}}
-    talk = [
+    talk: list[dict[str, Any]] = [
         {"role": "user", "content": "When?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "tide", "tool_call_id": "1", "content": "six"},
@@ -429,7 +430,7 @@ def test_a_reply_of_gemma_ends_where_an_answer_would_begin(tmp_path: Path) -> No
 def test_what_a_grammar_does_not_know_is_left_out_unless_a_call_is_demanded(client: openai.OpenAI) -> None:
     needs.module("llguidance")
     odd = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
-    tool = {"type": "function", "function": {"name": "odd", "parameters": odd}}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "odd", "parameters": odd}}
     assert ask(client, tools=[tool], max_tokens=3).choices[0].message.content == "BCD"
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, tools=[tool], tool_choice="required")
