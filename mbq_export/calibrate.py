@@ -4,9 +4,10 @@ Lifecycle of ``calibrate``, with the names that the user sees:
 
 1. "recording teacher outputs": the original model's predictions on held-back text (``tuning.teacher``), their loss
    (``quality.reference``), and its logits on a check prompt.
-2. Rotation of the weights (``transforms.rotation``), or "measuring activations" and smoothing
+2. For a model with experts, "choosing windows for experts" (``slicing.expert_windows``).
+3. Rotation of the weights (``transforms.rotation``), or "measuring activations" and smoothing
    (``transforms.smoothing``).  The logits must stay as they were (``check``).
-3. For a method without feedback: "rounding weights" (``slicing.rtn``).  Otherwise:
+4. For a method without feedback: "rounding weights" (``slicing.rtn``).  Otherwise:
 
    a. "recording teacher outputs" on the text that slices are tuned on, if they are;
    b. "computing token weights" (``slicing.importance``);
@@ -15,9 +16,9 @@ Lifecycle of ``calibrate``, with the names that the user sees:
       "fitting routers for tuning" and "tuning with routers" (``tuning.tune``);
    e. "choosing slices after 4 bits" (or as many as are tuned), if slices are tuned (``slicing.by_block``).
 
-4. "measuring slice gains" (``routing.slice_gains``).
-5. "fitting routers" of every kind, and "comparing routers" (``routing.select``).
-6. "measuring the quality curve" (``quality``), and the logits of the sliced model (``check``).
+5. "measuring slice gains" (``routing.slice_gains``).
+6. "fitting routers" of every kind, and "comparing routers" (``routing.select``).
+7. "measuring the quality curve" (``quality``), and the logits of the sliced model (``check``).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from .routing import kinds, select
 from .routing.slice_gains import measure_gains
 from .slicing import rtn
 from .slicing.by_block import slice_model, slice_residuals
+from .slicing.expert_windows import balanced_windows
 from .slicing.importance import alike, token_importance
 from .transforms.rotation import rotate
 from .transforms.smoothing import smooth
@@ -124,7 +126,7 @@ class _Weights:
 
 def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recording) -> _Weights:
     checkpoint, method, d = calibration.checkpoint, calibration.method, calibration.checkpoint.decoder
-    hessian_windows = windows[:: -(-len(windows) // method.hessian_windows)]
+    hessian_windows = _measured_windows(calibration, windows)
     if len(hessian_windows) < processes.count():
         raise UsageError(
             f"{processes.count()} processes, but {len(hessian_windows)} windows of text to measure inputs on: each "
@@ -140,6 +142,14 @@ def _slice(calibration: Calibration, windows: NDArray[np.int64], original: Recor
     per_layer = _rounded(calibration, "per_layer", checkpoint.per_layer_table()) if d.per_layer_size else None
     slices = _slice_with_feedback(calibration, windows, hessian_windows) if method.feedback else _round(calibration)
     return _Weights(slices, embedding, head_scale, head_input, per_layer)
+
+
+def _measured_windows(calibration: Calibration, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The windows that second moments of inputs are measured on: evenly spread, or those that all experts see."""
+    most, checkpoint = calibration.method.hessian_windows, calibration.checkpoint
+    if not checkpoint.decoder.layers_of("experts_in") or len(windows) <= most or not calibration.method.feedback:
+        return windows[:: -(-len(windows) // most)]
+    return balanced_windows(checkpoint, windows, most, calibration.stage("choosing windows for experts"))
 
 
 def _rounded(calibration: Calibration, name: str, table: NDArray[np.float32]) -> Sliced:

@@ -167,8 +167,13 @@ def _bad_options(options: Options) -> Iterator[str]:
             yield f"--kv {options.kv_bits}: {target.name} has float32 keys and values alone; leave it out"
 
 
-def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
-    without = {
+def without_gpu_kernels(decoder: Decoder) -> list[str]:
+    """The parts of a model that have no GPU kernel.
+
+    Args:
+        decoder: shape of the model.
+    """
+    parts = {
         "short convolutions": decoder.layers_of("conv_in"),
         "delta nets": decoder.layers_of("delta_in"),
         "experts": decoder.layers_of("experts_in"),
@@ -178,7 +183,11 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
         "scalars of layers": decoder.family.layer_scalars,
         "blocks that share keys and values": decoder.some_share,
     }
-    if found := [part for part, there in without.items() if there]:
+    return [part for part, there in parts.items() if there]
+
+
+def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
+    if found := without_gpu_kernels(decoder):
         for target in options.outputs.values():
             if target.gpu:
                 yield f"target {target.name}: {', '.join(found)} have no GPU kernel; choose a processor's target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from mbq_export.format.ops import gated_silu
 from mbq_export.lower.decoder import ExpertsStep
 from mbq_export.lower.onnx_experts import ExpertNodes
 from mbq_export.lower.onnx_graph import Graph
+from mbq_export.methods import METHODS
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.slicing.expert_inputs import FEWEST_TOKENS, ExpertInputs
+from mbq_export.slicing.expert_windows import ENOUGH_TOKENS, choose, expert_tokens
 from mbq_export.slicing.importance import alike
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -148,10 +151,11 @@ def test_a_session_goes_on_or_goes_back(name: str, families: Callable[[str], Fam
 
 
 @pytest.mark.heavy
-def test_a_tuned_bundle(tmp_path: Path, calibration_text: Path) -> None:
-    """Error feedback, tuning and routers of every kind."""
+def test_a_tuned_bundle(tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error feedback on windows that are chosen for experts, tuning and routers of every kind."""
+    monkeypatch.setitem(METHODS, "nested", replace(METHODS["nested"], hessian_windows=2))
     model = write_checkpoint(tmp_path / "model", "qwen3_moe")
-    options = ["--target", "portable", "--method", "nested", "--tune-steps", "4"]
+    options = ["--target", "portable", "--method", "nested", "--tune-steps", "4", "--calib-tokens", "2048"]
     engine = Engine.load(exported(model, tmp_path / "bundle", calibration_text, *options))
     wanted = transformers_logits(model)
     found = np.stack([engine.logits(text, 8.0).logits for text in TEXTS])
@@ -179,6 +183,33 @@ def test_an_expert_that_few_tokens_choose_is_rounded(checkpoint: Checkpoint) -> 
     assert torch.allclose(found[gate[0]](), (of_one.T @ of_one).double() / 64, rtol=0.05, atol=0.05)
     assert found[down[0]]().shape == (d.experts.ffn_size,) * 2  # type: ignore[union-attr]
     assert seen.rare == d.experts.count - 1  # type: ignore[union-attr]
+
+
+def test_windows_are_chosen_for_experts_that_see_little() -> None:
+    counts = np.zeros((6, 4), np.int64)
+    counts[:, 0] = ENOUGH_TOKENS
+    counts[4, 1] = 40
+    counts[2, 2] = 30
+    assert choose(counts, 2).tolist() == [2, 4]
+    assert choose(counts, 6).tolist() == [*range(6)]
+
+
+def test_tokens_of_experts_are_counted(checkpoint: Checkpoint) -> None:
+    d = checkpoint.decoder
+    assert d.experts is not None
+    windows = np.array(TEXTS)
+    counts = expert_tokens(checkpoint, windows, lambda done, total: None)
+    of_layers = counts.reshape(len(windows), -1, d.experts.count)
+    assert (of_layers.sum(2) == windows.shape[1] * d.experts.used).all()
+    last = [layer for layer in range(d.layers) if d.feed_forward(layer) == "experts"][-1]
+    chooser = checkpoint.model.get_submodule(str(d.chooser(last)))
+    seen: list[Array] = []
+    hook = chooser.register_forward_hook(lambda module, inputs, outputs: seen.append(inputs[0].numpy()))
+    with hook, torch.no_grad():
+        checkpoint.model(torch.from_numpy(windows))
+    chosen, _ = choose_experts(seen[0].reshape(-1, d.hidden_size), *_chooser(checkpoint, last))
+    expected = [np.bincount(part.reshape(-1), minlength=d.experts.count) for part in np.split(chosen, len(windows))]
+    assert np.abs(of_layers[:, -1] - expected).max() <= 1  # two scores may be nearly the same
 
 
 def test_rare_experts_are_said_in_one_line(

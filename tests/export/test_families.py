@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from tiny_models import COMMON, MODELS
 from transformers import AutoConfig
 
 from mbq_export.model.describe import describe
+from mbq_export.model.families import FAMILIES
 from mbq_export.model.shape import FULL, SLIDING, Decoder, Rows
+from mbq_export.prepare import without_gpu_kernels
 from mbq_runtime.errors import ModelError
 
 # As published, without what says nothing of the decoder's shape.
@@ -178,3 +184,14 @@ def test_windows_of_other_families() -> None:
 def test_refusals(name: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         described(name, **changes)
+
+
+def test_the_table_of_the_docs_has_every_family_and_what_gpus_run() -> None:
+    page = Path(__file__).parents[2] / "docs" / "export-options.md"
+    rows = re.findall(r"^\|[^|]+\| (`[^|]+`) \|[^|]+\| (yes|no) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    told = {name: gpus == "yes" for names, gpus in rows for name in re.findall(r"`(\w+)`", names)}
+    found = {}
+    for name in FAMILIES:
+        config = AutoConfig.for_model(**{"model_type": name, **COMMON, **MODELS[name]})
+        found[name] = not without_gpu_kernels(describe(config, name))
+    assert told == found
