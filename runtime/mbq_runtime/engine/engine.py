@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -624,11 +625,10 @@ class Engine:
             context, length = session, decoding.length
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
-            try:
+            with suppress(GeneratorExit):  # behind an end token or a stop text nobody asks for more steps
                 yield from decoding.steps(context, guesser, record)
-            finally:
-                if self._speculate == "auto" and not record.stopping:
-                    self._time_guesses()
+            if self._speculate == "auto" and not record.stopping:
+                self._time_guesses()
 
     @cached_property
     def _kept_costs(self) -> Path:
