@@ -136,7 +136,7 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, targe
         units[unit.name] = RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
     scale = np.ones(d.hidden_size, np.float32)
     table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, profile, "embedding")
-    curve = tuple(QualityPoint(bits, bits, 1.0) for bits in (float(profile.min_bits), 8.0))
+    curve = tuple(QualityPoint(bits, bits, 1.0, 0.0, 1.0) for bits in (float(profile.min_bits), 8.0))
     calibrated = Calibrated(profile, group_size, "mlp", units, table, scale, reference_perplexity=1.0, curve=curve)
     bundle.write_bundle(prepared, out, checkpoint, calibrated, calibration={"method": "rtn"})
 
