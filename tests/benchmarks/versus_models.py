@@ -28,6 +28,7 @@ from mbq_export.compare import llama_cpp_files
 from mbq_export.format.router import RouterParams
 from mbq_export.methods import MLP_HIDDEN
 from mbq_export.model.loading import load
+from mbq_export.model.sliced_linear import values_at
 from mbq_export.model.source import locate
 from mbq_export.options import Options
 from mbq_export.prepare import prepare
@@ -135,6 +136,9 @@ def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, targe
         router = spread_router(profile, share, MLP_HIDDEN, sliced.codes.shape[1])
         units[unit.name] = RoutedLinear(unit, sliced, checkpoint.bias(unit), router)
     scale = np.ones(d.hidden_size, np.float32)
+    if d.tied:  # the bundle reads rows of the head, and the check of the bundle asks the checkpoint
+        rows = values_at(units[d.head.name].sliced, profile, profile.depths, device=checkpoint.device)
+        checkpoint.model.get_input_embeddings().weight.data.copy_(rows)
     table = None if d.tied else rtn.slice_weight(checkpoint.embedding(), group_size, profile, "embedding")
     curve = tuple(QualityPoint(bits, bits, 1.0, 0.0, 1.0) for bits in (float(profile.min_bits), 8.0))
     calibrated = Calibrated(profile, group_size, "mlp", units, table, scale, reference_perplexity=1.0, curve=curve)
