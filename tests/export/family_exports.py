@@ -132,6 +132,8 @@ def write_rounded(model: Path, folder: Path, factors: Mapping[str, NDArray[np.fl
     family = FAMILIES[str(MODELS[model.name].get("model_type", model.name))]
     if family.experts is not None:
         views = {name.removesuffix(".weight"): tensor for name, tensor in single_experts(stored, family).items()}
+    # LFM3's files have another name for the gates of heads.
+    views |= {name.replace("attn.gate_proj", "attn.g_proj"): tensor for name, tensor in views.items()}
     embedding = views["model.embed_tokens"]
     views |= {"embedding": embedding, "lm_head": views.get("lm_head", embedding)}
     if (per_layer := views.get("model.per_layer_model_projection")) is not None:
@@ -154,11 +156,27 @@ def export_family(name: str, folder: Path, text: Path) -> FamilyExport:
     """
     model, bundles = write_checkpoint(folder / name, name), folder / "bundles"
     engines = ("onnx", "tvm") if name in COMPILED else ("onnx",)
-    options = ["--model", model, "--target", "portable", "--target", "host", "--output", bundles]
-    options += ["--engine", "both" if "tvm" in engines else "onnx", "--calib-data", text, "--calib-tokens", 1024]
-    options += ["--method", "rtn", "--router", "mlp", "--json"]
-    with recorded_errors() as errors, recorded_rounding() as factors, pytest.MonkeyPatch.context() as patch:
+    engine = "both" if "tvm" in engines else "onnx"
+    with recorded_errors() as errors, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Target, "engines", engines_there_are)
-        command([str(option) for option in options], standalone_mode=False)
-    rounded = write_rounded(model, folder / "rounded", factors)
+        rounded = export(model, bundles, text, "--target", "portable", "--target", "host", "--engine", engine)
     return FamilyExport(model, rounded, bundles / f"{name}-portable", bundles / f"{name}-host", engines, errors)
+
+
+def export(model: Path, output: Path, text: Path, *options: str) -> Path:
+    """Export a checkpoint by rounding, with a learned router.
+
+    Args:
+        model: folder of the checkpoint.
+        output: where the bundles go.
+        text: to calibrate on.
+        options: of the command, with a target.
+
+    Returns:
+        A folder beside the checkpoint's: the checkpoint with rounded weights, see ``write_rounded``.
+    """
+    arguments = ["--model", str(model), "--output", str(output), "--calib-data", str(text), "--calib-tokens", "1024"]
+    arguments += ["--method", "rtn", "--router", "mlp", "--json", *options]
+    with recorded_rounding() as factors:
+        command(arguments, standalone_mode=False)
+    return write_rounded(model, model.with_name("rounded"), factors)

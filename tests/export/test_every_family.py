@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import torch
-from family_exports import FamilyExport, recorded_errors
+from family_exports import FamilyExport, export, recorded_errors
 from said_tokens import logits_in_parts
 from tiny_models import MODELS, write_checkpoint
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,8 @@ from mbq_export.cli import command
 from mbq_export.model.loading import load
 from mbq_export.model.recording import relative_error
 from mbq_export.model.source import locate
-from mbq_runtime import Engine
+from mbq_export.prepare import without_gpu_kernels
+from mbq_runtime import Engine, UsageError
 from mbq_runtime.engine import Session
 
 pytestmark = pytest.mark.heavy
@@ -74,14 +76,39 @@ def test_right_exports_pass_with_room(family: FamilyExport) -> None:
 
 
 def test_every_engine_computes_what_transformers_does(family: FamilyExport) -> None:
-    """With the bundle's weights in transformers' own class.  Most of a text in long passes, the rest token by token."""
+    assert_computes(family.loaded(), family.model.name, family.rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_gpus_compute_what_transformers_does(name: str, calibration_text: Path, tmp_path: Path) -> None:
+    """On a driver for the processor; or the family is refused."""
+    needs.gpu("webgpu")
+    model, bundle = write_checkpoint(tmp_path / name, name), tmp_path / "bundle"
+    if without_gpu_kernels(load(locate(str(model))).decoder):
+        with pytest.raises(UsageError, match="have no GPU kernel"):
+            export(model, bundle, calibration_text, "--target", "webgpu")
+        return
+    rounded = export(model, bundle, calibration_text, "--target", "webgpu")
+    assert_computes([Engine.load(bundle)], name, rounded)
+
+
+def assert_computes(engines: Iterable[Engine], name: str, rounded: Path) -> None:
+    """Engines have the logits of transformers' own class with the bundle's weights.
+
+    Args:
+        engines: of bundles of one model.
+        name: a key of ``MODELS``.
+        rounded: folder of the checkpoint with rounded weights.
+    """
     # Transformers rotates longer texts by other angles, and the bundle's whole context by these.
-    tokens, together = (40, 30) if family.model.name == "phi3-longrope" else (200, 180)
+    tokens, together = (40, 30) if name == "phi3-longrope" else (200, 180)
     texts = np.random.default_rng(3).integers(0, 256, (3, tokens))
-    rounded = AutoModelForCausalLM.from_pretrained(family.rounded, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float32).eval()
     with torch.no_grad():
-        wanted = rounded(torch.from_numpy(texts)).logits.numpy()
-    for engine in family.loaded():
+        wanted = model(torch.from_numpy(texts)).logits.numpy()
+    for engine in engines:
+        # Most of a text in long passes, the rest token by token.
         found = np.stack([logits_in_parts(engine, text, together) for text in texts])
         for part in (slice(together), slice(together, tokens)):
             assert relative_error(wanted[:, part], found[:, part]) < LOWERED, (engine.name, engine.path)
