@@ -34,8 +34,11 @@ from mbq_export.slicing import rtn
 from mbq_export.slicing.expert_inputs import FEWEST_TOKENS, ExpertInputs
 from mbq_export.slicing.expert_windows import ENOUGH_TOKENS, choose, expert_tokens
 from mbq_export.slicing.importance import alike
-from mbq_runtime import Engine, UsageError
+from mbq_runtime import BundleError, Engine, UsageError
+from mbq_runtime.bundle import manifest as bundle_manifest
+from mbq_runtime.bundle.parameters import check_parameters
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.bundle.tensors import WEIGHTS, read_entries
 from mbq_targets.spec import KernelSpec
 
 RNG = np.random.default_rng(5)
@@ -148,6 +151,18 @@ def test_a_session_goes_on_or_goes_back(name: str, families: Callable[[str], Fam
     for engine in families(name).loaded():
         # A convolution keeps the last tokens alone, so a session with some begins again.
         assert_sessions_say_the_same(engine, TEXTS[0], 100 if engine._backend.rewinds else 0)
+
+
+@pytest.mark.heavy
+def test_what_chooses_experts_has_one_shape(families: Callable[[str], FamilyExport]) -> None:
+    folder, name = families("qwen3_moe").host, "layers.1.chooser"
+    manifest, entries = bundle_manifest.read(folder), read_entries(folder / WEIGHTS)
+    check_parameters(folder, entries, manifest, None)
+    wrong = entries | {name: replace(entries[name], shape=(7, manifest.model.hidden_size))}
+    with pytest.raises(BundleError, match=rf"{name} has type F32 and shape \[7, 192\], needed F32 and \[8, 192\]"):
+        check_parameters(folder, wrong, manifest, None)
+    with pytest.raises(BundleError, match=rf"{name} has shape none, needed \[8, 192\]"):
+        check_parameters(folder, {other: entries[other] for other in entries if other != name}, manifest, None)
 
 
 @pytest.mark.heavy
