@@ -129,7 +129,7 @@ def expert_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Array]:
         layer: index of the block.
     """
     chooser, bias = checkpoint.chooser(layer)
-    found = {f"layers.{layer}.chooser": np.ascontiguousarray(chooser)}
+    found: dict[str, Array] = {f"layers.{layer}.chooser": np.ascontiguousarray(chooser)}
     if bias is not None:
         found[f"layers.{layer}.chooser_bias"] = np.pad(bias, (0, -len(bias) % ROW_BLOCK))
     return found
