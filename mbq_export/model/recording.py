@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
+from ..format.attention import spread_width
 from ..format.codes import Sliced
 from .blocks import watching_inputs
 from .checkpoint import Checkpoint
@@ -231,9 +232,20 @@ def rounded_cache(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values, [batch, heads, tokens, head_dim], with a step for each row."""
-    peak = x.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
-    return (x * (127 / peak)).round() * (peak / 127)
+    """Keys or values, [batch, heads, tokens, head_dim], spread, with a step for each row."""
+    mixed = _spread(x)
+    peak = mixed.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
+    return _spread((mixed * (127 / peak)).round() * (peak / 127)) / spread_width(x.shape[-1])
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """As ``format.attention.spread``."""
+    half = 1
+    while half < spread_width(x.shape[-1]):
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        half *= 2
+    return x
 
 
 @contextmanager

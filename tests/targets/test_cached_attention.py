@@ -103,10 +103,11 @@ class Op:
         caches = {"past_key": self.caches[0][None], "past_value": self.caches[1][None]}
         return self.session.run(None, {**feeds, **caches, "past": np.array([self.past], np.int64)})
 
-    def check(self, count: int, rng: np.random.Generator) -> None:
-        """A pass of random tokens: attended values within float32's error, caches bit for bit."""
+    def check(self, count: int, rng: np.random.Generator, size: float = 1) -> None:
+        """A pass of random tokens: attended values, and caches bit for bit.  size: of the values."""
         s = self.shape
         q, k, v = (rng.standard_normal((count, n, s.head_dim)).astype(np.float32) for n in (s.heads, *[s.kv_heads] * 2))
+        v *= np.float32(size)
         y, *caches = self.run(q, k, v)
         cos, sin = (table[self.past : self.past + count] for table in tables(s))
         turned = [attention.rotate(x, cos, sin) for x in (q, k)]
@@ -130,8 +131,8 @@ def built(request: pytest.FixtureRequest, library: Build) -> Path:
 def test_passes_of_every_size(shape: Shape, built: Path, tmp_path: Path) -> None:
     """The cache grows from nothing; passes begin and end within blocks of it."""
     rng, op = np.random.default_rng(1), Op(shape, built, tmp_path)
-    for tokens in (1, 2, 20, 1, 9, 140, 1, 3):
-        op.check(tokens, rng)
+    for count in (1, 2, 20, 1, 9, 140, 1, 3):
+        op.check(count, rng)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -139,13 +140,13 @@ def test_passes_of_every_size(shape: Shape, built: Path, tmp_path: Path) -> None
 def test_long_contexts_are_divided(name: str, threads: int, built: Path, tmp_path: Path) -> None:
     """With room to spare, of which what was never written is not a number."""
     rng, op = np.random.default_rng(2), Op(SHAPES[name], built, tmp_path, threads)
-    tokens = 2500
+    past = 2500
     for i, keys in enumerate((True, False)):
         cache = np.full((op.shape.kv_heads, CONTEXT // KEY_LANES * KEY_LANES, op.caches[0].shape[2]), 255, np.uint8)
-        rows = rng.standard_normal((tokens, op.shape.kv_heads, op.shape.head_dim)).astype(np.float32)
+        rows = rng.standard_normal((past, op.shape.kv_heads, op.shape.head_dim)).astype(np.float32)
         attention.put_rows(cache, 0, rows, keys=keys)
         op.caches[i] = cache
-    op.past = tokens
+    op.past = past
     for more in (1, 4, 70):
         op.check(more, rng)
 
@@ -161,6 +162,25 @@ def test_an_outlier_does_not_spoil_other_tokens(built: Path, tmp_path: Path) -> 
         back, spread = attention.cached_rows(stored, 4, keys=of_keys), attention.spread(x)
         peaks = np.abs(spread).max(axis=2, keepdims=True)
         assert (np.abs(back - spread) <= peaks / 127 * 0.5001 + 1e-30).all()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_values_of_any_size(size: float, built: Path, tmp_path: Path) -> None:
+    """The exponent of a value's scale is added to its score."""
+    rng, op = np.random.default_rng(4), Op(SHAPES["pairs, partly rotated"], built, tmp_path)
+    for count in (70, 1):
+        op.check(count, rng, size)
+
+
+def test_values_that_count_as_zero(built: Path, tmp_path: Path) -> None:
+    """Behind a token with a large value: their weights count in full."""
+    op = Op(SHAPES["one each"], built, tmp_path)
+    rows = np.random.default_rng(5).standard_normal((3, 20, 2, 32)).astype(np.float32)
+    rows[2, 1:] *= np.float32(1e-19)
+    y = op.run(*rows)[0].reshape(20, 2, 32)
+    heads = attention.Heads(2, 32**-0.5)
+    wanted, *_ = attention.cached_attention(*rows, (*op.caches, 0), heads)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=RELATIVE)
 
 
 BAD = {

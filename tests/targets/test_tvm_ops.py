@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from op_cases import matmul_tolerance, weight
 
-from mbq_export.format.attention import round_rows
+from mbq_export.format.attention import round_rows, spread, spread_width
 from mbq_export.format.delta import delta_net
 from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.ops import gated_gelu, sliced_matmul
@@ -381,7 +381,8 @@ def reference_attention(
     v = normed(v, np.ones(h.head_dim)) if h.value_norms else v
     q = q * growth[:, None, None] if h.grows else q
     if h.kv_bits == 8:
-        k, v = (codes * scales[..., None] for codes, scales in map(round_rows, (k, v)))
+        k, v = (spread(codes * scales[..., None]) for codes, scales in (round_rows(spread(x)) for x in (k, v)))
+        k, v = k / spread_width(h.head_dim), v / spread_width(h.head_dim)
     k, v = (np.repeat(x, h.heads // h.kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("mhd,nhd->hmn", q, k) * h.scale
     scores = scores if h.cap is None else h.cap * np.tanh(scores / h.cap)
