@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mbq_runtime import plotting, tables
-from mbq_runtime.bundle.facts import KV_BITS
 from mbq_runtime.errors import MbqError, UsageError
 
 from .compare.command import command as compare
 from .export import export
 from .lines import one_line
 from .methods import AUTO_SLICES, METHODS
-from .options import ENGINE_CHOICES, GROUP_SIZE_CHOICES, ROUTER_CHOICES, Options
+from .options import ENGINE_CHOICES, GROUP_SIZE_CHOICES, KV_CHOICES, ROUTER_CHOICES, Options
 from .progress import Progress, StageTimes
 
 if TYPE_CHECKING:
@@ -103,9 +102,9 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--kv",
     "kv_bits",
     default=str(DEFAULTS["kv_bits"]),
-    type=click.Choice(list(map(str, KV_BITS))),
-    callback=lambda context, parameter, value: int(value),
-    help="Bits of a cached key or value: 8 reads long contexts faster and takes a quarter of their memory.",
+    type=click.Choice(KV_CHOICES),
+    help="Bits of a cached key or value: 8 reads long contexts faster and takes a quarter of their memory; auto is 8 "
+    "where there are kernels for them, else 32.",
 )
 @click.option(
     "--method",
@@ -258,14 +257,14 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "read_parameters": plan.read_parameters,
         "bytes_per_token": {f"{bits:g}": plan.bytes_per_token(bits) for bits in plan.profile.depth_bits},
         "context_bytes": {
-            "each_token": plan.decoder.token_bytes(prepared.options.kv_bits),
+            "each_token": plan.decoder.token_bytes(plan.kv_bits),
             "states": plan.decoder.state_bytes,
         },
         "slices": list(plan.profile.slices),
         "profiles": [str(profile) for profile in prepared.options.profiles],
         "group_size": plan.group_size,
         "activation_bits": prepared.options.activation_bits,
-        "kv_bits": prepared.options.kv_bits,
+        "kv_bits": plan.kv_bits,
         "engines": list(prepared.options.engines),
         "router": prepared.options.router,
         "calib_tokens": plan.calib_tokens,
@@ -300,7 +299,7 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     of_all = "" if plan.read_parameters == plan.routed_parameters else f"{plan.read_parameters / 1e6:.0f} M of them, "
     yield "Reads", f"{plan.parameters / 1e6:.0f} M weights; a token reads {of_all}{', '.join(by_depth)}"
     besides = f", and its states {d.state_bytes / 1e6:.1f} MB" if d.state_bytes else ""
-    token_kb = d.token_bytes(prepared.options.kv_bits) / 1e3
+    token_kb = d.token_bytes(plan.kv_bits) / 1e3
     yield "Context", f"on the board, each token takes {token_kb:.0f} kB of memory{besides}"
     profiles = " or ".join(map(str, prepared.options.profiles))
     yield "Slices", f"{profiles} in groups of {plan.group_size}, router {prepared.options.router}"

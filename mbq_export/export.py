@@ -46,7 +46,7 @@ def export(
     slices: str = "3,1,2,2",
     group_size: int | Literal["auto"] = "auto",
     activation_bits: int = 16,
-    kv_bits: int = 32,
+    kv_bits: int | Literal["auto"] = 32,
     method: Literal["rtn", "quick", "nested", "learned"] = "nested",
     tune_steps: int | None = None,
     router: Literal["auto", "static", "norm", "mlp"] = "auto",
@@ -76,7 +76,7 @@ def export(
             and write the ones that measure better.
         group_size: weights per scale: 32, 64 or 128.  "auto": 64, or 32 where 64 does not divide every layer.
         activation_bits: bits of the integers that processors round activations to: 8 or 16.
-        kv_bits: bits of a cached key or value: 32 for float32, or 8.
+        kv_bits: bits of a cached key or value: 32 for float32, or 8.  "auto": 8 where there are kernels for them.
         method: how weights are sliced.
         tune_steps: steps of end-to-end tuning.  None: the method's own number.
         router: the rule that picks each token's depth.  "auto": the one that measures best.
@@ -108,7 +108,7 @@ def export(
         slices=slices,
         group_size=group_size,
         activation_bits=activation_bits,
-        kv_bits=kv_bits,
+        kv_bits=str(kv_bits),
         method=method,
         tune_steps=tune_steps,
         router=router,

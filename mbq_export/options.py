@@ -23,6 +23,7 @@ ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
 
 ROUTER_CHOICES = ("auto", "static", "norm", "mlp")
 GROUP_SIZE_CHOICES = ("auto", *map(str, GROUP_SIZES))
+KV_CHOICES = ("auto", *map(str, KV_BITS))
 
 
 _SEEDS = 1 << 63
@@ -50,7 +51,7 @@ class Options:
     seed: seed of all random numbers;
     force: whether existing bundles are replaced;
     sign: file of a private Ed25519 key that signs the bundles, or None;
-    kv_bits: bits of a cached key or value.
+    kv_bits: bits of a cached key or value, or "auto": 8 where there are kernels for them, else 32.
     """
 
     model: str
@@ -69,13 +70,13 @@ class Options:
     seed: int
     force: bool
     sign: Path | None = None
-    kv_bits: int = 32
+    kv_bits: str = "32"
 
     def __post_init__(self) -> None:
         for option, value, known in (
             ("--group-size", self.group_size, GROUP_SIZE_CHOICES),
             ("--activations", self.activation_bits, ACTIVATION_BITS),
-            ("--kv", self.kv_bits, KV_BITS),
+            ("--kv", self.kv_bits, KV_CHOICES),
             ("--method", self.method, tuple(METHODS)),
             ("--router", self.router, ROUTER_CHOICES),
         ):

@@ -43,7 +43,8 @@ class Plan:
     """Sizes of one export.
 
     decoder: the model; profile: slice widths; group_size: weights per scale; layout: how the target stores planes;
-    router_kind: a kind of router, or "auto" while it is to be chosen; calib_tokens: tokens of text.
+    router_kind: a kind of router, or "auto" while it is to be chosen; calib_tokens: tokens of text; kv_bits: bits of a
+    cached key or value.
     """
 
     decoder: Decoder
@@ -57,6 +58,7 @@ class Plan:
     in_memory: bool = False
     """Whether the weights stay in memory however large they are.  Those on a GPU do, and those of a GGUF file, which
     are decoded into memory."""
+    kv_bits: int = 32
 
     @property
     def router_bytes(self) -> int:

@@ -15,6 +15,7 @@ from mbq_runtime.bundle.file_names import ENGINE_FILES
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.errors import UsageError
 from mbq_targets.constants import MOST_HEAD_DIM
+from mbq_targets.machines import Target
 
 from . import devices
 from .data.windows import TextSource, open_source
@@ -77,7 +78,7 @@ def prepare(options: Options) -> Prepared:
     plans = {
         output: Plan(
             decoder, options.profiles[0], group_size, target.layout, options.router, calib_tokens=calib_tokens,
-            tunings=phases, in_memory=True,
+            tunings=phases, in_memory=True, kv_bits=choose_kv_bits(decoder, target, options.kv_bits),
         )
         for output, target in options.outputs.items()
     }  # fmt: skip
@@ -129,6 +130,26 @@ def choose_group_size(decoder: Decoder, wanted: str) -> int:
     raise UsageError(f"group size {size} does not divide K = {k} of {name} (and {len(bad) - 1} more layers); {remedy}")
 
 
+def choose_kv_bits(decoder: Decoder, target: Target, wanted: str) -> int:
+    """The bits of a cached key or value.
+
+    Args:
+        decoder: the model, whose heads must suit the kernels.
+        target: the machine, which must have kernels.
+        wanted: a number, or "auto" for 8 where there are kernels for them.
+    """
+    if wanted != "auto":
+        return int(wanted)
+    suits = target.native and not decoder.some_share and not _odd_heads(decoder)
+    return 8 if suits else 32
+
+
+def _odd_heads(decoder: Decoder) -> list[int]:
+    """Widths of heads that the kernels of 8-bit keys and values do not take."""
+    widths = sorted({of.head_dim for of in decoder.caches.values()})
+    return [width for width in widths if width % KEY_LANES or width > MOST_HEAD_DIM]
+
+
 def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str]:
     """Everything that would stop the export later, one line each.
 
@@ -163,7 +184,7 @@ def _bad_options(options: Options) -> Iterator[str]:
                 f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
                 "leave it out"
             )
-        if options.kv_bits != 32 and not target.native:
+        if options.kv_bits == "8" and not target.native:
             yield f"--kv {options.kv_bits}: {target.name} has float32 keys and values alone; leave it out"
 
 
@@ -191,16 +212,15 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
         for target in options.outputs.values():
             if target.gpu:
                 yield f"target {target.name}: {', '.join(found)} have no GPU kernel; choose a processor's target"
-    if options.kv_bits == 32:
+    if options.kv_bits != "8":
         return
     if decoder.some_share:
         yield f"--kv {options.kv_bits}: blocks that share keys and values have them in float32 alone; leave it out"
-    for head_dim in sorted({of.head_dim for of in decoder.caches.values()}):
-        if head_dim % KEY_LANES or head_dim > MOST_HEAD_DIM:
-            yield (
-                f"--kv {options.kv_bits}: heads of {head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
-                f"most {MOST_HEAD_DIM}; leave it out"
-            )
+    for head_dim in _odd_heads(decoder):
+        yield (
+            f"--kv {options.kv_bits}: heads of {head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
+            f"most {MOST_HEAD_DIM}; leave it out"
+        )
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

@@ -60,13 +60,14 @@ def write_bundle(
     """
     options, target = prepared.options, prepared.options.outputs[output]
     engines = target.engines(options.engines)
-    spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits, options.kv_bits)
+    kv_bits = prepared.plans[output].kv_bits
+    spec = KernelSpec(calibrated.profile, calibrated.group_size, options.activation_bits, kv_bits)
     with files.writing(output, options.force) as folder:
         work = Work(target, checkpoint, calibrated, spec, folder, progress)
         ranges = [WRITERS[engine](work) for engine in engines]
         checkpoint.tokenizer.save_pretrained(folder)
         checkpoint.model.generation_config.save_pretrained(folder)
-        files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines, options.kv_bits))
+        files.write_json(folder / "genai_config.json", _engine_config(checkpoint, target, engines, kv_bits))
         manifest = _manifest(prepared, output, work, ranges, calibration)
         bundle_manifest.write(manifest, folder)
         if options.sign is not None:
@@ -149,6 +150,6 @@ def _manifest(
         ),
         engines=engines,
         activation_bits=options.activation_bits,
-        kv_bits=options.kv_bits,
+        kv_bits=plan.kv_bits,
         parts=parts.joined(ranges),
     )

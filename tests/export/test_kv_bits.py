@@ -138,6 +138,18 @@ def test_memory_is_as_computed(
     assert (plan["kv_bits"], plan["context_bytes"]["each_token"]) == (8, each_token)
 
 
+@pytest.mark.parametrize(
+    ("target", "family", "bits"), [("arm64", "llama", 8), ("portable", "llama", 32), ("arm64", "gemma4_text", 32)]
+)
+def test_auto_takes_what_there_are_kernels_for(
+    target: str, family: str, bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of Gemma 4 share keys and values, which are in float32 alone."""
+    source = write_checkpoint(tmp_path / family, family)
+    command(["--model", str(source), "--target", target, "--kv", "auto", "--dry-run", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["kv_bits"] == bits
+
+
 @pytest.mark.parametrize("target", ["portable", "webgpu"])
 def test_targets_without_kernels_are_refused(target: str, bundles: dict[str, Path], folder: Path) -> None:
     source = bundles["llama"].with_name("llama")
