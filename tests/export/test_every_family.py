@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_exports import FamilyExport, export, recorded_errors
 from said_tokens import logits_in_parts
-from tiny_models import MODELS, write_checkpoint
+from tiny_models import EVERY_PART, MODELS, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mbq_export.cli import command
@@ -80,7 +80,7 @@ def test_every_engine_computes_what_transformers_does(family: FamilyExport) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY_PART)
 def test_gpus_compute_what_transformers_does(name: str, calibration_text: Path, tmp_path: Path) -> None:
     """On a driver for the processor; or the family is refused."""
     needs.gpu("webgpu")
