@@ -1,9 +1,10 @@
 """A small model of another family, trained here on packaged text, so that no setting is fitted to one model alone.
 
-    python tests/benchmarks/stand_in.py llama [--steps 300] [--output FOLDER]
+    python tests/benchmarks/stand_in.py llama [--steps 1500] [--output FOLDER]
     python tests/benchmarks/stand_in.py qwen3_moe
 
-Random weights have no outliers and no sensitive layers, so they say little about calibration.  A stand-in has learned
+Random weights have no outliers and no sensitive layers, so they say little about calibration.  Those of few steps have
+none either: docs/log.md.  A stand-in has learned
 from the calibration parts of Wikipedia and code.  The other parts are still unseen and can measure it:
 
     mbq-export --model FOLDER --target host --output bundles/stand-in
@@ -119,7 +120,7 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, steps: int) -> None:
 
 @click.command(help=__doc__)
 @click.argument("family", type=click.Choice(list(FAMILIES)))
-@click.option("--steps", type=click.IntRange(min=1), default=300, help="Steps of training, each on 2048 tokens.")
+@click.option("--steps", type=click.IntRange(min=1), default=1500, help="Steps of training, each on 2048 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the checkpoint.")
 def main(family: str, steps: int, output: Path | None) -> None:
     folder = output or cache_dir() / "stand-ins" / f"{family}-{steps}"

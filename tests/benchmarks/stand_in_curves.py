@@ -30,7 +30,7 @@ def rows(manifests: list[Manifest]) -> list[dict[str, Any]]:
             "asked_bits": point.asked_bits,
             "used_bits": round(point.avg_bits_used, 2),
             "perplexity_ratio": round(point.perplexity / manifest.quality.reference_perplexity, 4),
-            "kl_divergence": round(point.kl_divergence, 4),
+            "kl_divergence": float(f"{point.kl_divergence:.3g}"),
             "same_top": round(point.same_top, 4),
             "kl_over_first": round(point.kl_divergence / first[point.asked_bits], 3),
         }
