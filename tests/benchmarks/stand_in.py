@@ -3,9 +3,9 @@
     python tests/benchmarks/stand_in.py llama [--steps 1500] [--output FOLDER]
     python tests/benchmarks/stand_in.py qwen3_moe
 
-Random weights have no outliers and no sensitive layers, so they say little about calibration.  Those of few steps have
-none either: docs/log.md.  A stand-in has learned
-from the calibration parts of Wikipedia and code.  The other parts are still unseen and can measure it:
+Random weights have no outliers and no sensitive layers, so they say little about calibration.  Those of 150
+steps do not either (docs/log.md).  A stand-in has learned from the calibration parts of Wikipedia and code.  The other
+parts are still unseen and can measure it:
 
     mbq-export --model FOLDER --target host --output bundles/stand-in
     mbq-export compare --model FOLDER --bundle bundles/stand-in --methods bundle --data wikipedia --data code
