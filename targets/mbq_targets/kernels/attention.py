@@ -19,7 +19,22 @@ from tvm.tirx.script import builder as T
 from mbq_runtime.bundle.layout import KEY_LANES, KV_SCALE_BYTES
 
 from .activations import store_bytes, store_pairs
-from .emit import LANES, Expr, bind, cast, const, fma, function, intrin, load, registers, reinterpret, splat, store
+from .emit import (
+    LANES,
+    Expr,
+    bind,
+    cast,
+    const,
+    fma,
+    function,
+    intrin,
+    load,
+    prefetch,
+    registers,
+    reinterpret,
+    splat,
+    store,
+)
 from .exp import exp2, tanh
 from .isa import Isa
 from .products import PairProducts, Products
@@ -111,8 +126,12 @@ def attend(isa: Isa, name: str) -> None:
             for count in range(1, ROWS):
                 with T.If(work.rows == T.int64(count)), T.Then():
                     work.update(T.int64(0), count, first, blocks)
-            with T.If(work.rows >= T.int64(ROWS)), T.Then(), T.serial(0, work.rows // ROWS) as turn:
-                work.update(bind(turn * ROWS), ROWS, first, blocks)
+            with T.If(work.rows >= T.int64(ROWS)), T.Then():
+                work.update(T.int64(0), ROWS, first, blocks)
+                # The tile is now in the caches of the core.
+                work.ahead_bytes = 0
+                with T.serial(1, work.rows // ROWS) as turn:
+                    work.update(bind(turn * ROWS), ROWS, first, blocks)
 
 
 class _Attend:
@@ -127,6 +146,7 @@ class _Attend:
         # Of a block: its scales, then its bytes.
         self.block_bytes = bind((self.head_dim + KV_SCALE_BYTES) * KEY_LANES)
         self.width = bind(self.head_dim + STATE_NUMBERS)
+        self.ahead_bytes = isa.prefetch_bytes
         self.weights = T.decl_buffer((1 << 40,), "int8", data=T.handle_add_byte_offset(self.scratch.data, 4 * _WEIGHTS))
 
     def _kind(self, width: int) -> type[Products]:
@@ -146,6 +166,8 @@ class _Attend:
 
     def _stored(self, cache: Any, at: Expr, width: int) -> Expr:
         """A vector of a cache, as products take it."""
+        if self.ahead_bytes:
+            prefetch(cache, at + self.ahead_bytes)
         stored = load(cache, at, self.isa.vector_bytes)
         return stored if self._missing(width) else bind(stored ^ self.isa.mask(OFFSET))
 

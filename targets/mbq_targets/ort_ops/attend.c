@@ -15,7 +15,10 @@
 
 #if MBQ_KV_BITS == 8
 
-enum { GROUP_ROWS = 64 };
+enum {
+  GROUP_ROWS = 64,
+  LINE_BYTES = 64 /* vectors of states and scratch memory then lie in one line of the cache each */
+};
 
 /* Adding this rounds a number of less than 2^22 to a whole one, in its lowest bits. */
 static const float rounding = 12582912.0f;
@@ -68,7 +71,8 @@ static void *reserve(Job *job) {
   const int64_t rows = job->groups * job->group, spans = 2 * job->per_head * job->group;
   const int64_t states = ((int64_t)job->pieces + job->groups - 1) * job->group * job->state_size;
   const int64_t scratch = (int64_t)job->pieces * MBQ_ATTEND_SCRATCH, of_queries = MBQ_QUERY_BYTES * job->a.head_dim;
-  float *memory = malloc((size_t)(states + scratch + 2 * rows + spans) * sizeof(float) + (size_t)(rows * of_queries));
+  const size_t bytes = (size_t)(states + scratch + 2 * rows + spans) * sizeof(float) + (size_t)(rows * of_queries);
+  float *memory = aligned_alloc(LINE_BYTES, (bytes + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES);
   job->states = memory;
   job->scratch = memory + states;
   job->steps = job->scratch + scratch;
