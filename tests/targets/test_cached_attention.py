@@ -175,11 +175,11 @@ def test_values_of_any_size(size: float, built: Path, tmp_path: Path) -> None:
 def test_values_that_count_as_zero(built: Path, tmp_path: Path) -> None:
     """Behind a token with a large value: their weights count in full."""
     op = Op(SHAPES["one each"], built, tmp_path)
-    rows = np.random.default_rng(5).standard_normal((3, 20, 2, 32)).astype(np.float32)
-    rows[2, 1:] *= np.float32(1e-19)
-    y = op.run(*rows)[0].reshape(20, 2, 32)
+    q, k, v = np.random.default_rng(5).standard_normal((3, 20, 2, 32)).astype(np.float32)
+    v[1:] *= np.float32(1e-19)
+    y = op.run(q, k, v)[0].reshape(20, 2, 32)
     heads = attention.Heads(2, 32**-0.5)
-    wanted, *_ = attention.cached_attention(*rows, (*op.caches, 0), heads)
+    wanted, *_ = attention.cached_attention(q, k, v, (op.caches[0], op.caches[1], 0), heads)
     np.testing.assert_allclose(y, wanted, rtol=0, atol=RELATIVE)
 
 
