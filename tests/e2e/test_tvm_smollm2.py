@@ -36,3 +36,21 @@ def test_the_compiled_decoder_says_what_the_graph_says(smollm2_bundles: dict[str
         print(f"\n{bits:g} bits: logits differ by {error:.1e} of the largest, {a.avg_bits_used:.3f} bits used")
         assert error <= LOGITS_TOLERANCE
         assert a.avg_bits_used == pytest.approx(b.avg_bits_used, abs=0.02)
+
+
+@pytest.mark.parametrize("bits", [3.5, 8.0])
+def test_a_token_has_the_same_logits_in_a_pass_of_few(smollm2_bundles: dict[str, Path], bits: float) -> None:
+    """To the last bit, so that guessed tokens never change a reply."""
+    engine = Engine.load(smollm2_bundles["host"], engine="tvm", threads=1, context=256)
+    tokens = np.asarray(engine.encode(PROMPT * 4), np.int32)
+    budget = engine._allowed(bits).numbers
+    found = []
+    for size in (1, 2, 5, 8):
+        context, rows = engine._backend.start(len(tokens), budget), []
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            context.append(part, len(part))
+            rows.append(context.logits().copy())
+        found.append(np.concatenate(rows))
+    for logits in found[1:]:
+        np.testing.assert_array_equal(logits, found[0])
