@@ -281,6 +281,7 @@ def config_header(target: Target, spec: KernelSpec) -> str:
         "SMALLEST_ACTIVATION": f"{constants.SMALLEST_ACTIVATION}f",
         "MOST_HEAD_DIM": constants.MOST_HEAD_DIM,
         "ATTEND_ROWS": attention.ROWS,
+        "ATTEND_TILE": attention.TILE_BLOCKS,
         "STATE_NUMBERS": attention.STATE_NUMBERS,
         "ATTEND_SCRATCH": attention.SCRATCH_NUMBERS,
         "QUERY_BYTES": attention.QUERY_BYTES,

@@ -1,8 +1,10 @@
 /* Attention over a cache of 8 bits, around the compiled kernel.
  *
- * A group is a head of keys and values with up to GROUP_ROWS of the queries that read it. Pieces divide the blocks of all
- * groups equally, so one token's work is divided along the context. Each piece has states of its own, and the last step adds
- * them up. */
+ * A group is a head of keys and values with up to GROUP_ROWS of the queries that read it. A chunk is CHUNK_BLOCKS blocks of
+ * the context, from a multiple of CHUNK_BLOCKS on. A query gets a state from each chunk, and these are added up in the order
+ * of the context. So its result has the same bits for any number of threads, and in a pass of several tokens as alone.
+ *
+ * Pieces of work are whole groups where there are enough of them. Otherwise, as for one token, they are chunks of groups. */
 #pragma STDC FP_CONTRACT OFF /* every machine then stores the same codes */
 
 #include "attend.h"
@@ -17,6 +19,7 @@
 
 enum {
   GROUP_ROWS = 64,
+  CHUNK_BLOCKS = 2 * MBQ_ATTEND_TILE,
   LINE_BYTES = 64 /* vectors of states and scratch memory then lie in one line of the cache each */
 };
 
@@ -32,10 +35,11 @@ typedef struct Job {
   int64_t group;      /* rows of a group, padded */
   int64_t per_head;   /* groups of a head of keys */
   int64_t groups;     /* of all heads */
-  int64_t begin, end; /* blocks of positions that some token sees */
+  int64_t first_chunk, chunks; /* that some token sees */
   int64_t block_bytes, head_bytes, state_size;
   float unspread; /* 1 over the factor of a product of two spread rows */
-  float *states;  /* [pieces + groups - 1, group, state_size] */
+  bool whole;     /* a piece has whole groups */
+  float *states;  /* [groups + pieces, group, state_size] if whole, else [groups, chunks, group, state_size] */
   float *scratch; /* [pieces, MBQ_ATTEND_SCRATCH] */
   float *steps;   /* [groups, group] */
   int32_t *sums;  /* [groups, group] */
@@ -59,8 +63,8 @@ static void plan(Job *job) {
   job->group = job->rows <= MBQ_ATTEND_ROWS ? job->rows : min(padded, GROUP_ROWS);
   job->per_head = (job->rows + job->group - 1) / job->group;
   job->groups = a->kv_heads * job->per_head;
-  job->begin = first_seen(a, 0) / MBQ_KEY_LANES;
-  job->end = (a->past + a->tokens - 1) / MBQ_KEY_LANES + 1;
+  job->first_chunk = first_seen(a, 0) / MBQ_KEY_LANES / CHUNK_BLOCKS;
+  job->chunks = (a->past + a->tokens - 1) / MBQ_KEY_LANES / CHUNK_BLOCKS + 1 - job->first_chunk;
   job->block_bytes = MBQ_KEY_LANES * (a->head_dim + MBQ_KV_SCALE_BYTES);
   job->head_bytes = a->room / MBQ_KEY_LANES * job->block_bytes;
   job->state_size = MBQ_STATE_NUMBERS + a->head_dim;
@@ -69,7 +73,8 @@ static void plan(Job *job) {
 
 static void *reserve(Job *job) {
   const int64_t rows = job->groups * job->group, spans = 2 * job->per_head * job->group;
-  const int64_t states = ((int64_t)job->pieces + job->groups - 1) * job->group * job->state_size;
+  const int64_t places = job->whole ? job->groups + (int64_t)job->pieces : job->groups * job->chunks;
+  const int64_t states = places * job->group * job->state_size;
   const int64_t scratch = (int64_t)job->pieces * MBQ_ATTEND_SCRATCH, of_queries = MBQ_QUERY_BYTES * job->a.head_dim;
   const size_t bytes = (size_t)(states + scratch + 2 * rows + spans) * sizeof(float) + (size_t)(rows * of_queries);
   float *memory = aligned_alloc(LINE_BYTES, (bytes + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES);
@@ -158,20 +163,17 @@ static void enter(const Job *job, int64_t token) {
   }
 }
 
-/* Piece p and group g meet at most once, and from one meeting to the next, p or g or both grow. So p + g is a place of its
- * own. */
-static float *state_of(const Job *job, size_t piece, int64_t group) {
-  return job->states + ((int64_t)piece + group) * job->group * job->state_size;
-}
+static float *state_at(const Job *job, int64_t place) { return job->states + place * job->group * job->state_size; }
 
-static void attend_group(const Job *job, size_t piece, int64_t g, int64_t begin, int64_t end) {
+/* The state that a group gets from a chunk. */
+static void attend_chunk(const Job *job, size_t piece, int64_t g, int64_t chunk, float *state) {
   const Attend *a = &job->a;
-  float *state = state_of(job, piece, g);
   memset(state, 0, (size_t)(job->group * job->state_size) * sizeof(float));
   for (int64_t r = 0; r < job->group; ++r) state[r * job->state_size] = MBQ_NEVER;
   const int32_t *spans = job->spans + g % job->per_head * job->group * 2;
-  begin = max(begin, spans[0] / MBQ_KEY_LANES);
-  end = min(end, spans[2 * job->group - 1] / MBQ_KEY_LANES + 1);
+  const int64_t lowest = spans[0] / MBQ_KEY_LANES, highest = spans[2 * job->group - 1] / MBQ_KEY_LANES;
+  const int64_t begin = max(chunk * CHUNK_BLOCKS, lowest / MBQ_ATTEND_TILE * MBQ_ATTEND_TILE);
+  const int64_t end = min((chunk + 1) * CHUNK_BLOCKS, highest + 1);
   if (begin >= end) return;
   const uint8_t *keys = a->keys + g / job->per_head * job->head_bytes;
   const uint8_t *values = a->values + g / job->per_head * job->head_bytes;
@@ -182,24 +184,27 @@ static void attend_group(const Job *job, size_t piece, int64_t g, int64_t begin,
        PTR(job->scratch + (int64_t)piece * MBQ_ATTEND_SCRATCH), INT(a->head_dim), INT(job->group), INT(begin), INT(end));
 }
 
+/* Add the states of a group's queries in the next chunk to those in all chunks before. */
+static void merge(const Job *job, float *restrict sum, const float *restrict next) {
+  for (int64_t r = 0; r < job->group; ++r, sum += job->state_size, next += job->state_size) {
+    const float peak = fmaxf(sum[0], next[0]), before = exp2f(sum[0] - peak), now = exp2f(next[0] - peak);
+    sum[0] = peak;
+    for (int64_t i = MBQ_LANES; i < job->state_size; ++i) sum[i] = sum[i] * before + next[i] * now;
+  }
+}
+
 static void finish(const Job *job, int64_t g) {
-  const int64_t blocks = job->end - job->begin, units = job->groups * blocks, d = job->a.head_dim;
-  size_t first = 0, last = job->pieces - 1;
-  while (part(units, job->pieces, first + 1) <= g * blocks) ++first;
-  while (part(units, job->pieces, last) >= (g + 1) * blocks) --last;
-  const int64_t begin = g % job->per_head * job->group;
+  float *states = state_at(job, job->whole ? g : g * job->chunks);
+  for (int64_t c = 1; c < job->chunks && !job->whole; ++c) merge(job, states, state_at(job, g * job->chunks + c));
+  const int64_t begin = g % job->per_head * job->group, d = job->a.head_dim;
   for (int64_t r = 0; r < min(job->group, job->rows - begin); ++r) {
-    const int64_t at = r * job->state_size, token = (begin + r) / job->sharing;
+    const int64_t token = (begin + r) / job->sharing;
     const int64_t head = g / job->per_head * job->sharing + (begin + r) % job->sharing;
+    const float *restrict state = states + r * job->state_size;
     float *restrict y = job->a.y + (token * job->a.heads + head) * d;
-    float peak = MBQ_NEVER, sum = 0;
-    for (size_t p = first; p <= last; ++p) peak = fmaxf(peak, state_of(job, p, g)[at]);
-    for (size_t p = first; p <= last; ++p) {
-      const float *restrict state = state_of(job, p, g) + at;
-      const float weight = first == last ? 1 : exp2f(state[0] - peak);
-      for (int i = MBQ_STATE_NUMBERS - MBQ_LANES; i < MBQ_STATE_NUMBERS; ++i) sum += weight * state[i];
-      for (int64_t i = 0; i < d; ++i) y[i] = (p == first ? 0 : y[i]) + weight * state[MBQ_STATE_NUMBERS + i];
-    }
+    float sum = 0;
+    for (int i = MBQ_STATE_NUMBERS - MBQ_LANES; i < MBQ_STATE_NUMBERS; ++i) sum += state[i];
+    memcpy(y, state + MBQ_STATE_NUMBERS, (size_t)d * sizeof(float));
     CALL(__tvm_ffi_mbq_spread, PTR(y), INT(d));
     for (int64_t i = 0; i < d; ++i) y[i] *= job->unspread / sum;
   }
@@ -213,11 +218,18 @@ static void enter_piece(void *data, size_t index) {
 
 static void attend_piece(void *data, size_t index) {
   const Job *job = data;
-  const int64_t blocks = job->end - job->begin, units = job->groups * blocks, last = part(units, job->pieces, index + 1);
-  for (int64_t at = part(units, job->pieces, index); at < last;) {
-    const int64_t g = at / blocks, end = min(last, (g + 1) * blocks);
-    attend_group(job, index, g, job->begin + at - g * blocks, job->begin + end - g * blocks);
-    at = end;
+  const int64_t units = job->whole ? job->groups : job->groups * job->chunks, last = part(units, job->pieces, index + 1);
+  for (int64_t unit = part(units, job->pieces, index); unit < last; ++unit) {
+    if (!job->whole) {
+      attend_chunk(job, index, unit / job->chunks, job->first_chunk + unit % job->chunks, state_at(job, unit));
+      continue;
+    }
+    float *sum = state_at(job, unit), *next = state_at(job, job->groups + (int64_t)index);
+    attend_chunk(job, index, unit, job->first_chunk, sum);
+    for (int64_t c = 1; c < job->chunks; ++c) {
+      attend_chunk(job, index, unit, job->first_chunk + c, next);
+      merge(job, sum, next);
+    }
   }
 }
 
@@ -230,9 +242,10 @@ static void finish_piece(void *data, size_t index) {
 bool attend_run(const Attend *pass, Crew *crew) {
   Job job = {.a = *pass};
   plan(&job);
-  const int64_t units = job.groups * (job.end - job.begin), turns = (job.group + MBQ_ATTEND_ROWS - 1) / MBQ_ATTEND_ROWS;
+  const int64_t units = job.groups * job.chunks, turns = (job.group + MBQ_ATTEND_ROWS - 1) / MBQ_ATTEND_ROWS;
   const int64_t row_bytes = (pass->heads + 2 * pass->kv_heads) * pass->head_dim * (int64_t)sizeof(float);
-  job.pieces = crew->pieces(units, units * 2 * job.block_bytes * turns);
+  job.pieces = crew->pieces(units, units * CHUNK_BLOCKS * 2 * job.block_bytes * turns);
+  job.whole = job.groups >= (int64_t)job.pieces;
   job.enter_pieces = crew->pieces(pass->tokens, pass->tokens * row_bytes);
   job.finish_pieces = crew->pieces(job.groups, pass->tokens * row_bytes);
   void *memory = reserve(&job);
