@@ -14,10 +14,12 @@ import sys
 import tempfile
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mbq_export.methods import AUTO_SLICES
+from mbq_runtime.bundle.facts import KV_BITS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.trust import code
 from mbq_targets.build import build_ops_library
@@ -32,7 +34,8 @@ COMPILERS = ("apache-tvm", "ziglang")
 
 def made() -> dict[str, Any]:
     """Build each library, and list its hash."""
-    specs = [KernelSpec(SliceProfile.parse(slices), size) for size in GROUP_SIZES for slices in AUTO_SLICES]
+    kinds = product(GROUP_SIZES, AUTO_SLICES, KV_BITS)
+    specs = [KernelSpec(SliceProfile.parse(slices), size, kv_bits=bits) for size, slices, bits in kinds]
     targets = [target for target in TARGETS.values() if target.native]
     libraries = {}
     with tempfile.TemporaryDirectory() as folder:
