@@ -10,12 +10,12 @@ Python's standard library, others for each part.
 from __future__ import annotations
 
 import bz2
-import inspect
 import re
+import sysconfig
+import tokenize
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -107,4 +107,17 @@ def code(part: str) -> str:
     Args:
         part: "calibration", "validation" or "evaluation", as for ``wikipedia``.
     """
-    return "\n\n".join(inspect.getsource(import_module(name)) for name in _CODE_MODULES[part])
+    return "\n\n".join(_source(name) for name in _CODE_MODULES[part])
+
+
+def _source(module: str) -> str:
+    """The source of a module, which is not run: turtle needs tkinter, which Debian's Python does not have."""
+    place = Path(sysconfig.get_path("stdlib"), *module.split("."))
+    file = next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
+    if file is None:
+        raise UsageError(
+            f"no calibration text: this Python has no source of its module {module} in {place.parent}; give "
+            "--calib-data FILE, or use another Python"
+        )
+    with tokenize.open(file) as opened:
+        return opened.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_export.progress import no_report
 from mbq_runtime.cache import CACHE_VARIABLE
-from mbq_runtime.errors import ModelError
+from mbq_runtime.errors import ModelError, UsageError
 
 ENOUGH = 24 * 512
 TEMPLATE = (
@@ -58,6 +59,20 @@ def test_packaged_texts_are_long_enough_and_not_calibrated_on() -> None:
 def test_code_is_that_of_the_running_python() -> None:
     assert "def heappush(heap, item):" in corpora.code("evaluation")
     assert corpora.code("evaluation") == corpora.code("evaluation")
+
+
+def test_code_is_read_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Python has turtle, and not the tkinter that it imports."""
+    monkeypatch.setitem(sys.modules, "tkinter", None)
+    monkeypatch.delitem(sys.modules, "turtle", raising=False)
+    assert "class RawTurtle" in corpora.code("calibration")
+    assert "turtle" not in sys.modules
+
+
+def test_a_python_without_sources_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match=r"its module bisect .*--calib-data FILE"):
+        corpora.code("evaluation")
 
 
 def test_held_back_prompts() -> None:
