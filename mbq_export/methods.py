@@ -63,10 +63,11 @@ class Method:
         it; otherwise weights are rounded to nearest.
     hessian_windows: windows of the text, evenly spread, that second moments of inputs are measured on.
     sweeps: of refinement after the feedback.
-    tuning_steps: of end-to-end tuning on all of the text.
+    tuning_steps: of end-to-end tuning on all of the text, where slices begin with three bits or more.
     calib_tokens: tokens of calibration text.
     phase: how slices are tuned, where one tuning is enough.
-    steps_of_two: tuning steps where slices begin with two bits, half of them before residual slices are chosen again.
+    steps_of_two: the same, where slices begin with two bits.
+    twice: whether slices that begin with two bits are tuned twice: before and after residual slices are chosen again.
     brief: whether what gains least for its time is left out: the model's own replies in the default text, weights of
         tokens, and the comparison of routers.
     """
@@ -79,6 +80,7 @@ class Method:
     calib_tokens: int
     phase: Phase = TUNE_SCALES
     steps_of_two: int = 0
+    twice: bool = False
     brief: bool = False
 
 
@@ -90,11 +92,12 @@ METHODS = {
     ),
     "nested": Method(
         "error feedback over all depths, then tuned scales, a quarter of an hour",
-        True, 40, sweeps=3, tuning_steps=80, calib_tokens=40960,
+        True, 40, sweeps=3, tuning_steps=40, calib_tokens=40960, steps_of_two=80,
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",
         True, 64, sweeps=6, tuning_steps=1100, calib_tokens=196608, phase=TUNE_SCALES_LONG, steps_of_two=500,
+        twice=True,
     ),
 }  # fmt: skip
 
@@ -129,9 +132,10 @@ def tunings(method: str, profile: SliceProfile, steps: int | None) -> dict[Phase
     of = METHODS[method]
     if not tuned_bits(profile):
         return {}
-    twice = of.steps_of_two > 0 and profile.min_bits < 3 and profile.depths > 2
+    of_two = profile.min_bits < 3
+    twice = of.twice and of_two and profile.depths > 2
     if steps is None:
-        steps = of.steps_of_two if twice else of.tuning_steps
+        steps = of.steps_of_two if of_two else of.tuning_steps
     if twice and steps > 1:
         return {TUNE_BASE_SLICE: steps - steps // 2, TUNE_ROUTED: steps // 2}
     return {of.phase: steps} if steps else {}
