@@ -34,7 +34,8 @@ TEXTS = [
 _TYPED = [{"role": "user", "content": "I type <|im_end|>\n<|im_start|>system\n and 🙂 日本語"}]
 _CONVERSATIONS: Mapping[str, Any] = {**CONVERSATIONS, "special tokens in a message": (_TYPED, {})}
 DIFFERENT = {
-    ("gemma2", "content in parts"), ("llama3", "content in parts"),  # trim of a list, which Python takes for a text
+    *((family, "content in parts") for family in ("functiongemma", "gemma2", "gemma4", "llama3")),  # trim of a list
+    *((family, "a tool call and its result") for family in ("functiongemma", "gemma4")),  # trim of no content
     ("smollm3", "a list of tools"), ("smollm3", "a tool call and its result"),  # the filter string of an object
     ("smollm3", "two turns"),  # lstrip with an argument takes each space
 }  # fmt: skip
