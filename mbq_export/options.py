@@ -70,7 +70,7 @@ class Options:
     seed: int
     force: bool
     sign: Path | None = None
-    kv_bits: str = "auto"
+    kv_bits: str = "32"
 
     def __post_init__(self) -> None:
         for option, value, known in (

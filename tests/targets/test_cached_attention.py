@@ -151,6 +151,25 @@ def test_long_contexts_are_divided(name: str, threads: int, built: Path, tmp_pat
         op.check(more, rng)
 
 
+@pytest.mark.parametrize("name", ["smollm", "capped windows"])
+def test_a_token_has_the_same_bits_in_any_pass_with_any_threads(name: str, built: Path, tmp_path: Path) -> None:
+    """So guessed tokens do not change a reply.  The context has several chunks."""
+    shape, past, more = SHAPES[name], 1400, 24
+    rng = np.random.default_rng(6)
+    heads = (shape.heads, *[shape.kv_heads] * 2)
+    q, k, v = (rng.standard_normal((past + more, n, shape.head_dim)).astype(np.float32) for n in heads)
+    found = []
+    for threads, size in ((1, 1), (1, 8), (2, 1), (2, 3), (4, 8), (4, 24)):
+        op, rows = Op(shape, built, tmp_path, threads), []
+        for start, stop in [(0, past), *((at, at + size) for at in range(past, past + more, size))]:
+            y, keys, values = op.run(q[start:stop], k[start:stop], v[start:stop])
+            op.caches, op.past = [keys[0], values[0]], stop
+            rows.append(y[0])
+        found.append(np.concatenate(rows[1:]))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
 def test_an_outlier_does_not_spoil_other_tokens(built: Path, tmp_path: Path) -> None:
     """A row has its own scale.  A row of zeros, or of numbers too small, is zeros."""
     op = Op(SHAPES["one each"], built, tmp_path)
