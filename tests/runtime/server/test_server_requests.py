@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
         CHAT, chat(tools=[{"type": "web", "function": {"name": "f"}}]), "tools.0.type", "'function'",
     ),
     "tools of a template without them": (
-        CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not known; known are gemma4, functiongemma, granite",
+        CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not known; known are gemma4",
     ),
     "a call without tools": (CHAT, chat(tool_choice="required"), None, "tools is empty"),
     "a call of another tool": (
