@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 
@@ -16,3 +17,8 @@ def cpu_name(root: Path = Path("/")) -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), None)
+
+
+def machine_name() -> str:
+    """Names of the machine and of its processor: what tells it from others."""
+    return f"{platform.node()} {cpu_name()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,9 @@ def test_a_token_has_the_same_logits_in_a_pass_of_few(smollm2_bundles: dict[str,
 
     The context is longer than a chunk of attention.
     """
+    engines = [Engine.load(smollm2_bundles["host"], engine="tvm", threads=n, context=640) for n in (1, 2)]
     found = []
-    for threads, size in ((1, 1), (1, 2), (2, 1), (2, 5), (2, 8)):
-        engine = Engine.load(smollm2_bundles["host"], engine="tvm", threads=threads, context=640)
+    for engine, size in product(engines, (1, 2, 5, 8)):
         budget = engine._allowed(bits).numbers
         tokens = np.asarray((engine.encode(PROMPT) * 100)[:600], np.int32)
         context, rows = engine._backend.start(len(tokens), budget), []

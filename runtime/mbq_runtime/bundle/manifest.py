@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,15 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     draft = path.with_name(f".{MANIFEST_NAME}.part")
     draft.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def bundle_hash(folder: Path) -> str:
+    """The hash of the manifest, which stands for all files of the bundle: it lists theirs.
+
+    Args:
+        folder: folder of the bundle.
+    """
+    return sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def _check_format(document: object, path: Path | str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -168,8 +166,7 @@ def steered(engine: Engine, steering: Steering, on_event: Callable[[Event], None
 
 def _identity(engine: Engine) -> tuple[str, str, int]:
     """What tells bundle, board and threads from others."""
-    from mbq_runtime.bundle.file_names import MANIFEST_NAME
-    from mbq_runtime.machine import cpu_name
+    from mbq_runtime.bundle.manifest import bundle_hash
+    from mbq_runtime.machine import machine_name
 
-    manifest = sha256((engine.path / MANIFEST_NAME).read_bytes()).hexdigest()
-    return manifest, f"{platform.node()} {cpu_name()}", engine.threads
+    return bundle_hash(engine.path), machine_name(), engine.threads

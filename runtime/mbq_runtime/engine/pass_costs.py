@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.manifest import bundle_hash
 from mbq_runtime.cache import cache_dir
-from mbq_runtime.machine import cpu_name
+from mbq_runtime.machine import machine_name
 from mbq_runtime.version import installed_version
 
 from .allowance import Allowance
@@ -140,14 +139,12 @@ def place(folder: Path, engine: str, threads: int, bits: tuple[float, float]) ->
     """The file that keeps the costs of a bundle on this machine.
 
     Args:
-        folder: of the bundle; the hash of its manifest stands for all of its files.
+        folder: of the bundle.
         engine: kind of engine.
         threads: its processor threads.
         bits: the two budgets.
     """
-    bundle = sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    machine = f"{platform.node()} {cpu_name()}"
-    key = json.dumps([bundle, engine, threads, bits, machine, installed_version()])
+    key = json.dumps([bundle_hash(folder), engine, threads, bits, machine_name(), installed_version()])
     return cache_dir() / "pass-costs" / f"{sha256(key.encode()).hexdigest()[:32]}.json"
 
 

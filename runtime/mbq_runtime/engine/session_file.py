@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_runtime.bundle.file_names import MANIFEST_NAME
+from mbq_runtime.bundle.manifest import bundle_hash
 from mbq_runtime.errors import UsageError
 from mbq_runtime.version import installed_version
 
@@ -30,7 +30,7 @@ def owner(folder: Path, engine: str, backend: Backend) -> dict[str, Any]:
     """What must be the same where a file is read: format, bundle, engine and version.
 
     Args:
-        folder: of the bundle; the hash of its manifest stands for all of its files.
+        folder: of the bundle.
         engine: kind of engine, as each has a layout of its own.
         backend: the engine's model.
 
@@ -44,8 +44,7 @@ def owner(folder: Path, engine: str, backend: Backend) -> dict[str, Any]:
             f"{folder}: engine {engine} cannot load keys and values from a file; export the bundle with "
             "--engine tvm, or keep mbq serve running"
         )
-    bundle = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    return {"format": _FORMAT, "bundle": bundle, "engine": engine, "version": installed_version()}
+    return {"format": _FORMAT, "bundle": bundle_hash(folder), "engine": engine, "version": installed_version()}
 
 
 def write(path: Path, about: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> None:
