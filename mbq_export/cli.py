@@ -102,7 +102,8 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--kv",
     "kv_bits",
     default=str(DEFAULTS["kv_bits"]),
-    type=click.Choice(KV_CHOICES),
+    type=click.Choice([str(choice) for choice in KV_CHOICES]),
+    callback=lambda context, parameter, value: value if value == "auto" else int(value),
     help="Bits of a cached key or value: 8 reads long contexts faster and takes a quarter of their memory; auto is 8 "
     "where there are kernels for them, else 32.",
 )

@@ -108,7 +108,7 @@ def export(
         slices=slices,
         group_size=group_size,
         activation_bits=activation_bits,
-        kv_bits=str(kv_bits),
+        kv_bits=kv_bits,
         method=method,
         tune_steps=tune_steps,
         router=router,

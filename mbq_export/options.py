@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mbq_runtime.bundle.facts import ACTIVATION_BITS, GROUP_SIZES, KV_BITS
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -23,7 +23,7 @@ ENGINE_CHOICES = {"onnx": ("onnx",), "tvm": ("tvm",), "both": ("onnx", "tvm")}
 
 ROUTER_CHOICES = ("auto", "static", "norm", "mlp")
 GROUP_SIZE_CHOICES = ("auto", *map(str, GROUP_SIZES))
-KV_CHOICES = ("auto", *map(str, KV_BITS))
+KV_CHOICES: tuple[int | str, ...] = ("auto", *KV_BITS)
 
 
 _SEEDS = 1 << 63
@@ -70,7 +70,7 @@ class Options:
     seed: int
     force: bool
     sign: Path | None = None
-    kv_bits: str = "32"
+    kv_bits: int | Literal["auto"] = 32
 
     def __post_init__(self) -> None:
         for option, value, known in (

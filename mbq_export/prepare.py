@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.file_names import ENGINE_FILES
@@ -130,7 +131,7 @@ def choose_group_size(decoder: Decoder, wanted: str) -> int:
     raise UsageError(f"group size {size} does not divide K = {k} of {name} (and {len(bad) - 1} more layers); {remedy}")
 
 
-def choose_kv_bits(decoder: Decoder, target: Target, wanted: str) -> int:
+def choose_kv_bits(decoder: Decoder, target: Target, wanted: int | Literal["auto"]) -> int:
     """The bits of a cached key or value.
 
     Args:
@@ -139,7 +140,7 @@ def choose_kv_bits(decoder: Decoder, target: Target, wanted: str) -> int:
         wanted: a number, or "auto" for 8 where there are kernels for them.
     """
     if wanted != "auto":
-        return int(wanted)
+        return wanted
     suits = target.native and not decoder.some_share and not _odd_heads(decoder)
     return 8 if suits else 32
 
@@ -184,7 +185,7 @@ def _bad_options(options: Options) -> Iterator[str]:
                 f"--activations {options.activation_bits}: {target.name} computes with floating-point activations; "
                 "leave it out"
             )
-        if options.kv_bits == "8" and not target.native:
+        if options.kv_bits == 8 and not target.native:
             yield f"--kv {options.kv_bits}: {target.name} has float32 keys and values alone; leave it out"
 
 
@@ -212,7 +213,7 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
         for target in options.outputs.values():
             if target.gpu:
                 yield f"target {target.name}: {', '.join(found)} have no GPU kernel; choose a processor's target"
-    if options.kv_bits != "8":
+    if options.kv_bits != 8:
         return
     if decoder.some_share:
         yield f"--kv {options.kv_bits}: blocks that share keys and values have them in float32 alone; leave it out"
