@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from .engine import Engine
 from .errors import UsageError
 from .sensing.readings import Readings
 from .text_file import read_text_file
+from .whole_file import write_whole
 
 FORMAT, VERSION = "mbq-kit", 1
 PROMPT = "Tell me a long story about the sea."
@@ -367,6 +367,4 @@ def write(report: dict[str, Any], path: Path) -> None:
         report: the report.
         path: the file.
     """
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, UsageError
+from ..whole_file import write_whole
 from .facts import (
     ACTIVATION_BITS,
     ARCHITECTURES,
@@ -268,9 +269,8 @@ def write(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
             del document["model"][name]
     if manifest.kv_bits == 32:
         del document["kv_bits"]
-    draft = path.with_name(f".{MANIFEST_NAME}.part")
-    draft.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, f"{text}\n".encode())
 
 
 def bundle_hash(folder: Path) -> str:

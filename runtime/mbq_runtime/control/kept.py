@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from mbq_runtime.whole_file import write_whole
 
 from .estimate import Estimate
 from .heat import Heat
@@ -55,11 +56,9 @@ def save(learned: Learned, path: Path) -> None:
     if learned.watts.is_known:
         contents["watts"] = asdict(learned.watts.line)
     text = json.dumps(contents)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"sha256": sha256(text.encode()).hexdigest(), "contents": text}), encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, json.dumps({"sha256": sha256(text.encode()).hexdigest(), "contents": text}).encode())
     except OSError as error:
         log.info("%s: what was learned about the board is not kept (%s)", path, error.strerror)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.gpu_plan import Kernel, Launch
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import UsageError
+from mbq_runtime.whole_file import write_whole
 
 from . import gpu
 from .gpu import DeviceBackend, Limits
@@ -113,10 +114,6 @@ def _key(*parts: str) -> str:
 
 def _store(path: Path, binary: bytes) -> None:
     """Write to the cache.  A cache that cannot be written is no error."""
-    draft = path.with_suffix(f".{os.getpid()}.part")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(binary)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+        write_whole(path, binary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -18,6 +17,7 @@ from mbq_runtime.bundle.manifest import bundle_hash
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.machine import machine_name
 from mbq_runtime.version import installed_version
+from mbq_runtime.whole_file import write_whole
 
 from .allowance import Allowance
 from .backend import Backend
@@ -156,11 +156,9 @@ def save(costs: PassCosts, path: Path) -> None:
         path: the file; its folder is created.
     """
     text = json.dumps({"sizes": costs.sizes, "bits": costs.bits, "seconds": costs.seconds.tolist()})
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, text.encode())
     except OSError as error:
         log.info("%s: the times of passes are not kept (%s)", path, error.strerror)
 

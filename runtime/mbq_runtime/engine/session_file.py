@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.manifest import bundle_hash
 from mbq_runtime.errors import UsageError
 from mbq_runtime.version import installed_version
+from mbq_runtime.whole_file import whole_file
 
 from .backend import Backend
 
@@ -58,22 +59,15 @@ def write(path: Path, about: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) 
     Raises:
         UsageError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     digest = hashlib.sha256()
     parts = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
     for part in parts:
         digest.update(part)
     try:
-        try:
-            with draft.open("wb") as file:
-                file.write(json.dumps({**about, "sha256": digest.hexdigest()}).encode() + b"\n")
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps({**about, "sha256": digest.hexdigest()}).encode() + b"\n")
+            for part in parts:
+                file.write(part)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 

@@ -16,6 +16,7 @@ from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES
 from mbq_runtime.bundle.reading import parse_json, read_file
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import BundleError
+from mbq_runtime.whole_file import write_whole
 
 UNKNOWN = "an unknown source"
 _MOST_MARK_BYTES = 1 << 16
@@ -34,9 +35,7 @@ def mark_pulled(content: bytes, source: str) -> None:
     path = _mark(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, (json.dumps({"source": source}) + "\n").encode())
     except OSError as error:
         raise BundleError(
             f"{path}: cannot be written ({error.strerror}); set MBQ_CACHE_DIR to a folder that can"

@@ -16,6 +16,7 @@ from mbq_runtime.bundle.file_names import MANIFEST_NAME, SIGNATURE_NAME
 from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
+from mbq_runtime.whole_file import write_whole
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -39,9 +40,7 @@ def sign(folder: Path, key: Path) -> None:
     """
     content = read_file(folder / MANIFEST_NAME, MOST_MANIFEST_BYTES)
     signature = private_key(key).sign(_PURPOSE + content)
-    draft = folder / f".{SIGNATURE_NAME}.part"
-    draft.write_bytes(base64.b64encode(signature) + b"\n")
-    os.replace(draft, folder / SIGNATURE_NAME)
+    write_whole(folder / SIGNATURE_NAME, base64.b64encode(signature) + b"\n")
 
 
 def verify(folder: Path, key: Path) -> None:
