@@ -155,11 +155,27 @@ def cached_rows(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> F32:
     Returns:
         float32 [tokens, kv_heads, head_dim].
     """
-    scales, raised = parts(stored, keys=keys)
+    scales, _ = parts(stored, keys=keys)
     if not keys:
         scales = np.where(scales >= _LEAST_VALUE_SCALE, scales, np.float32(0))
+    steps = scales.reshape(len(stored), -1).T[:tokens]
+    return np.asarray(cached_codes(stored, tokens, keys=keys) * steps[..., None])
+
+
+def cached_codes(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> NDArray[np.int8]:
+    """The codes of a cache's rows.
+
+    Args:
+        stored: uint8 [kv_heads, room, head_dim + KV_SCALE_BYTES].
+        tokens: that it holds.
+        keys: whether these are keys, and not values.
+
+    Returns:
+        int8 [tokens, kv_heads, head_dim].
+    """
+    _, raised = parts(stored, keys=keys)
     codes = (raised ^ _OFFSET).view(np.int8).reshape(*stored.shape[:2], -1)
-    return (codes * scales.reshape(*stored.shape[:2], 1)).swapaxes(0, 1)[:tokens]
+    return codes.swapaxes(0, 1)[:tokens]
 
 
 def attend(q: F32, keys: F32, values: F32, heads: Heads) -> F64:

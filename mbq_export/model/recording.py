@@ -44,6 +44,9 @@ _CLEAR = 5.0
 
 _SMALLEST = 1e-30
 
+_BORDER = 0.1
+"""A number that is as close as this to the border between two codes may have either, in steps."""
+
 _PARTS = {
     "attn_in": "attention",
     "conv_in": "convolution",
@@ -54,6 +57,9 @@ _PARTS = {
 }
 
 F32 = NDArray[np.float32]
+
+Codes = Mapping[int, tuple[NDArray[np.int8], NDArray[np.int8]]]
+"""Codes of cached keys and values by index of the block, int8 [tokens, kv_heads, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def record_sliced(
     *,
     per_layer: Sliced | None = None,
     activation_bits: int = 16,
-    kv_bits: int = 32,
+    cached: Codes | None = None,
 ) -> Recording:
     """Run the checkpoint's model with sliced weights, at full depth.
 
@@ -192,13 +198,14 @@ def record_sliced(
         prompt: int64 [tokens].
         per_layer: slices of the table of per-layer embeddings, or None to leave it as it is.
         activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
-        kv_bits: 8 rounds keys and values; 32 does not.
+        cached: codes of keys and values of 8 bits that a bundle has of this prompt, see ``rounded_cache``; None leaves
+            keys and values as they are.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
     model = checkpoint.model
     with ExitStack() as stack:
-        if kv_bits == 8:
-            stack.enter_context(rounded_cache(checkpoint))
+        if cached is not None:
+            stack.enter_context(rounded_cache(checkpoint, cached))
         stack.enter_context(sliced_layers(checkpoint, slices, profile, kind))
         if embedding is not None:
             stack.enter_context(_embedded(checkpoint, model.get_input_embeddings(), embedding, profile, prompt))
@@ -208,11 +215,15 @@ def record_sliced(
 
 
 @contextmanager
-def rounded_cache(checkpoint: Checkpoint) -> Iterator[None]:
+def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterator[None]:
     """Round keys and values as a cache of 8 bits does (``format.attention``), while the block runs.
+
+    A number at the border between two codes gets either by the last bits of its arithmetic, and other codes change
+    what later blocks compute.  So such a number gets the code that the bundle has.
 
     Args:
         checkpoint: the model.
+        cached: codes that the bundle has of the same tokens; None for the nearest codes alone.
     """
     kind = checkpoint.model.config._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS.get(kind)
@@ -222,7 +233,9 @@ def rounded_cache(checkpoint: Checkpoint) -> Iterator[None]:
     ) -> Any:
         # Families have a plain form of their own, which is in no table.
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
-        return inner(module, query, _rounded_rows(key), _rounded_rows(value), *args, **more)
+        codes = [None, None] if cached is None else [checkpoint.on_device(part) for part in cached[module.layer_idx]]
+        rounded = (_rounded_rows(x, of) for x, of in zip((key, value), codes, strict=True))
+        return inner(module, query, *rounded, *args, **more)
 
     ALL_ATTENTION_FUNCTIONS[kind] = attend
     try:
@@ -231,11 +244,19 @@ def rounded_cache(checkpoint: Checkpoint) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[kind]
 
 
-def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values, [batch, heads, tokens, head_dim], spread, with a step for each row."""
+def _rounded_rows(x: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values, [1, heads, tokens, head_dim], spread, with a step for each row.
+
+    codes: [tokens, heads, head_dim] of the same rows, which numbers at the border of two codes get.
+    """
     mixed = _spread(x)
     peak = mixed.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
-    return _spread((mixed * (127 / peak)).round() * (peak / 127)) / spread_width(x.shape[-1])
+    exact = mixed * (127 / peak)
+    rounded = exact.round()
+    if codes is not None:
+        wanted = codes.transpose(0, 1)[None].to(exact.dtype)
+        rounded = torch.where((exact - wanted).abs() <= 0.5 + _BORDER, wanted, rounded)
+    return _spread(rounded * (peak / 127)) / spread_width(x.shape[-1])
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
