@@ -46,7 +46,7 @@ def export(
     slices: str = "3,1,2,2",
     group_size: int | Literal["auto"] = "auto",
     activation_bits: int = 16,
-    kv_bits: int | Literal["auto"] = 32,
+    kv_bits: int | Literal["auto"] = "auto",
     method: Literal["rtn", "quick", "nested", "learned"] = "nested",
     tune_steps: int | None = None,
     router: Literal["auto", "static", "norm", "mlp"] = "auto",

@@ -70,7 +70,7 @@ class Options:
     seed: int
     force: bool
     sign: Path | None = None
-    kv_bits: int | Literal["auto"] = 32
+    kv_bits: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for option, value, known in (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from agreement import LARGEST_DIFFERENCE, assert_agree
 from board_packages import SUITE, WHEEL_PLATFORMS, call
 from userland import Userland
 
@@ -23,8 +24,6 @@ pytestmark = pytest.mark.slow
 CORES = {"arm64": "cortex-a76", "rpi4": "cortex-a72"}
 PROMPT = "The history of the lighthouse begins"
 REPLY_TOKENS = 12
-TIE = 1e-3
-LOGITS_TOLERANCE = 1e-2  # of the largest logit
 
 ON_THE_BOARD = """
 import json, sys
@@ -94,10 +93,8 @@ def test_the_board_says_what_the_host_says(
         said = tuple(board["tokens"].tolist())
         for bits in budgets:
             theirs = host.logits(prompt, float(bits)).logits
-            error = np.abs(board[bits] - theirs).max() / np.abs(theirs).max()
-            print(f"\n{target} on {CORES[target]} at {bits} bits: logits differ by {error:.1e} of the largest")
-            assert error <= LOGITS_TOLERANCE
+            assert_agree(board[bits], theirs, f"{target} on {CORES[target]} at {bits} bits")
     if said != expected:
         agreed = next(i for i, (a, b) in enumerate(zip(said, expected, strict=True)) if a != b)
         best = np.sort(host.logits([*prompt, *expected[:agreed]], 8.0).logits[-1])[-2:]
-        assert best[1] - best[0] <= TIE, f"they part after {agreed} tokens"
+        assert best[1] - best[0] <= LARGEST_DIFFERENCE * best[1], f"they part after {agreed} tokens"

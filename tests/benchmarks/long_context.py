@@ -6,10 +6,10 @@
 BUNDLE is a folder, or a shape of ``versus_models.py``.  A shape has llama.cpp beside it, and a folder has it with
 ``--gguf FILE``: Q4_0 with keys and values of q8_0 and flash attention.
 
-BUNDLE has float32 keys and values and the engine onnx.  Its twin with 8 bits is made from it, so that all else is the
-same.  Passes, budgets and sides take turns in each round.  Times are of the processor, of all threads together, and the
-least of all rounds, because other work on the machine only adds time.  Then both sides read the pages of ``docs/``, and
-their next tokens are compared.
+BUNDLE has float32 keys and values (``mbq-export --kv 32``) and the engine onnx.  Its twin with 8 bits is made from it,
+so that all else is the same.  Passes, budgets and sides take turns in each round.  Times are of the processor, of all
+threads together, and the least of all rounds, because other work on the machine only adds time.  Then both sides read
+the pages of ``docs/``, and their next tokens are compared.
 """
 
 from __future__ import annotations

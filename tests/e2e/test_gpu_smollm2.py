@@ -20,7 +20,8 @@ def test_tokens_are_the_processors(
     smollm2_bundles: dict[str, Path], gpu_engine: Callable[[str], Engine], target: str, new_tokens: int
 ) -> None:
     on_gpu = gpu_engine(target)
-    on_cpu = Engine.load(smollm2_bundles["host"], context=128)
+    # Both have keys and values of float32.
+    on_cpu = Engine.load(smollm2_bundles["portable"], context=128)
     prompt = on_cpu.encode("The history of the lighthouse begins with fires on hills. " * 6)[:64]
     assert len(prompt) == 64
     reply = on_gpu.generate(prompt, max_tokens=new_tokens, avg_bits=8)

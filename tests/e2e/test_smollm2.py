@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from agreement import assert_agree
 
 from mbq_export.data import corpora
 from mbq_export.data.windows import calibration_windows, open_source
@@ -25,8 +26,6 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "The history of the lighthouse begins"
 ASKED_BITS = [3.0, 3.5, 4.0, 5.0, 6.0, 8.0]
-LOGITS_TOLERANCE = 1e-2  # of the largest logit
-TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +127,15 @@ def test_budget_outside_the_range_names_it(engine: Engine) -> None:
 def test_portable_says_what_native_says(
     engine: Engine, smollm2_host_bundle: Path, smollm2_portable_bundle: Path
 ) -> None:
-    portable = Engine.load(smollm2_portable_bundle)
-    native_reply, portable_reply = (
-        e.generate(PROMPT, max_tokens=64, avg_bits=8, chat=False) for e in (engine, portable)
-    )
-    native_reply.text(), portable_reply.text()
-    ours, theirs = native_reply.stats.tokens, portable_reply.stats.tokens
+    """The portable bundle has keys and values of float32."""
     native, stock = Session(smollm2_host_bundle), Session(smollm2_portable_bundle)
+    assert (native.manifest.kv_bits, stock.manifest.kv_bits) == (8, 32)
     prompt = engine.encode(PROMPT, add_bos=True)
-    agreed = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
-    if agreed < 64:
-        best = np.sort(native.run([*prompt, *ours[:agreed]], 8.0).logits[-1])[-2:]
-        assert best[1] - best[0] <= TIE, f"they part after {agreed} tokens"
+    reply = Engine.load(smollm2_portable_bundle).generate(PROMPT, max_tokens=64, avg_bits=8, chat=False)
+    reply.text()
     for bits in (3.0, 4.0, 8.0):
-        a, b = native.run(prompt, bits).logits, stock.run(prompt, bits).logits
-        assert np.abs(a - b).max() / np.abs(b).max() <= LOGITS_TOLERANCE
+        a, b = (session.run([*prompt, *reply.stats.tokens], bits).logits for session in (native, stock))
+        assert_agree(a, b, f"{bits:g} bits")
 
 
 def test_text_is_english(engine: Engine) -> None:

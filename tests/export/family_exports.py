@@ -176,7 +176,7 @@ def export(model: Path, output: Path, text: Path, *options: str) -> Path:
         A folder beside the checkpoint's: the checkpoint with rounded weights, see ``write_rounded``.
     """
     arguments = ["--model", str(model), "--output", str(output), "--calib-data", str(text), "--calib-tokens", "1024"]
-    arguments += ["--method", "rtn", "--router", "mlp", "--json", *options]
+    arguments += ["--method", "rtn", "--router", "mlp", "--kv", "32", "--json", *options]
     with recorded_rounding() as factors:
         command(arguments, standalone_mode=False)
     return write_rounded(model, model.with_name("rounded"), factors)

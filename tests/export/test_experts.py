@@ -141,7 +141,7 @@ def test_matrices_side_by_side_add_up() -> None:
 
 def exported(model: Path, folder: Path, text: Path, *options: str) -> Path:
     arguments = ["--model", str(model), "--output", str(folder), "--calib-data", str(text), "--calib-tokens", "512"]
-    command([*arguments, "--method", "rtn", "--json", *options], standalone_mode=False)
+    command([*arguments, "--method", "rtn", "--kv", "32", "--json", *options], standalone_mode=False)
     return folder
 
 

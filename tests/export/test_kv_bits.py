@@ -80,7 +80,7 @@ def test_both_engines_say_the_same_token_by_token(name: str, bundles: dict[str, 
 def test_little_is_changed(folder: Path, bundles: dict[str, Path], calibration_text: Path) -> None:
     """From the same weights with float32 keys and values, and from the original with rounded ones."""
     rounded = bundles["llama"]
-    exact = export(folder / "llama", folder / "llama-32", calibration_text)
+    exact = export(folder / "llama", folder / "llama-32", calibration_text, "--kv", "32")
     of_rounded, of_exact = (Engine.load(path).logits(TEXT, 8.0).logits for path in (rounded, exact))
     assert 0 < kl(of_exact, of_rounded) < MOST_KL
     checkpoint = load(locate(str(folder / "llama")))
@@ -141,12 +141,12 @@ def test_memory_is_as_computed(
 @pytest.mark.parametrize(
     ("target", "family", "bits"), [("arm64", "llama", 8), ("portable", "llama", 32), ("arm64", "gemma4_text", 32)]
 )
-def test_auto_takes_what_there_are_kernels_for(
+def test_the_default_is_what_there_are_kernels_for(
     target: str, family: str, bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Blocks of Gemma 4 share keys and values, which are in float32 alone."""
     source = write_checkpoint(tmp_path / family, family)
-    command(["--model", str(source), "--target", target, "--kv", "auto", "--dry-run", "--json"], standalone_mode=False)
+    command(["--model", str(source), "--target", target, "--dry-run", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["kv_bits"] == bits
 
 

@@ -51,7 +51,7 @@ def llama(families: Callable[[str], FamilyExport]) -> Path:
 
 def export(source: Path, output: Path, text: Path, *args: str) -> None:
     arguments = ["--target", "host", "--model", source, "--output", output, "--calib-data", text, "--router", "mlp"]
-    arguments += ["--calib-tokens", 1024, "--method", "rtn", "--json", *args]
+    arguments += ["--calib-tokens", 1024, "--method", "rtn", "--kv", "32", "--json", *args]
     command([str(argument) for argument in arguments], standalone_mode=False)
 
 
