@@ -212,7 +212,7 @@ def markdown(results: Sequence[TextResult], linear_weights: int, block_weights: 
 
     Args:
         results: one per text.
-        linear_weights: number of weights in all linear layers.
+        linear_weights: number of weights in all linear layers that a token reads.
         block_weights: the same without the head.
     """
     parts = []

@@ -48,12 +48,14 @@ class Method:
     """A way to store the model.
 
     title: its name in the table; sides: yields each side while its weights are in the model; needs: (module,
-    package) of a library that the export extra does not install, or None.
+    package) of a library that the export extra does not install, or None; experts: whether it takes models with
+    experts.
     """
 
     title: str
     sides: Callable[[Bench], Iterator[Side]]
     needs: tuple[str, str] | None = None
+    experts: bool = False
 
     @property
     def available(self) -> bool:
@@ -196,9 +198,9 @@ def held(session: Session, avg_bits: float) -> Forward:
 
 
 METHODS = {
-    "rtn": Method("round to nearest", _rtn),
+    "rtn": Method("round to nearest", _rtn, experts=True),
     "gptq": Method("GPTQ", _library("gptq"), ("gptqmodel", "gptqmodel")),
     "autoround": Method("AutoRound", _library("autoround"), ("auto_round", "auto-round")),
     "llama.cpp": Method("llama.cpp", _llama_cpp, ("llama_cpp", "llama-cpp-python")),
-    "bundle": Method("bundle", _bundle),
+    "bundle": Method("bundle", _bundle, experts=True),
 }

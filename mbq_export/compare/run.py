@@ -86,8 +86,6 @@ def prepare(settings: Settings) -> Prepared:
             raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
     source = locate(settings.model)
     decoder = read_config(source)
-    if decoder.experts is not None:
-        raise UsageError(f"{source.name}: models with experts are not compared; compare one without experts")
     for name, (_, width) in decoder.unit_shapes().items():
         if width % settings.group_size:
             raise UsageError(f"--group-size {settings.group_size} does not divide K = {width} of {name}")
@@ -97,7 +95,10 @@ def prepare(settings: Settings) -> Prepared:
         if name not in METHODS:
             raise UsageError(f"--methods {name}: there is no such method; there are {', '.join(METHODS)}")
         method = METHODS[name]
-        if method.available:
+        if decoder.experts is not None and not method.experts:
+            able = ", ".join(other for other, of in METHODS.items() if of.experts)
+            left_out.append(f"{name} is left out, {source.name} has experts: methods that take them are {able}")
+        elif method.available:
             methods.append(name)
         elif method.needs:
             left_out.append(f"{name} is left out, it needs {method.needs[1]}: pip install {method.needs[1]}")
@@ -118,7 +119,8 @@ def _text(name: str) -> str | None:
 class Results:
     """What is measured so far.
 
-    texts: one result per text; linear_weights: number of weights in all linear layers; block_weights: without the head.
+    texts: one result per text; linear_weights: number of weights in all linear layers that a token reads;
+    block_weights: without the head.
     """
 
     texts: list[report.TextResult]

@@ -40,13 +40,20 @@ class Layers:
 
 
 def count(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """The number of weights in linear layers.
+    """The number of weights in linear layers that one token reads: of experts, those of as many as it takes.
 
     Args:
         checkpoint: the model.
         names: the layers.
     """
-    return sum(checkpoint.linear(name).weight.numel() for name in names)
+    whole = sum(checkpoint.linear(name).weight.numel() for name in names)
+    d = checkpoint.decoder
+    if d.experts is None:
+        return whole
+    blocks = (d.expert_layers(layer) for layer in range(d.layers) if d.feed_forward(layer) == "experts")
+    of_experts = {name for block in blocks for layers in block for name in layers}.intersection(names)
+    size = sum(checkpoint.linear(name).weight.numel() for name in of_experts)
+    return whole - size + size * d.experts.used // d.experts.count
 
 
 @contextmanager

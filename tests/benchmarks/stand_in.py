@@ -3,21 +3,22 @@
     python tests/benchmarks/stand_in.py llama [--steps 1500] [--output FOLDER]
     python tests/benchmarks/stand_in.py qwen3_moe
 
-Random weights have no outliers and no sensitive layers, so they say little about calibration.  Those of 150
-steps do not either (docs/log.md).  A stand-in has learned from the calibration parts of Wikipedia and code.  The other
-parts are still unseen and can measure it:
+Random weights have no outliers and no sensitive layers, so they say little about calibration.  A stand-in has learned
+from the calibration parts of Wikipedia and code.  The other parts are still unseen and can measure it:
 
     mbq-export --model FOLDER --target host --output bundles/stand-in
-    mbq-export compare --model FOLDER --bundle bundles/stand-in --methods bundle --data wikipedia --data code
+    mbq-export compare --model FOLDER --bundle bundles/stand-in --methods bundle --data wikipedia --data code -o out
 
-The folder is by default in the cache, and a finished stand-in is not trained again.  ``stand_in_curves.py`` compares
+The folder is by default in the cache, and a finished stand-in is not trained again.  Its loss on unseen text is printed
+beside that of two models without weights: how frequent tokens are, and how frequent pairs of tokens are.  A stand-in
+that is no better than these has learned nothing that slices could lose (docs/log.md).  ``stand_in_curves.py`` compares
 bundles of several families.  All families have the same width, depth and steps, and nearly as many weights.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +28,48 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mbq_export.data import corpora
+from mbq_export.methods import CONTEXT_TOKENS
 from mbq_export.model.blocks import fast_autocast
 from mbq_runtime.cache import cache_dir
 
-VOCABULARY = 8192
-CONTEXT = 256
-BATCH = 8
-LEARNING_RATE = 2e-3
-WARM_UP_STEPS = 50
+VOCABULARY = 2048
+BATCH = 4
+"""Windows of a step, each as long as those that an export is calibrated on."""
+LEARNING_RATE = 3e-3
+WARM_UP_STEPS = 100
+HELD_BACK_WINDOWS = 32
+PAIR_WEIGHT = 50.0
+"""How often a token must have been seen for its pairs to count as much as the frequency of tokens alone."""
 COMMON: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT_TOKENS,
     "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
+WINDOWS: dict[str, Any] = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "lfm2": {
-        "layer_types": (["conv", "conv", "full_attention"] * 3)[:8],
-        "conv_L_cache": 3,
-        "block_auto_adjust_ff_dim": False,
-    },
-    "qwen3_5_text": {
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 64,
-    },
-    "qwen3": {"layer_types": ["full_attention"] * 8},
-    "gemma3_text": {
-        "sliding_window": 128,
-        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
-        "query_pre_attn_scalar": 64,
-    },
+    "qwen3": {"layer_types": ["full_attention"] * 4},
+    "olmo2": {},
+    "exaone4": WINDOWS,
+    "gemma3_text": {**WINDOWS, "query_pre_attn_scalar": 64},
     "gemma4_text": {
-        "sliding_window": 128,
-        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        **WINDOWS,
         "global_head_dim": 64,
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "lfm2": {
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 64,
     },
     "qwen3_moe": {
         "moe_intermediate_size": 128,
@@ -91,31 +94,72 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """A short linear rise, then half a cosine."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def share_of_rate(step: int, steps: int) -> float:
+    """A short linear rise, then a line down to 0."""
+    return min((step + 1) / WARM_UP_STEPS, 1.0) * (1 - step / steps)
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Matrices decay, norms and biases do not."""
+    matrices, others = (
+        [weight for weight in model.parameters() if (weight.ndim > 1) == is_matrix] for is_matrix in (True, False)
+    )
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
+def loss_of(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Mean nats a token.  windows: int64 [batch, context]."""
+    with fast_autocast(windows.device):
+        logits = model(windows, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 def train(model: torch.nn.Module, tokens: torch.Tensor, steps: int) -> None:
     """Train for a number of steps, so that a busy or slow machine gives the same model, only later."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, steps=steps))
     generator = torch.Generator().manual_seed(0)
     began = time.process_time()
     for step in range(steps):
-        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=generator)
-        batch = torch.stack([tokens[start : start + CONTEXT] for start in starts.tolist()])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        with fast_autocast(batch.device):
-            logits = model(batch, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        starts = torch.randint(len(tokens) - CONTEXT_TOKENS, (BATCH,), generator=generator)
+        loss = loss_of(model, torch.stack([tokens[start : start + CONTEXT_TOKENS] for start in starts.tolist()]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             took = time.process_time() - began
             print(f"step {step + 1}, {took:.0f} s, loss {float(loss.detach()):.3f} nats a token", flush=True)
+
+
+def report_losses(model: torch.nn.Module, tokens: torch.Tensor, unseen: torch.Tensor) -> None:
+    """Print losses on unseen text, in nats a token: of the model, of frequencies, and of frequencies of pairs.
+
+    tokens: int64 [n], the text that the model has seen; unseen: int64 [windows, context].
+    """
+    with torch.no_grad():
+        of_model = float(torch.stack([loss_of(model, window[None]) for window in unseen]).mean())
+    before, after = unseen[:, :-1].flatten(), unseen[:, 1:].flatten()
+    counts = torch.bincount(tokens, minlength=VOCABULARY).double()
+    single = (counts + 1) / (counts + 1).sum()
+    pairs = torch.bincount(tokens[:-1] * VOCABULARY + tokens[1:], minlength=VOCABULARY**2).double()
+    following = (pairs[before * VOCABULARY + after] + PAIR_WEIGHT * single[after]) / (counts[before] + PAIR_WEIGHT)
+    of_tokens, of_pairs = (-float(shares.log().mean()) for shares in (single[after], following))
+    print(f"nats a token on unseen text: {of_model:.3f}, of frequencies {of_tokens:.3f}, of pairs {of_pairs:.3f}")
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, part: str) -> torch.Tensor:
+    """int64 [n]: tokens of a part of Wikipedia and of code."""
+    text = corpora.wikipedia(part) + corpora.code(part)
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def spread_windows(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [count, context]: windows that are evenly spread over a text."""
+    windows = tokens[: len(tokens) // CONTEXT_TOKENS * CONTEXT_TOKENS].reshape(-1, CONTEXT_TOKENS)
+    return windows[torch.arange(count) * len(windows) // count]
 
 
 @click.command(help=__doc__)
@@ -126,17 +170,17 @@ def main(family: str, steps: int, output: Path | None) -> None:
     folder = output or cache_dir() / "stand-ins" / f"{family}-{steps}"
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
-        text = corpora.wikipedia("calibration") + corpora.code("calibration")
-        tokenizer = train_tokenizer(text)
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokenizer = train_tokenizer(corpora.wikipedia("calibration") + corpora.code("calibration"))
+        tokens = ids(tokenizer, "calibration")
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(family, **COMMON, **FAMILIES[family]), dtype=torch.float32
         )
         weights = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{family}: {weights / 1e6:.1f} million weights, {len(tokens)} tokens of text", flush=True)
+        print(f"{family}: {weights / 1e6:.2f} million weights, {len(tokens)} tokens of text", flush=True)
         train(model, tokens, steps)
+        report_losses(model.eval(), tokens, spread_windows(ids(tokenizer, "validation"), HELD_BACK_WINDOWS))
         tokenizer.save_pretrained(folder)
-        model.eval().save_pretrained(folder)
+        model.save_pretrained(folder)
     print(folder)
 
 

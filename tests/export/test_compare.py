@@ -270,6 +270,23 @@ def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -
     assert "a bundle of llama, not of other" in str(refused.exception)
 
 
+def test_a_model_with_experts(text_file: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "experts", "qwen3_moe")
+    args = ("--model", folder, "--data", text_file, "--bits", "4", "--windows", "2", "--context", "64")
+    args += ("--calib-data", text_file, "--calib-windows", "4", "--last-words", "0")
+    done = compare(*args, "--methods", "rtn", "--json")
+    assert done.exception is None, done.exception
+    (result,) = json.loads(done.stdout)["texts"]
+    rows = {row["name"]: row for row in result["rows"]}
+    attention, mlp, head = 4 * (192 * 192 * 2 + 2 * 64 * 192), 3 * 192 * 320, 264 * 192
+    of_a_token = attention + mlp + 3 * 2 * 3 * 192 * 64
+    assert rows["fp32"]["linear_bytes"] == 4 * (of_a_token + head)
+    assert rows["round to nearest, 4 bits"]["block_bytes"] == weights.rounded_bytes(of_a_token, 4, 64)
+    assert rows["round to nearest, 4 bits"]["divergence"]["value"] > 1e-4
+    done = compare(*args, "--methods", "gptq")
+    assert "gptq is left out, experts has experts: methods that take them are rtn, bundle" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("args", "part"),
     [
