@@ -69,6 +69,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         raise ModelError(
             f"{where}: use_bidirectional_attention is {ahead!r}; tokens of text that look ahead have no lowering"
         )
+    keys.get("attention_k_eq_v")  # ``folding.fold`` gives values a layer of their own
     ffn_size = _ffn_size(keys, family)
     return Decoder(
         family=family,

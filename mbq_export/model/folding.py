@@ -3,10 +3,14 @@
 Granite multiplies what attention and MLP put out, the logits, and the rows of the embedding.  The first is a factor of
 the linear layers that put it out, the second of the final norm.  The third stays a factor of the rows that are looked
 up (``Decoder.embedding_scale``): a head that is the embedding must not have it.
+
+Some blocks of the larger Gemma 4 have no layer for values: values are the keys before their norm.  Such a block gets a
+layer of values with the weights of the keys, and is then sliced and lowered as any other block.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ def fold(model: Any, decoder: Decoder) -> None:
     """
     if decoder.per_layer_size:
         divide(model, decoder)
+    if decoder.family.value_norms:
+        _add_values(model)
     with torch.no_grad():
         if decoder.branch_scale != 1:
             for layer in range(decoder.layers):
@@ -39,3 +45,12 @@ def fold(model: Any, decoder: Decoder) -> None:
         model.model.embedding_multiplier = 1.0
         scale = decoder.embedding_scale
         model.get_input_embeddings().register_forward_hook(lambda module, args, rows: rows * scale)
+
+
+def _add_values(model: Any) -> None:
+    """Give a layer of values to each block whose values are its keys."""
+    for block in model.model.layers:
+        attention = block.self_attn
+        # A block that shares the values of an earlier one has no such name.
+        if getattr(attention, "v_proj", attention) is None:
+            attention.v_proj = copy.deepcopy(attention.k_proj)

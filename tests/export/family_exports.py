@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,7 @@ def ratio(rounded: NDArray[np.float64], weight: NDArray[np.float32]) -> NDArray[
     return np.divide(rounded, weight, out=np.ones_like(rounded), where=weight != 0)
 
 
-def write_rounded(model: Path, folder: Path, factors: Mapping[str, NDArray[np.float64]]) -> Path:
+def write_rounded(model: Path, folder: Path, factors: Factors) -> Path:
     """A copy of a checkpoint whose weights are multiplied.
 
     Args:
@@ -140,6 +140,9 @@ def write_rounded(model: Path, folder: Path, factors: Mapping[str, NDArray[np.fl
         blocks = per_layer.chunk(int(str(MODELS[model.name]["num_hidden_layers"])))
         views |= {f"model.layers.{at}.per_layer_model_projection": rows for at, rows in enumerate(blocks)}
         views["per_layer"] = views["model.embed_tokens_per_layer"]
+    # Values that are keys are rounded as these, and have no weights in the files.
+    for name in [name for name in factors if name not in views]:
+        np.testing.assert_array_equal(factors.pop(name), factors[name.replace("v_proj", "k_proj")])
     for name, factor in factors.items():
         views[name].copy_(views[name].double() * torch.from_numpy(factor))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

@@ -207,6 +207,23 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         },
         7.46e9,
     ),
+    # Of these weights 30.7 G are in the files: in each sixth block the values are the keys.
+    "gemma-4-31B-it": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "eos_token_id": [1, 106],
+            "tie_word_embeddings": True,
+            "vision_config": {"model_type": "gemma4_vision", "hidden_size": 1152},
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": 5376, "num_hidden_layers": 60, "intermediate_size": 21504,
+                "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 256, "global_head_dim": 512,
+                "num_global_key_value_heads": 4, "attention_k_eq_v": True, "num_kv_shared_layers": 0,
+                "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 0,
+                "max_position_embeddings": 262144, "sliding_window": 1024, "final_logit_softcapping": 30.0,
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10, "enable_moe_block": False,
+            },
+        },
+        30.8e9,
+    ),
     "Qwen3-VL-4B-Instruct": (
         {
             "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "eos_token_id": 1,

@@ -54,7 +54,6 @@ def test_every_family_has_a_tiny_model() -> None:
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9 of 8 experts; at most all are needed"),
         ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, "enable_moe_block is true"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
-        ("gemma4_text", {"attention_k_eq_v": True}, "attention_k_eq_v is True"),
         ("gemma4_text", {"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input is 100, vocab_size is 264"),
         ("gemma4_text", {"per_layer_config": {0: {"intermediate_size": 64}}}, "per_layer_config.intermediate_size is"),
         ("gemma4_text", {"per_layer_config": {0: {"skip": ["mlp"]}}}, "per_layer_config.skip is"),
