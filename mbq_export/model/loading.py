@@ -181,10 +181,10 @@ def _config_and_rest(source: ModelSource) -> tuple[Any, tuple[str, ...]]:
         values = read_json(source.local / "config.json")
     else:
         values = PreTrainedConfig.get_config_dict(source.folder)[0]
+    check_wrapper(values, source.name)
     _check_config(values, source.name)
     if isinstance(values.get("text_config"), dict):
         _check_config(values["text_config"], source.name)
-    check_wrapper(values, source.name)
     config, rest = text_part(AutoConfig.from_pretrained(**source.load_args))
     _check_config(config.to_dict(), source.name)
     return config, rest

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import COMMON, MODELS
+from tiny_models import COMMON, MODELS, write_checkpoint
 from transformers import AutoConfig, PreTrainedConfig
 
 from mbq_export.model.config_keys import ConfigKeys
@@ -121,3 +122,17 @@ def test_an_unknown_family_of_the_hub_is_refused_by_its_config_alone(monkeypatch
         read_config(locate("somebody/model"))
     assert "\n" not in str(raised.value)
     assert asked == ["somebody/model"]
+
+
+def test_a_known_family_without_a_lowering_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    """Also if its weights are already quantised, as those of gpt-oss are: there are no others."""
+    folder = write_checkpoint(tmp_path / "model", "llama")
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    message = (
+        "GptOssForCausalLM is not supported: attention sinks, and experts with biases and a clamped gate have no "
+        "lowering; supported: LlamaForCausalLM"
+    )
+    with pytest.raises(ModelError, match=message) as raised:
+        read_config(locate(str(folder)))
+    assert "\n" not in str(raised.value)
