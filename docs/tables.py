@@ -108,6 +108,10 @@ def _router_kl(row: Row) -> str:
     return f"{row['kl_nats']:.3f} ({row['excess_percent']:.0f} ± {row['excess_stderr_percent']:.0f} %)"
 
 
+def _beside_first(row: Row) -> str:
+    return f"{row['mean_kl_nats']:.4f} ({row['kl_over_first']:.2f} ± {row['over_first_stderr']:.2f})"
+
+
 def _with_error(rows: list[Row]) -> list[Row]:
     return [row | {"ratio": f"{row['perplexity_ratio']:.3f} ± {row['ratio_stderr']:.3f}"} for row in rows]
 
@@ -215,6 +219,12 @@ TABLES = {
             llama_1b_prompt_128=("prompt of 128", 0),
             llama_1b_prompt_512=("of 512", 0),
         ),
+    ),
+    "stand-ins": Table(
+        "stand-ins", _only(lambda row: row["method"] == "nested", _by_bits("family", "family", _beside_first))
+    ),
+    "stand-ins-rounded": Table(
+        "stand-ins", _only(lambda row: row["method"] == "rtn", _by_bits("family", "family", _beside_first))
     ),
     "compare": Table(
         "compare",
