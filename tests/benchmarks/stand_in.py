@@ -1,6 +1,6 @@
 """A small model of another family, trained here on packaged text, so that no setting is fitted to one model alone.
 
-    python tests/benchmarks/stand_in.py llama [--steps 1500] [--output FOLDER]
+    python tests/benchmarks/stand_in.py llama [--steps 1200] [--output FOLDER]
     python tests/benchmarks/stand_in.py qwen3_moe
 
 Random weights have no outliers and no sensitive layers, so they say little about calibration.  A stand-in has learned
@@ -33,7 +33,7 @@ from mbq_export.model.blocks import fast_autocast
 from mbq_runtime.cache import cache_dir
 
 VOCABULARY = 2048
-BATCH = 4
+BATCH = 2
 """Windows of a step, each as long as those that an export is calibrated on."""
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 100
@@ -164,7 +164,7 @@ def spread_windows(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 @click.command(help=__doc__)
 @click.argument("family", type=click.Choice(list(FAMILIES)))
-@click.option("--steps", type=click.IntRange(min=1), default=1500, help="Steps of training, each on 2048 tokens.")
+@click.option("--steps", type=click.IntRange(min=1), default=1200, help="Steps of training, each on 1024 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the checkpoint.")
 def main(family: str, steps: int, output: Path | None) -> None:
     folder = output or cache_dir() / "stand-ins" / f"{family}-{steps}"
