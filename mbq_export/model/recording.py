@@ -229,7 +229,7 @@ def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterat
     before = ALL_ATTENTION_FUNCTIONS.get(kind)
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any
     ) -> Any:
         # Families have a plain form of their own, which is in no table.
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
