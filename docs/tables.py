@@ -161,9 +161,9 @@ _KL = {
 _DECODE = {
     "side": ("engine and file", None),
     "smollm2_decode": ("SmolLM2-135M decode", 0),
-    "smollm2_prompt_512": ("prompt of 512", 0),
-    "llama_1b_decode": ("llama-1b decode", 0),
-    "llama_1b_prompt_512": ("prompt of 512", 0),
+    "smollm2_prompt_128": ("prompt of 128", 0),
+    "llama_1b_decode": ("llama-1b decode", 1),
+    "llama_1b_prompt_128": ("prompt of 128", 0),
 }
 _SHORT = (
     "mbq, 2 bits",
@@ -171,7 +171,7 @@ _SHORT = (
     "mbq, 8 bits",
     "llama.cpp Q2_K",
     "llama.cpp Q4_0",
-    "llama.cpp Q6_K",
+    "llama.cpp Q4_K_M",
     "llama.cpp Q8_0",
 )
 
@@ -206,7 +206,8 @@ TABLES = {
     ),
     "routers-3122": Table("routers-3122", _by_bits("router", "text and router", _router_kl)),
     "routers-2222": Table("routers-2222", _by_bits("router", "router", _router)),
-    "speed-short": Table("speed", _only(lambda row: row["side"] in _SHORT, _columns(**_DECODE))),
+    "speed-short": Table("speed-avx2", _only(lambda row: row["side"] in _SHORT, _columns(**_DECODE))),
+    "speed-avx2": Table("speed-avx2", _columns(**_DECODE, smollm2_prompt_512=("SmolLM2-135M prompt of 512", 0))),
     "speed": Table(
         "speed",
         _columns(
