@@ -359,13 +359,23 @@ TABLES = {
     "long-context": Table(
         "long-context",
         _columns(
-            keys_and_values=("keys and values", None),
+            model=("model", None),
+            side=("engine, keys and values", None),
             bits=("average bits", 0),
             behind=("tokens behind", 0),
             token_ms=("a token, ms", 2),
             token_of_empty=("speed of empty", 2),
             prompt_ms=("prompt of 128, ms", 0),
             prompt_of_empty=("speed of empty", 2),
+        ),
+    ),
+    "few-tokens": Table(
+        "few-tokens",
+        _columns(
+            engine=("engine", None),
+            bits=("average bits", 0),
+            one_token_ms=("one token, ms", 1),
+            **{f"tokens_{count}": (f"{count} tokens", 2) for count in (2, 4, 8, 16, 32)},
         ),
     ),
     "router-cost": Table(
