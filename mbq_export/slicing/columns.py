@@ -41,6 +41,7 @@ class _GridOfC(ctypes.Structure):
         ("steps", ctypes.c_float * CODE_BITS),
         ("per_step", ctypes.c_float * CODE_BITS),
         ("cells", ctypes.c_float * CODE_BITS),
+        ("per_cell", ctypes.c_float * CODE_BITS),
         ("begins", ctypes.c_float * CODE_BITS),
         ("counts", ctypes.c_float * CODE_BITS),
     )
@@ -87,7 +88,9 @@ class Grid:
         self._coarse_cell, self._coarse_width = 2.0 ** (CODE_BITS - coarse), width
         # The codes to choose from: their number.
         self._span = float(1 << (CODE_BITS - kept_bits))
-        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in (steps, per_step, cells, begins, counts)]
+        per_cell = [1 / cell for cell in cells]
+        fields = (steps, per_step, cells, per_cell, begins, counts)
+        of_c = [(ctypes.c_float * CODE_BITS)(*values) for values in fields]
         self.of_c = _GridOfC(self.depths, self._coarse_depths, self._span, self._coarse_cell, self._coarse_width, *of_c)
 
     def in_base_cells(self, codes: torch.Tensor) -> torch.Tensor:
