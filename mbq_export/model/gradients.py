@@ -32,11 +32,28 @@ def backpropagate_samples(checkpoint: Checkpoint, window: NDArray[np.int64], gen
     embedding, tokens = checkpoint.model.get_input_embeddings(), checkpoint.on_device(window)[None]
     embedded = embedding(tokens).detach().requires_grad_()
     beside = beside_embedding(checkpoint.model, checkpoint.decoder, tokens)
-    logits = checkpoint.model(inputs_embeds=embedded, use_cache=False, **beside).logits[0].float()
+    logits = checkpoint.model(inputs_embeds=embedded, use_cache=False, **beside).logits[0]
     with torch.no_grad():
-        # Drawn on the processor: the same seed gives the same labels on every device.
-        labels = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator)[:, 0]
-    torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+        probabilities = logits.float().softmax(-1)
+        labels = drawn(probabilities.cpu(), generator).to(logits.device)
+        # The gradient of the cross-entropy, summed over tokens.
+        probabilities[torch.arange(len(labels), device=logits.device), labels] -= 1
+    logits.backward(probabilities.to(logits.dtype))
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label for each row, drawn with one random number.  ``torch.multinomial`` takes one for each column.
+
+    Args:
+        probabilities: float32 [rows, columns], on the processor: the same seed gives the same labels on every device.
+        generator: draws the random numbers.
+
+    Returns:
+        int64 [rows].
+    """
+    upto = probabilities.cumsum(-1)
+    at = torch.rand(len(upto), 1, generator=generator) * upto[:, -1:]
+    return torch.searchsorted(upto, at, right=True)[:, 0].clamp_max(upto.shape[1] - 1)
 
 
 @contextmanager
