@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -59,25 +60,66 @@ def train(stats: UnitStatistics, profile: SliceProfile, seed: int) -> tuple[F32,
 
     generator = torch.Generator().manual_seed(seed)
     tokens, k = x.shape
-    w1 = (torch.randn(MLP_HIDDEN, k, generator=generator) / k**0.5).requires_grad_()
-    b1 = torch.zeros(MLP_HIDDEN, requires_grad=True)
-    w2 = torch.zeros(target.shape[1], MLP_HIDDEN, requires_grad=True)
-    offset = target.mean(0).clone().requires_grad_()
-    optimizer = torch.optim.AdamW([w1, b1, w2, offset], lr=_LEARNING_RATE, weight_decay=1e-2)
-    for _ in range(_STEPS):
-        rows = torch.randint(tokens, (_BATCH,), generator=generator)
-        predicted = torch.nn.functional.silu(x[rows].float() @ w1.T + b1) @ w2.T + offset
-        loss = ((predicted - target[rows]) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    first = torch.randn(MLP_HIDDEN, k, generator=generator) / k**0.5
+    parameters = _Parameters(first, target.mean(0))
+    # The same batches again and again: to gather their rows takes longer than a step.
+    order = torch.randperm(tokens, generator=generator)
+    batches = max(1, tokens // _BATCH)
+    batches_of_x, batches_of_target = (values[order].float().chunk(batches) for values in (x, target))
+    for step in range(_STEPS):
+        parameters.step(batches_of_x[step % batches], batches_of_target[step % batches])
+    w1, b1, w2, _ = parameters.parts
     with torch.no_grad():
         stored = w1.half()
-        learned = torch.nn.functional.silu(x.float() @ stored.float().T + b1) @ w2.T
+        learned = functional.silu(x.float() @ stored.float().T + b1) @ w2.T
         score = (learned + torch.from_numpy(norm_gain) * mean_square.log()[:, None]).double()
         # The average of a slice's scores is its measured gain.
         average = np.log(norm.average_gain(stats, profile)) - (score.logsumexp(0) - np.log(tokens)).numpy()
-    return average.astype(np.float32), norm_gain, MlpWeights(stored.numpy(), b1.detach().numpy(), w2.detach().numpy())
+    return average.astype(np.float32), norm_gain, MlpWeights(stored.numpy(), b1.numpy(), w2.numpy())
+
+
+class _Parameters:
+    """The MLP while it is trained, with an offset for each of its S outputs.
+
+    Its gradient is written out: autograd and an optimizer of four tensors took four times as long (docs/log.md).
+
+    parts: views of one tensor: w1 [H, K], b1 [H], w2 [S, H], offset [S].
+
+    Args:
+        first: w1 at first.
+        offset: the offset at first.
+    """
+
+    def __init__(self, first: torch.Tensor, offset: torch.Tensor) -> None:
+        hidden, slices = len(first), len(offset)
+        initial = [first, torch.zeros(hidden), torch.zeros(slices, hidden), offset]
+        self._all = torch.cat([part.flatten() for part in initial])
+        self._gradient = torch.empty_like(self._all)
+        self.parts, self._gradients = (
+            [part.view(of.shape) for part, of in zip(whole.split([of.numel() for of in initial]), initial, strict=True)]
+            for whole in (self._all, self._gradient)
+        )
+        self._all.grad = self._gradient
+        self._optimizer = torch.optim.AdamW([self._all], lr=_LEARNING_RATE, weight_decay=1e-2, fused=True)
+
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """One step against the mean squared error.
+
+        Args:
+            x: float32 [tokens, K].
+            target: float32 [tokens, S].
+        """
+        (w1, b1, w2, offset), (to_w1, to_b1, to_w2, to_offset) = self.parts, self._gradients
+        before = x @ w1.T + b1
+        sigmoid = before.sigmoid()
+        inner = before * sigmoid
+        error = (inner @ w2.T + offset - target) * (2 / target.numel())
+        to_before = error @ w2 * (sigmoid + inner * (1 - sigmoid))
+        torch.mm(to_before.T, x, out=to_w1)
+        torch.sum(to_before, 0, out=to_b1)
+        torch.mm(error.T, inner, out=to_w2)
+        torch.sum(error, 0, out=to_offset)
+        self._optimizer.step()
 
 
 def _unexplained(change: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
