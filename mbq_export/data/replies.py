@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import ModelError
 
+from ..memory import KEPT_WEIGHT_BYTES
+from ..model.blocks import fast_passes
 from ..model.checkpoint import Checkpoint
 from ..progress import Report, StageReport, staged
 from .documents import Messages
@@ -45,16 +47,24 @@ _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
 _SEED = 0
 _BATCH = 64
+_CALIBRATION_BATCH = 128
+"""All chats of the default calibration at once.  The few chats of a second batch would take as many steps."""
 _FORMAT = 1
 """Goes into the hash.  It rises when the replies would change."""
 
 
 @dataclass(frozen=True)
 class _Length:
-    """How long a text gets: all of it has ``enough`` tokens or more, and one reply ``reply`` at most."""
+    """How long a text gets, and how it is written.
+
+    All of it has ``enough`` tokens or more, and one reply ``reply`` at most.  ``batch`` chats are written at once.
+    fast: whether products are computed in the device's fast numbers.  What is measured on is the same everywhere.
+    """
 
     enough: int
     reply: int
+    batch: int = _BATCH
+    fast: bool = False
 
 
 @dataclass
@@ -100,7 +110,9 @@ def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> s
         ModelError: the template refuses the chats.
     """
     chats = json.loads(CALIBRATION.read_text(encoding="utf-8"))[part]
-    return _said(checkpoint, part, chats, _Length(tokens, _CALIBRATION_REPLY_TOKENS), report)
+    return _said(
+        checkpoint, part, chats, _Length(tokens, _CALIBRATION_REPLY_TOKENS, _CALIBRATION_BATCH, fast=True), report
+    )
 
 
 def _said(checkpoint: Checkpoint, name: str, chats: Sequence[Any], length: _Length, report: Report) -> str:
@@ -126,7 +138,7 @@ def _keep(said: list[Messages], file: Path) -> None:
 
 def _key(checkpoint: Checkpoint, chats: object, length: _Length) -> str:
     """A hash of all that the replies depend on."""
-    settings = [_FORMAT, length.reply, length.enough, _MOST_ROUNDS, _TEMPERATURE, _SEED, _BATCH, chats]
+    settings = [_FORMAT, length.reply, length.enough, _MOST_ROUNDS, _TEMPERATURE, _SEED, length.batch, chats]
     found = hashlib.sha256(json.dumps([settings, checkpoint.tokenizer.chat_template], sort_keys=True).encode())
     found.update(checkpoint.model.config.to_json_string().encode())
     for name, tensor in checkpoint.model.state_dict().items():
@@ -142,21 +154,21 @@ def _answered(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length, pro
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         while tokens < length.enough and len(said) < _MOST_ROUNDS * len(chats):
-            count = min(_BATCH, -(-(length.enough - tokens) // length.reply))
-            part = _continued(checkpoint, [chats[(len(said) + i) % len(chats)] for i in range(count)], length.reply)
+            count = min(length.batch, -(-(length.enough - tokens) // length.reply))
+            part = _continued(checkpoint, [chats[(len(said) + i) % len(chats)] for i in range(count)], length)
             said += part
             tokens += sum(len(checkpoint.tokens(_rendered(checkpoint, messages))) for messages in part)
             progress(min(tokens, length.enough), length.enough)
     return said
 
 
-def _continued(checkpoint: Checkpoint, chats: Sequence[Any], most: int) -> list[Messages]:
-    """A batch of chats with the model's replies of at most ``most`` tokens."""
+def _continued(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length) -> list[Messages]:
+    """A batch of chats with the model's replies."""
     part = [_opened(chat) for chat in chats]
     while asked := [chat for chat in part if chat.turns]:
         for chat in asked:
             chat.messages.append({"role": "user", "content": chat.turns.pop(0)})
-        _reply(checkpoint, asked, most)
+        _reply(checkpoint, asked, length)
     return [chat.messages for chat in part]
 
 
@@ -167,7 +179,7 @@ def _opened(chat: Any) -> _Chat:
     return _Chat(list(chat["turns"]), [{"role": "system", "content": chat["system"]}])
 
 
-def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], most: int) -> None:
+def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], length: _Length) -> None:
     """Add the model's reply to every chat.  When the longest fills the model's context, all chats of the batch end."""
     prompts = [checkpoint.tokens(_rendered(checkpoint, chat.messages, asked=True)) for chat in chats]
     room = checkpoint.decoder.context_length - max(map(len, prompts))
@@ -176,7 +188,10 @@ def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], most: int) -> None:
             chat.turns.clear()
             chat.messages.pop()
         return
-    for chat, reply in zip(chats, _sampled(checkpoint, prompts, min(most, room)), strict=True):
+    fast = length.fast and 4 * checkpoint.parameters <= KEPT_WEIGHT_BYTES
+    with fast_passes(checkpoint.model, checkpoint.device) if fast else torch.no_grad():
+        replies = _sampled(checkpoint, prompts, min(length.reply, room))
+    for chat, reply in zip(chats, replies, strict=True):
         content = checkpoint.tokenizer.decode(reply, skip_special_tokens=True).strip()
         chat.messages.append({"role": "assistant", "content": content})
 
@@ -188,18 +203,17 @@ def _sampled(checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int) -
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = [[padding or 0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    with torch.no_grad():
-        found = checkpoint.model.generate(
-            input_ids=torch.tensor(ids).to(checkpoint.device),
-            attention_mask=torch.tensor(mask).to(checkpoint.device),
-            max_new_tokens=count,
-            do_sample=True,
-            temperature=_TEMPERATURE,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            pad_token_id=padding or 0,
-        )
+    found = checkpoint.model.generate(
+        input_ids=torch.tensor(ids).to(checkpoint.device),
+        attention_mask=torch.tensor(mask).to(checkpoint.device),
+        max_new_tokens=count,
+        do_sample=True,
+        temperature=_TEMPERATURE,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        pad_token_id=padding or 0,
+    )
     return np.asarray(found[:, longest:].cpu().numpy(), np.int64)
 
 

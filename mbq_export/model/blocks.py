@@ -58,6 +58,43 @@ def fast_autocast(device: torch.device) -> torch.autocast:
     return autocast(fast_dtype(device), device)
 
 
+@contextmanager
+def fast_passes(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Passes without gradients in the device's ``fast_dtype``, while the block runs.  Its weights must not change.
+
+    Autocast keeps a weight that it has cast only if the weight requires a gradient.
+
+    Args:
+        module: what is run, several times.
+        device: where products are computed.
+    """
+    weights = [linear.weight for linear in module.modules() if isinstance(linear, torch.nn.Linear)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.no_grad(), fast_autocast(device):
+            yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Compute products of float32 in the device's ``fast_dtype`` while the block runs.  Their results are float32.
+
+    Args:
+        device: where products are computed.
+    """
+    before = torch.get_float32_matmul_precision()
+    if fast_dtype(device) == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True)
 class Hidden:
     """One window of text between two blocks.

@@ -20,13 +20,13 @@ from .. import processes
 from ..context import Calibration
 from ..format.codes import F32, Sliced, joined
 from ..memory import WEIGHTS_AT_ONCE
-from ..model.blocks import Blocks, Hidden, fast_autocast, require_finite, watching_inputs
+from ..model.blocks import Blocks, Hidden, fast_passes, require_finite, watching_inputs
 from ..model.checkpoint import Checkpoint
 from ..model.shape import Unit
 from ..model.sliced_linear import row_ranges, values_at
 from . import nested
 from .columns import DEEP, DEEP_LATER
-from .expert_inputs import FEWEST_TOKENS, ExpertInputs, weighted_square
+from .expert_inputs import FEWEST_TOKENS, ExpertInputs, add_weighted_square
 from .importance import Importance
 from .refine import refine
 
@@ -114,7 +114,7 @@ def slice_residuals(
 
 
 _Hessians = dict[str, Callable[[], torch.Tensor]]
-"""By a layer's name, what makes the second moments of its inputs, float64 [K, K]."""
+"""By a layer's name, what makes the second moments of its inputs, float32 [K, K]."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def _slice_blocks(
     found = store.get(step)
     if found is None:
         (name,) = d.head.sources
-        seen = zip((blocks.final(window) for window in hidden), importance[name][own], strict=True)
-        total = sum((weighted_square(x, weights) for x, weights in seen), torch.zeros(()))
+        total = torch.zeros(d.hidden_size, d.hidden_size, device=checkpoint.device)
+        for window, weights in zip(hidden, importance[name][own], strict=True):
+            add_weighted_square(total, blocks.final(window), weights)
         hessian = processes.summed(total) / windows.size
         if d.tied:
             hessian = nested.damped(hessian, nested.TIED_DAMPING)
@@ -206,10 +207,13 @@ def _hessians(
     def add(name: str, x: torch.Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             for source in sources[name]:
-                sums[source] = sums.get(source, 0) + weighted_square(x, importance[source][windows][at])
+                if source not in sums:
+                    sums[source] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+                add_weighted_square(sums[source], x, importance[source][windows][at])
 
     first = {unit.name: unit.sources[0] for unit in units}
-    with fast_autocast(checkpoint.device), watching_inputs(checkpoint, first, add), experts.watching():
+    passes = fast_passes(blocks.layers[layer], checkpoint.device)
+    with passes, watching_inputs(checkpoint, first, add), experts.watching():
         for at, window in enumerate(hidden):
             experts.window = at
             blocks.run(layer, window)
@@ -230,8 +234,8 @@ def _advance(
     for depth in range(1, profile.depths + 1):
         for unit in checkpoint.decoder.layer_units(layer).values():
             _write_depth(checkpoint, unit, slices[unit.name], profile, depth)
-        for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
-            with fast_autocast(checkpoint.device):
+        with fast_passes(blocks.layers[layer], checkpoint.device):
+            for i in range((depth - 1 - first) % profile.depths, len(hidden), profile.depths):
                 after[i] = blocks.run(layer, hidden[i])
     return after
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import processes
-from ..model.blocks import fast_dtype, require_finite, watching_inputs
+from ..model.blocks import fast_dtype, fast_products, require_finite, watching_inputs
 from ..model.checkpoint import Checkpoint
 from .importance import Importance
 
@@ -23,15 +23,17 @@ FEWEST_TOKENS = 32
 """An expert that sees fewer tokens than this has no second moments to speak of."""
 
 
-def weighted_square(x: torch.Tensor, weights: NDArray[np.float32]) -> torch.Tensor:
-    """The sum of ``weight * x x.T`` over tokens, float64 [K, K].
+def add_weighted_square(total: torch.Tensor, x: torch.Tensor, weights: NDArray[np.float32]) -> None:
+    """Add the sum of ``weight * x x.T`` over tokens.
 
     Args:
+        total: float32 [K, K], added to.
         x: [tokens, K].
         weights: float32 [tokens].
     """
     weighted = x.float() * torch.from_numpy(weights).to(x.device).sqrt()[:, None]
-    return (weighted.T @ weighted).double()
+    with fast_products(x.device):
+        total.addmm_(weighted.T, weighted)
 
 
 class ExpertInputs:
@@ -75,7 +77,7 @@ class ExpertInputs:
             yield
 
     def hessians(self, tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
-        """By layer, what makes the second moments of its inputs, float64 [K, K].
+        """By layer, what makes the second moments of its inputs, float32 [K, K].
 
         An expert that few tokens chose gets those of inputs without any covariance.  Then error feedback rounds each
         weight by itself.
@@ -100,10 +102,10 @@ class ExpertInputs:
         """tokens: 0 for an input without covariance."""
         linear = self._checkpoint.linear(name)
         if not tokens:
-            return torch.eye(linear.in_features, dtype=torch.float64, device=self._checkpoint.device)
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=self._checkpoint.device)
+            return torch.eye(linear.in_features, device=self._checkpoint.device)
+        total = torch.zeros(linear.in_features, linear.in_features, device=self._checkpoint.device)
         weights = self._importance[name][self._windows]
         for window, rows, x in self._seen[shared]:
-            total += weighted_square(x, weights[window][rows])
+            add_weighted_square(total, x, weights[window][rows])
         require_finite(name, processes.summed(total))
         return total.div_(tokens)

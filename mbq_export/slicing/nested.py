@@ -21,6 +21,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_runtime.errors import ModelError
 
 from ..format.codes import F32, Sliced, row_scales, scale_codes, zero_codes
+from ..model.blocks import fast_products
 from .columns import DEEP, Grid, feed_back
 from .rtn import group_range
 
@@ -112,7 +113,9 @@ def slice_weight(
         )
         errors = feed_back(grid, streams[:, group], factor[group, group], codes[group], scale=scale, offset=offset)
         if group.stop < k:
-            streams[:, group.stop :] -= factor[group, group.stop :].T @ errors
+            with fast_products(device):
+                for stream, of_stream in zip(streams, errors, strict=True):
+                    stream[group.stop :].addmm_(factor[group, group.stop :].T, of_stream, alpha=-1)
     return replace(scaled, codes=codes.T.contiguous().cpu().numpy())
 
 

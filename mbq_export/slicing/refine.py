@@ -17,6 +17,7 @@ from mbq_runtime.bundle.layout import SCALE_STEPS, ZERO_STEPS
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..format.codes import F32, LARGEST_CODE, Sliced, joined, with_scales
+from ..model.blocks import fast_dtype
 from .columns import DEEP, Grid, settle
 from .nested import damped
 
@@ -74,23 +75,24 @@ def _refine_rows(
     size = len(codes) // len(scale)
 
     groups = [(g, slice(g * size, (g + 1) * size)) for g in range(len(scale))]
-    error = torch.cat(
-        [weight[group] - (scale[g] * grid.in_base_cells(codes[group]) + offset[g]) for g, group in groups],
-        dim=1,
-    )
+    values = [grid.in_base_cells(codes[group]) for _, group in groups]
+    error = torch.cat([weight[group] - (scale[g] * values[g] + offset[g]) for g, group in groups], dim=1)
+    # Rounded copies for the large product.  Where the device has no faster numbers, these are no copies.
+    fast = fast_dtype(device)
+    rounded_curvature, rounded_error = curvature.to(fast), error.to(fast)
     for _ in range(sweeps):
         for g, group in groups:
             own = curvature[group, group]
             # Minus half the gradient of the sum by each value of the group, [E, group, N].
-            pull = curvature[group] @ error
-            values = grid.in_base_cells(codes[group])
+            pull = (rounded_curvature[group] @ rounded_error).float()
             if not kept_bits:
-                found = _best_affine(values, own, pull, grid.counts, scale[g], offset[g])
+                found = _best_affine(values[g], own, pull, grid.counts, scale[g], offset[g])
                 scale[g], offset[g] = _stored(*found, row_scale)
-                fitted = weight[group] - (scale[g] * values + offset[g])
+                fitted = weight[group] - (scale[g] * values[g] + offset[g])
                 pull += own @ (fitted - error[:, group])
-            settle(grid, codes[group], values, curvature=own, scale=scale[g], pull=pull)
-            error[:, group] = weight[group] - (scale[g] * values + offset[g])
+            settle(grid, codes[group], values[g], curvature=own, scale=scale[g], pull=pull)
+            error[:, group] = weight[group] - (scale[g] * values[g] + offset[g])
+            rounded_error[:, group] = error[:, group]
     kept = replace(sliced, codes=codes.T.contiguous().cpu().numpy())
     return kept if kept_bits else with_scales(kept, scale.T.cpu().numpy(), offset.T.cpu().numpy())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch.nn import functional
 
 from .. import processes
 from ..context import Calibration
-from ..model.blocks import autocast, fast_dtype
+from ..model.blocks import fast_dtype, fast_passes
 
 TOKENS_AT_ONCE = 64
 """Tokens whose distributions are computed together.  They fit the processor's cache."""
@@ -33,11 +35,12 @@ class Teacher:
     def __init__(self, calibration: Calibration, windows: NDArray[np.int64], *, exact: bool = False) -> None:
         progress, checkpoint = calibration.stage("recording teacher outputs"), calibration.checkpoint
         dtype = torch.float32 if exact else fast_dtype(checkpoint.device)
+        model = checkpoint.model.model
         self.windows = checkpoint.on_device(windows[processes.share(len(windows))])
         inputs = []
-        with torch.no_grad(), autocast(dtype, checkpoint.device):
+        with torch.no_grad() if exact else fast_passes(model, checkpoint.device):
             for i, window in enumerate(self.windows):
-                found = checkpoint.model.model(window[None], use_cache=False).last_hidden_state[0]
+                found = model(window[None], use_cache=False).last_hidden_state[0]
                 inputs.append(found.float() if exact else found.bfloat16())
                 progress(i + 1, len(self.windows))
         # A process may have no window of its own.
@@ -47,6 +50,16 @@ class Teacher:
         # A copy: slicing writes into the checkpoint's.
         self._weight = head.weight.detach().to(dtype, copy=True)
         self._bias = None if head.bias is None else head.bias.detach().to(dtype, copy=True)
+
+    def of(self, rows: Sequence[int]) -> Teacher:
+        """The same for some of this process's windows.
+
+        Args:
+            rows: which of ``windows``.
+        """
+        some, chosen = copy(self), torch.tensor(rows, dtype=torch.long)
+        some.windows, some._inputs = self.windows[chosen], self._inputs[chosen]
+        return some
 
     def inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Inputs of the head.
