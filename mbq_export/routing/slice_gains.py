@@ -22,7 +22,7 @@ from .. import processes
 from ..context import Calibration
 from ..format.codes import Sliced
 from ..memory import ROUTER_INPUT_BYTES, router_input_bytes
-from ..model.blocks import fast_dtype, require_finite
+from ..model.blocks import fast_autocast, fast_dtype, require_finite
 from ..model.checkpoint import Checkpoint
 from ..model.gradients import backpropagate_samples, lean_backward
 from ..model.router_inputs import RouterInputs
@@ -92,7 +92,7 @@ class _Recorder:
     def close_window(self) -> None:
         assert self.x is not None
         require_finite(self.unit.name, self.x)
-        seen = self.router_inputs.of(self.unit, self.x)[:: self.every]
+        seen = self.router_inputs.of(self.unit, self.x)[:: self.every].float()
         mean_square = (seen**2).mean(1) + MEAN_SQUARE_EPS
         rows = slice(self.done, self.done + len(seen))
         self.kept["mean_square"][rows] = mean_square
@@ -231,7 +231,8 @@ def measure_gains(
             for name, layer in zip(recorder.unit.sources, layers[recorder.unit.name], strict=True):
                 hooks.enter_context(layer.register_forward_hook(recorder.hook(name)))
         for i, window in enumerate(own):
-            backpropagate_samples(checkpoint, window, generator)
+            with fast_autocast(checkpoint.device):
+                backpropagate_samples(checkpoint, window, generator)
             with torch.no_grad():
                 for recorder in recorders:
                     recorder.close_window()
