@@ -82,10 +82,9 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         _embed_with_slices(calibration, weights)
     selected = _select_routers(calibration, weights.slices, routing_windows, original_model)
     bits = [b for b in CURVE_BITS if profile.min_bits <= b]
-    results = quality.measure(
-        calibration, weights.slices, original_model, [select.depths_at(selected.routers, b) for b in bits],
-        stage="measuring the quality curve",
-    )  # fmt: skip
+    results = quality.curve(
+        calibration, weights.slices, original_model, [(b, select.depths_at(selected.routers, b)) for b in bits]
+    )
     sliced = record_sliced(
         checkpoint, weights.slices, weights.embedding, profile, original.prompt, per_layer=weights.per_layer
     )

@@ -53,12 +53,12 @@ def router_scores(x: F32, router: RouterParams) -> F64:
         float64 [M, E - 1].
     """
     wide = x.astype(np.float64)
-    ms = (wide**2).mean(axis=1, keepdims=True) + MEAN_SQUARE_EPS
+    ms = np.einsum("mk,mk->m", wide, wide)[:, None] / wide.shape[1] + MEAN_SQUARE_EPS
     scores = router.bias.astype(np.float64) + router.norm_gain.astype(np.float64) * np.log(ms)
     if router.w1 is not None:
         assert router.b1 is not None
         assert router.w2 is not None
-        pre = (wide / np.sqrt(ms)) @ router.w1.astype(np.float64).T + router.b1.astype(np.float64)
+        pre = wide @ router.w1.astype(np.float64).T / np.sqrt(ms) + router.b1.astype(np.float64)
         scores = scores + (pre / (1 + np.exp(-pre))) @ router.w2.astype(np.float64).T
     return np.asarray(scores)
 

@@ -67,10 +67,13 @@ class _RoutedLayer(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., tokens, K] -> [..., tokens, N]."""
         depth = self.depths(x).to(x.device)
-        flat = x.reshape(-1, x.shape[-1])
+        # Rounded before its rows are taken, and not once for each depth.
+        flat = x.reshape(-1, x.shape[-1]).to(self.weights[0].dtype)
+        if len(depth) and bool((depth == depth[0]).all()):
+            return functional.linear(flat, self.weights[int(depth[0]) - 1], self.bias).reshape(*x.shape[:-1], -1)
         output = self.weights[0].new_empty(len(flat), len(self.weights[0]))
         for at, weight in enumerate(self.weights, 1):
-            rows = depth == at
-            if rows.any():
-                output[rows] = functional.linear(flat[rows], weight, self.bias)
+            rows = (depth == at).nonzero()[:, 0]
+            if len(rows):
+                output.index_copy_(0, rows, functional.linear(flat.index_select(0, rows), weight, self.bias))
         return output.reshape(*x.shape[:-1], -1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,6 +37,11 @@ Routers = Mapping[str, RouterParams]
 
 Losses = Mapping[str, NDArray[np.float64]]
 """float64 [budgets, windows] by kind of router: mean KL divergence from the original, nats a token."""
+
+_EVERY = 3
+"""All kinds are measured on one window in this many."""
+_CLEAR = 2.0
+"""A kind is clearly worse if its divergence is larger by this many standard errors of the paired difference."""
 
 _TUNING_KIND = "mlp"
 """The kind that slices are tuned with, unless the recipe names one: it is selected most often."""
@@ -160,6 +166,8 @@ def select_kind(
 ) -> Selected:
     """Select the kind with the lowest mean divergence at ``ABOVE_BASE_BITS``.
 
+    All kinds are measured on some of the windows.  Those that may still be the best are measured on the others too.
+
     Args:
         calibration: the context.
         fitted: routers by kind.
@@ -168,8 +176,16 @@ def select_kind(
     """
     lowest = calibration.profile.min_bits
     bits = [lowest + more for more in ABOVE_BASE_BITS if lowest + more < CODE_BITS]
-    losses, used = measure_kinds(calibration, fitted, slices, original, bits)
-    kind = min(fitted, key=lambda name: float(losses[name].mean()))
+    at = range(len(original.windows))
+    first, rest = original.of(at[::_EVERY]), original.of([row for row in at if row % _EVERY])
+    losses, used = measure_kinds(calibration, fitted, slices, first, bits)
+    left = {name: fitted[name] for name in in_question({name: losses[name] for name in fitted})}
+    sizes = [sum(processes.gathered([len(part.windows)])) for part in (first, rest)]
+    if sizes[1]:
+        of_rest, used_of_rest = measure_kinds(calibration, left, slices, rest, bits, beside_random=False)
+        losses |= {name: np.concatenate([losses[name], of_rest[name]], axis=1) for name in left}
+        used |= {name: list(np.average([used[name], used_of_rest[name]], axis=0, weights=sizes)) for name in left}
+    kind = min(left, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fitted[kind].values()))
     budgets = shared.budgets.astype(np.float64)
     drift = [realised - b for realised, b in zip(used[kind], bits, strict=True)]
@@ -179,14 +195,32 @@ def select_kind(
     return Selected(kind, routers, comparison(losses, kind, bits))
 
 
+def in_question(losses: Losses) -> list[str]:
+    """The kinds that may be the best: the one with the lowest divergence, and those that are not clearly worse.
+
+    Args:
+        losses: by kind of router, of the same windows.
+    """
+    of_windows = {name: loss.mean(axis=0) for name, loss in losses.items()}
+    best = min(of_windows.values(), key=lambda loss: float(loss.mean()))
+
+    def is_worse(loss: NDArray[np.float64]) -> bool:
+        more = loss - best
+        return len(more) > 1 and bool(more.mean() > _CLEAR * more.std(ddof=1) / np.sqrt(len(more)))
+
+    return [name for name, loss in of_windows.items() if not is_worse(loss)]
+
+
 def measure_kinds(
     calibration: Calibration,
     fitted: Mapping[str, Routers],
     slices: Mapping[str, Sliced],
     original: Teacher,
     bits: Sequence[float],
+    *,
+    beside_random: bool = True,
 ) -> tuple[Losses, dict[str, list[float]]]:
-    """Measure every kind of router and a random choice at equal bits, those of the routers included.
+    """Measure kinds of routers and a random choice at equal bits, those of the routers included.
 
     Args:
         calibration: the context.
@@ -194,20 +228,19 @@ def measure_kinds(
         slices: by unit name.
         original: the original model's predictions for the text to measure on.
         bits: budgets, average bits.
+        beside_random: whether the random choice is measured too.
 
     Returns:
         Losses at exactly ``bits``; and by kind the bits of weights that it used when asked for ``bits``, without those
         of its routers.
     """
-    random = kinds.random_depths(calibration.profile, calibration.seed)
-    names = [*fitted, RANDOM]
+    random = partial(_random_depths, calibration, slices)
+    names = [*fitted, RANDOM] if beside_random else list(fitted)
     cases: list[ModelDepths] = [
-        depths_at(fitted[name], b) if name in fitted else {unit: random(b) for unit in slices}
-        for name in names
-        for b in bits
+        depths_at(fitted[name], b) if name in fitted else random(b) for name in names for b in bits
     ]
     # All kinds agree at the ends, where there is nothing to choose.
-    ends = [{unit: random(b) for unit in slices} for b in (calibration.profile.min_bits, CODE_BITS)]
+    ends = [random(b) for b in (calibration.profile.min_bits, CODE_BITS)]
     results = quality.measure(
         calibration, slices, original, [*cases, *ends],
         stage="comparing routers", dtype=fast_dtype(calibration.checkpoint.device),
@@ -218,6 +251,11 @@ def measure_kinds(
     left = {name: np.array(bits) - (router_bits(fitted[name], read) if name in fitted else 0) for name in names}
     losses = {name: _at_equal_bits([lowest, *of_kind, highest], left[name]) for name, of_kind in by_name.items()}
     return losses, {name: [result.avg_bits_used for result in of_kind] for name, of_kind in by_name.items()}
+
+
+def _random_depths(calibration: Calibration, slices: Mapping[str, Sliced], avg_bits: float) -> ModelDepths:
+    random = kinds.random_depths(calibration.profile, calibration.seed)
+    return {unit: random(avg_bits) for unit in slices}
 
 
 def router_bits(routers: Routers, weights: Mapping[str, int]) -> float:
@@ -245,7 +283,7 @@ def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Compariso
     """Divergence of each kind, its ratio to the shipped kind's, and the ratio's standard error over paired windows.
 
     Args:
-        losses: by kind of router.
+        losses: by kind of router.  A kind has those of the shipped kind's windows, or of the first of them.
         shipped: the kind that ships.
         bits: budgets of the losses, average bits.
     """
@@ -258,6 +296,6 @@ def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Compariso
         return {name: round(float(figure), 4) for name, figure in figures.items()}
 
     return {
-        name: {f"{b:g}": compared(loss[i], losses[shipped][i]) for i, b in enumerate(bits)}
+        name: {f"{b:g}": compared(loss[i], losses[shipped][i, : loss.shape[1]]) for i, b in enumerate(bits)}
         for name, loss in losses.items()
     }

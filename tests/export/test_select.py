@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,36 +43,62 @@ LEARNED = RouterParams(
 )  # fmt: skip
 
 
-def straight(better_by: Sequence[float]) -> Any:
-    """A stand-in for ``quality.measure``.  Divergence falls by one nat a bit; kind i has ``better_by[i]`` less."""
+FITS = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
 
-    def measure(*args: Any, **kwargs: Any) -> list[quality.Measured]:
-        cases = args[3]
-        of_kinds = [(b, gain) for gain in (*better_by, 0.0) for b in BITS]
-        ends = [(2.0, 0.0), (8.0, 0.0)]
-        assert len(cases) == len(of_kinds) + len(ends)
-        windows = np.array([0.0, 0.5])
-        return [quality.Measured(windows, 10 - b - gain + windows, 0.5, b) for b, gain in of_kinds + ends]
 
-    return measure
+class Windows:
+    """A stand-in for the original's predictions: the numbers of its windows."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.windows = np.array(numbers)
+
+    def of(self, rows: Sequence[int]) -> Windows:
+        return Windows(self.windows[list(rows)])
+
+
+class Anywhere:
+    device = "cpu"
+
+    class decoder:
+        @staticmethod
+        def units() -> list[Unit]:
+            return [Unit("unit", ("layer",))]
+
+
+@dataclass
+class Selection:
+    """A selection from kinds whose divergence falls by one nat a bit, and is less by ``better_by`` of each window.
+
+    measured: by kind, the windows that it was measured on.
+    """
+
+    monkeypatch: pytest.MonkeyPatch
+    better_by: dict[str, NDArray[np.float64]]
+    measured: dict[str, list[int]] = field(default_factory=dict)
+
+    def measure(self, *args: Any, **kwargs: Any) -> list[quality.Measured]:
+        windows, results = args[2].windows, []
+        for routers, bits in args[3]:
+            name = next((name for name, routers_of in FITS.items() if routers_of is routers), None)
+            gain = 0.0 if name is None else self.better_by[name][windows]
+            if name is not None and bits == BITS[0]:
+                self.measured.setdefault(name, []).extend(windows.tolist())
+            results.append(quality.Measured(windows * 0.0, 10 - bits - gain + windows / 2, 0.5, bits))
+        return results
+
+    def run(self) -> select.Selected:
+        self.monkeypatch.setattr(quality, "measure", self.measure)
+        self.monkeypatch.setattr(select, "fast_dtype", lambda device: None)
+        self.monkeypatch.setattr(select, "depths_at", lambda routers, bits: (routers, bits))
+        self.monkeypatch.setattr(select, "_random_depths", lambda calibration, slices, bits: (None, bits))
+        calibration = Calibration(Anywhere(), Recipe(PROFILE, 64))  # type: ignore[arg-type]
+        count = len(self.better_by["norm"])
+        return select.select_kind(calibration, FITS, SLICES, Windows(range(count)))  # type: ignore[arg-type]
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, learned_better_by: float) -> tuple[str, Comparison]:
-    monkeypatch.setattr(quality, "measure", straight((0.0, learned_better_by)))
-    monkeypatch.setattr(select, "fast_dtype", lambda device: None)
-
-    class Anywhere:
-        device = "cpu"
-
-        class decoder:
-            @staticmethod
-            def units() -> list[Unit]:
-                return [Unit("unit", ("layer",))]
-
-    fits = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
-    windows: NDArray[np.int64] = np.zeros((2, 8), np.int64)
-    calibration = Calibration(Anywhere(), Recipe(PROFILE, 64))  # type: ignore[arg-type]
-    selected = select.select_kind(calibration, fits, SLICES, windows)
+    better_by = {"norm": np.zeros(2), "mlp": np.full(2, learned_better_by)}
+    selected = Selection(monkeypatch, better_by).run()
     return selected.kind, selected.comparison
 
 
@@ -90,6 +117,39 @@ def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monke
     best = 10 - 3 + 0.25 - cost  # the mean over windows, at 3 bits of which the router takes some
     assert middle["over_shipped"] == pytest.approx((best + cost) / best, rel=1e-3)
     assert middle["stderr"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_kind_that_is_clearly_worse_on_the_first_windows_is_not_measured_on_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, 10)
+    selection = Selection(monkeypatch, {"norm": noise, "mlp": np.full(10, 0.5)})
+    selected = selection.run()
+    assert selected.kind == "mlp"
+    assert selection.measured == {"norm": [0, 3, 6, 9], "mlp": [0, 3, 6, 9, 1, 2, 4, 5, 7, 8]}
+    # Figures of both kinds are of the windows that both have.
+    assert selected.comparison["norm"]["3"]["over_shipped"] > 1
+    assert selected.comparison["norm"]["3"]["stderr"] > 0
+
+
+def test_kinds_that_are_close_on_the_first_windows_are_compared_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the first windows the norm rule is better by chance, on all of them the learned router is.
+    better_by = {"norm": np.zeros(10), "mlp": np.array([0.3, 0.2, 0.2, -0.3, 0.2, 0.2, -0.2, 0.2, 0.2, 0.1])}
+    selection = Selection(monkeypatch, better_by)
+    assert better_by["mlp"][::3].mean() < 0.02 < better_by["mlp"].mean()
+    assert selection.run().kind == "mlp"
+    assert sorted(selection.measured["norm"]) == sorted(selection.measured["mlp"]) == list(range(10))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fewer_windows_select_what_all_of_them_do_or_what_is_as_good(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    better_by = {name: rng.normal(gain, 0.05, 10) for name, gain in (("norm", 0.1), ("mlp", 0.1 * rng.normal() + 0.1))}
+    means = {name: float(gains.mean()) for name, gains in better_by.items()}
+    selected = Selection(monkeypatch, better_by).run().kind
+    assert means[selected] > max(means.values()) - 0.05
 
 
 @pytest.mark.parametrize("kind", list(kinds.ROUTERS))
