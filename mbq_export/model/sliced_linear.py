@@ -1,12 +1,15 @@
 """Linear layers that hold codes, one byte a weight, and compute their weights at each call.
 
-The backward pass computes the weights again.  Otherwise autograd would keep the weights of every layer.
+The backward pass computes the weights again.  Otherwise autograd would keep the weights of every layer.  Torch's
+operations do the work on any device.  On the processor ``sliced_linear.c`` does the same faster.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +17,7 @@ from torch.nn import functional
 
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
 
+from ..compiled import compiled
 from ..format.codes import Sliced
 from ..memory import WEIGHTS_AT_ONCE
 from .blocks import replaced
@@ -21,6 +25,9 @@ from .checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 _IN_CACHE = 1 << 18
+_SOURCE = Path(__file__).with_suffix(".c")
+_IN_C = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""The numbers that ``sliced_linear.c`` has functions for."""
 
 Layer = TypeVar("Layer", bound="SlicedLinear")
 
@@ -41,6 +48,32 @@ def row_ranges(shape: Sequence[int], elements: int, among: slice = slice(None)) 
 def _at_once(codes: torch.Tensor) -> int:
     """How many weights to compute at once: few on a processor, so that they stay in its cache, many on a GPU."""
     return _IN_CACHE if codes.device.type == "cpu" else WEIGHTS_AT_ONCE
+
+
+class _Depth(ctypes.Structure):
+    """How ``sliced_linear.c`` makes a level of a code at a depth; ``format.codes.levels`` defines it."""
+
+    _fields_ = (
+        ("high", ctypes.c_int32),
+        ("stride", ctypes.c_int32),
+        ("mask", ctypes.c_int32),
+        ("low", ctypes.c_int32),
+        ("middle", ctypes.c_float),
+        ("step", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, profile: SliceProfile, bits: int) -> _Depth:
+        middle, step, low = profile.middle(bits), profile.step(bits), CODE_BITS - bits
+        if bits <= profile.coarse_bits:
+            return cls(low, 1, 0, 0, middle, step)
+        fine_bits = CODE_BITS - profile.coarse_bits
+        return cls(fine_bits, profile.stride(bits), (1 << fine_bits) - 1, low, middle, step)
+
+
+def _sizes(codes: torch.Tensor, of_groups: torch.Tensor) -> tuple[int, int]:
+    """Columns of a matrix, and those of a group."""
+    return codes.shape[1], codes.shape[1] // of_groups.shape[1]
 
 
 def _levels(codes: torch.Tensor, profile: SliceProfile, bits: int) -> torch.Tensor:
@@ -75,6 +108,11 @@ def weights(
         [N, K] on the device of the codes.
     """
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    in_c = compiled(_SOURCE, codes.device) if dtype in _IN_C else None
+    if in_c is not None:
+        sizes, own = _sizes(codes, scale), (codes.contiguous(), scale.contiguous(), offset.contiguous())
+        in_c(f"mbq_weights_{_IN_C[dtype]}", len(codes), _Depth.of(profile, bits), *sizes, *own, weight)
+        return weight
     for rows in row_ranges(codes.shape, _at_once(codes)):
         cells = _levels(codes[rows], profile, bits).view(*scale[rows].shape, -1).float()
         cells.add_(profile.middle(bits)).mul_((scale[rows] * profile.step(bits))[:, :, None]).add_(
@@ -172,6 +210,12 @@ def _add_gradients(
     bits: int,
 ) -> None:
     """Add to the gradients of scale and offset, float32 [N, groups], what the weights' gradient [N, K] gives."""
+    in_c = compiled(_SOURCE, codes.device) if to_weight.dtype in _IN_C else None
+    if in_c is not None:
+        sizes, own = _sizes(codes, to_scale), (codes.contiguous(), to_weight.contiguous())
+        name = f"mbq_add_gradients_{_IN_C[to_weight.dtype]}"
+        in_c(name, len(codes), _Depth.of(profile, bits), *sizes, *own, to_scale, to_offset)
+        return
     for rows in row_ranges(codes.shape, _at_once(codes)):
         by_group = to_weight[rows].float().view(*to_scale[rows].shape, -1)
         cells = _levels(codes[rows], profile, bits).view(by_group.shape).float()

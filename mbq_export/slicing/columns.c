@@ -24,7 +24,7 @@ typedef struct Grid {
       counts[MOST_DEPTHS];
 } Grid;
 
-/* The rows of a group to compute. Arrays hold all rows: [depths, columns, rows], codes [columns, rows], scales [rows]. */
+/* The rows of a group to compute: from `begin` to before `end`. Arrays hold all rows: [depths, columns, rows], codes [columns, rows], scales [rows]. */
 typedef struct Part {
   int64_t rows, columns, begin, end;
 } Part;
@@ -191,26 +191,28 @@ INLINE void settle(Grid grid, const Part *part, uint8_t *codes, const float *own
 }
 
 /* Runs a loop with a copy of the grid.  The numbers of depths of the default's two walks are constants in it. */
-#define WITH_GRID(loop, ...)                                                     \
-  do {                                                                           \
-    Grid own_grid = *grid;                                                       \
-    if (grid->depths == 4 && grid->coarse_depths == 2) {                         \
-      own_grid.depths = 4, own_grid.coarse_depths = 2, loop(own_grid, __VA_ARGS__); \
-    } else if (grid->depths == 2 && grid->coarse_depths == 0) {                  \
-      own_grid.depths = 2, own_grid.coarse_depths = 0, loop(own_grid, __VA_ARGS__); \
-    } else {                                                                     \
-      loop(own_grid, __VA_ARGS__);                                               \
-    }                                                                            \
+#define WITH_GRID(loop, ...)                                                        \
+  do {                                                                              \
+    const Part part = {rows, columns, begin, end};                                  \
+    Grid own_grid = *grid;                                                          \
+    if (grid->depths == 4 && grid->coarse_depths == 2) {                            \
+      own_grid.depths = 4, own_grid.coarse_depths = 2, loop(own_grid, &part, __VA_ARGS__); \
+    } else if (grid->depths == 2 && grid->coarse_depths == 0) {                     \
+      own_grid.depths = 2, own_grid.coarse_depths = 0, loop(own_grid, &part, __VA_ARGS__); \
+    } else {                                                                        \
+      loop(own_grid, &part, __VA_ARGS__);                                           \
+    }                                                                               \
   } while (0)
 
 /* columns.feed_back.  depth_stride: of `streams`, in floats. */
-void mbq_feed_back(const Grid *grid, const Part *part, uint8_t *codes, const float *streams, int64_t depth_stride,
-                   const float *factor, const float *scale, const float *offset, float *errors) {
-  WITH_GRID(feed_back, part, codes, streams, depth_stride, factor, scale, offset, errors);
+void mbq_feed_back(int64_t begin, int64_t end, const Grid *grid, int64_t rows, int64_t columns, int64_t depth_stride,
+                   uint8_t *codes, const float *streams, const float *factor, const float *scale, const float *offset,
+                   float *errors) {
+  WITH_GRID(feed_back, codes, streams, depth_stride, factor, scale, offset, errors);
 }
 
 /* columns.settle. */
-void mbq_settle(const Grid *grid, const Part *part, uint8_t *codes, const float *own, const float *scale,
-                const float *pulls, float *values) {
-  WITH_GRID(settle, part, codes, own, scale, pulls, values);
+void mbq_settle(int64_t begin, int64_t end, const Grid *grid, int64_t rows, int64_t columns, uint8_t *codes,
+                const float *own, const float *scale, const float *pulls, float *values) {
+  WITH_GRID(settle, codes, own, scale, pulls, values);
 }

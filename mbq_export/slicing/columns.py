@@ -7,8 +7,6 @@ does the same faster (``tests/benchmarks/slicing_columns.py`` measures it).
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ import torch
 
 from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.slice_profile import CODE_BITS, SliceProfile
-from mbq_targets.build import build_for_this_machine
 
-from ..devices import CPU
+from ..compiled import Compiled, compiled
 
 _SOURCE = Path(__file__).with_suffix(".c")
 
@@ -183,10 +180,12 @@ def feed_back(
         float32 [E, columns, N]: the errors over the diagonal of ``factor``.
     """
     errors = torch.empty(streams.shape, device=streams.device)
-    compiled = _compiled(streams.device)
-    if compiled is not None:
+    in_c = _compiled(streams.device)
+    if in_c is not None:
         assert streams[0].is_contiguous()
-        compiled("feed_back", grid, codes, streams, streams.stride(0), factor.contiguous(), scale, offset, errors)
+        columns, rows = codes.shape
+        strides = rows, columns, streams.stride(0)
+        in_c("mbq_feed_back", rows, grid.of_c, *strides, codes, streams, factor.contiguous(), scale, offset, errors)
         return errors
     current, inverse = streams.clone(), _inverse(scale)
     for j in range(len(codes)):
@@ -217,9 +216,10 @@ def settle(
         scale: float32 [N].
         pull: float32 [E, columns, N], minus half the gradient of the error by each value.  It is overwritten.
     """
-    compiled = _compiled(pull.device)
-    if compiled is not None:
-        compiled("settle", grid, codes, curvature.contiguous(), scale, pull, values)
+    in_c = _compiled(pull.device)
+    if in_c is not None:
+        columns, rows = codes.shape
+        in_c("mbq_settle", rows, grid.of_c, rows, columns, codes, curvature.contiguous(), scale, pull, values)
         return
     inverse = _inverse(scale)
     for j in range(len(codes)):
@@ -236,47 +236,6 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-class _PartOfC(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("begin", ctypes.c_int64),
-        ("end", ctypes.c_int64),
-    )
-
-
-class _Compiled:
-    """``columns.c``.  Threads share the rows, and their number does not change the result."""
-
-    def __init__(self, library: Path) -> None:
-        self._functions = ctypes.CDLL(str(library))
-
-    def __call__(self, name: str, grid: Grid, codes: torch.Tensor, *others: torch.Tensor | int) -> None:
-        """Call function ``name`` for codes [columns, N], with its other arguments: contiguous tensors and integers."""
-        function = getattr(self._functions, f"mbq_{name}")
-        arguments = [
-            ctypes.c_int64(other) if isinstance(other, int) else ctypes.c_void_p(other.data_ptr()) for other in others
-        ]
-        columns, rows = codes.shape
-        threads = torch.get_num_threads()
-
-        def run(begin: int, end: int) -> None:
-            part = _PartOfC(rows, columns, begin, end)
-            function(ctypes.byref(grid.of_c), ctypes.byref(part), ctypes.c_void_p(codes.data_ptr()), *arguments)
-
-        ends = [rows * i // threads for i in range(threads + 1)]
-        list(_pool(threads).map(run, ends[:-1], ends[1:]))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-@cache
-def _compiled(device: torch.device) -> _Compiled | None:
+def _compiled(device: torch.device) -> Compiled | None:
     """The compiled loops for the device; None where torch's operations do the work."""
-    if device.type != CPU:
-        return None
-    library = build_for_this_machine(_SOURCE, {"MBQ_CODE_BITS": CODE_BITS, "MBQ_LARGEST_GROUP": max(GROUP_SIZES)})
-    return None if library is None else _Compiled(library)
+    return compiled(_SOURCE, device, {"MBQ_CODE_BITS": CODE_BITS, "MBQ_LARGEST_GROUP": max(GROUP_SIZES)})

@@ -12,6 +12,7 @@ from shared_work import halves
 from tiny_models import write_checkpoint
 from torch.nn import functional
 
+from mbq_export.compiled import compiled
 from mbq_export.format.codes import Sliced, decode_f32, levels
 from mbq_export.model import gradients, sliced_linear
 from mbq_export.model.gradients import lean_backward
@@ -26,12 +27,22 @@ PROFILE = SliceProfile((3, 1, 2, 2))
 BIAS = torch.linspace(-1, 1, 12)
 
 
-@pytest.fixture
-def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
-    monkeypatch.setattr(sliced_linear, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
+def random_slices() -> Sliced:
     rng = np.random.default_rng(0)
     codes, scales, zeros = (rng.integers(1, 256, (12, columns), np.uint8) for columns in (128, 2, 2))
     return Sliced(codes, scales, zeros, rng.uniform(0.5, 1, 12).astype(np.float16))
+
+
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sliced_linear, "compiled", lambda source, device: None)
+
+
+@pytest.fixture(params=["in C", "by torch"])
+def sliced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sliced:
+    monkeypatch.setattr(sliced_linear, "_IN_CACHE", 5 * 128)  # several pieces, the last one short
+    if request.param == "by torch":
+        by_torch(monkeypatch)
+    return random_slices()
 
 
 def found_levels(sliced: Sliced, bits: int) -> torch.Tensor:
@@ -45,6 +56,41 @@ def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLi
     bits = PROFILE.depth_bits[depth - 1]
     weight = weights(layer.codes, layer.scale, layer.offset, profile=PROFILE, bits=bits, dtype=torch.float32)
     np.testing.assert_allclose(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [(3, 1, 2, 2), (2, 2, 2, 2), (1,) * 8, (8,), (4, 4)])
+def test_compiled_loops_give_the_weights_and_gradients_of_torchs_operations(
+    slices: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, layer = SliceProfile(slices), SlicedLinear(random_slices(), PROFILE, None)
+    gradient = torch.randn(12, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert compiled(sliced_linear._SOURCE, torch.device("cpu")) is not None
+
+    def computed(bits: int) -> list[torch.Tensor]:
+        to_scale, to_offset = torch.ones_like(layer.scale), torch.ones_like(layer.offset)
+        sliced_linear._add_gradients(to_scale, to_offset, gradient, layer.codes, profile, bits)
+        found = weights(layer.codes, layer.scale, layer.offset, profile=profile, bits=bits, dtype=dtype)
+        return [found, to_scale, to_offset]
+
+    in_c = [computed(bits) for bits in profile.depth_bits]
+    by_torch(monkeypatch)
+    for bits, (found, *gradients_found) in zip(profile.depth_bits, in_c, strict=True):
+        expected, *gradients_expected = computed(bits)
+        assert torch.equal(found, expected)
+        for own, others in zip(gradients_found, gradients_expected, strict=True):
+            torch.testing.assert_close(own, others, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_change_the_weights() -> None:
+    layer, threads, found = SlicedLinear(random_slices(), PROFILE, None), torch.get_num_threads(), []
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            found.append(weights(layer.codes, layer.scale, layer.offset, profile=PROFILE, bits=6, dtype=torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
