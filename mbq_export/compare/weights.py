@@ -34,9 +34,11 @@ class Layers:
         Args:
             checkpoint: the model.
         """
-        head = checkpoint.decoder.head.sources[0]
+        d = checkpoint.decoder
+        head = d.head.sources[0]
+        others = {head, *(d.chooser(layer) for layer in range(d.layers))}
         named = checkpoint.model.named_modules()
-        return cls(tuple(n for n, m in named if isinstance(m, torch.nn.Linear) and n != head), head)
+        return cls(tuple(n for n, m in named if isinstance(m, torch.nn.Linear) and n not in others), head)
 
 
 def count(checkpoint: Checkpoint, names: Sequence[str]) -> int:
@@ -50,7 +52,7 @@ def count(checkpoint: Checkpoint, names: Sequence[str]) -> int:
     d = checkpoint.decoder
     if d.experts is None:
         return whole
-    blocks = (d.expert_layers(layer) for layer in range(d.layers) if d.feed_forward(layer) == "experts")
+    blocks = (d.expert_layers(layer) for layer in range(d.layers) if "experts" in d.branches(layer))
     of_experts = {name for block in blocks for layers in block for name in layers}.intersection(names)
     size = sum(checkpoint.linear(name).weight.numel() for name in of_experts)
     return whole - size + size * d.experts.used // d.experts.count

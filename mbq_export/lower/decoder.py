@@ -12,7 +12,7 @@ Lifecycle of one pass over a token::
     embed
     for each layer:  norm or add -> linear -> attention, convolution or delta -> linear [-> post_norm]
                      norm or add -> linear -> gate                            -> linear [-> post_norm]
-                                 or experts
+                                 or experts, or both and [-> post_norm]
                      [add -> two linears -> per_layer -> linear -> post_norm]
                      [scale]
     final_norm [-> head_input] -> logits
@@ -444,7 +444,7 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
         rows = builder.embed(table)
     for layer in range(decoder.layers):
         linears = {role: calibrated.units[unit.name] for role, unit in decoder.layer_units(layer).items()}
-        for part in decoder.branches(layer):
+        for part in decoder.readers(layer):
             reads, writes = linears[f"{part}_in"], linears[f"{part}_out"]
             name, source = f"layers.{layer}.{part}_norm", decoder.input_norm(layer, f"{part}_in")
             if source is None:
@@ -461,15 +461,40 @@ def walk_blocks(decoder: Decoder, calibrated: Calibrated, builder: Builder[V]) -
                 else:
                     inner = _inner(decoder, layer, part, builder, stacked, writes)
                 branch = builder.linear(writes, inner, inner)
-            post_norm = decoder.output_norm(layer, f"{part}_out")
-            if post_norm is not None:
-                branch = builder.post_norm(branch, Norm(f"layers.{layer}.{part}_post_norm", post_norm))
+            branch = _post_normed(decoder, layer, part, builder, branch)
+            if part == "mlp" and "experts" in decoder.branches(layer):
+                beside = (linears["experts_in"], linears["experts_out"])
+                branch = _and_experts(decoder, layer, builder, beside, residual, branch)
         if (scalar := decoder.layer_scalar(layer)) is not None and branch is not None:
             reader = (
                 f"layers.{layer + 1}.{decoder.mixer(layer + 1)}_norm" if layer + 1 < decoder.layers else "final_norm"
             )
             residual, branch = builder.scale(residual, branch, f"{reader}.sum", scalar), None
     return Stream(residual, branch)
+
+
+def _post_normed(decoder: Decoder, layer: int, part: str, builder: Builder[V], branch: V) -> V:
+    """What a part of a block puts out, behind its norm if it has one."""
+    source = decoder.output_norm(layer, f"{part}_out")
+    return branch if source is None else builder.post_norm(branch, Norm(f"layers.{layer}.{part}_post_norm", source))
+
+
+def _and_experts(
+    decoder: Decoder,
+    layer: int,
+    builder: Builder[V],
+    layers: tuple[RoutedLinear, RoutedLinear],
+    residual: V,
+    of_mlp: V,
+) -> V:
+    """The sum of what an MLP and the experts beside it put out.  residual: the stream that both read."""
+    source = decoder.input_norm(layer, "experts_in")
+    assert source is not None
+    x, _ = builder.norm(residual, None, Norm(f"layers.{layer}.experts_norm", source), layers[0])
+    outputs = builder.experts(_experts(decoder, layer), layers, x, residual)
+    of_experts = _post_normed(decoder, layer, "experts", builder, outputs)
+    both, _ = builder.add(of_mlp, of_experts, f"layers.{layer}.both", layers[1])
+    return _post_normed(decoder, layer, "both", builder, both)
 
 
 def _inner(decoder: Decoder, layer: int, part: str, builder: Builder[V], stacked: V, writes: RoutedLinear) -> V:

@@ -123,7 +123,7 @@ def _operations(checkpoint: Checkpoint, calibrated: Calibrated, spec: KernelSpec
         for shape, layers in by_shape(d.caches).items()
     )  # fmt: skip
     factors = None if turn is None else (len(turn.left), len(turn.right))
-    adds = bool(d.per_layer_size) or any(len(d.normed_units(layer)) < 2 for layer in range(d.layers))
+    adds = bool(d.per_layer_size) or any(len(d.normed_units(layer)) != 2 for layer in range(d.layers))
     convolution = None
     if layers := [layer for layer in range(d.layers) if d.mixer(layer) == "conv"]:
         convolution = (d.conv_taps, checkpoint.taps(d.convolution(layers[0]))[1] is not None)

@@ -57,7 +57,7 @@ def collect(checkpoint: Checkpoint, calibrated: Calibrated, folder: Path | None 
     for layer in range(d.layers):
         if (scalar := d.layer_scalar(layer)) is not None:
             tensors[scalar] = checkpoint.scalar(scalar)
-        if d.feed_forward(layer) == "experts":
+        if "experts" in d.branches(layer):
             tensors |= expert_tensors(checkpoint, layer)
         if d.mixer(layer) == "delta":
             tensors |= delta_tensors(checkpoint, layer)
@@ -141,7 +141,7 @@ def _norms(checkpoint: Checkpoint) -> dict[str, str]:
     names = {d.final_norm: d.final_norm}
     for layer in range(d.layers):
         of_block = [norm for norm, _ in d.normed_units(layer).values()]
-        of_block += [name for part in d.branches(layer) if (name := d.output_norm(layer, f"{part}_out"))]
+        of_block += [name for part in (*d.branches(layer), "both") if (name := d.output_norm(layer, f"{part}_out"))]
         names |= {name: name for name in of_block} | head_norm_tensors(checkpoint, layer)
     return names
 

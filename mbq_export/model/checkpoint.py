@@ -96,7 +96,7 @@ class Checkpoint:
         return module
 
     def downs(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Views of what a block's MLP, or each of its experts, writes to the residual stream with.
+        """Views of what a block's MLP, and each of its experts, writes to the residual stream with.
 
         Args:
             layer: index of the block.
@@ -104,9 +104,10 @@ class Checkpoint:
         Returns:
             For each, float32 weight [hidden, ffn], and bias [hidden] or None.
         """
-        if self.decoder.feed_forward(layer) == "mlp":
-            return [self.part(layer, "down")]
-        return [(self.linear(name).weight, None) for name in self.decoder.expert_layers(layer)[2]]
+        parts = self.decoder.branches(layer)
+        experts = self.decoder.expert_layers(layer)[2] if "experts" in parts else ()
+        of_mlp = [self.part(layer, "down")] if "mlp" in parts else []
+        return [*of_mlp, *((self.linear(name).weight, None) for name in experts)]
 
     def tokens_of(self, name: str) -> torch.Tensor | None:
         """The tokens of the running pass that a linear layer sees, int64 [rows]: those of an expert, or None for all.

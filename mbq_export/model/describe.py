@@ -62,8 +62,6 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
     block_heads = _block_heads(keys, kinds, head_dims, where)
     told_tied = bool(keys.get("tie_word_embeddings"))
     beta = keys.rope("llama_4_scaling_beta") if family.growing_queries else None
-    if keys.get("enable_moe_block"):
-        raise ModelError(f"{where}: enable_moe_block is true; experts have no lowering")
     # "vision": only tokens of an image look ahead.
     if (ahead := keys.get("use_bidirectional_attention")) not in (None, False, "vision"):
         raise ModelError(
@@ -122,10 +120,12 @@ def _experts(keys: ConfigKeys, family: Family, layers: int, where: str) -> Exper
         return None
     without, every = keys.get("mlp_only_layers") or (), keys.get("decoder_sparse_step") or 1
     first = keys.get("num_dense_layers") or 0
+    if not keys.get("enable_moe_block", True):
+        first = layers
     sigmoid = family.experts.sigmoid
     found = Experts(
         count=keys.get("num_experts") or keys.get("num_local_experts") or 0,
-        used=keys.get("num_experts_per_tok"),
+        used=keys.get("num_experts_per_tok") or keys.get("top_k_experts") or 0,
         ffn_size=keys.get("moe_intermediate_size") or keys.get("intermediate_size"),
         blocks=tuple(first <= at and at not in without and (at + 1) % every == 0 for at in range(layers)),
         sigmoid=sigmoid,
@@ -138,9 +138,7 @@ def _experts(keys: ConfigKeys, family: Family, layers: int, where: str) -> Exper
     if not found.count or not any(found.blocks):
         return None
     if found.used > found.count:
-        raise ModelError(
-            f"{where}: num_experts_per_tok is {found.used} of {found.count} experts; at most all are needed"
-        )
+        raise ModelError(f"{where}: a token takes {found.used} of {found.count} experts; at most all are needed")
     return found
 
 

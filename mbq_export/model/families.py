@@ -70,6 +70,12 @@ block.  A role that is not named has no norm there."""
 PRE_NORMS: Norms = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 POST_NORMS: Norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 SANDWICH_NORMS: Norms = {**POST_NORMS, "attn_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
+_BESIDE_NORMS: Norms = {
+    "mlp_out": "post_feedforward_layernorm_1",
+    "experts_in": "pre_feedforward_layernorm_2",
+    "experts_out": "post_feedforward_layernorm_2",
+    "both_out": "post_feedforward_layernorm",
+}
 _PER_LAYER_NORMS: Norms = {**SANDWICH_NORMS, "ple_out": "post_per_layer_input_norm"}
 _LFM_NORMS: Norms = {"attn_in": "operator_norm", "conv_in": "operator_norm", "mlp_in": "ffn_norm"}
 _LFM3_NORMS: Norms = {
@@ -117,6 +123,9 @@ class ExpertNames:
     down, [experts, hidden, ffn]."""
     renamed: tuple[str, str] | None = None
     """A module's name in the files, and in the model."""
+    beside: Norms | None = None
+    """The norms of a block whose experts stand beside an MLP.  Both read the same stream.  ``both_out`` is behind the
+    sum of what they put out.  None: experts stand in the place of the MLP, and have its norms."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,9 @@ FAMILIES = {
             "gemma4_text", "Gemma4ForCausalLM",
             linears=_PER_LAYER, norms=_PER_LAYER_NORMS, head_norms=HeadNorms(), value_norms=True,
             scores_as_they_are=True, scaled_embedding=True, local_rotary=True, layer_scalars=True,
-            without=("num_experts", "top_k_experts", "moe_intermediate_size"),
+            experts=ExpertNames(
+                "router.proj", "experts", joined=("experts.gate_up_proj", "experts.down_proj"), beside=_BESIDE_NORMS
+            ),
         ),
         Family("phi3", "Phi3ForCausalLM", linears=_FUSED),
         Family("olmo2", "Olmo2ForCausalLM", norms=POST_NORMS, head_norms=HeadNorms(whole_row=True)),

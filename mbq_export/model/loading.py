@@ -345,7 +345,7 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
 
     if getattr(config, "quantization_config", None):
         return _from_float8(source, config)
-    if FAMILIES[config.model_type].experts is not None:
+    if describe(config, source.name).experts is not None:
         return _with_experts(source, config, weights_folder)
     transformers_logging.disable_progress_bar()
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.

@@ -109,7 +109,7 @@ def stream_places(decoder: Decoder) -> dict[str, str]:
     places, place = dict[str, str](), "embedding"
     for layer in range(decoder.layers):
         units = decoder.layer_units(layer)
-        for role in (role for role in units if role.endswith("_in")):
+        for role in (f"{part}_in" for part in decoder.readers(layer)):
             places[place] = decoder.input_norm(layer, role) or units[role].sources[0]
             place = f"layers.{layer} {_PARTS[role]}"
     places[place] = decoder.final_norm

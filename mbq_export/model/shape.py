@@ -12,7 +12,7 @@ from mbq_runtime.bundle.facts import BlockHeads
 from mbq_runtime.bundle.layout import kv_row_bytes
 from mbq_targets.spec import DeltaNet, Experts
 
-from .families import Family
+from .families import Family, Norms
 
 FULL, SLIDING, CONV, DELTA = "full_attention", "sliding_attention", "conv", "linear_attention"
 """Kinds of layers, by their names in config.json: attention to all tokens, to a window, a short convolution, and a
@@ -131,23 +131,31 @@ class Decoder:
         """
         return _MIXERS.get(self.layer_kinds[layer], "attn")
 
-    def feed_forward(self, layer: int) -> str:
-        """What works on each token by itself in a block: mlp or experts, the first part of its roles.
-
-        Args:
-            layer: index of the block.
-        """
-        return "mlp" if self.experts is None or not self.experts.blocks[layer] else "experts"
-
     def branches(self, layer: int) -> tuple[str, ...]:
-        """What adds to the residual stream in a block, in order: its mixer, mlp or experts, and ple for per-layer
-        embeddings.
+        """The parts of a block, in order, by the first part of their roles: its mixer; mlp or experts, or both; and ple
+        for per-layer embeddings.
 
         Args:
             layer: index of the block.
         """
-        parts = (self.mixer(layer), self.feed_forward(layer))
-        return (*parts, "ple") if self.per_layer_size else parts
+        experts = self.experts is not None and self.experts.blocks[layer]
+        of_token = ("mlp", "experts") if experts and self._beside else ("experts" if experts else "mlp",)
+        return (self.mixer(layer), *of_token, *(("ple",) if self.per_layer_size else ()))
+
+    def readers(self, layer: int) -> tuple[str, ...]:
+        """The parts of a block that read the residual stream behind the part before.
+
+        Experts beside an MLP read what the MLP reads.
+
+        Args:
+            layer: index of the block.
+        """
+        return tuple(part for part in self.branches(layer) if part != "experts" or not self._beside)
+
+    @property
+    def _beside(self) -> Norms | None:
+        """Norms of blocks with experts beside an MLP; None where experts stand in its place."""
+        return None if self.family.experts is None else self.family.experts.beside
 
     def layers_of(self, role: str) -> int:
         """How many blocks have a unit of this role.
@@ -390,7 +398,7 @@ class Decoder:
                 # A block that shares keys and values has queries alone.
                 own = names[:1] if role == "attn_in" and self.shares(layer) else names
                 units[role] = Unit(f"layers.{layer}.{role}", tuple(f"{self.block(layer)}.{name}" for name in own))
-        if self.experts is None or self.feed_forward(layer) != "experts":
+        if "experts" not in parts:
             return units
         gate, up, down = self.expert_layers(layer)
         both = tuple(name for of_one in zip(gate, up, strict=True) for name in of_one)
@@ -429,7 +437,7 @@ class Decoder:
         Args:
             layer: index of the block.
         """
-        if self.family.experts is None or self.feed_forward(layer) != "experts":
+        if self.family.experts is None or "experts" not in self.branches(layer):
             return None
         return f"{self.block(layer)}.{self.family.experts.chooser}"
 
@@ -460,8 +468,7 @@ class Decoder:
             layer: index of the block.
         """
         units = self.layer_units(layer)
-        roles = (f"{self.mixer(layer)}_in", f"{self.feed_forward(layer)}_in")
-        norms = {role: self.input_norm(layer, role) for role in roles}
+        norms = {role: self.input_norm(layer, role) for role in (f"{part}_in" for part in self.branches(layer))}
         return {role: (norm, units[role]) for role, norm in norms.items() if norm is not None}
 
     def norm_readers(self, layer: int) -> dict[str, tuple[str, ...]]:
@@ -481,13 +488,17 @@ class Decoder:
 
         Args:
             layer: index of the block.
-            role: attn_out, conv_out, delta_out, mlp_out, experts_out or ple_out.
+            role: attn_out, conv_out, delta_out, mlp_out, experts_out or ple_out; both_out for the sum of an MLP and
+                the experts beside it.
         """
         return self._norm(layer, role)
 
     def _norm(self, layer: int, role: str) -> str | None:
-        # Experts stand in the place of the MLP.
-        name = self.family.norms.get(role.replace("experts", "mlp"))
+        norms = self.family.norms
+        if self._beside is not None and "experts" in self.branches(layer):
+            norms = {**norms, **self._beside}
+        # Experts in the place of an MLP have its norms.
+        name = norms.get(role) or norms.get(role.replace("experts", "mlp"))
         return None if name is None else f"{self.block(layer)}.{name}"
 
     @property

@@ -55,7 +55,7 @@ class ExpertInputs:
     def __init__(self, checkpoint: Checkpoint, layer: int, importance: Importance, windows: slice) -> None:
         self._checkpoint, self._importance, self._windows = checkpoint, importance, windows
         self._names: list[tuple[str, ...]] = []
-        if checkpoint.decoder.feed_forward(layer) == "experts":
+        if "experts" in checkpoint.decoder.branches(layer):
             gate, up, down = checkpoint.decoder.expert_layers(layer)
             self._names = [*zip(gate, up, strict=True), *((name,) for name in down)]
         # By the first of the layers that share an input: window, tokens and their rows.

@@ -48,7 +48,7 @@ def expert_tokens(checkpoint: Checkpoint, windows: NDArray[np.int64], progress: 
     """
     d, own = checkpoint.decoder, processes.share(len(windows))
     assert d.experts is not None
-    layers = [layer for layer in range(d.layers) if d.feed_forward(layer) == "experts"]
+    layers = [layer for layer in range(d.layers) if "experts" in d.branches(layer)]
     counts = torch.zeros(len(windows), len(layers), d.experts.count, dtype=torch.int64)
     blocks = Blocks(checkpoint, windows.shape[1])
     streams = blocks.embed(windows[own])

@@ -108,7 +108,7 @@ def smooth(
             else:
                 scale = _spread(of_mixer)
                 _rescale(checkpoint, layer, "c", scale, "y", scale)
-            if d.feed_forward(layer) == "mlp":
+            if "mlp" in d.branches(layer):
                 scale = _spread(rms[units["mlp_out"].name])
                 _rescale(checkpoint, layer, "up", scale, "down", scale)
         scale = _spread(rms[d.head.name])

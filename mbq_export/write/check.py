@@ -205,7 +205,7 @@ def _streams(work: Work, graph: Path, library: Path | None, expected: Recording)
     reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
     d = work.checkpoint.decoder
-    sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in d.branches(layer)]
+    sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in d.readers(layer)]
     names = [first_reader.input[0], *sums[1:], "final_norm.sum"]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))

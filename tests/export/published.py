@@ -224,6 +224,23 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
         },
         30.8e9,
     ),
+    # Of these weights 25.2 G are in the files.
+    "gemma-4-26B-A4B-it": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "eos_token_id": [1, 106],
+            "tie_word_embeddings": True,
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "global_head_dim": 512,
+                "num_global_key_value_heads": 2, "attention_k_eq_v": True, "num_kv_shared_layers": 0,
+                "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 0,
+                "max_position_embeddings": 262144, "sliding_window": 1024, "final_logit_softcapping": 30.0,
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5, "enable_moe_block": True,
+                "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+            },
+        },
+        25.2e9,
+    ),
     "Qwen3-VL-4B-Instruct": (
         {
             "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "eos_token_id": 1,

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from mbq_export.cli import command
 from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.nbits import pack_nbits, side_by_side
-from mbq_export.format.ops import gated_silu
+from mbq_export.format.ops import gated_gelu, gated_silu
 from mbq_export.lower.decoder import ExpertsStep
 from mbq_export.lower.onnx_experts import ExpertNodes
 from mbq_export.lower.onnx_graph import Graph
@@ -90,13 +90,20 @@ def _chooser(checkpoint: Checkpoint, layer: int) -> tuple[Any, Any, Any]:
 def test_the_definition_is_what_transformers_computes(checkpoint: Checkpoint) -> None:
     """To what rounding to 8 bits leaves."""
     d = checkpoint.decoder
-    layer = next(layer for layer in range(d.layers) if d.feed_forward(layer) == "experts")
+    layer = next(layer for layer in range(d.layers) if "experts" in d.branches(layer))
     chooser = d.chooser(layer)
     assert chooser is not None
     assert d.experts is not None
     x = torch.randn(30, d.hidden_size, generator=torch.Generator().manual_seed(1)) * 2
+    owner = checkpoint.model.get_submodule(chooser.rpartition(".")[0])
     with torch.no_grad():
-        expected = checkpoint.model.get_submodule(chooser.rpartition(".")[0])(x[None])[0].numpy()
+        if d.readers(layer) == d.branches(layer):
+            expected = owner(x[None])[0].numpy()
+        else:  # both read the stream, each behind a norm
+            block = checkpoint.model.get_submodule(d.block(layer))
+            _, of_chosen, taken = owner(x)
+            x = block.pre_feedforward_layernorm_2(x)
+            expected = block.experts(x, taken, of_chosen).numpy()
     chosen, weights = choose_experts(x.numpy(), *_chooser(checkpoint, layer))
     matrices = []
     for unit in (d.layer_units(layer)["experts_in"], d.layer_units(layer)["experts_out"]):
@@ -104,7 +111,8 @@ def test_the_definition_is_what_transformers_computes(checkpoint: Checkpoint) ->
         rows = len(sliced.codes) // d.experts.count
         matrices.append([sliced.rows(slice(at * rows, (at + 1) * rows)) for at in range(d.experts.count)])
     depth = np.full(30, 4, np.int32)
-    inner = gated_silu(experts_matmul(x.numpy(), chosen, depth, matrices[0], SPEC))
+    gated = gated_silu if d.activation == "silu" else gated_gelu
+    inner = gated(experts_matmul(x.numpy(), chosen, depth, matrices[0], SPEC))
     outputs = experts_matmul(inner.astype(np.float32), chosen, depth, matrices[1], SPEC)
     found = (outputs * weights[..., None]).sum(1)
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
@@ -216,7 +224,7 @@ def test_tokens_of_experts_are_counted(checkpoint: Checkpoint) -> None:
     counts = expert_tokens(checkpoint, windows, lambda done, total: None)
     of_layers = counts.reshape(len(windows), -1, d.experts.count)
     assert (of_layers.sum(2) == windows.shape[1] * d.experts.used).all()
-    last = [layer for layer in range(d.layers) if d.feed_forward(layer) == "experts"][-1]
+    last = [layer for layer in range(d.layers) if "experts" in d.branches(layer)][-1]
     chooser = checkpoint.model.get_submodule(str(d.chooser(last)))
     seen: list[Array] = []
     hook = chooser.register_forward_hook(lambda module, inputs, outputs: seen.append(inputs[0].numpy()))
@@ -241,7 +249,7 @@ def test_rare_experts_are_said_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "webgpu"), "target webgpu: .*experts have no GPU kernel; choose a processor's target"),
+        (("--target", "webgpu"), "target webgpu: .*experts.* have no GPU kernel; choose a processor's target"),
     ],
 )
 def test_other_engines_are_refused_before_any_work(

@@ -96,7 +96,7 @@ def rescaled(checkpoint: Checkpoint, original_logits: Logits) -> tuple[Checkpoin
         else:
             factor = factors(d.hidden_size)
             move(layer, "c", "y", factor, factor)
-        if d.feed_forward(layer) == "mlp":
+        if "mlp" in d.branches(layer):
             factor = factors(d.ffn_size_of(layer))
             move(layer, "up", "down", factor, factor)
     factor = factors(d.hidden_size)

@@ -215,6 +215,22 @@ MODELS: dict[str, dict[str, object]] = {
         "vocab_size_per_layer_input": 264,
         "final_logit_softcapping": 4.0,
     },
+    # Experts beside an MLP.
+    "gemma4_text-experts": {
+        "model_type": "gemma4_text",
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 264,
+        "enable_moe_block": True,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "top_k_experts": 2,
+    },
     "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "helium": {"tie_word_embeddings": False},
     "glm4": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
@@ -234,7 +250,7 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
-EXPERTS = ("qwen3_moe", "qwen3_moe-sparse", "granitemoe", "lfm2_moe")
+EXPERTS = ("qwen3_moe", "qwen3_moe-sparse", "granitemoe", "lfm2_moe", "gemma4_text-experts")
 """Those with experts."""
 
 # Those that together have every part of a block, for tests that cost seconds a model.
@@ -260,8 +276,12 @@ def write_checkpoint(folder: Path, name: str, seed: int = 0, **changes: object) 
                     parameter.mul_(0.25)  # it stands for the factor of the scores, which this family does not have
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.2)
+            elif parameter_name.endswith(("router.scale", "per_expert_scale")):
+                parameter.uniform_(0.5, 1.5)
             elif parameter_name.endswith((".gate.weight", ".router.weight")):
                 parameter.mul_(20)  # experts that are clearly chosen
+            elif parameter_name.endswith(".router.proj.weight"):
+                parameter.mul_(20 * config.hidden_size**0.5)  # the same: scores are divided by this root
             elif parameter_name.endswith("A_log"):
                 parameter.uniform_(-4, 0)  # a memory that lasts
             else:
