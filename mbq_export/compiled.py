@@ -38,6 +38,9 @@ class Compiled:
         """
         function, passed = getattr(self._functions, name), [_passed(argument) for argument in arguments]
         threads = torch.get_num_threads()
+        if threads == 1:
+            function(ctypes.c_int64(0), ctypes.c_int64(rows), *passed)
+            return
         ends = [ctypes.c_int64(rows * i // threads) for i in range(threads + 1)]
         list(_pool(threads).map(lambda begin, end: function(begin, end, *passed), ends[:-1], ends[1:]))
 

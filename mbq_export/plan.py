@@ -200,6 +200,8 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         tuned += 2 * 4 * tokens * d.layers * d.hidden_size
     windows = max((phase.windows_per_step for phase in plan.tunings), default=0)
     teacher = fast * head + 2 * plan.calib_tokens * d.hidden_size
+    # Weights that are in memory are cast once.
+    casts = fast * plan.parameters if weight_bytes and fast < 4 else 0
     inputs, for_tuning = (
         min(memory.router_input_bytes(d, of), memory.ROUTER_INPUT_BYTES)
         for of in (measured, TUNING_ROUTER_WINDOWS * tokens)
@@ -209,9 +211,10 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
     return {
         # Rotations are computed in float64.
         "rotating": before + 4 * 8 * min(max(largest, head), memory.WEIGHTS_AT_ONCE),
+        "recording teacher outputs": before + casts + (teacher if plan.tunings else 0),
         "computing token weights": before + token_weights + kept * fast // 4 + fast * in_use + 20 * logits,
         # Second moments of the inputs, and of one layer three copies to invert them, and then their factor.
-        "slicing": before + token_weights + expert_inputs + 8 * sum(k * k for _, k in shapes)
+        "slicing": before + token_weights + expert_inputs + 4 * sum(k * k for _, k in shapes)
         + max(3 * 8 * widest**2, 4 * widest**2 + streams * min(largest, memory.WEIGHTS_AT_ONCE)),
         "slicing the head": before + streams * min(head, memory.WEIGHTS_AT_ONCE),
         "rounding tables": before + memory.ROUNDING_BYTES + d.per_layer_width * d.vocab_size,
@@ -220,7 +223,7 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
         # Weights of a block or of the head at every depth, and the residual stream of every case.
-        "comparing routers": after + inputs + fast * depths * max(block, head) + 2 * 4 * logits
+        "comparing routers": after + inputs + 4 * depths * max(block, head) + 3 * 4 * logits
         + 4 * _ROUTER_CASES * measured * d.carried_size,
         # Packed experts wait in files; of one unit codes, planes and scales are in memory.
         "writing": _LIBRARIES_BYTES + plan.disk_bytes - plan.packed_experts_bytes + 4 * max(largest, head),

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import ModelError
 
-from ..memory import KEPT_WEIGHT_BYTES
 from ..model.blocks import fast_passes
 from ..model.checkpoint import Checkpoint
 from ..progress import Report, StageReport, staged
@@ -63,7 +62,7 @@ class _Length:
 
     enough: int
     reply: int
-    batch: int = _BATCH
+    batch: int
     fast: bool = False
 
 
@@ -94,7 +93,7 @@ def held_back(kind: str, checkpoint: Checkpoint, report: Report) -> str:
             f"text {kind}: the tokenizer of {checkpoint.source.name} has no chat template; leave this text out"
         )
     chats = json.loads(HELD_BACK.read_text(encoding="utf-8"))[kind]
-    return _said(checkpoint, kind, chats, _Length(_ENOUGH_TOKENS, _REPLY_TOKENS), report)
+    return _said(checkpoint, kind, chats, _Length(_ENOUGH_TOKENS, _REPLY_TOKENS, _BATCH), report)
 
 
 def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> str:
@@ -188,8 +187,7 @@ def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], length: _Length) -> N
             chat.turns.clear()
             chat.messages.pop()
         return
-    fast = length.fast and 4 * checkpoint.parameters <= KEPT_WEIGHT_BYTES
-    with fast_passes(checkpoint.model, checkpoint.device) if fast else torch.no_grad():
+    with fast_passes(checkpoint.model, checkpoint.device) if length.fast else torch.no_grad():
         replies = _sampled(checkpoint, prompts, min(length.reply, room))
     for chat, reply in zip(chats, replies, strict=True):
         content = checkpoint.tokenizer.decode(reply, skip_special_tokens=True).strip()

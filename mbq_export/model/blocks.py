@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import ModelError
 
-from ..memory import fast_bytes
+from ..memory import KEPT_WEIGHT_BYTES, fast_bytes
 from .checkpoint import Checkpoint
 from .per_layer import given
 from .shape import Unit
@@ -60,15 +60,18 @@ def fast_autocast(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def fast_passes(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Passes without gradients in the device's ``fast_dtype``, while the block runs.  Its weights must not change.
+    """Passes without gradients in the device's ``fast_dtype``, while the block runs.
 
-    Autocast keeps a weight that it has cast only if the weight requires a gradient.
+    Weights must not change meanwhile.  They are cast once, if they are few enough to be kept: autocast keeps those that
+    require a gradient.
 
     Args:
         module: what is run, several times.
         device: where products are computed.
     """
     weights = [linear.weight for linear in module.modules() if isinstance(linear, torch.nn.Linear)]
+    if 4 * sum(weight.numel() for weight in weights) > KEPT_WEIGHT_BYTES:
+        weights = []
     for weight in weights:
         weight.requires_grad_(True)
     try:
