@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STEPS = 2
+"""Version of the finished steps of a calibration.  It rises when the same inputs give other ones."""
+
 
 def export(
     model: str | Path = "smollm2-135m",
@@ -248,7 +251,7 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     from .model.empty_model import stored_buffers
     from .store import Store
 
-    digest = sha256(repr((recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
+    digest = sha256(repr((_STEPS, recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
     for name, values in (*checkpoint.model.named_parameters(), *stored_buffers(checkpoint.model)):
         digest.update(name.encode())
         digest.update(values.detach().cpu().numpy())

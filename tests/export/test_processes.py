@@ -31,7 +31,8 @@ def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
     run([sys.executable, str(WORK), str(model), str(alone)])
     run(together([sys.executable, str(WORK), str(model), str(shared)]))
-    summed = 5e-4 if fast_dtype(torch.device("cpu")) == torch.float32 else 2e-3
+    # Passes in bfloat16 make more of a last digit.
+    summed, passed = (5e-4, 5e-4) if fast_dtype(torch.device("cpu")) == torch.float32 else (2e-3, 0.02)
     with np.load(alone) as one, np.load(shared) as two:
         assert (one["processes"], two["processes"]) == (1, 2)
         assert one.files == two.files
@@ -40,7 +41,9 @@ def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
             of_one, of_two = one[name].astype(np.float64), two[name].astype(np.float64)
             apart = np.linalg.norm(of_one - of_two) / np.linalg.norm(of_one)
             # Sums in another order: a code on the edge of its cell may fall to the other side, which feedback spreads.
-            limit = summed if not name.startswith("sliced") else 0.01 if "layers.0." in name else 0.15
+            limit = passed if name.startswith(("in ", "energy ", "change ", "router ")) else summed
+            if name.startswith("sliced"):
+                limit = 0.01 if "layers.0." in name else 0.15
             assert apart < limit, f"{name}: {apart}"
 
 
