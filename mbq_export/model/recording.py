@@ -233,7 +233,8 @@ def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterat
     ) -> Any:
         # Families have a plain form of their own, which is in no table.
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
-        codes = [None, None] if cached is None else [checkpoint.on_device(part) for part in cached[module.layer_idx]]
+        layer = cast(int, module.layer_idx)
+        codes = [None, None] if cached is None else [checkpoint.on_device(part) for part in cached[layer]]
         rounded = (_rounded_rows(x, of) for x, of in zip((key, value), codes, strict=True))
         return inner(module, query, *rounded, *args, **more)
 
