@@ -35,7 +35,7 @@ from .emit import (
     splat,
     store,
 )
-from .exp import exp2, tanh
+from .exp import tanh
 from .isa import Isa
 from .products import PairProducts, Products
 from .unpack import OFFSET
@@ -321,15 +321,19 @@ class _Attend:
         with T.serial(0, blocks) as i:
             score = load(self.scratch, scores + i * KEY_LANES, LANES)
             store(peak, 0, LANES, T.max(load(peak, 0, LANES), score))
-        highest = bind(intrin("float32", "llvm.vector.reduce.fmax", load(peak, 0, LANES)))
-        store(peak, 0, LANES, splat(highest, LANES))
+        # LLVM's own maximum of a vector goes lane by lane on x86.
+        highest, half = load(peak, 0, LANES), LANES // 2
+        while half:
+            highest = bind(T.max(highest, bind(T.Shuffle([highest], [lane ^ half for lane in range(LANES)]))))
+            half //= 2
+        store(peak, 0, LANES, highest)
         store(sums, 0, LANES, const(0, "float32", LANES))
         self._round(tile, of, load(peak, 0, LANES), sums, total)
         before = load(self.state, of.state, 1)
         after = bind(T.max(before, load(peak, 0, 1)))
         store(self.state, of.state, 1, after)
         for side, score in enumerate((before, load(peak, 0, 1))):
-            fade = exp2(bind(T.max(splat(bind(score - after), LANES), const(-127, "float32", LANES))), LANES)
+            fade = self.isa.exp2(splat(bind(score - after), LANES))
             store(peak, 0, LANES, fade)
             store(fades, side, 1, load(peak, 0, 1))
         so_far = load(self.state, of.state + LANES, LANES) * splat(load(fades, 0, 1), LANES)
@@ -344,7 +348,7 @@ class _Attend:
         with T.serial(0, tile.end - tile.begin) as i:
             at = bind((tile.begin + i) * KEY_LANES)
             below = bind(load(self.scratch, of.at * _ROW_SCORES + at, LANES) - peak)
-            store(weight, 0, LANES, exp2(bind(T.max(below, const(-127, "float32", LANES))), LANES))
+            store(weight, 0, LANES, self.isa.exp2(below))
             inverses, steps = (load(self.scratch, place + at, LANES) for place in (_INVERSES, _MANTISSAS))
             store(sums, 0, LANES, fma(load(weight, 0, LANES), inverses, load(sums, 0, LANES)))
             nearest = fma(load(weight, 0, LANES), steps, const(0.5, "float32", LANES))

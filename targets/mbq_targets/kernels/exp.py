@@ -41,19 +41,31 @@ def exp(x: Expr, lanes: int) -> Expr:
     return bind(y * reinterpret(exponent, "float32", lanes))
 
 
-def exp2(x: Expr, lanes: int) -> Expr:
-    """2**x to 3e-6 of it, for attention's weights, which are rounded more. At -127 the result is 0.
+def exp2_of_rest(r: Expr, lanes: int) -> Expr:
+    """2**r to 3e-6 of it.
 
     Args:
-        x: float32 vector of -127 to 127.
+        r: float32 vector of -0.5 to 0.5.
         lanes: its lanes.
     """
-    shifted = bind(x + const(_ROUNDING, "float32", lanes))
-    # TVM would simplify a plain difference to x.
-    r = bind(x - fma(shifted, const(1, "float32", lanes), const(-_ROUNDING, "float32", lanes)))
     y = const(_EXP2[0], "float32", lanes)
     for coefficient in _EXP2[1:]:
         y = fma(y, r, const(coefficient, "float32", lanes))
+    return y
+
+
+def exp2(x: Expr, lanes: int) -> Expr:
+    """2**x to 3e-6 of it, for attention's weights, which are rounded more. From -127 down the result is 0.
+
+    Args:
+        x: float32 vector of at most 127.
+        lanes: its lanes.
+    """
+    x = bind(T.max(x, const(-127, "float32", lanes)))
+    shifted = bind(x + const(_ROUNDING, "float32", lanes))
+    # TVM would simplify a plain difference to x.
+    r = bind(x - fma(shifted, const(1, "float32", lanes), const(-_ROUNDING, "float32", lanes)))
+    y = exp2_of_rest(r, lanes)
     # The lowest bits of ``shifted`` are the whole number. It is added to the exponent.
     more = reinterpret(shifted, "int32", lanes) << const(23, "int32", lanes)
     return bind(reinterpret(reinterpret(y, "int32", lanes) + more, "float32", lanes))

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from ..constants import FEW_TOKENS
-from .emit import Expr, bind, byte_table, const, intrin, load, reinterpret
+from .emit import LANES, Expr, bind, byte_table, const, intrin, load, reinterpret
+from .exp import exp2, exp2_of_rest
 
 
 class Isa:
@@ -133,6 +134,14 @@ class Isa:
         """
         return bind(v & self.mask(mask))
 
+    def exp2(self, x: Expr) -> Expr:
+        """As ``exp.exp2``.
+
+        Args:
+            x: float32 of ``LANES`` lanes.
+        """
+        return exp2(x, LANES)
+
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         """``table[nibble]`` per byte.
 
@@ -250,6 +259,17 @@ class Vnni512(Isa):
     # Zen 5 reads one plane at three quarters of its memory's speed without this.
     prefetch_bytes = 8192
 
+    def exp2(self, x: Expr) -> Expr:
+        """As ``Isa.exp2``, by the instructions that split a number and that multiply by a power of two.
+
+        Args:
+            x: float32 of ``LANES`` lanes.
+        """
+        kind, zeros, every = "float32x16", const(0, "float32", LANES), T.int16(-1)
+        rest = bind(intrin(kind, "llvm.x86.avx512.mask.reduce.ps.512", x, T.int32(8), zeros, every, T.int32(4)))
+        power = exp2_of_rest(rest, LANES), bind(x - rest)
+        return bind(intrin(kind, "llvm.x86.avx512.mask.scalef.ps.512", *power, zeros, every, T.int32(4)))
+
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", byte_table(table, 64), nibbles))
 
@@ -276,6 +296,7 @@ class AvxVnni(Vnni512):
     runs_together = 4
     row_blocks = 1
     few_vectors = 2
+    exp2 = Isa.exp2
     attention_sums = 8
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:

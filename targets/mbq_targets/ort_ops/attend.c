@@ -32,7 +32,8 @@ typedef struct Job {
   Attend a;
   int64_t sharing;    /* query heads that share a head of keys */
   int64_t rows;       /* queries of a head of keys */
-  int64_t group;      /* rows of a group, padded */
+  int64_t padded;     /* that many are computed: several are a multiple of MBQ_ATTEND_ROWS */
+  int64_t group;      /* rows of a group; the last of a head may have fewer */
   int64_t per_head;   /* groups of a head of keys */
   int64_t groups;     /* of all heads */
   int64_t first_chunk, chunks; /* that some token sees */
@@ -57,10 +58,11 @@ static int64_t first_seen(const Attend *a, int64_t token) {
 
 static void plan(Job *job) {
   const Attend *a = &job->a;
-  const int64_t padded = (a->tokens * a->heads / a->kv_heads + MBQ_ATTEND_ROWS - 1) / MBQ_ATTEND_ROWS * MBQ_ATTEND_ROWS;
   job->sharing = a->heads / a->kv_heads;
   job->rows = a->tokens * job->sharing;
-  job->group = job->rows <= MBQ_ATTEND_ROWS ? job->rows : min(padded, GROUP_ROWS);
+  job->padded = job->rows;
+  if (job->rows > MBQ_ATTEND_ROWS) job->padded = (job->rows + MBQ_ATTEND_ROWS - 1) / MBQ_ATTEND_ROWS * MBQ_ATTEND_ROWS;
+  job->group = min(job->padded, GROUP_ROWS);
   job->per_head = (job->rows + job->group - 1) / job->group;
   job->groups = a->kv_heads * job->per_head;
   job->first_chunk = first_seen(a, 0) / MBQ_KEY_LANES / CHUNK_BLOCKS;
@@ -168,10 +170,11 @@ static float *state_at(const Job *job, int64_t place) { return job->states + pla
 /* The state that a group gets from a chunk. */
 static void attend_chunk(const Job *job, size_t piece, int64_t g, int64_t chunk, float *state) {
   const Attend *a = &job->a;
+  const int64_t rows = min(job->group, job->padded - g % job->per_head * job->group);
   memset(state, 0, (size_t)(job->group * job->state_size) * sizeof(float));
   for (int64_t r = 0; r < job->group; ++r) state[r * job->state_size] = MBQ_NEVER;
   const int32_t *spans = job->spans + g % job->per_head * job->group * 2;
-  const int64_t lowest = spans[0] / MBQ_KEY_LANES, highest = spans[2 * job->group - 1] / MBQ_KEY_LANES;
+  const int64_t lowest = spans[0] / MBQ_KEY_LANES, highest = spans[2 * rows - 1] / MBQ_KEY_LANES;
   const int64_t begin = max(chunk * CHUNK_BLOCKS, lowest / MBQ_ATTEND_TILE * MBQ_ATTEND_TILE);
   const int64_t end = min((chunk + 1) * CHUNK_BLOCKS, highest + 1);
   if (begin >= end) return;
@@ -181,7 +184,7 @@ static void attend_chunk(const Job *job, size_t piece, int64_t g, int64_t chunk,
   const int64_t row = g * job->group;
   CALL(__tvm_ffi_mbq_attend, PTR(job->queries + row * MBQ_QUERY_BYTES * a->head_dim), PTR(job->steps + row),
        PTR(job->sums + row), PTR(spans), PTR(keys), PTR(keys), PTR(values), PTR(values), PTR(caps), PTR(state),
-       PTR(job->scratch + (int64_t)piece * MBQ_ATTEND_SCRATCH), INT(a->head_dim), INT(job->group), INT(begin), INT(end));
+       PTR(job->scratch + (int64_t)piece * MBQ_ATTEND_SCRATCH), INT(a->head_dim), INT(rows), INT(begin), INT(end));
 }
 
 /* Add the states of a group's queries in the next chunk to those in all chunks before. */
