@@ -55,6 +55,8 @@ PAGES = Path(__file__).resolve().parents[2] / "docs"
 def twin(bundle: Path, folder: Path) -> Path:
     """A copy of a bundle with keys and values of 8 bits, in an empty folder."""
     facts = manifest.read(bundle)
+    if facts.kv_bits != 32:
+        raise SystemExit(f"{bundle}: keys and values of {facts.kv_bits} bits; export it with --kv 32")
     settings = read_settings(bundle, facts)
     for path in bundle.rglob("*"):
         copy = folder / path.relative_to(bundle)
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write all figures here.")
     options = parser.parse_args()
     lengths, budgets = [EMPTY, *map(int, options.past.split(","))], [float(bits) for bits in options.bits.split(",")]
-    bundle, gguf = bundle_of(options.bundle), options.gguf or gguf_of(options.bundle, "Q4_0")
+    bundle, gguf = bundle_of(options.bundle, 32), options.gguf or gguf_of(options.bundle, "Q4_0")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         exact = Side(bundle, lengths, options.threads)
         rounded = Side(twin(bundle, Path(scratch)), lengths, options.threads)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 SLICES = "3,1,2,2"
 
 
-def bundle_of(text: str) -> Path:
+def bundle_of(text: str, kv_bits: int | Literal["auto"] = "auto") -> Path:
     """The folder of a bundle.
 
-    text: a folder, or a name such as llama-1b, of which a bundle of rounded weights is made (12 GB of disk and memory).
+    text: a folder, or a name such as llama-1b, of which a bundle of rounded weights is made (12 GB of disk and memory);
+    kv_bits: of that bundle, as ``mbq-export --kv``.
     """
     if Path(text).exists():
         return Path(text)
@@ -21,7 +23,7 @@ def bundle_of(text: str) -> Path:
 
     if text not in CHECKPOINTS:
         raise SystemExit(f"{text}: no such folder, and no shape; known shapes: {', '.join(CHECKPOINTS)}")
-    return own_bundle(default_work_folder(), text, SLICES, 16, resolve("host"))
+    return own_bundle(default_work_folder(), text, SLICES, 16, resolve("host"), kv_bits)
 
 
 def gguf_of(text: str, quantisation: str) -> Path | None:

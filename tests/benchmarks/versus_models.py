@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ GENAI_PRECISIONS = ("int4", "int8")
 OWN_ENGINES = ("onnx", "tvm")
 OURS = {"mbq": ("mbq", 16), "mbq tvm": ("mbq tvm", 16), "mbq a8": ("mbq", 8), "mbq tvm a8": ("mbq tvm", 8)}
 """This project's sides: what the worker runs, and the bits of activations."""
+
+KvBits = int | Literal["auto"]
+"""As ``mbq-export --kv``."""
 
 _TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 """So that a random model can have conversations."""
@@ -117,13 +120,15 @@ def spread_router(profile: SliceProfile, share: float, hidden: int, k: int) -> R
     )
 
 
-def write_bundle(model: Path, profile: SliceProfile, activation_bits: int, target: Target, out: Path) -> None:
+def write_bundle(
+    model: Path, profile: SliceProfile, activation_bits: int, kv_bits: KvBits, target: Target, out: Path
+) -> None:
     """A bundle for a target that this machine can run, rounded to nearest.  Its speed is that of a calibrated one:
     bytes, ops and routers of the same size, but no text is run through the model."""
     options = Options(
         model=str(model), outputs={out: target}, profiles=(profile,), group_size="auto",
         activation_bits=activation_bits, method="rtn", engines=OWN_ENGINES, tune_steps=0, router="mlp",
-        floor_ratio=1.25, calib_data=None, calib_tokens=1, device="cpu", seed=0, force=False,
+        floor_ratio=1.25, calib_data=None, calib_tokens=1, device="cpu", seed=0, force=False, kv_bits=kv_bits,
     )  # fmt: skip
     prepared = prepare(options)
     checkpoint = load(prepared.source)
@@ -150,7 +155,7 @@ def has_these_kernels(folder: Path) -> bool:
     manifest = read(folder)
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch, "ops.so")
-        spec = KernelSpec(manifest.profile, manifest.group_size, manifest.activation_bits)
+        spec = KernelSpec(manifest.profile, manifest.group_size, manifest.activation_bits, manifest.kv_bits)
         build_ops_library(TARGETS[manifest.target.name], spec, built)
         return built.read_bytes() == (folder / OPS_LIBRARY).read_bytes()
 
@@ -179,14 +184,16 @@ def checkpoint_of(work: Path, model: str) -> Path:
     return _once(work / model / "checkpoint", CHECKPOINTS[model])
 
 
-def own_bundle(work: Path, model: str, slices: str, activation_bits: int, target: Target) -> Path:
+def own_bundle(
+    work: Path, model: str, slices: str, activation_bits: int, target: Target, kv_bits: KvBits = "auto"
+) -> Path:
     """This project's bundle of a model for a target, with the kernels of now."""
-    place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}-{target.name}"
+    place = work / model / f"mbq-{slices.replace(',', '')}-a{activation_bits}-kv-{kv_bits}-{target.name}"
     if place.exists() and not has_these_kernels(place):
         shutil.rmtree(place)
     checkpoint = checkpoint_of(work, model)
     profile = SliceProfile.parse(slices)
-    return _once(place, lambda out: write_bundle(checkpoint, profile, activation_bits, target, out))
+    return _once(place, lambda out: write_bundle(checkpoint, profile, activation_bits, kv_bits, target, out))
 
 
 def has_llama_cpp() -> bool:
