@@ -1,6 +1,6 @@
 """A small model of another family, trained here on packaged text, so that no setting is fitted to one model alone.
 
-    python tests/benchmarks/stand_in.py llama [--steps 700] [--output FOLDER]
+    python tests/benchmarks/stand_in.py llama [--steps 500] [--output FOLDER]
     python tests/benchmarks/stand_in.py qwen3_moe
 
 Random weights have no outliers and no sensitive layers, so they say little about calibration.  A stand-in has learned
@@ -115,9 +115,8 @@ def new_model(family: str) -> Any:
 def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for matrices; Adam for tables, taps, norms and scalars."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    matrices, others = [], []
-    for weight in model.parameters():
-        (matrices if weight.ndim == 2 and id(weight) not in tables else others).append(weight)
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in tables]
+    others = [weight for weight in model.parameters() if weight.ndim != 2 or id(weight) in tables]
     return [
         torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -142,8 +141,9 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, steps: int) -> None:
         loss = loss_of(model, torch.stack([tokens[start : start + CONTEXT_TOKENS] for start in starts.tolist()]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             took = time.process_time() - began
@@ -180,7 +180,7 @@ def spread_windows(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 @click.command(help=__doc__)
 @click.argument("family", type=click.Choice(list(FAMILIES)))
-@click.option("--steps", type=click.IntRange(min=1), default=700, help="Steps of training, each on 1024 tokens.")
+@click.option("--steps", type=click.IntRange(min=1), default=500, help="Steps of training, each on 1024 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the checkpoint.")
 def main(family: str, steps: int, output: Path | None) -> None:
     folder = output or cache_dir() / "stand-ins" / f"{family}-{steps}"
