@@ -32,7 +32,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """By name: targets and options.  Those of ``TUNED`` tune, which is slow, on few models."""
 TUNED = ("nested", "learned", "learned-2222")
 TUNED_MODELS = ("llama", "gemma3_text")
-NO_GPU = ("lfm2", "lfm3", "qwen3_5_text", "gemma4_text", *EXPERTS)
+NO_GPU = ("lfm2", "lfm3", "qwen3_5_text", "gemma4_text", "gemma4_text-large", *EXPERTS)
 TEXT = "The tide turns twice a day, and twice a day the boats leave the harbour. " * 400
 
 
