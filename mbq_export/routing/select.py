@@ -183,7 +183,7 @@ def select_kind(
     sizes = [sum(processes.gathered([len(part.windows)])) for part in (first, rest)]
     if sizes[1]:
         of_rest, used_of_rest = measure_kinds(calibration, left, slices, rest, bits, beside_random=False)
-        losses |= {name: np.concatenate([losses[name], of_rest[name]], axis=1) for name in left}
+        losses = {**losses, **{name: np.concatenate([losses[name], of_rest[name]], axis=1) for name in left}}
         used |= {name: list(np.average([used[name], used_of_rest[name]], axis=0, weights=sizes)) for name in left}
     kind = min(left, key=lambda name: float(losses[name].mean()))
     shared = next(iter(fitted[kind].values()))

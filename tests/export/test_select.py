@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,8 @@ FITS = {"norm": {"unit": RULE}, "mlp": {"unit": LEARNED}}
 class Windows:
     """A stand-in for the original's predictions: the numbers of its windows."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.windows = np.array(numbers)
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.windows = np.array(list(numbers))
 
     def of(self, rows: Sequence[int]) -> Windows:
         return Windows(self.windows[list(rows)])
