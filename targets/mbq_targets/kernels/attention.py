@@ -36,7 +36,7 @@ from .emit import (
     store,
 )
 from .exp import tanh
-from .isa import Isa
+from .isa import PACKED, Isa
 from .products import PairProducts, Products
 from .unpack import OFFSET
 
@@ -70,6 +70,9 @@ SCRATCH_NUMBERS = _WEIGHTS + ROWS * WEIGHT_BYTES * _TILE // 4
 
 NEVER = -1e30
 """The score of a position that a query does not see, and the largest score before the first."""
+
+_PEAKS = 4
+"""Largest scores so far that take turns."""
 
 _NO_PEAK = -1e29
 """A largest score that no position has. Positions that are not seen are below it."""
@@ -317,25 +320,33 @@ class _Attend:
         scores = bind(of.at * _ROW_SCORES + tile.begin * KEY_LANES)
         peak, sums = registers(LANES, "float32"), registers(LANES, "float32")
         fades, total = registers(2, "float32"), registers(1, "int32")
-        store(peak, 0, LANES, const(_NO_PEAK, "float32", LANES))
-        with T.serial(0, blocks) as i:
-            score = load(self.scratch, scores + i * KEY_LANES, LANES)
-            store(peak, 0, LANES, T.max(load(peak, 0, LANES), score))
+        # Several, so that a maximum does not wait for the one before. The last block may be seen again.
+        peaks = [registers(LANES, "float32") for _ in range(_PEAKS)]
+        for some in peaks:
+            store(some, 0, LANES, const(_NO_PEAK, "float32", LANES))
+        with T.serial(0, (blocks + (_PEAKS - 1)) // _PEAKS) as i:
+            for part, some in enumerate(peaks):
+                block = bind(T.min(i * _PEAKS + part, blocks - 1))
+                score = load(self.scratch, scores + block * KEY_LANES, LANES)
+                store(some, 0, LANES, T.max(load(some, 0, LANES), score))
+        highest = load(peaks[0], 0, LANES)
+        for some in peaks[1:]:
+            highest = bind(T.max(highest, load(some, 0, LANES)))
         # LLVM's own maximum of a vector goes lane by lane on x86.
-        highest, half = load(peak, 0, LANES), LANES // 2
+        half = LANES // 2
         while half:
             highest = bind(T.max(highest, bind(T.Shuffle([highest], [lane ^ half for lane in range(LANES)]))))
             half //= 2
         store(peak, 0, LANES, highest)
         store(sums, 0, LANES, const(0, "float32", LANES))
         self._round(tile, of, load(peak, 0, LANES), sums, total)
-        before = load(self.state, of.state, 1)
-        after = bind(T.max(before, load(peak, 0, 1)))
+        before, now = load(self.state, of.state, 1), load(peak, 0, 1)
+        after = bind(T.max(before, now))
         store(self.state, of.state, 1, after)
-        for side, score in enumerate((before, load(peak, 0, 1))):
-            fade = self.isa.exp2(splat(bind(score - after), LANES))
-            store(peak, 0, LANES, fade)
-            store(fades, side, 1, load(peak, 0, 1))
+        both = T.Shuffle([before, now] * (LANES // 2), list(range(LANES)))
+        store(peak, 0, LANES, self.isa.exp2(bind(both - splat(after, LANES))))
+        for side in range(2):
+            store(fades, side, 1, load(peak, side, 1))
         so_far = load(self.state, of.state + LANES, LANES) * splat(load(fades, 0, 1), LANES)
         store(self.state, of.state + LANES, LANES, fma(load(sums, 0, LANES), splat(load(fades, 1, 1), LANES), so_far))
         return fades, total
@@ -345,24 +356,39 @@ class _Attend:
         missing = self._missing(WEIGHT_BYTES)
         weight, whole = registers(LANES, "float32"), registers(LANES, "int32")
         store(whole, 0, LANES, const(0, "int32", LANES))
-        with T.serial(0, tile.end - tile.begin) as i:
-            at = bind((tile.begin + i) * KEY_LANES)
+
+        def rounded(at: Expr) -> Expr:
             below = bind(load(self.scratch, of.at * _ROW_SCORES + at, LANES) - peak)
             store(weight, 0, LANES, self.isa.exp2(below))
             inverses, steps = (load(self.scratch, place + at, LANES) for place in (_INVERSES, _MANTISSAS))
             store(sums, 0, LANES, fma(load(weight, 0, LANES), inverses, load(sums, 0, LANES)))
             nearest = fma(load(weight, 0, LANES), steps, const(0.5, "float32", LANES))
-            rounded = bind(cast(nearest, "int32", LANES))
+            found = bind(cast(nearest, "int32", LANES))
             if missing:
-                store(whole, 0, LANES, load(whole, 0, LANES) + rounded)
-            places = [bind((of.at * WEIGHT_BYTES + byte) * _TILE + at) for byte in range(WEIGHT_BYTES)]
+                store(whole, 0, LANES, load(whole, 0, LANES) + found)
+            return found
+
+        def places(at: Expr) -> list[Expr]:
+            return [bind((of.at * WEIGHT_BYTES + byte) * _TILE + at) for byte in range(WEIGHT_BYTES)]
+
+        count = bind(tile.end - tile.begin)
+        packed = bind(count // PACKED * PACKED) if self.isa.packs else T.int64(0)
+        if self.isa.packs:
+            with T.serial(0, packed // PACKED) as i:
+                at = bind((tile.begin + i * PACKED) * KEY_LANES)
+                words = [rounded(at + block * KEY_LANES) for block in range(PACKED)]
+                for place, of_byte in zip(places(at), self.isa.packed(words), strict=True):
+                    store(self.weights, place, PACKED * LANES, of_byte)
+        with T.serial(packed, count) as i:
+            at = bind((tile.begin + i) * KEY_LANES)
+            word = rounded(at)
             if self.isa.pairs(WEIGHT_BYTES):
-                store_pairs(self.weights, places, [[rounded]])
+                store_pairs(self.weights, places(at), [[word]])
             elif WEIGHT_BYTES == 1:
-                store_bytes(self.weights, places, [[rounded]])
+                store_bytes(self.weights, places(at), [[word]])
             else:
-                high = bind((rounded + const(128, "int32", LANES)) >> const(8, "int32", LANES))
-                store_bytes(self.weights, places, [[high, rounded]])
+                high = bind((word + const(128, "int32", LANES)) >> const(8, "int32", LANES))
+                store_bytes(self.weights, places(at), [[high, word]])
         of_all = intrin("int32", "llvm.vector.reduce.add", load(whole, 0, LANES))
         store(total, 0, 1, bind(of_all) * T.int32(-missing))
 

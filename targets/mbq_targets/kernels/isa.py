@@ -14,6 +14,9 @@ from ..constants import FEW_TOKENS
 from .emit import LANES, Expr, bind, byte_table, const, intrin, load, reinterpret
 from .exp import exp2, exp2_of_rest
 
+PACKED = 4
+"""Vectors of integers of which ``Isa.packed`` makes vectors of bytes."""
+
 
 class Isa:
     """The operations that the kernels are written in. Any vector unit has a form of them."""
@@ -46,6 +49,8 @@ class Isa:
     """For few tokens: tokens that share a loaded weight vector."""
     few_vectors: ClassVar[int] = 1
     """For few tokens: row vectors that share a loaded activation."""
+    packs: ClassVar[bool] = False
+    """Whether it has ``packed``."""
     attention_sums: ClassVar[int] = 16
     """Attention over keys and values of 8 bits: most sums that are computed together, one register each."""
 
@@ -133,6 +138,14 @@ class Isa:
             mask: the same for each byte.
         """
         return bind(v & self.mask(mask))
+
+    def packed(self, words: list[Expr]) -> list[Expr]:
+        """The high bytes of integers and their low bytes, int8 each. An integer is 256 times the first plus the second.
+
+        Args:
+            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 32639.
+        """
+        raise NotImplementedError
 
     def exp2(self, x: Expr) -> Expr:
         """As ``exp.exp2``.
@@ -258,6 +271,29 @@ class Vnni512(Isa):
     row_blocks = 2
     # Zen 5 reads one plane at three quarters of its memory's speed without this.
     prefetch_bytes = 8192
+    packs = True
+
+    def packed(self, words: list[Expr]) -> list[Expr]:
+        """As ``Isa.packed``. Packing works on quarters of a register, so their parts are put in order.
+
+        Args:
+            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 32639.
+        """
+        first, second = (
+            bind(intrin("uint16x32", "llvm.x86.avx512.packusdw.512", *words[at : at + 2])) for at in (0, 2)
+        )
+
+        def bytes_of(halves: list[Expr]) -> Expr:
+            mixed = intrin("uint8x64", "llvm.x86.avx512.packuswb.512", *(reinterpret(x, "int16", 32) for x in halves))
+            order = T.Shuffle([T.int32(4 * (i % 4) + i // 4) for i in range(LANES)], list(range(LANES)))
+            sorted_ = intrin("int32x16", "llvm.x86.avx512.permvar.si.512", reinterpret(mixed, "int32", LANES), order)
+            return bind(reinterpret(sorted_, "int8", 64))
+
+        def all_of(value: int) -> Expr:
+            return const(value, "uint16", 32)
+
+        high = [bind((x + all_of(128)) >> all_of(8)) for x in (first, second)]
+        return [bytes_of(high), bytes_of([bind(x & all_of(255)) for x in (first, second)])]
 
     def exp2(self, x: Expr) -> Expr:
         """As ``Isa.exp2``, by the instructions that split a number and that multiply by a power of two.
@@ -296,6 +332,7 @@ class AvxVnni(Vnni512):
     runs_together = 4
     row_blocks = 1
     few_vectors = 2
+    packs = False
     exp2 = Isa.exp2
     attention_sums = 8
 
