@@ -34,7 +34,7 @@ BOARDS = [
     ("jetson-orin", "max"),
 ]
 # The project's own slices and group size go to every board, others to a board of each kind of kernel.
-USUAL = KernelSpec(SliceProfile((3, 1, 2, 2)), 64)
+USUAL = KernelSpec(SliceProfile((3, 1, 2, 2)), 64, kv_bits=8)
 RUNS = [(target, cpu, USUAL) for target, cpu in BOARDS]
 RUNS += [
     ("arm64", "cortex-a76", KernelSpec(SliceProfile((2, 2, 2, 2)), 32)),

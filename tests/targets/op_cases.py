@@ -10,17 +10,21 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mbq_export.format.attention import Heads, cached_attention, put_rows
 from mbq_export.format.codes import F32, F64, I32, Sliced, decode
 from mbq_export.format.experts import experts_matmul
 from mbq_export.format.ops import gated_gelu, gated_silu, round_activations, sliced_gather, sliced_matmul
 from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
+from mbq_runtime.bundle.layout import KV_SCALE_BYTES
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.constants import FEW_TOKENS
 from mbq_targets.spec import KernelSpec
 
 # Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
 RELATIVE = 1e-6
+ATTENTION = 3e-4
+"""Of the largest value. Weights are rounded to integers of two bytes, in steps of the largest of a tile."""
 DICTATED_WIDTH = 32
 
 Inputs = Mapping[str, tuple[int, Sequence[Any]]]  # name: (element type, shape)
@@ -319,6 +323,49 @@ def experts_runs(rng: np.random.Generator, sliced: Sliced, spec: KernelSpec, cou
     return runs
 
 
+def attention_cases(rng: np.random.Generator) -> Iterator[tuple[str, onnx.ModelProto, Runs]]:
+    """Attention over keys and values of 8 bits: a prompt, one token and a few, in a context that they fill."""
+    for heads, (count, head_dim) in (
+        (Heads(3, 64**-0.5), (9, 64)),
+        (Heads(1, 256**-0.5, window=21, cap=5.0), (4, 256)),
+        (Heads(2, 48**-0.5), (4, 48)),
+    ):
+        widths = {"q": count * head_dim, "k": heads.kv_heads * head_dim, "v": heads.kv_heads * head_dim}
+        cache: tuple[int, Sequence[Any]] = (TensorProto.UINT8, ["b", heads.kv_heads, "c", head_dim + KV_SCALE_BYTES])
+        inputs: dict[str, tuple[int, Sequence[Any]]] = {
+            **{name: (TensorProto.FLOAT, ["b", "m", width]) for name, width in widths.items()},
+            "past_key": cache, "past_value": cache, "past": (TensorProto.INT64, [1]),
+        }  # fmt: skip
+        model = op_model(
+            "CachedAttention", inputs, {}, (TensorProto.FLOAT, ["b", "m", widths["q"]]), num_heads=count,
+            kv_num_heads=heads.kv_heads, scale=heads.scale, window=heads.window, softcap=float(heads.cap),
+        )  # fmt: skip
+        for name in ("present_key", "present_value"):
+            model.graph.node[0].output.append(name)
+            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+        runs: Runs = []
+        for past, new in ((0, 32), (47, 1), (252, 4), (540, 20)):
+            held = np.zeros((2, heads.kv_heads, past + new, head_dim + KV_SCALE_BYTES), np.uint8)
+            for stored_rows, keys in zip(held, (True, False), strict=True):
+                rows = rng.standard_normal((past, heads.kv_heads, head_dim)).astype(np.float32)
+                put_rows(stored_rows, 0, rows, keys=keys)
+            q, k, v = (
+                rng.standard_normal((new, of, head_dim)).astype(np.float32) for of in (count, *[heads.kv_heads] * 2)
+            )
+            y, *caches = cached_attention(q, k, v, (held[0], held[1], past), heads)
+            flat = {name: x.reshape(1, new, -1) for name, x in zip("qkv", (q, k, v), strict=True)}
+            runs.append(
+                {
+                    "in": {**flat, "past_key": held[0][None], "past_value": held[1][None], "past": np.array([past])},
+                    "out": {
+                        "y": y.reshape(1, new, -1), "present_key": caches[0][None], "present_value": caches[1][None]
+                    },
+                    "tol": {"y": ATTENTION * np.abs(v).max(), "present_key": 0, "present_value": 0},
+                }
+            )  # fmt: skip
+        yield f"attention_{head_dim}", model, runs
+
+
 SHAPES = {
     32: ((40, 576), (16, 96), (200, 1536)),
     64: ((40, 576), (16, 896), (200, 1536)),
@@ -345,6 +392,9 @@ def prepare(folder: Path, spec: KernelSpec, seed: int = 0) -> None:
         )
     for name, model, runs in gated_cases(rng):
         save_case(folder, name, model, runs)
+    if spec.kv_bits == 8:
+        for name, model, runs in attention_cases(rng):
+            save_case(folder, name, model, runs)
     for hidden, k in ((0, 576), (8, 896), (32, 1536)):
         router = router_params(rng, profile.depths, k, hidden)
         runs = routed_runs(rng, sliced, spec, router, k)
