@@ -112,6 +112,11 @@ def _beside_first(row: Row) -> str:
     return f"{row['mean_kl_nats']:.4f} ({row['kl_over_first']:.2f} ± {row['over_first_stderr']:.2f})"
 
 
+def _stand_ins(rows: list[Row]) -> Cells:
+    named = [row | {"stand_in": f"{row['family']} ({row['float32_perplexity']:.1f})"} for row in rows]
+    return _by_bits("stand_in", "family (perplexity of float32)", _beside_first)(named)
+
+
 def _with_error(rows: list[Row]) -> list[Row]:
     return [row | {"ratio": f"{row['perplexity_ratio']:.3f} ± {row['ratio_stderr']:.3f}"} for row in rows]
 
@@ -221,12 +226,8 @@ TABLES = {
             llama_1b_prompt_512=("of 512", 0),
         ),
     ),
-    "stand-ins": Table(
-        "stand-ins", _only(lambda row: row["method"] == "nested", _by_bits("family", "family", _beside_first))
-    ),
-    "stand-ins-rounded": Table(
-        "stand-ins", _only(lambda row: row["method"] == "rtn", _by_bits("family", "family", _beside_first))
-    ),
+    "stand-ins": Table("stand-ins", _only(lambda row: row["method"] == "nested", _stand_ins)),
+    "stand-ins-rounded": Table("stand-ins", _only(lambda row: row["method"] == "rtn", _stand_ins)),
     "compare": Table(
         "compare",
         lambda rows: _columns(

@@ -31,6 +31,7 @@ from mbq_export.data import corpora
 from mbq_export.methods import CONTEXT_TOKENS
 from mbq_export.model.blocks import fast_autocast
 from mbq_export.model.experts import Expert, with_single_experts
+from mbq_export.model.families import FAMILIES as FAMILIES_OF_EXPORT
 from mbq_runtime.cache import cache_dir
 
 VOCABULARY = 512
@@ -105,6 +106,9 @@ def new_model(family: str) -> Any:
     """A model with random weights.  Experts are modules of their own, as in published files."""
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
     model = with_single_experts(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    if FAMILIES_OF_EXPORT[family].scores_as_they_are:
+        for block in model.model.layers:  # the factor that scores of other families have
+            block.self_attn.q_norm.weight.data.fill_(config.head_dim**-0.5)
     for module in model.modules():
         if isinstance(module, Expert):
             for weight in module.parameters():
