@@ -109,7 +109,7 @@ def _router_kl(row: Row) -> str:
 
 
 def _beside_first(row: Row) -> str:
-    return f"{row['mean_kl_nats']:.4f} ({row['kl_over_first']:.2f} ± {row['over_first_stderr']:.2f})"
+    return f"{row['mean_kl_nats']:.5f} ({row['kl_over_first']:.2f} ± {row['over_first_stderr']:.2f})"
 
 
 def _stand_ins(rows: list[Row]) -> Cells:
