@@ -222,8 +222,8 @@ def memory_by_stage(plan: Plan) -> dict[str, int]:
         if plan.tunings else 0,
         "fitting routers for tuning": measuring + teacher + for_tuning if TUNE_ROUTED in plan.tunings else 0,
         "measuring slice gains": measuring + inputs,
-        # Weights of a block or of the head at every depth, and the residual stream of every case.
-        "comparing routers": after + inputs + 4 * depths * max(block, head) + 3 * 4 * logits
+        # Weights of a block at every depth or of the head at one, and the residual stream of every case.
+        "comparing routers": after + inputs + 4 * max(depths * block, head) + 3 * 4 * logits
         + 4 * _ROUTER_CASES * measured * d.carried_size,
         # Packed experts wait in files; of one unit codes, planes and scales are in memory.
         "writing": _LIBRARIES_BYTES + plan.disk_bytes - plan.packed_experts_bytes + 4 * max(largest, head),

@@ -84,8 +84,10 @@ def measure(
     used = np.zeros(len(cases))
     parameters = 0
 
-    def routed(unit: Unit, dtype: torch.dtype = dtype) -> RoutedUnit:
-        return RoutedUnit(checkpoint, unit, slices[unit.name], calibration.profile, inputs, dtype=dtype)
+    def routed(unit: Unit, dtype: torch.dtype = dtype, *, keep_weights: bool = True) -> RoutedUnit:
+        return RoutedUnit(
+            checkpoint, unit, slices[unit.name], calibration.profile, inputs, dtype=dtype, keep_weights=keep_weights
+        )
 
     def count(case: int, units: Sequence[RoutedUnit]) -> None:
         used[case] += sum(unit.used_bits * unit.parameters for unit in units)
@@ -108,8 +110,9 @@ def measure(
                 unit.layers.clear()
             progress(layer + 1, d.layers + 1)
     products = fast_products(checkpoint.device) if dtype == torch.bfloat16 else nullcontext()
-    with products, inputs.recording():
-        head = routed(d.head, torch.float32)
+    with torch.no_grad(), products, inputs.recording():
+        # It is the largest matrix: four copies of it would take more memory than all other stages.
+        head = routed(d.head, torch.float32, keep_weights=False)
         parameters += head.parameters
         found = np.zeros((len(own), len(cases), 3))
         for j, tokens in enumerate(own):

@@ -11,7 +11,7 @@ from ..format.codes import Sliced
 from .checkpoint import Checkpoint
 from .router_inputs import Depths, RouterInputs, UnitDepths
 from .shape import Unit
-from .sliced_linear import values_at
+from .sliced_linear import SlicedLinear, values_at
 
 
 class RoutedUnit:
@@ -29,6 +29,8 @@ class RoutedUnit:
         profile: the bits of each slice.
         inputs: the router inputs of the model.
         dtype: of the weights and products.
+        keep_weights: whether the weights of all depths are kept, which takes less time.  Otherwise each call computes
+            those of one depth at a time, in float32.
     """
 
     def __init__(
@@ -40,21 +42,48 @@ class RoutedUnit:
         inputs: RouterInputs,
         *,
         dtype: torch.dtype,
+        keep_weights: bool = True,
     ) -> None:
         self.unit, self.depths = unit, UnitDepths(unit, inputs, checkpoint)
         self.parameters = unit.read_of(sliced.codes.size)
         self._bits = torch.tensor([0.0, *profile.depth_bits], dtype=torch.float64)
+        layers = zip(unit.sources, checkpoint.layers(unit), strict=True)
+        self.layers: list[torch.nn.Module]
+        if not keep_weights:
+            self.layers = [
+                _CodedLayer(sliced.rows(rows), profile, linear.bias, checkpoint.device, self.depths.of_layer(name))
+                for name, (linear, rows) in layers
+            ]
+            return
         depths = range(1, profile.depths + 1)
         whole = [values_at(sliced, profile, depth, dtype, checkpoint.device) for depth in depths]
-        self.layers: list[torch.nn.Module] = [
+        self.layers = [
             _RoutedLayer([weight[rows] for weight in whole], linear.bias, self.depths.of_layer(name))
-            for name, (linear, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True)
+            for name, (linear, rows) in layers
         ]
 
     @property
     def used_bits(self) -> float:
         """Bits per weight of the last input, summed over its tokens."""
         return float(self._bits[self.depths.of_last].sum())
+
+
+class _CodedLayer(SlicedLinear):
+    def __init__(
+        self,
+        sliced: Sliced,
+        profile: SliceProfile,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        depths: Depths,
+    ) -> None:
+        super().__init__(sliced, profile, bias, device)
+        self._depths, self._depth_bits = depths, torch.tensor([0, *profile.depth_bits])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., tokens, K] -> [..., tokens, N]."""
+        self.bits = self._depth_bits[self._depths(x)]
+        return super().forward(x)
 
 
 class _RoutedLayer(torch.nn.Module):
