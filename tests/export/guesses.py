@@ -24,4 +24,4 @@ def assert_guesses_change_nothing(engine: Engine, *, replies: int, tokens: int, 
         assert found[0].tokens == found[1].tokens, seed
         guessed, kept = guessed + found[1].guessed, kept + found[1].kept_guesses
     engine.speculate = "off"
-    assert guessed > kept > 0  # some were right, some were not
+    assert guessed > kept > 0, (guessed, kept)  # some were right, some were not

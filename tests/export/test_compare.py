@@ -252,11 +252,11 @@ def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -
     eight, four = (row for row in result["rows"] if row["method"] == "bundle")
     sizes = json.loads((bundle / "manifest.json").read_text())["weights"]["bytes_per_token"]
     assert eight["bits_used"] == 8
-    # The budget is held: the same window again uses bits that are nearer to it.
+    # The budget is held: what the same window uses, again and again, has it for its mean.
     session, window = Session(bundle), list(range(200))
     forward = rivals.held(session, 4.5)
-    first, *_, last = (abs(forward(window).avg_bits_used - 4.5) for _ in range(8))
-    assert last < 0.5 * first
+    used = [forward(window).avg_bits_used for _ in range(8)]
+    assert abs(sum(used) / len(used) - 4.5) < 0.2 * abs(used[0] - 4.5)
     assert eight["linear_bytes"] == sizes["8"]
     assert sizes["3"] <= four["linear_bytes"] < sizes["6"]
     assert eight["divergence"]["value"] < four["divergence"]["value"]

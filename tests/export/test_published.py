@@ -61,9 +61,10 @@ def test_the_plan_of_a_published_model(name: str, tmp_path: Path, monkeypatch: p
 
 
 def test_the_memory_of_a_context_with_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of 6 of 24 layers; of the others 3 tokens before their convolution, and 16 memories."""
+    """Keys and values of 6 of 24 layers, in 8 bits, with scales.  Of the others 3 tokens before their convolution, and
+    16 memories."""
     found = plan("Qwen3.5-0.8B", tmp_path, monkeypatch)["context_bytes"]
-    assert found == {"each_token": 2 * 4 * 6 * 2 * 256, "states": 18 * 4 * (6144 * 3 + 16 * 128 * 128)}
+    assert found == {"each_token": 2 * 6 * 2 * (256 + 4), "states": 18 * 4 * (6144 * 3 + 16 * 128 * 128)}
     assert plan("LFM2-1.2B", tmp_path, monkeypatch)["context_bytes"]["states"] == 10 * 4 * 2048 * 2
     assert plan("EXAONE-4.0-1.2B", tmp_path, monkeypatch)["context_bytes"]["states"] == 0
 
