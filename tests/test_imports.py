@@ -28,10 +28,10 @@ NOT_ON_A_BOARD = {"torch", "transformers", "onnx", "tvm"}
 _CALIBRATION = {"calibrated", "context", "format", "memory", "methods", "model", "processes", "progress", "store"}
 ROOMS = {
     "format": set[str](),
-    "model": {"format", "lines", "memory"},
+    "model": {"compiled", "format", "lines", "memory"},
     "data": {"model", "progress"},
     "transforms": _CALIBRATION,
-    "slicing": _CALIBRATION | {"devices"},
+    "slicing": _CALIBRATION | {"compiled", "devices"},
     "tuning": _CALIBRATION,
     "routing": _CALIBRATION | {"quality", "slicing", "tuning"},
     "lower": {"calibrated", "format", "model"},
