@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.cache import cache_dir
 from mbq_runtime.errors import ModelError
+from mbq_runtime.whole_file import write_whole
 
 from ..model.blocks import fast_passes
 from ..model.checkpoint import Checkpoint
@@ -128,9 +128,7 @@ def _said(checkpoint: Checkpoint, name: str, chats: Sequence[Any], length: _Leng
 def _keep(said: list[Messages], file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_whole(file, (json.dumps(said, indent=1) + "\n").encode())
     except OSError as error:
         log.warning("the model's replies are not kept for the next time: %s", error)
 
