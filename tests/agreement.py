@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.fidelity import compare_tokens
+
 LARGEST_DIFFERENCE = 0.05
 """Of the largest logit.  0.02 is seen."""
 
@@ -53,7 +55,4 @@ def divergence(expected: Logits, found: Logits) -> float:
         expected: float [tokens, vocab].
         found: float [tokens, vocab].
     """
-    p, q = (
-        x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (expected, found)
-    )
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    return float(compare_tokens(found, expected, expected.argmax(axis=1)).divergence.mean())
