@@ -74,7 +74,7 @@ class JsonLines:
         try:
             self._file: Any = self.path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written ({error.strerror}); find_policy another file") from None
+            raise UsageError(f"{self.path}: cannot be written ({error.strerror}); choose another file") from None
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line.
