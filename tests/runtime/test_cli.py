@@ -103,6 +103,13 @@ def test_run_writes_what_happens_to_the_budget(
     assert event["readings"]["temp_c"] == 85.0
 
 
+def test_events_that_cannot_be_written(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    events = tmp_path / "missing/events.jsonl"
+    code, out, err = run(capsys, "run", bundle, "A", "--threads", 1, "--events", events)
+    assert (code, out) == (2, "")
+    assert err == f"mbq: error: {events}: cannot be written (No such file or directory); choose another file\n"
+
+
 def test_run_reads_the_prompt_from_stdin(bundle: Path, mbq: Mbq) -> None:
     done = mbq(["run", bundle, "-", "--raw", "--max-tokens", 3], "xA")
     assert (done.code, done.out) == (0, "BCD\n")
@@ -254,6 +261,9 @@ def test_verify(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
         (["run", "~nobody-here/x", "hi"], 4, "mbq: error: ~nobody-here/x: no such folder"),
         (["inspect", "file:~nobody-here/x"], 4, "mbq: error: file:~nobody-here/x: no manifest.json there"),
         (["inspect", "\udcff"], 4, "mbq: error: \\udcff: no such folder"),
+        (["serve", "x", "--host", ".."], 2, "mbq: error: cannot listen on .. port 8080 (no name of a machine)"),
+        (["serve", "x", "--host", "n" * 70], 2, "mbq: error: cannot listen on nnn"),
+        (["trim", "/", "--max-bits", "4"], 4, "mbq: error: /: no manifest.json"),
     ],
 )
 def test_errors_are_one_line_with_their_exit_code(

@@ -161,6 +161,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
+    except UnicodeError:  # a part of the name is empty or too long
+        raise UsageError(f"cannot listen on {host} port {port} (no name of a machine); choose another") from None
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # the rest repeats the address
         raise UsageError(f"cannot listen on {host} port {port} ({reason}); choose another") from None

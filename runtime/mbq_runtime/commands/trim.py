@@ -23,8 +23,7 @@ def command(bundle: Path, folder: Path | None, max_bits: float) -> None:
     """
     from mbq_runtime.pull import trim
 
-    place = bundle.resolve()
-    folder = folder or place.with_name(f"{place.name}-{max_bits:g}bit")
+    folder = folder or Path(f"{bundle.resolve()}-{max_bits:g}bit")
     with progress_line(f"trimming {printable(str(bundle))}") as progress:
         done = trim(bundle, folder, max_bits, progress)
     budget = done.manifest.budget
