@@ -208,7 +208,9 @@ def _markdown(rows: Sequence[BenchResult], env: dict[str, Any]) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_said(part)}" for name, part in value.items())
-    return {None: "unknown", True: "yes", False: "no"}.get(value, str(value))
+    if isinstance(value, bool):  # 1 is no yes
+        return "yes" if value else "no"
+    return "unknown" if value is None else str(value)
 
 
 def _or_unknown(value: float | None, digits: int) -> str:

@@ -160,6 +160,15 @@ def test_unknown_is_written_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(astuple(rows[0])) > len(first) - 2
 
 
+def test_numbers_above_the_table_stay_numbers() -> None:
+    engine: Any = Paced(1.0, 1.0, 1.0, 1.0)
+    rows = [bench.run(engine, 1, Workload(8, 0, 8.0), 1, looks(Readings(0.0)))]
+    env = {"cpus": 1, "load": 0.0, "temp_c": 1.0, "power_sensor": False, "packages": {"numpy": None, "other": True}}
+    assert bench.FORMATS["md"](rows, env).splitlines()[:5] == [
+        "cpus: 1", "load: 0.0", "temp_c: 1.0", "power_sensor: no", "packages: numpy unknown, other yes",
+    ]  # fmt: skip
+
+
 def test_several_thread_counts(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     code, out, _ = run(capsys, "bench", bundle, "-p", 0, "-n", 2, "-r", 1, "-t", "1,2", "-o", "csv")
     assert code == 0
