@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
+import click
 import numpy as np
 import pytest
 from forked_mbq import Mbq
@@ -263,6 +265,7 @@ def test_verify(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
         (["inspect", "\udcff"], 4, "mbq: error: \\udcff: no such folder"),
         (["serve", "x", "--host", ".."], 2, "mbq: error: cannot listen on .. port 8080 (no name of a machine)"),
         (["serve", "x", "--host", "n" * 70], 2, "mbq: error: cannot listen on nnn"),
+        (["serve", "x", "--sleep-idle-seconds", "1e10"], 2, "mbq: error: Invalid value for '--sleep-idle-seconds'"),
         (["trim", "/", "--max-bits", "4"], 4, "mbq: error: /: no manifest.json"),
     ],
 )
@@ -273,6 +276,24 @@ def test_errors_are_one_line_with_their_exit_code(
     assert (found, out) == (code, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+RANGES = [
+    (name, parameter.opts[0])
+    for name, entry in cli.COMMANDS.items()
+    for parameter in importlib.import_module(f"mbq_runtime.commands.{entry.module}").command.params
+    if isinstance(parameter.type, click.FloatRange)
+]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("command", "option"), RANGES)
+def test_a_number_that_no_range_has(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, option: str, number: str
+) -> None:
+    code, out, err = run(capsys, command, tmp_path / "nowhere", option, number)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"mbq: error: Invalid value for '{option}': {number} is not in the range")
 
 
 class _Full(io.RawIOBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,23 @@ SWITCH_S = 1e-4
 A pass of onnxruntime-genai holds the interpreter's lock.  Between two passes, a thread gets the lock only after it has
 waited this long.  Python's default of 5 ms is longer than many passes: the other threads would get no turn.
 """
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers.  click's own takes NaN, and infinity where the range has no upper end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number.
+
+        Args:
+            value: what the user gave.
+            param: the option.
+            ctx: the command.
+        """
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def bundle_argument(function: F) -> F:

@@ -9,13 +9,13 @@ import click
 
 from mbq_runtime.errors import UsageError
 
-from .common import bundle_argument
+from .common import FiniteRange, bundle_argument
 from .trust import note_code, trust_option
 
 
 @click.command("kit")
 @bundle_argument
-@click.option("--minutes", type=click.FloatRange(0.05, 240), default=20.0, help="Time for all measurements.")
+@click.option("--minutes", type=FiniteRange(0.05, 240), default=20.0, help="Time for all measurements.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("report.json"), help="File of the report.")
 @click.option("-t", "--threads", type=int, help="Most processor threads to try.  [default: one per big core]")
 @click.option("--yes", is_flag=True, help="Write the report without asking.")

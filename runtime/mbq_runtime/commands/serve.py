@@ -17,7 +17,7 @@ from mbq_runtime.addresses import is_loopback
 from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
-from .common import SWITCH_S, coming_bundle_argument, engine_option, local_bundle, threads_option
+from .common import SWITCH_S, FiniteRange, coming_bundle_argument, engine_option, local_bundle, threads_option
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mbq_runtime.bundle.facts import Budget
     from mbq_runtime.engine import Engine
 
+_MOST_SLEEP_S = 10**9  # Python cannot wait for ten times as long
 _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many tokens
 
 
@@ -57,7 +58,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 )
 @click.option(
     "--sleep-idle-seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, _MOST_SLEEP_S, min_open=True),
     metavar="S",
     help="Free the model's memory after S seconds without a request.  [default: never]",
 )

@@ -13,7 +13,7 @@ import click
 from mbq_runtime import tables
 from mbq_runtime.printable import printable
 
-from .common import json_option
+from .common import FiniteRange, json_option
 
 _CONTENDERS = ("fixed 8", "fixed 4", "auto", "battery")
 _ORACLE = "oracle"
@@ -42,8 +42,8 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Take sizes and budgets from it.  [default: SmolLM2-135M]"
 )
-@click.option("--hours", type=click.FloatRange(0.01, 100), default=1.0, help="How long a board decodes.")
-@click.option("--demand", type=click.FloatRange(0.01), help="Tokens/s that are asked for.  [default: without pause]")
+@click.option("--hours", type=FiniteRange(0.01, 100), default=1.0, help="How long a board decodes.")
+@click.option("--demand", type=FiniteRange(0.01), help="Tokens/s that are asked for.  [default: without pause]")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw temperature, budget and speed: .png, .svg or .pdf.")
 @json_option
 def command(
