@@ -96,7 +96,7 @@ def forks(
 
 def _measured(request: dict[str, Any]) -> Ended:
     given, end = os.pipe()
-    os.write(end, request["stdin"].encode())  # a pipe holds more than a test gives
+    os.write(end, request["stdin"].encode(errors="surrogateescape"))  # a pipe holds more than a test gives
     os.close(end)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()

@@ -117,6 +117,17 @@ def test_run_reads_the_prompt_from_stdin(bundle: Path, mbq: Mbq) -> None:
     assert (done.code, done.out) == (0, "BCD\n")
 
 
+@pytest.mark.parametrize("args", [["run", "-", "--raw"], ["chat"]])
+def test_bytes_on_stdin_that_are_no_text(bundle: Path, mbq: Mbq, args: list[str]) -> None:
+    command, *options = args
+    done = mbq([command, bundle, *options], "x\udcff\n")
+    said = [line for line in done.err.splitlines() if "half a character" in line]
+    assert len(said) == 1, done.err
+    assert "text has U+DCFF, half a character, at position" in said[0]
+    assert "fault" not in done.err
+    assert done.code == (2 if command == "run" else 0), "a chat goes on"
+
+
 def test_a_prompt_without_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
 ) -> None:

@@ -18,6 +18,7 @@ from .common import (
     engine_option,
     prompt_cache_option,
     template_kwargs_option,
+    text_stdin,
     threads_option,
 )
 from .steering import Steering, steered, steering_options
@@ -111,8 +112,9 @@ def command(
 
 def _reader() -> Any:
     """A function that reads a line: with editing and history from a terminal, without a prompt from a file or pipe."""
-    if not sys.stdin.isatty():
-        return lambda prompt: line.rstrip("\n") if (line := sys.stdin.readline()) else None
+    typed = text_stdin()
+    if not typed.isatty():
+        return lambda prompt: line.rstrip("\n") if (line := typed.readline()) else None
     import readline  # noqa: F401  input() then has editing and history
 
     def read(prompt: str) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar, cast
 
 import click
 
@@ -228,6 +229,13 @@ def json_option(function: F) -> F:
         function: a command; it gets ``as_json``, a bool.
     """
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
+
+
+def text_stdin() -> TextIO:
+    """Stdin as text in UTF-8.  Other bytes become half characters, as in arguments: the engine refuses them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def listed(option: str, text: str, kind: Callable[[str], V]) -> list[V]:

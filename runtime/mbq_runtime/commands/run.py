@@ -22,16 +22,14 @@ from .common import (
     json_option,
     prompt_cache_option,
     template_kwargs_option,
+    text_stdin,
     threads_option,
 )
 from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
-    from mbq_runtime.engine import Engine
-
-if TYPE_CHECKING:
-    from mbq_runtime.engine import Grammar
+    from mbq_runtime.engine import Engine, Grammar
 
 _MOST_CHARACTERS = 4 << 20
 _MOST_SCHEMA_BYTES = 1 << 20
@@ -145,7 +143,7 @@ def command(
 
 
 def _from_stdin() -> str:
-    text = sys.stdin.read(_MOST_CHARACTERS + 1)
+    text = text_stdin().read(_MOST_CHARACTERS + 1)
     if len(text) > _MOST_CHARACTERS:
         raise UsageError(f"the prompt on stdin has more than {_MOST_CHARACTERS} characters; give a shorter one")
     return text
