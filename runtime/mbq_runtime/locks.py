@@ -23,9 +23,11 @@ def locked(folder: Path, holder: str, choice: str) -> Iterator[None]:
         choice: how the user chooses another folder, for the message: "another --output".
 
     Raises:
-        UsageError: another process holds the lock.
+        UsageError: another process holds the lock, or the folder is written without a name, as "." is.
         BundleError: the file of the lock cannot be written.
     """
+    if not folder.name:
+        raise UsageError(f"{folder}: it has no name; choose {choice}, and write its name")
     path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -277,6 +277,9 @@ def test_verify(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
         (["serve", "x", "--host", ".."], 2, "mbq: error: cannot listen on .. port 8080 (no name of a machine)"),
         (["serve", "x", "--host", "n" * 70], 2, "mbq: error: cannot listen on nnn"),
         (["serve", "x", "--sleep-idle-seconds", "1e10"], 2, "mbq: error: Invalid value for '--sleep-idle-seconds'"),
+        (["web", "x", "--output", "."], 2, "mbq: error: .: it has no name; choose another --output"),
+        (["kit", "x", "--output", "."], 2, "mbq: error: .: a folder, needed a file"),
+        (["kit", "x", "--output", "/tmp"], 2, "mbq: error: /tmp: a folder, needed a file"),
         (["trim", "/", "--max-bits", "4"], 4, "mbq: error: /: no manifest.json"),
     ],
 )

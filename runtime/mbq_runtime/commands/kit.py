@@ -31,6 +31,8 @@ def command(bundle: Path, minutes: float, output: Path, threads: int | None, yes
     from mbq_runtime.engine import Engine
     from mbq_runtime.sensing.sensors import Sensors
 
+    if output.is_dir():
+        raise UsageError(f"{output}: a folder, needed a file; give another --output")
     if not output.parent.is_dir():
         raise UsageError(f"{output}: the folder {output.parent} does not exist; create it, or give another --output")
     note_code(bundle, trust=trust)

@@ -94,8 +94,10 @@ def write_site(bundle: Path, output: Path, progress: Progress | None = None) -> 
 
     Raises:
         BundleError: the bundle is broken, or the disk is full.
-        UsageError: the bundle has no kernels for WebGPU, or the folder has files.
+        UsageError: the bundle has no kernels for WebGPU, or the folder has files, or no name.
     """
+    if not output.name:
+        raise UsageError(f"{output}: it has no name; choose another --output, and write its name")
     manifest = check_for_browsers(bundle)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: it exists and is not empty; choose another --output")

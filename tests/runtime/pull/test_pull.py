@@ -517,6 +517,12 @@ def test_a_folder_that_is_no_bundle_is_left_alone(server: FileServer, tmp_path: 
     assert not server.asked
 
 
+def test_a_folder_without_a_name(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(published)
+    with pytest.raises(UsageError, match=r"^\.: it has no name; choose another folder"):
+        pull(Source.of(f"file:{published}"), Path())
+
+
 def test_a_bundle_that_was_made_here_is_not_replaced(server: FileServer, published: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(published, tmp_path / "own"))
     (own / "tokenizer_config.json").write_text("{}")
