@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from mbq_runtime.addresses import may_be_asked
 from mbq_runtime.bundle.file_names import MANIFEST_NAME
@@ -33,7 +33,7 @@ _HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?
 class Source:
     """A place that ``mbq pull`` reads.
 
-    text: as the user wrote it, without a slash or ``manifest.json`` at the end.
+    text: as the user wrote it, without a slash or ``manifest.json`` at the end; the path of a folder from the root.
     scheme: one of ``SCHEMES``.
     """
 
@@ -56,14 +56,19 @@ class Source:
             raise UsageError(f"{text}: needed a source such as https://HOST/FOLDER, hf:OWNER/NAME or file:FOLDER")
         if not _is_whole(text):
             raise UsageError(f"{text}: it has bytes that are no UTF-8; needed a source in UTF-8")
-        plain = text.removesuffix(MANIFEST_NAME).rstrip("/") if scheme != "hf" else text.rstrip("/")
+        plain = (text if scheme == "hf" else text.removesuffix(MANIFEST_NAME)).rstrip("/")
+        plain += "/" if plain == "file:" and text.startswith("/", len(plain)) else ""
         source = cls(plain, scheme)
         if scheme in ("https", "http"):
             _check_address(plain, allow_http)
         elif scheme == "hf" and not _HUB.fullmatch(plain[3:]):
             raise UsageError(f"{text}: needed hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FOLDER")
-        elif scheme == "file" and urlsplit(plain).netloc not in ("", "localhost"):
-            raise UsageError(f"{text}: a folder of another machine; needed file:FOLDER")
+        elif scheme == "file":
+            host, folder = _parts(plain)
+            if host not in ("", "localhost"):
+                raise UsageError(f"{text}: a folder of another machine; needed file:FOLDER")
+            if not folder.startswith(("/", "~")):  # the same words in another current folder are another source
+                return cls(f"file:{quote(os.getcwd())}/{folder}".rstrip("/"), scheme)
         return source
 
     @property
@@ -83,7 +88,7 @@ class Source:
             UsageError: a package is missing, or a token would be sent without encryption.
         """
         if self.scheme == "file":
-            yield FolderFiles(Path(os.path.expanduser(unquote(urlsplit(self.text).path))))
+            yield FolderFiles(Path(os.path.expanduser(unquote(_parts(self.text)[1]))))
             return
         from .http import HttpFiles
 
@@ -107,6 +112,15 @@ def is_source(text: str) -> bool:
     """
     found = _SCHEME.match(text)
     return found is not None and (found[1].lower() in SCHEMES or text.startswith("//", found.end()))
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """(host, path) of a file source.  Characters that end the path of a URL belong to the name of a folder."""
+    path = text.partition(":")[2]
+    if not path.startswith("//"):
+        return "", path
+    host, slash, path = path[2:].partition("/")
+    return host, slash + path
 
 
 def _is_whole(text: str) -> bool:

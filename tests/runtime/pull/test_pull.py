@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from file_server import CHUNK_BYTES, CHUNKS, WEIGHTS, FileServer
 from test_signature import write_keys
-from tiny_bundle import write_manifest
+from tiny_bundle import write_bundle, write_manifest
 
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest
@@ -124,6 +124,29 @@ def test_a_bundle_from_a_folder(published: Path, tmp_path: Path) -> None:
     assert pulled_from(published) is not None, "the same manifest is the same bundle"
 
 
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "a%20b", "100%", "ä:b", "file:x"])
+def test_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_bundle(tmp_path / "from" / name)
+    monkeypatch.chdir(tmp_path / "from")
+    written = name.replace("%20", "%2520")
+    for at, text in enumerate((f"file:{written}", f"file:./{written}/", f"file://{tmp_path}/from/{written}")):
+        assert manifest.read(pull(Source.of(text), tmp_path / f"here{at}").folder).model.name == "tiny"
+
+
+def test_a_relative_folder_is_another_one_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was pulled from ./bundle here must not run where ./bundle is another one."""
+    places = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        places.append(place_of(Source.of("file:bundle")))
+    assert places[0] != places[1]
+    assert place_of(Source.of(f"file:{tmp_path}/there/bundle")) == places[1]
+    assert [Source.of(text).text for text in ("file:/", "file:.", "file:~/x")] == [
+        "file:/", f"file:{tmp_path}/there/.", "file:~/x",
+    ]  # fmt: skip
+
+
 def test_a_bundle_from_the_hub(server: FileServer, published: Path, tmp_path: Path) -> None:
     """The hub redirects to its storage, which gets no token."""
     port = server.url.rpartition(":")[2]
@@ -184,6 +207,7 @@ def test_a_private_server_gets_the_token(
         ("hf:owner/name@v1@v2", "needed hf:OWNER/NAME"),
         ("hf:owner/name?x", "needed hf:OWNER/NAME"),
         ("file://server/tiny", "a folder of another machine"),
+        ("file://[::1/tiny", "a folder of another machine"),
     ],
 )
 def test_a_source_that_is_refused(text: str, message: str) -> None:
