@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,6 +191,11 @@ def test_sampling_repeats_with_its_seed_and_varies_without(engine: Engine) -> No
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0: needed above 0"),
         ({"top_k": -1}, "top_k -1"),
+        ({"max_tokens": 1.5}, "max_tokens 1.5: needed a whole number"),
+        ({"max_tokens": None}, "max_tokens None: needed a whole number"),
+        ({"seed": 0.5}, "seed 0.5: needed a whole number"),
+        ({"logprobs": "3"}, "logprobs '3': needed a whole number"),
+        ({"logit_bias": {1 << 70: 1.0}}, "token id 1180591620717411303424: the model's ids"),
         ({"seed": 2**31}, "seed 2147483648"),
         ({"stop": ""}, "stop"),
         ({"avg_bits": 9}, "average bits 9"),
@@ -208,8 +215,28 @@ def test_bad_prompts_are_refused_at_the_call(engine: Engine) -> None:
         engine.generate("A" * CONTEXT, chat=False)
     with pytest.raises(UsageError, match=f"token id {VOCAB}: the model's ids go from 0 to {VOCAB - 1}"):
         engine.generate([5, VOCAB])
+    conversation: Any = [{"role": "user", "content": "A"}, 5]
+    with pytest.raises(UsageError, match="the conversation has 5, needed messages with role and content"):
+        engine.generate(conversation)
+    assert engine.generate(np.array([5, 6]), max_tokens=1).text() == engine.generate([5, 6], max_tokens=1).text()  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"text has U\+DC80, half a character, at position 1"):
         engine.generate("a\udc80b")
+
+
+@pytest.mark.parametrize("odd", [1 << 70, -(1 << 70), -1, VOCAB, 68.7, "a", None, [1, 2], {}], ids=str)
+def test_what_is_no_token_id(engine: Engine, bundle: Path, odd: Any) -> None:
+    session = Session(bundle, threads=1)
+    calls: list[Callable[[list[Any]], object]] = [
+        lambda ids: engine.generate(ids),
+        lambda ids: engine.decode(ids),
+        lambda ids: engine.score(ids, 4.0),
+        lambda ids: engine.logits(ids, 4.0),
+        lambda ids: engine.likelihoods(ids, 4.0),
+        lambda ids: session.run(ids, 4.0),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=rf"^token id .*: the model's ids go from 0 to {VOCAB - 1}$"):
+            call([5, odd])
 
 
 def test_one_reply_at_a_time(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 from mbq_runtime.errors import UsageError
@@ -52,7 +53,7 @@ class Sampling:
     logprobs: how many of the likeliest tokens to report at each step, besides the chosen one; None for no report.
 
     Raises:
-        UsageError: a value is out of range.
+        UsageError: a value is out of range, or no whole number where one is needed.
     """
 
     max_tokens: int = 128
@@ -69,6 +70,10 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (value is None and name in ("seed", "logprobs")):
+                raise UsageError(f"{name} {value!r}: needed a whole number")
         bias = next((value for value in self.logit_bias.values() if not -100 <= value <= 100), 0.0)
         rules = (
             (self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.reading import shown
 from mbq_runtime.errors import UsageError
 
 from .template import Message
@@ -29,14 +31,17 @@ def prompt_ids(
         template_kwargs: see ``Engine.generate``.
 
     Raises:
-        UsageError: the prompt is empty, or nothing takes ``template_kwargs``.
+        UsageError: the prompt is empty, not all of it is messages, or nothing takes ``template_kwargs``.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UsageError("the prompt is empty; give some text")
         if chat and tokenizer.has_chat_template:
             prompt = [{"role": "user", "content": prompt}]
-    if prompt and isinstance(prompt[0], Mapping):
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        for message in prompt:
+            if not isinstance(message, Mapping):
+                raise UsageError(f"the conversation has {shown(message)}, needed messages with role and content")
         ids = tokenizer.encode(tokenizer.chat_prompt(prompt, template_kwargs))  # type: ignore[arg-type]
     elif template_kwargs:
         names = ", ".join(template_kwargs)
@@ -57,11 +62,14 @@ def checked_ids(tokens: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
         tokens: at least one id.
         vocab_size: ids are below it.
 
+    Returns:
+        int32 [n].
+
     Raises:
-        UsageError: an id is out of range.
+        UsageError: an id is out of range, or no whole number.
     """
-    ids = np.asarray(tokens, np.int64)
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-        raise UsageError(f"token id {bad}: the model's ids go from 0 to {vocab_size - 1}")
-    return ids.astype(np.int32)
+    for token in tokens:
+        if not isinstance(token, Integral) or not 0 <= int(token) < vocab_size:
+            seen = shown(int(token) if isinstance(token, Integral) else token)
+            raise UsageError(f"token id {seen}: the model's ids go from 0 to {vocab_size - 1}")
+    return np.asarray(tokens, np.int32)

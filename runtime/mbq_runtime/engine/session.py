@@ -16,6 +16,7 @@ from .imports import engine_errors, import_engine
 from .load import open_bundle
 from .outputs import first_row
 from .private import GRAPH, WEIGHTS_FOLDER, ops_library, trimmed_graph
+from .prompt import checked_ids
 from .score import Window
 from .threads import SHORT_SPINNING, cores, ops_threads
 
@@ -78,13 +79,14 @@ class Session:
             avg_bits: budget in average bits per weight.
 
         Raises:
-            UsageError: there are too many tokens, or the budget is out of range.
+            UsageError: there are too many tokens, an id is none of the model, or the budget is out of range.
         """
         if not 1 <= len(tokens) <= self.manifest.model.context_length:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self.manifest.model.context_length}")
+        ids = checked_ids(tokens, self.manifest.model.vocab_size)
         budget = Allowance(self.manifest, self.manifest.budget.check(avg_bits, str(self.path)))
         feeds = {
-            "input_ids": np.asarray(tokens, np.int64)[None],
+            "input_ids": ids.astype(np.int64)[None],
             "attention_mask": np.ones((1, len(tokens)), np.int64),
             "avg_bits": budget.numbers,
             "scored": np.array([len(tokens)], np.int64),
