@@ -16,6 +16,7 @@ from .app_page import OPEN_PATHS as APP_PATHS
 from .errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health"}) | APP_PATHS  # none gives any information
+_SPACES = " \t"  # of HTTP: other spaces of Unicode are bytes of letters here
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -30,7 +31,7 @@ class Auth:
 
     Args:
         app: the application behind it.
-        api_key: the key; None: no key.
+        api_key: the key, without the spaces around it, which no header can have; None: no key.
         host: address on which the server listens.
         origins: origins whose pages may use the server without a key; "*" for every page.
     """
@@ -38,7 +39,7 @@ class Auth:
     def __init__(self, app: ASGIApp, api_key: str | None, host: str, origins: Sequence[str] = ()) -> None:
         self._origins = frozenset(origins)
         self._app = app
-        self._digest = None if api_key is None else _digest(api_key.encode())
+        self._digest = None if api_key is None else _digest(api_key.strip(_SPACES).encode())
         self._local = is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +82,7 @@ class Auth:
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         # Digests have one length and are compared in constant time, so the time does not show how close a guess is.
-        given = _digest(key.strip().encode("latin-1"))
+        given = _digest(key.strip(_SPACES).encode("latin-1"))
         return hmac.compare_digest(given, self._digest or b"") and scheme.lower() == "bearer"
 
 

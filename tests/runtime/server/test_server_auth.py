@@ -48,6 +48,14 @@ def test_right_key(keyed: Running) -> None:
         assert status(keyed, path, {"Authorization": f"Bearer {KEY}".encode()})[0] == 200
 
 
+@pytest.mark.parametrize("key", [" sesame\t", "sesame-à", "Å-sesame-Å", "à"])
+def test_a_key_with_spaces_or_with_bytes_that_look_like_some(engine: Engine, key: str) -> None:
+    with serve(engine, api_key=key) as running:
+        for headers in ({"Authorization": f"Bearer {key}".encode()}, {"X-Api-Key": key.encode()}):
+            assert status(running, "/v1/models", {**headers})[0] == 200
+        assert status(running, "/v1/models", {"X-Api-Key": key.encode() + b"x"})[0] == 401
+
+
 def test_page_and_health_tell_nothing_of_replies_and_need_no_key(keyed: Running) -> None:
     assert status(keyed, "/health", {}) == (200, '{"status":"ok","ceiling_bits":8.0}')
     assert status(keyed, "/", {})[0] == 200
