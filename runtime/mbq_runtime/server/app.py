@@ -218,7 +218,9 @@ class Server:
             raise ApiError(400, "max_tokens: field required", param="max_tokens", code="missing")
         model = self._model(body.model)
         name = body.model or model.name
-        return self._reply(model, body, lambda form: messages.MessageShape(name, _divider(model, form)))
+        return self._reply(
+            model, body, lambda form: messages.MessageShape(name, _divider(model, form), body.stop or ())
+        )
 
     async def _count(self, request: Request) -> Response:
         body = _chat_body(messages.as_chat(_object(await self._read(request))))

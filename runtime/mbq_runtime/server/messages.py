@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -118,10 +118,12 @@ class MessageShape(BlockShape):
     Args:
         model: name of the model.
         divider: divides the reply.
+        stops: the stop texts of the request; the server has others of its own, such as what waits for a tool's answer.
     """
 
-    def __init__(self, model: str, divider: Divider) -> None:
+    def __init__(self, model: str, divider: Divider, stops: Sequence[str] = ()) -> None:
         super().__init__(divider)
+        self._stops = stops
         self._same = {"id": f"msg_{uuid4().hex}", "type": "message", "role": "assistant", "model": model}
 
     def started(self, prompt_tokens: int) -> Iterator[bytes]:
@@ -173,6 +175,7 @@ class MessageShape(BlockShape):
 
     def whole(self, blocks: list[dict[str, Any]], result: Result) -> dict[str, Any]:
         reason, stop = _STOP[result.finish_reasons[0]], result.stop_texts[0]
+        stop = stop if stop in self._stops else None
         if reason == "end_turn" and any(block["type"] == "tool_use" for block in blocks):
             reason = "tool_use"
         usage = {

@@ -10,6 +10,11 @@ import pytest
 from serving import Running
 from tiny_bundle import CIRCLE
 
+from mbq_runtime.server.divide import Divider
+from mbq_runtime.server.messages import MessageShape
+from mbq_runtime.server.tools import FORMATS
+from mbq_runtime.server.worker import Part, Result
+
 pytestmark = pytest.mark.heavy  # the client's package is large
 
 TIDE: dict[str, Any] = {
@@ -47,6 +52,22 @@ def test_a_stream(client: Any) -> None:
         assert "".join(stream.text_stream) == "BCDEF"
         final = stream.get_final_message()
     assert (final.stop_reason, final.usage.output_tokens) == ("max_tokens", 5)
+
+
+@pytest.mark.parametrize(
+    ("stops", "stop", "told"),
+    [((), "<|tool_response>", ("tool_use", None)), (("END",), "END", ("stop_sequence", "END"))],
+)
+def test_a_stop_text_of_the_server_is_none_of_the_client(
+    stops: tuple[str, ...], stop: str, told: tuple[str | None, ...]
+) -> None:
+    """Gemma's replies with calls end before the text that waits for an answer: a client must see the calls."""
+    row = FORMATS["gemma4"]
+    parts = [Part(0, "<|tool_call>call:now{}<tool_call|>")]
+    result = Result(("stop",), (stop,), 3, 2, 8.0, 0, 0, 1.0, 0.1, None)
+    found = MessageShape("any", Divider(None, row), stops).document(parts, result)
+    assert [block["type"] for block in found["content"]] == ["tool_use"]
+    assert (found["stop_reason"], found["stop_sequence"]) == told
 
 
 @pytest.mark.parametrize("stream", [False, True])
