@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mbq_runtime.errors import GrammarError
 
 from .tool_format import ToolFormat, Wanted, only_values, parameters
+
+V = TypeVar("V")
 
 _KNOWN = frozenset((
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "definitions", "deprecated",
@@ -67,7 +69,8 @@ class ValueRules:
         found, more = schema.get("properties"), schema.get("additionalProperties", True)
         if not isinstance(found, dict):
             return "" if more is False else self._any_members(self.value(more))
-        needed = schema.get("required") or []
+        needed = schema.get("required")
+        needed = needed if isinstance(needed, list) else self._odd(schema, "required", [])
         names = sorted(found, key=str.lower) if self._notation.sorts else [*found]
         parts = [(self._wanted.define(f"{json.dumps(key(name))} {self.value(found[name])}"), name in needed)
                  for name in names]  # fmt: skip
@@ -144,7 +147,7 @@ class ValueRules:
     def _text(self, schema: Mapping[str, Any]) -> str:
         if not self._notation.quote:
             return self._wanted.json({**schema, "type": "string"})
-        pattern, low, high = schema.get("pattern"), schema.get("minLength", 0), schema.get("maxLength")
+        pattern, (low, high) = schema.get("pattern"), self._sizes(schema, "minLength", "maxLength")
         if isinstance(pattern, str) and self._wanted.exact:
             if low or high is not None:
                 raise GrammarError("json_schema: pattern beside minLength or maxLength is not known for this model")
@@ -162,13 +165,31 @@ class ValueRules:
         return f"{quote} {self._wanted.define(f'{body} {quote}', lazy=True)}"
 
     def _array(self, schema: Mapping[str, Any]) -> str:
-        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        low, high = self._sizes(schema, "minItems", "maxItems")
         item = self._wanted.define(self.value(schema.get("items", True)))
         if high == 0:
             return '"[]"'
         most = "" if high is None else high - 1
         items = f"{item} ({self._comma} {item}){{{max(low - 1, 0)},{most}}}"
         return f'"[" {items if low else f"({items})?"} "]"'
+
+    def _sizes(self, schema: Mapping[str, Any], low: str, high: str) -> tuple[int, int | None]:
+        """The least and the most of something, from two fields of a schema."""
+        least, most = (self._size(schema, name) for name in (low, high))
+        return least or 0, most
+
+    def _size(self, schema: Mapping[str, Any], name: str) -> int | None:
+        size = schema.get(name)
+        if isinstance(size, float) and size.is_integer():
+            size = int(size)
+        known = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        return size if known else self._odd(schema, name, None)
+
+    def _odd(self, schema: Mapping[str, Any], name: str, otherwise: V) -> V:
+        """What stands for a field that has a value of another kind than JSON Schema gives it, or is not there."""
+        if schema.get(name) is not None and self._wanted.exact:
+            raise GrammarError(f"json_schema: at {name}: not a value of this field; leave it out")
+        return otherwise
 
     def _any(self) -> str:
         """Any value."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,40 @@ def test_what_a_grammar_does_not_know_is_left_out_unless_a_call_is_demanded(clie
     assert ask(client, tools=[{**TIDE, "function": {**TIDE["function"], "strict": True}}], max_tokens=3).choices
     with pytest.raises(openai.BadRequestError, match="a reply has one grammar; leave strict or response_format out"):
         ask(client, tools=[tool], response_format={"type": "json_object"})
+
+
+ODD = ("x", "2", None, -1, 1.5, True, [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize(
+    ("field", "around"),
+    [
+        ("minItems", {"type": "array"}),
+        ("maxItems", {"type": "array"}),
+        ("items", {"type": "array"}),
+        ("minLength", {"type": "string"}),
+        ("maxLength", {"type": "string"}),
+        ("pattern", {"type": "string"}),
+        ("required", {"type": "object", "properties": {"b": {}}}),
+        ("properties", {"type": "object"}),
+        ("additionalProperties", {"type": "object"}),
+        ("type", {}),
+        ("enum", {}),
+        ("anyOf", {}),
+        ("$ref", {}),
+    ],
+)
+def test_a_schema_with_a_value_of_another_kind(family: str, field: str, around: dict[str, Any]) -> None:
+    """A client's mistake is a GrammarError, or left out; any other error would be one of the server."""
+    for value in ODD:
+        odd = {**around, field: value}
+        for parameters in (odd, {"type": "object", "properties": {"a": odd}}):
+            tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+            row = FORMATS[family]._replace(tools=named([tool]))
+            for exact in (False, True):
+                with suppress(GrammarError):
+                    call_grammar(row, demanded=exact, several=True, exact=exact, special_id=lambda text: None)
 
 
 def test_tools_and_their_answers_reach_the_template(client: openai.OpenAI) -> None:
