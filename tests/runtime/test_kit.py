@@ -212,6 +212,13 @@ def test_a_file_that_is_no_whole_report_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_the_shortest_closed_loop_is_a_second(engine: Engine, tmp_path: Path) -> None:
+    report, path = quiet_report(engine), tmp_path / "report.json"
+    report["stages"]["closed_loop"]["seconds"] = 0.5
+    kit.write(report, path)
+    assert cli.main(["simulate", str(path), "--policy", "auto"]) == 0
+
+
 def test_a_report_does_not_command_the_terminal(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

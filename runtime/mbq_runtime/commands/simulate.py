@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from mbq_runtime import tables
+from mbq_runtime import plotting, tables
+from mbq_runtime.errors import UsageError
 from mbq_runtime.printable import printable
 
 from .common import FiniteRange, json_option
@@ -70,6 +71,9 @@ def command(
     from mbq_runtime.simulate.report import is_report, read_report
     from mbq_runtime.simulate.situations import SITUATIONS, find_situation
 
+    if plot is not None:
+        plotting.check(plot)
+
     if what == "list":
         rows = ([row.name, row.board, row.help] for row in SITUATIONS.values())
         click.echo(tables.aligned(["situation", "board", ""], rows, words=["situation", "board", ""]))
@@ -84,6 +88,8 @@ def command(
         weights = reported.weights
         named = contenders(names, weights.low_bits, weights.high_bits)
     if is_file and reported is None:
+        if _ORACLE in policies:
+            raise UsageError(f"--policy {_ORACLE}: it must know the board, and {what} has readings alone; leave it out")
         trace = read_trace(Path(what))
         runs = [replay(trace, name, policy) for name, policy in named]
         title, limits_c = what, sorted({r.throttle_temp_c for r in trace if r.throttle_temp_c is not None})

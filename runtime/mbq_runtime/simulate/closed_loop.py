@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
+from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.control.ladder import Ladder, climb
 from mbq_runtime.control.policy import Policy, find_policy
 from mbq_runtime.control.threads import Threads
@@ -106,12 +108,20 @@ def contenders(names: Sequence[str], low_bits: float, high_bits: float) -> list[
         policy = find_policy(row)
         if bits and policy.bands:
             raise UsageError(f"policy {name!r}: only fixed takes a number of bits")
-        try:
-            bounds = (float(bits), float(bits)) if bits else (low_bits, high_bits)
-        except ValueError:
-            raise UsageError(f"policy {name!r}: {bits!r} is no number of bits") from None
+        bounds = (_fixed(name, bits),) * 2 if bits else (low_bits, high_bits)
         found.append((name, replace(policy, floor_bits=bounds[0], ceiling_bits=bounds[1])))
     return found
+
+
+def _fixed(name: str, bits: str) -> float:
+    """The budget that a policy's name gives."""
+    try:
+        value = float(bits)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value <= CODE_BITS:
+        raise UsageError(f"policy {name!r}: {bits!r} is no number of bits from 1 to {CODE_BITS}")
+    return value
 
 
 class Follower:

@@ -134,7 +134,7 @@ def _reported(report: dict[str, Any]) -> Reported:
     def change(at: float) -> dict[str, float | bool | None]:
         return {"load": 1 / cpus} if begin_s <= at < end_s else {}
 
-    situation = Situation("report", "report", board.help, round(seconds), change)
+    situation = Situation("report", "report", board.help, max(round(seconds), 1), change)
     return Reported(board, weights, situation, _within(loop["tokens_per_s"], 0, 1e9), _bits(loop["mean_bits"]))
 
 

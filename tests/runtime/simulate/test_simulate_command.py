@@ -109,6 +109,20 @@ def test_plots_that_cannot_be_drawn(capsys: pytest.CaptureFixture[str], tmp_path
     assert "cannot be written" in err
 
 
+@pytest.mark.parametrize("bits", ["nan", "inf", "-3", "0", "9", "four"])
+def test_bits_that_no_policy_fixes(capsys: pytest.CaptureFixture[str], bits: str) -> None:
+    code, out, err = run(capsys, "pi5-bare", "--hours", 0.01, "--policy", f"fixed {bits}")
+    assert (code, out) == (2, "")
+    assert f"policy 'fixed {bits}': {bits!r} is no number of bits from 1 to 8" in err
+
+
+@pytest.mark.parametrize("policies", [["oracle"], ["auto", "oracle"]])
+def test_no_oracle_of_a_trace(capsys: pytest.CaptureFixture[str], trace: Path, policies: list[str]) -> None:
+    code, out, err = run(capsys, trace, *(word for policy in policies for word in ("--policy", policy)))
+    assert (code, out) == (2, "")
+    assert "--policy oracle: it must know the board" in err
+
+
 def test_an_unknown_board(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "pi6")
     assert code == 2
