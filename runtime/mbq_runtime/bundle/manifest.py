@@ -369,10 +369,7 @@ def _check_values(manifest: Manifest, path: Path | str) -> None:
             )
             for linear in manifest.weights.linears
         ),
-        *(
-            (_is_number(bits), "weights.bytes_per_token", bits, "numbers of bits as keys")
-            for bits in manifest.weights.bytes_per_token
-        ),
+        *_table_rules(manifest.weights.bytes_per_token),
     ]
     for holds, field, seen, needed in rules:
         if not holds:
@@ -401,8 +398,19 @@ def _attention_rules(model: ModelFacts) -> Iterator[tuple[bool, str, object, str
         )
 
 
-def _is_number(text: str) -> bool:
+def _table_rules(bytes_per_token: Mapping[str, int]) -> Iterator[tuple[bool, str, object, str]]:
+    """Rules of the table of bytes, between whose rows a policy draws lines."""
+    field, seen = "weights.bytes_per_token", set[float]()
+    for text, size in bytes_per_token.items():
+        bits = _number(text)
+        yield 0 < bits <= CODE_BITS, field, text, f"numbers of bits above 0 and at most {CODE_BITS} as keys"
+        yield bits not in seen, field, text, "each number of bits once"
+        yield size > 0, f"{field}.{text}", size, "above 0"
+        seen.add(bits)
+
+
+def _number(text: str) -> float:
     try:
-        return math.isfinite(float(text))
+        return float(text)
     except ValueError:
-        return False
+        return math.nan

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.control.policy import quality_floor
+from mbq_runtime.errors import BundleError
 
 from .boards import Board
 
@@ -69,7 +70,15 @@ class Weights:
 
         Args:
             manifest: the bundle's manifest.
+
+        Raises:
+            BundleError: the manifest has no such table.
         """
+        if not manifest.weights.bytes_per_token:
+            raise BundleError(
+                f"{manifest.model.name}: its manifest does not say how many bytes a token reads (weights."
+                "bytes_per_token); export the bundle again"
+            )
         sizes = sorted((float(bits), size) for bits, size in manifest.weights.bytes_per_token.items())
         (low, least), (high, most) = sizes[0], sizes[-1]
         per_bit = (most - least) / (high - low) if high > low else most / high

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from changes import mutate_json
+from tiny_bundle import facts, write_manifest
 
 from mbq_runtime import cli
 from mbq_runtime.control.events import Event
@@ -49,6 +50,14 @@ def test_a_bundle_gives_the_bounds(capsys: pytest.CaptureFixture[str], bundle: P
     figures = json.loads(out)["runs"]["auto"]
     assert figures["mean_bits"] < 8.0
     assert figures["tokens_per_s"] > 1e5, "the tiny model reads a few kB"
+
+
+def test_a_bundle_without_a_table_of_bytes(capsys: pytest.CaptureFixture[str], bundle_copy: Path) -> None:
+    known = facts()
+    write_manifest(bundle_copy, replace(known, weights=replace(known.weights, bytes_per_token={})))
+    code, out, err = run(capsys, "pi5-bare", "--bundle", bundle_copy)
+    assert (code, out) == (4, "")
+    assert err.startswith("mbq: error: tiny: its manifest does not say how many bytes a token reads")
 
 
 def test_a_trace(capsys: pytest.CaptureFixture[str], trace: Path) -> None:
