@@ -354,6 +354,8 @@ def test_a_thread_for_each_big_core(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})  # bound to the small ones, or to two of them
     assert cores(tmp_path) == 2
     (tmp_path / "sys/devices/system/cpu/cpu0/cpu_capacity").write_text("")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_bytes(b"processor: 0\nmodel name: \xff\xfe\n")
     assert cores(tmp_path) >= 1  # a file that says nothing counts as a whole core
 
 

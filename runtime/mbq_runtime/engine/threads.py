@@ -86,7 +86,7 @@ def _number(path: Path) -> float:
 
 def _line(path: Path, otherwise: str) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8", errors="replace").strip()
     except OSError:
         return otherwise
 
