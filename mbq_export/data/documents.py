@@ -136,12 +136,26 @@ def _parts(path: Path, size: int) -> Iterator[Document]:
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(WHOLE_BYTES)
-        # A part begins and ends behind a line's end, where the file has lines.
-        first = data.find(b"\n") + 1 if start else 0
-        last = data.rfind(b"\n") + 1 or len(data)
+        # A part begins and ends behind a line's end, where the file has lines, else between two characters.
+        first = (data.find(b"\n") + 1 or _first_character(data)) if start else 0
+        last = data.rfind(b"\n") + 1 or (_last_character(data) if start + len(data) < size else len(data))
         whole = data[first:last] if first < last else b""
         if whole.strip():
             yield Document(_decode(whole, start + first, path), f"{path}, byte {start + first}")
+
+
+def _first_character(data: bytes) -> int:
+    """Place of the first byte that begins a character; 0 where none of four does, which is no UTF-8."""
+    return next((at for at, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0 if data[3:] else len(data))
+
+
+def _last_character(data: bytes) -> int:
+    """Place of the last character if it is cut off, else the end."""
+    for at in range(len(data) - 1, max(len(data) - 4, -1), -1):
+        if data[at] & 0xC0 != 0x80:
+            size = 1 if data[at] < 0x80 else 2 + (data[at] >= 0xE0) + (data[at] >= 0xF0)
+            return at if at + size > len(data) else len(data)
+    return len(data)
 
 
 def _coprime(a: int, b: int) -> bool:
