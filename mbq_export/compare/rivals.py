@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export.model.checkpoint import Checkpoint
+from mbq_export.model.shape import Decoder
 from mbq_runtime import perplexity
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.engine import Window
+from mbq_runtime.engine.load import open_bundle
 from mbq_runtime.engine.session import Session
-from mbq_runtime.errors import UsageError
+from mbq_runtime.errors import BundleError, UsageError
 
 from . import weights
 from .harness import Forward, Side
@@ -164,12 +166,8 @@ def _bundle(bench: Bench) -> Iterator[Side]:
     if bench.bundle is None:
         return
     session = Session(bench.bundle)
-    facts, decoder = session.manifest.model, bench.checkpoint.decoder
-    if (facts.layers, facts.hidden_size, facts.vocab_size) != (decoder.layers, decoder.hidden_size, decoder.vocab_size):
-        raise UsageError(f"{bench.bundle}: a bundle of {facts.name}, not of {bench.checkpoint.source.name}")
     sizes = {float(bits): size for bits, size in session.manifest.weights.bytes_per_token.items()}
     for bits in bench.avg_bits:
-        session.manifest.budget.check(bits, str(bench.bundle))
         yield Side(
             "bundle",
             f"bundle, {bits:g} bits on average",
@@ -179,6 +177,29 @@ def _bundle(bench: Bench) -> Iterator[Side]:
             "routed" if bits < CODE_BITS else f"{CODE_BITS} bits",
             held(session, bits),
         )
+
+
+def check_bundle(bundle: Path, decoder: Decoder, name: str, avg_bits: Sequence[float]) -> None:
+    """Refuse a bundle that cannot be measured beside a model.
+
+    Args:
+        bundle: its folder.
+        decoder: shape of the model.
+        name: of the model.
+        avg_bits: budgets to measure it at, in average bits per weight.
+
+    Raises:
+        BundleError: the bundle is broken, not for this machine, or has no ONNX graph.
+        UsageError: it is of another model, or does not have a budget.
+    """
+    folder, manifest = open_bundle(bundle, None)
+    facts = manifest.model
+    if (facts.layers, facts.hidden_size, facts.vocab_size) != (decoder.layers, decoder.hidden_size, decoder.vocab_size):
+        raise UsageError(f"{bundle}: a bundle of {facts.name}, not of {name}; give a bundle of this model")
+    if "onnx" not in manifest.engines:
+        raise BundleError(f"{folder}: the bundle has no ONNX graph; export it again with --engine onnx")
+    for bits in avg_bits:
+        manifest.budget.check(bits, str(bundle))
 
 
 def held(session: Session, avg_bits: float) -> Forward:

@@ -18,7 +18,7 @@ from mbq_runtime.perplexity import cut_windows, read_text
 
 from . import last_word, report, weights
 from .harness import Reference, Side
-from .rivals import METHODS, Bench, reference
+from .rivals import METHODS, Bench, check_bundle, reference
 
 _BITS = range(2, 9)
 
@@ -81,9 +81,7 @@ def prepare(settings: Settings) -> Prepared:
         UsageError: a setting is unknown or does not fit the model.
         ModelError: the model cannot be read.
     """
-    for bits in settings.bits:
-        if bits not in _BITS:
-            raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
+    _check_numbers(settings)
     source = locate(settings.model)
     decoder = read_config(source)
     for name, (_, width) in decoder.unit_shapes().items():
@@ -106,7 +104,24 @@ def prepare(settings: Settings) -> Prepared:
         raise UsageError("; ".join(left_out))
     if settings.tasks:
         _lm_eval()
+    if settings.bundle is not None and "bundle" in methods:
+        check_bundle(settings.bundle, decoder, source.name, settings.avg_bits)
     return Prepared(settings, source, windows.open_source(settings.calib_data), contents, methods, left_out)
+
+
+def _check_numbers(settings: Settings) -> None:
+    for bits in settings.bits:
+        if bits not in _BITS:
+            raise UsageError(f"--bits {bits}: needed whole numbers from {_BITS[0]} to {_BITS[-1]}")
+    for option, value, least in (
+        ("--group-size", settings.group_size, 1),
+        ("--windows", settings.windows, 1),
+        ("--context", settings.context, 2),
+        ("--calib-windows", settings.calib_windows, 1),
+        ("--last-words", settings.last_words, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{option} {value}: needed a whole number from {least}")
 
 
 def _text(name: str) -> str | None:

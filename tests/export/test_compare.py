@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
 from mbq_export.cli import command
-from mbq_export.compare import last_word, report, rivals, weights
+from mbq_export.compare import last_word, report, rivals, run, weights
 from mbq_export.compare.harness import Reference, Scores, Side
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
@@ -238,7 +238,7 @@ def test_a_whole_run(folder: Path, text_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "table.md").read_text() == done.stdout
 
 
-def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tmp_path / "bundle"
     export = ["--model", str(folder), "--target", "portable", "--method", "rtn", "--router", "norm", "--json"]
     export += ["--calib-data", str(text_file), "--calib-tokens", "1024", "--output", str(bundle)]
@@ -266,6 +266,11 @@ def test_a_bundle_beside_others(folder: Path, text_file: Path, tmp_path: Path) -
         ("bundle, 4 bits on average", "round to nearest, 4 bits, and the head"),
     ]
     other = write_checkpoint(tmp_path / "other", "llama", num_hidden_layers=1)
+    monkeypatch.setattr(run, "load", None)  # what does not fit is refused before the model is loaded
+    refused = compare(*args, "--bundle", bundle, "--avg-bits", "8,nan")
+    assert "average bits nan" in str(refused.exception)
+    refused = compare(*args, "--bundle", tmp_path / "nowhere")
+    assert "nowhere: no such folder" in str(refused.exception)
     refused = compare("--model", other, *args[2:], "--bundle", bundle)
     assert "a bundle of llama, not of other" in str(refused.exception)
 
@@ -296,6 +301,12 @@ def test_a_model_with_experts(text_file: Path, tmp_path: Path) -> None:
         (["--group-size", "128"], "--group-size 128 does not divide K = 192"),
         (["--data", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--windows", "9999"], "windows, 9999 are asked for"),
+        (["--windows", "0"], "--windows 0: needed a whole number from 1"),
+        (["--group-size", "0"], "--group-size 0: needed a whole number from 1"),
+        (["--group-size", "-64"], "--group-size -64: needed a whole number from 1"),
+        (["--calib-windows", "0"], "--calib-windows 0: needed a whole number from 1"),
+        (["--last-words", "-1"], "--last-words -1: needed a whole number from 0"),
+        (["--context", "1"], "--context 1: needed a whole number from 2"),
     ],
 )
 def test_refusals(folder: Path, text_file: Path, args: list[str], part: str) -> None:
