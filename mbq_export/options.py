@@ -123,7 +123,11 @@ class Options:
         Raises:
             UsageError: a value is not known.
         """
+        if isinstance(targets, str):
+            raise UsageError(f"targets {targets!r}: needed a list of names, such as [{targets!r}]")
         machines = {name: resolve(name) for name in targets}
+        if not machines:
+            raise UsageError("targets: there is none; needed names such as arm64")
         profiles = tuple(SliceProfile.parse(text) for text in (AUTO_SLICES if slices == "auto" else [slices]))
         if engine not in ENGINE_CHOICES:
             raise UsageError(f"--engine {engine!r} is not known; choose one of: {', '.join(ENGINE_CHOICES)}")

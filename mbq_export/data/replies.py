@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_runtime.cache import cache_dir
-from mbq_runtime.errors import ModelError
+from mbq_runtime.errors import ModelError, UsageError
 from mbq_runtime.whole_file import write_whole
 
 from ..model.blocks import fast_passes
 from ..model.checkpoint import Checkpoint
 from ..progress import Report, StageReport, staged
-from .documents import Messages
+from .documents import Messages, messages_of
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +117,25 @@ def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> s
 def _said(checkpoint: Checkpoint, name: str, chats: Sequence[Any], length: _Length, report: Report) -> str:
     """The chats with the model's replies."""
     file = cache_dir() / "replies" / f"{name}-{_key(checkpoint, chats, length)}.json"
-    if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-    else:
+    said = _kept(file)
+    if said is None:
         said = _answered(checkpoint, chats, length, staged(report, f"writing replies ({name})"))
         _keep(said, file)
     return "".join(_rendered(checkpoint, messages) for messages in said)
+
+
+def _kept(file: Path) -> list[Messages] | None:
+    """The chats of an earlier run; None where there are none, or they cannot be used."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise ValueError("no list of chats")
+        return [messages_of(chat, "the file") for chat in found]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, UsageError) as error:
+        log.warning("%s: ignored (%s); the model writes its replies again", file, error)
+        return None
 
 
 def _keep(said: list[Messages], file: Path) -> None:

@@ -235,6 +235,8 @@ def _dataset(name: str) -> Iterator[Document]:
     path, config, split, column = (*name.split(":", 3), "", "", "")[:4]
     split, column = split or "train", column or "text"
     where = f"calibration dataset {path}"
+    if not path:
+        raise UsageError(f"--calib-data {DATASET_PREFIX}{name}: it names no dataset; needed {DATASET_PREFIX}OWNER/NAME")
     try:
         from datasets import load_dataset
         from datasets.utils.logging import disable_progress_bar

@@ -73,6 +73,8 @@ def locate(model: str) -> ModelSource:
     Raises:
         ModelError: there is no such model, or its folder or file is incomplete.
     """
+    if not model:
+        raise ModelError("model '': it is empty; give a Hugging Face folder or id, a GGUF file, or . for this folder")
     path = PACKAGED[model]() if model in PACKAGED else Path(os.path.expanduser(model))
     if path.is_file():
         if path.suffix != ".gguf":

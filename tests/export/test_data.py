@@ -334,6 +334,18 @@ def test_tokens_of_pieces_are_those_of_the_whole_text(monkeypatch: pytest.Monkey
     assert [token for piece in cut for token in encode(piece)] == encode(text)
 
 
+@pytest.mark.parametrize("letters", ["日本語と中文", "ä", "🙂", "a", "aé日🙂"])
+def test_a_long_text_without_lines_is_cut_between_characters(tmp_path: Path, letters: str) -> None:
+    file = tmp_path / "long.txt"
+    for more in range(4):
+        text = "x" * more + letters * (3 * WHOLE_BYTES // len(letters.encode()))
+        file.write_text(text, encoding="utf-8")
+        parts = [str(document.content) for document in read_documents(file)]
+        assert len(parts) > 2
+        assert all(part in text for part in parts)
+        assert sum(map(len, parts)) > len(text) - 2 * len(parts)
+
+
 @pytest.mark.parametrize("path", ["/dev/zero", "fifo"])
 def test_a_device_is_no_file(tmp_path: Path, path: str) -> None:
     if path == "fifo":
@@ -350,6 +362,17 @@ def test_parts_of_a_packaged_text_share_nothing(read: Callable[[str], str]) -> N
     assert not lines["calibration"] & lines["validation"]
     assert not (lines["calibration"] | lines["validation"]) & lines["evaluation"]
     assert 0.1 < len(parts["validation"]) / len(parts["calibration"]) < 0.5
+
+
+def test_kept_replies_that_are_damaged_are_written_again(tmp_path: Path) -> None:
+    file = tmp_path / "replies" / "x.json"
+    assert replies._kept(file) is None
+    chats = [[{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]]
+    replies._keep(chats, file)
+    assert replies._kept(file) == chats
+    for damage in (b"", b"{", b"[1]", b'{"a": 1}', b'[[{"role": "user"}]]', b"\xff", b"[" * 10**5):
+        file.write_bytes(damage)
+        assert replies._kept(file) is None, damage
 
 
 @pytest.mark.heavy

@@ -60,6 +60,8 @@ def test_the_command_has_the_defaults_of_the_function() -> None:
     ("arguments", "said"),
     [
         ({"targets": ["commodore"]}, "commodore"),
+        ({"targets": "arm64"}, "targets 'arm64': needed a list of names, such as ['arm64']"),
+        ({"targets": []}, "targets: there is none"),
         ({"engine": "steam"}, "--engine 'steam' is not known; choose one of: onnx, tvm, both"),
         ({"method": "guess"}, "--method 'guess' is not known; choose one of: rtn, quick, nested, learned"),
         ({"router": "guess"}, "--router 'guess' is not known"),

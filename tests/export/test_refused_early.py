@@ -12,6 +12,7 @@ from tiny_models import COMMON, MODELS, write_checkpoint
 from transformers import AutoConfig
 from warm_start import Running
 
+from mbq_export.data.windows import open_source
 from mbq_export.lines import one_line
 from mbq_export.model.boundary import reading
 from mbq_export.model.config_schema import MOST_LAYERS, check_values
@@ -88,6 +89,13 @@ def test_values_of_options(changes: dict[str, Any], said: str) -> None:
         Options.of("model", ["portable"], **{**ASKED, **changes})
     assert str(caught.value).startswith(said)
     assert one_line(str(caught.value)) == str(caught.value)
+
+
+def test_no_name_of_a_model_or_a_dataset() -> None:
+    with pytest.raises(ModelError, match=r"^model '': it is empty"):
+        locate("")
+    with pytest.raises(UsageError, match=r"^--calib-data hf:: it names no dataset; needed hf:OWNER/NAME"):
+        open_source("hf:")
 
 
 @pytest.fixture
