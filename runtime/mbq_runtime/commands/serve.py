@@ -131,7 +131,8 @@ def command(
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
         most_bytes = Sensors().read().available_memory_bytes if models_mb is None else models_mb * 10**6
-        folders = [bundle, *(local_bundle(other, allow_http=False) for other in others)]
+        allow_http = click.get_current_context().params["allow_http"]
+        folders = [bundle, *(local_bundle(other, allow_http=allow_http) for other in others)]
         rest = []
         for folder in folders[1:]:  # one after another in memory, so that a broken bundle is reported at once
             rest.append(load(folder))

@@ -209,6 +209,17 @@ def test_refusals(capsys: pytest.CaptureFixture[str], bundle: Path, args: list[s
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("more", "code", "message"), [([], 2, "http is not encrypted"), (["--allow-http"], 4, "check the")]
+)
+def test_allow_http_is_of_each_bundle(
+    capsys: pytest.CaptureFixture[str], bundle: Path, more: list[str], code: int, message: str
+) -> None:
+    found, _, err = run(capsys, "serve", bundle, "http://0.0.0.0:1/other", "--port", 0, *more)
+    assert (found, err.count("\n")) == (code, 1)
+    assert message in err
+
+
 def test_what_to_install(capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = run(capsys, "serve", bundle)
