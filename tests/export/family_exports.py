@@ -23,6 +23,10 @@ from mbq_export.format.codes import decode
 from mbq_export.model import recording
 from mbq_export.model.experts import single_experts
 from mbq_export.model.families import FAMILIES
+from mbq_export.model.loading import read_config
+from mbq_export.model.source import locate
+from mbq_export.prepare import without_gpu_kernels
+from mbq_export.routing import mlp
 from mbq_export.slicing import rtn
 from mbq_export.write import check as written_check
 from mbq_runtime import Engine
@@ -30,6 +34,10 @@ from mbq_targets.machines import Target
 
 COMPILED = {*EVERY_PART, "lfm2", "lfm2_moe"}
 """Models that are also exported for TVM, which compiles each of them for seconds.  It lowers by parts of a block."""
+
+
+ROUTER_STEPS = 20
+"""Of the training of a learned router, where no test looks at what it has learned."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class FamilyExport:
     portable: bundle for any machine
     host: bundle for this machine, for each of ``engines``
     engines: "onnx", and for models in ``COMPILED`` also "tvm"
+    gpus: bundles by target: "webgpu" for models in ``EVERY_PART`` whose parts all have GPU kernels, and
+        "android-adreno" for llama
     check_errors: largest errors that the checks of the export found, as ``recorded_errors`` gives them
     """
 
@@ -49,6 +59,7 @@ class FamilyExport:
     portable: Path
     host: Path
     engines: tuple[str, ...]
+    gpus: dict[str, Path]
     check_errors: dict[str, float]
 
     def loaded(self) -> Iterator[Engine]:
@@ -159,27 +170,53 @@ def export_family(name: str, folder: Path, text: Path) -> FamilyExport:
     """
     model, bundles = write_checkpoint(folder / name, name), folder / "bundles"
     engines = ("onnx", "tvm") if name in COMPILED else ("onnx",)
-    engine = "both" if "tvm" in engines else "onnx"
-    with recorded_errors() as errors, pytest.MonkeyPatch.context() as patch:
+    options = ["--engine", "both" if "tvm" in engines else "onnx"]
+    gpus = ["android-adreno"] if name == "llama" else []
+    if name in EVERY_PART and not without_gpu_kernels(read_config(locate(str(model)))):
+        gpus.append("webgpu")
+    for target in ("portable", "host", *gpus):
+        options += ["--target", target]
+    with recorded_errors() as errors, recorded_rounding() as factors, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Target, "engines", engines_there_are)
-        rounded = export(model, bundles, text, "--target", "portable", "--target", "host", "--engine", engine)
-    return FamilyExport(model, rounded, bundles / f"{name}-portable", bundles / f"{name}-host", engines, errors)
+        export(model, bundles, *calibrated_on(text), "--kv", "32", *options)
+    rounded = write_rounded(model, folder / "rounded", factors)
+    folders = {target: bundles / f"{name}-{target}" for target in ("portable", "host", *gpus)}
+    return FamilyExport(
+        model, rounded, folders["portable"], folders["host"], engines, {gpu: folders[gpu] for gpu in gpus}, errors
+    )
 
 
-def export(model: Path, output: Path, text: Path, *options: str) -> Path:
+def export_8_bits(family: FamilyExport, folder: Path, text: Path) -> Path:
+    """Export a family's checkpoint again, with keys and values of 8 bits and for both engines of this machine.
+
+    The calibration is the same, and so are the slices.
+
+    Args:
+        family: as ``export_family`` gives it.
+        folder: an empty folder.
+        text: that ``family`` was calibrated on.
+    """
+    with recorded_errors() as errors:
+        export(family.model, folder / "bundle", *calibrated_on(text), "--target", "host", "--engine", "both")
+    assert errors.keys() == {"limit 0.001", "limit 0.5", "limit 0.15", "limit 0.002"}
+    assert max(errors.values()) < 0.5
+    return folder / "bundle"
+
+
+def calibrated_on(text: Path) -> list[str]:
+    """Options of a short calibration on a text."""
+    return ["--calib-data", str(text), "--calib-tokens", "1024"]
+
+
+def export(model: Path, output: Path, *options: str) -> None:
     """Export a checkpoint by rounding, with a learned router.
 
     Args:
         model: folder of the checkpoint.
         output: where the bundles go.
-        text: to calibrate on.
         options: of the command, with a target.
-
-    Returns:
-        A folder beside the checkpoint's: the checkpoint with rounded weights, see ``write_rounded``.
     """
-    arguments = ["--model", str(model), "--output", str(output), "--calib-data", str(text), "--calib-tokens", "1024"]
-    arguments += ["--method", "rtn", "--router", "mlp", "--kv", "32", "--json", *options]
-    with recorded_rounding() as factors:
-        command(arguments, standalone_mode=False)
-    return write_rounded(model, model.with_name("rounded"), factors)
+    arguments = ["--model", str(model), "--output", str(output), "--method", "rtn", "--router", "mlp", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp, "_STEPS", ROUTER_STEPS)
+        command([*arguments, *options], standalone_mode=False)

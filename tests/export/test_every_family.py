@@ -18,7 +18,6 @@ from mbq_export.cli import command
 from mbq_export.model.loading import load
 from mbq_export.model.recording import relative_error
 from mbq_export.model.source import locate
-from mbq_export.prepare import without_gpu_kernels
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.engine import Session
 
@@ -81,16 +80,17 @@ def test_every_engine_computes_what_transformers_does(family: FamilyExport) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_PART)
-def test_gpus_compute_what_transformers_does(name: str, calibration_text: Path, tmp_path: Path) -> None:
+def test_gpus_compute_what_transformers_does(
+    name: str, families: Callable[[str], FamilyExport], tmp_path: Path
+) -> None:
     """On a driver for the processor; or the family is refused."""
     needs.gpu("webgpu")
-    model, bundle = write_checkpoint(tmp_path / name, name), tmp_path / "bundle"
-    if without_gpu_kernels(load(locate(str(model))).decoder):
+    family = families(name)
+    if not family.gpus:
         with pytest.raises(UsageError, match="have no GPU kernel"):
-            export(model, bundle, calibration_text, "--target", "webgpu")
+            export(family.model, tmp_path / "bundle", "--target", "webgpu")
         return
-    rounded = export(model, bundle, calibration_text, "--target", "webgpu")
-    assert_computes([Engine.load(bundle)], name, rounded, count=1)
+    assert_computes([Engine.load(family.gpus["webgpu"])], name, family.rounded, count=1)
 
 
 def assert_computes(engines: Iterable[Engine], name: str, rounded: Path, *, count: int = 3) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 import needs
 import numpy as np
 import pytest
+from family_exports import FamilyExport
 from guesses import assert_guesses_change_nothing
-from tiny_models import write_checkpoint
 
-from mbq_export.cli import command
 from mbq_export.format.router import RouterParams, threshold_at
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import gpu_plan
@@ -41,25 +40,9 @@ def binary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    """One random Llama (grouped queries, a learned router) for the processor and both languages."""
-    folder = tmp_path_factory.mktemp("gpu")
-    arguments = ["--model", write_checkpoint(folder / "llama", "llama"), "--output", folder / "bundles"]
-    arguments += [
-        "--calib-data",
-        calibration_text,
-        "--calib-tokens",
-        1024,
-        "--method",
-        "rtn",
-        "--router",
-        "mlp",
-        "--json",
-    ]
-    for target in ("portable", *TARGETS.values()):
-        arguments += ["--target", target]
-    command([str(argument) for argument in arguments], standalone_mode=False)
-    return folder / "bundles"
+def bundles(families: Callable[[str], FamilyExport]) -> Path:
+    """A folder of bundles of one random Llama (grouped queries, a learned router): ``llama-TARGET``."""
+    return families("llama").portable.parent
 
 
 @pytest.fixture(scope="module")

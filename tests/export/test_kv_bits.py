@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from agreement import divergence
-from family_exports import recorded_errors
+from family_exports import FamilyExport
 from numpy.typing import NDArray
 from tiny_models import write_checkpoint
 
@@ -34,37 +36,22 @@ TIE = 2e-3
 Logits = NDArray[np.float64]
 
 
-def export(source: Path, output: Path, text: Path, *args: str) -> Path:
-    arguments = ["--target", "host", "--model", source, "--output", output, "--calib-data", text, "--method", "rtn"]
-    arguments += ["--calib-tokens", 512, "--json", *args]
-    command([str(argument) for argument in arguments], standalone_mode=False)
-    return output
+Bundles = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kv")
+def model(families: Callable[[str], FamilyExport]) -> Path:
+    return families("llama").model
 
 
 @pytest.fixture(scope="module")
-def bundles(folder: Path, calibration_text: Path) -> dict[str, Path]:
-    """By family, each made when it is first asked for.  Its check leaves much of its limits."""
-
-    class Bundles(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            source = write_checkpoint(folder / name, name)
-            with recorded_errors() as errors:
-                self[name] = export(source, folder / f"{name}-8", calibration_text, "--engine", "both", "--kv", "8")
-            assert errors.keys() == {"limit 0.001", "limit 0.5", "limit 0.15", "limit 0.002"}
-            assert max(errors.values()) < 0.5
-            return self[name]
-
-    return Bundles()
+def llama(bundles_8_bits: Bundles) -> Path:
+    return bundles_8_bits("llama")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_both_engines_say_the_same_token_by_token(name: str, bundles: dict[str, Path]) -> None:
-    onnx, compiled = (Engine.load(bundles[name], engine=engine) for engine in ("onnx", "tvm"))
+def test_both_engines_say_the_same_token_by_token(name: str, bundles_8_bits: Bundles) -> None:
+    onnx, compiled = (Engine.load(bundles_8_bits(name), engine=engine) for engine in ("onnx", "tvm"))
     reply = onnx.generate(TEXT, max_tokens=20, avg_bits=8, chat=False)
     reply.text()
     whole = [*TEXT, *reply.stats.tokens]
@@ -76,13 +63,12 @@ def test_both_engines_say_the_same_token_by_token(name: str, bundles: dict[str, 
     assert (steps.max(1) - steps[np.arange(len(said)), said] <= TIE * np.abs(steps).max()).all()
 
 
-def test_little_is_changed(folder: Path, bundles: dict[str, Path], calibration_text: Path) -> None:
+def test_little_is_changed(llama: Path, families: Callable[[str], FamilyExport]) -> None:
     """From the same weights with float32 keys and values, and from the original with rounded ones."""
-    rounded = bundles["llama"]
-    exact = export(folder / "llama", folder / "llama-32", calibration_text, "--kv", "32")
-    of_rounded, of_exact = (Engine.load(path).logits(TEXT, 8.0).logits for path in (rounded, exact))
+    exact = families("llama")
+    of_rounded, of_exact = (Engine.load(path).logits(TEXT, 8.0).logits for path in (llama, exact.host))
     assert 0 < divergence(of_exact, of_rounded) < MOST_KL
-    checkpoint = load(locate(str(folder / "llama")))
+    checkpoint = load(locate(str(exact.model)))
     with torch.no_grad():
         original = checkpoint.model(torch.tensor([TEXT])).logits[0].numpy()
         with rounded_cache(checkpoint):
@@ -93,9 +79,9 @@ def test_little_is_changed(folder: Path, bundles: dict[str, Path], calibration_t
 
 
 @pytest.mark.parametrize("engine", ["onnx", "tvm"])
-def test_a_session_says_what_an_empty_context_says(engine: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_a_session_says_what_an_empty_context_says(engine: str, llama: Path, tmp_path: Path) -> None:
     """Also behind a rewind into the middle of a block of the cache."""
-    loaded = Engine.load(bundles["llama"], engine=engine)
+    loaded = Engine.load(llama, engine=engine)
     session, talk = loaded.session(), list(TEXT)
     for turn in range(3):
         replies = [loaded.generate(talk, max_tokens=8, avg_bits=8, session=kept) for kept in (session, None)]
@@ -114,23 +100,23 @@ def test_a_session_says_what_an_empty_context_says(engine: str, bundles: dict[st
 
 
 def test_memory_is_as_computed(
-    bundles: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    llama: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 layers of 2 heads with keys and values of 32 channels and a scale each."""
     each_token = 2 * 2 * 2 * (32 + 4)
-    found = manifest.read(bundles["llama"])
+    found = manifest.read(llama)
     assert found.kv_bits == 8
     for engine in ("onnx", "tvm"):
-        loaded = Engine.load(bundles["llama"], engine=engine)
+        loaded = Engine.load(llama, engine=engine)
         assert loaded._backend.token_bytes == each_token
     context = loaded._backend.start(1000, np.array([8, 4], np.float32))
     assert sum(part.nbytes for part in context.kept(1008)) == 1008 * each_token
-    assert main(["inspect", str(bundles["llama"])]) == 0
+    assert main(["inspect", str(llama)]) == 0
     assert "each takes 0.3 kB of memory (8-bit keys and values)" in capsys.readouterr().out
-    assert main(["inspect", str(bundles["llama"]), "--json"]) == 0
+    assert main(["inspect", str(llama), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["context_bytes"] == {"each_token": each_token, "states": 0}
     command(
-        ["--model", str(folder / "llama"), "--target", "host", "--kv", "8", "--dry-run", "--json"],
+        ["--model", str(model), "--target", "host", "--kv", "8", "--dry-run", "--json"],
         standalone_mode=False,
     )
     plan = json.loads(capsys.readouterr().out)
@@ -150,24 +136,14 @@ def test_the_default_is_what_there_are_kernels_for(
 
 
 @pytest.mark.parametrize("target", ["portable", "webgpu"])
-def test_targets_without_kernels_are_refused(target: str, bundles: dict[str, Path], folder: Path) -> None:
-    source = bundles["llama"].with_name("llama")
+def test_targets_without_kernels_are_refused(target: str, model: Path) -> None:
     with pytest.raises(UsageError, match=f"--kv 8: {target} has float32 keys and values alone; leave it out"):
-        command(["--model", str(source), "--target", target, "--kv", "8", "--dry-run"], standalone_mode=False)
+        command(["--model", str(model), "--target", target, "--kv", "8", "--dry-run"], standalone_mode=False)
 
 
-def test_a_bundle_of_other_rows_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_of_other_rows_is_refused(llama: Path, tmp_path: Path) -> None:
     """The graph, genai_config.json and the manifest must say the same of the cache."""
-    source = bundles["llama"]
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in source.rglob("*"):
-        place = copy / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(path.read_bytes())
+    copy = shutil.copytree(llama, tmp_path / "copy")
     text = (copy / manifest.MANIFEST_NAME).read_text()
     (copy / manifest.MANIFEST_NAME).write_text(text.replace('"kv_bits": 8', '"kv_bits": 32'))
     with pytest.raises(BundleError, match=r"head_size|past_key_values.0.key|shape for"):
@@ -175,4 +151,4 @@ def test_a_bundle_of_other_rows_is_refused(bundles: dict[str, Path], tmp_path: P
     (copy / manifest.MANIFEST_NAME).write_text(text.replace('"kv_bits": 8', '"kv_bits": 16'))
     with pytest.raises(BundleError, match=r"kv_bits is 16, needed one of \(8, 32\)"):
         manifest.read(copy)
-    assert json.loads((source / FILE).read_text())["model"]["decoder"]["head_size"] == 36
+    assert json.loads((llama / FILE).read_text())["model"]["decoder"]["head_size"] == 36

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from family_exports import FamilyExport
 from json_fields import set_in
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -173,21 +175,14 @@ def test_keys_and_values_without_their_own_are_read_from_the_cache() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def exported(model: Path, folder: Path, text: Path, *options: str) -> Path:
-    arguments = ["--model", str(model), "--output", str(folder), "--calib-data", str(text), "--calib-tokens", "512"]
-    command([*arguments, "--method", "rtn", "--json", *options], standalone_mode=False)
-    return folder
+@pytest.fixture(scope="module")
+def bundle(families: Callable[[str], FamilyExport]) -> Path:
+    return families(NAME).host
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    folder = tmp_path_factory.mktemp("host") / "bundle"
-    return exported(model, folder, calibration_text, "--target", "host", "--engine", "both")
-
-
-@pytest.fixture(scope="module")
-def portable(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    return exported(model, tmp_path_factory.mktemp("portable") / "bundle", calibration_text, "--target", "portable")
+def portable(families: Callable[[str], FamilyExport]) -> Path:
+    return families(NAME).portable
 
 
 @pytest.fixture(scope="module", params=[("bundle", "onnx"), ("bundle", "tvm"), ("portable", "onnx")], ids="-".join)
@@ -281,9 +276,9 @@ def test_other_heads_are_refused(portable: Path, tmp_path: Path, where: str, val
     assert "\n" not in str(raised.value)
 
 
-def test_a_bundle_whose_blocks_are_alike_has_no_such_key(tmp_path: Path, calibration_text: Path) -> None:
-    llama = write_checkpoint(tmp_path / "llama", "llama")
-    folder = exported(llama, tmp_path / "bundle", calibration_text, "--target", "portable")
+@pytest.mark.heavy
+def test_a_bundle_whose_blocks_are_alike_has_no_such_key(families: Callable[[str], FamilyExport]) -> None:
+    folder = families("llama").portable
     assert "attention" not in json.loads((folder / "manifest.json").read_text())["model"]
 
 

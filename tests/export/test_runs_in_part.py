@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_exports import FamilyExport
 from file_server import serving
-from short_export import engines_there_are
-from tiny_models import write_checkpoint
 
-from mbq_export import cli
 from mbq_runtime import BundleError, Engine, Generation, UsageError
 from mbq_runtime.bundle import listed_files, manifest
 from mbq_runtime.bundle.listed_files import file_entries, undivided
@@ -29,7 +27,6 @@ from mbq_runtime.engine import Session
 from mbq_runtime.pull import Incoming, Source, pull, trim
 from mbq_runtime.pull.incoming import runs_in_part
 from mbq_runtime.trust import code
-from mbq_targets.machines import Target
 
 pytestmark = pytest.mark.heavy
 
@@ -39,26 +36,14 @@ STEP = 5  # tokens between two rises of the ceiling
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> Path:
-    """A folder with a bundle for this machine and both of its engines, and one for any machine."""
-    folder = tmp_path_factory.mktemp("comes")
-    arguments = ["--target", "host", "--target", "portable", "--engine", "both", "--output", folder / "bundles"]
-    arguments += ["--model", write_checkpoint(folder / "llama", "llama"), "--calib-data", calibration_text]
-    arguments += ["--router", "norm", "--calib-tokens", 512, "--method", "rtn", "--json"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Target, "engines", engines_there_are)
-        cli.command([str(argument) for argument in arguments], standalone_mode=False)
-    return folder / "bundles"
+def exported(bundles_8_bits: Callable[[str], Path]) -> Path:
+    """A bundle for this machine and both of its engines."""
+    return bundles_8_bits("llama")
 
 
 @pytest.fixture(scope="module")
-def exported(bundles: Path) -> Path:
-    return bundles / "llama-host"
-
-
-@pytest.fixture(scope="module")
-def portable(bundles: Path) -> Path:
-    return bundles / "llama-portable"
+def portable(families: Callable[[str], FamilyExport]) -> Path:
+    return families("llama").portable
 
 
 def in_small_chunks(bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
