@@ -16,6 +16,8 @@ from mbq_export import devices
 pytestmark = pytest.mark.heavy
 
 HERE = Path(__file__).parent
+# Error feedback takes a step for each channel, and every step there runs in Python.  The MLP has two groups of 32.
+MODEL = {**TINIEST, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
 
 MISUSES = """
 import torch
@@ -48,7 +50,7 @@ def test_the_other_device_refuses_what_a_gpu_would() -> None:
 @pytest.mark.parametrize(
     ("family", "layers", "method", "codes", "first_codes", "perplexity"),
     [
-        # It does all that other methods do.  Every operation there runs in Python, so there is one block.
+        # It does all that other methods do.
         pytest.param("llama", 1, "learned", 0.15, 0.05, 0.1, marks=pytest.mark.slow),
         ("gemma3_text", 2, "rtn", 1e-4, 1e-4, 1e-4),
         ("phi3", 2, "rtn", 1e-4, 1e-4, 1e-4),
@@ -58,7 +60,7 @@ def test_a_calibration_there_is_one_here(
     tmp_path: Path, family: str, layers: int, method: str, codes: float, first_codes: float, perplexity: float
 ) -> None:
     """codes, first_codes, perplexity: limits of relative differences of weights, the first block's weights, curves."""
-    model = write_checkpoint(tmp_path / "model", family, **{**TINIEST, "num_hidden_layers": layers})
+    model = write_checkpoint(tmp_path / "model", family, **{**MODEL, "num_hidden_layers": layers})
     found = json.loads(script("other_device.py", str(model), method))
     # Sums have another order, so a code at the edge of its cell may change, and feedback spreads this.
     assert max(found["apart"].values()) < codes
