@@ -117,10 +117,16 @@ def new_model(family: str) -> Any:
 
 
 def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices; Adam for tables, taps, norms and scalars."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    matrices = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in tables]
-    others = [weight for weight in model.parameters() if weight.ndim != 2 or id(weight) in tables]
+    """Muon for matrices; Adam for tables, taps, norms and scalars, and for experts, whose many small matrices Muon
+    would take one by one."""
+    left_out = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding | Expert)
+        for weight in module.parameters()
+    }
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in left_out]
+    others = [weight for weight in model.parameters() if weight.ndim != 2 or id(weight) in left_out]
     return [
         torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
