@@ -163,6 +163,62 @@ def test_another_bundle_is_refused(site: FileServer, change: dict[str, Any], kin
     assert message in said
 
 
+CACHED = """
+const { createHash } = await import("node:crypto");
+const { Bundle } = await import("./src/bundle.js");
+const { Store } = await import("./src/store.js");
+// A browser's own cache, which holds what a server sent before an export.
+const send = fetch, stale = new Map(Object.entries(given.stale)), asked = [];
+globalThis.fetch = async (url, { cache, ...options }) => {
+  const name = url.slice(given.url.length + 1);
+  asked.push([name, cache]);
+  return cache === "default" && stale.has(name) ? new Response(stale.get(name)) : send(url, options);
+};
+const bundle = await Bundle.open(given.url, await Store.open());
+return { plan: await bundle.plan(), asked };
+"""
+
+
+def test_what_the_browser_kept_of_an_earlier_export_is_asked_for_again(site: FileServer) -> None:
+    plan, manifest = b'{"new": true}', json.loads((site.root / "manifest.json").read_text())
+    (site.root / "gpu/plan.json").write_bytes(plan)
+    manifest["files"].append({"name": "gpu/plan.json", "size": len(plan), "sha256": sha256(plan).hexdigest()})
+    (site.root / "manifest.json").write_text(json.dumps(manifest))
+    stale = {"manifest.json": json.dumps(manifest | {"format_version": 1}), "gpu/plan.json": '{"new": false}'}
+    done = nodes.run(CACHED, {"url": site.url, "stale": stale})
+    assert done["plan"] == {"new": True}
+    assert done["asked"] == [["manifest.json", "no-cache"], ["gpu/plan.json", "default"], ["gpu/plan.json", "reload"]]
+
+
+KEPT = """
+const { Bundle } = await import("./src/bundle.js");
+const { Store } = await import("./src/store.js");
+const found = new Map();
+const store = new Store({
+  match: async key => found.get(key)?.clone(),
+  put: async (key, answer) => void found.set(key, answer),
+});
+const opens = async () => {
+  try {
+    return (await Bundle.open(given.url, store)).deepest;
+  } catch (error) {
+    return error.kind;
+  }
+};
+globalThis.location = { href: given.url };
+const send = fetch, results = [await opens()];
+globalThis.fetch = async () => new Response("<title>Log in to the network</title>");
+results.push(await opens());
+globalThis.fetch = async () => { throw new TypeError("offline"); };
+results.push(await opens());
+return results;
+"""
+
+
+def test_a_page_in_place_of_the_manifest_does_not_replace_the_kept_one(site: FileServer) -> None:
+    assert nodes.run(KEPT, {"url": site.url}) == [4, "broken", 4]
+
+
 def test_a_server_that_is_not_there(site: FileServer) -> None:
     (site.root / "manifest.json").unlink()
     assert read(site)["errors"] == [["network", f"{site.url}/manifest.json: the server says 404"]]

@@ -42,6 +42,31 @@ def test_numbers_as_text() -> None:
     assert nodes.run(script, values) == wanted
 
 
+FAULTS = """
+const { checkOptions, choose } = await import("./src/sampling.js");
+const message = act => { try { act(); return null; } catch (error) { return `${error.kind}: ${error.message}`; } };
+"""
+
+
+def test_options_that_no_reply_can_have() -> None:
+    good = "{}, { maxTokens: Infinity, temperature: 0, topK: 0, topP: 1, minP: 0 }, { temperature: undefined, minP: 1 }"
+    bad = "{ maxTokens: 0 }, { maxTokens: 1.5 }, { maxTokens: NaN }, { temperature: NaN }, { temperature: -1 },"
+    bad += "{ temperature: '1' }, { temperature: null }, { topK: -1 }, { topK: 0.5 }, { topP: 0 }, { minP: 1.1 }"
+    script = (
+        FAULTS + f"return [[{good}], [{bad}]].map(list => list.map(options => message(() => checkOptions(options))));"
+    )
+    fine, faults = nodes.run(script, None)
+    assert fine == [None] * len(fine)
+    assert all(fault.startswith("usage: ") for fault in faults)
+    assert faults[0] == "usage: maxTokens 0: needed a whole number from 1 on, or Infinity"
+
+
+@pytest.mark.parametrize("logits", ["[NaN, 1, 2]", "[1, 2, NaN]", "[Infinity, 1]", "[-Infinity, -Infinity]"])
+def test_logits_that_are_not_finite(logits: str) -> None:
+    script = FAULTS + f"return message(() => choose(new Float32Array({logits}), {{ temperature: 1 }}, () => 0.5));"
+    assert "broken: the model's logits are not finite" in nodes.run(script, None)
+
+
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +14,7 @@ from model_page import PHONE, ModelPage, until
 from PIL import Image
 from playwright import sync_api as playwright
 from playwright.sync_api import expect
-from sites import gone, there, weight_ranges
+from sites import WEIGHTS, gone, there, weight_ranges
 from watched_page import faults, hosts, watched
 
 pytestmark = pytest.mark.heavy
@@ -194,6 +195,24 @@ def test_a_browser_without_webgpu_is_told_what_works(fresh: Any, site: FileServe
     expect(fresh.locator("#facts")).to_contain_text("this browser has no WebGPU; Chrome")
     expect(fresh.locator("#load")).to_be_hidden()
     assert weight_ranges(site) == []
+
+
+def test_a_key_is_asked_for_when_the_server_wants_it_for_the_weights(fresh: Any, site: FileServer) -> None:
+    def locked(handler: BaseHTTPRequestHandler, path: str) -> bool:
+        if not path.endswith(WEIGHTS) or handler.headers["Authorization"] == "Bearer sesame":
+            return False
+        handler.send_error(401)
+        return True
+
+    site.answer = locked
+    fresh.goto(f"{site.url}/")
+    fresh.click("#load")
+    expect(fresh.locator("#door")).to_be_visible(timeout=60_000)
+    fresh.fill("#key", "sesame")
+    fresh.press("#key", "Enter")
+    fresh.click("#load")
+    until(fresh, "Boolean(mbq.found && document.getElementById('progress').value > 0)")
+    assert weight_ranges(site) != []
 
 
 def test_a_device_that_is_too_small_is_told_before_the_download(fresh: Any, site: FileServer) -> None:

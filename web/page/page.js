@@ -148,7 +148,8 @@ async function open({ steal = false } = {}) {
     el("progress").hidden = true;
     giveBack();
     page.found = null;
-    trouble(said(error), "Try again", open);
+    if (error.kind === "key") askKey();  // what this page read before was kept
+    else trouble(said(error), "Try again", open);
     return;
   }
   page.governor = new Governor(page.engine, sensors, show, el("policy").value || "auto");

@@ -30,11 +30,11 @@ export class Bundle {
 
   async #readManifest(depth) {
     const key = `manifest/${encodeURIComponent(this.url)}`;
-    let bytes;
+    let bytes, kept = false;
     try {
-      bytes = await new Source(this.url, "manifest.json", this.headers).whole();
-      await this.store.put(key, bytes);
+      bytes = await new Source(this.url, "manifest.json", this.headers).whole("no-cache");
     } catch (error) {
+      kept = true;
       bytes = await this.store.get(key);  // without its server
       if (bytes === null) throw error;
     }
@@ -47,6 +47,8 @@ export class Bundle {
       throw new MbqError("usage", `${this.url}: the bundle is for ${(manifest.engines || []).join(", ")}, a browser needs ` +
         `${ENGINE}; export it with --target ${ENGINE}`);
     }
+    // Not before: a network that wants a login first answers with a page of its own.
+    if (!kept) await this.store.put(key, bytes);
     this.entries = new Map(manifest.files.map(entry => [entry.name, entry]));
     let bits = 0;
     this.depthBits = manifest.slices.map(width => bits += width);
@@ -66,7 +68,8 @@ export class Bundle {
   async file(name) {
     const entry = this.entries.get(name);
     if (!entry) return null;
-    return this.#checked(name, entry.sha256, () => new Source(this.url, name, this.headers).whole());
+    const source = new Source(this.url, name, this.headers);
+    return this.#checked(name, entry.sha256, time => source.whole(time > 1 ? "reload" : "default"));
   }
 
   async json(name) {

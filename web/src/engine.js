@@ -8,7 +8,7 @@ import { Bundle } from "./bundle.js";
 import { allowance, contents, Context, fixedBuffers } from "./context.js";
 import { Device } from "./device.js";
 import { MbqError } from "./errors.js";
-import { choose, random } from "./sampling.js";
+import { checkOptions, choose, random } from "./sampling.js";
 import { Store } from "./store.js";
 import { Tokenizer } from "./tokenizer.js";
 
@@ -186,6 +186,7 @@ export class Engine {
   // of the prompt again), signal.
   async *generate(prompt, options = {}) {
     const { maxTokens = 512, temperature = 0, seed = null, fresh = false, signal } = options;
+    checkOptions(options);
     const ids = this.promptIds(prompt, options), { context } = this;
     const room = Math.min(maxTokens, this.contextLength - ids.length);
     if (!ids.length || room < 1) {

@@ -1,5 +1,25 @@
 // Chooses a token from logits: temperature, top_k, top_p, min_p, in this order, as runtime/mbq_runtime/engine/sampling.py.
 
+import { MbqError } from "./errors.js";
+
+const OPTIONS = {
+  maxTokens: [value => value >= 1 && (Number.isInteger(value) || value === Infinity), "a whole number from 1 on, or Infinity"],
+  temperature: [value => value >= 0 && Number.isFinite(value), "a number from 0 on"],
+  topK: [value => value >= 0 && Number.isInteger(value), "0 (all tokens) or a whole number above"],
+  topP: [value => value > 0 && value <= 1, "a number above 0 and at most 1"],
+  minP: [value => value >= 0 && value <= 1, "a number from 0 to 1"],
+};
+
+// Raises MbqError where an option of a reply is no number that it can be.
+export function checkOptions(options) {
+  for (const [name, [holds, needed]] of Object.entries(OPTIONS)) {
+    const value = options[name];
+    if (value !== undefined && !(typeof value === "number" && holds(value))) {
+      throw new MbqError("usage", `${name} ${value}: needed ${needed}`);
+    }
+  }
+}
+
 // A generator of numbers from 0 to 1 that a seed repeats: mulberry32, public domain, by Tommy Ettinger.
 export function random(seed) {
   let state = seed >>> 0;
@@ -13,7 +33,8 @@ export function random(seed) {
 
 export function choose(logits, { temperature, topK = 0, topP = 1, minP = 0 }, draw) {
   let peak = -Infinity;
-  for (const logit of logits) if (logit > peak) peak = logit;
+  for (const logit of logits) if (logit > peak || Number.isNaN(logit)) peak = logit;
+  if (!Number.isFinite(peak)) throw new MbqError("broken", `the model's logits are not finite (${peak}); export the bundle again`);
   // Tokens of less than 1e-7 of the likeliest one's weight are not drawn in practice.
   const least = peak - 16.2 * temperature;
   let found = [];

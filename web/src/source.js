@@ -13,10 +13,11 @@ export class Source {
     this.rest = null;  // bytes that were received and not given
   }
 
-  async #open(headers, fresh) {
+  // cache: how far the browser's own cache may answer, as `fetch` takes it.
+  async #open(headers, cache) {
     let answer;
     try {
-      answer = await fetch(this.url, { headers: { ...this.headers, ...headers }, cache: fresh ? "reload" : "default" });
+      answer = await fetch(this.url, { headers: { ...this.headers, ...headers }, cache });
     } catch {
       throw new MbqError("network", `${this.url}: the server does not answer`);
     }
@@ -25,8 +26,8 @@ export class Source {
     return answer;
   }
 
-  async whole() {
-    const answer = await this.#open({}, false);
+  async whole(cache = "default") {
+    const answer = await this.#open({}, cache);
     try {
       return new Uint8Array(await answer.arrayBuffer());
     } catch {
@@ -39,7 +40,7 @@ export class Source {
     const opens = this.reader === null || this.at > begin || (this.ranged && this.at < begin);
     if (opens) {
       this.close();
-      const answer = await this.#open({ Range: `bytes=${begin}-${until - 1}` }, fresh);
+      const answer = await this.#open({ Range: `bytes=${begin}-${until - 1}` }, fresh ? "reload" : "default");
       const range = /^bytes (\d+)-/.exec(answer.headers.get("Content-Range") || "");
       this.ranged = answer.status === 206 && range !== null;
       this.at = this.ranged ? Number(range[1]) : 0;
