@@ -6,6 +6,7 @@ import json
 import shutil
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,26 @@ def test_each_model_is_steered_while_it_is_in_use(engines: list[Engine]) -> None
         models.use(offers[1])
         models.use(offers[0])
     assert log == ["+tiny", "-tiny", "+second", "-second", "+tiny", "-tiny"]
+
+
+def test_a_model_is_steered_the_next_time_if_it_could_not_be(engines: list[Engine]) -> None:
+    steered: list[Engine] = []
+
+    @contextmanager
+    def steer(engine: Engine) -> Iterator[Any]:
+        steered.append(engine)
+        if len(steered) == 2:
+            raise UsageError("events.jsonl: its folder is gone")
+        yield BoundedEngine(engine), None
+
+    offers = named([(engine.path.name, engine, engine.manifest.budget) for engine in engines])
+    with Models(offers, steer) as models:
+        with pytest.raises(UsageError, match="is gone"):
+            models.use(offers[1])
+        models.use(offers[1])
+        assert models.bounded.manifest.model.name == "second"
+        models.use(offers[1])
+    assert steered == [engines[0], engines[1], engines[1]]
 
 
 def test_bundles_of_one_name_are_told_apart_by_their_folders(bundle: Path, tmp_path: Path) -> None:
