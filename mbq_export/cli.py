@@ -436,7 +436,7 @@ def main() -> None:
 def _ended_by(number: signal.Signals) -> tuple[str, int]:
     """Message and exit code after a signal, whatever a library made of its exception."""
     how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-    return f"{how}; run the same command again to go on from here", 128 + number
+    return f"{how}; run the same command again, and an export goes on from here", 128 + number
 
 
 def _ending(error: BaseException) -> tuple[str, int]:
