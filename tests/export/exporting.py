@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import file_digest
 from pathlib import Path
 
@@ -30,18 +29,22 @@ def run(command: list[str]) -> str:
 
 
 def kill_once(command: list[str], reached: Callable[[], bool]) -> None:
-    """Run the command and kill it, and all that it has started, as soon as it has ``reached`` something."""
-    process = start(command)
+    """Run the command and kill it as soon as it has ``reached`` something."""
+    kill_all([start(command)], reached)
+
+
+def kill_all(processes: Sequence[Running | subprocess.Popen[str]], reached: Callable[[], bool]) -> None:
+    """Kill processes as soon as they have ``reached`` something."""
     deadline = time.monotonic() + _PATIENCE_S
     while not reached():
-        assert process.poll() is None, process.communicate()
+        for process in processes:
+            assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # Nobody asks a child before its parent: ``torchrun`` puts those that it starts into sessions of their own.
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
 
 
 def start(command: list[str]) -> Running | subprocess.Popen[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_work
 import torch
-from exporting import digests, export, kill_once, run
+from exporting import digests, export, kill_all, run
 from tiny_models import TINIEST, write_checkpoint
+from warm_start import COMMAND, Running
 
 from mbq_export import methods
 from mbq_export.model.blocks import fast_dtype
@@ -17,7 +21,7 @@ from mbq_runtime.bundle import manifest
 
 pytestmark = pytest.mark.heavy
 
-WORK = Path(__file__).with_name("shared_work.py")
+WORK = Path(shared_work.__file__)
 
 
 def together(command: list[str], processes: int = 2) -> list[str]:
@@ -26,10 +30,23 @@ def together(command: list[str], processes: int = 2) -> list[str]:
     return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *rest]
 
 
-def test_shares_add_up_to_the_whole(tmp_path: Path) -> None:
+def forked(command: list[str], processes: int = 2) -> list[Running]:
+    """The same for an export, with the variables that ``torchrun`` sets, and without loading libraries again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return [
+        Running(command[len(COMMAND) :], environment={**shared, "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(processes)
+    ]
+
+
+def test_shares_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_checkpoint(tmp_path / "model", "llama")
     alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
-    run([sys.executable, str(WORK), str(model), str(alone)])
+    monkeypatch.setitem(methods.METHODS, "nested", methods.METHODS["nested"])  # the work changes it
+    shared_work.main(str(model), str(alone))
     run(together([sys.executable, str(WORK), str(model), str(shared)]))
     # Passes in bfloat16 make more of a last digit.
     summed, passed = (5e-4, 5e-4) if fast_dtype(torch.device("cpu")) == torch.float32 else (2e-3, 0.02)
@@ -59,10 +76,13 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
     assert all(0.9 < point.perplexity / facts.quality.reference_perplexity < 1.1 for point in facts.quality.curve)
 
     work = tmp_path / "b" / ".model.3122.calibration"
-    again = together(export(model, calibration_text, tmp_path / "b" / "bundle", *options))
+    again = export(model, calibration_text, tmp_path / "b" / "bundle", *options)
     for step in ("model.layers.0", methods.TUNE_SCALES.name):
-        kill_once(again, (work / f"{step}.safetensors").exists)
-    assert "resuming after" in run(again)
+        kill_all(forked(again), (work / f"{step}.safetensors").exists)
+    first, second = forked(again)
+    assert "resuming after" in "".join(first.communicate())
+    second.communicate()
+    assert first.returncode == second.returncode == 0
     assert digests(tmp_path / "a" / "bundle") == digests(tmp_path / "b" / "bundle")
     # None of them leaves anything behind.
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["bundle"]

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -38,9 +39,12 @@ class Running:
     Args:
         arguments: of ``mbq-export``.
         limit_bytes: the largest file that it may write, or None for any.
+        environment: more variables.  ``OMP_NUM_THREADS`` counts too.
     """
 
-    def __init__(self, arguments: list[str], limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, arguments: list[str], limit_bytes: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mbq-said-")
         pipe, self.stdout, self.stderr = (Path(self._folder.name) / name for name in ("answers", "stdout", "stderr"))
         os.mkfifo(pipe)
@@ -49,7 +53,10 @@ class Running:
         for file in (self.stdout, self.stderr):
             file.touch()
         files = [str(self.stdout), str(self.stderr)]
-        request = {"arguments": arguments, "pipe": str(pipe), "files": files, "limit_bytes": limit_bytes}
+        request = {
+            "arguments": arguments, "pipe": str(pipe), "files": files, "limit_bytes": limit_bytes,
+            "environment": {**(environment or {})},
+        }  # fmt: skip
         stdin = _server().stdin
         assert stdin is not None
         stdin.write(json.dumps(request).encode() + b"\n")
@@ -135,6 +142,11 @@ def _run(request: dict[str, Any]) -> NoReturn:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))
         if request["limit_bytes"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit_bytes"],) * 2)
+        os.environ.update(request["environment"])
+        if threads := request["environment"].get("OMP_NUM_THREADS"):
+            import torch
+
+            torch.set_num_threads(int(threads))  # it read the variable when it was loaded
         sys.argv = ["mbq-export", *request["arguments"]]
         from mbq_export.cli import main
 
