@@ -297,9 +297,14 @@ def test_rotation_and_cache(runner: Runner, rotated: int, norm: attention.HeadNo
         assert (np.delete(cache, np.arange(position, position + count), axis=0) == 9).all()
 
 
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (6, None), (6, 2.0)])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 3, 64)])
-@pytest.mark.parametrize("threads", [16, 64])
+# Threads and channels in every ratio with all that a score can have, then scores with less.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "threads", "window", "cap"),
+    [
+        (6, 2, 32, 16, 6, 2.0), (6, 2, 32, 64, 6, 2.0), (3, 3, 64, 16, 6, 2.0), (3, 3, 64, 64, 6, 2.0),
+        (6, 2, 32, 16, None, None), (3, 3, 64, 64, 6, None),
+    ],
+)  # fmt: skip
 def test_attention(
     runner: Runner, heads: int, kv_heads: int, width: int, threads: int, window: int | None, cap: float | None
 ) -> None:
