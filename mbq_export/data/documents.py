@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,20 @@ def read_documents(path: Path) -> Iterable[Document]:
     """
     size = _check_kind(path)
     if path.suffix == ".parquet":
-        return _checked(_parquet(path), size)
+        return _checked(_parquet(path), size, path)
     if path.suffix == ".jsonl":
-        return _checked(_lines(path), size)
+        return _checked(_lines(path), size, path)
     if path.suffix == ".json":
-        return _checked(_array(path, size), size)
+        return _checked(_array(path, size), size, path)
     return _text(path, size)
 
 
-def _checked(documents: Iterator[Document], size: int) -> Iterable[Document]:
+def _checked(documents: Iterator[Document], size: int, path: Path) -> Iterable[Document]:
     """All rows of a small file, or the first row of a large one, are read now, so that errors come early."""
-    if size <= CHECKED_BYTES:
-        return list(documents)
-    return chain([next(documents)], documents)
+    read = list(documents if size <= CHECKED_BYTES else islice(documents, 1))
+    if not read:
+        raise UsageError(f"calibration file {path}: it is empty; {_ROW_HELP}")
+    return read if size <= CHECKED_BYTES else chain(read, documents)
 
 
 def _check_kind(path: Path) -> int:
@@ -103,9 +104,13 @@ def _check_kind(path: Path) -> int:
         raise UsageError(f"{where}: {found}, which is not read; give UTF-8 text, .jsonl, .json or .parquet")
     if path.suffix != ".parquet" and b"\0" in start:
         raise UsageError(f"{where}: byte {start.index(0)} is zero: no text; give UTF-8 text, .jsonl, .json or .parquet")
-    if status.st_size == 0 or not start.strip():
-        raise UsageError(f"{where}: it is empty; give a text file of a few hundred kilobytes")
+    if status.st_size == 0:
+        raise _empty(path)
     return status.st_size
+
+
+def _empty(path: Path) -> UsageError:
+    return UsageError(f"calibration file {path}: it is empty; give a text file of a few hundred kilobytes")
 
 
 def _decode(data: bytes, start: int, path: Path) -> str:
@@ -123,7 +128,10 @@ def _decode(data: bytes, start: int, path: Path) -> str:
 
 def _text(path: Path, size: int) -> Iterable[Document]:
     if size <= WHOLE_BYTES:
-        return [Document(_decode(path.read_bytes(), 0, path), str(path))]
+        text = _decode(path.read_bytes(), 0, path)
+        if not text.strip():
+            raise _empty(path)
+        return [Document(text, str(path))]
     return _parts(path, size)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
-from mbq_export.data import corpora, replies, windows
+from mbq_export.data import corpora, documents, replies, windows
 from mbq_export.data.documents import WHOLE_BYTES, read_documents
 from mbq_export.data.windows import calibration_windows, open_source
 from mbq_export.model import pieces
@@ -144,6 +144,7 @@ def test_chats_need_a_template_that_takes_them(checkpoint: Checkpoint, tmp_path:
     [
         (b"", "empty"),
         (b"  \n", "empty"),
+        (b" \n" * 3000, "empty"),
         ("naïve".encode("latin-1"), "byte 2 is not UTF-8"),
         (None, "cannot be read"),
         ("text".encode("utf-16"), "UTF-16, which is not read"),
@@ -185,14 +186,36 @@ def test_rows_of_the_kinds_that_other_tools_read(tmp_path: Path, kind: str, row:
         file.write_text(mark + "\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
         file.write_text(json.dumps({"data": rows} if kind.startswith("data") else rows), encoding="utf-8")
-    documents = list(read_documents(file))
-    assert [document.content for document in documents] == [SAID if "text" not in row else "plain\n"] * 2
+    found = list(read_documents(file))
+    assert [document.content for document in found] == [SAID if "text" not in row else "plain\n"] * 2
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("\ufeffThe tide", encoding="utf-8")
     assert [document.content for document in read_documents(file)] == ["The tide"]
+
+
+def test_a_text_may_begin_with_many_blanks(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(" " * 5000 + "The tide")
+    assert [str(document.content).strip() for document in read_documents(file)] == ["The tide"]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_rows_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    """Both a file whose rows are all checked and one of which the first row is."""
+    from pyarrow import schema, string
+    from pyarrow.parquet import write_table
+
+    if size == "large":
+        monkeypatch.setattr(documents, "CHECKED_BYTES", 1)
+    blank, rowless = tmp_path / "blank.jsonl", tmp_path / "rowless.parquet"
+    blank.write_text("\n" * 5000)
+    write_table(schema([("text", string())]).empty_table(), rowless)
+    for file in (blank, rowless):
+        with pytest.raises(UsageError, match=f"{file.name}: it is empty; a row looks like"):
+            read_documents(file)
 
 
 @pytest.mark.parametrize("harm", ["cut", "columns"])
