@@ -156,7 +156,7 @@ class Chat:
             self._conversation.drop_unanswered()
             self._screen.note(str(error))
             return
-        said = []
+        said, failed = [], None
         metered = MeteredReply(reply, self._governor)
         with self._screen.with_status() as show, reply:
             try:
@@ -167,7 +167,13 @@ class Chat:
                     show(self._status(reply.stats))
             except KeyboardInterrupt:
                 pass
+            except MbqError as error:
+                failed = str(error)
         self._screen.line()
+        if failed is not None:
+            self._conversation.drop_unanswered()
+            self._screen.note(failed)
+            return
         self._conversation.answer("".join(said))
         tokens = len(reply.stats.tokens)
         energy = None if metered.energy_j is None else metered.energy_j / max(tokens, 1)

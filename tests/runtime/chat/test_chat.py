@@ -17,7 +17,7 @@ import pytest
 from forked_mbq import Mbq
 from tiny_bundle import CONTEXT, REPLY
 
-from mbq_runtime import Engine
+from mbq_runtime import BundleError, Engine
 from mbq_runtime.chat.conversation import Conversation
 from mbq_runtime.chat.loop import COMMANDS, Chat
 from mbq_runtime.chat.screen import Screen
@@ -104,6 +104,18 @@ def test_reset_forgets_all_but_the_system_s_message(engine: Engine) -> None:
     assert talk.conversation.messages == [{"role": "system", "content": "Be kind."}]
     talk.say("hello", "/clear", "x")
     assert [m["content"] for m in talk.conversation.messages][:2] == ["Be kind.", "x"]
+
+
+def test_an_engine_that_fails_in_a_reply_does_not_end_the_chat(engine: Engine, talk: Talk) -> None:
+    def fail(seconds: float, bits: float) -> None:
+        engine.remove_listener(fail)
+        raise BundleError("model.onnx: the engine failed")
+
+    engine.add_listener(fail)
+    out, notes = talk.say("hello", "hello")
+    assert notes.startswith("model.onnx: the engine failed\n11 tokens, ")
+    assert out.endswith("\n" + REPLY + "\n")
+    assert [message["role"] for message in talk.conversation.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
