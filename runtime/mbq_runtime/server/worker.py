@@ -298,7 +298,11 @@ class Worker:
                 if awake:
                     self._running = self._waiting.popleft()
                     return self._running
-            self._models.sleep()
+            try:
+                self._models.sleep()
+            except Exception:
+                # Other code of the program may use the engine.  The models are put to sleep after the next pause.
+                log.exception("the models stay in memory")
 
     def _answer(self, job: Job) -> Result:
         order, done = job.order, []

@@ -50,6 +50,21 @@ def test_an_idle_server_sleeps_and_wakes(sleeper: tuple[Engine, Running]) -> Non
         assert "mbq_asleep 0.0" in metrics(running)
 
 
+def test_a_server_whose_model_cannot_sleep_goes_on(
+    sleeper: tuple[Engine, Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Code beside the server reads a reply of the same engine."""
+    engine, running = sleeper
+    reply = engine.generate("A", chat=False, max_tokens=5)
+    next(reply)
+    with caplog.at_level("ERROR"):
+        wait_for(lambda: "the models stay in memory" in caplog.text)
+    reply.close()
+    wait_for(lambda: engine.asleep)
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        assert client.completions.create(model="tiny", prompt="xA", temperature=0, max_tokens=6).choices[0].text
+
+
 def test_a_sleeping_engine_takes_settings(bundle: Path) -> None:
     engine = Engine.load(bundle, threads=2, avg_bits=5.0)
     session = engine.session()
