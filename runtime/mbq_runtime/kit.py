@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,13 +141,11 @@ def busy_cores(count: int) -> Iterator[None]:
     Args:
         count: number of programs.
     """
-    programs = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
-    try:
+    with ExitStack() as programs:
+        for _ in range(count):
+            program = programs.enter_context(subprocess.Popen([sys.executable, "-c", _BUSY]))  # is waited for
+            programs.callback(program.kill)
         yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
 
 
 def _speeds(board: Board, seconds: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,12 +89,13 @@ class JsonLines:
             self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         except OSError as error:
             log.warning("%s: no longer written (%s)", self.path, error.strerror)
-            self._file = None
+            self.close()
 
     def close(self) -> None:
         """Close the file.  Later calls of ``write`` do nothing."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # the disk is full, and what waits cannot be written
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> JsonLines:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,7 +194,8 @@ def test_a_file_of_events(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_file_not_the_reply(caplog: pytest.LogCaptureFixture) -> None:
-    with JsonLines("/dev/full") as lines:
+    with warnings.catch_warnings(), JsonLines("/dev/full") as lines:
+        warnings.simplefilter("error", ResourceWarning)  # a file that nobody closed
         lines.write({"a": 1})
         lines.write({"a": 2})
     assert caplog.text.count("no longer written") == 1
