@@ -144,6 +144,9 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
         MbqError: the export fails, or another export writes one of its folders.  Finished steps of the calibration
             are kept for the next run.
     """
+    from .memory import reuse_freed
+
+    reuse_freed()
     with ExitStack() as names:
         _reserve(prepared, names)
         return _run(prepared, progress)

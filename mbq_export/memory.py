@@ -34,6 +34,25 @@ WEIGHTS_AT_ONCE = 1 << 26
 """Most weights that are rotated or sliced at once.  A larger matrix is worked on some rows at a time."""
 
 
+KEPT_FREE_BYTES = 512 << 20
+"""Most free memory that the heap keeps for the next blocks.  ``give_back`` returns it after each stage."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of ``mallopt``, from glibc's ``malloc.h``."""
+
+
+def reuse_freed() -> None:
+    """Let the heap use freed memory again, for large blocks too.
+
+    glibc gets a block of more than 32 MB from the system, and gives it back at once.  The system fills new pages with
+    zeros, which takes longer than most operations on logits.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, KEPT_FREE_BYTES)
+        mallopt(_TRIM_THRESHOLD, KEPT_FREE_BYTES)
+
+
 def give_back() -> None:
     """Return free heap memory to the system.
 

@@ -37,7 +37,7 @@ CALIBRATION = Path(__file__).with_name("prompts.json")
 KINDS = ("chat", "conversation")
 
 _REPLY_TOKENS = 256
-_CALIBRATION_REPLY_TOKENS = 128
+_CALIBRATION_REPLY_TOKENS = 64
 """Short replies are of more prompts at equal work."""
 _ENOUGH_TOKENS = 13_000
 """24 windows of 512 tokens, and a rest.  The prompts are answered again, by other random numbers, until there are so
@@ -46,7 +46,7 @@ _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
 _SEED = 0
 _BATCH = 64
-_CALIBRATION_BATCH = 128
+_CALIBRATION_BATCH = 160
 """All chats of the default calibration at once.  The few chats of a second batch would take as many steps."""
 _FORMAT = 1
 """Goes into the hash.  It rises when the replies would change."""
@@ -161,6 +161,7 @@ def _answered(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length, pro
     """Chats with the model's replies, until there are enough tokens.  After the last chat it begins again."""
     said: list[Messages] = []
     tokens = 0
+    progress(tokens, length.enough)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         while tokens < length.enough and len(said) < _MOST_ROUNDS * len(chats):

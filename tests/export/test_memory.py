@@ -98,6 +98,30 @@ def test_what_lies_free_below_what_is_in_use_is_given_back() -> None:
     assert before - resident_bytes() > 0.9 * taken
 
 
+REUSE = """
+import resource, sys
+import torch
+from mbq_export import memory
+if sys.argv[1] == "reuse":
+    memory.reuse_freed()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+before = faults()
+for _ in range(10):
+    torch.ones(1 << 24)
+print((faults() - before) * resource.getpagesize() / (10 << 26))
+"""
+"""Prints the share of new pages in blocks of 64 MB, each of which was freed before the next."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others choose by themselves")
+@pytest.mark.parametrize(("how", "least", "most"), [("reuse", 0, 0.6), ("as by default", 0.95, 1.1)])
+def test_large_blocks_take_the_pages_of_freed_ones(how: str, least: float, most: float) -> None:
+    """Not all: an aligned block does not always fit where another one was."""
+    said = subprocess.run([sys.executable, "-c", REUSE, how], capture_output=True, text=True, check=True).stdout
+    assert least <= float(said) <= most
+
+
 def large(hidden: int, ffn: int, layers: int, tied: bool) -> Plan:
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=32,
