@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime import UsageError
 from mbq_runtime.engine.generation import Sampling
-from mbq_runtime.engine.sampling import Sampler, candidates
+from mbq_runtime.engine.sampling import LEAST_LOGPROB, Sampler, candidates, likelihood
 
 LOGITS = np.log(np.array([0.1, 0.5, 0.05, 0.3, 0.05], np.float32))
 
@@ -151,6 +151,12 @@ def test_likelihoods_are_logarithms_of_the_models_own_chances(count: int) -> Non
     assert [value for _, value in found.top] == sorted((value for _, value in found.top), reverse=True)
     assert len(found.top) == min(count, 5)
     assert Sampler(Sampling()).likelihood(LOGITS, 3) is None
+
+
+def test_what_is_impossible_is_a_number_of_json() -> None:
+    found = likelihood(np.array([1.0, -np.inf], np.float32), 1, 2)
+    assert found.logprob == LEAST_LOGPROB
+    assert found.top == ((0, 0.0), (1, LEAST_LOGPROB))
 
 
 @pytest.mark.parametrize(

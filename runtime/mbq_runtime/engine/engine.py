@@ -84,13 +84,13 @@ class Engine:
     def __init__(self, path: Path, manifest: Manifest, name: str, threads: int | None, context: int | None) -> None:
         self.path, self.manifest, self.name = path, manifest, name
         settings = read_settings(path, manifest)
+        self._context = most = manifest.model.context_length
+        if context is not None:
+            if not 2 <= context <= most:
+                raise UsageError(f"context {context}: {path} takes 2 to {most} tokens")
+            self._context = context
         self._threads = self._most_threads = threads or cores()
         self._loaded: Backend | None = load_backend(name, path, manifest, self._threads)
-        self._context = manifest.model.context_length
-        if context is not None:
-            if not 2 <= context <= self._context:
-                raise UsageError(f"context {context}: {path} takes 2 to {self._context} tokens")
-            self._context = context
         self._eos = frozenset(settings.eos_token_ids)
         self._chunk = settings.chunk_size
         self._scoring_chunk = scoring_chunk(manifest.model.vocab_size, self._chunk)
@@ -544,10 +544,14 @@ class Engine:
 
         Returns:
             One for each token.  That of the first, before which there is nothing, is NaN.
+
+        Raises:
+            UsageError: there are too many tokens, or one or the budget is out of range.
+            BundleError: the logits are not finite.
         """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
-        return rate_tokens(tokens, self._passes(tokens, avg_bits), count)
+        return rate_tokens(tokens, self._passes(tokens, avg_bits), count, self.path)
 
     def score_against(
         self, tokens: Sequence[int], avg_bits: float, original: NDArray[np.float32]

@@ -32,6 +32,8 @@ def check_finite(logits: NDArray[np.float32], where: object) -> None:
         raise BundleError(f"{where}: the model's logits are not finite ({peak}); run mbq verify, or export it again")
 
 
+LEAST_LOGPROB = -9999.0
+"""What is told of a token that is impossible: JSON has no infinite numbers, and OpenAI's API has this one."""
 _LEAST_NOISE = np.float32(1e-30)  # a quotient by it is finite
 
 
@@ -161,16 +163,23 @@ def likelihood(logits: NDArray[np.float32], token: int, count: int) -> Likelihoo
     """How likely a token is.
 
     Args:
-        logits: float32 [vocab].
+        logits: float32 [vocab].  The largest one is finite.
         token: its id.
         count: how many of the likeliest tokens are told besides.
+
+    Returns:
+        Logarithms of at least ``LEAST_LOGPROB``.
     """
     peak = float(logits.max())
     total = peak + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
     count = min(count, len(logits))
     top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
     top = top[np.argsort(-logits[top], kind="stable")]
-    return Likelihood(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top))
+
+    def logprob(i: int) -> float:
+        return max(float(logits[i]) - total, LEAST_LOGPROB)
+
+    return Likelihood(token, logprob(token), tuple((int(i), logprob(i)) for i in top))
 
 
 def candidates(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

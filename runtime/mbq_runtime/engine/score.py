@@ -21,7 +21,7 @@ from mbq_runtime.fidelity import TokenFidelity, compare_tokens
 from .allowance import Allowance
 from .backend import Backend
 from .generation import Likelihood
-from .sampling import likelihood
+from .sampling import check_finite, likelihood
 
 SCORING_LOGITS_BYTES = 32 << 20
 """Bound on the float32 logits of one pass of scoring, where every token of the pass has logits."""
@@ -155,21 +155,29 @@ def rate(tokens: Sequence[int], passes: Iterable[Pass]) -> Score:
     return Score(nll / (len(tokens) - 1), bits / len(tokens))
 
 
-def rate_tokens(tokens: Sequence[int], passes: Iterable[Pass], count: int) -> list[Likelihood]:
+def rate_tokens(
+    tokens: Sequence[int], passes: Iterable[Pass], count: int, where: object = "the bundle"
+) -> list[Likelihood]:
     """How likely each token of a text is, given those before it.
 
     Args:
         tokens: at least 1 id.
         passes: over them.
         count: how many of the likeliest tokens are told besides.
+        where: the bundle, for messages.
 
     Returns:
         One for each token.  That of the first, before which there is nothing, is NaN.
+
+    Raises:
+        BundleError: the logits are not finite.
     """
     found = [Likelihood(int(tokens[0]), math.nan, ())]
     for start, logits, _ in passes:
         following = tokens[start + 1 : start + 1 + len(logits)]
-        found += [likelihood(row, int(token), count) for row, token in zip(logits, following, strict=False)]
+        for row, token in zip(logits, following, strict=False):
+            check_finite(row, where)
+            found.append(likelihood(row, int(token), count))
     return found
 
 
