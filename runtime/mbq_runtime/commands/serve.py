@@ -65,7 +65,7 @@ _CONTEXT = 4096  # a request without max_tokens allocates a cache of this many t
 @click.option(
     "--app",
     type=click.Path(path_type=Path),
-    metavar="BUNDLE",
+    metavar="FOLDER",
     help="Bundle for WebGPU that browsers run at /app.  [default: the served one, if it is for WebGPU]",
 )
 @steering_options

@@ -41,7 +41,10 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
     "--policy", "policies", multiple=True, metavar="NAME", help='As "auto", "fixed 4" or "oracle"; may be repeated.'
 )
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), help="Take sizes and budgets from it.  [default: SmolLM2-135M]"
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Take sizes and budgets from this bundle.  [default: SmolLM2-135M]",
 )
 @click.option("--hours", type=FiniteRange(0.01, 100), default=1.0, help="How long a board decodes.")
 @click.option("--demand", type=FiniteRange(0.01), help="Tokens/s that are asked for.  [default: without pause]")

@@ -46,7 +46,7 @@ class AppPage:
             request: for a path below /app.
         """
         if self._folder is None:
-            why = "there is no bundle for browsers here: start the server with --app BUNDLE, exported for webgpu"
+            why = "there is no bundle for browsers here: start the server with --app FOLDER, exported for webgpu"
             raise ApiError(404, why, code="not_found")
         name = request.path_params.get("name", "")
         if not name:

@@ -76,7 +76,7 @@ def test_the_bundle_needs_the_key(engine: Engine, for_browsers: Path) -> None:
 def test_a_server_without_a_bundle_for_browsers(running: Running) -> None:
     answer = httpx2.get(f"{running.url}/app/")
     assert answer.status_code == 404
-    assert "--app BUNDLE" in answer.json()["error"]["message"]
+    assert "--app FOLDER" in answer.json()["error"]["message"]
 
 
 def test_a_bundle_for_a_processor_is_refused(engine: Engine, bundle: Path, tmp_path: Path) -> None:
