@@ -53,9 +53,6 @@ from .transforms.smoothing import smooth
 from .tuning.teacher import Teacher
 from .tuning.tune import tune
 
-_FINE_EVERY = 2
-"""Fine bits are chosen again on every second window."""
-
 
 def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: NDArray[np.int64]) -> Calibrated:
     """Slice every unit, select and fit routers, set the thresholds of all units together, and measure the curve.
@@ -203,12 +200,7 @@ def _slice_with_feedback(
             routers = select.routers_for_tuning(calibration, slices, _spread(hessian_windows, count))
             routing = partial(select.depths_at, routers)
         slices = tune(calibration, teacher, slices, phase, steps, seed=calibration.seed + i, routing=routing)
-    # Fine bits need fewer windows than all bits did.
-    some = slice(None, None, _FINE_EVERY if len(hessian_windows) >= _FINE_EVERY * processes.count() else 1)
-    of_some = {source: weights[some] for source, weights in importance.items()}
-    return slice_residuals(
-        calibration, hessian_windows[some], of_some, slices, kept_bits=tuned_bits(calibration.profile)
-    )
+    return choose_again(slices, kept_bits=tuned_bits(calibration.profile))
 
 
 def _embed_with_slices(calibration: Calibration, weights: _Weights) -> None:

@@ -92,7 +92,7 @@ METHODS = {
     ),
     "nested": Method(
         "error feedback over all depths, then tuned scales, ten minutes",
-        True, 40, sweeps=3, tuning_steps=32, calib_tokens=40960, steps_of_two=80,
+        True, 40, sweeps=3, tuning_steps=40, calib_tokens=40960, steps_of_two=80,
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",

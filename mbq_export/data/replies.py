@@ -37,7 +37,7 @@ CALIBRATION = Path(__file__).with_name("prompts.json")
 KINDS = ("chat", "conversation")
 
 _REPLY_TOKENS = 256
-_CALIBRATION_REPLY_TOKENS = 64
+_CALIBRATION_REPLY_TOKENS = 128
 """Short replies are of more prompts at equal work."""
 _ENOUGH_TOKENS = 13_000
 """24 windows of 512 tokens, and a rest.  The prompts are answered again, by other random numbers, until there are so
@@ -46,7 +46,7 @@ _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
 _SEED = 0
 _BATCH = 64
-_CALIBRATION_BATCH = 160
+_CALIBRATION_BATCH = 128
 """All chats of the default calibration at once.  The few chats of a second batch would take as many steps."""
 _FORMAT = 1
 """Goes into the hash.  It rises when the replies would change."""

@@ -39,7 +39,7 @@ def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
     assert tunings("learned", two, 1) == {TUNE_SCALES_LONG: 1}
     assert tunings("learned", three, None) == {TUNE_SCALES_LONG: 1100}
     assert tunings("nested", two, None) == {TUNE_SCALES: 80}
-    assert tunings("nested", three, None) == {TUNE_SCALES: 32}
+    assert tunings("nested", three, None) == {TUNE_SCALES: 40}
     assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
 
