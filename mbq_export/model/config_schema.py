@@ -45,6 +45,8 @@ class Range:
         return f"a number from {self.low:g} to {self.high:g}"
 
 
+_FACTOR = Range(1e-6, 1e6, whole=False)
+
 SIZES = {
     "num_hidden_layers": Range(1, MOST_LAYERS),
     "hidden_size": Range(1, 1 << 17),
@@ -68,12 +70,19 @@ SIZES = {
     "num_experts_per_tok": Range(0, 1 << 14),
     "decoder_sparse_step": Range(1, MOST_LAYERS),
     "num_dense_layers": Range(0, MOST_LAYERS),
-    "routed_scaling_factor": Range(1e-6, 1e6, whole=False),
+    "routed_scaling_factor": _FACTOR,
     "vocab_size": Range(1, 1 << 22),
     "max_position_embeddings": Range(1, 1 << 24),
     "original_max_position_embeddings": Range(1, 1 << 24),
     "sliding_window": Range(1, 1 << 31),
-    "query_pre_attn_scalar": Range(1e-6, 1e6, whole=False),
+    "query_pre_attn_scalar": _FACTOR,
+    "conv_L_cache": Range(1, 64),
+    "embedding_multiplier": _FACTOR,
+    "residual_multiplier": _FACTOR,
+    "attention_multiplier": _FACTOR,
+    "logits_scaling": _FACTOR,
+    "attn_logit_softcapping": Range(0, 1e6, whole=False),
+    "final_logit_softcapping": Range(0, 1e6, whole=False),
     "rms_norm_eps": Range(1e-30, 1, whole=False),
     "partial_rotary_factor": Range(1e-3, 1, whole=False),
     "rope_theta": Range(1e-3, 1e15, whole=False),
@@ -85,19 +94,18 @@ ROPE = {
     "rope_theta": SIZES["rope_theta"],
     "partial_rotary_factor": SIZES["partial_rotary_factor"],
     "original_max_position_embeddings": SIZES["original_max_position_embeddings"],
-    "factor": Range(1e-6, 1e6, whole=False),
-    "attention_factor": Range(1e-6, 1e6, whole=False),
-    "beta_fast": Range(1e-6, 1e6, whole=False),
-    "beta_slow": Range(1e-6, 1e6, whole=False),
-    "low_freq_factor": Range(1e-6, 1e6, whole=False),
-    "high_freq_factor": Range(1e-6, 1e6, whole=False),
+    "factor": _FACTOR,
+    "attention_factor": _FACTOR,
+    "beta_fast": _FACTOR,
+    "beta_slow": _FACTOR,
+    "low_freq_factor": _FACTOR,
+    "high_freq_factor": _FACTOR,
     "mscale": Range(0, 1e6, whole=False),
     "mscale_all_dim": Range(0, 1e6, whole=False),
 }
 """The same of ``rope_parameters`` or ``rope_scaling``, or of each kind of layers in it."""
 
 _LAYER = Range(0, MOST_LAYERS)
-_FACTOR = Range(1e-6, 1e6, whole=False)
 _SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "use_expert_bias",
 )  # fmt: skip
@@ -167,6 +175,9 @@ def _wrong_sums(values: Mapping[str, Any]) -> Iterator[str]:
     layers, kinds = values.get("num_hidden_layers"), values.get("layer_types")
     if layers and kinds and len(kinds) != layers:
         yield f"layer_types names {len(kinds)} layers, num_hidden_layers is {layers}; they must be equal"
+    rotated = values.get("no_rope_layers")
+    if layers and isinstance(rotated, list) and 0 < len(rotated) < layers:
+        yield f"no_rope_layers names {len(rotated)} layers, num_hidden_layers is {layers}; they must be equal"
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"),
     ):  # fmt: skip

@@ -137,8 +137,8 @@ def _experts(keys: ConfigKeys, family: Family, layers: int, where: str) -> Exper
     )
     if not found.count or not any(found.blocks):
         return None
-    if found.used > found.count:
-        raise ModelError(f"{where}: a token takes {found.used} of {found.count} experts; at most all are needed")
+    if not 1 <= found.used <= found.count:
+        raise ModelError(f"{where}: a token takes {found.used} of {found.count} experts; needed: 1 to all of them")
     return found
 
 

@@ -52,7 +52,8 @@ def test_every_family_has_a_tiny_model() -> None:
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
-        ("qwen3_moe", {"num_experts_per_tok": 9}, "a token takes 9 of 8 experts; at most all are needed"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "a token takes 9 of 8 experts; needed: 1 to all of them"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "a token takes 0 of 8 experts; needed: 1 to all of them"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
         ("gemma4_text", {"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input is 100, vocab_size is 264"),
         ("gemma4_text", {"per_layer_config": {0: {"intermediate_size": 64}}}, "per_layer_config.intermediate_size is"),
