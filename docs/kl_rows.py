@@ -1,4 +1,4 @@
-"""Put a comparison into results/kl-divergence.json.
+"""Put a comparison into results/kl-divergence.json, or into another file of such rows.
 
     mbq-export compare ... --output OUT
     python docs/kl_rows.py OUT/results.json --commit COMMIT --machine MACHINE --date DAY
@@ -87,11 +87,12 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="commit of the code that was measured")
     parser.add_argument("--machine", required=True, help="what it ran on")
     parser.add_argument("--date", required=True, help="day of the measurement")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the rows; by default kl-divergence.json")
     args = parser.parse_args()
     rows = rows_of(json.loads(args.comparison.read_text(encoding="utf-8")))
     facts = {"date": args.date, "machine": args.machine, "commit": args.commit}
-    stored = json.loads(RESULTS.read_text(encoding="utf-8"))
-    RESULTS.write_text(written(merged(stored, rows, facts)), encoding="utf-8")
+    stored = json.loads(args.results.read_text(encoding="utf-8"))
+    args.results.write_text(written(merged(stored, rows, facts)), encoding="utf-8")
 
 
 if __name__ == "__main__":
