@@ -227,8 +227,7 @@ TABLES = {
             llama_1b_prompt_512=("of 512", 0),
         ),
     ),
-    "stand-ins": Table("stand-ins", _only(lambda row: row["method"] == "nested", _stand_ins)),
-    "stand-ins-rounded": Table("stand-ins", _only(lambda row: row["method"] == "rtn", _stand_ins)),
+    "stand-ins": Table("stand-ins", _stand_ins),
     "compare": Table(
         "compare",
         lambda rows: _columns(

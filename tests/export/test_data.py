@@ -406,9 +406,10 @@ def test_the_default_is_text_and_code_and_what_the_model_says(
     monkeypatch.setattr(replies, "_CALIBRATION_REPLY_TOKENS", 16)
     told = []
     fitted, held_back = calibration_windows(
-        checkpoint, open_source(None), 17, 6, 128, report=lambda what, *_: told.append(what)
+        checkpoint, open_source(None), 17, 6, 128, report=lambda what, done, total: told.append((what, done == 0))
     )
-    assert told == ["writing replies (fitted)", "writing replies (held_back)"]
+    of_part = [(f"writing replies ({part})", begins) for part in ("fitted", "held_back") for begins in (True, False)]
+    assert told == of_part, "each part is named before its work"
 
     def kinds(windows: np.ndarray, packaged: str, prompts: str) -> list[str]:
         texts = {"wikipedia": corpora.wikipedia(packaged), "code": corpora.code(packaged)}

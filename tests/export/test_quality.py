@@ -69,7 +69,7 @@ def test_deep_budgets_of_the_curve_are_measured_in_float32(monkeypatch: pytest.M
     monkeypatch.setattr(quality, "measure", measure)
     monkeypatch.setattr(quality, "fast_dtype", lambda device: torch.bfloat16)
     calibration = Calibration(Anywhere(), Recipe(PROFILE, 32))  # type: ignore[arg-type]
-    cases: Any = [(3.0, "a"), (8.0, "b"), (4.0, "c"), (5.0, "d")]
+    cases: Any = [(3.0, "a"), (8.0, "b"), (5.0, "c"), (6.0, "d")]
     assert quality.curve(calibration, {}, None, cases) == ["a", "b", "c", "d"]  # type: ignore[arg-type, comparison-overlap]
     assert asked == [(torch.bfloat16, ["a", "c"]), (torch.float32, ["b", "d"])]
     asked.clear()
