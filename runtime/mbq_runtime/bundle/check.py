@@ -26,10 +26,6 @@ from .tensors import WEIGHTS, read_entries
 from .tokenizer_file import check_tokenizer
 from .verify import check_sizes, check_unlisted
 
-_Kind = tuple[int, tuple[int, ...]]
-"""Element type and shape."""
-
-
 _TEXTS = {"chat_template.jinja": 4 << 20}
 _OTHER_JSON = {"tokenizer_config.json": 8 << 20, "generation_config.json": 1 << 20}
 """Most bytes of files that this package does not read itself.  Published models have half as much at most."""
