@@ -82,10 +82,11 @@ def read_documents(path: Path) -> Iterable[Document]:
 
 def _checked(documents: Iterator[Document], size: int, path: Path) -> Iterable[Document]:
     """All rows of a small file, or the first row of a large one, are read now, so that errors come early."""
-    read = list(documents if size <= CHECKED_BYTES else islice(documents, 1))
-    if not read:
+    first = list(islice(documents, 1))
+    if not first:
         raise UsageError(f"calibration file {path}: it is empty; {_ROW_HELP}")
-    return read if size <= CHECKED_BYTES else chain(read, documents)
+    rows = chain(first, documents)
+    return list(rows) if size <= CHECKED_BYTES else rows
 
 
 def _check_kind(path: Path) -> int:
