@@ -145,7 +145,9 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
             are kept for the next run.
     """
     from .memory import reuse_freed
+    from .model.blocks import quick_exact_products
 
+    quick_exact_products()
     reuse_freed()
     with ExitStack() as names:
         _reserve(prepared, names)

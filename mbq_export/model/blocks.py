@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mbq_runtime.bundle.isa import this_machine
 from mbq_runtime.errors import ModelError
 
 from ..memory import KEPT_WEIGHT_BYTES, fast_bytes
@@ -89,13 +90,32 @@ def fast_products(device: torch.device) -> Iterator[None]:
     Args:
         device: where products are computed.
     """
-    before = torch.get_float32_matmul_precision()
+    products, fast = _float32_products(device)
+    before = products.fp32_precision
     if fast_dtype(device) == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
+        products.fp32_precision = fast
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
+
+
+def _float32_products(device: torch.device) -> tuple[Any, str]:
+    """The setting of a device's float32 products, and its fastest precision."""
+    backends: Any = torch.backends
+    return (backends.cuda.matmul, "tf32") if device.type == "cuda" else (backends.mkldnn.matmul, "bf16")
+
+
+def quick_exact_products() -> None:
+    """Let oneDNN compute products of float32, where it computes them exactly: on x86 without products of tiles (AMX).
+
+    PyTorch's other library, MKL, takes twice as long on processors of AMD (docs/log.md).  PyTorch asks oneDNN only for
+    less precision than float32 has, and without AMX oneDNN has no such products.
+    """
+    machine = this_machine()
+    if machine.arch == "x86_64" and "amx_bf16" not in machine.features:
+        products, fast = _float32_products(torch.device("cpu"))
+        products.fp32_precision = fast
 
 
 @dataclass(frozen=True)
