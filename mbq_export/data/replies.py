@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mbq_runtime.whole_file import write_whole
 
 from ..model.blocks import fast_passes
 from ..model.checkpoint import Checkpoint
+from ..model.gradients import drawn
 from ..progress import Report, StageReport, staged
 from .documents import Messages, messages_of
 
@@ -44,12 +46,13 @@ _ENOUGH_TOKENS = 13_000
 many."""
 _MOST_ROUNDS = 6
 _TEMPERATURE = 0.8
+_SAMPLING = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0, "top_p": 1.0}
 _SEED = 0
 _BATCH = 64
 _CALIBRATION_BATCH = 128
 """All chats of the default calibration at once.  The few chats of a second batch would take as many steps."""
-_FORMAT = 1
-"""Goes into the hash.  It rises when the replies would change."""
+_LIKELY_SHARE = 0.85
+"""How much of its longest length a short reply has on average, with something to spare."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class _Length:
     """How long a text gets, and how it is written.
 
     All of it has ``enough`` tokens or more, and one reply ``reply`` at most.  ``batch`` chats are written at once.
-    fast: whether products are computed in the device's fast numbers.  What is measured on is the same everywhere.
+    fast: whether no more is done than a calibration needs, and in the device's fast products.  What is measured on is
+    the same everywhere.  version: goes into the hash.  It rises when the replies would change.
     """
 
     enough: int
     reply: int
     batch: int
+    version: int
     fast: bool = False
 
 
@@ -93,7 +98,7 @@ def held_back(kind: str, checkpoint: Checkpoint, report: Report) -> str:
             f"text {kind}: the tokenizer of {checkpoint.source.name} has no chat template; leave this text out"
         )
     chats = json.loads(HELD_BACK.read_text(encoding="utf-8"))[kind]
-    return _said(checkpoint, kind, chats, _Length(_ENOUGH_TOKENS, _REPLY_TOKENS, _BATCH), report)
+    return _said(checkpoint, kind, chats, _Length(_ENOUGH_TOKENS, _REPLY_TOKENS, _BATCH, version=1), report)
 
 
 def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> str:
@@ -109,9 +114,8 @@ def answers(part: str, checkpoint: Checkpoint, tokens: int, report: Report) -> s
         ModelError: the template refuses the chats.
     """
     chats = json.loads(CALIBRATION.read_text(encoding="utf-8"))[part]
-    return _said(
-        checkpoint, part, chats, _Length(tokens, _CALIBRATION_REPLY_TOKENS, _CALIBRATION_BATCH, fast=True), report
-    )
+    length = _Length(tokens, _CALIBRATION_REPLY_TOKENS, _CALIBRATION_BATCH, version=2, fast=True)
+    return _said(checkpoint, part, chats, length, report)
 
 
 def _said(checkpoint: Checkpoint, name: str, chats: Sequence[Any], length: _Length, report: Report) -> str:
@@ -148,7 +152,7 @@ def _keep(said: list[Messages], file: Path) -> None:
 
 def _key(checkpoint: Checkpoint, chats: object, length: _Length) -> str:
     """A hash of all that the replies depend on."""
-    settings = [_FORMAT, length.reply, length.enough, _MOST_ROUNDS, _TEMPERATURE, _SEED, length.batch, chats]
+    settings = [length.version, length.reply, length.enough, _MOST_ROUNDS, _TEMPERATURE, _SEED, length.batch, chats]
     found = hashlib.sha256(json.dumps([settings, checkpoint.tokenizer.chat_template], sort_keys=True).encode())
     found.update(checkpoint.model.config.to_json_string().encode())
     for name, tensor in checkpoint.model.state_dict().items():
@@ -162,15 +166,27 @@ def _answered(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length, pro
     said: list[Messages] = []
     tokens = 0
     progress(tokens, length.enough)
+    each = _likely_tokens(checkpoint, chats, length) if length.fast else length.reply
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         while tokens < length.enough and len(said) < _MOST_ROUNDS * len(chats):
-            count = min(length.batch, -(-(length.enough - tokens) // length.reply))
+            count = min(length.batch, math.ceil((length.enough - tokens) / each))
             part = _continued(checkpoint, [chats[(len(said) + i) % len(chats)] for i in range(count)], length)
             said += part
             tokens += sum(len(checkpoint.tokens(_rendered(checkpoint, messages))) for messages in part)
             progress(min(tokens, length.enough), length.enough)
     return said
+
+
+def _likely_tokens(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length) -> float:
+    """Tokens that a chat probably gets: what is given, by the template, and a reply to each question."""
+    tokens, replies = 0, 0
+    for chat in map(_opened, chats):
+        for question in chat.turns:
+            chat.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+        tokens += len(checkpoint.tokens(_rendered(checkpoint, chat.messages)))
+        replies += len(chat.turns)
+    return (tokens + replies * _LIKELY_SHARE * length.reply) / len(chats)
 
 
 def _continued(checkpoint: Checkpoint, chats: Sequence[Any], length: _Length) -> list[Messages]:
@@ -200,14 +216,34 @@ def _reply(checkpoint: Checkpoint, chats: Sequence[_Chat], length: _Length) -> N
             chat.messages.pop()
         return
     with fast_passes(checkpoint.model, checkpoint.device) if length.fast else torch.no_grad():
-        replies = _sampled(checkpoint, prompts, min(length.reply, room))
+        replies = _sampled(checkpoint, prompts, min(length.reply, room), _drawing() if length.fast else _SAMPLING)
     for chat, reply in zip(chats, replies, strict=True):
         content = checkpoint.tokenizer.decode(reply, skip_special_tokens=True).strip()
         chat.messages.append({"role": "assistant", "content": content})
 
 
-def _sampled(checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int) -> NDArray[np.int64]:
-    """int64 [prompts, up to count]: what the model says after each prompt.  A reply that ends early is padded."""
+def _drawing() -> dict[str, Any]:
+    """Sampling for ``generate`` with one random number a token.  Its own takes one for each token of the vocabulary.
+
+    The drawn token gets the only finite score, so that it is the likeliest.
+    """
+    from transformers import LogitsProcessorList
+
+    def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = drawn((scores.float() / _TEMPERATURE).softmax(-1).cpu(), torch.default_generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None].to(scores.device), 0.0)
+
+    unused = dict.fromkeys(("temperature", "top_k", "top_p"))
+    return {"do_sample": False, "logits_processor": LogitsProcessorList([draw]), **unused}
+
+
+def _sampled(
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int, sampling: Mapping[str, Any]
+) -> NDArray[np.int64]:
+    """int64 [prompts, up to count]: what the model says after each prompt.  A reply that ends early is padded.
+
+    sampling: arguments of ``generate`` that choose the tokens.
+    """
     longest = max(map(len, prompts))
     tokenizer = checkpoint.tokenizer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -217,12 +253,9 @@ def _sampled(checkpoint: Checkpoint, prompts: Sequence[list[int]], count: int) -
         input_ids=torch.tensor(ids).to(checkpoint.device),
         attention_mask=torch.tensor(mask).to(checkpoint.device),
         max_new_tokens=count,
-        do_sample=True,
-        temperature=_TEMPERATURE,
-        top_k=0,
-        top_p=1.0,
         repetition_penalty=1.0,
         pad_token_id=padding or 0,
+        **sampling,
     )
     return np.asarray(found[:, longest:].cpu().numpy(), np.int64)
 
