@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> N
             sources = [*sorted(_DRIVERS.glob("*.c")), *([_SHIM / "attend.c"] if spec.kv_bits == 8 else [])]
 
             def link(library: str, objects: list[str], **_: object) -> None:
-                _link(target, folder, [*map(Path, objects), *sources, kernels], (), Path(library))
+                _link(target, folder, [*map(Path, objects), *sources, *kernels], (), Path(library))
 
             compiled.export_library(str(folder / "decoder.so"), fcompile=link, workspace_dir=name)
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +200,7 @@ def _build(target: Target, spec: KernelSpec, folder: Path) -> Path:
     library = folder / "libmbq_ops.so"
     flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}")
     kernels = _kernels(target, spec)
-    _link(target, folder, [*sorted(_SHIM.glob("*.c")), kernels], flags, library)
+    _link(target, folder, [*sorted(_SHIM.glob("*.c")), *kernels], flags, library)
     return library
 
 
@@ -218,19 +219,35 @@ def _last_lines(text: str) -> str:
     return " | ".join(text.strip().splitlines()[-_TOOL_LINES:])
 
 
-def _kernels(target: Target, spec: KernelSpec) -> Path:
-    """The object file of the kernels. It is compiled if the cache does not have it."""
+def _kernels(target: Target, spec: KernelSpec) -> list[Path]:
+    """The object files of the kernels. Those that the cache does not have are compiled.
+
+    Kernels of the cache of keys and values depend on the target alone, and take longer than all others.
+    """
+    linear = replace(spec, kv_bits=32)
+    objects = [_object(target, str(linear), lambda kernels, isa: kernels.linear_module(isa, linear))]
+    if spec.kv_bits == 8:
+        objects.append(_object(target, "kv_bits=8", lambda kernels, isa: kernels.cache_module(isa)))
+    return objects
+
+
+def _object(target: Target, content: str, module: Callable[[Any, Any], Any]) -> Path:
+    """The object file of an IRModule.
+
+    content: what the module depends on, beside the sources. module: makes it, of the folder's ``module`` and the
+    instruction set.
+    """
 
     def make(folder: Path) -> Path:
         # A cached file must not wait for the import of the compiler, which takes seconds.
+        from .kernels import module as kernels
         from .kernels.isa import ISAS
-        from .kernels.module import build_module
 
-        compiled = _compiled(build_module(ISAS[target.isa], spec), target, skipped=_IDLE_PASSES)
+        compiled = _compiled(module(kernels, ISAS[target.isa]), target, skipped=_IDLE_PASSES)
         compiled.mod.write_to_file(str(folder / "kernels.o"))
         return folder / "kernels.o"
 
-    return _cached(f"kernels/{_key(target, str(spec), ('kernels/*.py',))}.o", make)
+    return _cached(f"kernels/{_key(target, content, ('kernels/*.py',))}.o", make)
 
 
 def _compiled(module: Any, target: Target, skipped: tuple[str, ...] = ()) -> Any:

@@ -31,9 +31,10 @@ def _native_kernels(target: Target, spec: KernelSpec) -> dict[str, Any]:
     import tvm
 
     from .kernels.isa import ISAS
-    from .kernels.module import PREFIX, build_module
+    from .kernels.module import PREFIX, build_modules
 
-    functions = build_module(ISAS[target.isa], spec).functions_items()
+    modules = build_modules(ISAS[target.isa], spec)
+    functions = [function for module in modules for function in module.functions_items()]
     return {str(name.name_hint).removeprefix(PREFIX): tvm.IRModule({name: function}) for name, function in functions}
 
 

@@ -23,7 +23,7 @@ import click
 from mbq_runtime.bundle.layout import ROW_BLOCK
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.kernels.isa import ISAS
-from mbq_targets.kernels.module import PREFIX, build_module, depth_plans
+from mbq_targets.kernels.module import PREFIX, build_modules, depth_plans
 from mbq_targets.machines import TARGETS, Target
 from mbq_targets.spec import KernelSpec
 
@@ -42,8 +42,8 @@ _BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z|b)\s+.*?(\.LBB\w+)$")
 def assembly(target: Target, spec: KernelSpec) -> str:
     import tvm
 
-    module = build_module(ISAS[target.isa], spec)
-    return str(tvm.compile(module, target=tvm.target.Target(target.llvm)).mod.inspect_source("asm"))
+    compiled = (tvm.compile(m, target=tvm.target.Target(target.llvm)) for m in build_modules(ISAS[target.isa], spec))
+    return "".join(str(module.mod.inspect_source("asm")) for module in compiled)
 
 
 def function(source: str, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""All kernels of one library, as an IRModule."""
+"""All kernels of one library, as IRModules."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ def depth_plans(profile: SliceProfile, max_width: int) -> list[DepthPlan]:
     return [plan_depth(profile, depth, max_width) for depth in range(1, profile.depths + 1)]
 
 
-def build_module(isa: Isa, spec: KernelSpec) -> Any:
-    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD;
-    for K/V of 8 bits, spread, round_queries, attend.
+def linear_module(isa: Isa, spec: KernelSpec) -> Any:
+    """IRModule with quantize, router_sums, gate_ACTIVATION and, for each depth D, gemv_dD, few_dD, gemm_dD, gather_dD.
 
     few_dD is left out where gemm_dD takes all passes of several tokens.
 
@@ -55,8 +54,27 @@ def build_module(isa: Isa, spec: KernelSpec) -> Any:
                 few(isa, plan, group, width, f"{PREFIX}few_d{depth}")
             gemm(isa, plan, group, width, f"{PREFIX}gemm_d{depth}")
             gather(plan, group, f"{PREFIX}gather_d{depth}")
-        if spec.kv_bits == 8:
-            spread(f"{PREFIX}spread")
-            round_queries(isa, f"{PREFIX}round_queries")
-            attend(isa, f"{PREFIX}attend")
     return builder.get()
+
+
+def cache_module(isa: Isa) -> Any:
+    """IRModule with the kernels of keys and values of 8 bits: spread, round_queries, attend.
+
+    Args:
+        isa: instruction set.
+    """
+    with module() as builder:
+        spread(f"{PREFIX}spread")
+        round_queries(isa, f"{PREFIX}round_queries")
+        attend(isa, f"{PREFIX}attend")
+    return builder.get()
+
+
+def build_modules(isa: Isa, spec: KernelSpec) -> list[Any]:
+    """IRModules of all kernels of a library.
+
+    Args:
+        isa: instruction set.
+        spec: what the kernels are compiled for.
+    """
+    return [linear_module(isa, spec), *([cache_module(isa)] if spec.kv_bits == 8 else [])]
