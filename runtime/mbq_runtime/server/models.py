@@ -67,8 +67,7 @@ class Models:
 
     def __init__(self, models: Sequence[Model], steer: Steer, *, most_bytes: int | None = None) -> None:
         self._models, self._steer, self.most_bytes = list(models), steer, most_bytes
-        self._used = [models[0]]  # the one used last is at the end
-        self._steered: Model | None = models[0]  # None where a governor could not be started
+        self._used = [models[0]]  # the one in use is at the end
         self.before_sleep: Callable[[Engine], None] = lambda engine: None
         self._steering = ExitStack()
         self.bounded, self.governor = self._steering.enter_context(steer(models[0].engine))
@@ -106,19 +105,23 @@ class Models:
     def use(self, model: Model) -> None:
         """Steer a model.  The ones used longest ago are put to sleep until it fits.  Its next reply loads it.
 
+        Where that fails, the model that was in use is still in use.
+
         Args:
             model: one of these.
         """
-        if model is self._steered:
+        if model is self._used[-1]:
             return
-        self._steered = None
-        self._used = [*(other for other in self._used if other is not model), model]
-        self._steering.close()
-        for other in self._used[:-1]:
-            if self.most_bytes is not None and self._bytes_with(model) > self.most_bytes:
-                self._put_to_sleep(other)
-        self.bounded, self.governor = self._steering.enter_context(self._steer(model.engine))
-        self._steered = model
+        others = [other for other in self._used if other is not model]
+        with ExitStack() as steering:
+            steered = steering.enter_context(self._steer(model.engine))
+            for other in others:
+                if self.most_bytes is not None and self._bytes_with(model) > self.most_bytes:
+                    self._put_to_sleep(other)
+            before, self._steering = self._steering, steering.pop_all()
+        self.bounded, self.governor = steered
+        self._used = [*others, model]
+        before.close()
 
     def sleep(self) -> None:
         """Free the memory of all models."""

@@ -155,27 +155,43 @@ def test_each_model_is_steered_while_it_is_in_use(engines: list[Engine]) -> None
         models.use(offers[0])
         models.use(offers[1])
         models.use(offers[0])
-    assert log == ["+tiny", "-tiny", "+second", "-second", "+tiny", "-tiny"]
+    assert log == ["+tiny", "+second", "-tiny", "+tiny", "-second", "-tiny"]
 
 
-def test_a_model_is_steered_the_next_time_if_it_could_not_be(engines: list[Engine]) -> None:
-    steered: list[Engine] = []
+@pytest.mark.parametrize("failing", ["steer", "sleep"])
+def test_a_model_that_cannot_be_taken_into_use_changes_nothing(engines: list[Engine], failing: str) -> None:
+    log: list[str] = []
+    broken = [failing]
+
+    def fail(step: str) -> None:
+        if broken == [step]:
+            raise UsageError("events.jsonl: its folder is gone")
 
     @contextmanager
     def steer(engine: Engine) -> Iterator[Any]:
-        steered.append(engine)
-        if len(steered) == 2:
-            raise UsageError("events.jsonl: its folder is gone")
-        yield BoundedEngine(engine), None
+        name = engine.manifest.model.name
+        if name == "second":
+            fail("steer")
+        log.append(f"+{name}")
+        yield BoundedEngine(engine), name
+        log.append(f"-{name}")
 
     offers = named([(engine.path.name, engine, engine.manifest.budget) for engine in engines])
-    with Models(offers, steer) as models:
+    with Models(offers, steer, most_bytes=1) as models:
+        models.before_sleep = lambda engine: fail("sleep")
         with pytest.raises(UsageError, match="is gone"):
             models.use(offers[1])
+        assert (models.bounded.manifest.model.name, models.governor) == ("tiny", "tiny")
+        assert not engines[0].asleep
+        begun = ["+tiny"] if failing == "steer" else ["+tiny", "+second"]
+        assert log == begun, "the governor of the model in use still runs"
+        models.use(offers[0])
+        assert log == begun
+        broken.clear()
         models.use(offers[1])
-        assert models.bounded.manifest.model.name == "second"
-        models.use(offers[1])
-    assert steered == [engines[0], engines[1], engines[1]]
+        assert (models.bounded.manifest.model.name, models.governor) == ("second", "second")
+        assert engines[0].asleep
+    assert log == [*begun, "+second", "-tiny", "-second"]
 
 
 def test_bundles_of_one_name_are_told_apart_by_their_folders(bundle: Path, tmp_path: Path) -> None:
