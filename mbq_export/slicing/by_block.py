@@ -148,7 +148,9 @@ def _slice_blocks(
     own = processes.share(len(windows))
     hidden = blocks.embed(windows[own])
     slices: dict[str, Sliced] = {}
-    rare = 0
+    rare_step = walk.step.format("rare_experts")
+    kept = store.arrays(rare_step)
+    rare = np.zeros(d.layers, np.int64) if kept is None else kept["counts"].copy()
     for layer in range(d.layers):
         units = list(d.layer_units(layer).values())
         step = walk.step.format(d.block(layer))
@@ -156,7 +158,9 @@ def _slice_blocks(
         if found is None:
             of_experts = ExpertInputs(checkpoint, layer, importance, own)
             hessians = _hessians(blocks, layer, hidden, importance, own, of_experts)
-            rare += of_experts.rare
+            if of_experts.rare:
+                rare[layer] = of_experts.rare
+                store.put_arrays(rare_step, {"counts": rare})
             found = store.put(step, {unit.name: walk.slice_unit(checkpoint, unit, hessians) for unit in units})
         linears = [checkpoint.linear(name) for unit in units for name in unit.sources]
         weights = [linear.weight.detach().clone() for linear in linears] if walk.keep_weights else []
@@ -170,10 +174,10 @@ def _slice_blocks(
             for unit in units:
                 checkpoint.release(unit)
         progress(layer + 1, d.layers + 1)
-    if rare:
+    if rare.any():
         log.warning(
             "%s: %d experts saw fewer than %d tokens of the calibration text: each of their weights is rounded by "
-            "itself; give more --calib-tokens", walk.stage, rare, FEWEST_TOKENS,
+            "itself; give more --calib-tokens", walk.stage, rare.sum(), FEWEST_TOKENS,
         )  # fmt: skip
     step = walk.step.format("head")
     found = store.get(step)

@@ -20,20 +20,23 @@ from tiny_models import EXPERTS, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mbq_export.cli import command
+from mbq_export.context import Calibration
 from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.nbits import pack_nbits, side_by_side
 from mbq_export.format.ops import gated_gelu, gated_silu
 from mbq_export.lower.decoder import ExpertsStep
 from mbq_export.lower.onnx_experts import ExpertNodes
 from mbq_export.lower.onnx_graph import Graph
-from mbq_export.methods import METHODS
+from mbq_export.methods import METHODS, Recipe
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
+from mbq_export.slicing.by_block import slice_model
 from mbq_export.slicing.expert_inputs import FEWEST_TOKENS, ExpertInputs
 from mbq_export.slicing.expert_windows import ENOUGH_TOKENS, choose, expert_tokens
 from mbq_export.slicing.importance import alike
+from mbq_export.store import Store
 from mbq_runtime import BundleError, Engine, UsageError
 from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.parameters import check_parameters
@@ -244,6 +247,24 @@ def test_rare_experts_are_said_in_one_line(
     (said,) = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
     assert "tokens of the calibration text: each of their weights is rounded by itself" in said
     assert "\n" not in said
+
+
+def test_rare_experts_are_counted_in_the_blocks_of_an_earlier_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=64, num_experts_per_tok=1)
+    windows, said, work = np.array(TEXTS), [], tmp_path / "work"
+    for _ in range(2):
+        checkpoint = load(locate(str(source)))
+        recipe = Recipe(SPEC.profile, SPEC.group_size, method="quick")
+        with caplog.at_level(logging.WARNING):
+            slice_model(Calibration(checkpoint, recipe, Store(work, "inputs")), windows, alike(checkpoint, windows))
+        said.append([record.getMessage() for record in caplog.records if "experts" in record.getMessage()])
+        caplog.clear()
+        d = checkpoint.decoder
+        (work / f"{d.block(d.layers - 1)}.safetensors").unlink()
+    assert len(said[0]) == 1
+    assert said[1] == said[0]
 
 
 @pytest.mark.parametrize(
