@@ -91,7 +91,8 @@ class _Recorder:
 
     def close_window(self) -> None:
         assert self.x is not None
-        require_finite(self.unit.name, self.x)
+        for x in self._inputs():
+            require_finite(self.unit.name, x)
         seen = self.router_inputs.of(self.unit, self.x)[:: self.every].float()
         mean_square = (seen**2).mean(1) + MEAN_SQUARE_EPS
         rows = slice(self.done, self.done + len(seen))
@@ -105,6 +106,11 @@ class _Recorder:
         self.done = rows.stop
         self.x = None
         self.grads.clear()
+
+    def _inputs(self) -> list[torch.Tensor]:
+        """The inputs of the window."""
+        assert self.x is not None
+        return [self.x]
 
     def _add_changes(self, squared: torch.Tensor, gains: torch.Tensor) -> None:
         """Set the squared norm [T, E - 1] of what each slice adds to the output, and its product with g [T, E]."""
@@ -159,6 +165,9 @@ class _ExpertsRecorder(_Recorder):
             output.register_hook(lambda g: self.grads.__setitem__(name, g))
 
         return forward
+
+    def _inputs(self) -> list[torch.Tensor]:
+        return [x for x, _ in self.parts.values()]
 
     def _add_changes(self, squared: torch.Tensor, gains: torch.Tensor) -> None:
         squared.zero_()

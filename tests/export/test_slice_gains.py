@@ -22,6 +22,7 @@ from mbq_export.model.source import locate
 from mbq_export.routing.slice_gains import measure_gains, without_outliers
 from mbq_export.slicing import rtn
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.errors import ModelError
 
 PROFILE = SliceProfile((2, 2, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (2, 600))
@@ -63,6 +64,21 @@ def test_losses_are_those_of_second_order_but_for_one_token_in_a_hundred(
     assert in_a_hundred <= cut.sum() <= in_a_hundred * (PROFILE.depths - 1)
     assert (np.abs(found - expected)[~cut] <= 0.03 * expected[~cut] + 1e-3 * highest).all()
     np.testing.assert_allclose(found.max(0), highest, rtol=0.03)
+
+
+@pytest.mark.parametrize("expert", [0, 3, 7])
+def test_inputs_of_each_expert_are_finite(tmp_path: Path, expert: int) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / "model", "qwen3_moe"))))
+    slices = {unit.name: rtn.slice_unit(checkpoint, unit, 64, PROFILE) for unit in checkpoint.decoder.units()}
+    last = checkpoint.decoder.layers - 1
+    gates, _, _ = checkpoint.decoder.expert_layers(last)
+    unit = checkpoint.decoder.layer_units(last)["experts_in"]
+    (rows,) = (
+        rows for name, (_, rows) in zip(unit.sources, checkpoint.layers(unit), strict=True) if name == gates[expert]
+    )
+    slices[unit.name].row_scale[rows] = np.nan
+    with pytest.raises(ModelError, match=rf"^layers\.{last}\.experts_out: .*NaN or infinite"):
+        measure_gains(Calibration(checkpoint, Recipe(PROFILE, 64)), slices, WINDOWS)
 
 
 def test_a_few_spoilt_tokens_do_not_move_a_units_worth() -> None:
