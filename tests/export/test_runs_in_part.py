@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from family_exports import FamilyExport
 from file_server import serving
+from undivided import undivided
 
 from mbq_runtime import BundleError, Engine, Generation, UsageError
 from mbq_runtime.bundle import listed_files, manifest
-from mbq_runtime.bundle.listed_files import file_entries, undivided
+from mbq_runtime.bundle.listed_files import file_entries
 from mbq_runtime.bundle.verify import verify
 from mbq_runtime.engine import Session
 from mbq_runtime.pull import Incoming, Source, pull, trim

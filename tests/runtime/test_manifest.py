@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from json_fields import set_in
 from tiny_bundle import facts
+from undivided import undivided
 
 from mbq_runtime import BundleError, UsageError
 from mbq_runtime.bundle import listed_files, manifest
 from mbq_runtime.bundle.facts import Budget, Linear, TargetFacts, Weights
 from mbq_runtime.bundle.file_names import MANIFEST_NAME
-from mbq_runtime.bundle.listed_files import FileRange, file_entries, undivided
+from mbq_runtime.bundle.listed_files import FileRange, file_entries
 from mbq_runtime.bundle.verify import check_sizes, check_unlisted, verify
 
 

@@ -108,16 +108,6 @@ def _entry(path: Path, name: str) -> FileEntry:
     return FileEntry(name, size, whole.hexdigest(), tuple(chunks) if size > CHUNK_BYTES else ())
 
 
-def undivided(files: tuple[FileEntry, ...]) -> tuple[tuple[FileRange, ...], ...]:
-    """The ``parts`` of a bundle whose weight files mix the slices of all depths: one part of whole files.
-
-    Args:
-        files: of the bundle.
-    """
-    part = tuple(FileRange(entry.name, 0, entry.size) for entry in files if entry.name in WEIGHT_FILES)
-    return (part,) if part else ()
-
-
 def check_entries(files: Sequence[FileEntry], engines: Sequence[str], layout: str, path: Path | str) -> None:
     """Check the entries of a manifest.
 
