@@ -90,17 +90,17 @@ class Chat:
                 self._screen.note("\n/exit or Ctrl-D ends the chat")
 
     def _read(self, read: ReadLine) -> str | None:
-        """One message: a line, or the text between two triple quotes.  None at the end of input."""
+        """One message: a line, or the lines up to one that ends with triple quotes.  None at the end of input."""
         line = read(PROMPT)
         if line is None or not line.lstrip().startswith(_FENCE):
             return line
         text = line.lstrip().removeprefix(_FENCE)
-        while _FENCE not in text:
+        while not text.rstrip().endswith(_FENCE):
             more = read(MORE)
             if more is None:
-                break
+                return text
             text += "\n" + more
-        return text.partition(_FENCE)[0]
+        return text.rstrip().removesuffix(_FENCE)
 
     def _respond(self, text: str) -> bool:
         """Answer a message or run a command.  Returns whether the chat continues."""

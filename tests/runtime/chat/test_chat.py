@@ -129,11 +129,21 @@ def test_help_names_every_command_and_an_unknown_one_says_so(talk: Talk) -> None
     assert talk.say("/nope", "") == ("", "/nope: no such command; /help shows all commands\n")
 
 
-def test_a_message_of_several_lines(talk: Talk) -> None:
-    talk.say('"""first', "/exit", '  third""" rest')
-    assert talk.conversation.messages[0]["content"] == "first\n/exit\n  third"
-    talk.say("/reset", '"""one line"""')
-    assert talk.conversation.messages[0]["content"] == "one line"
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (('"""first', "/exit", '  third"""'), "first\n/exit\n  third"),
+        (('"""', "x", '"""  '), "\nx\n"),
+        (('"""one line"""',), "one line"),
+        (('  """def f():', '    """Half.""" # of it', '"""'), 'def f():\n    """Half.""" # of it\n'),
+        (('"""a""" and b', 'c"""'), 'a""" and b\nc'),
+        (('"""no end', "of it "), "no end\nof it "),
+    ],
+)
+def test_a_message_of_several_lines(talk: Talk, lines: tuple[str, ...], message: str) -> None:
+    """A line that ends with three quotes ends it, as in ollama; no text is lost."""
+    talk.say(*lines)
+    assert talk.conversation.messages[0]["content"] == message
 
 
 def test_an_interrupt_at_the_prompt_does_not_leave(talk: Talk) -> None:
