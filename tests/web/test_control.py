@@ -112,6 +112,23 @@ def test_a_page_decides_as_a_board_does() -> None:
     assert len({budget for decisions in wanted for budget, _ in decisions}) > 12
 
 
+@pytest.mark.parametrize("name", ["eco", "toString", ""])
+def test_an_unknown_policy_is_one_error(name: str) -> None:
+    script = """
+    const { Governor, MbqError } = await import("./src/index.js");
+    const manifest = { weights: { bytes_per_token: {} } };
+    const engine = { minBits: 3, maxBits: 8, ceilingBits: 8, manifest, listen: () => () => {} };
+    const caught = make => { try { make(); } catch (error) { return [error instanceof MbqError, error.kind, error.message]; } };
+    const governor = new Governor(engine, { readings: {} });
+    const found = [caught(() => new Governor(engine, { readings: {} }, () => {}, given)), caught(() => governor.setPolicy(given))];
+    governor.look();
+    governor.stop();
+    return [...found, governor.policy.name];
+    """
+    error = [True, "usage", f"policy {name}: needed one of {', '.join(POLICIES)}"]
+    assert nodes.run(script, name) == [error, error, "auto"]
+
+
 def test_the_correction_of_used_bits() -> None:
     chance = random.Random(1)
     used = [(chance.choice((4.0, 5.0, 5.0, 5.0)), chance.uniform(3, 8), chance.randint(1, 300)) for _ in range(500)]

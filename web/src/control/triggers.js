@@ -1,6 +1,7 @@
 // What a page can know of its device, as triggers of the controller: the rows of runtime/mbq_runtime/control/triggers.py
 // whose signals a browser has.  Their numbers come from that table.  A row that is not here has no value.
 
+import { MbqError } from "../errors.js";
 import { clamp, fixed, known, percent } from "./numbers.js";
 import tables from "./tables.json" with { type: "json" };
 
@@ -68,8 +69,12 @@ export const TRIGGERS = Object.fromEntries(Object.entries(tables.triggers).map(
   ([name, row]) => [name, { ...numbers(row), value: () => null, ...HERE[name] }]));
 
 export class Policy {
-  // options: floorBits, ceilingBits (average bits per weight), minTps (tokens/s), bytesAt ([[bits, bytes]], ascending).
+  // name: a key of the table's bands.  options: floorBits, ceilingBits (average bits per weight), minTps (tokens/s),
+  // bytesAt ([[bits, bytes]], ascending).
   constructor(name, options) {
+    if (!Object.hasOwn(tables.bands, name)) {
+      throw new MbqError("usage", `policy ${name}: needed one of ${Object.keys(tables.bands).join(", ")}`);
+    }
     Object.assign(this, { name, bands: tables.bands[name], minTps: null, bytesAt: [] }, options);
   }
 
