@@ -118,9 +118,13 @@ def test_an_unknown_policy_is_one_error(name: str) -> None:
     const { Governor, MbqError } = await import("./src/index.js");
     const manifest = { weights: { bytes_per_token: {} } };
     const engine = { minBits: 3, maxBits: 8, ceilingBits: 8, manifest, listen: () => () => {} };
-    const caught = make => { try { make(); } catch (error) { return [error instanceof MbqError, error.kind, error.message]; } };
+    const caught = make => {
+      try { make(); } catch (error) { return [error instanceof MbqError, error.kind, error.message]; }
+    };
     const governor = new Governor(engine, { readings: {} });
-    const found = [caught(() => new Governor(engine, { readings: {} }, () => {}, given)), caught(() => governor.setPolicy(given))];
+    const found = [
+      caught(() => new Governor(engine, { readings: {} }, () => {}, given)), caught(() => governor.setPolicy(given)),
+    ];
     governor.look();
     governor.stop();
     return [...found, governor.policy.name];
