@@ -20,9 +20,10 @@ from forked_mbq import Mbq
 from tiny_bundle import REPLY, facts, ids, write_manifest
 
 import mbq_runtime
-from mbq_runtime import Engine, cli, perplexity
+from mbq_runtime import Engine, __version__, cli, perplexity
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.facts import TargetFacts
+from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.fidelity import compare_tokens
 from mbq_runtime.sensing.readings import Readings
 
@@ -223,6 +224,31 @@ def test_inspect(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     assert found["runs_here"] is True
     assert found["model"]["vocab_size"] == 264
     assert found["total_bytes"] == manifest.read(bundle).total_bytes
+
+
+@pytest.mark.parametrize(
+    ("tools", "has_code", "said"),
+    [
+        ({"mbq-export": __version__}, True, f"mbq-export {__version__}"),
+        ({"mbq-export": "0.0.9"}, False, "mbq-export 0.0.9"),
+        (
+            {"mbq-export": "0.0.9"},
+            True,
+            f"mbq-export 0.0.9; a new export has the kernels of {__version__}, which is installed",
+        ),
+        ({}, False, "mbq-export of an unknown version"),
+    ],
+)
+def test_inspect_names_the_release_that_made_a_bundle(
+    capsys: pytest.CaptureFixture[str], bundle_copy: Path, tools: dict[str, str], has_code: bool, said: str
+) -> None:
+    if has_code:
+        (bundle_copy / OPS_LIBRARY).parent.mkdir()
+        (bundle_copy / OPS_LIBRARY).write_bytes(b"code")
+    write_manifest(bundle_copy, replace(facts(), tools=tools))
+    code, out, _ = run(capsys, "inspect", bundle_copy)
+    assert code == 0
+    assert [line.split(None, 2)[2] for line in out.splitlines() if line.startswith("made with")] == [said]
 
 
 def foreign(folder: Path) -> None:

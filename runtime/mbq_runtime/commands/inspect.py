@@ -13,6 +13,7 @@ from mbq_runtime import tables
 from mbq_runtime.bundle.file_names import GPU_FILES
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.trust.code import description, gpu_code, native_code
+from mbq_runtime.version import DISTRIBUTION, installed_version
 
 from .common import bundle_argument, json_option
 
@@ -51,7 +52,9 @@ def command(bundle: Path, as_json: bool) -> None:
         *(_gpu_lines(found, plan) if plan else ()),
         ("machine", _machine_line(machine)),
     ]
-    if code := description(found):
+    code = description(found)
+    lines.append(("made with", _made_with(found, has_code=bool(code))))
+    if code:
         lines.append(("code", code))
     if problem or not plan:
         lines.append(("runs here", here))
@@ -67,6 +70,13 @@ _SOFTWARE = {
 def _machine_line(machine: isa.Machine) -> str:
     """This machine, and what the engines miss on it."""
     return f"{machine}; {machine.lacks}" if machine.lacks else str(machine)
+
+
+def _made_with(m: Manifest, has_code: bool) -> str:
+    """The release that made the bundle.  Where it is not this one, the bundle's kernels are not this one's."""
+    made, here = m.tools.get(DISTRIBUTION, "of an unknown version"), installed_version()
+    note = f"; a new export has the kernels of {here}, which is installed" if has_code and made != here else ""
+    return f"{DISTRIBUTION} {made}{note}"
 
 
 def _gpu_lines(m: Manifest, plan: Plan) -> list[tuple[str, str]]:
