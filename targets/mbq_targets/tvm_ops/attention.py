@@ -98,106 +98,177 @@ def attention(shape: Attention, name: str) -> None:
         "weights": ("uint8", 1), "out": ("float32", 2),
     }  # fmt: skip
     with driver(name, tensors, shape.fields) as args:
-        qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *more = args
-        s = shape
-        growth, shares = more[: int(s.grows)], more[int(s.grows) :]
-        # Rows of the projection are padded to whole blocks. Without gates they are whole.
-        width = qkv.shape[1] if s.gates or s.some_share else (s.heads + 2 * s.kv_heads) * s.head_dim
-        rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
-        blocks = keys.shape[2]
-        queries = scratch(rows * (s.heads * s.head_dim), "float32")
-        turned_keys = scratch(rows * (s.kv_heads * s.head_dim), "float32") if s.kv_bits == 8 else None
-        tables = [view(weights.at(place), "float32") for place in (cos, sin)]
-        norms = [view(weights.at(place), "float32") for place in (q_norm, k_norm)]
-        growths = [view(weights.at(place), "float32") for place in growth]
+        one = _opened(shape, args)
+        each(one.rows, one.enter)
+        if shape.kv_bits == 8:
+            one.attend_to_codes()
+        else:
+            one.attend_to_numbers()
 
-        def enter(m: Expr) -> None:
-            position = bind(start + m)
-            rows_scale = None
-            if s.norm_rows and s.norm_eps is not None:
-                rows_scale = registers(2, "float32")
-                for part, heads in enumerate((s.heads, s.kv_heads)):
-                    at = bind(m * width + part * s.heads * s.head_dim)
-                    store(rows_scale, part, 1, _inverse_rms(qkv.flat, at, heads * s.head_dim, s.norm_eps))
-            with T.serial(0, T.int64(s.heads)) as h:
-                norm = _HeadNorm(norms[0], rows_scale, 0, h)
-                turned = _turn(s, qkv.flat, m * width + h * s.head_dim, norm, tables, position, cos)
-                for d in range(0, s.head_dim, LANES):
-                    value = load(turned, d, LANES) * const(s.scale, "float32", LANES)
-                    for table in growths:
-                        value = value * splat(load(table, position, 1), LANES)
-                    store(queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
-            if shares:
-                with T.If(shares[0] == T.int64(0)), T.Then():
-                    remember(m, position, rows_scale)
-            else:
-                remember(m, position, rows_scale)
 
-        def remember(m: Expr, position: Expr, rows_scale: Any) -> None:
-            """Put the keys and values of a token into the cache."""
-            block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
-            with T.serial(0, T.int64(s.kv_heads)) as h:
-                norm = _HeadNorm(norms[1], rows_scale, 1, h)
-                turned = _turn(s, qkv.flat, m * width + (s.heads + h) * s.head_dim, norm, tables, position, cos)
-                if turned_keys is not None:
-                    for d in range(0, s.head_dim, LANES):
-                        store(turned_keys, (m * s.kv_heads + h) * s.head_dim + d, LANES, load(turned, d, LANES))
-                    return
-                head = bind(layer * s.kv_heads + h)
-                with T.serial(0, T.int64(s.head_dim)) as d:
-                    store(
-                        keys.flat, ((head * blocks + block) * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1)
-                    )
-                at = m * width + (s.heads + s.kv_heads + h) * s.head_dim
-                inverse = None
-                if s.value_norms and s.norm_eps is not None:
-                    inverse = bind(splat(_inverse_rms(qkv.flat, at, s.head_dim, s.norm_eps), LANES))
-                for d in range(0, s.head_dim, LANES):
-                    value = load(qkv.flat, at + d, LANES)
-                    value = value if inverse is None else value * inverse
-                    store(values.flat, (head * (blocks * KEY_LANES) + position) * s.head_dim + d, LANES, value)
+@dataclass(frozen=True)
+class _Pass:
+    """One call of the operation. Its methods write the statements.
 
-        def attend(i: Expr) -> None:
-            h = bind(T.truncdiv(i, rows))
-            m = bind(i - h * rows)
-            head = bind(layer * s.kv_heads + T.truncdiv(h, T.int64(s.heads // s.kv_heads)))
-            place = bind((m * s.heads + h) * s.head_dim)
-            first = bind(T.max(start + m + 1 - window, T.int64(0)))
-            _attend(s, queries, place, keys, values, bind(head * blocks), first, bind(start + m), out)
-            if s.gates:
-                open_gate(m, h)
+    qkv, keys, values, out, layer, cos, window: arguments of the operation.
+    shares: the argument of that name, or nothing.
+    start: position of the first of the M tokens.
+    queries: float32 [M, heads, head_dim] that are rotated and scaled. turned_keys: float32 [M, kv_heads, head_dim] that
+        are rotated, for a cache of 8 bits.
+    tables: cosines and sines. norms: weights of the norms of q and of k. growths: the table of growth, or nothing.
+    """
 
-        def open_gate(m: Expr, h: Expr) -> None:
-            place = bind((m * s.heads + h) * s.head_dim)
-            gate = bind(m * width + (s.heads + 2 * s.kv_heads) * s.head_dim + h * s.gates)
-            opening = sigmoid(splat(load(qkv.flat, gate, 1), LANES), LANES) if s.gates == 1 else None
+    shape: Attention
+    qkv: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    layer: Expr
+    cos: Expr
+    window: Expr
+    shares: list[Expr]
+    start: Expr
+    queries: Any
+    turned_keys: Any
+    tables: list[Any]
+    norms: list[Any]
+    growths: list[Any]
+
+    @property
+    def rows(self) -> Expr:
+        """M."""
+        return self.qkv.shape[0]
+
+    @property
+    def width(self) -> Expr:
+        """Numbers in a row of qkv. With gates, or in a layer of queries alone, it is padded to whole blocks."""
+        s = self.shape
+        return self.qkv.shape[1] if s.gates or s.some_share else (s.heads + 2 * s.kv_heads) * s.head_dim
+
+    def enter(self, m: Expr) -> None:
+        """Turn the queries of token ``m``, and remember its keys and values."""
+        s = self.shape
+        position = bind(self.start + m)
+        rows_scale = self._rows_scale(m) if s.norm_rows and s.norm_eps is not None else None
+        with T.serial(0, T.int64(s.heads)) as h:
+            norm = _HeadNorm(self.norms[0], rows_scale, 0, h)
+            turned = _turn(s, self.qkv.flat, m * self.width + h * s.head_dim, norm, self.tables, position, self.cos)
             for d in range(0, s.head_dim, LANES):
-                of_lanes = sigmoid(load(qkv.flat, gate + d, LANES), LANES) if opening is None else opening
-                store(out.flat, place + d, LANES, load(out.flat, place + d, LANES) * of_lanes)
+                value = load(turned, d, LANES) * const(s.scale, "float32", LANES)
+                for table in self.growths:
+                    value = value * splat(load(table, position, 1), LANES)
+                store(self.queries, (m * s.heads + h) * s.head_dim + d, LANES, value)
+        if self.shares:
+            with T.If(self.shares[0] == T.int64(0)), T.Then():
+                self._remember(m, position, rows_scale)
+        else:
+            self._remember(m, position, rows_scale)
 
-        def open_gates(m: Expr) -> None:
-            with T.serial(0, T.int64(s.heads)) as h:
-                open_gate(m, h)
+    def _rows_scale(self, m: Expr) -> Any:
+        """What a norm over all heads multiplies q and k of token ``m`` by, float32 [2]."""
+        s = self.shape
+        assert s.norm_eps is not None
+        rows_scale = registers(2, "float32")
+        for part, heads in enumerate((s.heads, s.kv_heads)):
+            at = bind(m * self.width + part * s.heads * s.head_dim)
+            store(rows_scale, part, 1, _inverse_rms(self.qkv.flat, at, heads * s.head_dim, s.norm_eps))
+        return rows_scale
 
-        each(rows, enter)
-        if turned_keys is not None:
-            head_bytes = keys.shape[2] * keys.shape[3]
-            of_layer = bind(layer * (s.kv_heads * head_bytes))
-            call(
-                "attention", pointer(queries, T.int64(0)), pointer(turned_keys, T.int64(0)),
-                qkv.at(T.int64((s.heads + s.kv_heads) * s.head_dim)), bind(T.int64(1) * width), keys.at(of_layer),
-                values.at(of_layer), out.at(T.int64(0)), T.int64(s.heads), T.int64(s.kv_heads), T.int64(s.head_dim),
-                start, rows, window, keys.shape[2], T.float32(s.cap or 0),
-            )  # fmt: skip
-            if s.gates:
-                each(rows, open_gates)
-            return
-        count = bind(rows * s.heads)
-        with T.If(count * (start + rows) < T.int64(SERIAL_SCORES)):
+    def _remember(self, m: Expr, position: Expr, rows_scale: Any) -> None:
+        """Put the keys and values of a token into the cache. Keys for a cache of 8 bits go to ``turned_keys``."""
+        s = self.shape
+        block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
+        with T.serial(0, T.int64(s.kv_heads)) as h:
+            norm = _HeadNorm(self.norms[1], rows_scale, 1, h)
+            at = m * self.width + (s.heads + h) * s.head_dim
+            turned = _turn(s, self.qkv.flat, at, norm, self.tables, position, self.cos)
+            if s.kv_bits == 8:
+                for d in range(0, s.head_dim, LANES):
+                    store(self.turned_keys, (m * s.kv_heads + h) * s.head_dim + d, LANES, load(turned, d, LANES))
+                return
+            head = bind(self.layer * s.kv_heads + h)
+            key_block = head * self.keys.shape[2] + block
+            with T.serial(0, T.int64(s.head_dim)) as d:
+                store(self.keys.flat, (key_block * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1))
+            self._remember_value(m * self.width + (s.heads + s.kv_heads + h) * s.head_dim, head, position)
+
+    def _remember_value(self, at: Expr, head: Expr, position: Expr) -> None:
+        """Put the value at ``qkv[at]`` into the cache. head: which of all layers' heads."""
+        s = self.shape
+        inverse = None
+        if s.value_norms and s.norm_eps is not None:
+            inverse = bind(splat(_inverse_rms(self.qkv.flat, at, s.head_dim, s.norm_eps), LANES))
+        for d in range(0, s.head_dim, LANES):
+            value = load(self.qkv.flat, at + d, LANES)
+            value = value if inverse is None else value * inverse
+            place = (head * (self.keys.shape[2] * KEY_LANES) + position) * s.head_dim + d
+            store(self.values.flat, place, LANES, value)
+
+    def attend_to_codes(self) -> None:
+        """Attend over a cache of 8 bits, which also gets the keys and values of the tokens."""
+        s = self.shape
+        of_layer = bind(self.layer * (s.kv_heads * (self.keys.shape[2] * self.keys.shape[3])))
+        call(
+            "attention", pointer(self.queries, T.int64(0)), pointer(self.turned_keys, T.int64(0)),
+            self.qkv.at(T.int64((s.heads + s.kv_heads) * s.head_dim)), bind(T.int64(1) * self.width),
+            self.keys.at(of_layer), self.values.at(of_layer), self.out.at(T.int64(0)), T.int64(s.heads),
+            T.int64(s.kv_heads), T.int64(s.head_dim), self.start, self.rows, self.window, self.keys.shape[2],
+            T.float32(s.cap or 0),
+        )  # fmt: skip
+        if s.gates:
+            each(self.rows, self._open_gates)
+
+    def attend_to_numbers(self) -> None:
+        """Attend over a cache of float32, one token and head at a time."""
+        count = bind(self.rows * self.shape.heads)
+        with T.If(count * (self.start + self.rows) < T.int64(SERIAL_SCORES)):
             with T.Then(), T.serial(0, count) as i:
-                attend(i)
+                self._attend_head(i)
             with T.Else(), T.parallel(0, count) as i:
-                attend(i)
+                self._attend_head(i)
+
+    def _attend_head(self, i: Expr) -> None:
+        """i: head times M, and the token."""
+        s = self.shape
+        h = bind(T.truncdiv(i, self.rows))
+        m = bind(i - h * self.rows)
+        head = bind(self.layer * s.kv_heads + T.truncdiv(h, T.int64(s.heads // s.kv_heads)))
+        place = bind((m * s.heads + h) * s.head_dim)
+        last = self.start + m
+        first = bind(T.max(last + 1 - self.window, T.int64(0)))
+        head_blocks = bind(head * self.keys.shape[2])
+        _attend(s, self.queries, place, self.keys, self.values, head_blocks, first, bind(last), self.out)
+        if s.gates:
+            self._open_gate(m, h)
+
+    def _open_gates(self, m: Expr) -> None:
+        with T.serial(0, T.int64(self.shape.heads)) as h:
+            self._open_gate(m, h)
+
+    def _open_gate(self, m: Expr, h: Expr) -> None:
+        """Multiply what head ``h`` of token ``m`` attends to by its gates."""
+        s, qkv, out = self.shape, self.qkv.flat, self.out.flat
+        place = bind((m * s.heads + h) * s.head_dim)
+        gate = bind(m * self.width + (s.heads + 2 * s.kv_heads) * s.head_dim + h * s.gates)
+        opening = sigmoid(splat(load(qkv, gate, 1), LANES), LANES) if s.gates == 1 else None
+        for d in range(0, s.head_dim, LANES):
+            of_lanes = sigmoid(load(qkv, gate + d, LANES), LANES) if opening is None else opening
+            store(out, place + d, LANES, load(out, place + d, LANES) * of_lanes)
+
+
+def _opened(s: Attention, args: list[Any]) -> _Pass:
+    """The operation with its arguments: its working memory, and where things are."""
+    qkv, past, keys, values, weights, out, layer, cos, sin, q_norm, k_norm, window, *more = args
+    growth, shares = more[: int(s.grows)], more[int(s.grows) :]
+    rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
+    queries = scratch(rows * (s.heads * s.head_dim), "float32")
+    turned_keys = scratch(rows * (s.kv_heads * s.head_dim), "float32") if s.kv_bits == 8 else None
+    tables, norms, growths = (
+        [view(weights.at(place), "float32") for place in places] for places in ((cos, sin), (q_norm, k_norm), growth)
+    )
+    return _Pass(
+        s, qkv, keys, values, out, layer, cos, window, shares, start, queries, turned_keys, tables, norms, growths
+    )
 
 
 class _HeadNorm(NamedTuple):
