@@ -13,6 +13,7 @@ from .kernel import (
     COUNT,
     POSITION,
     TOKENS,
+    Item,
     Kernel,
     barrier,
     element,
@@ -92,13 +93,12 @@ def rotate(
         norm: of q and k. None: no norm.
         grows: whether there is the buffer growth.
     """
-    width, half = shape.head_dim, shape.rotated // 2
-    whole = norm is not None and norm.rows
+    width = shape.head_dim
     buffers = {"qkv": ("float32", tokens * shape.all * width)}
-    if half:
+    if shape.rotated:
         buffers["rotary"] = ("float32", ANY_SIZE)
     if norm is not None:
-        buffers["norms"] = ("float32", (shape.heads + shape.kv_heads if whole else 2) * width)
+        buffers["norms"] = ("float32", (shape.heads + shape.kv_heads if norm.rows else 2) * width)
     if grows:
         buffers["growth"] = ("float32", ANY_SIZE)
     buffers |= {
@@ -115,76 +115,110 @@ def rotate(
             head, token = item.x, item.y
             position = bind(of["state"][POSITION] + token)
             start = bind((token * shape.all + head) * width)
-            factor: Expr = None
-
-            def gain(i: Expr, part: int) -> Expr:
-                return of["norms"][(head if whole else part) * width + i]
-
-            def value(i: Expr, part: int) -> Expr:
-                v = of["qkv"][start + i]
-                normed = norm is not None and not norm.last
-                return bind(v * factor * gain(i, part) if normed else v)
-
-            def rotated(i: Expr, part: int) -> Any:
-                """Number i of a head of q (part 0) or k (part 1), in a register."""
-                result = registers(1)
-                put(result, 0, value(i, part))
-                if half:
-                    with when(i < shape.rotated):
-                        first = bind(T.Select(i < half, i, i - half))
-                        cos = bind(of["rotary"][position * shape.rotated + first])
-                        sin = bind(of["rotary"][position * shape.rotated + half + first])
-                        other = value(bind(T.Select(i < half, i + half, i - half)), part)
-                        signed = T.Select(i < half, const(0, "float32") - other, other)
-                        put(result, 0, result[0] * cos + signed * sin)
-                return result
-
-            if norm is not None:
-                partial = registers(1)
-                put(partial, 0, const(0, "float32"))
-                if whole:
-                    bounds = registers(2, "int32")
-                    of_q = bind(head < shape.heads)
-                    first_head = T.Select(of_q, T.int32(0), T.int32(shape.heads))
-                    put(bounds, 0, (token * shape.all + first_head) * width)
-                    put(bounds, 1, T.Select(of_q, T.int32(shape.heads * width), T.int32(shape.kv_heads * width)))
-                    row, count = bind(bounds[0]), bind(bounds[1])
-                    with strided(item, count, threads) as i:
-                        v = bind(of["qkv"][row + i])
-                        put(partial, 0, partial[0] + v * v)
-                    share = bind(const(1, "float32") / cast(count, "float32", 1))
-                else:
-                    with strided(item, width, threads) as i:
-                        v = bind(rotated(i, 0)[0] if norm.last else of["qkv"][start + i])
-                        put(partial, 0, partial[0] + v * v)
-                    share = const(1 / width, "float32")
-                sums = reduce_sums(item, threads, [partial[0]])
-                mean = sums[0] * share + const(norm.eps, "float32")
-                factor = bind(const(1, "float32") / T.sqrt(mean))
-
-            def turned(i: Expr, part: int) -> None:
-                """Write number i of a head of q (part 0) or k (part 1)."""
-                result = rotated(i, part)
-                if norm is not None and norm.last:
-                    put(result, 0, result[0] * factor * gain(i, part))
-                if part == 0 and grows:
-                    put(result, 0, result[0] * of["growth"][position])
-                if part == 0:
-                    put(of["q"], (token * shape.heads + head) * width + i, result[0])
-                else:
-                    put(of["keys"], (position * shape.kv_heads + head - shape.heads) * width + i, result[0])
-
+            one = _Head(shape, norm, of, item, threads, position, start)
+            factor = None if norm is None else one.norm_factor(norm)
             # The cache may have no room behind the last token of the pass.
             with when(token < of["state"][COUNT]), strided(item, width, threads) as i:
                 with when(head < shape.heads):
-                    turned(i, 0)
+                    one.write_query(i, factor)
                 with when(T.And(head >= shape.heads, head < shape.heads + shape.kv_heads)):
-                    turned(i, 1)
+                    one.write_key(i, factor)
                 with when(head >= shape.heads + shape.kv_heads):
                     kv = head - shape.heads - shape.kv_heads
                     put(of["values"], (position * shape.kv_heads + kv) * width + i, of["qkv"][start + i])
 
     return Kernel(name, grid, threads, body)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One head of a token, which a work-group turns. Its methods write the statements.
+
+    shape, norm, threads: of ``rotate``.
+    of: its buffers by name.
+    position: of the token. start: of the head in qkv.
+
+    In the methods, i is a number of the head, part is 0 for a head of q and 1 for one of k, and factor is what the norm
+    multiplies by besides its weights (None: no norm).
+    """
+
+    shape: Heads
+    norm: HeadNorm | None
+    of: dict[str, Any]
+    item: Item
+    threads: int
+    position: Expr
+    start: Expr
+
+    def write_query(self, i: Expr, factor: Expr) -> None:
+        """Write number i of a head of q."""
+        result = self._turned(i, 0, factor)
+        if "growth" in self.of:
+            put(result, 0, result[0] * self.of["growth"][self.position])
+        put(self.of["q"], (self.item.y * self.shape.heads + self.item.x) * self.shape.head_dim + i, result[0])
+
+    def write_key(self, i: Expr, factor: Expr) -> None:
+        """Write number i of a head of k."""
+        result = self._turned(i, 1, factor)
+        row = self.position * self.shape.kv_heads + self.item.x - self.shape.heads
+        put(self.of["keys"], row * self.shape.head_dim + i, result[0])
+
+    def norm_factor(self, norm: HeadNorm) -> Expr:
+        """The inverse of the root mean square."""
+        shape, of, item = self.shape, self.of, self.item
+        width = shape.head_dim
+        partial = registers(1)
+        put(partial, 0, const(0, "float32"))
+        if norm.rows:
+            bounds = registers(2, "int32")
+            of_q = bind(item.x < shape.heads)
+            first_head = T.Select(of_q, T.int32(0), T.int32(shape.heads))
+            put(bounds, 0, (item.y * shape.all + first_head) * width)
+            put(bounds, 1, T.Select(of_q, T.int32(shape.heads * width), T.int32(shape.kv_heads * width)))
+            row, count = bind(bounds[0]), bind(bounds[1])
+            with strided(item, count, self.threads) as i:
+                v = bind(of["qkv"][row + i])
+                put(partial, 0, partial[0] + v * v)
+            share = bind(const(1, "float32") / cast(count, "float32", 1))
+        else:
+            with strided(item, width, self.threads) as i:
+                v = bind(self._rotated(i, 0, None)[0] if norm.last else of["qkv"][self.start + i])
+                put(partial, 0, partial[0] + v * v)
+            share = const(1 / width, "float32")
+        sums = reduce_sums(item, self.threads, [partial[0]])
+        mean = sums[0] * share + const(norm.eps, "float32")
+        return bind(const(1, "float32") / T.sqrt(mean))
+
+    def _turned(self, i: Expr, part: int, factor: Expr) -> Any:
+        """Number i after the norm and the rotation, in a register."""
+        result = self._rotated(i, part, factor)
+        if self.norm is not None and self.norm.last:
+            put(result, 0, result[0] * factor * self._gain(self.norm, i, part))
+        return result
+
+    def _rotated(self, i: Expr, part: int, factor: Expr) -> Any:
+        """Number i after the rotation, and after a norm before it, in a register."""
+        half, table = self.shape.rotated // 2, self.position * self.shape.rotated
+        result = registers(1)
+        put(result, 0, self._value(i, part, factor))
+        if half:
+            with when(i < self.shape.rotated):
+                first = bind(T.Select(i < half, i, i - half))
+                cos = bind(self.of["rotary"][table + first])
+                sin = bind(self.of["rotary"][table + half + first])
+                other = self._value(bind(T.Select(i < half, i + half, i - half)), part, factor)
+                signed = T.Select(i < half, const(0, "float32") - other, other)
+                put(result, 0, result[0] * cos + signed * sin)
+        return result
+
+    def _value(self, i: Expr, part: int, factor: Expr) -> Expr:
+        """Number i of qkv, after a norm before the rotation."""
+        v, norm = self.of["qkv"][self.start + i], self.norm
+        return bind(v if norm is None or norm.last else v * factor * self._gain(norm, i, part))
+
+    def _gain(self, norm: HeadNorm, i: Expr, part: int) -> Expr:
+        """The weight of the norm for number i."""
+        return self.of["norms"][(self.item.x if norm.rows else part) * self.shape.head_dim + i]
 
 
 def attend(
@@ -244,24 +278,16 @@ def attend(
                 score = registers(1)
                 put(score, 0, const(_LOWEST, "float32"))
                 with when(mine <= last):
-                    total = registers(1, "float32x4")
-                    put(total, 0, const(0, "float32", 4))
-                    with T.serial(0, quads) as i:
-                        put(total, 0, total[0] + query[i] * keys[(mine * shape.kv_heads + kv) * quads + i])
-                    t = bind(total[0])
-                    dot = element(t, 0, 4) + element(t, 1, 4) + element(t, 2, 4) + element(t, 3, 4)
+                    dot = _dot(query, keys, (mine * shape.kv_heads + kv) * quads, quads)
                     put(score, 0, dot * const(scale, "float32"))
                     if cap is not None:
                         put(score, 0, soft_cap(score[0], cap))
                 put(scores, item.thread, score[0])
                 barrier()
-                peak = registers(1)
-                put(peak, 0, running[0])
-                with T.serial(0, threads) as i:
-                    put(peak, 0, T.max(peak[0], scores[i]))
-                put(shares, item.thread, T.Select(mine <= last, T.exp(score[0] - peak[0]), const(0, "float32")))
-                shrink = bind(T.exp(running[0] - peak[0]))
-                put(running, 0, peak[0])
+                peak = _largest(scores, threads, running[0])
+                put(shares, item.thread, T.Select(mine <= last, T.exp(score[0] - peak), const(0, "float32")))
+                shrink = bind(T.exp(running[0] - peak))
+                put(running, 0, peak)
                 put(running, 1, running[1] * shrink)
                 barrier()
                 for c in range(per_item):
@@ -282,3 +308,22 @@ def attend(
                     put(y, (token * shape.heads + head) * width + column, result[c] / running[1])
 
     return Kernel(name, grid, threads, body)
+
+
+def _dot(query: Any, keys: Any, row: Expr, quads: int) -> Expr:
+    """The product of the query and the key that begins at ``keys[row]``, both of vectors of four numbers."""
+    total = registers(1, "float32x4")
+    put(total, 0, const(0, "float32", 4))
+    with T.serial(0, quads) as i:
+        put(total, 0, total[0] + query[i] * keys[row + i])
+    t = bind(total[0])
+    return element(t, 0, 4) + element(t, 1, 4) + element(t, 2, 4) + element(t, 3, 4)
+
+
+def _largest(scores: Any, count: int, floor: Expr) -> Expr:
+    """The largest of the scores and of ``floor``."""
+    peak = registers(1)
+    put(peak, 0, floor)
+    with T.serial(0, count) as i:
+        put(peak, 0, T.max(peak[0], scores[i]))
+    return peak[0]
