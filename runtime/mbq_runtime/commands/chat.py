@@ -25,6 +25,7 @@ from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
+    from mbq_runtime.chat.screen import Screen
     from mbq_runtime.engine import Engine
 
 
@@ -68,7 +69,6 @@ def command(
     """
     from mbq_runtime.chat.conversation import Conversation
     from mbq_runtime.chat.loop import Chat
-    from mbq_runtime.chat.screen import Screen
     from mbq_runtime.engine import Engine
 
     note_code(bundle, trust=trust)
@@ -76,17 +76,9 @@ def command(
     follow(loaded)
     if not loaded.has_chat_template:
         raise UsageError(f"{bundle}: the model has no chat template; use mbq run --raw")
-    terminal = sys.stdout.isatty()
-    colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     budget = loaded.manifest.budget
     with steered(loaded, Steering(**steering)) as (bounded, governor):
-        screen = Screen(
-            sys.stdout,
-            sys.stderr,
-            terminal=terminal and os.environ.get("TERM") != "dumb",
-            colour=colour,
-            bits=(budget.min_bits, budget.max_bits) if show_bits else None,
-        )
+        screen = _screen((budget.min_bits, budget.max_bits) if show_bits else None)
         if legend := screen.legend():
             screen.line(legend)
         options: dict[str, Any] = {
@@ -108,6 +100,16 @@ def command(
         chat.run(_reader())
         if prompt_cache is not None:
             loaded.save_session(session, prompt_cache)
+
+
+def _screen(bits: tuple[float, float] | None) -> Screen:
+    """The terminal.  bits: the range that colours show; None: no colours of bits."""
+    from mbq_runtime.chat.screen import Screen
+
+    drawn = sys.stdout.isatty()
+    plain = os.environ.get("TERM") == "dumb"
+    colour = drawn and "NO_COLOR" not in os.environ and not plain
+    return Screen(sys.stdout, sys.stderr, terminal=drawn and not plain, colour=colour, bits=bits)
 
 
 def _reader() -> Any:

@@ -21,7 +21,7 @@ from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
     from mbq_runtime.fidelity import TokenFidelity
-    from mbq_runtime.perplexity import PerplexityResult
+    from mbq_runtime.perplexity import Estimate, PerplexityResult
 
 
 @click.command("perplexity")
@@ -83,8 +83,8 @@ def command(
         raise UsageError(f"--context {context}: {bundle} takes at most {loaded.context_length} tokens")
     windows = perplexity.cut_windows(loaded.encode(text), context, loaded.opening_tokens, max_windows)
 
-    rows: Sequence[perplexity.PerplexityResult]
-    reference_ppl: perplexity.Estimate | None = None
+    rows: Sequence[PerplexityResult]
+    reference_ppl: Estimate | None = None
     if reference and load_logits:
         with progress_line(f"loading {reference}"):
             original = perplexity.last_kept(load_logits(reference))
@@ -105,26 +105,24 @@ def command(
             with progress_line(f"scoring at {value:g} bits") as progress:
                 rows.append(perplexity.measure(windows, value, score, progress))
     if as_json:
-        result = {
-            "context": context,
-            "windows": len(windows),
-            "reference_ppl": reference_ppl.ppl if reference_ppl else None,
-            "rows": [asdict(row) for row in rows],
-        }
+        ppl = reference_ppl.ppl if reference_ppl else None
+        result = {"context": context, "windows": len(windows), "reference_ppl": ppl, "rows": [*map(asdict, rows)]}
         click.echo(json.dumps(result))
-        return
-    click.echo(f"{len(windows)} windows of {context} tokens from {data}")
-    lines = [_cells(row) for row in rows]
-    headings = [*_HEADINGS]
-    if reference_ppl:
-        headings += _REFERENCE_HEADINGS
-        nothing = [""] * len(_REFERENCE_HEADINGS)
-        lines.append(["reference", "", *_figures(reference_ppl.ppl, reference_ppl.ppl_stderr), *nothing])
-    click.echo(tables.aligned(headings, lines))
+    else:
+        click.echo(f"{len(windows)} windows of {context} tokens from {data}\n{_table(rows, reference_ppl)}")
 
 
 _HEADINGS = ("bits", "bits used", "perplexity", "+-")
 _REFERENCE_HEADINGS = ("ratio", "+-", "KL, nats", "+-", "99 % KL", "99.9 % KL", "same top", "+-")
+
+
+def _table(rows: Sequence[PerplexityResult], reference_ppl: Estimate | None) -> str:
+    lines, headings = [_cells(row) for row in rows], [*_HEADINGS]
+    if reference_ppl:
+        headings += _REFERENCE_HEADINGS
+        nothing = [""] * len(_REFERENCE_HEADINGS)
+        lines.append(["reference", "", *_figures(reference_ppl.ppl, reference_ppl.ppl_stderr), *nothing])
+    return tables.aligned(headings, lines)
 
 
 def _cells(row: PerplexityResult) -> list[str]:

@@ -29,7 +29,8 @@ from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
-    from mbq_runtime.engine import Engine, Grammar
+    from mbq_runtime.control.governor import Status
+    from mbq_runtime.engine import Engine, GenerationStats, Grammar
 
 _MOST_CHARACTERS = 4 << 20
 _MOST_SCHEMA_BYTES = 1 << 20
@@ -82,7 +83,6 @@ def command(
 
     The reply goes to stdout token by token, and a line of figures to stderr.  If PROMPT is -, it is read from stdin.
     """
-    from mbq_runtime.control.energy import describe
     from mbq_runtime.engine import Engine
     from mbq_runtime.engine.reasoning import Thought, ThoughtReader, is_begun
 
@@ -113,25 +113,33 @@ def command(
                     click.echo(without_controls(piece) if terminal else piece, nl=False)
     if session is not None and prompt_cache is not None:
         loaded.save_session(session, prompt_cache)
-    status = governor.status()
-    stats = generation.stats
     if as_json:
-        figures = {
-            "text": "".join(pieces),
-            "tokens": list(stats.tokens),
-            "tokens_per_s": stats.tokens_per_s,
-            "ttft_s": stats.ttft_s,
-            "avg_bits_used": stats.avg_bits_used,
-            "guessed": stats.guessed,
-            "kept_guesses": stats.kept_guesses,
-            "energy_j_per_token": status.energy_j_per_token,
-            "energy_error_j": status.energy_error_j,
-            "reason": status.reason,
-        }
-        click.echo(json.dumps(figures, ensure_ascii=False))
-        return
+        click.echo(_as_json("".join(pieces), generation.stats, governor.status()))
+    else:
+        click.echo()
+        _note_figures(generation.stats, governor.status())
+
+
+def _as_json(text: str, stats: GenerationStats, status: Status) -> str:
+    figures = {
+        "text": text,
+        "tokens": list(stats.tokens),
+        "tokens_per_s": stats.tokens_per_s,
+        "ttft_s": stats.ttft_s,
+        "avg_bits_used": stats.avg_bits_used,
+        "guessed": stats.guessed,
+        "kept_guesses": stats.kept_guesses,
+        "energy_j_per_token": status.energy_j_per_token,
+        "energy_error_j": status.energy_error_j,
+        "reason": status.reason,
+    }
+    return json.dumps(figures, ensure_ascii=False)
+
+
+def _note_figures(stats: GenerationStats, status: Status) -> None:
+    from mbq_runtime.control.energy import describe
+
     energy = describe(status.energy_j_per_token, status.energy_error_j)
-    click.echo()
     guesses = f", {stats.kept_guesses} of {stats.guessed} guessed tokens were right" if stats.guessed else ""
     click.echo(
         f"{len(stats.tokens)} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_s:.2f} s, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -120,13 +120,7 @@ def command(
         return replace(loaded.manifest.budget, min_bits=low, max_bits=high)
 
     followed = Steering(**steering)
-    if api_key is not None and not api_key.strip():
-        raise UsageError("--api-key is empty; leave it out, or give a key")
-    for origin in allow_origin:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-            raise UsageError(
-                f"--allow-origin {origin!r}: needed an origin such as https://chat.example, without a path"
-            )
+    _check_access(api_key, allow_origin)
     with ExitStack() as stack:
         # Take the port before the model is loaded, so that a port in use is reported at once.
         listener = stack.enter_context(_listen(host, port))
@@ -157,6 +151,16 @@ def command(
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
         sys.setswitchinterval(SWITCH_S)
         runner.run([Listener(fileno=listener.detach())])
+
+
+def _check_access(api_key: str | None, origins: Sequence[str]) -> None:
+    if api_key is not None and not api_key.strip():
+        raise UsageError("--api-key is empty; leave it out, or give a key")
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(
+                f"--allow-origin {origin!r}: needed an origin such as https://chat.example, without a path"
+            )
 
 
 def _listen(host: str, port: int) -> socket.socket:
