@@ -1,6 +1,6 @@
 """Lowers a calibrated decoder for an engine.
 
-decoder: the one walk over a decoder, and the interface of a builder.
+builder: the steps of a decoder, and the interface of an engine's builder; decoder: the one walk over a decoder.
 onnx: the builder of ONNX graphs; onnx_attention, onnx_delta, onnx_experts: its larger steps; onnx_graph: how a graph is
 written; onnx_functions, onnx_matmul, onnx_router, onnx_text: the bodies of our ops in stock ops, for bundles without a
 native library.

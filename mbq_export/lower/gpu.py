@@ -32,20 +32,8 @@ from ..format.codes import Sliced
 from ..format.planes import pack_scales, pack_slices
 from ..format.router import RouterParams
 from ..model.checkpoint import Checkpoint
-from .decoder import (
-    Attention,
-    Builder,
-    Convolution,
-    Delta,
-    Embedding,
-    ExpertsStep,
-    Gate,
-    Norm,
-    PerLayer,
-    in_engine_order,
-    walk_blocks,
-    walk_head,
-)
+from .builder import Attention, Builder, Convolution, Delta, Embedding, ExpertsStep, Gate, Norm, PerLayer
+from .decoder import in_engine_order, walk_blocks, walk_head
 from .gpu_launches import Array, Launches
 
 _PRODUCTS = {"normed": "stacked", "attended": "branch", "gated": "branch"}

@@ -27,21 +27,8 @@ from ..format.codes import Sliced
 from ..model.checkpoint import Checkpoint
 from ..model.mapped_weights import arrays_in_file
 from ..model.shape import Decoder
-from .decoder import (
-    Attention,
-    Builder,
-    Convolution,
-    Delta,
-    Embedding,
-    ExpertsStep,
-    Gate,
-    Norm,
-    PerLayer,
-    first_depths,
-    in_engine_order,
-    walk_blocks,
-    walk_head,
-)
+from .builder import Attention, Builder, Convolution, Delta, Embedding, ExpertsStep, Gate, Norm, PerLayer
+from .decoder import first_depths, in_engine_order, walk_blocks, walk_head
 from .onnx_attention import MS, AttentionNodes
 from .onnx_delta import delta_nodes
 from .onnx_experts import ExpertNodes

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ..model.checkpoint import Checkpoint
-from .decoder import Attention, Norm
+from .builder import Attention, Norm
 from .onnx_graph import Graph
 from .onnx_text import DOMAIN
 

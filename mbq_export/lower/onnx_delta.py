@@ -10,7 +10,7 @@ import numpy as np
 from mbq_targets.constants import UNIT_EPS
 
 from ..model.checkpoint import Checkpoint
-from .decoder import Delta
+from .builder import Delta
 from .onnx_attention import MS
 from .onnx_graph import Graph
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..model.checkpoint import Checkpoint
-from .decoder import ExpertsStep
+from .builder import ExpertsStep
 from .onnx_graph import Graph
 
 

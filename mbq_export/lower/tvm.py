@@ -34,21 +34,8 @@ from mbq_targets.spec import KernelSpec
 from ..calibrated import Calibrated, HeadInput, RoutedLinear
 from ..format.planes import weight_inputs
 from ..model.checkpoint import Checkpoint
-from .decoder import (
-    Attention,
-    Builder,
-    Convolution,
-    Delta,
-    Embedding,
-    ExpertsStep,
-    Gate,
-    Norm,
-    PerLayer,
-    first_depths,
-    in_engine_order,
-    walk_blocks,
-    walk_head,
-)
+from .builder import Attention, Builder, Convolution, Delta, Embedding, ExpertsStep, Gate, Norm, PerLayer
+from .decoder import first_depths, in_engine_order, walk_blocks, walk_head
 from .tvm_weights import QUERY_GROWTH, Array, collect, delta_tensors, expert_tensors, head_norm_tensors, places
 
 _PREFIX = "mbq_"

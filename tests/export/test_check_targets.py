@@ -16,7 +16,7 @@ from mbq_export.calibrate import calibrate
 from mbq_export.calibrated import Calibrated
 from mbq_export.context import Calibration
 from mbq_export.lower import decoder as walk
-from mbq_export.lower.decoder import Attention, Gate
+from mbq_export.lower.builder import Attention, Gate
 from mbq_export.methods import Recipe
 from mbq_export.model import recording
 from mbq_export.model.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from mbq_export.calibrate import Calibrated, RoutedLinear
 from mbq_export.format.codes import Sliced
 from mbq_export.format.router import RouterParams
-from mbq_export.lower.decoder import (
+from mbq_export.lower.builder import (
     Attention,
     Builder,
     Convolution,
@@ -21,9 +21,8 @@ from mbq_export.lower.decoder import (
     Gate,
     Norm,
     PerLayer,
-    walk_blocks,
-    walk_head,
 )
+from mbq_export.lower.decoder import walk_blocks, walk_head
 from mbq_export.model.describe import describe
 from mbq_export.model.shape import Decoder
 from mbq_export.transforms.rotation import HeadInput

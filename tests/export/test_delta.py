@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mbq_export.cli import command
 from mbq_export.format.delta import delta_net
-from mbq_export.lower.decoder import Delta
+from mbq_export.lower.builder import Delta
 from mbq_export.lower.onnx_delta import delta_nodes
 from mbq_export.lower.onnx_graph import Graph
 from mbq_export.model.checkpoint import Checkpoint

@@ -24,7 +24,7 @@ from mbq_export.context import Calibration
 from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.nbits import pack_nbits, side_by_side
 from mbq_export.format.ops import gated_gelu, gated_silu
-from mbq_export.lower.decoder import ExpertsStep
+from mbq_export.lower.builder import ExpertsStep
 from mbq_export.lower.onnx_experts import ExpertNodes
 from mbq_export.lower.onnx_graph import Graph
 from mbq_export.methods import METHODS, Recipe
