@@ -41,6 +41,7 @@ ROWS = replace(HEADS, norm_rows=True, some_still=True)
 LAST = replace(HEADS, norm_last=True, cap=1.5, grows=True, gates=1)
 CHANNELS = replace(HEADS, gates=HEADS.head_dim)
 ROUNDED = replace(LAST, kv_bits=8)
+ROUNDED_NORMED = replace(HEADS, kv_bits=8, value_norms=True)
 SHARED = replace(HEADS, value_norms=True, some_share=True)
 NETS = [DeltaNet(3, 6, 16, 32, taps=4), DeltaNet(2, 2, 48, 16, taps=2)]
 EXPERTS = {
@@ -54,6 +55,7 @@ BUILDS: dict[str, tuple[int, Attention, DeltaNet | None]] = {
     "norms of rows": (16, ROWS, NETS[1]),
     "norms behind the rotation": (16, LAST, None),
     "rounded keys and values": (16, ROUNDED, None),
+    "rounded values with norms": (16, ROUNDED_NORMED, None),
     "shared keys and values": (16, SHARED, None),
 }
 """What is compiled, for seconds each: bits of activations, attention, delta net.  They do not touch each other."""
@@ -244,6 +246,7 @@ def test_attention_with_8_bits(built: Callable[[str], Operations]) -> None:
     for parts in ((1, 1, 1), (5, 1, 12), (3, 130, 1, 1)):
         check_attention(built("rounded keys and values"), ROUNDED, parts, 1000)
         check_attention(built("rounded keys and values"), ROUNDED, parts, 9)
+        check_attention(built("rounded values with norms"), ROUNDED_NORMED, parts, 1000)
 
 
 def test_values_with_norms_and_blocks_that_share_them(built: Callable[[str], Operations]) -> None:

@@ -114,7 +114,7 @@ class _Pass:
     shares: the argument of that name, or nothing.
     start: position of the first of the M tokens.
     queries: float32 [M, heads, head_dim] that are rotated and scaled. turned_keys: float32 [M, kv_heads, head_dim] that
-        are rotated, for a cache of 8 bits.
+        are rotated, for a cache of 8 bits. normed_values: the same of values with a norm.
     tables: cosines and sines. norms: weights of the norms of q and of k. growths: the table of growth, or nothing.
     """
 
@@ -130,6 +130,7 @@ class _Pass:
     start: Expr
     queries: Any
     turned_keys: Any
+    normed_values: Any
     tables: list[Any]
     norms: list[Any]
     growths: list[Any]
@@ -175,7 +176,7 @@ class _Pass:
         return rows_scale
 
     def _remember(self, m: Expr, position: Expr, rows_scale: Any) -> None:
-        """Put the keys and values of a token into the cache. Keys for a cache of 8 bits go to ``turned_keys``."""
+        """Put the keys and values of a token into the cache. For a cache of 8 bits, keys go to ``turned_keys``."""
         s = self.shape
         block, lane = bind(position >> _KEY_LANES_LOG2), bind(position & T.int64(KEY_LANES - 1))
         with T.serial(0, T.int64(s.kv_heads)) as h:
@@ -185,15 +186,19 @@ class _Pass:
             if s.kv_bits == 8:
                 for d in range(0, s.head_dim, LANES):
                     store(self.turned_keys, (m * s.kv_heads + h) * s.head_dim + d, LANES, load(turned, d, LANES))
+                if self.normed_values is not None:
+                    at = m * self.width + (s.heads + s.kv_heads + h) * s.head_dim
+                    self._put_value(at, self.normed_values, (m * s.kv_heads + h) * s.head_dim)
                 return
             head = bind(self.layer * s.kv_heads + h)
             key_block = head * self.keys.shape[2] + block
             with T.serial(0, T.int64(s.head_dim)) as d:
                 store(self.keys.flat, (key_block * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1))
-            self._remember_value(m * self.width + (s.heads + s.kv_heads + h) * s.head_dim, head, position)
+            place = (head * (self.keys.shape[2] * KEY_LANES) + position) * s.head_dim
+            self._put_value(m * self.width + (s.heads + s.kv_heads + h) * s.head_dim, self.values.flat, place)
 
-    def _remember_value(self, at: Expr, head: Expr, position: Expr) -> None:
-        """Put the value at ``qkv[at]`` into the cache. head: which of all layers' heads."""
+    def _put_value(self, at: Expr, where: Any, place: Expr) -> None:
+        """Put the value at ``qkv[at]``, behind its norm if it has one, to ``where[place]``."""
         s = self.shape
         inverse = None
         if s.value_norms and s.norm_eps is not None:
@@ -201,8 +206,7 @@ class _Pass:
         for d in range(0, s.head_dim, LANES):
             value = load(self.qkv.flat, at + d, LANES)
             value = value if inverse is None else value * inverse
-            place = (head * (self.keys.shape[2] * KEY_LANES) + position) * s.head_dim + d
-            store(self.values.flat, place, LANES, value)
+            store(where, place + d, LANES, value)
 
     def attend_to_codes(self) -> None:
         """Attend over a cache of 8 bits, which also gets the keys and values of the tokens."""
@@ -210,13 +214,20 @@ class _Pass:
         of_layer = bind(self.layer * (s.kv_heads * (self.keys.shape[2] * self.keys.shape[3])))
         call(
             "attention", pointer(self.queries, T.int64(0)), pointer(self.turned_keys, T.int64(0)),
-            self.qkv.at(T.int64((s.heads + s.kv_heads) * s.head_dim)), bind(T.int64(1) * self.width),
+            *self._given_values(),
             self.keys.at(of_layer), self.values.at(of_layer), self.out.at(T.int64(0)), T.int64(s.heads),
             T.int64(s.kv_heads), T.int64(s.head_dim), self.start, self.rows, self.window, self.keys.shape[2],
             T.float32(s.cap or 0),
         )  # fmt: skip
         if s.gates:
             each(self.rows, self._open_gates)
+
+    def _given_values(self) -> tuple[Expr, Expr]:
+        """Where the values of the tokens are, for a cache of 8 bits, and from one token to the next in numbers."""
+        s = self.shape
+        if self.normed_values is not None:
+            return pointer(self.normed_values, T.int64(0)), T.int64(s.kv_heads * s.head_dim)
+        return self.qkv.at(T.int64((s.heads + s.kv_heads) * s.head_dim)), bind(T.int64(1) * self.width)
 
     def attend_to_numbers(self) -> None:
         """Attend over a cache of float32, one token and head at a time."""
@@ -262,13 +273,16 @@ def _opened(s: Attention, args: list[Any]) -> _Pass:
     growth, shares = more[: int(s.grows)], more[int(s.grows) :]
     rows, start = qkv.shape[0], bind(load(past.flat, 0, 1))
     queries = scratch(rows * (s.heads * s.head_dim), "float32")
-    turned_keys = scratch(rows * (s.kv_heads * s.head_dim), "float32") if s.kv_bits == 8 else None
+    of_heads = rows * (s.kv_heads * s.head_dim)
+    turned_keys = scratch(of_heads, "float32") if s.kv_bits == 8 else None
+    normed_values = scratch(of_heads, "float32") if s.kv_bits == 8 and s.value_norms else None
     tables, norms, growths = (
         [view(weights.at(place), "float32") for place in places] for places in ((cos, sin), (q_norm, k_norm), growth)
     )
     return _Pass(
-        s, qkv, keys, values, out, layer, cos, window, shares, start, queries, turned_keys, tables, norms, growths
-    )
+        s, qkv, keys, values, out, layer, cos, window, shares, start, queries, turned_keys, normed_values, tables,
+        norms, growths,
+    )  # fmt: skip
 
 
 class _HeadNorm(NamedTuple):
