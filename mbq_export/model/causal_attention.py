@@ -44,6 +44,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -70,7 +71,9 @@ def attend(
     plain = attention_mask is None and is_causal is not False and not dropout and getattr(module, "is_causal", True)
     whole = query.shape[2] == key.shape[2] > 1 and query.device.type == "cpu"
     if not (plain and whole) or any(more.get(name) is not None for name in _ELSEWHERE):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
+        )
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     fast = torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", enabled=False):
