@@ -146,10 +146,10 @@ def run(prepared: Prepared, progress: Report = no_report) -> dict[Path, Manifest
     """
     from .memory import reuse_freed
     from .model.blocks import quick_exact_products
+    from .model.causal_attention import in_blocks
 
-    quick_exact_products()
     reuse_freed()
-    with ExitStack() as names:
+    with ExitStack() as names, quick_exact_products(), in_blocks():
         _reserve(prepared, names)
         return _run(prepared, progress)
 

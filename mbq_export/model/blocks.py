@@ -90,32 +90,34 @@ def fast_products(device: torch.device) -> Iterator[None]:
     Args:
         device: where products are computed.
     """
-    products, fast = _float32_products(device)
-    before = products.fp32_precision
-    if fast_dtype(device) == torch.bfloat16:
-        products.fp32_precision = fast
-    try:
+    with _float32_products(device, fast=fast_dtype(device) == torch.bfloat16):
         yield
-    finally:
-        products.fp32_precision = before
 
 
-def _float32_products(device: torch.device) -> tuple[Any, str]:
-    """The setting of a device's float32 products, and its fastest precision."""
-    backends: Any = torch.backends
-    return (backends.cuda.matmul, "tf32") if device.type == "cuda" else (backends.mkldnn.matmul, "bf16")
-
-
-def quick_exact_products() -> None:
-    """Let oneDNN compute products of float32, where it computes them exactly: on x86 without products of tiles (AMX).
+@contextmanager
+def quick_exact_products() -> Iterator[None]:
+    """Let oneDNN compute products of float32 while the block runs, where it computes them exactly: on x86 without AMX.
 
     PyTorch's other library, MKL, takes twice as long on processors of AMD (docs/log.md).  PyTorch asks oneDNN only for
     less precision than float32 has, and without AMX oneDNN has no such products.
     """
     machine = this_machine()
-    if machine.arch == "x86_64" and "amx_bf16" not in machine.features:
-        products, fast = _float32_products(torch.device("cpu"))
-        products.fp32_precision = fast
+    with _float32_products(torch.device("cpu"), fast=machine.arch == "x86_64" and "amx_bf16" not in machine.features):
+        yield
+
+
+@contextmanager
+def _float32_products(device: torch.device, fast: bool) -> Iterator[None]:
+    """Permit a device's fastest products of float32, or leave them as they are, while the block runs."""
+    backends: Any = torch.backends
+    products, fastest = (backends.cuda.matmul, "tf32") if device.type == "cuda" else (backends.mkldnn.matmul, "bf16")
+    before = products.fp32_precision
+    if fast:
+        products.fp32_precision = fastest
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @dataclass(frozen=True)

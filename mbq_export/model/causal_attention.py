@@ -7,7 +7,8 @@ on processors (docs/log.md).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,27 +16,27 @@ from torch.autograd.function import once_differentiable
 
 from .blocks import fast_products
 
-NAME = "causal_blocks"
-"""Name of this attention in the tables of transformers."""
 BLOCK_TOKENS = 64
 """Queries of a block."""
 _ELSEWHERE = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments of attention that is not plain: a limit of scores, sinks, biases, pages."""
 
 
-def use_causal_blocks(model: Any) -> None:
-    """Let a model attend in blocks where it would use PyTorch's own attention.
+@contextmanager
+def in_blocks() -> Iterator[None]:
+    """Let all models attend in blocks where they would use PyTorch's own attention, while the block runs.
 
-    Args:
-        model: a transformers model.
+    The name of that attention stays: code of models asks for it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.config._attn_implementation = NAME
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", attend)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", before)
 
 
 def attend(

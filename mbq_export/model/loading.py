@@ -20,7 +20,6 @@ from mbq_runtime.errors import BundleError, ModelError
 
 from ..memory import WEIGHTS_AT_ONCE
 from .boundary import reading
-from .causal_attention import use_causal_blocks
 from .checkpoint import Checkpoint
 from .config_schema import check_values
 from .describe import describe
@@ -227,7 +226,6 @@ def load(source: ModelSource, weights_folder: Path | None = None, device: str = 
         fold(model, decoder)
     try:
         model.eval().requires_grad_(False).to(device)
-        use_causal_blocks(model)
     except torch.OutOfMemoryError:
         raise ModelError(f"{source.name}: its weights do not fit the memory of {device}; use --device cpu") from None
     checkpoint = Checkpoint(source, decoder, model, tokenizer)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mbq_export.model import blocks, causal_attention
 from mbq_runtime.bundle.isa import Machine
@@ -100,13 +101,14 @@ def products() -> Iterator[Any]:
 
 
 def test_quick_products_of_float32_are_exact(products: Any) -> None:
-    blocks.quick_exact_products()
     generator = torch.Generator().manual_seed(0)
     for m, k, n in ((64, 64, 64), (512, 576, 1536), (3, 1000, 7)):
         a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+        with blocks.quick_exact_products():
+            product = (a @ b).double()
         # The largest error of a sum of k products, each rounded once; bfloat16 would be 2**16 times as far away.
         bound = k * FLOAT32_STEP * (a.abs().double() @ b.abs().double())
-        assert ((a @ b).double() - a.double() @ b.double()).abs().le(bound / 8).all()
+        assert (product - a.double() @ b.double()).abs().le(bound / 8).all()
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,15 @@ def test_products_that_would_be_rounded_are_not_asked_for(
 ) -> None:
     products.fp32_precision = "none"
     monkeypatch.setattr(blocks, "this_machine", lambda: machine)
-    blocks.quick_exact_products()
-    assert products.fp32_precision == asked
-    with blocks.fast_products(torch.device("cpu")):
-        pass
-    assert products.fp32_precision == asked
+    with blocks.quick_exact_products():
+        assert products.fp32_precision == asked
+        with blocks.fast_products(torch.device("cpu")):
+            pass
+        assert products.fp32_precision == asked
+    assert products.fp32_precision == "none"
+
+
+def test_models_attend_in_blocks_while_an_export_runs() -> None:
+    with causal_attention.in_blocks():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is causal_attention.attend
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.heavy
 # Stacked projections and a tied head; windows, a soft cap and norms behind branches; short convolutions.
 FAMILIES = ("llama", "gemma2", "lfm2")
 TEXT = np.random.default_rng(5).integers(0, 256, 150).tolist()  # more than one pass of a prompt
-BETWEEN_ENGINES = 2e-3
+# A number at the border of two codes gets either, so a few logits may differ by more than float32 sums do.
+BETWEEN_ENGINES = 0.03
+BETWEEN_ENGINES_KL = 1e-6  # nats a token
 MOST_KL = 2e-3  # nats a token
 TIE = 2e-3
 
@@ -58,6 +60,7 @@ def test_both_engines_say_the_same_token_by_token(name: str, bundles_8_bits: Bun
     for bits in (3.0, 8.0):
         ours, theirs = compiled.logits(whole, bits).logits, onnx.logits(whole, bits).logits
         assert np.abs(ours - theirs).max() <= BETWEEN_ENGINES * np.abs(theirs).max()
+        assert divergence(theirs, ours) <= BETWEEN_ENGINES_KL
     said = np.asarray(reply.stats.tokens)
     steps = theirs[len(TEXT) - 1 : -1]
     assert (steps.max(1) - steps[np.arange(len(said)), said] <= TIE * np.abs(steps).max()).all()
