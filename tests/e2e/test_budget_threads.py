@@ -77,7 +77,7 @@ def test_threads_change_who_works_and_not_what_is_said(smollm2_bundles: dict[str
 def test_one_thread_of_two_leaves_a_core_alone(smollm2_bundles: dict[str, Path], engine: str) -> None:
     """Processor time over time of the same passes: about two with two threads, and less with one.
 
-    Other work on the machine can take a core for a while, so both are tried three times.
+    Other work on the machine can take a core for a while, so both are tried until it shows, at most twelve times.
     """
     loaded = Engine.load(smollm2_bundles["host"], engine=engine, context=512, threads=2)
 
@@ -88,7 +88,10 @@ def test_one_thread_of_two_leaves_a_core_alone(smollm2_bundles: dict[str, Path],
         loaded.time_passes([1] * 100, 8.0)
         return (time.process_time() - before_s) / (time.perf_counter() - begin_s)
 
-    both, one = ([processors(threads) for _ in range(3)] for threads in (2, 1))
+    both, one = [processors(2)], [processors(1)]
+    while len(one) < 12 and min(one) >= max(both):
+        both.append(processors(2))
+        one.append(processors(1))
     assert min(one) < max(both)
     assert max(one) < 1.2
 
