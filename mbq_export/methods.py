@@ -91,7 +91,7 @@ METHODS = {
         True, 8, sweeps=0, tuning_steps=0, calib_tokens=4096, brief=True,
     ),
     "nested": Method(
-        "error feedback over all depths, then tuned scales, 15 minutes",
+        "error feedback over all depths, then tuned scales, 12 minutes",
         True, 40, sweeps=3, tuning_steps=40, calib_tokens=40960, steps_of_two=80,
     ),
     "learned": Method(
