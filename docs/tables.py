@@ -196,6 +196,7 @@ TABLES = {
         ),
     ),
     "kl-rotated": Table("kl-rotated", _by_size(_columns(**_KL))),
+    "kl-learned": Table("kl-learned", _by_size(_columns(**_KL))),
     "kl-plain-rounding": Table(
         "kl-plain-rounding",
         _columns(
