@@ -214,6 +214,12 @@ TABLES = {
     "routers-3122": Table("routers-3122", _by_bits("router", "text and router", _router_kl)),
     "routers-2222": Table("routers-2222", _by_bits("router", "router", _router)),
     "speed-short": Table("speed-avx2", _only(lambda row: row["side"] in _SHORT, _columns(**_DECODE))),
+    "speed-avx512": Table(
+        "speed-avx512",
+        _columns(
+            **_DECODE, smollm2_prompt_512=("SmolLM2-135M prompt of 512", 0), llama_1b_prompt_512=("llama-1b of 512", 0)
+        ),
+    ),
     "speed-avx2": Table("speed-avx2", _columns(**_DECODE, smollm2_prompt_512=("SmolLM2-135M prompt of 512", 0))),
     "speed": Table(
         "speed",
