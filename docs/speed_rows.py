@@ -2,8 +2,8 @@
 
     python docs/speed_rows.py SMOLLM2.json LLAMA_1B.json --machine MACHINE --date DAY [--results speed-avx512]
 
-Runs for speed-avx2, the default, are of ``--target x86-64-v3 --threads 1``.  Those for speed-avx512 have two threads and
-a llama.cpp that is compiled for the machine.  Figures are medians.  ``docs/tables.py`` makes the tables afterwards.
+Runs for speed-avx2, the default, are of ``--target x86-64-v3 --threads 1``.  Those for speed-avx512 have two threads
+and a llama.cpp that is compiled for the machine.  Figures are medians.  ``docs/tables.py`` makes the tables afterwards.
 """
 
 from __future__ import annotations
