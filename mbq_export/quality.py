@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +109,7 @@ def measure(
                 # Free these weights before the next block's are made.
                 unit.layers.clear()
             progress(layer + 1, d.layers + 1)
-    products = fast_products(checkpoint.device) if dtype == torch.bfloat16 else nullcontext()
+    products = fast_products(checkpoint.device, wanted=dtype == torch.bfloat16)
     with torch.no_grad(), products, inputs.recording():
         # It is the largest matrix: four copies of it would take more memory than all other stages.
         head = routed(d.head, torch.float32, keep_weights=False)

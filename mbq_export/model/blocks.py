@@ -84,13 +84,14 @@ def fast_passes(module: torch.nn.Module, device: torch.device) -> Iterator[None]
 
 
 @contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
+def fast_products(device: torch.device, *, wanted: bool = True) -> Iterator[None]:
     """Compute products of float32 in the device's ``fast_dtype`` while the block runs.  Their results are float32.
 
     Args:
         device: where products are computed.
+        wanted: False leaves products as they are.
     """
-    with _float32_products(device, fast=fast_dtype(device) == torch.bfloat16):
+    with _float32_products(device, fast=wanted and fast_dtype(device) == torch.bfloat16):
         yield
 
 

@@ -8,7 +8,7 @@ on processors (docs/log.md).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,10 +82,6 @@ def attend(
         return out.to(query.dtype).transpose(1, 2), None
 
 
-def _products(fast: bool) -> AbstractContextManager[None]:
-    return fast_products(torch.device("cpu")) if fast else nullcontext()
-
-
 class _InBlocks(torch.autograd.Function):
     """Weighted means of values, and their gradients."""
 
@@ -107,7 +103,7 @@ class _InBlocks(torch.autograd.Function):
         out = values.new_empty(*rows.shape[:3], values.shape[-1])
         later = torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -torch.inf).triu_(1)
         weights = []
-        with _products(fast):
+        with fast_products(query.device, wanted=fast):
             for at, end in _blocks(rows.shape[2]):
                 block = rows[:, :, at:end]
                 tokens = block.shape[2]
@@ -135,7 +131,7 @@ class _InBlocks(torch.autograd.Function):
         of_rows, of_keys, of_values = (torch.zeros_like(x) for x in (rows, keys, values))
         # A row's weights have the sum 1, so their common part has no gradient.
         common = (of_out * out).sum(-1, keepdim=True)
-        with _products(ctx.fast):
+        with fast_products(query.device, wanted=ctx.fast):
             for (at, end), weight in zip(_blocks(rows.shape[2]), weights, strict=True):
                 block = of_out[:, :, at:end].flatten(1, 2)
                 of_values[:, :end] += torch.bmm(weight.mT, block)
