@@ -183,19 +183,19 @@ class _Pass:
             norm = _HeadNorm(self.norms[1], rows_scale, 1, h)
             at = m * self.width + (s.heads + h) * s.head_dim
             turned = _turn(s, self.qkv.flat, at, norm, self.tables, position, self.cos)
+            value_at = m * self.width + (s.heads + s.kv_heads + h) * s.head_dim
             if s.kv_bits == 8:
                 for d in range(0, s.head_dim, LANES):
                     store(self.turned_keys, (m * s.kv_heads + h) * s.head_dim + d, LANES, load(turned, d, LANES))
                 if self.normed_values is not None:
-                    at = m * self.width + (s.heads + s.kv_heads + h) * s.head_dim
-                    self._put_value(at, self.normed_values, (m * s.kv_heads + h) * s.head_dim)
+                    self._put_value(value_at, self.normed_values, (m * s.kv_heads + h) * s.head_dim)
                 return
             head = bind(self.layer * s.kv_heads + h)
             key_block = head * self.keys.shape[2] + block
             with T.serial(0, T.int64(s.head_dim)) as d:
                 store(self.keys.flat, (key_block * s.head_dim + d) * KEY_LANES + lane, 1, load(turned, d, 1))
             place = (head * (self.keys.shape[2] * KEY_LANES) + position) * s.head_dim
-            self._put_value(m * self.width + (s.heads + s.kv_heads + h) * s.head_dim, self.values.flat, place)
+            self._put_value(value_at, self.values.flat, place)
 
     def _put_value(self, at: Expr, where: Any, place: Expr) -> None:
         """Put the value at ``qkv[at]``, behind its norm if it has one, to ``where[place]``."""
