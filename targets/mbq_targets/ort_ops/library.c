@@ -60,8 +60,8 @@ void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { (void
 EXPORT const char *mbq_ops_build_info(void) { return MBQ_BUILD_INFO; }
 
 EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-  OrtApi *api = base->GetApi(ORT_VERSION);
-  if (api == NULL) return NULL; /* ONNX Runtime before 1.17 then reports the ops as unknown */
+  OrtApi *api = base->GetApi(ORT_API_VERSION);
+  if (api == NULL) return NULL; /* ONNX Runtime before 1.24 then reports the ops as unknown */
   ort_api = api;
   static const OrtCustomOp *const ops[] = {&mbq_routed_matmul_op, &mbq_experts_matmul_op, &mbq_gather_op,
                                            &mbq_gated_silu_op, &mbq_gated_gelu_op,

@@ -137,7 +137,7 @@ OrtStatus *infer_shape(const OrtInferContext *context, size_t in, size_t out, in
 OrtStatus *infer_attribute(const OrtInferContext *context, const char *name, int64_t *value);
 
 #define OP_COMMON                                                                                        \
-  .version = ORT_VERSION, .GetExecutionProviderType = any_provider, .GetOutputCharacteristic = required, \
+  .version = ORT_OP_VERSION, .GetExecutionProviderType = any_provider, .GetOutputCharacteristic = required, \
   .GetInputMemoryType = default_memory, .KernelDestroy = free_kernel, .GetVariadicInputMinArity = zero,  \
   .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero,                                \
   .GetVariadicOutputHomogeneity = zero, .GetStartVersion = one, .GetEndVersion = highest_version

@@ -1,7 +1,7 @@
-/* The part of ONNX Runtime's C interface that a custom-op library needs, at API version 17.
+/* The part of ONNX Runtime's C interface that a custom-op library needs, at API version 24.
  *
  * The interface is a table of functions whose positions never change. Only the functions used here have a name.
- * ORT_FN(index, type) reads one. ONNX Runtime provides version 17 since 1.17.
+ * ORT_FN(index, type) reads one. ONNX Runtime provides version 24 since 1.24.
  */
 #ifndef MBQ_ORT_ABI_H
 #define MBQ_ORT_ABI_H
@@ -9,7 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ORT_VERSION 17
+#define ORT_API_VERSION 24
+#define ORT_OP_VERSION 17 /* of the layout of OrtCustomOp */
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;
@@ -78,7 +79,6 @@ extern OrtApi *ort_api; /* set when the library is registered */
 #define OrtGetDimensionsCount ORT_FN(61, OrtStatus *, const OrtShapeInfo *, size_t *)
 #define OrtGetDimensions ORT_FN(62, OrtStatus *, const OrtShapeInfo *, int64_t *, size_t)
 #define OrtGetSymbolicDimensions ORT_FN(63, OrtStatus *, const OrtShapeInfo *, const char **, size_t)
-#define OrtGetShapeInfo ORT_FN(65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
 #define OrtGetAttribute_float ORT_FN(85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define OrtGetAttribute_int64 ORT_FN(86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define OrtGetInput ORT_FN(90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
@@ -96,5 +96,6 @@ extern OrtApi *ort_api; /* set when the library is registered */
 #define OrtReadOpAttr ORT_FN(272, OrtStatus *, const OrtOpAttr *, int, void *, size_t, size_t *)
 #define OrtParallelFor \
   ORT_FN(274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t total, size_t batches, void *)
+#define OrtGetTypeAndShape ORT_FN(414, OrtStatus *, const OrtValue *, int *, const int64_t **, size_t *)
 
 #endif

@@ -17,13 +17,12 @@ OrtStatus *fail(const Node *node, const char *format, ...) {
 }
 
 static OrtStatus *shape_of(const Node *node, const OrtValue *value, Shape *shape) {
-  OrtShapeInfo *info;
-  TRY(OrtGetShapeInfo(value, &info));
-  OrtStatus *status = OrtGetDimensionsCount(info, &shape->rank);
-  if (status == NULL && shape->rank > MAX_RANK) status = fail(node, "an input has rank %zu, the most is 8", shape->rank);
-  if (status == NULL) status = OrtGetDimensions(info, shape->dims, shape->rank);
-  OrtReleaseShapeInfo(info);
-  return status;
+  int type;
+  const int64_t *dims; /* the value's own */
+  TRY(OrtGetTypeAndShape(value, &type, &dims, &shape->rank));
+  if (shape->rank > MAX_RANK) return fail(node, "an input has rank %zu, the most is 8", shape->rank);
+  for (size_t i = 0; i < shape->rank; ++i) shape->dims[i] = dims[i];
+  return NULL;
 }
 
 OrtStatus *node_init(Node *node, const char *op, const OrtKernelInfo *info) {
