@@ -179,7 +179,8 @@ def build_decoder(target: Target, spec: KernelSpec, module: Any, out: Path) -> N
             folder = Path(name)
             (folder / "mbq_config.h").write_text(config_header(target, spec))
             compiled = _compiled(module, target)
-            sources = [*sorted(_DRIVERS.glob("*.c")), *([_SHIM / "attend.c"] if spec.kv_bits == 8 else [])]
+            shared = ("pool.c", "attend.c") if spec.kv_bits == 8 else ("pool.c",)
+            sources = [*sorted(_DRIVERS.glob("*.c")), *(_SHIM / name for name in shared)]
 
             def link(library: str, objects: list[str], **_: object) -> None:
                 _link(target, folder, [*map(Path, objects), *sources, *kernels], (), Path(library))
@@ -198,7 +199,8 @@ def _build(target: Target, spec: KernelSpec, folder: Path) -> Path:
     exports = folder / "exports.map"
     exports.write_text("{ global: " + " ".join(f"{name};" for name in _EXPORTS) + " local: *; };\n")
     library = folder / "libmbq_ops.so"
-    flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}")
+    # Its threads run until the process ends.
+    flags = ("-fvisibility=hidden", f"-Wl,--version-script={exports}", "-Wl,-z,nodelete")
     kernels = _kernels(target, spec)
     _link(target, folder, [*sorted(_SHIM.glob("*.c")), *kernels], flags, library)
     return library

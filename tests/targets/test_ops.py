@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +85,36 @@ def test_threads_and_batches_do_not_change_the_result(tmp_path: Path, built: Pat
         one = slice(token, token + 1)
         alone = run.run(None, {"x": x[:, one], **op_cases.dictated(depth[:, one])})[0]
         assert np.array_equal(results[0][:, one], alone)
+
+
+def test_the_librarys_own_threads_do_not_change_the_result(tmp_path: Path, built: Path) -> None:
+    """They share the loops of one token.  Their number is another thread's to change."""
+    own = Path(shutil.copy(built, tmp_path / "own.so"))  # the number of threads is one for all sessions of a library
+    rng = np.random.default_rng(1)
+    sliced = op_cases.weight(rng, 2056, 1536, 64)
+    model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
+    x = rng.standard_normal((1, 1, 1536)).astype(np.float32)
+    feeds = {"x": x, **op_cases.dictated(np.array([[4]], np.int32))}
+    expected = session(tmp_path, built, model, 1).run(None, feeds)[0]
+    run, threads = session(tmp_path, own, model), ctypes.CDLL(str(own))
+    finished = threading.Event()
+
+    def change() -> None:
+        for count in itertools.cycle((3, 1, 2, 4)):
+            threads.mbq_set_threads(count)
+            if finished.wait(0.002):
+                return
+
+    threads.mbq_set_threads(4)
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(500):
+            assert np.array_equal(run.run(None, feeds)[0], expected)
+    finally:
+        finished.set()
+        changing.join()
+        threads.mbq_wake_threads()
 
 
 def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Path) -> None:

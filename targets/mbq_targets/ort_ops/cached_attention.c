@@ -24,12 +24,13 @@ typedef struct CachedAttention {
 typedef struct Session {
   Crew crew;
   const OrtKernelContext *context;
+  int64_t tokens;
   OrtStatus *status; /* of the first job that failed */
 } Session;
 
 static void share(Crew *crew, size_t pieces, void (*run)(void *, size_t), void *data) {
   Session *session = (Session *)crew;
-  if (session->status == NULL) session->status = parallel(session->context, pieces, run, data);
+  if (session->status == NULL) session->status = parallel(session->context, session->tokens, pieces, run, data);
 }
 
 /* The present form of a cache, with what the past holds. */
@@ -132,7 +133,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   TRY(carry(context, PRESENT_KEY, &keys, a, &a->keys));
   TRY(carry(context, PRESENT_VALUE, &values, a, &a->values));
   a->y = y;
-  Session session = {.crew = {pieces_of, share}, .context = context};
+  Session session = {.crew = {pieces_of, share}, .context = context, .tokens = a->tokens};
   if (a->tokens > 0 && !attend_run(a, &session.crew)) return fail(node, "no memory for %lld tokens", (long long)a->tokens);
   return session.status;
 }

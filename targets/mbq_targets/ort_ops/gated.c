@@ -37,7 +37,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   TRY(output(context, 0, &x.shape, &y));
   job.y = y;
   job.pieces = pieces_of(job.rows, job.rows * width * (int64_t)sizeof(float));
-  return parallel(context, job.pieces, piece, &job);
+  return parallel(context, job.rows, job.pieces, piece, &job);
 }
 
 static const char *silu_name(const OrtCustomOp *self) { return (void)self, "GatedSilu"; }

@@ -97,7 +97,7 @@ static OrtStatus *one_token(OrtKernelContext *context, Job *job, int32_t depth) 
   /* Per group and row: the bits of the planes, a scale and a zero. */
   const int64_t bytes = w->blocks * w->groups * MBQ_ROW_BLOCK * (MBQ_GROUP * depth_bits[depth - 1] / 8 + 2);
   job->pieces = pieces_of(w->blocks, bytes);
-  return parallel(context, job->pieces, gemv_piece, job);
+  return parallel(context, 1, job->pieces, gemv_piece, job);
 }
 
 static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t *depth, int32_t *tokens) {
@@ -108,10 +108,10 @@ static OrtStatus *many_tokens(OrtKernelContext *context, Job *job, const int32_t
   for (int64_t m = 0; m < job->rows; ++m) tokens[next[depth[m] - 1]++] = (int32_t)m;
   job->tokens = tokens;
   job->quantize_pieces = pieces_of(job->rows, job->rows * w->k);
-  TRY(parallel(context, job->quantize_pieces, quantize_piece, job));
+  TRY(parallel(context, job->rows, job->quantize_pieces, quantize_piece, job));
   /* The kernel handles row blocks in pairs. */
   job->pieces = pieces_of((w->blocks + 1) / 2, w->blocks * MBQ_ROW_BLOCK * w->k * (job->rows / 2 + 1));
-  return parallel(context, job->pieces, gemm_piece, job);
+  return parallel(context, job->rows, job->pieces, gemm_piece, job);
 }
 
 OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w, const Stored *stored, const float *x,

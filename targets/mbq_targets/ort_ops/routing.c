@@ -51,7 +51,7 @@ OrtStatus *route(const OrtKernelContext *context, const Routing *routing, const 
                  int32_t *depth) {
   Job job = {.routing = routing, .x = x, .depth = depth, .rows = rows};
   job.pieces = pieces_of(rows, routing->fixed ? 0 : rows * routing->k * (4 + 2 * routing->hidden));
-  return parallel(context, job.pieces, piece, &job);
+  return parallel(context, rows, job.pieces, piece, &job);
 }
 
 /* The threshold for a budget inside the table, linear between entries. */

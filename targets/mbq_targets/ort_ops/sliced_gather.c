@@ -56,7 +56,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
   Job job = {.op = op, .indices = index, .stored = &stored, .y = y, .rows = rows};
   job.kernel = kernels[deepest(&avg_bits, op->depth) - 1];
   job.pieces = pieces_of(rows, rows * w->k * 8);
-  return parallel(context, job.pieces, piece, &job);
+  return parallel(context, rows, job.pieces, piece, &job);
 }
 
 static OrtStatus *create(const OrtCustomOp *self, OrtApi *api, const OrtKernelInfo *info, void **kernel) {

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "ops.h"
+#include "pool.h"
 
 enum {
   PIECE_BYTES = 24 << 10, /* about a microsecond of work; a launch costs more than a smaller piece */
@@ -17,6 +18,7 @@ EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : threads;
   if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
   atomic_store(&in_use, threads);
+  pool_set_threads(threads);
   if (threads > 1) mbq_wake_threads();
 }
 
@@ -45,10 +47,12 @@ size_t pieces_of(int64_t units, int64_t cost) {
   return pieces < 1 ? 1 : (size_t)pieces;
 }
 
-OrtStatus *parallel(const OrtKernelContext *context, size_t pieces, void (*run)(void *, size_t), void *data) {
+OrtStatus *parallel(const OrtKernelContext *context, int64_t rows, size_t pieces, void (*run)(void *, size_t), void *data) {
   if (threads_if_alone() > 0) hold_others(context);
-  if (pieces > 1) return OrtParallelFor(context, run, pieces, 0, data);
-  run(data, 0);
+  /* ONNX Runtime's threads sleep between the short loops of a token. Those of a prompt share them with its own operators. */
+  if (pieces > 1 && (rows > 1 || atomic_load_explicit(&in_use, memory_order_relaxed) == 0))
+    return OrtParallelFor(context, run, pieces, 0, data);
+  pool_run(pieces, run, data);
   return NULL;
 }
 
