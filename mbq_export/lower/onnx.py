@@ -381,7 +381,10 @@ def _signature(decoder: Decoder, kv_bits: int) -> Iterator[tuple[bool, onnx.Valu
         return helper.make_tensor_value_info(name, kind, shape)
 
     yield True, value("input_ids", TensorProto.INT64, ["batch", "sequence"])
-    yield True, value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
+    if kv_bits == 32:
+        yield True, value("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
+    else:
+        yield True, value("position_ids", TensorProto.INT64, ["batch", "sequence"])
     yield True, value("avg_bits", TensorProto.FLOAT, [2])
     yield True, value(SCORED, TensorProto.INT64, [1])
     # A fixed 1 tells onnxruntime-genai that the graph returns the last token alone.

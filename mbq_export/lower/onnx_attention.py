@@ -33,18 +33,24 @@ class AttentionNodes:
         """Make what attention asks for: how many tokens there are, and how many with the cache."""
         g = self.graph
         axis = g.numbers("one_axis", 1)
-        one = g.tensor("one", np.array(1, np.int64))
         if self.kv_bits == 8:
-            self._total_length(one)
+            # ONNX Runtime plans memory for each shape of an input, and a mask has another one in each pass.
+            places = g.node("Reshape", ["position_ids", g.numbers("in_a_row", -1)], "places")
+            self.values["past_tokens"] = g.node("Gather", [places, g.numbers("first", 0)], "past_tokens")
             return
+        one = g.tensor("one", np.array(1, np.int64))
         lengths = g.node("ReduceSum", ["attention_mask", axis], "lengths", keepdims=0)
         last = g.node("Sub", [lengths, one], "last_positions")
         g.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
-        g.node("Cast", [self._total_length(one)], "total_sequence_length", to=TensorProto.INT32)
+        shape = g.node("Shape", ["attention_mask"], "mask_shape")
+        total = g.node("Gather", [shape, one], "total_length", axis=0)
+        g.node("Cast", [total], "total_sequence_length", to=TensorProto.INT32)
 
-    def _total_length(self, one: str) -> str:
-        shape = self.graph.node("Shape", ["attention_mask"], "mask_shape")
-        return self.graph.node("Gather", [shape, one], "total_length", axis=0)
+    def _tokens(self) -> str:
+        """int64 [1]: how many tokens the pass has."""
+        if "tokens" not in self.values:
+            self.values["tokens"] = self.graph.node("Shape", ["input_ids"], "tokens", start=1, end=2)
+        return self.values["tokens"]
 
     def attend(self, attention: Attention, qkv: str) -> str:
         """Write one layer's attention, with its cache.
@@ -152,10 +158,8 @@ class AttentionNodes:
 
     def _past_tokens(self) -> str:
         """int64 [1]: how many tokens the cache holds."""
-        g = self.graph
         if "past_tokens" not in self.values:
-            tokens = g.node("Shape", ["input_ids"], "tokens", start=1, end=2)
-            self.values["past_tokens"] = g.node("Sub", ["total_length", tokens], "past_tokens")
+            self.values["past_tokens"] = self.graph.node("Sub", ["total_length", self._tokens()], "past_tokens")
         return self.values["past_tokens"]
 
     def _rotated(self, x: str, heads: int, kind: str) -> str:
@@ -170,7 +174,7 @@ class AttentionNodes:
         g, table = self.graph, self.checkpoint.query_growth()
         assert table is not None
         if "query_growth" not in self.values:
-            end = g.node("Add", [self._past_tokens(), "tokens"], "all_tokens")
+            end = g.node("Add", [self._past_tokens(), self._tokens()], "all_tokens")
             axis = g.numbers("zero_axis", 0)
             rows = [g.tensor("query_growth.table", table[:, None]), self._past_tokens(), end, axis]
             self.values["query_growth"] = g.node("Slice", rows, "query_growth")

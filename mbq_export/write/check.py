@@ -30,7 +30,7 @@ from mbq_runtime.bundle.layout import PORTABLE_LAYOUT
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.engine.imports import engine_errors, import_engine
-from mbq_runtime.engine.session import empty_past
+from mbq_runtime.engine.session import first_pass
 from mbq_runtime.engine.threads import cores
 from mbq_targets.machines import best_for
 
@@ -188,13 +188,10 @@ def _run_onnx(
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": prompt[None],
-            "attention_mask": np.ones((1, len(prompt)), np.int64),
             "avg_bits": _ALL_SLICES,
             "scored": np.array([min(LAST_TOKENS, len(prompt))], np.int64),
+            **first_pass(session, len(prompt)),
         }
-        for value in session.get_inputs():
-            if value.name not in feeds:
-                feeds[value.name] = empty_past(value.shape, value.type)
         names = ["all_logits", *more]
         return {name: value[0] for name, value in zip(names, session.run(names, feeds), strict=True)}
 

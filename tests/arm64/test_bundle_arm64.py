@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.manifest import read
 from mbq_runtime.engine import Engine, Session
-from mbq_runtime.engine.session import empty_past
+from mbq_runtime.engine.session import first_pass
 from mbq_runtime.errors import BundleError
 
 pytestmark = pytest.mark.slow
@@ -226,13 +226,10 @@ def run_probe(
     """The inputs of ``ops`` as they are in ``whole`` when it reads ``tokens`` at a budget."""
     feeds: dict[str, Array] = {
         "input_ids": np.array([tokens], np.int64),
-        "attention_mask": np.ones((1, len(tokens)), np.int64),
         "avg_bits": np.array([bits, 8], np.float32),
         "scored": np.array([len(tokens)], np.int64),
+        **first_pass(whole, len(tokens)),
     }
-    for value in whole.get_inputs():
-        if value.name not in feeds:
-            feeds[value.name] = empty_past(value.shape, value.type)
     names = [value.name for value in ops.get_inputs() if value.name not in feeds]
     found = dict(zip(names, whole.run(names, feeds), strict=True))
     available = feeds | found

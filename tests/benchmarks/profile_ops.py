@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mbq_runtime.bundle.file_names import OPS_LIBRARY
+from mbq_runtime.bundle.layout import whole_blocks
 from mbq_runtime.tables import markdown
 
 WARM_RUNS = 5
@@ -42,13 +43,17 @@ def feed(session: ort.InferenceSession, tokens: int, past: int, bits: float) -> 
     values: dict[str, np.ndarray] = {
         "input_ids": rng.integers(0, 1000, (1, tokens)).astype(np.int64),
         "attention_mask": np.ones((1, past + tokens), np.int64),
+        "position_ids": np.arange(past, past + tokens)[None],
         "avg_bits": np.array([bits, 8], np.float32),
         "scored": np.zeros(1, np.int64),
     }
-    for item in session.get_inputs():
-        if item.name.startswith("past"):
-            values[item.name] = rng.standard_normal((1, item.shape[1], past, item.shape[3])).astype(np.float32)
-    return values
+    inputs = {item.name: item for item in session.get_inputs()}
+    for name, item in inputs.items():
+        if name.startswith("past") and item.type == "tensor(uint8)":
+            values[name] = np.zeros((1, item.shape[1], whole_blocks(past + tokens), item.shape[3]), np.uint8)
+        elif name.startswith("past"):
+            values[name] = rng.standard_normal((1, item.shape[1], past, item.shape[3])).astype(np.float32)
+    return {name: value for name, value in values.items() if name in inputs}
 
 
 def profile(bundle: Path, threads: int, tokens: int, past: int, bits: float, runs: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from mbq_runtime.cli import main
 pytestmark = pytest.mark.heavy
 
 # Stacked projections and a tied head; windows, a soft cap and norms behind branches; short convolutions.
-FAMILIES = ("llama", "gemma2", "lfm2")
+FAMILIES = ("llama", "gemma2", "lfm2", "ministral3")
 TEXT = np.random.default_rng(5).integers(0, 256, 150).tolist()  # more than one pass of a prompt
 # A number at the border of two codes gets either, so a few logits may differ by more than float32 sums do.
 BETWEEN_ENGINES = 0.03

@@ -247,6 +247,7 @@ def _check_pass(path: Path, graph: Graph, manifest: Manifest, settings: Settings
     inputs = {
         "input_ids": Value((1, tokens)),
         "attention_mask": Value((1, model.context_length)),
+        "position_ids": Value((1, tokens), tuple(range(model.context_length - tokens, model.context_length))),
         "avg_bits": Value((2,)),
         "scored": Value((1,), (1,)),
         **{f"past_key_values.{name}": value for name, value in cached.items()},

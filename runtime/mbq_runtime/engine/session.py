@@ -32,6 +32,26 @@ def empty_past(shape: Sequence[int | str], kind: str = "tensor(float)") -> NDArr
     return np.zeros(sides, np.uint8 if kind == "tensor(uint8)" else np.float32)
 
 
+def first_pass(session: Any, tokens: int) -> dict[str, NDArray[Any]]:
+    """What a graph is given in a pass over an empty context, besides token ids, budget and ``scored``.
+
+    Args:
+        session: the graph's session of ONNX Runtime.
+        tokens: of the pass.
+
+    Returns:
+        By name: the places of the tokens, int64 [1, tokens], and what ``empty_past`` makes.
+    """
+    places = {"attention_mask": np.ones((1, tokens), np.int64), "position_ids": np.arange(tokens, dtype=np.int64)[None]}
+    found: dict[str, NDArray[Any]] = {}
+    for value in session.get_inputs():
+        if value.name in places:
+            found[value.name] = places[value.name]
+        elif value.name.startswith("past"):
+            found[value.name] = empty_past(value.shape, value.type)
+    return found
+
+
 class Session:
     """A bundle's graph, without tokenizer, sampling or memory of earlier tokens.
 
@@ -65,11 +85,6 @@ class Session:
                 options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path))
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         ops_threads(self, library)
-        self._empty_past = {
-            value.name: empty_past(value.shape, value.type)
-            for value in self._session.get_inputs()
-            if value.name.startswith("past")
-        }
 
     def run(self, tokens: Sequence[int], avg_bits: float) -> Window:
         """The logits of every token of a text, in an empty context.
@@ -87,10 +102,9 @@ class Session:
         budget = Allowance(self.manifest, self.manifest.budget.check(avg_bits, str(self.path)))
         feeds = {
             "input_ids": ids.astype(np.int64)[None],
-            "attention_mask": np.ones((1, len(tokens)), np.int64),
             "avg_bits": budget.numbers,
             "scored": np.array([len(tokens)], np.int64),
-            **self._empty_past,
+            **first_pass(self._session, len(tokens)),
         }
         with engine_errors(f"{self.path}: the model failed"):
             logits, used = self._session.run(["all_logits", "avg_bits_used"], feeds)
