@@ -103,7 +103,7 @@ OrtStatus *multiply(const Node *node, OrtKernelContext *context, const Weight *w
 
 /* The number of pieces for a job of `units` units and `cost` bytes of work. 1: too little work for a launch. */
 size_t pieces_of(int64_t units, int64_t cost);
-/* Run all pieces. rows: tokens of the job. */
+/* Run all pieces of a job with `rows` tokens. */
 OrtStatus *parallel(const OrtKernelContext *context, int64_t rows, size_t pieces, void (*run)(void *, size_t), void *data);
 static inline int64_t piece_start(int64_t units, size_t pieces, size_t index) {
   return units * (int64_t)index / (int64_t)pieces;

@@ -1,4 +1,4 @@
-/* Divides work among the session's threads, and provides memory for each thread. */
+/* Divides work among threads, and provides memory for each thread. */
 #include <stdatomic.h>
 #include <unistd.h>
 
@@ -12,8 +12,8 @@ enum {
 
 static atomic_int in_use, most_in_use; /* threads; 0: not set */
 
-/* Divide work among this many of the session's threads from now on. The largest number so far counts as all threads that
- * the session has. */
+/* Divide work among this many threads from now on: the session's, or for a single token the library's own. The largest
+ * number so far counts as all threads that the session has. */
 EXPORT void mbq_set_threads(int threads) {
   threads = threads < 1 ? 1 : threads > MBQ_MAX_THREADS ? MBQ_MAX_THREADS : threads;
   if (threads > atomic_load(&most_in_use)) atomic_store(&most_in_use, threads);
