@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STEPS = 2
+_STEPS = 3
 """Version of the finished steps of a calibration.  It rises when the same inputs give other ones."""
 
 

@@ -31,6 +31,7 @@ class Phase:
     alone: whether only the focus gets steps.
     windows_per_step: windows of text a step, at least one for each process.
     scale_rate: Adam's learning rate for scales and offsets, in scales.
+    gain_rate: the same for the gains of rows at the tuned depths.
     alike: whether the loss weighs all depths alike, whatever the size of their divergence.
     scale_decay: decay of changes to scales and offsets, for each unit of the learning rate.
     """
@@ -40,17 +41,18 @@ class Phase:
     alone: bool
     windows_per_step: int
     scale_rate: float
+    gain_rate: float
     alike: bool
     scale_decay: float = 0.0
 
 
-TUNE_SCALES = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, alike=False)
+TUNE_SCALES = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, gain_rate=3e-3, alike=False)
 """The one tuning of a short calibration."""
 TUNE_SCALES_LONG = replace(TUNE_SCALES, scale_decay=1.2)
 """The one tuning of a long calibration.  Decay keeps the model from learning its text by heart."""
-TUNE_BASE_SLICE = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, alike=False)
+TUNE_BASE_SLICE = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, gain_rate=3e-3, alike=False)
 """The first of two tunings, for a base slice of 2 bits."""
-TUNE_ROUTED = Phase("tuning with routers", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, alike=True)
+TUNE_ROUTED = Phase("tuning with routers", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, gain_rate=3e-3, alike=True)
 """The second of two tunings, after residual slices were chosen for the tuned base slice."""
 
 

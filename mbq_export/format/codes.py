@@ -1,10 +1,10 @@
 """The codes: one 8-bit number a weight, read to the precision of a depth.
 
 Each group of ``group_size`` weights along K has an 8-bit scale and an 8-bit zero.  Each row has a float16 factor of all
-its scales.  With ``bits`` the bits per weight of a depth::
+its scales for each depth.  With ``bits`` the bits per weight of a depth::
 
     level    = level of the code at the depth (``levels``)
-    w(depth) = s * (step(bits) * (level + middle(bits)) - zero / 64)        s = row_scale * scale / 256
+    w(depth) = s * (step(bits) * (level + middle(bits)) - zero / 64)        s = row_scale[depth] * scale / 256
 
 ``s`` is the width of a cell of the 2-bit base quantiser.  ``SliceProfile`` gives ``step`` and ``middle``, and says
 which bits of a code are coarse.  For a depth of coarse bits, the level is the first ``bits`` bits of the code, ``step``
@@ -20,7 +20,7 @@ them.  They compute in float64, but where the format itself rounds: scales, zero
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -47,7 +47,7 @@ class Sliced:
     codes: uint8 [N, K].
     scale_codes: uint8 [N, K / group_size], scales in steps of ``row_scale / 256``.
     zero_codes: uint8 [N, K / group_size], zeros in steps of a 64th scale.
-    row_scale: float16 [N].
+    row_scale: float16 [N, E], a row's factor at each depth.  Codes and scales are chosen for that of the last depth.
     """
 
     codes: U8
@@ -62,15 +62,45 @@ class Sliced:
 
     @property
     def scale(self) -> F32:
-        """float32 [N, K / group_size], exact: the width of a cell of the 2-bit base quantiser."""
-        return (
-            self.scale_codes.astype(np.float32) * (self.row_scale.astype(np.float32) / np.float32(SCALE_STEPS))[:, None]
-        )
+        """float32 [N, K / group_size], ``scale_at`` of the last depth."""
+        return self.scale_at(0)
 
     @property
     def offset(self) -> F32:
-        """float32 [N, K / group_size]: the value where the first cell begins."""
-        return -self.scale * (self.zero_codes.astype(np.float32) / np.float32(ZERO_STEPS))
+        """float32 [N, K / group_size], ``offset_at`` of the last depth."""
+        return self.offset_at(0)
+
+    @property
+    def gain(self) -> F32:
+        """float32 [N, E]: a row's factor at each depth, over that of the last depth."""
+        factors = self.row_scale.astype(np.float32)
+        # A row of zeros has factors of 0.
+        return np.divide(factors, factors[:, -1:], out=np.ones_like(factors), where=factors[:, -1:] > 0)
+
+    def with_gain(self, gain: F32) -> Sliced:
+        """The same with other factors at each depth.
+
+        Args:
+            gain: float32 [N, E], over that of the last depth, whose own gain is 1.
+        """
+        return replace(self, row_scale=(self.row_scale[:, -1:].astype(np.float32) * gain).astype(np.float16))
+
+    def scale_at(self, depth: int) -> F32:
+        """The width of a cell of the 2-bit base quantiser, float32 [N, K / group_size], exact.
+
+        Args:
+            depth: 1-based, or 0 for the last one.
+        """
+        factor = self.row_scale[:, depth - 1].astype(np.float32) / np.float32(SCALE_STEPS)
+        return self.scale_codes.astype(np.float32) * factor[:, None]
+
+    def offset_at(self, depth: int) -> F32:
+        """The value where the first cell begins, float32 [N, K / group_size].
+
+        Args:
+            depth: 1-based, or 0 for the last one.
+        """
+        return -self.scale_at(depth) * (self.zero_codes.astype(np.float32) / np.float32(ZERO_STEPS))
 
     def rows(self, rows: slice | NDArray[np.integer]) -> Sliced:
         """Some rows of the matrix.
@@ -91,18 +121,20 @@ def joined(parts: Sequence[Sliced]) -> Sliced:
     return Sliced(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def row_scales(largest: F32) -> F16:
-    """Factors of rows whose largest scales are given.
+def row_scales(largest: F32, profile: SliceProfile) -> F16:
+    """Factors of rows whose largest scales are given, the same at every depth.
 
     Args:
         largest: float32 [N].
+        profile: the bits of each slice.
 
     Returns:
-        float16 [N], rounded up.
+        float16 [N, E], rounded up.
     """
     wanted = largest * np.float32(SCALE_STEPS / LARGEST_CODE)
     rounded = wanted.astype(np.float16)
-    return np.where(rounded.astype(np.float32) < wanted, np.nextafter(rounded, np.float16(np.inf)), rounded)
+    found = np.where(rounded.astype(np.float32) < wanted, np.nextafter(rounded, np.float16(np.inf)), rounded)
+    return np.repeat(found[:, None], profile.depths, axis=1)
 
 
 def scale_codes(scale: F32, row_scale: F16, *, up: bool = False) -> U8:
@@ -110,10 +142,10 @@ def scale_codes(scale: F32, row_scale: F16, *, up: bool = False) -> U8:
 
     Args:
         scale: float32 [N, groups].
-        row_scale: float16 [N].
+        row_scale: float16 [N, E].
         up: round up instead.
     """
-    factor = row_scale.astype(np.float32)[:, None]
+    factor = row_scale[:, -1:].astype(np.float32)
     steps = np.divide(scale * np.float32(SCALE_STEPS), factor, out=np.zeros_like(scale), where=factor > 0)
     rounded: F32 = np.ceil(steps) if up else np.rint(steps)
     return np.asarray(np.clip(rounded, scale > 0, LARGEST_CODE), np.uint8)
@@ -224,5 +256,5 @@ def _decode(sliced: Sliced, profile: SliceProfile, depth: int, dtype: np.dtype[_
     cells += dtype.type(profile.middle(bits))
     cells *= dtype.type(profile.step(bits))
     cells -= (sliced.zero_codes.astype(dtype) / dtype.type(ZERO_STEPS))[:, :, None]
-    cells *= sliced.scale.astype(dtype)[:, :, None]
+    cells *= sliced.scale_at(depth).astype(dtype)[:, :, None]
     return cells.reshape(n, k)

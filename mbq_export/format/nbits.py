@@ -8,6 +8,9 @@ and the rest of a weight's value is in ``centre`` and in what each depth adds to
     centre = offset + step * (0.5 + 2**(b1 - 1))
     w(k)   = centre + half(k) * step + sum over e <= k of  ratio(e) * step * (f - 2**(b - 1))
     ratio(e) = profile.step(B) / profile.step(b1)
+
+``scale`` and ``offset`` are those of the last depth.  What they give is multiplied by ``gain(k)``, the row's factor at
+depth ``k`` over that of the last depth.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def weight_inputs(profile: SliceProfile) -> tuple[str, ...]:
     Args:
         profile: the bits of each slice.
     """
-    return (*(f"slice_{e}" for e in range(1, profile.depths + 1)), "step", "centre")
+    return (*(f"slice_{e}" for e in range(1, profile.depths + 1)), "step", "centre", "gain")
 
 
 def packed_bits(width: int) -> int:
@@ -76,6 +79,11 @@ def side_by_side(tensors: Mapping[str, NDArray[np.generic]], count: int) -> dict
     """
     found = dict[str, NDArray[np.generic]]()
     for name, tensor in tensors.items():
+        if name == "gain":
+            # Rows of several parts are summed, so they must have one gain.
+            assert (tensor == 1).all()
+            found[name] = tensor[:, : tensor.shape[1] // count]
+            continue
         parts = np.swapaxes(tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]), 0, 1)
         found[name] = parts.reshape(parts.shape[0], -1, *tensor.shape[2:])
     return found
@@ -90,7 +98,7 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
 
     Returns:
         slice_e: uint8 [N, G, group_size * bits / 8], fields of slice ``e`` with zero point ``2**(bits - 1)``, lowest
-        bits first; step and centre: float32 [N, G].
+        bits first; step and centre: float32 [N, G]; gain: float32 [1 + E, N], by depth, of which the first is not used.
     """
     n, groups = sliced.scale_codes.shape
     tensors: dict[str, NDArray[np.generic]] = {}
@@ -105,4 +113,5 @@ def pack_nbits(sliced: Sliced, profile: SliceProfile) -> dict[str, NDArray[np.ge
     first = 0.5 + 2.0 ** (profile.min_bits - 1)
     tensors["step"] = step
     tensors["centre"] = (sliced.offset.astype(np.float64) + step * first).astype(np.float32)
+    tensors["gain"] = np.concatenate([np.ones((1, n), np.float32), sliced.gain.T])
     return tensors

@@ -5,8 +5,9 @@ N is padded to ``n16``, a multiple of 16.
 * Each slice is one uint8 array, flat, plane after plane.  So a file can hold the first slices of all matrices before
   the second ones.  A plane of ``b`` bits holds ``[n16 / 16][K / (32 / b)][64]`` bytes.  Byte ``4 * row + t`` of a
   64-byte block holds, at bits ``b * j .. b * j + b - 1``, the field of weight ``k = block * (32 / b) + 4 * j + t``.
-* Scales are uint8 ``[n16 / 16, 1 + K / group_size, 32]``.  The first 32 bytes of a row block are the float16 factors of
-  its 16 rows.  Each further 32 bytes are the scales of a group's 16 rows, then their zeros.
+* Scales are uint8 ``[n16 / 16, E + K / group_size, 32]``.  The first 32 bytes of a row block are the float16 factors of
+  its 16 rows at depth 1, and so on for each of the E depths.  Each further 32 bytes are the scales of a group's 16 rows,
+  then their zeros.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ def slice_bytes(n: int, k: int, width: int) -> int:
     return _padded(n) * k * width // 8
 
 
-def scales_shape(n: int, groups: int) -> tuple[int, int, int]:
+def scales_shape(n: int, groups: int, depths: int) -> tuple[int, int, int]:
     """Shape of the packed scales of a matrix.
 
     Args:
         n: rows.
         groups: K / group_size.
+        depths: E.
     """
-    return _padded(n) // ROW_BLOCK, 1 + groups, 2 * ROW_BLOCK
+    return _padded(n) // ROW_BLOCK, depths + groups, 2 * ROW_BLOCK
 
 
 def pack_slices(codes: U8, profile: SliceProfile) -> list[U8]:
@@ -136,24 +138,29 @@ def pack_scales(sliced: Sliced) -> U8:
     Returns:
         uint8 of ``scales_shape``.
     """
-    rows = _pad_rows(sliced.row_scale.astype("<f2")).view(np.uint8).reshape(-1, 1, 2 * ROW_BLOCK)
+    depths = sliced.row_scale.shape[1]
+    of_depths = _pad_rows(sliced.row_scale.astype("<f2")).reshape(-1, ROW_BLOCK, depths).transpose(0, 2, 1)
+    rows = np.ascontiguousarray(of_depths).view(np.uint8)
     both = np.stack([_pad_rows(sliced.scale_codes), _pad_rows(sliced.zero_codes)])
     groups = both.reshape(2, len(rows), ROW_BLOCK, -1).transpose(1, 3, 0, 2).reshape(len(rows), -1, 2 * ROW_BLOCK)
     return np.concatenate([rows, groups], axis=1)
 
 
-def unpack_scales(scales: U8, n: int) -> tuple[U8, U8, F16]:
+def unpack_scales(scales: U8, n: int, depths: int) -> tuple[U8, U8, F16]:
     """The inverse of ``pack_scales``.
 
     Args:
         scales: uint8 of ``scales_shape``.
         n: rows.
+        depths: E.
 
     Returns:
-        The fields of ``Sliced`` after its codes: uint8 [n, groups] scales, uint8 [n, groups] zeros, float16 [n].
+        The fields of ``Sliced`` after its codes: uint8 [n, groups] scales, uint8 [n, groups] zeros, float16 [n, E].
     """
-    rows = np.ascontiguousarray(scales[:, 0]).view("<f2").reshape(-1).astype(np.float16)
-    both = scales[:, 1:].reshape(len(scales), -1, 2, ROW_BLOCK).transpose(2, 0, 3, 1).reshape(2, len(rows), -1)
+    of_depths = np.ascontiguousarray(scales[:, :depths]).view("<f2")
+    rows = of_depths.transpose(0, 2, 1).reshape(-1, depths).astype(np.float16)
+    groups = scales[:, depths:]
+    both = groups.reshape(len(scales), -1, 2, ROW_BLOCK).transpose(2, 0, 3, 1).reshape(2, len(rows), -1)
     return both[0, :n], both[1, :n], rows[:n]
 
 

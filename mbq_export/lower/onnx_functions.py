@@ -92,7 +92,12 @@ def _sliced_gather(profile: SliceProfile, group_size: int) -> onnx.FunctionProto
     step_column = Unsqueeze (step_rows, all_rows)
     centre_column = Unsqueeze (centre_rows, all_rows)
     varying = Mul (units_{profile.depths}, step_column)
-    values = Add (varying, centre_column)
+    plain_values = Add (varying, centre_column)
+    gain_of_depth = Gather <axis = 0> (gain, depth)
+    gain_rows = Gather <axis = 0> (gain_of_depth, flat)
+    gain_row_column = Unsqueeze (gain_rows, all_rows)
+    gain_column = Unsqueeze (gain_row_column, all_rows)
+    values = Mul (plain_values, gain_column)
     leading = Shape (indices)
     k = Constant <value_int : int = @K> ()
     one = {ints(1)}

@@ -4,8 +4,8 @@ MatMulNBits is fast only with its default zero point, the middle of the fields. 
 value of a weight as fields about their middle, and terms that are constant within a group.  The latter act on ``u``,
 the sums of the activations of each group.  With ``r_e`` of ``step_ratios`` and ``h`` of ``half_steps``::
 
-    y = MatMulNBits_1(x; step) + u @ centre.T + h(depth) * u @ step.T
-      + sum over 1 < e <= depth of  MatMulNBits_e(x * r_e; step)
+    y = gain(depth) * (MatMulNBits_1(x; step) + u @ centre.T + h(depth) * u @ step.T
+                       + sum over 1 < e <= depth of  MatMulNBits_e(x * r_e; step))
 
 MatMulNBits rounds activations to int8 itself, such that the largest of a group becomes 127.  Rows that are already
 rounded so pass it unchanged, and the group sums see the same values.  So the body rounds first.  The last bit of a
@@ -41,11 +41,14 @@ def sliced_matmul(profile: SliceProfile, group_size: int, activation_bits: int) 
     body = _groups(group_size)
     body += "".join(_term(t) for t in range(1, terms + 1))
     body += _first_slice(profile, group_size, terms)
-    if profile.depths > 1:
-        body += _row_depths(profile, terms)
+    body += _row_depths(profile, terms)
     for e in range(2, profile.depths + 1):
         body += _finer_slice(profile, group_size, e)
-    body += _sum_of_terms(f"y_{profile.depths}", terms)
+    body += f"""
+    gain_rows = Gather <axis = 0> (gain, depths)
+    y_of_depths = Mul (y_{profile.depths}, gain_rows)
+    """
+    body += _sum_of_terms("y_of_depths", terms)
     inputs = ("x", "depth", *weight_inputs(profile))
     return function("SlicedMatMul", "<N, K, group_size, slices>", inputs, "y", body)
 

@@ -144,7 +144,7 @@ def values_at(
     Returns:
         [N, K].
     """
-    arrays = sliced.codes, sliced.scale, sliced.offset
+    arrays = sliced.codes, sliced.scale_at(depth), sliced.offset_at(depth)
     codes, scale, offset = (torch.from_numpy(array).to(device) for array in arrays)
     return weights(codes, scale, offset, profile=profile, bits=profile.depth_bits[depth - 1], dtype=dtype)
 
@@ -164,7 +164,7 @@ def _by_bits(bits: Bits) -> Iterator[tuple[int, slice | torch.Tensor]]:
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weights.T + bias`` for x [..., tokens, K], with gradients for x, scale and offset."""
+    """``x @ weights.T + bias`` for x [..., tokens, K], with gradients for x, scale, offset and gain."""
 
     @staticmethod
     def forward(
@@ -172,33 +172,47 @@ class _Product(torch.autograd.Function):
         x: torch.Tensor,
         scale: torch.Tensor,
         offset: torch.Tensor,
+        gain: torch.Tensor,
         codes: torch.Tensor,
         profile: SliceProfile,
         bits: Bits,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, scale, offset, codes)
+        ctx.save_for_backward(x, scale, offset, gain, codes)
         ctx.profile, ctx.bits = profile, bits
         tokens = x.flatten(0, -2)
         output = x.new_empty(len(tokens), len(codes))
         for at, rows in _by_bits(bits):
-            weight = weights(codes, scale, offset, profile=profile, bits=at, dtype=x.dtype)
+            factor = _of_depth(gain, profile, at)
+            weight = weights(codes, scale * factor, offset * factor, profile=profile, bits=at, dtype=x.dtype)
             output[rows] = functional.linear(tokens[rows], weight, bias)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, scale, offset, codes = ctx.saved_tensors
+        x, scale, offset, gain, codes = ctx.saved_tensors
         tokens, from_tokens = x.flatten(0, -2), gradient.flatten(0, -2)
         to_x = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
-        to_scale, to_offset = (torch.zeros_like(scale) if ctx.needs_input_grad[1] else None for _ in range(2))
+        to_scale, to_offset, to_gain = torch.zeros_like(scale), torch.zeros_like(offset), torch.zeros_like(gain)
         for at, rows in _by_bits(ctx.bits):
-            of_rows = from_tokens[rows]
+            of_rows, factor = from_tokens[rows], _of_depth(gain, ctx.profile, at)
             if to_x is not None:
-                to_x[rows] = of_rows @ weights(codes, scale, offset, profile=ctx.profile, bits=at, dtype=x.dtype)
-            if to_scale is not None and to_offset is not None:
-                _add_gradients(to_scale, to_offset, of_rows.T @ tokens[rows], codes, ctx.profile, at)
-        return None if to_x is None else to_x.view(x.shape), to_scale, to_offset, None, None, None, None
+                own = scale * factor, offset * factor
+                to_x[rows] = of_rows @ weights(codes, *own, profile=ctx.profile, bits=at, dtype=x.dtype)
+            if any(ctx.needs_input_grad[1:4]):
+                by_scale, by_offset = torch.zeros_like(scale), torch.zeros_like(offset)
+                _add_gradients(by_scale, by_offset, of_rows.T @ tokens[rows], codes, ctx.profile, at)
+                to_scale += by_scale * factor
+                to_offset += by_offset * factor
+                _of_depth(to_gain, ctx.profile, at)[:, 0] += (by_scale * scale + by_offset * offset).sum(-1)
+        of_x = None if to_x is None else to_x.view(x.shape)
+        return of_x, to_scale, to_offset, to_gain, None, None, None, None
+
+
+def _of_depth(gain: torch.Tensor, profile: SliceProfile, bits: int) -> torch.Tensor:
+    """The gains [N, 1] of a depth, of float32 [N, E].  It is a view."""
+    depth = profile.depth_bits.index(bits)
+    return gain[:, depth : depth + 1]
 
 
 def _add_gradients(
@@ -246,17 +260,23 @@ class SlicedLinear(torch.nn.Module):
         self.bias = bias
         self._scale = torch.from_numpy(sliced.scale).to(device)
         self._offset = torch.from_numpy(sliced.offset).to(device)
+        self._gain = torch.from_numpy(sliced.gain).to(device)
         self.bits: Bits = CODE_BITS
 
     @property
     def scale(self) -> torch.Tensor:
-        """float32 [N, groups]."""
+        """float32 [N, groups], at the last depth."""
         return self._scale
 
     @property
     def offset(self) -> torch.Tensor:
-        """float32 [N, groups]."""
+        """float32 [N, groups], at the last depth."""
         return self._offset
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """float32 [N, E]: what each depth multiplies scales and offsets of a row by."""
+        return self._gain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, [..., tokens, N].
@@ -268,7 +288,7 @@ class SlicedLinear(torch.nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, self.scale, self.offset, self.codes, self._profile, self.bits, bias
+            x, self.scale, self.offset, self.gain, self.codes, self._profile, self.bits, bias
         )
         return product
 

@@ -99,7 +99,7 @@ def slice_weight(
     codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
     if earlier is not None:
         codes.copy_(torch.from_numpy(earlier.codes).T)
-    scaled = _ranged(weight, group_size, name) if earlier is None else earlier
+    scaled = _ranged(weight, group_size, profile, name) if earlier is None else earlier
     for start in range(0, k, group_size):
         group, at = slice(start, start + group_size), slice(start // group_size, start // group_size + 1)
         # Views: what is written to them is written to ``scaled``.
@@ -119,9 +119,9 @@ def slice_weight(
     return replace(scaled, codes=codes.T.contiguous().cpu().numpy())
 
 
-def _ranged(weight: F32, group_size: int, name: str) -> Sliced:
+def _ranged(weight: F32, group_size: int, profile: SliceProfile, name: str) -> Sliced:
     """A matrix [N, K] of zeros with factors for its rows, and no scales yet."""
     n, k = weight.shape
     scale, _ = group_range(weight.reshape(n, k // group_size, group_size), name)
     codes, scales, zeros = (np.zeros((n, columns), np.uint8) for columns in (k, scale.shape[1], scale.shape[1]))
-    return Sliced(codes, scales, zeros, row_scales(scale.max(axis=1) * np.float32(_ROOM)))
+    return Sliced(codes, scales, zeros, row_scales(scale.max(axis=1) * np.float32(_ROOM), profile))

@@ -70,7 +70,7 @@ def _refine_rows(
     codes = torch.from_numpy(sliced.codes).to(device).T.clone(memory_format=torch.contiguous_format)
     scale, offset, row_scale = (
         torch.from_numpy(values.T.astype(np.float32)).to(device).contiguous()
-        for values in (sliced.scale, sliced.offset, sliced.row_scale)
+        for values in (sliced.scale, sliced.offset, sliced.row_scale[:, -1])
     )
     size = len(codes) // len(scale)
 

@@ -61,7 +61,7 @@ def slice_table(table: F32, group_size: int, profile: SliceProfile, name: str) -
     """
     n, k = table.shape
     of_groups = np.empty((n, k // group_size), np.uint8)
-    sliced = Sliced(np.empty(table.shape, np.uint8), of_groups, of_groups.copy(), np.empty(n, np.float16))
+    sliced = Sliced(np.empty(table.shape, np.uint8), of_groups, of_groups.copy(), np.empty((n, profile.depths), np.float16))
     step = max(1, TABLE_WEIGHTS_AT_ONCE // k)
     for start in range(0, n, step):
         rows = slice(start, start + step)
@@ -85,7 +85,7 @@ def slice_weight(weight: F32, group_size: int, profile: SliceProfile, name: str)
     """
     n, k = weight.shape
     scale, offset = group_range(weight.reshape(n, k // group_size, group_size), name)
-    row_scale = row_scales(scale.max(axis=1))
+    row_scale = row_scales(scale.max(axis=1), profile)
     empty = Sliced(
         np.zeros(weight.shape, np.uint8),
         scale_codes(scale, row_scale, up=True),

@@ -51,12 +51,13 @@ _WAY_TO_SECOND = (0.25, 0.5, 0.75)
 
 
 class TunedLinear(SlicedLinear):
-    """A ``SlicedLinear`` with trainable scales and offsets.
+    """A ``SlicedLinear`` with trainable scales and offsets, and trainable gains of its tuned depths.
 
-    Both changes are in units of the group's scale, so that one learning rate fits both.
+    Changes of scales and offsets are in units of the group's scale, so that one learning rate fits both.
 
     scale_change: float32 [N, groups], relative change of scales.
     offset_change: float32 [N, groups], change of offsets in scales.
+    gain_change: float32 [N, tuned depths], relative change of gains.
 
     Args:
         sliced: a matrix [N, K].
@@ -71,16 +72,24 @@ class TunedLinear(SlicedLinear):
         super().__init__(sliced, profile, bias, device)
         self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
+        tuned_depths = sum(bits <= tuned_bits(profile) for bits in profile.depth_bits)
+        self.gain_change = torch.nn.Parameter(torch.zeros_like(self._gain[:, :tuned_depths]))
 
     @property
     def scale(self) -> torch.Tensor:
-        """float32 [N, groups]."""
+        """float32 [N, groups], at the last depth."""
         return self._scale * (1 + self.scale_change)
 
     @property
     def offset(self) -> torch.Tensor:
-        """float32 [N, groups]."""
+        """float32 [N, groups], at the last depth."""
         return self._offset + self._scale * self.offset_change
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """float32 [N, E]: what each depth multiplies scales and offsets of a row by."""
+        tuned = self.gain_change.shape[1]
+        return torch.cat([self._gain[:, :tuned] * (1 + self.gain_change), self._gain[:, tuned:]], dim=1)
 
 
 def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
@@ -144,10 +153,18 @@ def tune(
             for layer in parts
             for change in (layer.scale_change, layer.offset_change)
         ]
-        parameters = [*changes, *norms]
+        # The rows of experts have one gain: where they stand side by side, a product sums rows of several experts.
+        gains = [
+            layer.gain_change
+            for unit in checkpoint.decoder.units()
+            if unit.experts is None
+            for layer in tuned[unit.name]
+        ]
+        parameters = [*changes, *gains, *norms]
         optimizer = torch.optim.AdamW(
             [
                 {"params": changes, "full_lr": phase.scale_rate, "weight_decay": phase.scale_decay},
+                {"params": gains, "full_lr": phase.gain_rate, "weight_decay": phase.scale_decay},
                 {"params": norms, "full_lr": _NORM_RATE, "weight_decay": 0.0},
             ],
             betas=_BETAS,
@@ -186,7 +203,8 @@ def _tuned_slices(sliced: Sliced, parts: list[TunedLinear]) -> Sliced:
     scale, offset = (
         torch.cat([getattr(layer, name) for layer in parts]).detach().cpu().numpy() for name in ("scale", "offset")
     )
-    return with_scales(sliced, scale, offset)
+    gain = torch.cat([layer.gain for layer in parts]).detach().cpu().numpy()
+    return with_scales(sliced, scale, offset).with_gain(gain)
 
 
 @contextmanager

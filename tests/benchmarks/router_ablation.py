@@ -54,7 +54,7 @@ def stored_slices(manifest: Manifest, tensors: Tensors) -> dict[str, Sliced]:
                 layer.K,
                 manifest.profile,
             ),
-            *unpack_scales(tensors[f"{layer.name}.scales"], layer.N),
+            *unpack_scales(tensors[f"{layer.name}.scales"], layer.N, manifest.profile.depths),
         )
         for layer in manifest.weights.linears
     }

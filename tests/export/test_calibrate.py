@@ -129,7 +129,8 @@ def test_the_floor_is_no_lower_than_the_divergence_and_the_first_choices_allow()
 
 
 def test_a_store_forgets_what_was_tampered_with_and_what_was_made_of_other_inputs(tmp_path: Path) -> None:
-    sliced = Sliced(np.arange(64, dtype=np.uint8).reshape(2, 32), *np.ones((2, 2, 1), np.uint8), np.ones(2, np.float16))
+    codes, factors = np.arange(64, dtype=np.uint8).reshape(2, 32), np.ones((2, 4), np.float16)
+    sliced = Sliced(codes, *np.ones((2, 2, 1), np.uint8), factors)
     store = Store(tmp_path / "work", "inputs")
     assert store.get("block") is None
     store.put("block", {"unit": sliced})

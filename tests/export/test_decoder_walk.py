@@ -100,7 +100,7 @@ def described(name: str, **changes: object) -> Decoder:
 def calibrated(decoder: Decoder) -> Calibrated:
     """One code for each matrix: the walk does not read them."""
     one = np.ones(1, np.float32)
-    sliced = Sliced(*np.ones((3, 1, 1), np.uint8), np.ones(1, np.float16))
+    sliced = Sliced(*np.ones((3, 1, 1), np.uint8), np.ones((1, 4), np.float16))
     router = RouterParams(one, one, one, one)
     units = {unit.name: RoutedLinear(unit, sliced, None, router) for unit in decoder.units()}
     scale = np.full(decoder.hidden_size, 2, np.float32)

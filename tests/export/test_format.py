@@ -15,10 +15,10 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 PROFILES = ["2,2,2,2", "3,1,2,2", "1,1,2,4", "8"]
 
 
-def _random(n: int, k: int, groups: int, seed: int = 0) -> Sliced:
+def _random(n: int, k: int, groups: int, depths: int = 4, seed: int = 0) -> Sliced:
     rng = np.random.default_rng(seed)
     codes, scales, zeros = (rng.integers(0, 256, (n, of), dtype=np.uint8) for of in (k, groups, groups))
-    return Sliced(codes, scales, zeros, rng.uniform(0.01, 1, n).astype(np.float16))
+    return Sliced(codes, scales, zeros, rng.uniform(0.01, 1, (n, depths)).astype(np.float16))
 
 
 @pytest.mark.parametrize("slices", PROFILES)
@@ -51,11 +51,12 @@ def test_bytes_of_planes_lie_where_the_format_says() -> None:
 def test_scales_unpack_to_the_same() -> None:
     sliced = _random(37, 320, 5)
     packed = pack_scales(sliced)
-    assert packed.shape == scales_shape(37, 5) == (3, 6, 32)
-    assert packed[2, 0, 8:10].view("<f2")[0] == sliced.row_scale[36]
-    assert packed[2, 5, 4] == sliced.scale_codes[36, 4]
-    assert packed[2, 5, 16 + 4] == sliced.zero_codes[36, 4]
-    scales, zeros, rows = unpack_scales(packed, 37)
+    assert packed.shape == scales_shape(37, 5, 4) == (3, 9, 32)
+    for depth in (1, 4):
+        assert packed[2, depth - 1, 8:10].view("<f2")[0] == sliced.row_scale[36, depth - 1]
+    assert packed[2, 8, 4] == sliced.scale_codes[36, 4]
+    assert packed[2, 8, 16 + 4] == sliced.zero_codes[36, 4]
+    scales, zeros, rows = unpack_scales(packed, 37, 4)
     np.testing.assert_array_equal(scales, sliced.scale_codes)
     np.testing.assert_array_equal(zeros, sliced.zero_codes)
     np.testing.assert_array_equal(rows, sliced.row_scale)
@@ -83,7 +84,7 @@ def test_fine_levels_reach_into_both_neighbours() -> None:
     """The sixteen levels of a coarse cell span 4/3 of its width, about its middle."""
     profile = SliceProfile.parse("3,1,2,2")
     codes = np.arange(256, dtype=np.uint8)[None].repeat(1, axis=0)
-    sliced = Sliced(codes, np.array([[128]], np.uint8), np.array([[0]], np.uint8), np.array([2], np.float16))
+    sliced = Sliced(codes, np.array([[128]], np.uint8), np.array([[0]], np.uint8), np.full((1, 4), 2, np.float16))
     coarse, fine = decode(sliced, profile, 2)[0].reshape(16, 16), decode(sliced, profile, 4)[0].reshape(16, 16)
     np.testing.assert_allclose(coarse, (np.arange(16)[:, None] + 0.5) / 4 * np.ones(16))
     np.testing.assert_allclose(fine - coarse, np.ones((16, 1)) * (np.arange(16) - 7.5) / 48, atol=1e-12)

@@ -111,7 +111,7 @@ def test_the_plan_counts_what_a_depth_reads(bundles: Path) -> None:
         depth: sum(size.weight_bytes[depth - 1] for size in plan.decode_launches if size.kernel.startswith("matmul"))
         for depth in range(1, 5)
     }
-    scales = sum(4 * scale_words(m.N, m.K, manifest.group_size) for m in manifest.weights.linears)
+    scales = sum(4 * scale_words(m.N, m.K, manifest.group_size, 1) for m in manifest.weights.linears)
     padded = sum(-(-m.N // 16) * 16 * m.K for m in manifest.weights.linears)
     for depth, bits in enumerate(manifest.profile.depth_bits, 1):
         assert planes[depth] == padded * bits // 8 + scales

@@ -30,7 +30,7 @@ BIAS = torch.linspace(-1, 1, 12)
 def random_slices() -> Sliced:
     rng = np.random.default_rng(0)
     codes, scales, zeros = (rng.integers(1, 256, (12, columns), np.uint8) for columns in (128, 2, 2))
-    return Sliced(codes, scales, zeros, rng.uniform(0.5, 1, 12).astype(np.float16))
+    return Sliced(codes, scales, zeros, rng.uniform(0.5, 1, (12, 4)).astype(np.float16))
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_refinement_leaves_what_cannot_be_better(case: Case) -> None:
         rng.integers(0, 256, (32, 256)).astype(np.uint8),
         np.full((32, 4), 128, np.uint8),
         np.full((32, 4), 128, np.uint8),
-        np.ones(32, np.float16),
+        np.ones((32, 1), np.float16),
     )
     sliced.codes[:, :64] = 7
     refined = refine(decode(sliced, profile, 1).astype(np.float32), case[1], sliced, profile, 2)

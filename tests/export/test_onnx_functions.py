@@ -86,14 +86,14 @@ def load(
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def random_sliced(n: int, k: int, group_size: int, rng: np.random.Generator) -> Sliced:
+def random_sliced(n: int, k: int, group_size: int, rng: np.random.Generator, depths: int = 4) -> Sliced:
     """Groups whose mean is not zero: an error in the term of the group sums would show."""
     groups = (n, k // group_size)
     return Sliced(
         rng.integers(0, 256, (n, k), dtype=np.uint8),
         rng.integers(50, 256, groups, dtype=np.uint8),
         rng.integers(0, 150, groups, dtype=np.uint8),
-        rng.uniform(0.01, 0.025, n).astype(np.float16),
+        rng.uniform(0.01, 0.025, (n, depths)).astype(np.float16),
     )
 
 
@@ -336,8 +336,8 @@ def test_pack_nbits_layout() -> None:
     codes = np.zeros((1, 32), np.uint8)
     codes[0, :4] = 0b101_1_0110, 0b000_0_1111, 0b111_1_0000, 0b010_0_0001
     half, two_scales = np.array([[SCALE_STEPS // 2]], np.uint8), np.array([[2 * ZERO_STEPS]], np.uint8)
-    packed = pack_nbits(Sliced(codes, half, two_scales, np.array([1], np.float16)), profile)
-    assert tuple(packed) == weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre")
+    packed = pack_nbits(Sliced(codes, half, two_scales, np.array([[0.5, 2, 1]], np.float16)), profile)
+    assert tuple(packed) == weight_inputs(profile) == ("slice_1", "slice_2", "slice_3", "step", "centre", "gain")
     # Three bits in four, moved by 4; one bit in two, moved by 1; four bits as they are.
     assert packed["slice_1"][0, 0, :2].tolist() == [(5 + 4) | (0 + 4) << 4, (7 + 4) | (2 + 4) << 4]
     assert packed["slice_2"][0, 0, :1].tolist() == [(1 + 1) | (0 + 1) << 2 | (1 + 1) << 4 | (0 + 1) << 6]

@@ -30,7 +30,7 @@ N, K = 1024, 64
 
 
 def zeros(n: int, k: int) -> Sliced:
-    return Sliced(np.zeros((n, k), np.uint8), *np.ones((2, n, 1), np.uint8), np.ones(n, np.float16))
+    return Sliced(np.zeros((n, k), np.uint8), *np.ones((2, n, 1), np.uint8), np.ones((n, 4), np.float16))
 
 
 SLICES, WEIGHTS = {"unit": zeros(N, K)}, {"unit": N * K}

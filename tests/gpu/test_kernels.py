@@ -30,10 +30,10 @@ RELATIVE = 2e-6
 NO_BOUND = 8
 
 
-def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
+def weight(rng: np.random.Generator, n: int, k: int, group: int, depths: int = 4) -> Sliced:
     codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
     scales, zeros = (rng.integers(0, 256, (n, k // group), dtype=np.uint8) for _ in range(2))
-    rows = rng.uniform(0.01, 0.1, n).astype(np.float16)
+    rows = rng.uniform(0.01, 0.1, (n, depths)).astype(np.float16)
     scales[n // 2, 0] = 0
     rows[0] = 1e-5  # subnormal in float16
     return Sliced(codes, scales, zeros, rows)

@@ -51,12 +51,13 @@ def op_model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def weight(rng: np.random.Generator, n: int, k: int, group: int) -> Sliced:
+def weight(rng: np.random.Generator, n: int, k: int, group: int, depths: int = 4) -> Sliced:
     """A sliced random weight.  Codes, scales and zeros take all values; one group has scale 0, one row factor 0."""
     codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
     scales, zeros = (rng.integers(0, 256, (n, k // group), dtype=np.uint8) for _ in range(2))
-    rows = rng.uniform(0.01, 0.1, n).astype(np.float16)
-    scales[n // 2, 0] = rows[n // 3] = 0
+    rows = rng.uniform(0.01, 0.1, (n, depths)).astype(np.float16)
+    scales[n // 2, 0] = 0
+    rows[n // 3] = 0
     return Sliced(codes, scales, zeros, rows)
 
 
@@ -94,7 +95,7 @@ def activations(rng: np.random.Generator, tokens: int, k: int, group: int) -> F3
 
 def term_sizes(sliced: Sliced, profile: SliceProfile, depth: int) -> F64:
     """|offset| + |w - offset| per weight, float64 [N, K]."""
-    offset = np.repeat(sliced.offset.astype(np.float64), sliced.group_size, axis=1)
+    offset = np.repeat(sliced.offset_at(depth).astype(np.float64), sliced.group_size, axis=1)
     return np.asarray(np.abs(offset) + np.abs(decode(sliced, profile, depth) - offset))
 
 

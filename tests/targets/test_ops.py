@@ -127,7 +127,7 @@ def test_activations_are_rounded_as_the_reference_does(tmp_path: Path, built: Pa
     zero = int(np.flatnonzero(lows % 1 == 0)[0])
     codes = np.full((16, k), lows[zero], np.uint8) + np.eye(16, k, dtype=np.uint8)
     of_groups = (np.full((16, 1), value, np.uint8) for value in (SCALE_STEPS // 2, zero))
-    sliced = Sliced(codes, *of_groups, np.full(16, 2 / step, np.float16))
+    sliced = Sliced(codes, *of_groups, np.full((16, 4), 2 / step, np.float16))
     np.testing.assert_allclose(decode(sliced, PROFILE, 4), np.eye(16, k), atol=1e-12)
     model = op_cases.matmul_model(sliced, PROFILE, op_cases.stored(sliced, PROFILE))
     run = session(tmp_path, built, model)

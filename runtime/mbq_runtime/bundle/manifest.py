@@ -39,7 +39,7 @@ from .schema import decode
 from .slice_profile import CODE_BITS, SliceProfile
 
 FORMAT = "mbq-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_TRIM_BYTES = 1000
 _MOST_SIDE = 1 << 20
 MOST_MANIFEST_BYTES = 4 << 20

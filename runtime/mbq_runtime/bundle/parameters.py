@@ -45,7 +45,7 @@ def matrix_kinds(linear: Linear, group_size: int, slices: tuple[int, ...]) -> di
     kinds: dict[str, _Kind] = {
         f"planes_{e}": ("U8", (weights * bits // CODE_BITS,)) for e, bits in enumerate(slices, 1)
     }
-    return {**kinds, "scales": ("U8", (blocks, 1 + linear.K // group_size, 2 * ROW_BLOCK))}
+    return {**kinds, "scales": ("U8", (blocks, len(slices) + linear.K // group_size, 2 * ROW_BLOCK))}
 
 
 def check_parameters(path: Path, entries: Mapping[str, Entry], manifest: Manifest, settings: Settings | None) -> None:

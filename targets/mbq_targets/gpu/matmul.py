@@ -45,7 +45,7 @@ from .work_groups import WorkGroups
 Buffers = dict[str, Any]
 
 GROUP_WORDS = 2 * ROW_BLOCK // 4
-"""Words of a group's scales and zeros in a row block, and of the factors of its rows."""
+"""Words of a group's scales and zeros in a row block, and of the factors of its rows at a depth."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MatrixShape:
     @property
     def buffers(self) -> tuple[int, int]:
         """Words of the buffers ``planes`` and ``scales``."""
-        return plane_words(self.n, self.k), scale_words(self.n, self.k, self.group)
+        return plane_words(self.n, self.k), scale_words(self.n, self.k, self.group, self.profile.depths)
 
 
 def plane_words(n: int, k: int) -> int:
@@ -79,15 +79,16 @@ def plane_words(n: int, k: int) -> int:
     return -(-n // ROW_BLOCK) * ROW_BLOCK * k // 4
 
 
-def scale_words(n: int, k: int, group: int) -> int:
+def scale_words(n: int, k: int, group: int, depths: int) -> int:
     """32-bit words of the row factors, scales and zeros of an [n, k] matrix.
 
     Args:
         n: rows.
         k: columns.
         group: weights that share a scale.
+        depths: E.
     """
-    return -(-n // ROW_BLOCK) * (1 + k // group) * GROUP_WORDS
+    return -(-n // ROW_BLOCK) * (depths + k // group) * GROUP_WORDS
 
 
 def weight_bytes(matrix: MatrixShape, depth: int) -> int:
@@ -97,7 +98,8 @@ def weight_bytes(matrix: MatrixShape, depth: int) -> int:
         matrix: its sizes.
         depth: 1-based.
     """
-    planes, scales = matrix.buffers
+    planes, _ = matrix.buffers
+    scales = scale_words(matrix.n, matrix.k, matrix.group, 1)  # with the factors of one depth
     return planes * 4 * matrix.profile.depth_bits[depth - 1] // 8 + scales * 4
 
 
@@ -142,7 +144,7 @@ def _codes(words: list[list[Expr]], bits: Sequence[int], half: int, j: Expr, row
 def _affine(scales: Any, group: Expr, row: Expr, rows: int, plan: DepthPlan) -> tuple[Expr, Expr]:
     """(step, offset), float32 x rows: a weight is level * step + offset, in units of the row's factor.
 
-    group: counted over all row blocks, with one more in each for its factors; row: the first of ``rows`` in the block.
+    group: counted over all row blocks, with E more in each for its factors; row: the first of ``rows`` in the block.
     """
     at = bind(group * GROUP_WORDS + row // 4)
     scale, zero = (_bytes(bind(scales[at + i]), row, rows) for i in (0, ROW_BLOCK // 4))
@@ -157,9 +159,10 @@ def _bytes(word: Expr, row: Expr, rows: int) -> Expr:
     return bind(cast((spread(word, rows) >> shifts) & const(255, "uint32", rows), "float32", rows))
 
 
-def _row_factor(scales: Any, block: Expr, groups: int, row: Expr) -> Expr:
-    """What the scales of one row are multiplied by, float32. row: in the block."""
-    word = bind(scales[block * ((1 + groups) * GROUP_WORDS) + row // 2])
+def _row_factor(scales: Any, matrix: MatrixShape, block: Expr, row: Expr, depth: Expr) -> Expr:
+    """What the scales of one row are multiplied by, float32. row: in the block; depth: 1-based."""
+    in_block = matrix.profile.depths + matrix.k // matrix.group
+    word = bind(scales[(block * in_block + depth - 1) * GROUP_WORDS + row // 2])
     half = (word >> cast(row % 2 * 16, "uint32", 1)) & T.uint32(0xFFFF)
     return bind(half_to_float(bind(half)) * T.float32(1 / SCALE_STEPS))
 
@@ -183,6 +186,7 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
         bias: add a bias.
     """
     n, k, group, profile = matrix.n, matrix.k, matrix.group, matrix.profile
+    depths = profile.depths
     tile = min(work_groups.tile, tokens)
     blocks, steps = -(-n // ROW_BLOCK), k // STEP
     rows, splits, threads = work_groups.rows, work_groups.splits, work_groups.matmul_threads
@@ -191,7 +195,7 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
     buffers = {"x": ("float32x4", tokens * k // 4), "routing": ("int32", 2 * tokens)}
     if tokens > 1:
         buffers |= {"order": ("int32", tokens), "state": ("int32", TOKENS + tokens)}
-    buffers |= {"planes": (words, plane_words(n, k) // rows), "scales": ("uint32", scale_words(n, k, group))}
+    buffers |= {"planes": (words, matrix.buffers[0] // rows), "scales": ("uint32", matrix.buffers[1])}
     if bias:
         buffers["bias"] = ("float32", n)
     buffers["y"] = ("float32", tokens * n)
@@ -206,7 +210,7 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
             step = bind(i * splits + split)
             with when(step < steps):
                 parts = _step_words(of["planes"], plan.plane_bits, n, k, bind(item.x * steps + step), lane, rows)
-                at = bind(item.x * (1 + k // group) + 1 + step * STEP // group)
+                at = bind(item.x * (depths + k // group) + depths + step * STEP // group)
                 scale, offset = _affine(of["scales"], at, bind(lane * rows), rows, plan)
                 for half in (0, 1):
                     with T.serial(0, 4) as j:
@@ -246,7 +250,8 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
                 here: Expr = T.int32(0) if tokens == 1 else bind(of["order"][place])
                 for r in range(rows):
                     with when(first + r < n if tokens == 1 else T.And(first + r < n, place < of["state"][COUNT])):
-                        factor = _row_factor(of["scales"], item.x, k // group, i % lanes * rows + r)
+                        at_depth = of["routing"][2 * here]
+                        factor = _row_factor(of["scales"], matrix, item.x, i % lanes * rows + r, at_depth)
                         value = bind(element(result, r, rows) * factor)
                         put(of["y"], here * n + first + r, value + of["bias"][first + r] if bias else value)
 
@@ -279,11 +284,11 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
         scaled: multiply by factors float32 [k].
     """
     n, k, group, profile = table.n, table.k, table.group, table.profile
-    steps = k // STEP
+    steps, depths = k // STEP, profile.depths
     buffers = {
         "state": ("int32", TOKENS + tokens),
-        "planes": ("uint32", plane_words(n, k)),
-        "scales": ("uint32", scale_words(n, k, group)),
+        "planes": ("uint32", table.buffers[0]),
+        "scales": ("uint32", table.buffers[1]),
         **({"factors": ("float32", k)} if scaled else {}),
         "routing": ("int32", 2 * tokens),
         "x": ("float32", tokens * k),
@@ -297,13 +302,13 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
                 put(of["routing"], 2 * item.x + 1, T.int32(0))
             token = bind(of["state"][TOKENS + item.x])
             block, row = bind(token // ROW_BLOCK), bind(token % ROW_BLOCK)
-            factor = _row_factor(of["scales"], block, k // group, row)
             deepest = bind(of["state"][DEEPEST])
 
             def values(plan: DepthPlan, step: Expr) -> None:
                 words = _step_words(of["planes"], plan.plane_bits, n, k, bind(block * steps + step), row, 1)
-                at = bind(block * (1 + k // group) + 1 + step * STEP // group)
+                at = bind(block * (depths + k // group) + depths + step * STEP // group)
                 scale, offset = _affine(of["scales"], at, row, 1, plan)
+                factor = _row_factor(of["scales"], table, block, row, T.int32(plan.depth))
                 for half in (0, 1):
                     with T.serial(0, 4) as j:
                         levels = _levels(words, plan, half, j, 1)

@@ -98,9 +98,9 @@ def few(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
             with T.serial(0, turns * together) as seat:
                 store(acc, seat * ROW_BLOCK, ROW_BLOCK, const(0, "float32", ROW_BLOCK))
             first = bind((begin + b) * groups)
-            scales_at = bind(row_block_at(begin + b, groups))
+            scales_at = bind(row_block_at(plan, begin + b, groups))
             with T.serial(0, groups) as g:
-                base = bind(scales_at + (g + 1) * SCALES_BYTES)
+                base = bind(scales_at + (g + plan.profile.depths) * SCALES_BYTES)
                 step_at = bind((first + g) * (group // STEP))
                 if isa.prefetch_bytes:
                     for s in range(group // STEP):
@@ -114,5 +114,6 @@ def few(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                         multiply(turn, first_vector, g)
             with T.serial(0, count) as m:
                 row = bind(cast(load(tokens, m, 1), "int64", 1))
-                value = load(acc, m * ROW_BLOCK, ROW_BLOCK) * row_factors(scales, scales_at, ROW_BLOCK, levels.unit)
+                factor = row_factors(plan, scales, scales_at, ROW_BLOCK, levels.unit)
+                value = load(acc, m * ROW_BLOCK, ROW_BLOCK) * factor
                 store(y, row * y_stride + b * ROW_BLOCK, ROW_BLOCK, value)

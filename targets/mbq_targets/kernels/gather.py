@@ -29,10 +29,10 @@ def gather(plan: DepthPlan, group: int, name: str) -> None:
         starts = plane_starts(plan, places, blocks, groups, group)
         first = bind(row // ROW_BLOCK * groups)
         lane = bind(row % ROW_BLOCK)
-        scales_at = bind(row_block_at(row // ROW_BLOCK, groups))
-        factor = row_factors(scales, scales_at + 2 * lane, 1)
+        scales_at = bind(row_block_at(plan, row // ROW_BLOCK, groups))
+        factor = row_factors(plan, scales, scales_at + 2 * lane, 1)
         with T.serial(0, groups) as g:
-            base = bind(scales_at + (g + 1) * SCALES_BYTES + lane)
+            base = bind(scales_at + (g + plan.profile.depths) * SCALES_BYTES + lane)
             scale = bind(cast(load(scales, base, 1), "float32", 1) * factor)
             zero = cast(load(scales, base + ROW_BLOCK, 1), "float32", 1)
             above_zero = fma(zero, const(-1 / ZERO_STEPS, "float32"), const(plan.middle * plan.step, "float32"))

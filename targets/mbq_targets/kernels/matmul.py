@@ -183,11 +183,11 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
             for r in range(isa.vectors):
                 store(acc, r * isa.rows, isa.rows, const(0, "float32", isa.rows))
             first = bind((begin + b) * groups)
-            scales_at = bind(row_block_at(begin + b, groups))
+            scales_at = bind(row_block_at(plan, begin + b, groups))
             with T.serial(0, groups) as g:
                 bytes_of_q = bytes_at(g, width, T.int64(1), group)
                 token = (load(step, g, 1), load(total, g, 1))
-                base = bind(scales_at + (g + 1) * SCALES_BYTES)
+                base = bind(scales_at + (g + plan.profile.depths) * SCALES_BYTES)
                 if isa.prefetch_bytes:
                     for s in range(group // STEP):
                         prefetch_step(plan, planes, starts, (first + g + ahead) * (group // STEP) + s)
@@ -211,7 +211,7 @@ def gemv(isa: Isa, plan: DepthPlan, group: int, width: int, name: str) -> None:
                         value = group_value(dot, above, token, isa.rows)
                         store(acc, r * isa.rows, isa.rows, fma(scale, value, load(acc, r * isa.rows, isa.rows)))
             for r in range(isa.vectors):
-                factor = row_factors(scales, scales_at + 2 * r * isa.rows, isa.rows, levels.unit)
+                factor = row_factors(plan, scales, scales_at + 2 * r * isa.rows, isa.rows, levels.unit)
                 store(y, b * ROW_BLOCK + r * isa.rows, isa.rows, load(acc, r * isa.rows, isa.rows) * factor)
 
 
@@ -268,26 +268,28 @@ def group_value(dot: Expr, above: Expr, token: tuple[Expr, Expr], rows: int) -> 
     return fma(above, splat(total, rows), bind(cast(dot, "float32", rows) * splat(step, rows)))
 
 
-def row_block_at(block: Expr, groups: Expr) -> Expr:
-    """Where the factors of a row block's rows are. The scales of its groups follow.
+def row_block_at(plan: DepthPlan, block: Expr, groups: Expr) -> Expr:
+    """Where the factors of a row block's rows are, those of the first depth first. The scales of its groups follow.
 
     Args:
+        plan: how the depth is read.
         block: which row block.
         groups: groups along K.
     """
-    return block * (groups + 1) * SCALES_BYTES
+    return block * (groups + plan.profile.depths) * SCALES_BYTES
 
 
-def row_factors(scales: Any, at: Expr, rows: int, unit: float = 1.0) -> Expr:
-    """What sums of neighbouring rows are multiplied by, float32.
+def row_factors(plan: DepthPlan, scales: Any, at: Expr, rows: int, unit: float = 1.0) -> Expr:
+    """What sums of neighbouring rows are multiplied by at a depth, float32.
 
     Args:
+        plan: how the depth is read.
         scales: uint8 buffer.
-        at: the first row's factor, in bytes.
+        at: the first row's factor at the first depth, in bytes.
         rows: how many rows.
         unit: of the sums, in scales.
     """
-    stored = reinterpret(load(scales, at, 2 * rows), "float16", rows)
+    stored = reinterpret(load(scales, at + (plan.depth - 1) * SCALES_BYTES, 2 * rows), "float16", rows)
     return bind(cast(stored, "float32", rows) * const(unit / SCALE_STEPS, "float32", rows))
 
 
@@ -349,8 +351,8 @@ class _Prefill:
         with T.serial(0, tokens) as i:
             row = bind(cast(load(self.tokens, done + i, 1), "int64", 1))
             with T.serial(0, blocks) as b:
-                at = row_block_at(self.begin + first + b, self.groups)
-                factor = row_factors(self.scales, at, ROW_BLOCK, self.levels.unit)
+                at = row_block_at(self.plan, self.begin + first + b, self.groups)
+                factor = row_factors(self.plan, self.scales, at, ROW_BLOCK, self.levels.unit)
                 value = load(self.sums, (b * TOKENS_AT_ONCE + i) * ROW_BLOCK, ROW_BLOCK)
                 store(self.y, row * self.y_stride + (first + b) * ROW_BLOCK, ROW_BLOCK, value * factor)
 
@@ -387,7 +389,8 @@ class _Prefill:
     def _scales(self, block: Expr, wide: int, first_group: Expr, groups: Expr) -> None:
         """Write ``Levels.affine`` of the tile's groups."""
         for w in range(wide):
-            first = bind(row_block_at(block + w, self.groups) + (first_group + 1) * SCALES_BYTES)
+            begin = row_block_at(self.plan, block + w, self.groups)
+            first = bind(begin + (first_group + self.plan.profile.depths) * SCALES_BYTES)
             with T.serial(0, groups) as g:
                 for i, value in enumerate(self.levels.affine(self.scales, first + g * SCALES_BYTES, ROW_BLOCK)):
                     store(self.affine, self._affine_at(w, g) + i * ROW_BLOCK, ROW_BLOCK, value)
