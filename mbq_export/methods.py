@@ -30,7 +30,7 @@ class Phase:
         depths 1 and 2, and routers choose the depths in every step.
     alone: whether only the focus gets steps.
     windows_per_step: windows of text a step, at least one for each process.
-    scale_rate: Adam's learning rate for scales and offsets, in scales.
+    scale_rate: Adam's learning rate for scales and offsets, in scales.  0: these and the norms stay as they are.
     gain_rate: the same for the gains of rows at the tuned depths.
     alike: whether the loss weighs all depths alike, whatever the size of their divergence.
     scale_decay: decay of changes to scales and offsets, for each unit of the learning rate.
@@ -46,13 +46,21 @@ class Phase:
     scale_decay: float = 0.0
 
 
-TUNE_SCALES = Phase("tuning scales", focus=1, alone=False, windows_per_step=2, scale_rate=1e-3, gain_rate=3e-3, alike=False)
-"""The one tuning of a short calibration."""
+TUNE_GAINS = Phase(
+    "tuning gains", focus=1, alone=False, windows_per_step=2, scale_rate=0.0, gain_rate=1e-2, alike=False
+)
+"""The one tuning of a short calibration.  Each depth has gains of its own, so no depth pays for another."""
+TUNE_SCALES = replace(TUNE_GAINS, name="tuning scales", scale_rate=1e-3, gain_rate=0.0)
+"""The same for a base slice of two bits, which needs other scales."""
 TUNE_SCALES_LONG = replace(TUNE_SCALES, scale_decay=1.2)
 """The one tuning of a long calibration.  Decay keeps the model from learning its text by heart."""
-TUNE_BASE_SLICE = Phase("tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, gain_rate=3e-3, alike=False)
+TUNE_BASE_SLICE = Phase(
+    "tuning the base slice", focus=1, alone=True, windows_per_step=1, scale_rate=2e-3, gain_rate=0.0, alike=False
+)
 """The first of two tunings, for a base slice of 2 bits."""
-TUNE_ROUTED = Phase("tuning with routers", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, gain_rate=3e-3, alike=True)
+TUNE_ROUTED = Phase(
+    "tuning with routers", focus=None, alone=False, windows_per_step=1, scale_rate=1e-3, gain_rate=0.0, alike=True
+)
 """The second of two tunings, after residual slices were chosen for the tuned base slice."""
 
 
@@ -68,7 +76,8 @@ class Method:
     tuning_steps: of end-to-end tuning on all of the text, where slices begin with three bits or more.
     calib_tokens: tokens of calibration text.
     phase: how slices are tuned, where one tuning is enough.
-    steps_of_two: the same, where slices begin with two bits.
+    phase_of_two: the same, where slices begin with two bits.
+    steps_of_two: steps of that.
     twice: whether slices that begin with two bits are tuned twice: before and after residual slices are chosen again.
     brief: whether what gains least for its time is left out: the model's own replies in the default text, weights of
         tokens, and the comparison of routers.
@@ -80,7 +89,8 @@ class Method:
     sweeps: int
     tuning_steps: int
     calib_tokens: int
-    phase: Phase = TUNE_SCALES
+    phase: Phase = TUNE_GAINS
+    phase_of_two: Phase = TUNE_SCALES
     steps_of_two: int = 0
     twice: bool = False
     brief: bool = False
@@ -93,13 +103,13 @@ METHODS = {
         True, 8, sweeps=0, tuning_steps=0, calib_tokens=4096, brief=True,
     ),
     "nested": Method(
-        "error feedback over all depths, then tuned scales, 12 minutes",
+        "error feedback over all depths, then tuned gains, 12 minutes",
         True, 40, sweeps=3, tuning_steps=40, calib_tokens=40960, steps_of_two=80,
     ),
     "learned": Method(
         "as nested, on more text and tuned for longer, an hour or two",
-        True, 64, sweeps=6, tuning_steps=1100, calib_tokens=196608, phase=TUNE_SCALES_LONG, steps_of_two=500,
-        twice=True,
+        True, 64, sweeps=6, tuning_steps=1100, calib_tokens=196608, phase=TUNE_SCALES_LONG,
+        phase_of_two=TUNE_SCALES_LONG, steps_of_two=500, twice=True,
     ),
 }  # fmt: skip
 
@@ -140,7 +150,7 @@ def tunings(method: str, profile: SliceProfile, steps: int | None) -> dict[Phase
         steps = of.steps_of_two if of_two else of.tuning_steps
     if twice and steps > 1:
         return {TUNE_BASE_SLICE: steps - steps // 2, TUNE_ROUTED: steps // 2}
-    return {of.phase: steps} if steps else {}
+    return {of.phase_of_two if of_two else of.phase: steps} if steps else {}
 
 
 def held_back_windows(fitted: int) -> int:

@@ -15,7 +15,7 @@ from .methods import (
     METHODS,
     MLP_HIDDEN,
     TUNE_ROUTED,
-    TUNE_SCALES,
+    TUNE_GAINS,
     TUNING_ROUTER_WINDOWS,
     Phase,
     held_back_windows,
@@ -53,7 +53,7 @@ class Plan:
     layout: str
     router_kind: str
     calib_tokens: int
-    tunings: Collection[Phase] = (TUNE_SCALES,)
+    tunings: Collection[Phase] = (TUNE_GAINS,)
     """Every phase of tuning that slices may go through."""
     in_memory: bool = False
     """Whether the weights stay in memory however large they are.  Those on a GPU do, and those of a GGUF file, which

@@ -178,19 +178,19 @@ class _Product(torch.autograd.Function):
         bits: Bits,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, scale, offset, gain, codes)
-        ctx.profile, ctx.bits = profile, bits
+        ctx.profile, ctx.bits, ctx.bias = profile, bits, bias
         tokens = x.flatten(0, -2)
         output = x.new_empty(len(tokens), len(codes))
         for at, rows in _by_bits(bits):
             factor = _of_depth(gain, profile, at)
             weight = weights(codes, scale * factor, offset * factor, profile=profile, bits=at, dtype=x.dtype)
             output[rows] = functional.linear(tokens[rows], weight, bias)
+        ctx.save_for_backward(x, scale, offset, gain, codes, output)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, scale, offset, gain, codes = ctx.saved_tensors
+        x, scale, offset, gain, codes, output = ctx.saved_tensors
         tokens, from_tokens = x.flatten(0, -2), gradient.flatten(0, -2)
         to_x = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
         to_scale, to_offset, to_gain = torch.zeros_like(scale), torch.zeros_like(offset), torch.zeros_like(gain)
@@ -199,12 +199,16 @@ class _Product(torch.autograd.Function):
             if to_x is not None:
                 own = scale * factor, offset * factor
                 to_x[rows] = of_rows @ weights(codes, *own, profile=ctx.profile, bits=at, dtype=x.dtype)
-            if any(ctx.needs_input_grad[1:4]):
+            if any(ctx.needs_input_grad[1:3]):
                 by_scale, by_offset = torch.zeros_like(scale), torch.zeros_like(offset)
                 _add_gradients(by_scale, by_offset, of_rows.T @ tokens[rows], codes, ctx.profile, at)
                 to_scale += by_scale * factor
                 to_offset += by_offset * factor
                 _of_depth(to_gain, ctx.profile, at)[:, 0] += (by_scale * scale + by_offset * offset).sum(-1)
+            elif ctx.needs_input_grad[3]:
+                # Gains alone need no gradient of the weights.
+                plain = output[rows] if ctx.bias is None else output[rows] - ctx.bias
+                _of_depth(to_gain, ctx.profile, at)[:, 0] += (of_rows.float() * plain.float()).sum(0) / factor[:, 0]
         of_x = None if to_x is None else to_x.view(x.shape)
         return of_x, to_scale, to_offset, to_gain, None, None, None, None
 

@@ -1,10 +1,13 @@
-"""End-to-end tuning: scales, offsets and norm gains change so that the sliced model predicts as the original does.
+"""End-to-end tuning: the sliced model learns to predict as the original does.
 
 The loss is the Kullback-Leibler divergence from the original model's next-token distribution, at one budget a step.
 Codes stay as they are.  Only depths of few bits get steps (``methods.tuned_bits``): half of them at the shallowest,
 which gains most, and the others take turns.  The bits after them are chosen again when the tuning is done
-(``slicing.by_block.slice_residuals``), so that deep depths are the original model.  For that the checkpoint stays the
-original too: what a norm's gain becomes is divided out of the layers behind it.
+(``slicing.by_block.slice_residuals``), so that deep depths are the original model.
+
+What changes is a matter of the phase.  Gains of rows belong to one depth each, so no depth pays for another.  Scales,
+offsets and the weights of norms belong to all depths.  The checkpoint stays the original: what a norm's weight becomes
+is divided out of the layers behind it.
 
 A base slice of two bits needs other scales than more bits do, and its divergence is many times theirs.  So it is tuned
 twice:
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import cycle
 
 import numpy as np
@@ -142,7 +145,7 @@ def tune(
     """
     progress, checkpoint, store = calibration.stage(phase.name), calibration.checkpoint, calibration.store
     with (
-        _trained_norms(checkpoint) as norms,
+        _trained_norms(checkpoint) if phase.scale_rate else nullcontext([]) as norms,
         sliced_layers(checkpoint, slices, calibration.profile, TunedLinear) as tuned,
         lean_backward(checkpoint),
         budget_control(checkpoint, tuned, calibration.profile, routing) as use_budget,
@@ -153,18 +156,22 @@ def tune(
             for layer in parts
             for change in (layer.scale_change, layer.offset_change)
         ]
-        # The rows of experts have one gain: where they stand side by side, a product sums rows of several experts.
+        if not phase.scale_rate:
+            for change in changes:
+                change.requires_grad_(False)
+            changes = []
+        # Products of experts that are summed have no gains: a portable graph makes one product of them.
         gains = [
             layer.gain_change
             for unit in checkpoint.decoder.units()
-            if unit.experts is None
+            if phase.gain_rate and not unit.name.endswith(".experts_out")
             for layer in tuned[unit.name]
         ]
         parameters = [*changes, *gains, *norms]
         optimizer = torch.optim.AdamW(
             [
                 {"params": changes, "full_lr": phase.scale_rate, "weight_decay": phase.scale_decay},
-                {"params": gains, "full_lr": phase.gain_rate, "weight_decay": phase.scale_decay},
+                {"params": gains, "full_lr": phase.gain_rate, "weight_decay": 0.0},
                 {"params": norms, "full_lr": _NORM_RATE, "weight_decay": 0.0},
             ],
             betas=_BETAS,

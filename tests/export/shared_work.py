@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mbq_export import processes, quality
 from mbq_export.context import Calibration
 from mbq_export.format.codes import Sliced, decode
-from mbq_export.methods import METHODS, TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, Phase, Recipe
+from mbq_export.methods import METHODS, TUNE_BASE_SLICE, TUNE_GAINS, TUNE_ROUTED, TUNE_SCALES, Phase, Recipe
 from mbq_export.model.checkpoint import Checkpoint
 from mbq_export.model.loading import load
 from mbq_export.model.router_inputs import Routing
@@ -54,6 +54,7 @@ def work(checkpoint: Checkpoint) -> dict[str, NDArray[np.generic]]:
     found |= weights("sliced", fed_back)
     by_energy = dict.fromkeys(slices, halves)
     routings: dict[Phase, Routing | None] = {
+        TUNE_GAINS: None,
         TUNE_SCALES: None,
         TUNE_BASE_SLICE: None,
         TUNE_ROUTED: lambda avg_bits: by_energy,

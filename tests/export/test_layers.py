@@ -54,7 +54,9 @@ def found_levels(sliced: Sliced, bits: int) -> torch.Tensor:
 def test_weights_are_those_of_the_definition(sliced: Sliced, kind: type[SlicedLinear], depth: int) -> None:
     layer = kind(sliced, PROFILE, None)
     bits = PROFILE.depth_bits[depth - 1]
-    weight = weights(layer.codes, layer.scale, layer.offset, profile=PROFILE, bits=bits, dtype=torch.float32)
+    gain = layer.gain[:, depth - 1 : depth]
+    own = layer.scale * gain, layer.offset * gain
+    weight = weights(layer.codes, *own, profile=PROFILE, bits=bits, dtype=torch.float32)
     np.testing.assert_allclose(weight.detach().numpy(), decode_f32(sliced, PROFILE, depth), rtol=1e-5, atol=1e-6)
 
 
@@ -100,17 +102,19 @@ def test_products_and_gradients_are_torchs_own(sliced: Sliced, bits: Bits) -> No
     layer = TunedLinear(sliced, PROFILE, BIAS)
     layer.bits = bits
     x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    wanted = (x, layer.scale_change, layer.offset_change)
+    wanted = (x, layer.scale_change, layer.offset_change, layer.gain_change)
     output = layer(x)
     by_hand = torch.autograd.grad(output.square().sum(), wanted)
     of_tokens = []
     for of_token, token in zip(torch.as_tensor(bits).expand(21).tolist(), x.view(21, 128), strict=True):
         cells = PROFILE.step(of_token) * (found_levels(sliced, of_token).view(12, 2, 64) + PROFILE.middle(of_token))
         weight = layer.scale[:, :, None] * cells + layer.offset[:, :, None]
-        of_tokens.append(functional.linear(token, weight.view(12, 128), BIAS))
+        gain = layer.gain[:, PROFILE.depth_bits.index(of_token), None]
+        of_tokens.append(functional.linear(token, gain * weight.view(12, 128), BIAS))
     expected = torch.stack(of_tokens).view(3, 7, 12)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
-    for found, own in zip(by_hand, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+    by_torch_alone = torch.autograd.grad(expected.square().sum(), wanted)
+    for found, own in zip(by_hand, by_torch_alone, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-3)
 
 

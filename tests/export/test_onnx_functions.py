@@ -348,6 +348,7 @@ def test_pack_nbits_layout() -> None:
         "slice_3": (1, 1, 16),
         "step": (1, 1),
         "centre": (1, 1),
+        "gain": (4, 1),
     }
     assert packed["step"].dtype == packed["centre"].dtype == np.float32
     assert packed["step"].item() == 0.25  # scale / 2

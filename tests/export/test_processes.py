@@ -77,7 +77,7 @@ def test_processes_calibrate_together_the_same_every_time(tmp_path: Path, calibr
 
     work = tmp_path / "b" / ".model.3122.calibration"
     again = export(model, calibration_text, tmp_path / "b" / "bundle", *options)
-    for step in ("model.layers.0", methods.TUNE_SCALES.name):
+    for step in ("model.layers.0", methods.TUNE_GAINS.name):
         kill_all(forked(again), (work / f"{step}.safetensors").exists)
     first, second = forked(again)
     assert "resuming after" in "".join(first.communicate())

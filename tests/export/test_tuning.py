@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mbq_export.methods import TUNE_BASE_SLICE, TUNE_ROUTED, TUNE_SCALES, TUNE_SCALES_LONG, tuned_bits, tunings
+from mbq_export.methods import (
+    TUNE_BASE_SLICE,
+    TUNE_GAINS,
+    TUNE_ROUTED,
+    TUNE_SCALES,
+    TUNE_SCALES_LONG,
+    tuned_bits,
+    tunings,
+)
 from mbq_export.tuning import teacher, tune
 from mbq_runtime.bundle.slice_profile import SliceProfile
 
@@ -39,7 +47,7 @@ def test_a_base_slice_of_two_bits_is_tuned_by_itself_first() -> None:
     assert tunings("learned", two, 1) == {TUNE_SCALES_LONG: 1}
     assert tunings("learned", three, None) == {TUNE_SCALES_LONG: 1100}
     assert tunings("nested", two, None) == {TUNE_SCALES: 80}
-    assert tunings("nested", three, None) == {TUNE_SCALES: 40}
+    assert tunings("nested", three, None) == {TUNE_GAINS: 40}
     assert tunings("nested", two, 0) == tunings("rtn", two, None) == {}
 
 
