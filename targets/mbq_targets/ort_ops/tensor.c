@@ -130,7 +130,7 @@ static OrtStatus *check_planes(const Node *node, const Weight *weight, size_t sl
 }
 
 static OrtStatus *check_scales(const Node *node, const Weight *weight, const Shape *scales) {
-  const int64_t want[] = {weight->blocks, 1 + weight->groups, 2 * MBQ_ROW_BLOCK};
+  const int64_t want[] = {weight->blocks, MBQ_DEPTHS + weight->groups, 2 * MBQ_ROW_BLOCK};
   if (scales->rank == 3 && memcmp(scales->dims, want, sizeof want) == 0) return NULL;
   return fail(node, "scales holds %lld values of rank %zu, N=%lld and K=%lld need [%lld, %lld, %d]; export the "
               "model again", (long long)elements(scales), scales->rank, (long long)weight->n, (long long)weight->k,
