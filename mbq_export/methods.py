@@ -47,7 +47,7 @@ class Phase:
 
 
 TUNE_GAINS = Phase(
-    "tuning gains", focus=1, alone=False, windows_per_step=2, scale_rate=0.0, gain_rate=1e-2, alike=False
+    "tuning gains", focus=1, alone=False, windows_per_step=2, scale_rate=0.0, gain_rate=3e-3, alike=False
 )
 """The one tuning of a short calibration.  Each depth has gains of its own, so no depth pays for another."""
 TUNE_SCALES = replace(TUNE_GAINS, name="tuning scales", scale_rate=1e-3, gain_rate=0.0)
