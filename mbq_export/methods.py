@@ -23,7 +23,7 @@ MLP_HIDDEN = 1
 
 @dataclass(frozen=True)
 class Phase:
-    """How scales and offsets are tuned end to end (``tuning.tune``).
+    """How gains, scales and offsets are tuned end to end (``tuning.tune``).
 
     name: of the stage, and of its file in the store.
     focus: depth (1-based) that gets half of the steps (all if `alone`).  None: half of the steps use budgets between

@@ -126,7 +126,7 @@ def tune(
     seed: int,
     routing: Routing | None = None,
 ) -> dict[str, Sliced]:
-    """Tune scales and offsets of slices, and the norms of the checkpoint.
+    """Tune gains of slices, and if the phase says so their scales and offsets and the norms of the checkpoint.
 
     It goes on from the step that the store holds.  The checkpoint remains the same function: its linear layers take
     back what its norms change.
