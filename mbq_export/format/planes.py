@@ -6,8 +6,8 @@ N is padded to ``n16``, a multiple of 16.
   the second ones.  A plane of ``b`` bits holds ``[n16 / 16][K / (32 / b)][64]`` bytes.  Byte ``4 * row + t`` of a
   64-byte block holds, at bits ``b * j .. b * j + b - 1``, the field of weight ``k = block * (32 / b) + 4 * j + t``.
 * Scales are uint8 ``[n16 / 16, E + K / group_size, 32]``.  The first 32 bytes of a row block are the float16 factors of
-  its 16 rows at depth 1, and so on for each of the E depths.  Each further 32 bytes are the scales of a group's 16 rows,
-  then their zeros.
+  its 16 rows at depth 1, and so on for each of the E depths.  Each further 32 bytes are the scales of a group's 16
+  rows, then their zeros.
 """
 
 from __future__ import annotations

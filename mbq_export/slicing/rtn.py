@@ -60,8 +60,8 @@ def slice_table(table: F32, group_size: int, profile: SliceProfile, name: str) -
         ModelError: a weight is outside the range of float16.
     """
     n, k = table.shape
-    of_groups = np.empty((n, k // group_size), np.uint8)
-    sliced = Sliced(np.empty(table.shape, np.uint8), of_groups, of_groups.copy(), np.empty((n, profile.depths), np.float16))
+    of_groups, of_rows = np.empty((n, k // group_size), np.uint8), np.empty((n, profile.depths), np.float16)
+    sliced = Sliced(np.empty(table.shape, np.uint8), of_groups, of_groups.copy(), of_rows)
     step = max(1, TABLE_WEIGHTS_AT_ONCE // k)
     for start in range(0, n, step):
         rows = slice(start, start + step)
