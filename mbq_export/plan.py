@@ -25,8 +25,8 @@ from .model.shape import Decoder
 SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 8}
 """Bytes per group, by layout: an 8-bit scale and an 8-bit zero, or a float32 step and a float32 centre."""
 
-ROW_SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 0}
-"""Bytes per row, by layout: the float16 factor of its scales."""
+ROW_SCALE_BYTES = {NATIVE_LAYOUT: 2, PORTABLE_LAYOUT: 4}
+"""Bytes per row that a token reads, by layout: its float16 factor at a depth, or its float32 gain."""
 
 _ROUTER_CASES = 14
 """Most ways to route a model that are compared side by side: four kinds at three budgets, and both ends."""

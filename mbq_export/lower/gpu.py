@@ -114,10 +114,8 @@ class GpuBuilder(Builder[str]):
         d, group = self.decoder, self.group_size
         buffers = self._matrix(embedding.name, embedding.table)
         x = self.launches.scratch("residual", self.tokens * d.hidden_size)
-        # One row's planes, and its share of the scales of a row block.
-        row_bytes = (
-            d.hidden_size + matmul.scale_words(ROW_BLOCK, d.hidden_size, group, self.profile.depths) * 4 // ROW_BLOCK
-        )
+        # One row's planes, and its share of the scales of a row block with the factors of one depth.
+        row_bytes = d.hidden_size + matmul.scale_words(ROW_BLOCK, d.hidden_size, group, 1) * 4 // ROW_BLOCK
         factors = embedding.factors
         scaled = factors is not None and bool((factors != 1).any())
         if factors is not None and scaled:

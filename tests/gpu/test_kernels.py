@@ -72,7 +72,7 @@ def test_matmul_of_one_token(
     runner: Runner, profile: SliceProfile, work_groups: WorkGroups, n: int, k: int, group: int
 ) -> None:
     rng = np.random.default_rng(n)
-    sliced, bias = weight(rng, n, k, group), rng.standard_normal(n).astype(np.float32)
+    sliced, bias = weight(rng, n, k, group, profile.depths), rng.standard_normal(n).astype(np.float32)
     x = rng.standard_normal((1, k)).astype(np.float32)
     kernel = matmul.matmul("m", matmul.MatrixShape(n, k, group, profile), work_groups, 1, bias=True)
     for depth in range(1, profile.depths + 1):
@@ -93,7 +93,7 @@ def test_matmul_of_a_chunk_with_a_depth_for_each_token(
 ) -> None:
     rng = np.random.default_rng(1)
     n, k, group, count = 72, 320, 64, 13
-    sliced = weight(rng, n, k, group)
+    sliced = weight(rng, n, k, group, profile.depths)
     x = rng.standard_normal((CHUNK, k)).astype(np.float32)
     depth = rng.integers(1, profile.depths + 1, CHUNK).astype(np.int32)
     now = state(count=count, tokens=np.zeros(CHUNK))
@@ -113,7 +113,7 @@ def test_matmul_of_a_chunk_with_a_depth_for_each_token(
 def test_gather(runner: Runner, profile: SliceProfile) -> None:
     rng = np.random.default_rng(2)
     n, k, group = 50, 192, 64
-    sliced, factors = weight(rng, n, k, group), rng.uniform(0.5, 2, k).astype(np.float32)
+    sliced, factors = weight(rng, n, k, group, profile.depths), rng.uniform(0.5, 2, k).astype(np.float32)
     tokens = np.array([49, 0, 25, 7], np.int32)
     used = routing([1] * 4) + np.array([0, 5], np.int32)
     arrays = {"factors": factors, "routing": used, **stored(sliced, profile), "x": np.zeros((4, k), np.float32)}

@@ -57,7 +57,7 @@ def test_sizes_of_the_packed_form() -> None:
     assert matrix_kinds(Linear("x", 40, 128), 32, (3, 5)) == {
         "planes_1": ("U8", (48 * 128 * 3 // 8,)),
         "planes_2": ("U8", (48 * 128 * 5 // 8,)),
-        "scales": ("U8", (3, 1 + 4, 32)),
+        "scales": ("U8", (3, 2 + 4, 32)),
     }
 
 
@@ -83,7 +83,7 @@ def test_a_model_that_holds_its_matrices(tmp_path: Path) -> None:
 def test_a_matrix_that_is_not_there(tmp_path: Path) -> None:
     tensors = arrays()
     tensors["head.scales"] = tensors["head.scales"][:, :, :8]
-    with pytest.raises(BundleError, match=r"no scales of shape \[7, 2, 32\] left for head \(100 x 64, groups of 64\)"):
+    with pytest.raises(BundleError, match=r"no scales of shape \[7, 5, 32\] left for head \(100 x 64, groups of 64\)"):
         check_contents(tmp_path, save(tmp_path, tensors))
 
 
@@ -98,7 +98,7 @@ def test_weights_past_the_end_of_their_file(tmp_path: Path) -> None:
     found = save(tmp_path, arrays())
     short = [replace(e, size=e.size - 1) if e.name == "model.onnx.data" else e for e in found.files]
     with pytest.raises(
-        BundleError, match=r"head\.scales takes 448 bytes, but it has bytes \d+ to \d+ of model\.onnx\.data"
+        BundleError, match=r"head\.scales takes 1120 bytes, but it has bytes \d+ to \d+ of model\.onnx\.data"
     ):
         check_contents(tmp_path, replace(found, files=tuple(short)))
 
@@ -117,7 +117,7 @@ def test_portable_layout_holds_enough_codes(tmp_path: Path) -> None:
     for name in [name for name in tensors if name.startswith("head.planes")]:
         del tensors[name]
     fewer = replace(save(tmp_path, tensors), layout="nbits")
-    with pytest.raises(BundleError, match="6880 bytes of packed weights, the manifest's matrices need 11520"):
+    with pytest.raises(BundleError, match="7840 bytes of packed weights, the manifest's matrices need 11520"):
         check_contents(tmp_path, fewer)
 
 

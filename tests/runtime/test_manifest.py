@@ -68,9 +68,9 @@ def test_keys_of_a_later_minor_version_are_ignored(folder: Path) -> None:
     ("where", "value", "message"),
     [
         ("format", "zip", "format is 'zip', needed 'mbq-bundle'"),
-        ("format_version", 3, r"format_version is 3, this mbq reads 2; upgrade"),
-        ("format_version", 1, r"format_version is 1, this mbq reads 2; export the model again"),
-        ("format_version", 0, r"format_version is 0, needed 2"),
+        ("format_version", 4, r"format_version is 4, this mbq reads 3; upgrade"),
+        ("format_version", 2, r"format_version is 2, this mbq reads 3; export the model again"),
+        ("format_version", 0, r"format_version is 0, needed 3"),
         ("format_version", "1", "format_version is '1'"),
         ("format_version", True, "format_version is True"),
         ("model", ..., "model is missing"),

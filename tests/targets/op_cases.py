@@ -379,13 +379,13 @@ def prepare(folder: Path, spec: KernelSpec, seed: int = 0) -> None:
     profile, group = spec.profile, spec.group_size
     rng = np.random.default_rng(seed)
     for n, k in SHAPES[group]:
-        sliced = weight(rng, n, k, group)
+        sliced = weight(rng, n, k, group, profile.depths)
         model = matmul_model(sliced, profile, stored(sliced, profile))
         save_case(folder, f"matmul_{n}x{k}", model, matmul_runs(rng, sliced, spec))
-    sliced = weight(rng, 50, SHAPES[group][0][1], group)
+    sliced = weight(rng, 50, SHAPES[group][0][1], group, profile.depths)
     for depth in range(1, profile.depths + 1):
         save_case(folder, f"gather_d{depth}", *gather_case(rng, sliced, profile, depth))
-    sliced = weight(rng, 5 * 48, SHAPES[group][0][1], group)
+    sliced = weight(rng, 5 * 48, SHAPES[group][0][1], group, profile.depths)
     for own in (False, True):
         model = experts_model(sliced, profile, 5, own=own)
         save_case(

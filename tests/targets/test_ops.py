@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,23 @@ def test_deeper_slices_are_never_read(tmp_path: Path, built: Path) -> None:
         for tokens in (1, 6, FEW_TOKENS + 1):
             feeds = {"x": x[:, :tokens], **op_cases.dictated(np.full((1, tokens), depth, np.int32))}
             assert np.array_equal(clean.run(None, feeds)[0], poisoned.run(None, feeds)[0])
+
+
+def test_factors_of_other_depths_are_never_read(tmp_path: Path, built: Path) -> None:
+    """Poison in them changes no bit, in the kernels of one token, of few and of many."""
+    rng = np.random.default_rng(7)
+    sliced = op_cases.weight(rng, 40, 256, 64)
+    x = rng.standard_normal((1, FEW_TOKENS + 1, 256)).astype(np.float32)
+    for depth in range(1, PROFILE.depths + 1):
+        poisoned = replace(sliced, row_scale=np.full_like(sliced.row_scale, np.nan))
+        poisoned.row_scale[:, depth - 1] = sliced.row_scale[:, depth - 1]
+        runs = [
+            session(tmp_path, built, op_cases.matmul_model(each, PROFILE, op_cases.stored(each, PROFILE)))
+            for each in (sliced, poisoned)
+        ]
+        for tokens in (1, 6, FEW_TOKENS + 1):
+            feeds = {"x": x[:, :tokens], **op_cases.dictated(np.full((1, tokens), depth, np.int32))}
+            assert np.array_equal(*(run.run(None, feeds)[0] for run in runs))
 
 
 def test_zero_input_gives_zero(tmp_path: Path, built: Path) -> None:

@@ -59,7 +59,7 @@ def bundle(weights: bytes, tmp_path: Path) -> Path:
     (tmp_path / WEIGHTS).write_bytes(weights)
     begins = (0, *ENDS[:-1])
     manifest = {
-        "format": "mbq-bundle", "format_version": 2, "engines": ["webgpu"], "slices": [3, 1, 2, 2],
+        "format": "mbq-bundle", "format_version": 3, "engines": ["webgpu"], "slices": [3, 1, 2, 2],
         "files": [{"name": WEIGHTS, "size": SIZE, "sha256": sha256(weights).hexdigest(), "chunks": hashes(weights)}],
         "parts": [[{"name": WEIGHTS, "begin": a, "end": b}] for a, b in zip(begins, ENDS, strict=True)],
     }  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_trimmed_bundle_ends_behind_its_depth(site: FileServer, weights: bytes
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"format_version": 3}, "broken", "it is mbq-bundle 3, needed mbq-bundle 2; export the bundle again"),
+        ({"format_version": 2}, "broken", "it is mbq-bundle 2, needed mbq-bundle 3; export the bundle again"),
         ({"engines": ["onnx"]}, "usage", "the bundle is for onnx, a browser needs webgpu; export it with --target"),
     ],
 )

@@ -6,7 +6,7 @@ import { Source } from "./source.js";
 
 export const CHUNK_BYTES = 4 << 20;
 const PLAN = "gpu/plan.json", WEIGHTS = "gpu/weights.bin";
-const FORMAT = "mbq-bundle", FORMAT_VERSION = 2, ENGINE = "webgpu";
+const FORMAT = "mbq-bundle", FORMAT_VERSION = 3, ENGINE = "webgpu";
 const TIMES = 3;  // a damaged download is tried so many times
 
 async function sha256(bytes) {

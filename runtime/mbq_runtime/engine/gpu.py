@@ -131,7 +131,7 @@ class DeviceBackend:
         _check_needs(plan, self.device, path)
         self.device.compile(plan.kernels, _texts(plan, path), path / gpu_plan.FOLDER)
         weights = np.memmap(path / gpu_plan.WEIGHTS, np.uint8, "r")
-        _check_scales(plan, weights, manifest.group_size, path)
+        _check_scales(plan, weights, manifest, path)
         self._buffers = {
             name: self.device.buffer(buffer.bytes, _content(buffer, weights) if buffer.content else None)
             for name, buffer in plan.buffers.items()
@@ -335,21 +335,22 @@ def _content(buffer: Buffer, weights: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-def _check_scales(plan: Plan, weights: NDArray[np.uint8], group_size: int, path: Path) -> None:
+def _check_scales(plan: Plan, weights: NDArray[np.uint8], manifest: Manifest, path: Path) -> None:
     """Refuse factors of rows that are no numbers.  A GPU may compute on with NaN as if it were a number."""
+    depths = manifest.profile.depths
     for name, buffer in plan.buffers.items():
         matrix = name.removesuffix(".scales")
         planes = plan.buffers.get(f"{matrix}.planes")
         if matrix == name or buffer.offset < 0 or planes is None:
             continue
-        # A row has 2 bytes of its own and 2 for each group, and a byte of planes for each weight.
-        rows = buffer.bytes // 2 - planes.bytes // group_size
+        # A row has 2 bytes for each depth and 2 for each group, and a byte of planes for each weight.
+        rows = (buffer.bytes // 2 - planes.bytes // manifest.group_size) // depths
         if rows < ROW_BLOCK or rows % ROW_BLOCK or buffer.bytes % (2 * rows):
             raise BundleError(
                 f"{path / gpu_plan.PLAN}: {name} and its planes are of two sizes; export the bundle again"
             )
         scales = weights[buffer.offset : buffer.offset + buffer.bytes].reshape(rows // ROW_BLOCK, -1, 2 * ROW_BLOCK)
-        if not np.isfinite(np.ascontiguousarray(scales[:, 0]).view(np.float16)).all():
+        if not np.isfinite(np.ascontiguousarray(scales[:, :depths]).view(np.float16)).all():
             raise BundleError(f"{path / gpu_plan.WEIGHTS}: {name} are not finite; export the bundle again")
 
 

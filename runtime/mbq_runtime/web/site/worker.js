@@ -1,6 +1,6 @@
 // The service worker: keeps the page itself, so that it opens without a server.  The bundle is kept by the engine.
 
-const NAME = "mbq-page-fb43f8e931bc3256", FILES = ["./","app.webmanifest","icon.svg","licenses.txt","mbq.js","page.css","page.js","app.json"];
+const NAME = "mbq-page-5e3d0a61bfe358cb", FILES = ["./","app.webmanifest","icon.svg","licenses.txt","mbq.js","page.css","page.js","app.json"];
 
 self.addEventListener("install", event => {
   event.waitUntil(caches.open(NAME).then(cache => cache.addAll(FILES)).then(() => self.skipWaiting()));
