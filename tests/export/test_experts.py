@@ -145,6 +145,8 @@ def test_matrices_side_by_side_add_up() -> None:
     weight = rng.standard_normal((3 * 16, 128)).astype(np.float32)
     whole = pack_nbits(rtn.slice_weight(weight, 64, SPEC.profile, "w"), SPEC.profile)
     beside = side_by_side(whole, 3)
+    # Rows of several parts are summed, so they have one gain.
+    assert np.array_equal(beside.pop("gain"), whole.pop("gain")[:, :16])
     for name, tensor in whole.items():
         parts = [tensor[at * 16 : (at + 1) * 16] for at in range(3)]
         assert np.array_equal(beside[name], np.concatenate(parts, axis=1)), name
