@@ -8,8 +8,9 @@ Rows lie in blocks of ``KEY_LANES`` tokens: the scales of a block, then its code
 Integer products take four bytes at a time, so the bytes of keys are ``[channel / 4][token][channel % 4]``, and those of
 values ``[token / 4][channel][token % 4]``.  The rows past the last token may hold anything.
 
-Queries are spread too, and rounded to integers of two bytes.  The kernels also round the weights of values, to steps of
-1/32639 of the largest weighted scale of some neighbouring tokens.  A value with a scale below 2**-60 counts as zero.
+Queries are spread too, and rounded as keys are.  The kernels also round the weights of values: those of
+``WEIGHT_TOKENS`` neighbouring tokens, times the scales of the values, to ``WEIGHT_STEPS`` steps of the largest.  The
+scale of a value counts as 2**-60 at least.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.layout import KEY_LANES, KV_SCALE_BYTES, whole_blocks
-from mbq_targets.constants import SMALLEST_ACTIVATION
+from mbq_targets.constants import SMALLEST_ACTIVATION, WEIGHT_STEPS, WEIGHT_TOKENS
 
 from .codes import F32, F64
-from .ops import round_activations
 
 _STEPS = np.float32(127)
 _OFFSET = 128
@@ -155,11 +155,23 @@ def cached_rows(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> F32:
     Returns:
         float32 [tokens, kv_heads, head_dim].
     """
+    return np.asarray(cached_codes(stored, tokens, keys=keys) * cached_scales(stored, tokens, keys=keys)[..., None])
+
+
+def cached_scales(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> F32:
+    """The scales of a cache's rows.
+
+    Args:
+        stored: uint8 [kv_heads, room, head_dim + KV_SCALE_BYTES].
+        tokens: that it holds.
+        keys: whether these are keys, and not values.
+
+    Returns:
+        float32 [tokens, kv_heads].
+    """
     scales, _ = parts(stored, keys=keys)
-    if not keys:
-        scales = np.where(scales >= _LEAST_VALUE_SCALE, scales, np.float32(0))
-    steps = scales.reshape(len(stored), -1).T[:tokens]
-    return np.asarray(cached_codes(stored, tokens, keys=keys) * steps[..., None])
+    of_tokens = scales.reshape(len(stored), -1).T[:tokens]
+    return of_tokens if keys else np.maximum(of_tokens, _LEAST_VALUE_SCALE)
 
 
 def cached_codes(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> NDArray[np.int8]:
@@ -178,31 +190,49 @@ def cached_codes(stored: NDArray[np.uint8], tokens: int, *, keys: bool) -> NDArr
     return codes.swapaxes(0, 1)[:tokens]
 
 
-def attend(q: F32, keys: F32, values: F32, heads: Heads) -> F64:
+def attend(q: F32, keys: F32, values: tuple[NDArray[np.int8], F32], heads: Heads) -> F64:
     """Attention of the last tokens of a context.
 
     Args:
         q: float32 [M, query heads, head_dim], rotated queries of the last M tokens.
         keys: float32 [tokens, kv_heads, head_dim], spread, as ``cached_rows`` returns them.
-        values: float32 [tokens, kv_heads, head_dim].
+        values: as ``cached_codes`` and ``cached_scales`` return them.
         heads: what else it does.
 
     Returns:
         float64 [M, query heads, head_dim].
     """
     m, count, head_dim = q.shape
-    share, width = count // heads.kv_heads, spread_width(head_dim)
-    k, v = (np.repeat(rows.astype(np.float64), share, axis=1) for rows in (keys, values))
-    rounded = round_activations(spread(q).reshape(-1, head_dim), head_dim).reshape(q.shape)
-    scores = np.einsum("mhd,thd->hmt", rounded * (heads.scale / width), k)
+    width = spread_width(head_dim)
+    k, v, v_scales = (np.repeat(x.astype(np.float64), count // heads.kv_heads, axis=1) for x in (keys, *values))
+    codes, scales = round_rows(spread(q))
+    scores = np.einsum("mhd,thd->hmt", codes * (scales * (heads.scale / width))[..., None], k)
     if heads.cap:
         scores = heads.cap * np.tanh(scores / heads.cap)
     at, place = np.arange(len(keys) - m, len(keys))[:, None], np.arange(len(keys))[None]
     seen = (place <= at) & ((place > at - heads.window) if heads.window else True)
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    mixed = np.einsum("hmt,thd->mhd", weights / weights.sum(axis=2, keepdims=True), v)
+    factors = round_weights(weights * v_scales.T[:, None])
+    mixed = np.einsum("hmt,thd->mhd", factors / weights.sum(axis=2, keepdims=True), v)
     return np.asarray(spread(mixed) / width)
+
+
+def round_weights(weights: F64) -> F64:
+    """Round weights of values.
+
+    Args:
+        weights: float64 [..., tokens], times the scales of the values.
+
+    Returns:
+        float64, of the shape of ``weights``: whole steps.
+    """
+    rounded = []
+    for first in range(0, weights.shape[-1], WEIGHT_TOKENS):
+        part = weights[..., first : first + WEIGHT_TOKENS]
+        step = np.maximum(part.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny) / WEIGHT_STEPS
+        rounded.append(np.rint(part / step) * step)
+    return np.concatenate(rounded, axis=-1)
 
 
 def cached_attention(
@@ -223,9 +253,9 @@ def cached_attention(
     *caches, tokens = past
     room = max(caches[0].shape[1], whole_blocks(tokens + len(q)))
     stored = [np.zeros((len(old), room, old.shape[2]), np.uint8) for old in caches]
-    rows = []
     for old, cache, new, keys in zip(caches, stored, (k, v), (True, False), strict=True):
         cache[:, : old.shape[1]] = old
         put_rows(cache, tokens, new, keys=keys)
-        rows.append(cached_rows(cache, tokens + len(q), keys=keys))
-    return attend(q, rows[0], rows[1], heads), stored[0], stored[1]
+    held, (of_keys, of_values) = tokens + len(q), stored
+    values = cached_codes(of_values, held, keys=False), cached_scales(of_values, held, keys=False)
+    return attend(q, cached_rows(of_keys, held, keys=True), values, heads), of_keys, of_values

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import WEIGHT_STEPS, WEIGHT_TOKENS
 
 from ..format.attention import spread_width
 from ..format.codes import Sliced
@@ -46,6 +47,9 @@ _SMALLEST = 1e-30
 
 _BORDER = 0.1
 """A number that is as close as this to the border between two codes may have either, in steps."""
+
+_SHAKE = 1e-4
+"""Of a number.  As much as numbers of two engines differ."""
 
 _PARTS = {
     "attn_in": "attention",
@@ -187,6 +191,7 @@ def record_sliced(
     per_layer: Sliced | None = None,
     activation_bits: int = 16,
     cached: Codes | None = None,
+    shaken: bool = False,
 ) -> Recording:
     """Run the checkpoint's model with sliced weights, at full depth.
 
@@ -200,12 +205,13 @@ def record_sliced(
         activation_bits: 8 rounds the inputs of linear layers; 16 does not, because that changes nothing here.
         cached: codes of keys and values of 8 bits that a bundle has of this prompt, see ``rounded_cache``; None leaves
             keys and values as they are.
+        shaken: with ``cached``, change the queries by as much as the arithmetic of two engines differs.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
     model = checkpoint.model
     with ExitStack() as stack:
         if cached is not None:
-            stack.enter_context(rounded_cache(checkpoint, cached))
+            stack.enter_context(rounded_cache(checkpoint, cached, shaken=shaken))
         stack.enter_context(sliced_layers(checkpoint, slices, profile, kind))
         if embedding is not None:
             stack.enter_context(_embedded(checkpoint, model.get_input_embeddings(), embedding, profile, prompt))
@@ -215,15 +221,17 @@ def record_sliced(
 
 
 @contextmanager
-def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterator[None]:
-    """Round keys and values as a cache of 8 bits does (``format.attention``), while the block runs.
+def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None, *, shaken: bool = False) -> Iterator[None]:
+    """Round as attention over a cache of 8 bits does (``format.attention``), while the block runs.
 
     A number at the border between two codes gets either by the last bits of its arithmetic, and other codes change
-    what later blocks compute.  So such a number gets the code that the bundle has.
+    what later blocks compute.  So such a key or value gets the code that the bundle has.  The bundle does not tell
+    those of queries and weights.
 
     Args:
         checkpoint: the model.
         cached: codes that the bundle has of the same tokens; None for the nearest codes alone.
+        shaken: change the queries by as much as the arithmetic of two engines differs.
     """
     kind = checkpoint.model.config._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS.get(kind)
@@ -235,8 +243,15 @@ def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterat
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
         layer = cast(int, module.layer_idx)
         codes = [None, None] if cached is None else [checkpoint.on_device(part) for part in cached[layer]]
-        rounded = (_rounded_rows(x, of) for x, of in zip((key, value), codes, strict=True))
-        return inner(module, query, *rounded, *args, **more)
+        if shaken:
+            noise = torch.from_numpy(np.random.default_rng(layer).standard_normal(query.shape, np.float32))
+            query = query * (1 + _SHAKE * noise.to(query))
+        keys, values = (_Rows.of(x, of) for x, of in zip((key, value), codes, strict=True))
+        # With the places of tokens as their values, what a token attends to are its weights.
+        places = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:3], -1)
+        weights = inner(module, _Rows.of(query).whole(), keys.whole(), places, *args, **more)[0].transpose(1, 2)
+        attended = values.weighted(weights)
+        return attended.transpose(1, 2).to(value.dtype), None
 
     ALL_ATTENTION_FUNCTIONS[kind] = attend
     try:
@@ -245,19 +260,43 @@ def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None) -> Iterat
         del ALL_ATTENTION_FUNCTIONS[kind]
 
 
-def _rounded_rows(x: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
-    """Keys or values, [1, heads, tokens, head_dim], spread, with a step for each row.
+class _Rows(NamedTuple):
+    """Rounded rows, spread.  codes: [1, heads, tokens, head_dim]; steps: [1, heads, tokens, 1]."""
 
-    codes: [tokens, heads, head_dim] of the same rows, which numbers at the border of two codes get.
-    """
-    mixed = _spread(x)
-    peak = mixed.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
-    exact = mixed * (127 / peak)
-    rounded = exact.round()
-    if codes is not None:
-        wanted = codes.transpose(0, 1)[None].to(exact.dtype)
-        rounded = torch.where((exact - wanted).abs() <= 0.5 + _BORDER, wanted, rounded)
-    return _spread(rounded * (peak / 127)) / spread_width(x.shape[-1])
+    codes: torch.Tensor
+    steps: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, codes: torch.Tensor | None = None) -> _Rows:
+        """Round rows [1, heads, tokens, head_dim].
+
+        codes: [tokens, heads, head_dim] of the same rows, which numbers at the border of two codes get.
+        """
+        mixed = _spread(x)
+        peak = mixed.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST)
+        exact = mixed * (127 / peak)
+        rounded = exact.round()
+        if codes is not None:
+            wanted = codes.transpose(0, 1)[None].to(exact.dtype)
+            rounded = torch.where((exact - wanted).abs() <= 0.5 + _BORDER, wanted, rounded)
+        return cls(rounded, peak / 127)
+
+    def whole(self) -> torch.Tensor:
+        """The rows that these stand for."""
+        return _spread(self.codes * self.steps) / spread_width(self.codes.shape[-1])
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums of the rows, with rounded weights.
+
+        weights: [1, query heads, tokens, tokens].
+        """
+        share = weights.shape[1] // self.codes.shape[1]
+        codes, steps = (part.repeat_interleave(share, 1) for part in self)
+        factors = []
+        for part in (weights * steps.mT).split(WEIGHT_TOKENS, dim=-1):
+            step = part.amax(-1, keepdim=True).clamp_min(_SMALLEST) / WEIGHT_STEPS
+            factors.append((part / step).round() * step)
+        return _spread(torch.cat(factors, -1) @ codes) / spread_width(codes.shape[-1])
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:

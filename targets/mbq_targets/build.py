@@ -303,7 +303,7 @@ def config_header(target: Target, spec: KernelSpec) -> str:
         "ATTEND_TILE": attention.TILE_BLOCKS,
         "STATE_NUMBERS": attention.STATE_NUMBERS,
         "ATTEND_SCRATCH": attention.SCRATCH_NUMBERS,
-        "QUERY_BYTES": attention.QUERY_BYTES,
+        "QUERY_BYTES": attention.number_bytes(ISAS[target.isa]),
         "NEVER": f"{attention.NEVER}f",
         "DEPTHS": profile.depths,
         "SLICES": braces(profile.slices),

@@ -32,3 +32,9 @@ MAX_THREADS = 64
 
 PIECES_PER_THREAD = 3
 """A parallel loop is cut into this many pieces for each thread. Cores of different speed then finish together."""
+
+WEIGHT_STEPS = 255
+"""With keys and values of 8 bits: the largest rounded weight of a value."""
+
+WEIGHT_TOKENS = 64
+"""With keys and values of 8 bits: neighbouring tokens whose weights share a step, from a multiple of this on."""

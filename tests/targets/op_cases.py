@@ -18,13 +18,13 @@ from mbq_export.format.planes import pack_matrix
 from mbq_export.format.router import RouterParams, route, router_scores, threshold_at
 from mbq_runtime.bundle.layout import KV_SCALE_BYTES
 from mbq_runtime.bundle.slice_profile import SliceProfile
-from mbq_targets.constants import FEW_TOKENS
+from mbq_targets.constants import FEW_TOKENS, WEIGHT_STEPS
 from mbq_targets.spec import KernelSpec
 
 # Float32 accumulation may stray by this much of the sum of |terms|, the offsets' and the codes' terms apart.
 RELATIVE = 1e-6
-ATTENTION = 3e-4
-"""Of the largest value. Weights are rounded to integers of two bytes, in steps of the largest of a tile."""
+ATTENTION = 1 / WEIGHT_STEPS
+"""Of the largest value. A weight at the border between two steps may get either."""
 DICTATED_WIDTH = 32
 
 Inputs = Mapping[str, tuple[int, Sequence[Any]]]  # name: (element type, shape)

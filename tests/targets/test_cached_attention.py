@@ -17,13 +17,17 @@ from op_libraries import Build, runnable
 from mbq_export.format import attention
 from mbq_runtime.bundle.layout import KEY_LANES, KV_SCALE_BYTES
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_targets.constants import WEIGHT_STEPS
 from mbq_targets.spec import KernelSpec
 
 pytestmark = pytest.mark.heavy
 
 SPEC = KernelSpec(SliceProfile((8,)), 128, kv_bits=8)
-RELATIVE = 3e-4
-"""Of the largest value. Weights are rounded to integers of two bytes, in steps of the largest of a tile."""
+RELATIVE = 1e-4
+"""Of the largest value."""
+
+ONE_WEIGHT, FEW = 1 / WEIGHT_STEPS, 0.05
+"""A weight at the border between two steps may get either. That moves what a few rows attend to."""
 
 CONTEXT = 3000
 
@@ -87,6 +91,13 @@ def model(s: Shape) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+def assert_close(found: NDArray[Any], expected: NDArray[Any], size: float) -> None:
+    """size: of the values."""
+    off = np.abs(found - expected) / size
+    assert off.max() <= ONE_WEIGHT
+    assert np.mean(off > RELATIVE) <= FEW
+
+
 class Op:
     """The operator on one library, beside its definition."""
 
@@ -113,7 +124,7 @@ class Op:
         turned = [attention.rotate(x, cos, sin) for x in (q, k)]
         heads = attention.Heads(s.kv_heads, s.head_dim**-0.5, s.window, s.cap)
         expected, *stored = attention.cached_attention(*turned, v, (*self.caches, self.past), heads)
-        np.testing.assert_allclose(y[0].reshape(expected.shape), expected, rtol=0, atol=RELATIVE * np.abs(v).max())
+        assert_close(y[0].reshape(expected.shape), expected, np.abs(v).max())
         self.caches, self.past = stored, self.past + count
         for found, wanted, keys in zip(caches, stored, (True, False), strict=True):
             assert found[0].shape == wanted.shape
@@ -199,7 +210,7 @@ def test_values_that_count_as_zero(built: Path, tmp_path: Path) -> None:
     y = op.run(q, k, v)[0].reshape(20, 2, 32)
     heads = attention.Heads(2, 32**-0.5)
     wanted, *_ = attention.cached_attention(q, k, v, (op.caches[0], op.caches[1], 0), heads)
-    np.testing.assert_allclose(y, wanted, rtol=0, atol=RELATIVE)
+    assert_close(y, wanted, 1)
 
 
 BAD = {

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from op_cases import matmul_tolerance, weight
 
-from mbq_export.format.attention import round_rows, spread, spread_width
+from mbq_export.format.attention import round_rows, round_weights, spread, spread_width
 from mbq_export.format.delta import delta_net
 from mbq_export.format.experts import choose_experts, experts_matmul
 from mbq_export.format.ops import gated_gelu, sliced_matmul
@@ -23,7 +23,7 @@ from mbq_export.format.router import RouterParams, route
 from mbq_runtime.bundle.layout import kv_row_bytes
 from mbq_runtime.bundle.slice_profile import SliceProfile
 from mbq_targets.build import build_decoder
-from mbq_targets.constants import FEW_TOKENS
+from mbq_targets.constants import FEW_TOKENS, WEIGHT_STEPS
 from mbq_targets.machines import resolve
 from mbq_targets.spec import DeltaNet, Experts, KernelSpec
 from mbq_targets.tvm_ops.attention import STILL, Attention
@@ -62,8 +62,8 @@ BUILDS: dict[str, tuple[int, Attention, DeltaNet | None]] = {
 NORM_EPS = 1e-5
 N, K, HIDDEN = 1000, 320, 8
 RELATIVE = 1e-5
-ONE_STEP = 2e-3
-"""Where a sum in another order moves a key or a value to the next of its 8 bits."""
+ONE_STEP = 1 / WEIGHT_STEPS
+"""Where a sum in another order moves a number to the next of its 8 bits."""
 Array = NDArray[Any]
 Operations = Callable[[str], Any]
 """(name) -> compiled operation"""
@@ -383,16 +383,21 @@ def reference_attention(
     q, k = turned(q, norms[0]), turned(k, norms[1])
     v = normed(v, np.ones(h.head_dim)) if h.value_norms else v
     q = q * growth[:, None, None] if h.grows else q
+    v_scales = np.ones(v.shape[:2])
     if h.kv_bits == 8:
-        k, v = (spread(codes * scales[..., None]) for codes, scales in (round_rows(spread(x)) for x in (k, v)))
-        k, v = k / spread_width(h.head_dim), v / spread_width(h.head_dim)
-    k, v = (np.repeat(x, h.heads // h.kv_heads, axis=1) for x in (k, v))
+        q, k = (spread(codes * scales[..., None]) for codes, scales in (round_rows(spread(x)) for x in (q, k)))
+        q, k = q / spread_width(h.head_dim), k / spread_width(h.head_dim)
+        v, v_scales = round_rows(spread(v))
+    k, v, v_scales = (np.repeat(x, h.heads // h.kv_heads, axis=1) for x in (k, v, v_scales))
     scores = np.einsum("mhd,nhd->hmn", q, k) * h.scale
     scores = scores if h.cap is None else h.cap * np.tanh(scores / h.cap)
     ahead = np.arange(total)[None] - np.arange(total)[:, None]
     scores[:, (ahead > 0) | (ahead <= -window)] = -np.inf
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
+    if h.kv_bits == 8:
+        mixed = np.einsum("hmn,nhd->mhd", round_weights(scores * v_scales.T[:, None]), v)
+        return (spread(mixed) / spread_width(h.head_dim)).reshape(total, -1)
     return np.einsum("hmn,nhd->mhd", scores, v).reshape(total, -1)
 
 

@@ -11,8 +11,11 @@ _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXP_RANGE = (-87.0, 88.0)
 
-# 2**r for r from -0.5 to 0.5, exact at 0. The largest relative error is 2.8e-6.
-_EXP2 = (9.58285e-3, 5.590643e-2, 0.24024099, 0.69312419, 1.0)
+EXP2 = (9.58285e-3, 5.590643e-2, 0.24024099, 0.69312419, 1.0)
+"""Polynomial of 2**r for r from -0.5 to 0.5, exact at 0. The largest relative error is 2.8e-6."""
+
+LOG2_1P = (-1.644238, -1.060627, -0.9103369, 0.3724745, -0.7312578, 1.44236, -1.845157e-6)
+"""Polynomial of log2(1 + x) for x from -0.5 to 0. The largest error is 1.9e-6."""
 
 _ROUNDING = float(3 << 22)
 """Adding this rounds a number of less than 2**22 to a whole one, in its lowest bits."""
@@ -41,16 +44,17 @@ def exp(x: Expr, lanes: int) -> Expr:
     return bind(y * reinterpret(exponent, "float32", lanes))
 
 
-def exp2_of_rest(r: Expr, lanes: int) -> Expr:
-    """2**r to 3e-6 of it.
+def evaluate(polynomial: tuple[float, ...], x: Expr, lanes: int) -> Expr:
+    """A polynomial.
 
     Args:
-        r: float32 vector of -0.5 to 0.5.
+        polynomial: its coefficients, that of the highest power first.
+        x: float32 vector.
         lanes: its lanes.
     """
-    y = const(_EXP2[0], "float32", lanes)
-    for coefficient in _EXP2[1:]:
-        y = fma(y, r, const(coefficient, "float32", lanes))
+    y = const(polynomial[0], "float32", lanes)
+    for coefficient in polynomial[1:]:
+        y = fma(y, x, const(coefficient, "float32", lanes))
     return y
 
 
@@ -65,7 +69,7 @@ def exp2(x: Expr, lanes: int) -> Expr:
     shifted = bind(x + const(_ROUNDING, "float32", lanes))
     # TVM would simplify a plain difference to x.
     r = bind(x - fma(shifted, const(1, "float32", lanes), const(-_ROUNDING, "float32", lanes)))
-    y = exp2_of_rest(r, lanes)
+    y = evaluate(EXP2, r, lanes)
     # The lowest bits of ``shifted`` are the whole number. It is added to the exponent.
     more = reinterpret(shifted, "int32", lanes) << const(23, "int32", lanes)
     return bind(reinterpret(reinterpret(y, "int32", lanes) + more, "float32", lanes))

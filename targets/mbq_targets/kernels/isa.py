@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from ..constants import FEW_TOKENS
-from .emit import LANES, Expr, bind, byte_table, const, intrin, load, reinterpret
-from .exp import exp2, exp2_of_rest
+from .emit import LANES, Expr, bind, byte_table, cast, const, intrin, load, reinterpret
+from .exp import EXP2, evaluate, exp2
 
 PACKED = 4
 """Vectors of integers of which ``Isa.packed`` makes vectors of bytes."""
@@ -51,6 +51,8 @@ class Isa:
     """For few tokens: row vectors that share a loaded activation."""
     packs: ClassVar[bool] = False
     """Whether it has ``packed``."""
+    value_missing: ClassVar[int] = 0
+    """What ``value_sum`` counts each code too high."""
     attention_sums: ClassVar[int] = 16
     """Attention over keys and values of 8 bits: most sums that are computed together, one register each."""
 
@@ -139,11 +141,11 @@ class Isa:
         """
         return bind(v & self.mask(mask))
 
-    def packed(self, words: list[Expr]) -> list[Expr]:
-        """The high bytes of integers and their low bytes, int8 each. An integer is 256 times the first plus the second.
+    def packed(self, words: list[Expr]) -> Expr:
+        """The integers as bytes.
 
         Args:
-            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 32639.
+            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 255.
         """
         raise NotImplementedError
 
@@ -154,6 +156,14 @@ class Isa:
             x: float32 of ``LANES`` lanes.
         """
         return exp2(x, LANES)
+
+    def nearest(self, x: Expr) -> Expr:
+        """The nearest whole numbers, int32.
+
+        Args:
+            x: float32 of ``LANES`` lanes.
+        """
+        return bind(cast(T.nearbyint(x), "int32", LANES))
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         """``table[nibble]`` per byte.
@@ -195,6 +205,10 @@ class Isa:
         return [
             bind(reinterpret(T.broadcast(reinterpret(w, "int32", 1), lanes), "int8", self.vector_bytes)) for w in words
         ]
+
+    def value_sum(self) -> Accumulator:
+        """A sum of products of stored values with weights of 0 to 255."""
+        raise NotImplementedError
 
     def accumulator(self, max_code: int) -> Accumulator:
         """A sum of dot products that starts at 0.
@@ -260,6 +274,19 @@ class _VnniDot(_Dot4):
     instruction = "llvm.x86.avx512.vpdpbusd.512"
 
 
+class _SwappedDot(Accumulator):
+    """As ``_Dot4``, of an instruction whose second operand is the unsigned one: codes are signed and q is not."""
+
+    def __init__(self, isa: Isa, instruction: str) -> None:
+        super().__init__(isa, 0)
+        self.instruction = instruction
+
+    def add(self, codes: Expr, q: Expr) -> None:
+        start = const(0, "int32", self.isa.rows) if self.total is None else self.total
+        codes = reinterpret(codes, "int8", self.isa.vector_bytes)
+        self.total = bind(intrin(f"int32x{self.isa.rows}", self.instruction, start, q, codes))
+
+
 class Vnni512(Isa):
     """AVX-512 with VNNI: 16 rows in one register. ``vpdpbusd`` takes unsigned codes, so fields need no shift."""
 
@@ -273,27 +300,17 @@ class Vnni512(Isa):
     prefetch_bytes = 8192
     packs = True
 
-    def packed(self, words: list[Expr]) -> list[Expr]:
+    def packed(self, words: list[Expr]) -> Expr:
         """As ``Isa.packed``. Packing works on quarters of a register, so their parts are put in order.
 
         Args:
-            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 32639.
+            words: ``PACKED`` vectors of int32 of ``LANES`` lanes, from 0 to 255.
         """
-        first, second = (
-            bind(intrin("uint16x32", "llvm.x86.avx512.packusdw.512", *words[at : at + 2])) for at in (0, 2)
-        )
-
-        def bytes_of(halves: list[Expr]) -> Expr:
-            mixed = intrin("uint8x64", "llvm.x86.avx512.packuswb.512", *(reinterpret(x, "int16", 32) for x in halves))
-            order = T.Shuffle([T.int32(4 * (i % 4) + i // 4) for i in range(LANES)], list(range(LANES)))
-            sorted_ = intrin("int32x16", "llvm.x86.avx512.permvar.si.512", reinterpret(mixed, "int32", LANES), order)
-            return bind(reinterpret(sorted_, "int8", 64))
-
-        def all_of(value: int) -> Expr:
-            return const(value, "uint16", 32)
-
-        high = [bind((x + all_of(128)) >> all_of(8)) for x in (first, second)]
-        return [bytes_of(high), bytes_of([bind(x & all_of(255)) for x in (first, second)])]
+        halves = [bind(intrin("int16x32", "llvm.x86.avx512.packusdw.512", *words[at : at + 2])) for at in (0, 2)]
+        mixed = intrin("uint8x64", "llvm.x86.avx512.packuswb.512", *halves)
+        order = T.Shuffle([T.int32(4 * (i % 4) + i // 4) for i in range(LANES)], list(range(LANES)))
+        sorted_ = intrin("int32x16", "llvm.x86.avx512.permvar.si.512", reinterpret(mixed, "int32", LANES), order)
+        return bind(reinterpret(sorted_, "int8", 64))
 
     def exp2(self, x: Expr) -> Expr:
         """As ``Isa.exp2``, by the instructions that split a number and that multiply by a power of two.
@@ -303,8 +320,17 @@ class Vnni512(Isa):
         """
         kind, zeros, every = "float32x16", const(0, "float32", LANES), T.int16(-1)
         rest = bind(intrin(kind, "llvm.x86.avx512.mask.reduce.ps.512", x, T.int32(8), zeros, every, T.int32(4)))
-        power = exp2_of_rest(rest, LANES), bind(x - rest)
+        power = evaluate(EXP2, rest, LANES), bind(x - rest)
         return bind(intrin(kind, "llvm.x86.avx512.mask.scalef.ps.512", *power, zeros, every, T.int32(4)))
+
+    def nearest(self, x: Expr) -> Expr:
+        """As ``Isa.nearest``, by one instruction.
+
+        Args:
+            x: float32 of ``LANES`` lanes.
+        """
+        zeros, every = const(0, "int32", LANES), T.int16(-1)
+        return bind(intrin("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", x, zeros, every, T.int32(4)))
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
         return bind(intrin("uint8x64", "llvm.x86.avx512.pshuf.b.512", byte_table(table, 64), nibbles))
@@ -317,6 +343,10 @@ class Vnni512(Isa):
 
     def accumulator(self, max_code: int) -> Accumulator:
         return _VnniDot(self, max_code)
+
+    def value_sum(self) -> Accumulator:
+        """As ``Isa.value_sum``."""
+        return _SwappedDot(self, _VnniDot.instruction)
 
 
 class _AvxVnniDot(_Dot4):
@@ -334,6 +364,7 @@ class AvxVnni(Vnni512):
     few_vectors = 2
     packs = False
     exp2 = Isa.exp2
+    nearest = Isa.nearest
     attention_sums = 8
 
     def lookup(self, table: tuple[int, ...], nibbles: Expr) -> Expr:
@@ -352,6 +383,10 @@ class AvxVnni(Vnni512):
             max_code: the largest operand before 128 is subtracted.
         """
         return _AvxVnniDot(self, max_code)
+
+    def value_sum(self) -> Accumulator:
+        """As ``Isa.value_sum``."""
+        return _SwappedDot(self, _AvxVnniDot.instruction)
 
 
 class _Avx2Dot(Accumulator):
@@ -448,11 +483,33 @@ class _NeonLongDot(Accumulator):
         return total if self.total is None else bind(self.total + total)
 
 
+class _NeonLongValues(Accumulator):
+    """``umull`` multiplies unsigned bytes. Two products do not fit 16 bits, so ``uadalp`` adds each in int32."""
+
+    def __init__(self, isa: Isa) -> None:
+        super().__init__(isa, 0)
+        self.wide: list[Expr] = []
+
+    def add(self, codes: Expr, q: Expr) -> None:
+        sides = [reinterpret(side, "uint8", 16) for side in (codes, q)]
+        halves = [[part("uint8x8", side) for side in sides] for part in (T.vectorlow, T.vectorhigh)]
+        products = [intrin("uint16x8", "llvm.aarch64.neon.umull", *half) for half in halves]
+        pairs = [reinterpret(intrin("uint32x4", "llvm.aarch64.neon.uaddlp", p), "int32", 4) for p in products]
+        if self.wide:
+            pairs = [w + p for w, p in zip(self.wide, pairs, strict=True)]
+        self.wide = [bind(p) for p in pairs]
+
+    def result(self) -> Expr:
+        total = bind(intrin("int32x4", "llvm.aarch64.neon.addp", *self.wide))
+        return total if self.total is None else bind(self.total + total)
+
+
 class Neon(Isa):
     """ARMv8.0 without dot product: 4 rows in a register."""
 
     name = "neon"
     vector_bytes = 16
+    value_missing = 128
 
     def _shift(self, v: Expr, n: int, op: Any) -> Expr:
         return bind(op(v, self.mask(n)))
@@ -483,9 +540,17 @@ class Neon(Isa):
     def accumulator(self, max_code: int) -> Accumulator:
         return _NeonLongDot(self, max_code)
 
+    def value_sum(self) -> Accumulator:
+        """As ``Isa.value_sum``."""
+        return _NeonLongValues(self)
+
 
 class _NeonDot(_Dot4):
     instruction = "llvm.aarch64.neon.sdot"
+
+
+class _NeonValues(_Dot4):
+    instruction = "llvm.aarch64.neon.udot"
 
 
 class NeonDotprod(Neon):
@@ -503,6 +568,10 @@ class NeonDotprod(Neon):
             max_code: the largest operand before 128 is subtracted.
         """
         return _NeonDot(self, max_code)
+
+    def value_sum(self) -> Accumulator:
+        """As ``Isa.value_sum``."""
+        return _NeonValues(self, 0)
 
 
 class NeonI8mm(NeonDotprod):

@@ -8,7 +8,7 @@ from mbq_runtime.bundle.slice_profile import SliceProfile
 
 from ..spec import KernelSpec
 from .activations import quantize
-from .attention import attend
+from .attention import attend, merge
 from .emit import module
 from .few import few
 from .gate import ACTIVATIONS, gate
@@ -58,7 +58,7 @@ def linear_module(isa: Isa, spec: KernelSpec) -> Any:
 
 
 def cache_module(isa: Isa) -> Any:
-    """IRModule with the kernels of keys and values of 8 bits: spread, round_queries, attend.
+    """IRModule with the kernels of keys and values of 8 bits: spread, round_queries, attend, merge.
 
     Args:
         isa: instruction set.
@@ -67,6 +67,7 @@ def cache_module(isa: Isa) -> Any:
         spread(f"{PREFIX}spread")
         round_queries(isa, f"{PREFIX}round_queries")
         attend(isa, f"{PREFIX}attend")
+        merge(isa, f"{PREFIX}merge")
     return builder.get()
 
 

@@ -148,6 +148,20 @@ class PairProducts(Products):
         return runs
 
 
+class ByteWeights(Products):
+    """Sums of stored values with weights of one byte, 0 to 255.
+
+    Args:
+        isa: instruction set.
+        tokens: how many are multiplied together.
+        vectors: row vectors.
+    """
+
+    def __init__(self, isa: Isa, tokens: int, vectors: int) -> None:
+        self.isa, self.width, self.vectors, self.chains = isa, 1, vectors, 1
+        self.sums = [[[isa.value_sum()] for _ in range(vectors)] for _ in range(tokens)]
+
+
 class MatrixProducts(Products):
     """Sums by ``smmla``: [2 rows, 8 weights] times [2 runs, 8 weights]. An odd last run is multiplied twice.
 

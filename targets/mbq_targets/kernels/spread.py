@@ -8,8 +8,8 @@ from __future__ import annotations
 from tvm.tirx.script import builder as T
 
 from ..constants import MOST_HEAD_DIM
-from .activations import bytes_of, joined, size_bits, steps_of, store_bytes, store_pairs
-from .attention import QUERY_BYTES
+from .activations import bytes_of, size_bits, steps_of, store_bytes, store_pairs
+from .attention import number_bytes
 from .emit import LANES, bind, const, fma, function, intrin, load, registers, store
 from .isa import Isa
 
@@ -47,11 +47,10 @@ def spread(name: str) -> None:
 
 
 def round_queries(isa: Isa, name: str) -> None:
-    """Kernel: a spread query to integers of ``QUERY_BYTES`` bytes, by the rule of ``quantize_activations``.
+    """Kernel: a spread query to integers of -127 to 127, by the rule of ``round_rows``.
 
-    Kernel arguments: x float32 [head_dim]; q int8 [QUERY_BYTES * head_dim], the high bytes first, or the integers of
-    even channels where the instruction set has ``Isa.pairs``; step float32 [1]; sum int32 [1], of the integers;
-    head_dim, a multiple of 16.
+    Kernel arguments: x float32 [head_dim]; q int8 [number_bytes * head_dim], where those of two bytes are int16, first
+    of even channels and then of odd ones; step float32 [1]; sum int32 [1], of the integers; head_dim, a multiple of 16.
 
     Args:
         isa: instruction set.
@@ -63,12 +62,12 @@ def round_queries(isa: Isa, name: str) -> None:
         store(whole, 0, LANES, const(0, "int32", LANES))
         with T.serial(0, head_dim // LANES) as v:
             store(whole, 0, LANES, T.max(load(whole, 0, LANES), size_bits(load(x, v * LANES, LANES))))
-        inverse, one_step = steps_of(load(whole, 0, LANES), QUERY_BYTES)
+        inverse, one_step = steps_of(load(whole, 0, LANES), 1)
         store(step, 0, 1, one_step)
         store(whole, 0, LANES, const(0, "int32", LANES))
         with T.serial(0, head_dim // LANES) as v:
-            parts = bytes_of(load(x, v * LANES, LANES), inverse, QUERY_BYTES)
-            store(whole, 0, LANES, load(whole, 0, LANES) + joined(parts, LANES))
-            places = [bind(head_dim * byte + v * LANES) for byte in range(QUERY_BYTES)]
-            (store_pairs if isa.pairs(QUERY_BYTES) else store_bytes)(q, places, [parts])
+            parts = bytes_of(load(x, v * LANES, LANES), inverse, 1)
+            store(whole, 0, LANES, load(whole, 0, LANES) + parts[0])
+            places = [bind(head_dim * byte + v * LANES) for byte in range(number_bytes(isa))]
+            (store_pairs if len(places) == 2 else store_bytes)(q, places, [parts])
         store(sum_of_all, 0, 1, intrin("int32", "llvm.vector.reduce.add", load(whole, 0, LANES)))

@@ -19,7 +19,7 @@
 
 enum {
   GROUP_ROWS = 64,
-  CHUNK_BLOCKS = 2 * MBQ_ATTEND_TILE,
+  CHUNK_BLOCKS = 8 * MBQ_ATTEND_TILE,
   LINE_BYTES = 64 /* vectors of states and scratch memory then lie in one line of the cache each */
 };
 
@@ -172,7 +172,9 @@ static void attend_chunk(const Job *job, size_t piece, int64_t g, int64_t chunk,
   const Attend *a = &job->a;
   const int64_t rows = min(job->group, job->padded - g % job->per_head * job->group);
   memset(state, 0, (size_t)(job->group * job->state_size) * sizeof(float));
-  for (int64_t r = 0; r < job->group; ++r) state[r * job->state_size] = MBQ_NEVER;
+  for (int64_t r = 0; r < job->group; ++r) {
+    for (int i = 0; i < MBQ_LANES / MBQ_ATTEND_ROWS; ++i) state[r * job->state_size + i] = MBQ_NEVER;
+  }
   const int32_t *spans = job->spans + g % job->per_head * job->group * 2;
   const int64_t lowest = spans[0] / MBQ_KEY_LANES, highest = spans[2 * rows - 1] / MBQ_KEY_LANES;
   const int64_t begin = max(chunk * CHUNK_BLOCKS, lowest / MBQ_ATTEND_TILE * MBQ_ATTEND_TILE);
@@ -188,12 +190,8 @@ static void attend_chunk(const Job *job, size_t piece, int64_t g, int64_t chunk,
 }
 
 /* Add the states of a group's queries in the next chunk to those in all chunks before. */
-static void merge(const Job *job, float *restrict sum, const float *restrict next) {
-  for (int64_t r = 0; r < job->group; ++r, sum += job->state_size, next += job->state_size) {
-    const float peak = fmaxf(sum[0], next[0]), before = exp2f(sum[0] - peak), now = exp2f(next[0] - peak);
-    sum[0] = peak;
-    for (int64_t i = MBQ_LANES; i < job->state_size; ++i) sum[i] = sum[i] * before + next[i] * now;
-  }
+static void merge(const Job *job, float *sum, const float *next) {
+  CALL(__tvm_ffi_mbq_merge, PTR(sum), PTR(next), INT(job->a.head_dim), INT(job->group));
 }
 
 static void finish(const Job *job, int64_t g) {

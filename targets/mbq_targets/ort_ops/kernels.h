@@ -28,6 +28,7 @@ int __tvm_ffi_mbq_router_sums(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_spread(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_round_queries(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_attend(void *, const Arg *, int32_t, Arg *);
+int __tvm_ffi_mbq_merge(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_gate_silu(void *, const Arg *, int32_t, Arg *);
 int __tvm_ffi_mbq_gate_gelu_tanh(void *, const Arg *, int32_t, Arg *);
 #define DECLARE(d)                                                \
