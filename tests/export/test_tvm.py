@@ -186,7 +186,7 @@ def test_the_weights_are_plain_safetensors(llama: Path) -> None:
         blocks = -(-linear.N // 16)
         for e, bits in enumerate(found.slices, 1):
             assert tensors[f"{linear.name}.planes_{e}"].shape == (blocks * 2 * linear.K * bits,)
-        assert tensors[f"{linear.name}.scales"].shape == (blocks, 1 + linear.K // found.group_size, 32)
+        assert tensors[f"{linear.name}.scales"].shape == (blocks, len(found.slices) + linear.K // found.group_size, 32)
     check_contents(bundle, found)
 
 
