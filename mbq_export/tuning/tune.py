@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 
 import numpy as np
@@ -145,7 +145,7 @@ def tune(
     """
     progress, checkpoint, store = calibration.stage(phase.name), calibration.checkpoint, calibration.store
     with (
-        _trained_norms(checkpoint) if phase.scale_rate else nullcontext([]) as norms,
+        _trained_norms(checkpoint, wanted=phase.scale_rate > 0) as norms,
         sliced_layers(checkpoint, slices, calibration.profile, TunedLinear) as tuned,
         lean_backward(checkpoint),
         budget_control(checkpoint, tuned, calibration.profile, routing) as use_budget,
@@ -215,13 +215,14 @@ def _tuned_slices(sliced: Sliced, parts: list[TunedLinear]) -> Sliced:
 
 
 @contextmanager
-def _trained_norms(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
+def _trained_norms(checkpoint: Checkpoint, *, wanted: bool) -> Iterator[list[torch.Tensor]]:
     """The weights of the blocks' input norms, which get gradients while the block runs.
 
-    Afterwards the layers behind them take back the change.
+    Afterwards the layers behind them take back the change.  wanted: otherwise there are none.
     """
     d = checkpoint.decoder
-    readers = {norm: names for layer in range(d.layers) for norm, names in d.norm_readers(layer).items()}
+    layers = range(d.layers if wanted else 0)
+    readers = {norm: names for layer in layers for norm, names in d.norm_readers(layer).items()}
     before = {name: checkpoint.norm(name).copy() for name in readers}
     norms = [checkpoint.model.get_submodule(name).weight for name in readers]
     for norm in norms:
