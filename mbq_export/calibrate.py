@@ -12,8 +12,8 @@ Lifecycle of ``calibrate``, with the names that the user sees:
    a. "recording teacher outputs" on the text that slices are tuned on, if they are;
    b. "computing token weights" (``slicing.importance``);
    c. "slicing blocks" (``slicing.by_block``);
-   d. "tuning gains", or for a base slice of two bits "tuning the base slice", "choosing slices after 2 bits",
-      "fitting routers for tuning" and "tuning with routers" (``tuning.tune``);
+   d. "tuning gains" or "tuning scales", or for a base slice of two bits "tuning the base slice", "choosing slices after
+      2 bits", "fitting routers for tuning" and "tuning with routers" (``tuning.tune``);
    e. "choosing slices after 4 bits" (or as many as are tuned), if slices are tuned (``slicing.by_block``).
 
 5. "measuring slice gains" (``routing.slice_gains``).

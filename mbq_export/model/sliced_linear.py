@@ -193,20 +193,20 @@ class _Product(torch.autograd.Function):
         x, scale, offset, gain, codes, output = ctx.saved_tensors
         tokens, from_tokens = x.flatten(0, -2), gradient.flatten(0, -2)
         to_x = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
-        to_scale, to_offset, to_gain = torch.zeros_like(scale), torch.zeros_like(offset), torch.zeros_like(gain)
+        to_scale, to_offset = (torch.zeros_like(scale) if ctx.needs_input_grad[1] else None for _ in range(2))
+        to_gain = torch.zeros_like(gain) if ctx.needs_input_grad[3] else None
         for at, rows in _by_bits(ctx.bits):
             of_rows, factor = from_tokens[rows], _of_depth(gain, ctx.profile, at)
             if to_x is not None:
                 own = scale * factor, offset * factor
                 to_x[rows] = of_rows @ weights(codes, *own, profile=ctx.profile, bits=at, dtype=x.dtype)
-            if any(ctx.needs_input_grad[1:3]):
+            if to_scale is not None and to_offset is not None:
                 by_scale, by_offset = torch.zeros_like(scale), torch.zeros_like(offset)
                 _add_gradients(by_scale, by_offset, of_rows.T @ tokens[rows], codes, ctx.profile, at)
                 to_scale += by_scale * factor
                 to_offset += by_offset * factor
-                _of_depth(to_gain, ctx.profile, at)[:, 0] += (by_scale * scale + by_offset * offset).sum(-1)
-            elif ctx.needs_input_grad[3]:
-                # Gains alone need no gradient of the weights.
+            if to_gain is not None:
+                # It needs no gradient of the weights.
                 plain = output[rows] if ctx.bias is None else output[rows] - ctx.bias
                 _of_depth(to_gain, ctx.profile, at)[:, 0] += (of_rows.float() * plain.float()).sum(0) / factor[:, 0]
         of_x = None if to_x is None else to_x.view(x.shape)

@@ -155,11 +155,8 @@ def tune(
             for parts in tuned.values()
             for layer in parts
             for change in (layer.scale_change, layer.offset_change)
+            if phase.scale_rate
         ]
-        if not phase.scale_rate:
-            for change in changes:
-                change.requires_grad_(False)
-            changes = []
         # Products of experts that are summed have no gains: a portable graph makes one product of them.
         gains = [
             layer.gain_change
@@ -167,6 +164,11 @@ def tune(
             if phase.gain_rate and not unit.name.endswith(".experts_out")
             for layer in tuned[unit.name]
         ]
+        for parts in tuned.values():
+            for layer in parts:
+                layer.requires_grad_(False)
+        for change in (*changes, *gains):
+            change.requires_grad_(True)
         parameters = [*changes, *gains, *norms]
         optimizer = torch.optim.AdamW(
             [

@@ -64,6 +64,11 @@ class MatrixShape:
     profile: SliceProfile
 
     @property
+    def scale_groups(self) -> int:
+        """Groups of ``GROUP_WORDS`` in a row block: the factors of its rows at each depth, then scales and zeros."""
+        return self.profile.depths + self.k // self.group
+
+    @property
     def buffers(self) -> tuple[int, int]:
         """Words of the buffers ``planes`` and ``scales``."""
         return plane_words(self.n, self.k), scale_words(self.n, self.k, self.group, self.profile.depths)
@@ -161,8 +166,7 @@ def _bytes(word: Expr, row: Expr, rows: int) -> Expr:
 
 def _row_factor(scales: Any, matrix: MatrixShape, block: Expr, row: Expr, depth: Expr) -> Expr:
     """What the scales of one row are multiplied by, float32. row: in the block; depth: 1-based."""
-    in_block = matrix.profile.depths + matrix.k // matrix.group
-    word = bind(scales[(block * in_block + depth - 1) * GROUP_WORDS + row // 2])
+    word = bind(scales[(block * matrix.scale_groups + depth - 1) * GROUP_WORDS + row // 2])
     half = (word >> cast(row % 2 * 16, "uint32", 1)) & T.uint32(0xFFFF)
     return bind(half_to_float(bind(half)) * T.float32(1 / SCALE_STEPS))
 
@@ -210,7 +214,7 @@ def matmul(name: str, matrix: MatrixShape, work_groups: WorkGroups, tokens: int,
             step = bind(i * splits + split)
             with when(step < steps):
                 parts = _step_words(of["planes"], plan.plane_bits, n, k, bind(item.x * steps + step), lane, rows)
-                at = bind(item.x * (depths + k // group) + depths + step * STEP // group)
+                at = bind(item.x * matrix.scale_groups + depths + step * STEP // group)
                 scale, offset = _affine(of["scales"], at, bind(lane * rows), rows, plan)
                 for half in (0, 1):
                     with T.serial(0, 4) as j:
@@ -306,7 +310,7 @@ def gather(name: str, table: MatrixShape, threads: int, tokens: int, *, scaled: 
 
             def values(plan: DepthPlan, step: Expr) -> None:
                 words = _step_words(of["planes"], plan.plane_bits, n, k, bind(block * steps + step), row, 1)
-                at = bind(block * (depths + k // group) + depths + step * STEP // group)
+                at = bind(block * table.scale_groups + depths + step * STEP // group)
                 scale, offset = _affine(of["scales"], at, row, 1, plan)
                 factor = _row_factor(of["scales"], table, block, row, T.int32(plan.depth))
                 for half in (0, 1):
