@@ -28,6 +28,7 @@ from mbq_runtime.cli import main
 from mbq_runtime.engine import Session
 from mbq_runtime.engine import tvm as tvm_engine
 from mbq_runtime.trust import code
+from mbq_runtime.whole_file import write_whole
 
 pytestmark = pytest.mark.heavy
 
@@ -255,7 +256,8 @@ def test_a_pulled_bundle_runs_native_code_only_when_told_so(
     # Another library with a manifest of its own is other code.
     folder = next((tmp_path / "cache" / "bundles").iterdir())
     library = folder / ("decoder.so" if engine == "tvm" else "lib/libmbq_ops.so")
-    library.write_bytes(library.read_bytes() + b"\0")
+    # The old file stays whole under this process: its threads may still run in it.
+    write_whole(library, library.read_bytes() + b"\0")
     assert main(["run", f"file:{source}", "abc", *asked]) == 4
     assert "long where the manifest says" in capsys.readouterr().err
     manifest.write(replace(manifest.read(folder), files=file_entries(folder)), folder)
