@@ -129,9 +129,12 @@ class Plan:
         """Size of the bundle, to a few percent."""
         d = self.decoder
         per_weight = self.stored_bits(CODE_BITS) / 8 + SCALE_BYTES[self.layout] / self.group_size
+        rows = sum(n for n, _ in d.unit_shapes().values())
+        factors = rows * self.profile.depths * ROW_SCALE_BYTES[self.layout]
         of_kinds = {d.rotary_kind(layer): d.heads_of(layer).head_dim for layer in range(d.layers)}
         rotary = sum(size for kind, size in of_kinds.items() if kind is not None) * d.context_length * 4
-        return round(self.parameters * per_weight) + rotary + self.router_bytes + d.chooser_bytes + (16 << 20)
+        weights = round(self.parameters * per_weight) + factors + self.router_bytes + d.chooser_bytes
+        return weights + rotary + (16 << 20)
 
     @property
     def weights_file_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -154,6 +155,22 @@ def broken(bundles: Path, tmp_path: Path, change: Callable[[Path], object]) -> P
     manifest = bundle_manifest.read(folder)
     bundle_manifest.write(replace(manifest, files=file_entries(folder)), folder)
     return folder
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_factor_of_a_row_that_is_no_number(bundles: Path, tmp_path: Path, depth: int) -> None:
+    needs.gpu("opencl")
+    name = "layers.1.mlp_in.scales"
+
+    def harm(folder: Path) -> None:
+        buffer = gpu_plan.read_plan(folder).buffers[name]
+        with (folder / gpu_plan.WEIGHTS).open("r+b") as file:
+            # The third row's, of 16 that lie side by side.
+            file.seek(buffer.offset + 2 * (16 * (depth - 1) + 2))
+            file.write(np.array([np.nan], np.float16).tobytes())
+
+    with pytest.raises(BundleError, match=rf"{re.escape(name)} are not finite; export the bundle again"):
+        Engine.load(broken(bundles, tmp_path, harm))
 
 
 def test_a_compile_error_shows_the_drivers_log_and_leaves_the_bundle(bundles: Path, tmp_path: Path) -> None:
