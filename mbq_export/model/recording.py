@@ -86,38 +86,52 @@ class Difference:
     """Where two forms of a model differ first.
 
     place: "embedding", a block's attention or MLP such as "layers.0 attention", or "head".
-    error: relative error of the logits.
+    error: relative error.
     other_tokens: tokens of the prompt's end whose likeliest next token is another one.
+    of: what the error is of, for a message.
     """
 
     place: str
     error: float
     other_tokens: int
+    of: str = "the logits"
 
     def __str__(self) -> str:
-        said = f"the logits are off by {self.error:.3g} of their size"
+        said = f"{self.of} are off by {self.error:.3g} of their size"
         if self.other_tokens:
             said += f", {self.other_tokens} of the likeliest next tokens are others"
         return f"the first difference is in {self.place} ({said})"
 
 
-def stream_places(decoder: Decoder) -> dict[str, str]:
+def stream_readers(decoder: Decoder) -> dict[str, tuple[str, ...]]:
     """The modules that read the residual stream: norms, or linear layers where a family has no norm.
 
     Args:
         decoder: the model.
 
     Returns:
-        The module's name in the checkpoint, by the place that writes the stream right before it.
+        The modules' names in the checkpoint, by the place that writes the stream right before them.
     """
-    places, place = dict[str, str](), "embedding"
+    places, place = dict[str, tuple[str, ...]](), "embedding"
     for layer in range(decoder.layers):
-        units = decoder.layer_units(layer)
-        for role in (f"{part}_in" for part in decoder.readers(layer)):
-            places[place] = decoder.input_norm(layer, role) or units[role].sources[0]
+        units, parts = decoder.layer_units(layer), decoder.readers(layer)
+        for part in parts:
+            role = f"{part}_in"
+            norm = decoder.input_norm(layer, role)
+            places[place] = units[role].sources if norm is None else (norm,)
+            if part == "mlp" and "experts" not in parts:
+                places[place] += _experts_beside(decoder, layer)
             place = f"layers.{layer} {_PARTS[role]}"
-    places[place] = decoder.final_norm
+    places[place] = (decoder.final_norm,)
     return places
+
+
+def _experts_beside(decoder: Decoder, layer: int) -> tuple[str, ...]:
+    """What reads the same stream as a block's MLP: the norm of experts beside it, and the module that chooses them."""
+    norm, chooser = decoder.input_norm(layer, "experts_in"), decoder.chooser(layer)
+    if norm is None or chooser is None:
+        return ()
+    return norm, chooser.rpartition(".")[0]
 
 
 def prompt_length(checkpoint: Checkpoint) -> int:
@@ -148,23 +162,46 @@ def check_prompt(checkpoint: Checkpoint, text: NDArray[np.int64]) -> NDArray[np.
     return np.resize(text.reshape(-1), prompt_length(checkpoint))
 
 
-def record(checkpoint: Checkpoint, prompt: NDArray[np.int64]) -> Recording:
+def record(checkpoint: Checkpoint, prompt: NDArray[np.int64], given: Mapping[str, F32] | None = None) -> Recording:
     """Run the checkpoint's model as it is.
 
     Args:
         checkpoint: the model.
         prompt: int64 [tokens].
+        given: float32 [tokens or the last of them, hidden] by place: the streams of another form of the model, which
+            the part behind each place reads in place of this model's own.  So what a part adds does not depend on the
+            parts before it.
     """
-    last = min(LAST_TOKENS, len(prompt))
+    last, readers = min(LAST_TOKENS, len(prompt)), stream_readers(checkpoint.decoder)
     streams: dict[str, F32] = {}
 
     def see(place: str, x: torch.Tensor) -> None:
         streams[place] = x[-last:].float().cpu().numpy().copy()
 
-    with watching_inputs(checkpoint, stream_places(checkpoint.decoder), see), torch.no_grad():
+    with (
+        watching_inputs(checkpoint, {place: names[0] for place, names in readers.items()}, see),
+        _reading(checkpoint, {} if given is None else {name: given[at] for at in readers for name in readers[at]}),
+        torch.no_grad(),
+    ):
         tokens = checkpoint.on_device(prompt)[None]
         logits = checkpoint.model(tokens, use_cache=False, logits_to_keep=last).logits[0]
     return Recording(prompt, logits.float().cpu().numpy(), streams)
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint, inputs: Mapping[str, F32]) -> Iterator[None]:
+    """Give modules other inputs, float32 [the last tokens, width] by name, while the block runs."""
+    with ExitStack() as hooks:
+        for name, rows in inputs.items():
+
+            def give(_: torch.nn.Module, args: tuple[torch.Tensor, ...], rows: F32 = rows) -> tuple[torch.Tensor, ...]:
+                own, *others = args
+                read = own.clone()
+                read[..., -len(rows) :, :] = checkpoint.on_device(rows).to(own)
+                return read, *others
+
+            hooks.enter_context(checkpoint.model.get_submodule(name).register_forward_pre_hook(give))
+        yield
 
 
 class _RoundedInput(SlicedLinear):
@@ -192,6 +229,7 @@ def record_sliced(
     activation_bits: int = 16,
     cached: Codes | None = None,
     shaken: bool = False,
+    given: Mapping[str, F32] | None = None,
 ) -> Recording:
     """Run the checkpoint's model with sliced weights, at full depth.
 
@@ -206,6 +244,7 @@ def record_sliced(
         cached: codes of keys and values of 8 bits that a bundle has of this prompt, see ``rounded_cache``; None leaves
             keys and values as they are.
         shaken: with ``cached``, change the queries by as much as the arithmetic of two engines differs.
+        given: see ``record``.
     """
     kind = _RoundedInput if activation_bits == 8 else SlicedLinear
     model = checkpoint.model
@@ -217,7 +256,7 @@ def record_sliced(
             stack.enter_context(_embedded(checkpoint, model.get_input_embeddings(), embedding, profile, prompt))
         if per_layer is not None:
             stack.enter_context(_embedded(checkpoint, model.model.embed_tokens_per_layer, per_layer, profile, prompt))
-        return record(checkpoint, prompt)
+        return record(checkpoint, prompt, given)
 
 
 @contextmanager
@@ -374,6 +413,40 @@ def _centred(logits: F32) -> F32:
     return np.asarray(logits - logits.mean(1, keepdims=True))
 
 
+def local_difference(
+    expected: Recording, logits: F32, streams: Mapping[str, F32], *, limit: float, attention_limit: float
+) -> Difference | None:
+    """The first part that computes something else from the same inputs.
+
+    Args:
+        expected: of one form, whose parts read ``streams`` (``record``'s ``given``).
+        logits: float32 [last, vocab] of the other form.
+        streams: of the other form, as in ``Recording``.
+        limit: largest relative error of what a part adds to the stream, and of the logits.
+        attention_limit: the same of an attention.
+
+    Returns:
+        None where all parts are the same.
+    """
+    errors, others = local_errors(expected, logits, streams), _other_tokens(expected.logits, logits, limit)
+    for place, error in errors.items():
+        if error > (attention_limit if place.endswith(_PARTS["attn_in"]) else limit):
+            return Difference(place, error, others, of="its outputs")
+    return Difference("head", errors["head"], others) if others else None
+
+
+def local_errors(expected: Recording, logits: F32, streams: Mapping[str, F32]) -> dict[str, float]:
+    """Relative error of what each part adds to the stream, by place, and of the logits.
+
+    Args:
+        expected: of one form, whose parts read ``streams``.
+        logits: float32 [last, vocab] of the other form.
+        streams: of the other form, as in ``Recording``.
+    """
+    of_parts = _errors(expected.streams, streams, rotated=False)
+    return {**of_parts, "head": logits_difference(expected.logits, logits)}
+
+
 def _other_tokens(expected: F32, found: F32, limit: float) -> int:
     """How many tokens have another likeliest next token, ties left out."""
     chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
@@ -384,16 +457,22 @@ def _first_place(expected: Mapping[str, F32], found: Mapping[str, F32], limit: f
     """The first place that adds something else to the stream; the head if all add the same."""
     if not found:
         return "a place that this engine does not show"
-    errors = dict[str, float]()
-    for (place, here), there in zip(_added(expected).items(), _added(found).values(), strict=True):
-        if rotated:
-            here, there = here @ here.T, there @ there.T
-        errors[place] = relative_error(here, there)
+    errors = _errors(expected, found, rotated=rotated)
     # Deep models add up roundings, so a clear difference is looked for first.
     for least in (_CLEAR * limit, limit):
         if above := [place for place, error in errors.items() if error > least]:
             return above[0]
     return "head"
+
+
+def _errors(expected: Mapping[str, F32], found: Mapping[str, F32], *, rotated: bool) -> dict[str, float]:
+    """Relative error of what each place adds to the stream."""
+    errors = dict[str, float]()
+    for (place, here), there in zip(_added(expected).items(), _added(found).values(), strict=True):
+        if rotated:
+            here, there = here @ here.T, there @ there.T
+        errors[place] = relative_error(here, there)
+    return errors
 
 
 def _added(streams: Mapping[str, F32]) -> dict[str, F32]:

@@ -44,16 +44,25 @@ from ..model.recording import (
     Recording,
     check_prompt,
     difference,
+    local_difference,
     logits_difference,
     record_sliced,
+    stream_readers,
 )
 from ..model.stop_tokens import stop_token_ids
 from ..progress import staged
 from . import files
 from .engines import Work
 
+LOCAL_LIMITS = {16: 5e-4, 8: 5e-3}
+"""Largest relative error of what a part of a graph computes from given inputs, by the bits of activations.
+Measurements are in docs/log.md."""
+
+CACHE_LIMIT = 3e-3
+"""The same of an attention over keys and values of 8 bits, whose queries and weights are rounded too."""
+
 LIMITS = {16: 2e-3, 8: 0.15}
-"""Largest relative error of the logits, by the bits of activations.  Measurements are in docs/log.md."""
+"""The same of the logits of a whole model, whose parts add up their errors."""
 
 _SHAKEN_LIMIT = 1.5
 """The limit rises by this many times what shaken queries change, with keys and values of 8 bits."""
@@ -97,34 +106,34 @@ def _prompt(work: Work) -> NDArray[np.int64]:
     return check_prompt(work.checkpoint, np.arange(256)) if recorded is None else recorded.prompt
 
 
-def _expected(work: Work, cached: Codes | None) -> tuple[Recording, float]:
-    """The recording of the calibrated model, with numbers rounded as the bundle rounds them, and the limit of logits.
+def _rounded_recording(
+    work: Work, cached: Codes | None, *, shaken: bool = False, given: Mapping[str, F32] | None = None
+) -> Recording:
+    """The recording of the calibrated model, with numbers rounded as the bundle rounds them.
 
-    cached: the bundle's codes of keys and values, or None where they are in float32.
+    cached: the bundle's codes of keys and values, or None where they are in float32; shaken and given: see
+    ``recording.record_sliced``.
     """
-    calibrated, recorded = work.calibrated, work.calibrated.recording
-    loose = looser(work.checkpoint.decoder)
-    limit = LIMITS[work.spec.activation_bits] * loose
-    if recorded is not None and work.spec.activation_bits == 16 and cached is None:
-        return recorded, limit
-    slices = {name: linear.sliced for name, linear in calibrated.units.items()}
+    calibrated = work.calibrated
+    return record_sliced(
+        work.checkpoint, {name: linear.sliced for name, linear in calibrated.units.items()}, calibrated.embedding,
+        calibrated.profile, _prompt(work), per_layer=calibrated.per_layer,
+        activation_bits=work.spec.activation_bits, cached=cached, shaken=shaken, given=given,
+    )  # fmt: skip
 
-    def record(*, shaken: bool) -> Recording:
-        return record_sliced(
-            work.checkpoint, slices, calibrated.embedding, calibrated.profile, _prompt(work),
-            per_layer=calibrated.per_layer, activation_bits=work.spec.activation_bits, cached=cached, shaken=shaken,
-        )  # fmt: skip
 
-    rounded = record(shaken=False)
-    if cached is not None:
-        # Two runs of the same model differ, because numbers at the border of two codes get either.
-        limit += _SHAKEN_LIMIT * logits_difference(rounded.logits, record(shaken=True).logits)
-    # The reference takes codes of the bundle.  So it is compared with the model that has none.
-    if recorded is not None and work.spec.activation_bits == 16:
-        differs = difference(recorded, rounded.logits, rounded.streams, limit=KV_LIMIT * loose)
-        if differs is not None:
-            raise fault("keys and values of 8 bits make it another model (--kv 32 does not round them)", str(differs))
-    return rounded, limit
+def _whole_difference(work: Work, logits: F32, streams: Mapping[str, F32], *, rounded: bool) -> Difference | None:
+    """Compare what a bundle computes with what was recorded of the calibrated model, whose numbers are not rounded.
+
+    rounded: whether keys and values have 8 bits.
+    """
+    recorded, loose = work.calibrated.recording, looser(work.checkpoint.decoder)
+    if recorded is None or work.spec.activation_bits != 16:
+        return None
+    differs = difference(recorded, logits, streams, limit=loose * (KV_LIMIT if rounded else LIMITS[16]))
+    if differs is not None and rounded:
+        raise fault("keys and values of 8 bits make it another model (--kv 32 does not round them)", str(differs))
+    return differs
 
 
 def _onnx_difference(work: Work) -> Difference | None:
@@ -133,19 +142,27 @@ def _onnx_difference(work: Work) -> Difference | None:
 
 
 def _graph_difference(work: Work, graph: Path, library: Path | None) -> Difference | None:
-    """library: of the graph's operators; None for stock operators, which have keys and values of float32."""
+    """Compare a graph part by part: each part of the reference reads what the graph's part reads.
+
+    library: of the graph's operators; None for stock operators, which have keys and values of float32.
+    """
     prompt, rounded = _prompt(work), library is not None and work.spec.kv_bits == 8
     caches = {
         layer: [f"present.{layer}.{part}" for part in ("key", "value")]
         for layer in (work.checkpoint.decoder.caches if rounded else ())
     }
-    found = _run_onnx(graph, library, prompt, [name for names in caches.values() for name in names])
+    places = list(stream_readers(work.checkpoint.decoder))
+    with _with_streams(work, graph) as (shown, names):
+        found = _run_onnx(shown, library, prompt, [*names, *(name for of in caches.values() for name in of)])
+    given = dict(zip(places, (found[name] for name in names), strict=True))
     stored = {layer: (found[key], found[value]) for layer, (key, value) in caches.items()}
-    expected, limit = _expected(work, _codes(stored, len(prompt)) if rounded else None)
-    if difference(expected, found["all_logits"], {}, limit=limit) is None:
-        return None
-    streams = _streams(work, graph, library, expected)
-    return difference(expected, found["all_logits"], streams, limit=limit)
+    expected = _rounded_recording(work, _codes(stored, len(prompt)) if rounded else None, given=given)
+    logits = found["all_logits"]
+    streams = {place: values[-len(logits) :] for place, values in given.items()}
+    limit = LOCAL_LIMITS[work.spec.activation_bits]
+    of_attention = max(limit, CACHE_LIMIT) if rounded else limit
+    differs = local_difference(expected, logits, streams, limit=limit, attention_limit=of_attention)
+    return differs or _whole_difference(work, logits, streams, rounded=rounded)
 
 
 def _codes(stored: Mapping[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]], tokens: int) -> Codes:
@@ -204,8 +221,9 @@ def _run_onnx(
         return {name: value[0] for name, value in zip(names, session.run(names, feeds), strict=True)}
 
 
-def _streams(work: Work, graph: Path, library: Path | None, expected: Recording) -> dict[str, F32]:
-    """The residual stream of a graph at every place.  The graph runs once more, with the stream as an output."""
+@contextmanager
+def _with_streams(work: Work, graph: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A graph that puts out the residual stream at every place too, and the outputs' names, while the block runs."""
     model = onnx.load(str(graph), load_external_data=False)
     reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
@@ -218,18 +236,27 @@ def _streams(work: Work, graph: Path, library: Path | None, expected: Recording)
     shown = graph.with_name(".streams.onnx")
     try:
         shown.write_bytes(model.SerializeToString())
-        values = _run_onnx(shown, library, expected.prompt, names)
+        yield shown, names
     finally:
         shown.unlink(missing_ok=True)
-    last = len(expected.logits)
-    return {place: values[name][-last:] for place, name in zip(expected.streams, names, strict=True)}
 
 
 def _tvm_difference(work: Work, manifest: Manifest) -> Difference | None:
-    """A decoder of TVM does not show its streams.  Those of the graph tell whether both lowerings have the error."""
+    """Compare a decoder of TVM as a whole: it does not show its streams.
+
+    Where it differs, the graph's parts tell whether both lowerings have the error.
+    """
     logits, cached = _run_tvm(work, manifest)
-    expected, limit = _expected(work, cached)
+    limit = LIMITS[work.spec.activation_bits] * looser(work.checkpoint.decoder)
+    expected = _rounded_recording(work, cached)
+    if cached is not None:
+        # Two runs of the same model differ, because numbers at the border of two codes get either.
+        shaken = _rounded_recording(work, cached, shaken=True)
+        limit += _SHAKEN_LIMIT * logits_difference(expected.logits, shaken.logits)
+        _whole_difference(work, expected.logits, expected.streams, rounded=True)
     differs = difference(expected, logits, {}, limit=limit)
+    if differs is None and cached is None:
+        differs = _whole_difference(work, logits, {}, rounded=False)
     if differs is None:
         return None
     with tempfile.TemporaryDirectory(prefix=".check-", dir=work.folder) as scratch:

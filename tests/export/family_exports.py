@@ -84,7 +84,17 @@ def recorded_errors() -> Iterator[dict[str, float]]:
         errors[name] = max(errors.get(name, 0.0), error)
         return compare(expected, logits, streams, limit=limit, rotated=rotated)
 
+    compare_parts = recording.local_difference
+
+    def see_parts(expected: Any, logits: Any, streams: Any, *, limit: float, attention_limit: float) -> Any:
+        for place, error in recording.local_errors(expected, logits, streams).items():
+            of = attention_limit if place.endswith("attention") else limit
+            name = f"limit {of:g} of parts"
+            errors[name] = max(errors.get(name, 0.0), error / of)
+        return compare_parts(expected, logits, streams, limit=limit, attention_limit=attention_limit)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written_check, "local_difference", see_parts)
         for of in (check, written_check):
             patch.setattr(of, "difference", see)
         yield errors

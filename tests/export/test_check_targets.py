@@ -250,6 +250,21 @@ def test_the_prompt_passes_windows_where_the_size_allows_it(written: Callable[[s
         checkpoint.decoder, checkpoint.parameters = decoder, checkpoint.model.num_parameters()
 
 
+@pytest.mark.parametrize("name", ["llama", "olmo2"])  # norms read the stream, or linear layers
+def test_each_part_reads_what_it_is_given(name: str, tmp_path: Path) -> None:
+    checkpoint = load(locate(str(write_checkpoint(tmp_path / name, name))))
+    prompt = np.arange(recording.LAST_TOKENS)
+    own = recording.record(checkpoint, prompt)
+    again = recording.record(checkpoint, prompt, own.streams)
+    assert recording.local_errors(own, again.logits, again.streams) == dict.fromkeys([*own.streams, "head"], 0.0)
+    # Another input of one part changes what this part adds, and nothing behind it.
+    given = {**own.streams, "layers.0 attention": np.roll(own.streams["layers.0 attention"], 1, axis=0)}
+    changed = recording.record(checkpoint, prompt, given)
+    errors = recording.local_errors(own, changed.logits, changed.streams)
+    assert errors.pop("layers.0 MLP") > 0.1
+    assert max(errors.values()) < 1e-5
+
+
 def test_values_that_are_not_finite_differ() -> None:
     logits = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
     expected = recording.Recording(np.arange(4), logits, {})

@@ -59,8 +59,9 @@ def test_a_tuned_bundle_says_what_its_model_says(name: str, calibration_text: Pa
 
 
 def assert_room(errors: dict[str, float]) -> None:
-    """The three checks of an export found less than half of what they allow."""
-    assert len(errors) == 3
+    """The checks of an export found less than half of what they allow."""
+    # Of transformed weights, of slices, and of a bundle, as a whole and part by part.
+    assert len(errors) == 4
     assert max(errors.values()) < 0.5
 
 
@@ -70,7 +71,7 @@ def family(request: pytest.FixtureRequest, families: Callable[[str], FamilyExpor
 
 
 def test_right_exports_pass_with_room(family: FamilyExport) -> None:
-    """The export itself compares the bundles with the sliced model, on 300 tokens and to 0.002."""
+    """The export itself compares the bundles with the sliced model, on 300 tokens."""
     assert_room(family.check_errors)
 
 
