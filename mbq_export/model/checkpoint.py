@@ -304,18 +304,32 @@ class Checkpoint:
         Returns:
             int64 [rows of q, k, v and gates]: for each row of the new order, its row in the checkpoint.
         """
-        d, kind = self.decoder, self.decoder.rotary_kind(layer)
+        d = self.decoder
         rows = np.arange(sum(d.attention_sizes(layer).values()))
         if d.family.channel_gates:
             size = d.heads * d.head_dim
             queries, gates = rows[: 2 * size].reshape(d.heads, 2, d.head_dim).swapaxes(0, 1)
             rows = np.concatenate([queries.reshape(-1), rows[2 * size :], gates.reshape(-1)])
-        if kind is not None and d.family.interleaved:
-            half = self.rotary_at(kind, [0])[0].shape[1]
+        if d.family.interleaved:
             heads = rows[: (d.heads + d.kv_heads) * d.head_dim].reshape(-1, d.head_dim)
-            pairs = heads[:, : 2 * half].reshape(-1, half, 2)
-            heads[:, : 2 * half] = pairs.swapaxes(1, 2).reshape(-1, 2 * half).copy()
+            heads[:] = heads[:, self.channel_order(layer)]
         return rows
+
+    def channel_order(self, layer: int) -> NDArray[np.int64]:
+        """The order of the channels of a head of q or k in which engines take them, see ``engine_order``.
+
+        Args:
+            layer: index of a block with attention.
+
+        Returns:
+            int64 [head_dim]: for each channel of the new order, its place in the checkpoint.
+        """
+        d, kind = self.decoder, self.decoder.rotary_kind(layer)
+        channels = np.arange(d.heads_of(layer).head_dim)
+        if kind is not None and d.family.interleaved:
+            rotated = 2 * self.rotary_at(kind, [0])[0].shape[1]
+            channels[:rotated] = channels[:rotated].reshape(-1, 2).T.reshape(-1).copy()
+        return channels
 
     def query_growth(self) -> NDArray[np.float32] | None:
         """What queries are multiplied by at each position, float32 [context], or None for nothing."""

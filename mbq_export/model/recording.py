@@ -282,6 +282,9 @@ def rounded_cache(checkpoint: Checkpoint, cached: Codes | None = None, *, shaken
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
         layer = cast(int, module.layer_idx)
         codes = [None, None] if cached is None else [checkpoint.on_device(part) for part in cached[layer]]
+        # Engines mix the channels in their own order.
+        order = checkpoint.on_device(checkpoint.channel_order(layer))
+        query, key = query[..., order], key[..., order]
         if shaken:
             noise = torch.from_numpy(np.random.default_rng(layer).standard_normal(query.shape, np.float32))
             query = query * (1 + _SHAKE * noise.to(query))
@@ -414,7 +417,7 @@ def _centred(logits: F32) -> F32:
 
 
 def local_difference(
-    expected: Recording, logits: F32, streams: Mapping[str, F32], *, limit: float, attention_limit: float
+    expected: Recording, logits: F32, streams: Mapping[str, F32], limits: Mapping[str, float]
 ) -> Difference | None:
     """The first part that computes something else from the same inputs.
 
@@ -422,15 +425,14 @@ def local_difference(
         expected: of one form, whose parts read ``streams`` (``record``'s ``given``).
         logits: float32 [last, vocab] of the other form.
         streams: of the other form, as in ``Recording``.
-        limit: largest relative error of what a part adds to the stream, and of the logits.
-        attention_limit: the same of an attention.
+        limits: largest relative error of what a part adds to the stream, by place, and of the logits ("head").
 
     Returns:
         None where all parts are the same.
     """
-    errors, others = local_errors(expected, logits, streams), _other_tokens(expected.logits, logits, limit)
+    errors, others = local_errors(expected, logits, streams), _other_tokens(expected.logits, logits, limits["head"])
     for place, error in errors.items():
-        if error > (attention_limit if place.endswith(_PARTS["attn_in"]) else limit):
+        if error > limits[place]:
             return Difference(place, error, others, of="its outputs")
     return Difference("head", errors["head"], others) if others else None
 

@@ -45,6 +45,7 @@ from ..model.recording import (
     check_prompt,
     difference,
     local_difference,
+    local_errors,
     logits_difference,
     record_sliced,
     stream_readers,
@@ -58,14 +59,12 @@ LOCAL_LIMITS = {16: 5e-4, 8: 5e-3}
 """Largest relative error of what a part of a graph computes from given inputs, by the bits of activations.
 Measurements are in docs/log.md."""
 
-CACHE_LIMIT = 3e-3
-"""The same of an attention over keys and values of 8 bits, whose queries and weights are rounded too."""
-
 LIMITS = {16: 2e-3, 8: 0.15}
 """The same of the logits of a whole model, whose parts add up their errors."""
 
 _SHAKEN_LIMIT = 1.5
-"""The limit rises by this many times what shaken queries change, with keys and values of 8 bits."""
+"""With keys and values of 8 bits, limits rise by this many times what shaken queries change: two runs of the same model
+differ, because numbers at the border of two codes get either."""
 
 KV_LIMIT = 0.15
 """Largest relative change of the logits by keys and values of 8 bits."""
@@ -156,12 +155,15 @@ def _graph_difference(work: Work, graph: Path, library: Path | None) -> Differen
         found = _run_onnx(shown, library, prompt, [*names, *(name for of in caches.values() for name in of)])
     given = dict(zip(places, (found[name] for name in names), strict=True))
     stored = {layer: (found[key], found[value]) for layer, (key, value) in caches.items()}
-    expected = _rounded_recording(work, _codes(stored, len(prompt)) if rounded else None, given=given)
-    logits = found["all_logits"]
+    codes = _codes(stored, len(prompt)) if rounded else None
+    expected, logits = _rounded_recording(work, codes, given=given), found["all_logits"]
     streams = {place: values[-len(logits) :] for place, values in given.items()}
-    limit = LOCAL_LIMITS[work.spec.activation_bits]
-    of_attention = max(limit, CACHE_LIMIT) if rounded else limit
-    differs = local_difference(expected, logits, streams, limit=limit, attention_limit=of_attention)
+    limits = dict.fromkeys([*places, "head"], LOCAL_LIMITS[work.spec.activation_bits])
+    if rounded:
+        shaken = _rounded_recording(work, codes, shaken=True, given=given)
+        for place, error in local_errors(expected, shaken.logits, shaken.streams).items():
+            limits[place] += _SHAKEN_LIMIT * error
+    differs = local_difference(expected, logits, streams, limits)
     return differs or _whole_difference(work, logits, streams, rounded=rounded)
 
 
@@ -250,7 +252,6 @@ def _tvm_difference(work: Work, manifest: Manifest) -> Difference | None:
     limit = LIMITS[work.spec.activation_bits] * looser(work.checkpoint.decoder)
     expected = _rounded_recording(work, cached)
     if cached is not None:
-        # Two runs of the same model differ, because numbers at the border of two codes get either.
         shaken = _rounded_recording(work, cached, shaken=True)
         limit += _SHAKEN_LIMIT * logits_difference(expected.logits, shaken.logits)
         _whole_difference(work, expected.logits, expected.streams, rounded=True)

@@ -86,12 +86,11 @@ def recorded_errors() -> Iterator[dict[str, float]]:
 
     compare_parts = recording.local_difference
 
-    def see_parts(expected: Any, logits: Any, streams: Any, *, limit: float, attention_limit: float) -> Any:
-        for place, error in recording.local_errors(expected, logits, streams).items():
-            of = attention_limit if place.endswith("attention") else limit
-            name = f"limit {of:g} of parts"
-            errors[name] = max(errors.get(name, 0.0), error / of)
-        return compare_parts(expected, logits, streams, limit=limit, attention_limit=attention_limit)
+    def see_parts(expected: Any, logits: Any, streams: Any, limits: Any) -> Any:
+        found = recording.local_errors(expected, logits, streams)
+        of_parts = max(error / limits[place] for place, error in found.items())
+        errors["limits of parts"] = max(errors.get("limits of parts", 0.0), of_parts)
+        return compare_parts(expected, logits, streams, limits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(written_check, "local_difference", see_parts)
