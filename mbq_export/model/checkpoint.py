@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mbq_runtime.engine.tokenizer import opening
+
 from .experts import tokens_of
 from .pieces import pieces
 from .shape import Decoder, Unit, stacked
@@ -62,9 +64,9 @@ class Checkpoint:
 
     @property
     def opening_tokens(self) -> list[int]:
-        """The tokens that the tokenizer puts before every text: [bos] or none."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+        """The tokens that the tokenizer puts before every text: often [bos], or none."""
+        full, plain = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        return opening(full, plain)
 
     def tokens(self, text: str) -> list[int]:
         """Ids of the tokens of a text, without those that the tokenizer puts around it.

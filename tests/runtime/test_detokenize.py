@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
 from tokenizers_for_tests import KINDS
 
 from mbq_runtime.engine.tokenizer import Tokenizer
@@ -109,6 +111,22 @@ def test_text_comes_soon(board: Tokenizer, original: Any) -> None:
     for count, token in enumerate(ids, 1):
         shown += stream.add(token)
         assert shown == whole(original, ids[:count])
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> $A </s>", "$A </s>", "[MASK] <s> $A", "[MASK] <s> $A </s>"])
+def test_what_stands_before_every_text(single: str, tmp_path: Path) -> None:
+    """A tokenizer may put tokens behind a text too, which no prompt gets."""
+    names = ["<s>", "</s>", "[MASK]"]
+    vocabulary = tokenizers.models.WordLevel({name: i for i, name in enumerate([*names, "a", "[UNK]"])}, "[UNK]")
+    native = tokenizers.Tokenizer(vocabulary)
+    special = [(name, i) for i, name in enumerate(names)]
+    native.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=native, bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(tmp_path)
+    before = single.partition("$A")[0].split()
+    assert Tokenizer(tmp_path).opening_tokens == [names.index(name) for name in before]
+    with_bos = [*Tokenizer(tmp_path).opening_tokens, *Tokenizer(tmp_path).encode("a")]
+    assert wrapped("a")["input_ids"][: len(with_bos)] == with_bos
 
 
 def test_half_a_character(board: Tokenizer) -> None:

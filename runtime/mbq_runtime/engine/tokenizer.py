@@ -33,6 +33,19 @@ def _byte_names() -> dict[str, bytes]:
 _BYTES = _byte_names()
 
 
+def opening(full: Sequence[int], plain: Sequence[int]) -> list[int]:
+    """The tokens that a tokenizer puts before a text.
+
+    Some also put a token behind it.  A prompt goes on, so it gets none.
+
+    Args:
+        full: the tokens of a text, with what the tokenizer adds.
+        plain: those of the text alone.
+    """
+    begins = (at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain)
+    return list(full[: next(begins, 0)])
+
+
 class Tokenizer:
     """The tokenizer and chat template of a bundle.
 
@@ -59,8 +72,7 @@ class Tokenizer:
         plain = self.encode("a")
         with _library_errors(f"{self.path}: the tokenizer fails for a letter"):
             full = self._native.encode("a", add_special_tokens=True).ids
-        opening = full[: len(full) - len(plain)]
-        return list(opening) if full[len(opening) :] == plain else []
+        return opening(full, plain)
 
     @property
     def has_chat_template(self) -> bool:
