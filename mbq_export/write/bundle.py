@@ -12,6 +12,7 @@ from mbq_runtime.bundle.facts import Budget, Linear, ModelFacts, Quality, Router
 from mbq_runtime.bundle.genai_config import genai_config
 from mbq_runtime.bundle.listed_files import FileRange, file_entries
 from mbq_runtime.bundle.slice_profile import CODE_BITS
+from mbq_runtime.trust import code
 from mbq_runtime.trust.signature import sign
 from mbq_targets.machines import Target
 from mbq_targets.spec import KernelSpec
@@ -72,6 +73,8 @@ def write_bundle(
         bundle_manifest.write(manifest, folder)
         if options.sign is not None:
             sign(folder, options.sign)
+        # What was made here runs here, also where the same bundle is pulled.
+        code.trust(manifest)
         check_bundle(work, manifest)
     return manifest
 

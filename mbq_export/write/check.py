@@ -24,12 +24,12 @@ import onnx
 from numpy.typing import NDArray
 
 from mbq_runtime.bundle.facts import by_shape
-from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.isa import problem, this_machine
 from mbq_runtime.bundle.layout import PORTABLE_LAYOUT
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 from mbq_runtime.engine.imports import engine_errors, import_engine
+from mbq_runtime.engine.private import ops_library
 from mbq_runtime.engine.session import first_pass
 from mbq_runtime.engine.threads import cores
 from mbq_targets.machines import best_for
@@ -92,7 +92,7 @@ def check_bundle(work: Work, manifest: Manifest) -> None:
     for i, engine in enumerate(manifest.engines):
         differs = None
         if engine == "onnx":
-            differs = _onnx_difference(work)
+            differs = _onnx_difference(work, manifest)
         elif engine == "tvm" and problem(work.target, this_machine()) is None:
             differs = _tvm_difference(work, manifest)
         if differs is not None:
@@ -135,8 +135,8 @@ def _whole_difference(work: Work, logits: F32, streams: Mapping[str, F32], *, ro
     return differs
 
 
-def _onnx_difference(work: Work) -> Difference | None:
-    with _runnable_graph(work) as (graph, library):
+def _onnx_difference(work: Work, manifest: Manifest) -> Difference | None:
+    with _runnable_graph(work, manifest) as (graph, library):
         return _graph_difference(work, graph, library)
 
 
@@ -176,11 +176,11 @@ def _codes(stored: Mapping[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]], to
 
 
 @contextmanager
-def _runnable_graph(work: Work) -> Iterator[tuple[Path, Path | None]]:
+def _runnable_graph(work: Work, manifest: Manifest) -> Iterator[tuple[Path, Path | None]]:
     """A graph that this machine can run, and the library of its operators, while the block runs."""
     target, here = work.target, best_for(this_machine())
     if not target.native or problem(target, this_machine()) is None:
-        yield work.folder / "model.onnx", work.folder / OPS_LIBRARY if target.native else None
+        yield work.folder / "model.onnx", ops_library(work.folder, manifest)
         return
     with tempfile.TemporaryDirectory(prefix=".check-", dir=work.folder) as scratch:
         if here.native:

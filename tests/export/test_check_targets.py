@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_models import write_checkpoint
 
+from mbq_export import export
 from mbq_export.calibrate import calibrate
 from mbq_export.calibrated import Calibrated
 from mbq_export.context import Calibration
@@ -27,9 +28,14 @@ from mbq_export.options import Options
 from mbq_export.prepare import prepare
 from mbq_export.slicing import rtn
 from mbq_export.write import bundle, check
+from mbq_runtime import BundleError, Engine
+from mbq_runtime.bundle import manifest as bundle_manifest
 from mbq_runtime.bundle.isa import Machine
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.engine.private import ops_library
 from mbq_runtime.errors import ModelError
+from mbq_runtime.trust import code
+from mbq_runtime.trust.pulled import mark_pulled
 
 pytestmark = pytest.mark.heavy
 
@@ -217,6 +223,36 @@ def test_slices_of_another_model_are_found(tmp_path: Path, monkeypatch: pytest.M
     windows = np.random.default_rng(0).integers(0, 256, (4, 128))
     with pytest.raises(ModelError, match=r"at 8 bits .* first difference is in layers\.0 MLP \("):
         calibrate(Calibration(checkpoint, Recipe(PROFILE, 64, "rtn", None, "norm", 0)), windows, windows)
+
+
+def test_another_bundle_in_the_same_place_has_libraries_of_its_own(tmp_path: Path, calibration_text: Path) -> None:
+    """The loader knows a library by its path, and keeps it as long as the process lives."""
+    model, output = write_checkpoint(tmp_path / "llama", "llama"), tmp_path / "bundle"
+    found = []
+    for group_size in (64, 32):
+        export(
+            model, ["host"], output=output, engine="both", group_size=group_size, method="rtn", router="static",
+            calib_data=str(calibration_text), calib_tokens=1024, force=True,
+        )  # fmt: skip
+        found.append([Engine.load(output, engine=name).logits([1, 2, 3], 8.0).logits for name in ("onnx", "tvm")])
+    for onnx, tvm in found:
+        np.testing.assert_allclose(onnx, tvm, atol=0.02 * np.abs(onnx).max())
+    assert np.abs(found[0][0] - found[1][0]).max() > 1e-4
+
+
+def test_what_was_exported_here_runs_here_also_when_it_was_pulled(
+    tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(code, "known_libraries", dict)
+    folder = Written(tmp_path, "llama", calibration_text).write("host")
+    manifest = bundle_manifest.read(folder)
+    mark_pulled((folder / "manifest.json").read_bytes(), "file:elsewhere")
+    assert ops_library(folder, manifest) is not None
+    (mark,) = (tmp_path / "cache" / "trusted-code").iterdir()
+    mark.unlink()
+    with pytest.raises(BundleError, match="machine code from file:elsewhere"):
+        ops_library(folder, manifest)
 
 
 def test_a_missing_stop_token_is_named(written: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mbq_runtime.bundle.file_names import OPS_LIBRARY
 from mbq_runtime.bundle.genai_config import FILE, read_settings
 from mbq_runtime.bundle.manifest import Manifest
 from mbq_runtime.bundle.onnx_file import without_absent
@@ -63,31 +62,37 @@ def check_library(path: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
-def ops_library(path: Path, manifest: Manifest) -> Path | None:
-    """A checked copy of a bundle's operator library.
+def private_library(path: Path, manifest: Manifest, name: str) -> Path:
+    """A checked copy of a bundle's library.
 
-    All engines of a bundle in this process share one copy, because its number of threads is global.  It is removed
-    when the process ends.
+    All engines of a bundle in this process share one copy, because its number of threads is global.  It is removed when
+    the process ends.  The loader knows a library by its path, so another bundle in the same place needs another path.
 
     Args:
         path: folder of the bundle.
         manifest: the bundle's manifest.
-
-    Returns:
-        Path of the copy; None for a bundle without such a library.
+        name: of the library.
 
     Raises:
         BundleError: as for ``check_library``.
         UsageError: there is no folder for the copy.
     """
-    if manifest.ops_library is None:
-        return None
-    content = check_library(path, manifest, manifest.ops_library)
+    content = check_library(path, manifest, name)
     with _lock:
-        copy = Path(_folder(hashlib.sha256(content).hexdigest(), executable=True), Path(OPS_LIBRARY).name)
+        copy = Path(_folder(hashlib.sha256(content).hexdigest(), executable=True), Path(name).name)
         if not copy.exists():
             copy.write_bytes(content)
     return copy
+
+
+def ops_library(path: Path, manifest: Manifest) -> Path | None:
+    """As ``private_library``, of the operators for ONNX Runtime; None for a bundle without them.
+
+    Args:
+        path: folder of the bundle.
+        manifest: the bundle's manifest.
+    """
+    return None if manifest.ops_library is None else private_library(path, manifest, manifest.ops_library)
 
 
 def trimmed_graph(path: Path, manifest: Manifest) -> bytes | None:

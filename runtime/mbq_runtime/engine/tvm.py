@@ -27,7 +27,7 @@ from mbq_runtime.errors import UsageError
 
 from .imports import engine_errors
 from .mapping import mapped
-from .private import check_library
+from .private import private_library
 from .tokenizer import Tokenizer
 
 _RUNTIME = "libtvm_runtime.so"
@@ -76,16 +76,16 @@ class Backend:
         self.marks = kept > 0
         self.vocab_size = manifest.model.vocab_size
         self.token_bytes, self.state_bytes = cache_bytes(manifest, settings), state_bytes(manifest, settings)
-        check_library(path, manifest, DECODER_LIBRARY)
+        library = private_library(path, manifest, DECODER_LIBRARY)
         with engine_errors(f"{path / DECODER_LIBRARY}: the engine cannot load it"):
-            machine = self.ffi.load_module(str(path / DECODER_LIBRARY))["vm_load_executable"]()
+            machine = self.ffi.load_module(str(library))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
             self.functions = {name: machine[name] for name in ("decode", "prefill", "score")}
         # The file is mapped: pages that no depth reads stay on disk.
         (entry,) = (entry for entry in manifest.files if entry.name == WEIGHTS)
         self.weights = self.share(mapped(path / WEIGHTS, entry.size))
         # mbq_set_threads is a plain C function, which TVM does not see.
-        self._library = ctypes.CDLL(str(path / DECODER_LIBRARY))
+        self._library = ctypes.CDLL(str(library))
         self.use_threads(threads)
 
     @cached_property
