@@ -224,7 +224,8 @@ def _select_routers(
     for i, name in enumerate(names):
         fitted[name] = select.fit_routers(calibration, name, stats)
         calibration.report("fitting routers", i + 1, len(names))
-    if calibration.method.brief and len(fitted) == 1:
+    # At one depth all routers choose the same.
+    if len(fitted) == 1 and (calibration.method.brief or calibration.profile.depths == 1):
         return select.Selected(names[0], fitted[names[0]], {})
     return select.select_kind(calibration, fitted, slices, original)
 

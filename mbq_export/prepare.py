@@ -179,6 +179,9 @@ def _bad_options(options: Options) -> Iterator[str]:
                 yield (
                     f"engine {engine}: it does not run on target {target.name}; use --engine onnx, or another target"
                 )
+    for profile in options.profiles:
+        if profile.depths == 1 and options.router == "mlp":
+            yield f"--router mlp: slices {profile} have one depth, so there is nothing to choose; leave it out"
     for target in options.outputs.values():
         if target.gpu and options.activation_bits != 16:
             yield (

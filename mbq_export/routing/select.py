@@ -62,6 +62,8 @@ def candidates(calibration: Calibration) -> list[str]:
     wanted = calibration.recipe.router
     if wanted != "auto":
         return [wanted]
+    if calibration.profile.depths == 1:
+        return ["static"]  # there is nothing to choose
     return [_BRIEF_KIND] if calibration.method.brief else list(kinds.ROUTERS)
 
 

@@ -9,10 +9,12 @@ import pytest
 from exporting import digests, export, kill_once, run
 from tiny_models import TINIEST, write_checkpoint
 
+import mbq_export
 from mbq_export.calibrated import FLOOR_DIVERGENCE, FLOOR_SAME_TOP, Calibrated, quality_floor, worth
 from mbq_export.format.codes import Sliced
 from mbq_export.methods import AUTO_SLICES
 from mbq_export.store import Store
+from mbq_runtime import Engine
 from mbq_runtime.bundle import manifest
 from mbq_runtime.bundle.facts import QualityPoint
 from mbq_runtime.bundle.slice_profile import SliceProfile
@@ -159,3 +161,16 @@ def test_a_store_whose_index_is_damaged_begins_again(
     assert len(caplog.messages) == 1
     assert f"{index}: field 'sha256' is " in caplog.text
     assert "needed: an object; the calibration begins again" in caplog.text
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("method", ["rtn", "nested"])
+def test_one_slice_has_nothing_to_route(method: str, calibration_text: Path, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "llama", "llama")
+    mbq_export.export(
+        model, ["portable"], output=tmp_path / "bundle", slices="8", method=method, calib_data=str(calibration_text),
+        calib_tokens=1024,
+    )  # fmt: skip
+    engine = Engine.load(tmp_path / "bundle")
+    assert (engine.manifest.slices, engine.manifest.router.kind) == ((8,), "static")
+    assert engine.logits([1, 2, 3], 8.0).avg_bits_used == 8

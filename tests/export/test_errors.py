@@ -72,6 +72,7 @@ def test_a_good_export_and_then_output_exists(model: Path, calibration_text: Pat
         (["--slices", "two"], ["two"]),
         (["--calib-tokens", "0"], ["0", "4096"]),
         (["--method", "rtn", "--tune-steps", "8"], ["--tune-steps 8", "rtn", "leave it out"]),
+        (["--slices", "8", "--router", "mlp"], ["--router mlp", "slices 8", "leave it out"]),
         (["--target", "mali-rk3588", "--activations", "8"], ["--activations 8", "mali-rk3588", "leave it out"]),
         (["--device", "warp"], ["--device warp", "usable here: cpu"]),
         (["--device", "meta"], ["--device meta", "usable here: cpu"]),
