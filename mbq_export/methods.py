@@ -31,7 +31,7 @@ class Phase:
     alone: whether only the focus gets steps.
     windows_per_step: windows of text a step, at least one for each process.
     scale_rate: Adam's learning rate for scales and offsets, in scales.  0: these and the norms stay as they are.
-    gain_rate: the same for the gains of rows at the tuned depths.
+    gain_rate: the same for the gains of rows at the first depth; at the other tuned depths it is lower.
     alike: whether the loss weighs all depths alike, whatever the size of their divergence.
     scale_decay: decay of changes to scales and offsets, for each unit of the learning rate.
     """

@@ -44,6 +44,8 @@ from ..store import Store
 from .teacher import Teacher, divergence
 
 _NORM_RATE = 3e-4
+_DEEPER_GAIN_RATE = 0.5
+"""Learning rate of the gains behind the first depth, as a share of the first one's.  Their divergence is less."""
 _BETAS = (0.9, 0.95)
 _WARM_UP_STEPS = 8
 _SMALLEST_LOSS = 1e-8
@@ -60,7 +62,7 @@ class TunedLinear(SlicedLinear):
 
     scale_change: float32 [N, groups], relative change of scales.
     offset_change: float32 [N, groups], change of offsets in scales.
-    gain_change: float32 [N, tuned depths], relative change of gains.
+    gain_changes: float32 [N, 1] for each tuned depth, relative change of its gains.
 
     Args:
         sliced: a matrix [N, K].
@@ -76,7 +78,7 @@ class TunedLinear(SlicedLinear):
         self.scale_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         self.offset_change = torch.nn.Parameter(torch.zeros_like(self._scale))
         tuned_depths = sum(bits <= tuned_bits(profile) for bits in profile.depth_bits)
-        self.gain_change = torch.nn.Parameter(torch.zeros_like(self._gain[:, :tuned_depths]))
+        self.gain_changes = torch.nn.ParameterList(torch.zeros_like(self._gain[:, :1]) for _ in range(tuned_depths))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -91,8 +93,9 @@ class TunedLinear(SlicedLinear):
     @property
     def gain(self) -> torch.Tensor:
         """float32 [N, E]: what each depth multiplies scales and offsets of a row by."""
-        tuned = self.gain_change.shape[1]
-        return torch.cat([self._gain[:, :tuned] * (1 + self.gain_change), self._gain[:, tuned:]], dim=1)
+        tuned = len(self.gain_changes)
+        changed = self._gain[:, :tuned] * (1 + torch.cat(list(self.gain_changes), dim=1))
+        return torch.cat([changed, self._gain[:, tuned:]], dim=1)
 
 
 def budget_order(profile: SliceProfile, phase: Phase) -> Iterator[float]:
@@ -158,22 +161,25 @@ def tune(
             if phase.scale_rate
         ]
         # Products of experts that are summed have no gains: a portable graph makes one product of them.
-        gains = [
-            layer.gain_change
+        with_gains = [
+            layer
             for unit in checkpoint.decoder.units()
             if phase.gain_rate and not unit.name.endswith(".experts_out")
             for layer in tuned[unit.name]
         ]
+        gains = [layer.gain_changes[0] for layer in with_gains]
+        deeper_gains = [change for layer in with_gains for change in list(layer.gain_changes)[1:]]
         for parts in tuned.values():
             for layer in parts:
                 layer.requires_grad_(False)
-        for change in (*changes, *gains):
+        for change in (*changes, *gains, *deeper_gains):
             change.requires_grad_(True)
-        parameters = [*changes, *gains, *norms]
+        parameters = [*changes, *gains, *deeper_gains, *norms]
         optimizer = torch.optim.AdamW(
             [
                 {"params": changes, "full_lr": phase.scale_rate, "weight_decay": phase.scale_decay},
                 {"params": gains, "full_lr": phase.gain_rate, "weight_decay": 0.0},
+                {"params": deeper_gains, "full_lr": phase.gain_rate * _DEEPER_GAIN_RATE, "weight_decay": 0.0},
                 {"params": norms, "full_lr": _NORM_RATE, "weight_decay": 0.0},
             ],
             betas=_BETAS,
