@@ -32,7 +32,7 @@ from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
 from .pass_costs import PassCosts
-from .prompt import Prompt, checked_ids, prompt_ids
+from .prompt import Prompt, checked_ids, prompt_ids, rendered
 from .reasoning import Marks, find_marks, follow
 from .sampling import Sampler
 from .score import (
@@ -335,15 +335,18 @@ class Engine:
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render a conversation by the bundle's chat template, ready for the reply.
 
+        A last message of the role assistant, without calls, is what the reply continues: its text comes last.
+
         Args:
             messages: each with "role" and "content", and what else the template knows.
             template_kwargs: variables of the template, such as ``enable_thinking``, ``tools`` or ``documents``.
 
         Raises:
             BundleError: the bundle has no chat template, or one that fails or takes too much time or memory.
-            UsageError: the template refuses the conversation, or has no such variable.
+            UsageError: the template refuses the conversation, or has no such variable, or the last message cannot be
+                continued.
         """
-        return self._tokenizer.chat_prompt(messages, template_kwargs)
+        return rendered(messages, self._tokenizer, template_kwargs)
 
     def generate(
         self,
@@ -372,7 +375,7 @@ class Engine:
         """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
 
         Args:
-            prompt: text, token ids, or a list of messages.
+            prompt: text, token ids, or a list of messages.  If the last one is the model's, the reply continues it.
             max_tokens: most tokens of the reply, at least 1.
             avg_bits: sets the engine's budget, as the property does; None leaves it.
             chat: put a text into the bundle's chat template, if it has one, as a user's message.

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.reading import shown
 from mbq_runtime.errors import UsageError
 
-from .template import Message
+from .reasoning import find_marks
+from .template import REASONING_FIELDS, Message
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -42,7 +43,7 @@ def prompt_ids(
         for message in prompt:
             if not isinstance(message, Mapping):
                 raise UsageError(f"the conversation has {shown(message)}, needed messages with role and content")
-        ids = tokenizer.encode(tokenizer.chat_prompt(prompt, template_kwargs))  # type: ignore[arg-type]
+        ids = tokenizer.encode(rendered(prompt, tokenizer, template_kwargs))  # type: ignore[arg-type]
     elif template_kwargs:
         names = ", ".join(template_kwargs)
         raise UsageError(f"template_kwargs {names}: no chat template renders this prompt; leave them out")
@@ -53,6 +54,49 @@ def prompt_ids(
     if not ids:
         raise UsageError("the prompt is empty; give some text, or at least one token")
     return ids
+
+
+def continued_text(messages: Sequence[Message]) -> str | None:
+    """The text that a reply continues: that of a last message of the model.  None: the reply is a new message.
+
+    Args:
+        messages: the conversation.
+    """
+    last = messages[-1] if messages else {}
+    text = last.get("content")
+    continues = last.get("role") == "assistant" and not last.get("tool_calls") and isinstance(text, str)
+    return text if continues else None
+
+
+def rendered(messages: Sequence[Message], tokenizer: Tokenizer, options: Mapping[str, Any] | None) -> str:
+    """Render a conversation, ready for the reply.  A last message of the model is what the reply continues.
+
+    Args:
+        messages: each with "role" and "content".
+        tokenizer: of the model.
+        options: variables of the template.
+
+    Raises:
+        BundleError: see ``Tokenizer.chat_prompt``.
+        UsageError: see ``Tokenizer.chat_prompt``, or the last message cannot be continued.
+    """
+    text = continued_text(messages)
+    if text is None or (options or {}).get("add_generation_prompt", True) is not True:
+        return tokenizer.chat_prompt(messages, options)
+    what = "the last message has the role assistant, so the reply would continue it"
+    if len(messages) == 1:
+        raise UsageError(f"{what}, but nothing comes before it; put a message of the role user first")
+    if any(messages[-1].get(name) for name in REASONING_FIELDS):
+        raise UsageError(f"{what}; it has reasoning, which cannot come before a begun answer: leave the reasoning out")
+    before, marks = tokenizer.chat_prompt(messages[:-1], options), find_marks(tokenizer.template.source())
+    if marks is not None and before.rstrip().endswith(marks.opens):
+        raise UsageError(
+            f"{what}, but this model begins with reasoning; turn that off (enable_thinking: false, if its chat "
+            "template has this variable), or leave the message out"
+        )
+    if marks is not None and text.rfind(marks.opens) > text.rfind(marks.closes):
+        raise UsageError(f"{what}; its text ends in reasoning: close it with {marks.closes}, or leave it out")
+    return before + text
 
 
 def checked_ids(tokens: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

@@ -37,7 +37,8 @@ _COPIES = 8
 _SOURCE_BYTES = 1 << 20
 """Most bytes of a template.  Those of published models have up to 20 thousand."""
 _EXTRA_TEMPLATES = "additional_chat_templates"
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a message that have reasoning, under the names of several templates."""
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -267,5 +268,5 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _message(message: Message) -> dict[str, Any]:
     """A message as transformers gives it to a template: without null fields, its reasoning under each known name."""
     given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[name] for name in _REASONING_FIELDS if name in given), None)
+    reasoning = next((given[name] for name in REASONING_FIELDS if name in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}

@@ -260,7 +260,9 @@ class Server:
             if (marks := engine.reasoning_marks) is not None:
                 made = replace(made, options={**made.options, "shown": [marks.opens, marks.closes]})
             if body.offered_tools():
-                tool_format = _tool_format(engine)._replace(tools=named(body.callable_tools()))
+                tool_format = _tool_format(engine, body.continued())
+            if tool_format is not None:
+                tool_format = tool_format._replace(tools=named(body.callable_tools()))
                 made = with_calls(made, body, tool_format, engine.special_id)
         job = self.worker.submit(model, made)
         return Reply(job, shape(tool_format), self.worker.cancel, stream=bool(body.stream))
@@ -318,13 +320,22 @@ def _divider(model: Model, tool_format: ToolFormat | None) -> Divider:
     return Divider(model.engine.reasoning_marks, tool_format)
 
 
-def _tool_format(engine: Engine) -> ToolFormat:
-    """How the model writes calls of tools.  Raises ApiError where nobody knows."""
+def _tool_format(engine: Engine, continued: str | None) -> ToolFormat | None:
+    """How the model writes calls of tools; None where the reply can have none.  Raises ApiError where nobody knows.
+
+    continued: text that the reply continues.
+    """
     found = find_format(engine.chat_template(tools=True))
     if found is None:
         message = f"tools: how this model writes calls is not known; known are {', '.join(FORMATS)}; leave tools out"
         raise ApiError(400, message, param="tools", code="unsupported")
-    return found
+    if continued is None:
+        return found
+    closed_at = continued.rfind(found.closes) if found.closes else -1
+    if found.opens and continued.rfind(found.opens) > closed_at:
+        message = f"the last message, of the role assistant, ends in a begun call ({found.opens}); no call is continued"
+        raise ApiError(400, message, param="messages", code="unsupported")
+    return found if found.opens else None  # without a mark, a call is the whole of a message
 
 
 def _object(data: bytes) -> dict[str, Any]:

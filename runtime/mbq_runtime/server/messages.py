@@ -34,6 +34,9 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
     chat["messages"] = [*_system(fields.take("system"))]
     for where, message in fields.objects("messages"):
         chat["messages"] += _message(message, where)
+    last = chat["messages"][-1] if chat["messages"] else {}
+    if last.get("role") == "assistant" and not last.get("tool_calls") and last["content"] != last["content"].rstrip():
+        raise refuse("messages", "the reply continues the last message, which may not end with whitespace; remove it")
     if stops := fields.take("stop_sequences"):
         chat["stop"] = stops
     if tools := fields.objects("tools"):

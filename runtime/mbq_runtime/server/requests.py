@@ -8,7 +8,7 @@ be the one that the client asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -27,6 +27,7 @@ from pydantic import (
 
 from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.engine.grammar import JSON_OBJECT, Grammar
+from mbq_runtime.engine.prompt import continued_text
 
 from .errors import ApiError
 
@@ -131,6 +132,11 @@ _TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_no_limit)]
 
 
+def _continuing_mark(message: Mapping[str, Any]) -> str | None:
+    """The field by which other servers mark the message that is to be continued."""
+    return next((name for name in ("prefix", "partial") if message.get(name)), None)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -182,8 +188,8 @@ class Message(_Strict):
             return data
         if data.get("function_call"):
             raise ValueError("function_call: it is out of date; give tool_calls")
-        if prefix := next((name for name in ("prefix", "partial") if data.get(name)), None):
-            raise ValueError(f"{prefix}: this server begins a new message, it continues none; leave {prefix} out")
+        if data.get("role") != "assistant" and (mark := _continuing_mark(data)):
+            raise ValueError(f"{mark}: only a last message of the role assistant is continued; leave {mark} out")
         if data.get("role") == "assistant" and data.get("content") is None:
             return {**data, "content": ""}
         return data
@@ -199,6 +205,37 @@ class Message(_Strict):
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
+
+
+class _Conversation(_Strict):
+    """Messages, and the fields by which clients of vLLM say whether the last one is continued.
+
+    Both fields change nothing: the role of the last message says it.  One that says otherwise is refused.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def check_end(self, messages: Sequence[Message]) -> None:
+        """Check what fields say about the last message.
+
+        Args:
+            messages: at least one.
+
+        Raises:
+            ValueError: they say something else than its role.
+        """
+        for at, message in enumerate(messages[:-1]):
+            if mark := _continuing_mark(message.model_extra or {}):
+                raise ValueError(f"messages.{at}.{mark}: only the last message is continued; leave {mark} out")
+        continues = continued_text([message.for_template() for message in messages[-1:]]) is not None
+        does = "continues a last message of the role assistant, and this one " + ("is" if continues else "is not")
+        for field, meant in (
+            ("continue_final_message", self.continue_final_message),
+            ("add_generation_prompt", None if self.add_generation_prompt is None else not self.add_generation_prompt),
+        ):
+            if meant not in (None, continues):
+                raise ValueError(f"{field}: this server {does}; leave {field} out")
 
 
 class _ToolFunction(_Strict):
@@ -335,7 +372,7 @@ class Body(_Strict):
         raise NotImplementedError
 
 
-class ChatBody(Body):
+class ChatBody(Body, _Conversation):
     """The body of /v1/chat/completions.
 
     chat_template_kwargs: variables of the chat template; reasoning_effort, enable_thinking: variables of these names.
@@ -373,6 +410,27 @@ class ChatBody(Body):
         if self.must_call and (self.response_format or self.structured_outputs):
             raise ValueError("a reply that must call a tool can have no other format; leave response_format out")
         return self
+
+    @model_validator(mode="after")
+    def _end_fits(self) -> ChatBody:
+        self.check_end(self.messages)
+        constraints = {
+            "response_format": self.response_format is not None and self.response_format.type != "text",
+            "structured_outputs": self.structured_outputs is not None,
+            "tool_choice": self.must_call,
+            "chat_template_kwargs.add_generation_prompt": "add_generation_prompt" in (self.chat_template_kwargs or {}),
+        }
+        broken = next((field for field, given in constraints.items() if given), None)
+        if broken is not None and self.continued() is not None:
+            raise ValueError(
+                f"{broken}: the reply continues the last message, of the role assistant, so {broken} cannot hold; "
+                "leave one of them out"
+            )
+        return self
+
+    def continued(self) -> str | None:
+        """The text of the last message, where the reply continues it; None where it does not."""
+        return continued_text(self.engine_prompt()[-1:])
 
     @property
     def must_call(self) -> bool:
@@ -432,7 +490,7 @@ class CompletionBody(Body):
         return self.logprobs
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(_Conversation):
     """The body of /tokenize: a text, or a conversation.
 
     content, prompt: the text, under the names of two other servers.
@@ -450,6 +508,8 @@ class TokenizeBody(_Strict):
     def _one(self) -> TokenizeBody:
         if sum(value is not None for value in (self.content, self.prompt, self.messages)) != 1:
             raise ValueError("needed one of content, prompt, messages")
+        if self.messages is not None:
+            self.check_end(self.messages)
         return self
 
 

@@ -157,8 +157,8 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
         "messages.0", "out of date",
     ),
     **{f"{field} of a message": (
-        CHAT, json.dumps({"messages": [*SAY_A, {"role": "assistant", "content": "B", field: True}]}).encode(),
-        "messages.1", "continues none",
+        CHAT, json.dumps({"messages": [{"role": "user", "content": "A", field: True}]}).encode(),
+        "messages.0", "role assistant is continued",
     ) for field in ("prefix", "partial")},
     "max_tokens -2": (CHAT, chat(max_tokens=-2), "max_tokens", "greater than or equal to 1"),
     **{f"{field} under another name": (CHAT, chat(**{field: value}), field, "not supported") for field, value in (
