@@ -80,7 +80,7 @@ def test_run_json_holds_everything_and_stdout_nothing_else(capsys: pytest.Captur
     found = json.loads(out)
     assert set(found) == {
         "text", "tokens", "tokens_per_s", "ttft_s", "avg_bits_used", "energy_j_per_token", "energy_error_j", "reason",
-        "guessed", "kept_guesses",
+        "guessed", "kept_guesses", "finish_reason",
     }  # fmt: skip
     assert found["reason"] == "fixed"
     assert found["text"] == "BCDEF"

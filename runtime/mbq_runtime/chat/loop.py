@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbq_runtime.control.energy import describe
 from mbq_runtime.control.metered_reply import MeteredReply
+from mbq_runtime.engine.generation import speed_text
 from mbq_runtime.errors import MbqError, UsageError
 
 from .conversation import Conversation
@@ -183,7 +184,7 @@ class Chat:
         status: Status = self._governor.status()
         temp_c = status.readings.temp_c
         parts = (
-            f"{stats.tokens_per_s:.1f} tokens/s",
+            speed_text(stats),
             f"{stats.avg_bits_used:.2f} bits",
             f"{temp_c:.0f} °C" if temp_c is not None else "temperature unknown",
             "set by you" if self._bounded.is_limiting else status.reason,

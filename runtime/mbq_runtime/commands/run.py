@@ -82,6 +82,7 @@ def command(
     """Answer PROMPT with BUNDLE.
 
     The reply goes to stdout token by token, and a line of figures to stderr.  If PROMPT is -, it is read from stdin.
+    A reply that was cut has a note on stderr; with --json-schema that is an error.
     """
     from mbq_runtime.engine import Engine
     from mbq_runtime.engine.reasoning import Thought, ThoughtReader, is_begun
@@ -113,16 +114,32 @@ def command(
                     click.echo(without_controls(piece) if terminal else piece, nl=False)
     if session is not None and prompt_cache is not None:
         loaded.save_session(session, prompt_cache)
+    stats = generation.stats
     if as_json:
-        click.echo(_as_json("".join(pieces), generation.stats, governor.status()))
+        click.echo(_as_json("".join(pieces), stats, governor.status()))
     else:
         click.echo()
-        _note_figures(generation.stats, governor.status())
+        _note_figures(stats, governor.status())
+    if stats.finish_reason == "length":
+        cut, remedy = _cut(stats, max_tokens, loaded.context_length)
+        if json_schema is not None:
+            raise UsageError(f"{cut}, so it is not whole JSON; {remedy}")
+        if not as_json:
+            click.echo(f"{cut}; {remedy}", err=True)
+
+
+def _cut(stats: GenerationStats, max_tokens: int, context_length: int) -> tuple[str, str]:
+    """What cut a reply, and what to do."""
+    if len(stats.tokens) >= max_tokens:
+        return f"the reply was cut after {max_tokens} tokens", "for a longer one give a higher --max-tokens"
+    filled = f"the reply was cut: with the prompt it fills the context of {context_length} tokens"
+    return filled, "a shorter prompt leaves more"
 
 
 def _as_json(text: str, stats: GenerationStats, status: Status) -> str:
     figures = {
         "text": text,
+        "finish_reason": stats.finish_reason,
         "tokens": list(stats.tokens),
         "tokens_per_s": stats.tokens_per_s,
         "ttft_s": stats.ttft_s,
@@ -138,11 +155,12 @@ def _as_json(text: str, stats: GenerationStats, status: Status) -> str:
 
 def _note_figures(stats: GenerationStats, status: Status) -> None:
     from mbq_runtime.control.energy import describe
+    from mbq_runtime.engine.generation import speed_text
 
     energy = describe(status.energy_j_per_token, status.energy_error_j)
     guesses = f", {stats.kept_guesses} of {stats.guessed} guessed tokens were right" if stats.guessed else ""
     click.echo(
-        f"{len(stats.tokens)} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_s:.2f} s, "
+        f"{len(stats.tokens)} tokens, {speed_text(stats)}, first after {stats.ttft_s:.2f} s, "
         f"{stats.avg_bits_used:.2f} bits on average, energy {energy}{guesses}",
         err=True,
     )

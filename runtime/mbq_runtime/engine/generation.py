@@ -110,7 +110,7 @@ class GenerationStats:
     prompt_bits: average bits per weight, mean over the prompt's tokens that were read.
     cached_tokens: tokens of the prompt that the session had kept, so that they were not read.
     ttft_s: seconds from the start to the first token.
-    tokens_per_s: decoding speed: passes after the first token, divided by their seconds; 0 before there is one.
+    tokens_per_s: decoding speed: passes after the first token, divided by their seconds; None before there is one.
     finish_reason: "stop" (end token or stop text), "length", "closed" (by the caller), or None while the reply runs.
     likelihoods: one for each of the tokens, where ``logprobs`` asked for them.
     guessed: tokens that were guessed and checked, see ``Engine.speculate``.
@@ -125,7 +125,7 @@ class GenerationStats:
     prompt_bits: float
     cached_tokens: int
     ttft_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     finish_reason: FinishReason | None
     likelihoods: tuple[Likelihood, ...] = ()
     guessed: int = 0
@@ -137,6 +137,15 @@ class GenerationStats:
     def avg_bits_used(self) -> float:
         """Average bits per weight, mean over the passes in ``bits``; 0 before the first."""
         return math.fsum(self.bits) / len(self.bits) if self.bits else 0.0
+
+
+def speed_text(stats: GenerationStats) -> str:
+    """The decoding speed for people.
+
+    Args:
+        stats: of the reply.
+    """
+    return "speed unknown" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.1f} tokens/s"
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class Record:
             self.prompt_bits,
             self.cached_tokens,
             self.ttft_s,
-            passes / self.decode_s if passes > 0 and self.decode_s > 0 else 0.0,
+            passes / self.decode_s if passes > 0 and self.decode_s > 0 else None,
             self.finish_reason,
             tuple(self.likelihoods),
             self.guessed,

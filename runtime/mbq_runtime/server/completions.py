@@ -260,7 +260,7 @@ class CompletionShape(_Choices):
 
 
 def usage(result: Result) -> dict[str, Any]:
-    """OpenAI's counts, average bits per weight, speed, and energy in J (null without a power sensor).
+    """OpenAI's counts, average bits, speed (null for one token) and energy in J (null without a power sensor).
 
     Args:
         result: figures of the reply.
@@ -273,6 +273,6 @@ def usage(result: Result) -> dict[str, Any]:
         "completion_tokens_details": {"reasoning_tokens": result.reasoning_tokens},
         "avg_bits": round(result.avg_bits, 3),
         "energy_j": None if result.energy_j is None else round(result.energy_j, 3),
-        "tokens_per_s": round(result.tokens_per_s, 2),
+        "tokens_per_s": None if result.tokens_per_s is None else round(result.tokens_per_s, 2),
         "ttft_s": round(result.ttft_s, 4),
     }

@@ -58,7 +58,7 @@ class Result:
         avg_bits: average bits per weight of its tokens.
         cached_tokens: tokens of the prompt that were kept from an earlier reply.
         reasoning_tokens: tokens of all replies that are reasoning.
-        tokens_per_s: decode speed.
+        tokens_per_s: decode speed, mean of the replies; None where no reply has a second token.
         ttft_s: time to the first token, in s.
         energy_j: energy in J; None without a power sensor.
     """
@@ -70,7 +70,7 @@ class Result:
     avg_bits: float
     cached_tokens: int
     reasoning_tokens: int
-    tokens_per_s: float
+    tokens_per_s: float | None
     ttft_s: float
     energy_j: float | None
 
@@ -376,7 +376,7 @@ class Worker:
 def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Result:
     """The figures of all replies to one prompt."""
     first, bits = replies[0], [bits for stats in replies for bits in stats.bits]
-    speeds = [stats.tokens_per_s for stats in replies]
+    speeds = [stats.tokens_per_s for stats in replies if stats.tokens_per_s is not None]
     return Result(
         tuple(stats.finish_reason or "length" for stats in replies),
         tuple(stats.stop_text for stats in replies),
@@ -385,7 +385,7 @@ def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Resul
         math.fsum(bits) / len(bits) if bits else 0.0,
         first.cached_tokens,
         sum(stats.reasoning_tokens for stats in replies),
-        math.fsum(speeds) / len(speeds),
+        math.fsum(speeds) / len(speeds) if speeds else None,
         first.ttft_s,
         energy_j,
     )
