@@ -17,6 +17,7 @@ import click
 
 from mbq_runtime import plotting, tables
 from mbq_runtime.errors import MbqError, UsageError
+from mbq_runtime.streams import replace_closed
 
 from .compare.command import command as compare
 from .export import export
@@ -419,6 +420,7 @@ def main() -> None:
     An error is printed as one line and its exit code is returned; 128 and the signal's number when a signal ended it.
     With ``-v`` the log has the trace of an error.
     """
+    replace_closed()
     came = _catch_signals()
     try:
         command(standalone_mode=False)

@@ -12,6 +12,7 @@ import click
 
 from .errors import MbqError
 from .printable import printable
+from .streams import replace_closed
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or that of the error.
     """
+    replace_closed()
     try:
         result = cli.main(args=args, prog_name="mbq", standalone_mode=False)
     except MbqError as error:
