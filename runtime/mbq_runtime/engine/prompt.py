@@ -14,7 +14,7 @@ from mbq_runtime.errors import UsageError
 
 from .reasoning import find_marks
 from .template import REASONING_FIELDS, Message
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, refuse_half_characters
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation such as [{"role": "user", "content": "Hello"}]."""
@@ -78,8 +78,12 @@ def rendered(messages: Sequence[Message], tokenizer: Tokenizer, options: Mapping
 
     Raises:
         BundleError: see ``Tokenizer.chat_prompt``.
-        UsageError: see ``Tokenizer.chat_prompt``, or the last message cannot be continued.
+        UsageError: see ``Tokenizer.chat_prompt``, or the last message cannot be continued, or a text has half a
+            character.
     """
+    for message in messages:
+        if isinstance(message.get("content"), str):  # a position in the rendered text tells nobody where to look
+            refuse_half_characters(message["content"], f"the {message.get('role')}'s text")
     text = continued_text(messages)
     if text is None or (options or {}).get("add_generation_prompt", True) is not True:
         return tokenizer.chat_prompt(messages, options)

@@ -6,6 +6,7 @@ The library is that of Hugging Face, which also reads the tokenizer at the expor
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,7 @@ from mbq_runtime.errors import BundleError, UsageError
 from .template import ChatTemplate, Message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_UNDECODED = range(0xDC80, 0xDD00)  # what Python makes of a byte that it cannot decode
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not yet a character
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in vocabularies with byte fallback
@@ -44,6 +46,25 @@ def opening(full: Sequence[int], plain: Sequence[int]) -> list[int]:
     """
     begins = (at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain)
     return list(full[: next(begins, 0)])
+
+def refuse_half_characters(text: str, what: str = "text") -> None:
+    """Refuse a text that UTF-8 cannot express.
+
+    Args:
+        text: any text.
+        what: names it in the message.
+
+    Raises:
+        UsageError: the text has half a character.
+    """
+    half = _SURROGATE.search(text)
+    if half is None:
+        return
+    code, remedy = ord(half[0]), "remove it"
+    if code in _UNDECODED and (locale := sys.getfilesystemencoding()) != "utf-8":
+        # Python gives bytes of arguments that the locale does not have as half characters.
+        remedy = f"the locale has the encoding {locale}: set PYTHONUTF8=1, or a UTF-8 locale"
+    raise UsageError(f"{what} has U+{code:04X}, half a character, at position {half.start()}; {remedy}")
 
 
 class Tokenizer:
@@ -88,9 +109,7 @@ class Tokenizer:
         Raises:
             UsageError: the text has half a character, which UTF-8 cannot express.
         """
-        if half := _SURROGATE.search(text):
-            code = ord(half[0])
-            raise UsageError(f"text has U+{code:04X}, half a character, at position {half.start()}; remove it")
+        refuse_half_characters(text)
         with _library_errors(f"{self.path}: the tokenizer fails for this text"):
             return list(self._native.encode(text, add_special_tokens=False).ids)
 
