@@ -110,7 +110,8 @@ def test_events_that_cannot_be_written(capsys: pytest.CaptureFixture[str], bundl
     events = tmp_path / "missing/events.jsonl"
     code, out, err = run(capsys, "run", bundle, "A", "--threads", 1, "--events", events)
     assert (code, out) == (2, "")
-    assert err == f"mbq: error: {events}: cannot be written (No such file or directory); choose another file\n"
+    assert err == f"mbq: error: {events}: the folder {events.parent} does not exist; make it, or choose another file\n"
+    assert not events.parent.exists()
 
 
 def test_run_reads_the_prompt_from_stdin(bundle: Path, mbq: Mbq) -> None:

@@ -64,7 +64,7 @@ class JsonLines:
     A full or missing disk does not stop a reply: the first failure is logged, and nothing more is written.
 
     Args:
-        path: the file; it is created when it does not exist.
+        path: the file; it is created when it does not exist, in a folder that does.
 
     Raises:
         UsageError: the file cannot be opened.
@@ -72,6 +72,9 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            folder = self.path.parent
+            raise UsageError(f"{self.path}: the folder {folder} does not exist; make it, or choose another file")
         try:
             self._file: Any = self.path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
