@@ -193,7 +193,7 @@ def command(
     from .prepare import prepare
 
     with processes.connected():
-        prepared = prepare(asked)
+        prepared = prepare(asked, dry_run=dry_run)
         first = processes.index() == 0
         if first and not as_json:
             _show_plan(prepared)
@@ -274,7 +274,12 @@ def _plan_document(prepared: Prepared) -> dict[str, Any]:
         "peak_memory_bytes": plan.peak_memory_bytes,
         "work_bytes": plan.work_bytes,
         "outputs": [
-            {"output": str(output), "target": target.name, "disk_bytes": prepared.plans[output].disk_bytes}
+            {
+                "output": str(output),
+                "target": target.name,
+                "disk_bytes": prepared.plans[output].disk_bytes,
+                "exists": output.exists(),
+            }
             for output, target in prepared.options.outputs.items()
         ],
     }
@@ -317,6 +322,8 @@ def _plan_lines(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for output, target in outputs.items():
         size_mb = prepared.plans[output].disk_bytes >> 20
         yield "Output", f"{output}, about {size_mb} MB, for {target.name}: {target.description}"
+        if output.exists() and not prepared.options.force:
+            yield "", "it exists: the export needs --force to replace it, or another --output"
     engines = (engine for target in outputs.values() for engine in target.engines(prepared.options.engines))
     yield "Engines", ", ".join(dict.fromkeys(engines))
 

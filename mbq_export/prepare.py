@@ -58,11 +58,12 @@ class Prepared:
         return next(iter(self.plans.values()))
 
 
-def prepare(options: Options) -> Prepared:
+def prepare(options: Options, *, dry_run: bool = False) -> Prepared:
     """Plan an export.
 
     Args:
         options: what was asked for.
+        dry_run: whether nothing will be written, so that a bundle may be where the output would go.
 
     Raises:
         UsageError: an option does not fit the model, the targets or this machine.
@@ -86,7 +87,7 @@ def prepare(options: Options) -> Prepared:
     device = devices.choose(options.device, next(iter(plans.values())).peak_memory_bytes)
     if device == devices.CPU and source.gguf is None:
         plans = {output: replace(plan, in_memory=False) for output, plan in plans.items()}
-    found = problems(plans, options, device)
+    found = problems(plans, replace(options, force=options.force or dry_run), device)
     if found:
         raise UsageError("; ".join(found))
     log.info("%s: groups of %d, calibrated on %s", source.name, group_size, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_unknown_values_are_refused_in_one_line(arguments: dict[str, object], sa
         export("nowhere", **arguments)  # type: ignore[arg-type]
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_where_there_is_a_bundle(
+    model: Path, calibration_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, other = tmp_path / "there", tmp_path / "other"
+    there.mkdir()
+    (there / "manifest.json").write_text("{}")
+    asked = ["--target", "portable", "--model", str(model), "--calib-data", str(calibration_text)]
+    for output, more, exists in ((there, [], True), (there, ["--force"], True), (other, [], False)):
+        arguments = [*asked, "--output", str(output), "--dry-run", *more]
+        command(arguments, standalone_mode=False)
+        said = capsys.readouterr().out
+        assert ("it exists: the export needs --force" in said) == (exists and not more)
+        command([*arguments, "--json"], standalone_mode=False)
+        (found,) = json.loads(capsys.readouterr().out)["outputs"]
+        assert found["exists"] is exists
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "manifest.json"]
+    assert (there / "manifest.json").read_text() == "{}"
+    with pytest.raises(UsageError, match="--force to replace it"):
+        command([*asked, "--output", str(there)], standalone_mode=False)
 
 
 def test_every_router_can_be_asked_for() -> None:
