@@ -133,7 +133,8 @@ def _list_targets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option(
     "--calib-data",
     metavar="DATA",
-    help="A UTF-8 text, a .jsonl of chats, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]].  [default: Wikipedia, packaged]",
+    help="A UTF-8 text, a .jsonl of chats, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]].  "
+    "[default: Wikipedia, code, and replies of the model]",
 )
 @click.option(
     "--calib-tokens",
