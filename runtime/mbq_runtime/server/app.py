@@ -225,7 +225,7 @@ class Server:
     async def _count(self, request: Request) -> Response:
         body = _chat_body(messages.as_chat(_object(await self._read(request))))
         engine = self._model(body.model).engine
-        tokens = await _tokens(engine, body.engine_prompt(), template_kwargs=body.template_kwargs())
+        tokens = await _tokens(engine, body.conversation(), template_kwargs=body.template_kwargs())
         return JSONResponse({"input_tokens": len(tokens)})
 
     async def _tokenize(self, request: Request) -> Response:

@@ -32,6 +32,7 @@ from mbq_runtime.engine.prompt import continued_text
 from .errors import ApiError
 
 _INT32 = 2**31  # limit of the engine's whole numbers
+_MOST_PROMPTS = 256  # of one request
 MOST_SEEDS = _INT32
 """Seeds of the engine are below it.  Those of the API have 64 bits."""
 
@@ -117,14 +118,18 @@ def _no_limit(value: Any) -> Any:
     return _INT32 - 1 if value == -1 else value
 
 
-def _one_prompt(value: Any) -> str | list[int]:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(type(i) is int and 0 <= i < _INT32 for i in value):
-        return value
-    raise ValueError("needed one text or one list of token ids")
+def _prompts(value: Any) -> list[str | list[int]]:
+    several = isinstance(value, list) and len(value) > 0 and isinstance(value[0], str | list)
+    prompts: list[Any] = value if several else [value]
+    if len(prompts) > _MOST_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts: at most {_MOST_PROMPTS} in one request")
+    if not (all(isinstance(one, str) for one in prompts) or all(_are_ids(one) for one in prompts)):
+        raise ValueError("needed one text or one list of token ids, or a list of texts or of such lists")
+    return prompts
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < _INT32 for i in value)
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -345,8 +350,8 @@ class Body(_Strict):
     min_bits: float | None = None
     max_bits: float | None = None
 
-    def engine_prompt(self) -> str | list[int] | list[dict[str, Any]]:
-        """The prompt for ``Engine.generate``."""
+    def engine_prompts(self) -> Sequence[str | list[int] | list[dict[str, Any]]]:
+        """The prompts for ``Engine.generate``."""
         raise NotImplementedError
 
     def template_kwargs(self) -> dict[str, Any]:
@@ -430,7 +435,7 @@ class ChatBody(Body, _Conversation):
 
     def continued(self) -> str | None:
         """The text of the last message, where the reply continues it; None where it does not."""
-        return continued_text(self.engine_prompt()[-1:])
+        return continued_text(self.conversation()[-1:])
 
     @property
     def must_call(self) -> bool:
@@ -452,8 +457,12 @@ class ChatBody(Body, _Conversation):
         tools = self.tools or () if self.tool_choice != "none" else ()
         return next((f"tools.{at}.function.strict" for at, tool in enumerate(tools) if tool.function.strict), None)
 
-    def engine_prompt(self) -> list[dict[str, Any]]:
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as templates read them."""
         return [message.for_template() for message in self.messages]
+
+    def engine_prompts(self) -> Sequence[list[dict[str, Any]]]:
+        return [self.conversation()]
 
     def template_kwargs(self) -> dict[str, Any]:
         named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
@@ -474,16 +483,25 @@ class ChatBody(Body, _Conversation):
 class CompletionBody(Body):
     """The body of /v1/completions.
 
+    prompt: one text, one list of ids, or several of one of them; each gets ``n`` replies.
     echo: whether the reply begins with the prompt.
+    max_tokens: 0 gives the prompt alone, with ``echo``.
     """
 
     DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16  # the default of the API
 
-    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    max_tokens: Annotated[int | None, Field(ge=0), BeforeValidator(_no_limit)] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def engine_prompt(self) -> str | list[int]:
+    @model_validator(mode="after")
+    def _gives_something(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0: needs echo: true, or the reply has nothing")
+        return self
+
+    def engine_prompts(self) -> Sequence[str | list[int]]:
         return self.prompt
 
     def likelihoods(self) -> int | None:
@@ -525,17 +543,17 @@ class Order:
     """A request in the terms of the engine.
 
     Args:
-        prompt: the prompt for ``Engine.prompt_tokens``.
+        prompts: each prompt for ``Engine.prompt_tokens``.
         rendering: its other arguments.
-        options: the arguments of ``Engine.generate``, without the prompt and the budget.
-        replies: number of replies to the prompt.
+        options: the arguments of ``Engine.generate``, without the prompt and the budget.  ``max_tokens`` 0: no reply.
+        replies: number of replies to each prompt.
         floor_bits: lowest budget of the request, in average bits per weight; None: no floor.
         ceiling_bits: highest budget of the request; the same as ``floor_bits`` for a fixed budget; None: no ceiling.
         echo: whether the prompt comes before each reply.
         grammar_field: field of the request that the grammar comes from.
     """
 
-    prompt: str | list[int] | list[dict[str, Any]]
+    prompts: Sequence[str | list[int] | list[dict[str, Any]]]
     rendering: Mapping[str, Any]
     options: Mapping[str, Any]
     replies: int = 1
@@ -583,7 +601,8 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         ApiError: the bits are outside the budget.
     """
     floor, ceiling = _bounds(body, budget)
-    max_tokens = body.token_limit() or body.DEFAULT_MAX_TOKENS or context_length
+    limit = body.token_limit()
+    max_tokens = (body.DEFAULT_MAX_TOKENS or context_length) if limit is None else limit
     options = {
         "max_tokens": min(max_tokens, context_length),
         "temperature": 0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
@@ -603,7 +622,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     field = "response_format" if body.structured_outputs is None else "structured_outputs"
-    return Order(body.engine_prompt(), rendering, options, body.n or 1, floor, ceiling, echo, field)
+    return Order(body.engine_prompts(), rendering, options, body.n or 1, floor, ceiling, echo, field)
 
 
 def _bounds(body: Body, budget: Budget) -> tuple[float | None, float | None]:

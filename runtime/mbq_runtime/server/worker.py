@@ -11,12 +11,14 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from mbq_runtime.control.metered_reply import MeteredReply
+from mbq_runtime.engine.generation import FinishReason, GenerationStats
 from mbq_runtime.engine.reasoning import is_begun
 from mbq_runtime.errors import GrammarError, MbqError, PromptTooLongError
 
@@ -26,7 +28,7 @@ from .models import Model, Models
 from .requests import MOST_SEEDS, Order
 
 if TYPE_CHECKING:
-    from mbq_runtime.engine import Generation, GenerationStats, KeptContext, Likelihood
+    from mbq_runtime.engine import Engine, Generation, KeptContext, Likelihood
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +50,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of a complete answer, which has one reply or several.
+    """Figures of a complete answer, which has one reply or several, to one prompt or several.
 
     Args:
         finish_reasons: why each reply ended: "stop" or "length".
         stop_texts: the stop text that ended each reply, or None.
-        prompt_tokens: number of tokens of the prompt.
+        prompt_tokens: number of tokens of all prompts.
         completion_tokens: number of tokens of all replies.
         avg_bits: average bits per weight of its tokens.
-        cached_tokens: tokens of the prompt that were kept from an earlier reply.
+        cached_tokens: tokens of the prompts that were kept from an earlier reply.
         reasoning_tokens: tokens of all replies that are reasoning.
         tokens_per_s: decode speed, mean of the replies; None where no reply has a second token.
         ttft_s: time to the first token, in s.
@@ -309,13 +311,16 @@ class Worker:
         energy_j: float | None = 0.0
         self._models.use(job.model)
         with self._models.bounded.within_bounds(order.floor_bits, order.ceiling_bits):
-            for index in range(order.replies):
-                metered, stats = self._reply(job, index)
+            prompts = self._prompts(job)
+            for index in range(len(prompts) * order.replies):
+                if index % order.replies == 0:  # the other replies to a prompt find it read
+                    self._open(job, prompts[index // order.replies])
+                stats, spent_j = self._reply(job, index) if order.options["max_tokens"] else self._no_reply(job, index)
                 done.append(stats)
-                energy_j = None if energy_j is None or metered.energy_j is None else energy_j + metered.energy_j
+                energy_j = None if energy_j is None or spent_j is None else energy_j + spent_j
                 if stats.finish_reason == "closed":
                     break
-        result = _result(done, energy_j)
+        result = _result(done, energy_j, order.replies)
         self.prompt_tokens += result.prompt_tokens
         self.cached_tokens += result.cached_tokens
         self.on_result(result)
@@ -323,24 +328,38 @@ class Worker:
             raise _stopping()
         return result
 
-    def _reply(self, job: Job, index: int) -> tuple[MeteredReply, GenerationStats]:
-        """Make one reply.  index: its number, from 0; the replies after the first find the prompt read."""
-        order, engine, seed = job.order, job.model.engine, job.order.options["seed"]
-        try:
-            prompt = engine.prompt_tokens(order.prompt, **order.rendering) if index == 0 else job.prompt
-            if index == 0:
-                job.prompt, job.session = prompt, self.contexts.take(engine, prompt)
-                if job.session is None and order.replies > 1:
-                    job.session = engine.session()
-            options = {**order.options, "seed": None if seed is None else (seed + index) % MOST_SEEDS}
-            reply = engine.generate(prompt, session=job.session, **options)
-        except PromptTooLongError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded") from None
-        except GrammarError:
-            raise
-        except MbqError as error:  # from the tokenizer or the template, or the prompt is too long
-            message = str(error).removeprefix(f"{engine.path}: ")
-            raise ApiError(400, message, code="invalid_prompt") from None
+    def _prompts(self, job: Job) -> list[list[int]]:
+        """The ids of all prompts.  One that is refused refuses the request, before any reply."""
+        engine, found = job.model.engine, []
+        for at, prompt in enumerate(job.order.prompts):
+            with _refusals(engine, f"prompt {at}: " if len(job.order.prompts) > 1 else ""):
+                found.append(engine.prompt_tokens(prompt, **job.order.rendering))
+        return found
+
+    def _open(self, job: Job, prompt: list[int]) -> None:
+        """Begin with a prompt.  Its replies share a context."""
+        engine, order = job.model.engine, job.order
+        job.prompt = prompt
+        if not order.options["max_tokens"]:
+            return
+        job.session = self.contexts.take(engine, prompt)
+        if job.session is None and order.replies > 1:
+            job.session = engine.session()
+
+    def _no_reply(self, job: Job, index: int) -> tuple[GenerationStats, float | None]:
+        """The prompt alone, with its likelihoods where they were asked for."""
+        job.begin()
+        job.put(self._echo(job, index))
+        reason: FinishReason = "closed" if job.cancelled else "length"
+        return GenerationStats(len(job.prompt), (), (), 0.0, 0, 0.0, None, reason), None
+
+    def _reply(self, job: Job, index: int) -> tuple[GenerationStats, float | None]:
+        """Make one reply.  index: its number among the replies to all prompts.  Returns its figures and energy in J."""
+        order, engine, seed, prompt = job.order, job.model.engine, job.order.options["seed"], job.prompt
+        if seed is not None:
+            seed = (seed + index % order.replies) % MOST_SEEDS
+        with _refusals(engine):
+            reply = engine.generate(prompt, session=job.session, **{**order.options, "seed": seed})
         with self._changed:
             job.reply = reply
             if job.cancelled:
@@ -363,30 +382,44 @@ class Worker:
         self.kept_guesses += stats.kept_guesses
         if told < len(stats.likelihoods):  # tokens after the last text
             job.put(Part(index, "", stats.likelihoods[told:]))
-        return metered, stats
+        return stats, metered.energy_j
 
     def _echo(self, job: Job, index: int) -> Part:
         """The prompt as a part of a reply."""
         count, engine = job.order.options["logprobs"], job.model.engine
         likelihoods = [] if count is None else engine.likelihoods(job.prompt, engine.avg_bits, count)
-        given = job.order.prompt
+        given = job.order.prompts[index // job.order.replies]
         return Part(index, given if isinstance(given, str) else engine.decode(job.prompt), tuple(likelihoods))
 
 
-def _result(replies: Sequence[GenerationStats], energy_j: float | None) -> Result:
-    """The figures of all replies to one prompt."""
-    first, bits = replies[0], [bits for stats in replies for bits in stats.bits]
+@contextmanager
+def _refusals(engine: Engine, where: str = "") -> Iterator[None]:
+    """What an engine refuses, as the error of a request.  where: the start of its message."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise ApiError(400, f"{where}{error}", code="context_length_exceeded") from None
+    except GrammarError:
+        raise
+    except MbqError as error:  # from the tokenizer or the template
+        message = str(error).removeprefix(f"{engine.path}: ")
+        raise ApiError(400, where + message, code="invalid_prompt") from None
+
+
+def _result(replies: Sequence[GenerationStats], energy_j: float | None, each: int) -> Result:
+    """The figures of all replies.  each: replies to one prompt."""
+    firsts, bits = replies[::each], [bits for stats in replies for bits in stats.bits]
     speeds = [stats.tokens_per_s for stats in replies if stats.tokens_per_s is not None]
     return Result(
         tuple(stats.finish_reason or "length" for stats in replies),
         tuple(stats.stop_text for stats in replies),
-        first.prompt_tokens,
+        sum(stats.prompt_tokens for stats in firsts),
         sum(len(stats.tokens) for stats in replies),
         math.fsum(bits) / len(bits) if bits else 0.0,
-        first.cached_tokens,
+        sum(stats.cached_tokens for stats in firsts),
         sum(stats.reasoning_tokens for stats in replies),
         math.fsum(speeds) / len(speeds) if speeds else None,
-        first.ttft_s,
+        firsts[0].ttft_s,
         energy_j,
     )
 

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[str, bytes, str | None, str]] = {
     "too long": (CHAT, message("A" * 500), None, "tokens long"),
     "no prompt": (COMPLETIONS, b"{}", "prompt", "required"),
     "empty prompt": (COMPLETIONS, completion(prompt=""), None, "the prompt is empty"),
-    "two prompts": (COMPLETIONS, completion(prompt=["A", "B"]), "prompt", "one text"),
+    "a text and a list": (COMPLETIONS, completion(prompt=["A", [5]]), "prompt", "one text"),
     "prompt is a number": (COMPLETIONS, completion(prompt=7), "prompt", "one text"),
     "prompt of booleans": (COMPLETIONS, completion(prompt=[True]), "prompt", "one list of token ids"),
     "no tokens": (COMPLETIONS, completion(prompt=[]), "prompt", "one list of token ids"),
