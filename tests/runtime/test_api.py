@@ -111,7 +111,7 @@ def test_signatures() -> None:
         "self", "prompt", "max_tokens", "avg_bits", "chat", "temperature", "top_k", "top_p", "seed", "stop",
         "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "grammar",
         "shown",
-        "template_kwargs", "reasoning_budget", "session",
+        "template_kwargs", "reasoning_budget", "session", "continues",
     ]  # fmt: skip
     load = inspect.signature(Engine.load).parameters
     assert list(load) == ["path", "threads", "avg_bits", "context", "engine"]

@@ -85,6 +85,22 @@ def test_chosen_texts(board: Tokenizer, original: Any, text: str) -> None:
     assert streamed(board, ids) == whole(original, ids)
 
 
+def test_a_text_that_is_continued(board: Tokenizer, original: Any) -> None:
+    """The text before and the continuation are the text of all tokens: no space between them is lost."""
+    rng = random.Random(1)
+    texts = [*CASES, "The sea is blue", "  two  spaces", *(any_text(rng) for _ in range(100))]
+    for text in texts:
+        ids = board.encode(text)
+        for cut in range(1, len(ids) + 1):
+            before, after = ids[:cut], ids[cut:]
+            begun = whole(original, before)
+            if begun.endswith("\N{REPLACEMENT CHARACTER}") or not whole(original, ids).startswith(begun):
+                continue  # a character is cut in two
+            stream = board.stream(after=before)
+            continued = "".join([stream.add(token) for token in after]) + stream.rest()
+            assert begun + continued == whole(original, ids), (text, cut)
+
+
 def test_any_text(board: Tokenizer, original: Any) -> None:
     rng = random.Random(0)
     for _ in range(300):

@@ -49,6 +49,29 @@ def test_reply_to_a_chat_prompt(engine: Engine) -> None:
     assert stats.tokens_per_s > 0
 
 
+def test_what_the_reply_continues(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then is the text before it known to the decoder, which may remove a space before a first word."""
+    seen: list[list[int]] = []
+    stream = engine._tokenizer.stream
+
+    def spied(shown: object = (), after: object = ()) -> object:
+        seen.append(list(after))  # type: ignore[call-overload]
+        return stream()
+
+    monkeypatch.setattr(engine._tokenizer, "stream", spied)
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "AB"}]
+    for prompt, options, continues in (
+        ("xA", {"chat": False}, True),
+        ("xA", {}, False),
+        (said, {}, True),
+        (said[:1], {}, False),
+        (ids("xA"), {}, False),
+        (ids("xA"), {"continues": True}, True),
+    ):
+        engine.generate(prompt, **options).close()  # type: ignore[arg-type]
+        assert bool(seen.pop()) is continues, prompt
+
+
 def test_chat_prompt_is_the_template(engine: Engine) -> None:
     text = engine.chat_prompt([{"role": "user", "content": 'say "ö"'}])
     assert text == '<|im_start|>user\nsay "ö"<|im_end|>\n<|im_start|>assistant\n'

@@ -101,7 +101,7 @@ def command(
         generation = loaded.generate(
             tokens, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             min_p=min_p, repetition_penalty=repetition_penalty, grammar=grammar,
-            reasoning_budget=reasoning_budget, session=session,
+            reasoning_budget=reasoning_budget, session=session, continues=raw or not loaded.has_chat_template,
         )  # fmt: skip
         pieces = []
         with generation:

@@ -32,7 +32,7 @@ from .imports import engine_errors
 from .kept_context import KeptContext
 from .load import open_bundle
 from .pass_costs import PassCosts
-from .prompt import Prompt, checked_ids, prompt_ids, rendered
+from .prompt import Prompt, checked_ids, ends_in_text, prompt_ids, rendered
 from .reasoning import Marks, find_marks, follow
 from .sampling import Sampler
 from .score import (
@@ -371,6 +371,7 @@ class Engine:
         template_kwargs: Mapping[str, Any] | None = None,
         reasoning_budget: int | None = None,
         session: KeptContext | None = None,
+        continues: bool | None = None,
     ) -> Generation:
         """Start a reply.  It ends at ``max_tokens``, an end token, a stop text or the end of the context.
 
@@ -396,6 +397,8 @@ class Engine:
             reasoning_budget: most tokens of reasoning, after which it is ended; None for no limit.  A model that has
                 none ignores it.
             session: made by ``session``; of the prompt, only what it does not keep is read.
+            continues: whether the reply is more of the prompt's text, so that a space between them is part of it; None:
+                for a text without a template, and for a last message of the model.
 
         Returns:
             An iterator over the text of the reply.  Nothing runs until its first piece is asked for.
@@ -417,10 +420,13 @@ class Engine:
         reasoning = follow(ids, reasoning_budget, self.reasoning_marks, self._tokenizer, self.path)
         if avg_bits is not None:
             self.avg_bits = avg_bits
+        if continues is None:
+            continues = ends_in_text(prompt, templated=chat and self.has_chat_template)
         tokens = np.asarray(ids, np.int32)
         sampler = Sampler(sampling, tokens, matcher, self.path, reasoning)
         length = min(self._context, len(ids) + max_tokens)
-        decoding = Decoding(tokens, length, self._chunk, self._eos, sampler, self._tokenizer.stream(shown))
+        stream = self._tokenizer.stream(shown, after=ids if continues else ())
+        decoding = Decoding(tokens, length, self._chunk, self._eos, sampler, stream)
         return Generation(lambda record: self._steps(decoding, session, record), len(ids), stops, self._tell)
 
     @cached_property

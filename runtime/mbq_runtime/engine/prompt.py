@@ -68,6 +68,18 @@ def continued_text(messages: Sequence[Message]) -> str | None:
     return text if continues else None
 
 
+def ends_in_text(prompt: Prompt, *, templated: bool) -> bool:
+    """Whether a prompt ends in text that the reply continues: a space between them is part of the reply.
+
+    Args:
+        prompt: see ``Engine.generate``.
+        templated: whether a text is put into the chat template.
+    """
+    if isinstance(prompt, str):
+        return not templated
+    return len(prompt) > 0 and isinstance(prompt[-1], Mapping) and bool(continued_text([prompt[-1]]))
+
+
 def rendered(messages: Sequence[Message], tokenizer: Tokenizer, options: Mapping[str, Any] | None) -> str:
     """Render a conversation, ready for the reply.  A last message of the model is what the reply continues.
 

@@ -21,6 +21,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNDECODED = range(0xDC80, 0xDD00)  # what Python makes of a byte that it cannot decode
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not yet a character
 
+_LOOKS_BACK = 8  # tokens
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in vocabularies with byte fallback
 
 
@@ -46,6 +48,7 @@ def opening(full: Sequence[int], plain: Sequence[int]) -> list[int]:
     """
     begins = (at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain)
     return list(full[: next(begins, 0)])
+
 
 def refuse_half_characters(text: str, what: str = "text") -> None:
     """Refuse a text that UTF-8 cannot express.
@@ -159,16 +162,31 @@ class Tokenizer:
         token: int | None = self._native.token_to_id(text)
         return token if token in self._special else None
 
-    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+    def stream(self, shown: Sequence[str] = (), after: Sequence[int] = ()) -> TextStream:
         """The text of a reply, token by token.
 
         Args:
             shown: special tokens whose text is part of it.
+            after: ids of the text that the reply continues.  Many decoders remove the space before a first word.
         """
         ids = {self.special_id(text): text for text in shown}
         return TextStream(
-            self._native, self._special, self._bytes, {token: text for token, text in ids.items() if token is not None}
-        )
+            self._native, self._special, self._bytes, {token: text for token, text in ids.items() if token is not None},
+            self._last_text(after),
+        )  # fmt: skip
+
+    def _last_text(self, tokens: Sequence[int]) -> list[int]:
+        """The last tokens of a text, as far as a decoder needs them.  They begin with a whole character or word."""
+        start = len(tokens)
+        while start:
+            start -= 1
+            if (
+                len(tokens) - start >= _LOOKS_BACK
+                and tokens[start] not in self._bytes
+                and tokens[start] not in self._special
+            ):
+                break
+        return list(tokens[start:])
 
 
 class TextStream:
@@ -182,16 +200,25 @@ class TextStream:
         special: ids that have no text.
         bytes: ids of tokens that stand for one byte, in vocabularies with byte fallback.
         shown: text of those special tokens that have text all the same.
+        after: ids of the end of the text that the reply continues.
     """
 
     def __init__(
-        self, native: Any, special: frozenset[int], bytes: frozenset[int], shown: Mapping[int, str] | None = None
-    ) -> None:
+        self, native: Any, special: frozenset[int], bytes: frozenset[int], shown: Mapping[int, str] | None = None,
+        after: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self._native, self._special, self._bytes, self._shown = native, special, bytes, shown or {}
         # Decoders look at the tokens before: the last ones that gave text stay in the window.
         self._window: list[int] = []
         self._given = 0  # tokens of the window whose text is given
         self._given_text = ""
+        if after:
+            self._window = list(after)
+            text = self._decode()
+            if text.endswith(_INCOMPLETE):  # nothing tells where its character would begin
+                self._window = []
+            else:
+                self._given, self._given_text = len(self._window), text
 
     def add(self, token: int) -> str:
         """The text that a token completes, often "".

@@ -618,6 +618,7 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "logprobs": body.likelihoods(),
         "grammar": body.grammar(),
         "reasoning_budget": body.reasoning_limit(),
+        "continues": not isinstance(body, ChatBody) or bool(body.continued()),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     echo = isinstance(body, CompletionBody) and bool(body.echo)
