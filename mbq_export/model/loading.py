@@ -31,11 +31,13 @@ from .folding import fold
 from .gguf import GgufFile, config_of, load_weights, open_gguf, tokenizer_of
 from .mapped_weights import in_file
 from .shape import Decoder
-from .source import ModelSource, read_json, stored_weights, weight_files
+from .source import WEIGHT_FILES, ModelSource, read_json, stored_dtypes, stored_weights, weight_files
 from .stop_tokens import check_rows, check_stop
 from .text_check import check_text, without_folder
 from .wrappers import RENAMED, check_wrapper, is_left_out, renamed, text_part
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _UNEXPECTED_BUT_IRRELEVANT = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Stored by old versions of transformers, which compute it since."""
 
@@ -240,6 +242,8 @@ def _float32_model(source: ModelSource, weights_folder: Path | None) -> tuple[An
     model = _from_gguf(source, config) if source.gguf is not None else _from_safetensors(source, config, weights_folder)
     for name, values in (*model.named_parameters(), *stored_buffers(model)):
         _check_values(source, name, values)
+    # A config may say that the head is the embedding while the files have a head of its own.
+    config.tie_word_embeddings = model.config.tie_word_embeddings = _is_tied(model)
     return config, model if weights_folder is None else in_file(model, weights_folder)
 
 
@@ -297,18 +301,14 @@ def _from_float8(source: ModelSource, config: Any) -> Any:
 def _with_experts(source: ModelSource, config: Any, weights_folder: Path | None) -> Any:
     """The experts' weights as the files have them, one by one: transformers would join all of a block in memory."""
     from safetensors.torch import load_file
-    from transformers import GenerationConfig
 
-    folder = _folder(source, "models with experts")
     # The files are mapped into memory.
-    stored = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+    files = weight_files(_folder(source, "models with experts"))
+    stored = {name: weight for file in files for name, weight in load_file(file).items()}
     stored = single_experts(stored, FAMILIES[config.model_type])
     if weights_folder is None:
         stored = {name: weight.float() for name, weight in stored.items()}
-    model = _from_stored(source, config, stored)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return _from_stored(source, config, stored)
 
 
 def _folder(source: ModelSource, what: str) -> Path:
@@ -318,11 +318,17 @@ def _folder(source: ModelSource, what: str) -> Path:
 
 
 def _from_stored(source: ModelSource, config: Any, stored: dict[str, torch.Tensor]) -> Any:
-    """The model with weights by their names in the files."""
-    model, weights = empty_model(config), {renamed(name): weight for name, weight in stored.items()}
+    """The model of a folder, with weights by their names in the files."""
+    from transformers import GenerationConfig
+
+    weights = {renamed(name): weight for name, weight in stored.items()}
+    head, embedding = weights.get(_HEAD), weights.get(_EMBEDDING)
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        config.tie_word_embeddings = False
+    model = empty_model(config)
     buffers = {name: buffer.shape for name, buffer in stored_buffers(model)}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()} | buffers
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {_HEAD} if config.tie_word_embeddings else set()
     _check_names(
         source,
         config,
@@ -336,6 +342,8 @@ def _from_stored(source: ModelSource, config: Any, stored: dict[str, torch.Tenso
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weights[name], requires_grad=False))
     model.tie_weights()
+    if (_folder(source, "weights") / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 
@@ -349,7 +357,8 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
         return _with_experts(source, config, weights_folder)
     transformers_logging.disable_progress_bar()
     # Weights in the dtype of their safetensors files are not copied: the files are mapped into memory.
-    dtype = torch.float32 if weights_folder is None else "auto"
+    # A config may name another dtype.
+    dtype = torch.float32 if weights_folder is None else _dtype_of(stored_dtypes(_files_of(source)))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **source.load_args, config=config, dtype=dtype, output_loading_info=True, key_mapping=RENAMED
     )
@@ -363,6 +372,20 @@ def _from_safetensors(source: ModelSource, config: Any, weights_folder: Path | N
         unexpected=set(report["unexpected_keys"]),
     )
     return model
+
+
+def _dtype_of(stored: Set[str]) -> torch.dtype:
+    """A dtype that holds all values of files, and is that of the files if they have one."""
+    return _HALF_DTYPES[next(iter(stored))] if len(stored) == 1 and stored <= _HALF_DTYPES.keys() else torch.float32
+
+
+def _files_of(source: ModelSource) -> list[Path]:
+    """The weights of a model; those of a hub id are downloaded."""
+    if source.local is not None:
+        return weight_files(source.local)
+    from huggingface_hub import snapshot_download
+
+    return weight_files(Path(snapshot_download(source.folder, allow_patterns=WEIGHT_FILES)))
 
 
 def _check_names(

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ PACKAGED: dict[str, Callable[[], Path]] = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 """A folder has one of these when it has a tokenizer."""
 
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+"""Names of the files that ``weight_files`` takes, as a hub lists them."""
 
 _LONGEST_HEADER = 100_000_000
 """Most bytes of a safetensors header, as the safetensors package has it."""
@@ -157,11 +160,26 @@ def stored_weights(folder: Path) -> int:
     Raises:
         ModelError: a file is not whole.
     """
-    return sum(math.prod(shape) for path in weight_files(folder) for shape in _check_whole(path))
+    return sum(math.prod(shape) for path in weight_files(folder) for shape, _ in _check_whole(path))
 
 
-def _check_whole(path: Path) -> list[list[int]]:
-    """Shapes of all tensors of a safetensors file.  Refuses one that is cut off, or a git-lfs pointer in its place."""
+def stored_dtypes(files: Iterable[Path]) -> set[str]:
+    """The dtypes of the tensors of safetensors files, such as BF16, by their headers.
+
+    Args:
+        files: paths.
+
+    Raises:
+        ModelError: a file is not whole.
+    """
+    return {dtype for path in files for _, dtype in _check_whole(path)}
+
+
+def _check_whole(path: Path) -> list[tuple[list[int], str]]:
+    """Shape and dtype of all tensors of a safetensors file.
+
+    Refuses one that is cut off, or a git-lfs pointer in its place.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -174,15 +192,15 @@ def _check_whole(path: Path) -> list[list[int]]:
             header = json.loads(file.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             ends = [int(entry["data_offsets"][1]) for entry in tensors]
-            shapes = [[int(side) for side in entry["shape"]] for entry in tensors]
+            found = [([int(side) for side in entry["shape"]], str(entry["dtype"])) for entry in tensors]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
             raise ModelError(f"{path}: its header is no list of tensors; download it again") from None
     needed = 8 + length + max(ends, default=0)
     if size < needed:
         raise ModelError(f"{path}: cut off: {size} bytes long, {needed} are needed; download it again")
-    if any(side < 0 for shape in shapes for side in shape):
+    if any(side < 0 for shape, _ in found for side in shape):
         raise ModelError(f"{path}: its header has a tensor of negative size; download it again")
-    return shapes
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,15 +67,73 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def test_a_head_of_its_own_beside_a_tied_config(folder: Path) -> None:
-    """The head is the one that transformers uses."""
-    torch.manual_seed(1)
-    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.randn(264, 192)}))
-    checkpoint = whole(folder)
-    wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert torch.equal(logits(checkpoint.model), logits(wanted))
-    tied = wanted.lm_head.weight.data_ptr() == wanted.model.embed_tokens.weight.data_ptr()
-    assert checkpoint.decoder.tied == tied
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("name", ["llama", "granite", "qwen3_moe", "float8"])
+def test_a_head_of_its_own_beside_a_tied_config(name: str, in_file: bool, tmp_path: Path) -> None:
+    """The head is the one that transformers uses: that of the files, also where another path reads them."""
+    folder = write_checkpoint(tmp_path / "model", "llama" if name == "float8" else name, tie_word_embeddings=True)
+    head = torch.randn(load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape)
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    if name == "float8":
+        float8(folder, {"quant_method": "compressed-tensors", "format": "float-quantized"}, "weight_scale", None)
+    checkpoint = load(locate(str(folder)), tmp_path if in_file else None)
+    assert torch.equal(checkpoint.model.lm_head.weight, head)
+    assert not checkpoint.decoder.tied
+    if name != "float8":
+        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(logits(checkpoint.model), logits(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_head_that_is_stored_twice_is_tied(name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", name, tie_word_embeddings=True)
+
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change_weights(folder, twice)
+    for place in (None, tmp_path):
+        assert load(locate(str(folder)), place).decoder.tied
+
+
+@pytest.mark.parametrize("told", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, "mixed"])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_weights_are_those_of_the_files_whatever_dtype_the_config_names(
+    in_file: bool, stored: Any, told: str, folder: Path, tmp_path: Path
+) -> None:
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.weight"] *= 100
+        if stored in (torch.float32, torch.bfloat16):
+            tensors["model.layers.1.input_layernorm.weight"][0] = 7e4  # more than float16 has
+        for at, (name, tensor) in enumerate(tensors.items()):
+            tensors[name] = tensor.to((torch.float16, torch.bfloat16)[at % 2] if stored == "mixed" else stored)
+
+    change_weights(folder, store)
+    change_json(folder / "config.json", dtype=told)
+    checkpoint = load(locate(str(folder)), tmp_path if in_file else None)
+    weights = dict(checkpoint.model.named_parameters())
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(weights[name], tensor.float()), name
+
+
+def test_a_large_model_of_the_hub_has_the_dtype_of_its_files(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--maker--tiny" / "snapshots" / "abc"
+    write_checkpoint(snapshot, "llama")
+    change_json(snapshot / "config.json", dtype="bfloat16")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    program = (
+        "import sys; from pathlib import Path; from mbq_export.model.loading import load; "
+        "from mbq_export.model.source import locate; from safetensors.torch import load_file; "
+        "found = dict(load(locate('maker/tiny'), Path(sys.argv[1])).model.named_parameters()); "
+        "stored = load_file(sys.argv[2]); "
+        "print(all(found[name].equal(weight) for name, weight in stored.items()), len(stored))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(snapshot / "model.safetensors")]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[:1] == ["True"], done.stderr
 
 
 @pytest.mark.parametrize("rows", [258, 200])
@@ -267,6 +328,13 @@ def test_float8_weights_are_read_with_their_scales(
     found = logits(whole(folder).model)
     # Three bits of mantissa in random weights.
     assert (found - wanted).norm() < 0.2 * wanted.norm()
+
+
+def test_a_float8_model_keeps_its_generation_config(folder: Path) -> None:
+    float8(folder, {"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", None)
+    change_json(folder / "generation_config.json", eos_token_id=[257, 100], temperature=0.7, do_sample=True)
+    found = whole(folder).model.generation_config
+    assert (found.eos_token_id, found.temperature) == ([257, 100], 0.7)
 
 
 def test_float8_weights_without_scales(folder: Path) -> None:
