@@ -10,6 +10,7 @@ Lifecycle of one export:
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _STEPS = 3
 """Version of the finished steps of a calibration.  It rises when the same inputs give other ones."""
+_NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "dtype"})
+"""Keys of a config that change no number of a loaded model."""
 
 
 def export(
@@ -252,14 +255,18 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     """The finished steps of this calibration."""
     from hashlib import sha256
 
+    import numpy as np
+
     from .methods import METHODS
-    from .model.empty_model import stored_buffers
     from .store import Store
 
     digest = sha256(repr((_STEPS, recipe, METHODS[recipe.method])).encode() + fitted.tobytes())
-    for name, values in (*checkpoint.model.named_parameters(), *stored_buffers(checkpoint.model)):
+    config = {key: value for key, value in checkpoint.model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    # Buffers too: rotations of a GGUF file are in no config.
+    for name, values in (*checkpoint.model.named_parameters(), *checkpoint.model.named_buffers()):
         digest.update(name.encode())
-        digest.update(values.detach().cpu().numpy())
+        digest.update(np.ascontiguousarray(values.detach().cpu().numpy()))
     return Store(_store_folder(prepared, recipe.profile), digest.hexdigest())
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,11 @@ from tiny_models import TINIEST, write_checkpoint
 
 import mbq_export
 from mbq_export.calibrated import FLOOR_DIVERGENCE, FLOOR_SAME_TOP, Calibrated, quality_floor, worth
+from mbq_export.export import _store
 from mbq_export.format.codes import Sliced
-from mbq_export.methods import AUTO_SLICES
+from mbq_export.methods import AUTO_SLICES, Recipe
+from mbq_export.model.loading import load
+from mbq_export.model.source import locate
 from mbq_export.store import Store
 from mbq_runtime import Engine
 from mbq_runtime.bundle import manifest
@@ -161,6 +167,38 @@ def test_a_store_whose_index_is_damaged_begins_again(
     assert len(caplog.messages) == 1
     assert f"{index}: field 'sha256' is " in caplog.text
     assert "needed: an object; the calibration begins again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "same"),
+    [
+        ("llama", {}, True),
+        ("llama", {"_name_or_path": "elsewhere", "dtype": "bfloat16"}, True),
+        ("llama", {"rms_norm_eps": 0.5}, False),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, False),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, False),
+        ("mistral", {"sliding_window": 400}, False),
+        ("gemma3_text", {"query_pre_attn_scalar": 4000}, False),
+        ("granite", {"residual_multiplier": 0.5}, False),
+    ],
+)
+def test_steps_of_a_model_whose_config_was_edited_are_not_resumed(
+    name: str, change: dict[str, object], same: bool, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / name, name)
+    recipe = Recipe(SliceProfile((3, 1, 2, 2)), 64)
+    prepared: Any = SimpleNamespace(
+        options=SimpleNamespace(outputs={tmp_path / "bundle": None}), source=SimpleNamespace(name=name)
+    )
+
+    def fingerprint() -> str:
+        store = _store(prepared, load(locate(str(folder))), recipe, np.zeros((1, 8), np.int64))
+        return store.fingerprint
+
+    before = fingerprint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert (fingerprint() == before) == same
 
 
 @pytest.mark.heavy
