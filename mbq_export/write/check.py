@@ -227,7 +227,7 @@ def _run_onnx(
 def _with_streams(work: Work, graph: Path) -> Iterator[tuple[Path, list[str]]]:
     """A graph that puts out the residual stream at every place too, and the outputs' names, while the block runs."""
     model = onnx.load(str(graph), load_external_data=False)
-    reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in)")
+    reader = re.compile(r"layers\.0\.(attn|conv|delta)_(norm|in(\.unbiased)?)")
     first_reader = next(node for node in model.graph.node if reader.fullmatch(node.name))
     d = work.checkpoint.decoder
     sums = [f"layers.{layer}.{part}_norm.sum" for layer in range(d.layers) for part in d.readers(layer)]

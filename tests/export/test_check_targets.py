@@ -94,6 +94,15 @@ def test_where_a_rotation_turns_neighbours_in_a_part_of_a_head_the_order_is_that
         assert (of.write("host", engine=engine) / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("target", ["host", "portable"])
+def test_linear_layers_with_biases_that_read_the_stream_themselves(
+    target: str, tmp_path: Path, calibration_text: Path
+) -> None:
+    of = Written(tmp_path, "olmo2", calibration_text, attention_bias=True)
+    assert of.calibrated.units["layers.0.attn_in"].bias is not None
+    assert (of.write(target) / "manifest.json").is_file()
+
+
 def changed_attention(monkeypatch: pytest.MonkeyPatch, layer: int, change: Callable[[Attention], Attention]) -> None:
     make = walk._attention
 
