@@ -266,7 +266,7 @@ def _store(prepared: Prepared, checkpoint: Checkpoint, recipe: Recipe, fitted: N
     # Buffers too: rotations of a GGUF file are in no config.
     for name, values in (*checkpoint.model.named_parameters(), *checkpoint.model.named_buffers()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(values.detach().cpu().numpy()))
+        digest.update(np.ascontiguousarray(values.detach().cpu().numpy()).data)
     return Store(_store_folder(prepared, recipe.profile), digest.hexdigest())
 
 

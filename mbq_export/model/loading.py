@@ -385,7 +385,7 @@ def _files_of(source: ModelSource) -> list[Path]:
         return weight_files(source.local)
     from huggingface_hub import snapshot_download
 
-    return weight_files(Path(snapshot_download(source.folder, allow_patterns=WEIGHT_FILES)))
+    return weight_files(Path(snapshot_download(source.folder, allow_patterns=list(WEIGHT_FILES))))
 
 
 def _check_names(
