@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_bundle import CIRCLE, ids, write_bundle
 from mbq_runtime import Engine, UsageError
 from mbq_runtime.engine import Grammar
 from mbq_runtime.engine import grammar as grammar_module
+from mbq_runtime.engine.grammar_levels import levels_of_lark, levels_of_schema
 from mbq_runtime.errors import GrammarError
 
 DEPTHS = (3.0, 4.0, 6.0, 8.0)
@@ -97,6 +99,98 @@ def test_a_bad_grammar_is_one_line(engine: Engine, grammar: Grammar, words: str)
         engine.generate("A", grammar=grammar)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+def _chain(links: int, part: Callable[[dict[str, Any]], dict[str, Any]]) -> Grammar:
+    """A schema whose parts refer to one another in a row."""
+    parts = {str(at): part({"$ref": f"#/$defs/{at + 1}"}) for at in range(links)}
+    return Grammar.of_schema({"$ref": "#/$defs/0", "$defs": {**parts, str(links): {"type": "integer"}}})
+
+
+def _named(links: int, key: str, mark: str) -> Grammar:
+    parts = {str(at): {key: f"n{at}", "$ref": f"{mark}n{at + 1}"} for at in range(links)}
+    return Grammar.of_schema({"$ref": f"{mark}n0", "$defs": {**parts, "end": {key: f"n{links}", "type": "integer"}}})
+
+
+def _rules(links: int, body: str, letter: str = "r") -> Grammar:
+    rules = [f"{letter}{at}: {body.replace('@', f'{letter}{at + 1}')}" for at in range(links)]
+    return Grammar("lark", "\n".join([f"start: {letter}0", *rules, f'{letter}{links}: "a"']))
+
+
+def _around(before: str, inside: str, after: str) -> Callable[[int], str]:
+    return lambda levels: before * levels + inside + after * levels
+
+
+CHAINS: dict[str, Callable[[int], Grammar]] = {
+    "refs": lambda links: _chain(links, lambda ref: ref),
+    "properties": lambda links: _chain(links, lambda ref: {"type": "object", "properties": {"a": ref}}),
+    "definitions": lambda links: _chain(links, lambda ref: {"type": "object", "properties": {"definitions": ref}}),
+    "unions": lambda links: _chain(links, lambda ref: {"anyOf": [ref, {"type": "null"}]}),
+    "lists": lambda links: _chain(links, lambda ref: {"type": "array", "items": {"type": "array", "items": ref}}),
+    "circles": lambda links: _chain(links, lambda ref: {"anyOf": [ref, {"$ref": "#"}]}),
+    "ids": lambda links: _named(links, "$id", ""),
+    "anchors": lambda links: _named(links, "$anchor", "#"),
+    "rules": lambda links: _rules(links, "@"),
+    "rules in one line": lambda links: Grammar("lark", _rules(links, "(@)?").text.replace("\n", "\n  ")),
+    "rules with texts": lambda links: _rules(links, r'"x: \" // " /[:"]/ @ | "y" // r9: "'),
+    "terminals": lambda links: _rules(links, '"x" @ | "y"', "R"),
+    "schemas in rules": lambda links: Grammar("lark", f"start: a\na: %json {_chain(links, lambda ref: ref).text}"),
+    "nested schema": lambda levels: Grammar("json_schema", _around('{"items":', "{}", "}")(levels)),
+    "nested union": lambda levels: Grammar("json_schema", _around('{"anyOf":[', "{}", "]}")(levels)),
+    "nested value": lambda levels: Grammar("json_schema", f'{{"const":{_around("[", "1", "]")(levels)}}}'),
+    "nested regex": lambda levels: Grammar("regex", _around("(", "a", ")")(levels)),
+    "nested pattern": lambda levels: Grammar.of_schema({"type": "string", "pattern": _around("(a|", "b", ")")(levels)}),
+    "nested rule": lambda levels: Grammar("lark", "start: " + _around("(", '"a"', ")")(levels)),
+    "nested schema in a rule": lambda levels: Grammar("lark", "start: %json " + _around("[", "1", "]")(levels)),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("levels", [3000, 9000])
+def test_no_depth_ends_the_process(bundle: Path, mbq: Mbq, kind: str, levels: int) -> None:
+    """The compiler calls itself for each level, and the stack of a thread has an end."""
+    program = f"""
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from mbq_runtime.engine.grammar import Grammars
+from mbq_runtime.engine.grammar_levels import levels_of_lark, levels_of_schema
+from mbq_runtime.errors import GrammarError
+from test_grammar import CHAINS
+def refused():
+    try:
+        Grammars(Path({str(bundle)!r}), 264, [2]).matcher(CHAINS[{kind!r}]({levels}))
+    except GrammarError as error:
+        print(error)
+thread = threading.Thread(target=refused)
+thread.start()
+thread.join()
+"""
+    done = mbq([], program=program)
+    assert done.code == 0, done.err
+    assert re.match("(json_schema|regex|lark): .", done.out), done
+    assert len(done.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHAINS if not kind.startswith("nested") and kind != "ids"])
+def test_short_chains_are_understood(engine: Engine, kind: str) -> None:
+    engine.generate("A", grammar=CHAINS[kind](100))
+
+
+def test_large_schemas_are_not_deep(engine: Engine) -> None:
+    """Many parts beside each other, and parts that contain their own kind."""
+    leaf = {"type": "object", "properties": {"next": {"$ref": "#"}, "a": {"$ref": "#/$defs/text"}}}
+    parts = {f"p{at}": {"type": "object", "properties": {"leaf": {"$ref": "#/$defs/leaf"}}} for at in range(500)}
+    refs = {f"p{at}": {"$ref": f"#/$defs/p{at}"} for at in range(500)}
+    text = {"type": "string"}
+    wide = {"type": "object", "properties": refs, "$defs": {**parts, "leaf": {**leaf, "properties": {"a": text}}}}
+    assert levels_of_schema(wide) < 12
+    engine.generate("A", grammar=Grammar.of_schema(wide))
+    circle = {"type": "object", "properties": {"first": leaf}, "$defs": {"text": text}}
+    assert levels_of_schema(circle) < 12
+    engine.generate("A", grammar=Grammar.of_schema(circle))
+    rules = "\n".join(f'r{at}: "x" /a:b/ | "(" r{at // 2 + 300} ")"' for at in range(500))
+    assert levels_of_lark(f"start: r0\n{rules}") < 40
 
 
 def test_without_the_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

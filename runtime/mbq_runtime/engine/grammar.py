@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from mbq_runtime.errors import BundleError, GrammarError, UsageError
 
+from .grammar_levels import TooDeepError, check_levels
+
 _SEARCH_S = 0.2  # longest search for the fault of a schema; a client waits for the refusal
 _SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write each value: a model can fill a reply with spaces where they are free."""
@@ -39,9 +41,14 @@ class Grammar:
         """JSON that a schema describes.
 
         Args:
-            schema: a JSON schema.
+            schema: a JSON schema; True: any JSON.
+
+        Raises:
+            GrammarError: the schema is False, which no value fits.
         """
-        return Grammar("json_schema", json.dumps(schema))
+        if schema is False:
+            raise GrammarError("json_schema: no value fits the schema false; give true, or a schema")
+        return Grammar("json_schema", json.dumps({} if schema is True else schema))
 
     @staticmethod
     def of_choices(choices: Sequence[str]) -> Grammar:
@@ -94,12 +101,15 @@ class Grammars:
         """
         try:
             return Matcher(self._native(grammar), self._vocab_size)
+        except TooDeepError as error:  # the whole is at fault
+            raise GrammarError(f"{grammar.kind}: {error}") from None
         except ValueError as error:
             where = self._place(grammar) if grammar.kind == "json_schema" else ""
             raise GrammarError(f"{grammar.kind}: {where}{_line(str(error))}") from None
 
     def _native(self, grammar: Grammar) -> Any:
         """A matcher of the library.  Raises ValueError where the grammar is not understood."""
+        check_levels(grammar.kind, grammar.text)
         made = self._library.LLMatcher
         if grammar.kind == "json_schema":
             source = made.grammar_from_json_schema(grammar.text, defaults=_SPACES)

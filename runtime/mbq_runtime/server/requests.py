@@ -28,6 +28,7 @@ from pydantic import (
 from mbq_runtime.bundle.facts import Budget
 from mbq_runtime.engine.grammar import JSON_OBJECT, Grammar
 from mbq_runtime.engine.prompt import continued_text
+from mbq_runtime.errors import GrammarError
 
 from .errors import ApiError
 
@@ -412,7 +413,8 @@ class ChatBody(Body, _Conversation):
             raise ValueError(f"tool_choice {wanted!r}: no such tool; tools has {', '.join(names) or 'none'}")
         if self.must_call and not names:
             raise ValueError("tool_choice asks for a call, and tools is empty")
-        if self.must_call and (self.response_format or self.structured_outputs):
+        free = self.response_format is None or self.response_format.type == "text"
+        if self.must_call and not (free and self.structured_outputs is None):
             raise ValueError("a reply that must call a tool can have no other format; leave response_format out")
         return self
 
@@ -598,9 +600,14 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         context_length: context length of the engine, in tokens.
 
     Raises:
-        ApiError: the bits are outside the budget.
+        ApiError: the bits are outside the budget, or no value fits the grammar.
     """
     floor, ceiling = _bounds(body, budget)
+    field = "response_format" if body.structured_outputs is None else "structured_outputs"
+    try:
+        grammar = body.grammar()
+    except GrammarError as error:
+        raise ApiError(400, str(error), param=field, code="invalid_grammar") from None
     limit = body.token_limit()
     max_tokens = (body.DEFAULT_MAX_TOKENS or context_length) if limit is None else limit
     options = {
@@ -616,13 +623,12 @@ def order(body: Body, budget: Budget, context_length: int) -> Order:
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
         "logprobs": body.likelihoods(),
-        "grammar": body.grammar(),
+        "grammar": grammar,
         "reasoning_budget": body.reasoning_limit(),
         "continues": not isinstance(body, ChatBody) or bool(body.continued()),
     }
     rendering = {"chat": isinstance(body, ChatBody), "template_kwargs": body.template_kwargs()}
     echo = isinstance(body, CompletionBody) and bool(body.echo)
-    field = "response_format" if body.structured_outputs is None else "structured_outputs"
     return Order(body.engine_prompts(), rendering, options, body.n or 1, floor, ceiling, echo, field)
 
 
