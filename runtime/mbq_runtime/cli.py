@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import NamedTuple
 
 import click
@@ -17,7 +21,8 @@ from .streams import replace_closed
 log = logging.getLogger(__name__)
 
 _FAULT = 1
-_INTERRUPTED = 130  # 128 + SIGINT, as in a shell
+_BY_SIGNAL = 128  # as in a shell: the number of the signal is added
+_INTERRUPTED = _BY_SIGNAL + signal.SIGINT
 
 
 class Entry(NamedTuple):
@@ -100,6 +105,40 @@ def cli(verbose: int) -> None:
         _log_to_stderr(verbose)
 
 
+class _Ended(SystemExit):
+    """A signal asks the process to end."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP end what runs as an exception does, so that files and folders are cleaned up.
+
+    A signal that the caller ignores stays ignored, as below nohup.  Later signals of these kinds do not stop the
+    clean-up.
+    """
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names]
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    taken = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+
+    def end(number: int, _: FrameType | None) -> None:
+        for one in taken:
+            signal.signal(one, signal.SIG_IGN)
+        raise _Ended(_BY_SIGNAL + number)
+
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            # After such a signal the process only ends: what cleans up at its exit is not stopped either.
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``mbq``.  An error is printed on one line.
 
@@ -107,9 +146,17 @@ def main(args: Sequence[str] | None = None) -> int:
         args: arguments of the command; None for those of this process.
 
     Returns:
-        The exit code: 0, or that of the error.
+        The exit code: 0, that of the error, or 128 and the number of the signal that ended the command.
     """
     replace_closed()
+    try:
+        with _ended_by_signals():
+            return _run(args)
+    except _Ended as ended:
+        return int(str(ended.code))
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         result = cli.main(args=args, prog_name="mbq", standalone_mode=False)
     except MbqError as error:

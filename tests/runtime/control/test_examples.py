@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import configparser
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,13 @@ def test_the_service_starts_what_exists() -> None:
     assert options["policy"] == "auto"
     assert options["bundle"] == "/opt/mbq/bundle"
     assert str(options["events"].parent) == f"/var/log/{unit['Service']['LogsDirectory']}"
+
+
+def test_the_service_can_keep_what_it_learns() -> None:
+    """The user of the service has no home."""
+    lines = [
+        line.partition("=")[::2] for line in (EXAMPLES / "mbq-serve.service").read_text().splitlines() if "=" in line
+    ]
+    unit = dict(lines)
+    assert unit["Environment"] == f"MBQ_CACHE_DIR=%C/{unit['CacheDirectory']}"
+    assert int(unit["SuccessExitStatus"]) == 128 + signal.SIGTERM

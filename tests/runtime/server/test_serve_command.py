@@ -100,8 +100,47 @@ def test_sigterm_ends_a_stream_in_time_and_the_log_stays_clean(bundle: Path) -> 
         assert answer.readline().startswith(b"data: ")
         served.send_signal(signal.SIGTERM)
         assert b'"code":"server_stopping"' in answer.read().split(b"data: ")[-1]
-        served.wait(PATIENCE_S)
+        assert served.wait(PATIENCE_S) == 128 + signal.SIGTERM
         assert served.stderr.read() == ""
+
+
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize(
+    ("args", "begun"),
+    [(("serve", "BUNDLE", "--port", "0", "--bits", "8"), "tiny: "), (("run", "BUNDLE", "A", "--bits", "8"), "H")],
+)
+def test_a_signal_leaves_no_files(
+    bundle: Path, tmp_path: Path, number: signal.Signals, args: tuple[str, ...], begun: str
+) -> None:
+    """Each command ends as after Ctrl-C: it cleans up, and its exit code tells the signal."""
+    command = [sys.executable, "-c", SLOW, *(str(bundle) if arg == "BUNDLE" else arg for arg in args)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(len(begun)) == begun
+        assert [*tmp_path.iterdir()]
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == 128 + number
+        assert process.stderr.read().strip() == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_signal_that_the_caller_ignores_ends_nothing(bundle: Path) -> None:
+    """As below nohup."""
+    ignoring = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{SLOW}"
+    command = [sys.executable, "-c", ignoring, "run", str(bundle), "xA", "--bits", "8", "--max-tokens", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0
 
 
 @pytest.mark.heavy
