@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +196,50 @@ def test_a_session_of_another_engine_is_refused(engine: Engine, bundle: Path) ->
     other = Engine.load(bundle, threads=1)
     with pytest.raises(UsageError, match="session: it is another engine's; make one with this engine's session"):
         engine.generate(ids("A"), session=other.session())
+
+
+@pytest.mark.parametrize("call", ["append", "rewind", "mark"])
+def test_an_interrupt_behind_a_native_call_leaves_a_session_that_works(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Ctrl-C comes when the call returns, before its result is noted."""
+    session, again = engine.session(), ids("ABCDEFGABCD")
+    engine.generate(ids("ABCDEFGABCDEFG"), max_tokens=3, session=session).text()
+    native = getattr(genai._Context, call, None)
+    if native is None:
+        pytest.skip("this engine has no such call")
+
+    def interrupted(*given: Any) -> None:
+        native(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(genai._Context, call, interrupted)
+        engine.generate(ids("ABCDx"), max_tokens=3, session=session).text()
+    for _ in range(2):
+        assert (
+            engine.generate(again, max_tokens=3, session=session).text() == engine.generate(again, max_tokens=3).text()
+        )
+
+
+class _States:
+    """A model whose states cannot go back."""
+
+    token_bytes, state_bytes, rewinds, marks, keeps = 1000, 10, False, True, False
+
+    def start(self, length: int, budget: Any) -> Any:
+        return SimpleNamespace(
+            append=lambda tokens, rows: None, mark=lambda: None, rewind=lambda count: None, kept=lambda count: []
+        )
+
+
+def test_a_session_that_begins_again_keeps_its_room() -> None:
+    allowance: Any = SimpleNamespace(bits=8.0, within=lambda bits: bits, numbers_at=lambda bits: np.zeros(2))
+    model: Any = _States()
+    session = KeptContext(model, allowance, 131072, 512, marks=True)
+    rooms = []
+    for at in range(9):
+        session.rewind_for(np.array([at + 1, 2, 3], np.int32), 16)
+        session.append([at + 1, 2, 3])
+        rooms.append(session.kept_bytes)
+    assert len(set(rooms)) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,9 @@ class KeptContext:
     def mark(self) -> None:
         """Make this a place that ``rewind_for`` can come back to, in place of the one before.  Only for ``marks``."""
         assert self._context is not None
-        self._context.mark()
-        self._marked = self._count
+        with self._whole():
+            self._context.mark()
+            self._marked = self._count
 
     def rewind(self, count: int) -> None:
         """Drop the last tokens.  A pass must follow before the next logits.
@@ -188,9 +190,10 @@ class KeptContext:
             count: tokens that stay, from 0 to the number so far.
         """
         assert self._context is not None
-        if count < self._count:
-            self._context.rewind(count)
-        self._count = count
+        with self._whole():
+            if count < self._count:
+                self._context.rewind(count)
+            self._count = count
 
     def append(self, tokens: Sequence[int] | NDArray[np.int32], rows: int = 1, avg_bits: float | None = None) -> None:
         """Read tokens in one pass.
@@ -211,7 +214,8 @@ class KeptContext:
 
     def _make_room(self, room: int) -> None:
         """Start again with no tokens.  The old memory goes first."""
-        room = min(max(room, 2 * self._room, self._first), self._most)
+        more = 2 * self._room if room > self._room else self._room
+        room = min(max(room, more, self._first), self._most)
         self.clear()
         self._context = self._backend.start(room, self._budget_of_pass)
         self._room, self._ids, self._bits = room, np.zeros(room, np.int32), np.zeros(room, np.float32)
@@ -223,13 +227,22 @@ class KeptContext:
             self._budget.within(self._budget.bits if avg_bits is None else avg_bits),
         )
         self._budget_of_pass[:] = self._budget.numbers_at(bits)
-        try:
+        with self._whole():
             self._context.append(tokens, rows)
-        except BaseException:  # nobody knows what the pass has left behind
+            self._ids[self._count : count], self._bits[self._count : count] = tokens, bits
+            self._count = count
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Forget all tokens where a change does not come to its end: nobody knows what it has left behind.
+
+        An interrupt comes when a native call returns, before its result is noted.
+        """
+        try:
+            yield
+        except BaseException:
             self.clear()
             raise
-        self._ids[self._count : count], self._bits[self._count : count] = tokens, bits
-        self._count = count
 
     def logits(self) -> NDArray[np.float32]:
         """float32 [rows, vocab]: logits of the last tokens that were read.  Valid until the next pass."""
