@@ -79,7 +79,10 @@ def follow(
             raise UsageError(f"reasoning_budget: {path} has no token for {marks.closes}; leave it out")
         return None
     begun = is_begun(prompt, tokenizer.spell, marks)
-    return Reasoning(tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget)
+    return Reasoning(
+        tokenizer.token_id(marks.opens), closes, begun=begun, budget=budget,
+        blank=lambda token: not tokenizer.spell(token).strip(),
+    )  # fmt: skip
 
 
 class Reasoning:
@@ -89,11 +92,21 @@ class Reasoning:
     closes: the token that ends it.
     begun: whether the prompt has begun it.
     budget: most tokens of reasoning, after which it is ended; None for no limit.
+    blank: whether a token is white space, which may stand before the reasoning.
 
     ``inside`` is whether the next token belongs to it, ``tokens`` how many it has so far.
     """
 
-    def __init__(self, opens: int | None, closes: int, *, begun: bool, budget: int | None) -> None:
+    def __init__(
+        self,
+        opens: int | None,
+        closes: int,
+        *,
+        begun: bool,
+        budget: int | None,
+        blank: Callable[[int], bool] = lambda token: False,
+    ) -> None:
+        self._blank = blank
         self._opens, self._closes, self._budget = opens, closes, budget
         self.inside = begun
         self._first, self.tokens = not begun, 0
@@ -120,7 +133,7 @@ class Reasoning:
         if self._first and token == self._opens:
             self.inside, self._first = True, False
             return True
-        self._first = False
+        self._first = self._first and self._blank(token)
         if not self.inside:
             return False
         self.tokens += 1

@@ -17,7 +17,7 @@ from serving import serve
 from tiny_bundle import TEMPLATE, write_manifest
 
 from mbq_runtime import Engine, UsageError
-from mbq_runtime.engine.reasoning import MARKS, Marks, Thought, find_marks
+from mbq_runtime.engine.reasoning import MARKS, Marks, Reasoning, Thought, find_marks
 from mbq_runtime.server.divide import Divider
 from mbq_runtime.server.tool_format import Call
 from mbq_runtime.server.tools import FORMATS
@@ -190,3 +190,24 @@ def test_the_command_ends_a_reasoning(thinking_bundle: Path, mbq: Mbq) -> None:
     done = mbq([*command, 20, "--json-schema", schema])
     assert done.code == 0, done.err
     assert json.loads(done.out) == 12345
+
+
+@pytest.mark.parametrize("before", [[], [9], [9, 8], [9, 9, 9, 8]])
+def test_white_space_may_stand_before_a_reasoning(before: list[int]) -> None:
+    """As the text of the reply is divided.  Tokens: 1 opens, 2 closes, 8 and 9 are white space."""
+    reasoning = Reasoning(1, 2, begun=False, budget=2, blank=lambda token: token in (8, 9))
+    for token in before:
+        assert reasoning.may_open == 1
+        assert not reasoning.accept(token)
+    assert reasoning.accept(1)
+    assert reasoning.accept(5)
+    assert reasoning.accept(9)
+    assert reasoning.forced == 2
+    assert reasoning.accept(2)
+    assert not reasoning.accept(9)
+    assert reasoning.may_open is None
+
+
+def test_nothing_else_stands_before_a_reasoning() -> None:
+    reasoning = Reasoning(1, 2, begun=False, budget=2, blank=lambda token: token == 9)
+    assert [reasoning.accept(token) for token in (9, 5, 1)] == [False, False, False]
