@@ -235,16 +235,20 @@ class Call(NamedTuple):
 
 
 def made_call(name: str, arguments: Any) -> Call:
-    """A call that can be sent: its arguments are JSON, and no text has half a character.
+    """A call that can be sent: its arguments are a JSON object, and no text has half a character.
 
     Args:
         name: of the tool.
-        arguments: as values, or as text.
+        arguments: the object, or its text.
 
     Raises:
-        ValueError: they cannot be sent.
+        ValueError: they are no object, or cannot be sent.
     """
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    values = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(values, dict):
+        raise ValueError("the arguments are no object")
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    text = arguments if isinstance(arguments, str) else text
     f"{name}{text}".encode()
     return Call(name, text)
 

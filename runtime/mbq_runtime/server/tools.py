@@ -234,6 +234,7 @@ class CallReader:
         self._held = ""  # text that may be the start of a call, or the body of one
         self._inside = False
         self._begun = False  # whether there was anything but spaces
+        self._spoke = True  # whether there was text since the last call
         self.calls = 0
 
     def feed(self, text: str) -> Iterator[str | Call]:
@@ -282,15 +283,16 @@ class CallReader:
         if not opens:
             return len(self._held) if not self._held.strip() and not self._begun else 0
         start = max(0, len(self._held) - len(opens) + 1)
-        partly = next((at for at in range(start, len(self._held)) if opens.startswith(self._held[at:])), None)
-        spaces = len(self._held) - len(self._held.rstrip())  # they may stand before a call
-        return max(len(self._held) - partly if partly is not None else 0, spaces)
+        partly = next(
+            (at for at in range(start, len(self._held)) if opens.startswith(self._held[at:])), len(self._held)
+        )
+        return len(self._held) - len(self._held[:partly].rstrip())  # spaces may stand before a call
 
     def _said(self, text: str) -> Iterator[str]:
         """Text of the reply.  Spaces between calls are none."""
         if text.strip():
-            self._begun = True
-        elif self.calls or not text:
+            self._begun = self._spoke = True
+        elif not self._spoke or not text:
             return
         yield text
 
@@ -298,7 +300,10 @@ class CallReader:
         try:
             found = self._format.read(body, self._format.tools)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            yield from self._said(whole)  # no call after all
+            found = []
+        if not found:  # no call after all
+            yield from self._said(whole)
             return
         self.calls += len(found)
+        self._spoke = False
         yield from found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +22,8 @@ from mbq_runtime.engine import Grammar
 from mbq_runtime.engine.template import ChatTemplate
 from mbq_runtime.errors import GrammarError
 from mbq_runtime.server.braced_calls import reader
+from mbq_runtime.server.errors import ApiError
+from mbq_runtime.server.requests import ChatBody, parse
 from mbq_runtime.server.tool_format import Call, ToolFormat, named
 from mbq_runtime.server.tools import FORMATS, CallReader, call_grammar, find_format
 
@@ -502,3 +505,58 @@ def test_special_tokens_show_where_they_are_asked_for(engine: Engine) -> None:
     assert engine.generate("A", shown=["<|im_start|>", "none"], **ask_for).text() == "B<|im_start|>C"
     assert engine.special_id("<|im_start|>") == 1
     assert engine.special_id("A") is None
+
+
+PIECES = ("A", " ", "\n", "<", "<b>", "[", "{", "x", "</tool_call>")
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_any_division_gives_the_same_text_and_calls(family: str) -> None:
+    """Spaces and what looks like the start of a call come in any order, before, between and after calls."""
+    tool_format = FORMATS[family]
+    opens, closes = tool_format.opens or "{", tool_format.closes or "}"
+    call = f'{opens}{{"name": "f", "arguments": {{}}}}{closes}'
+    rng = random.Random(family)
+    for _ in range(300):
+        parts = [*PIECES, opens, opens[:-1], closes, call, call, " ", "\n"]
+        text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
+        whole = _joined(tool_format, [text])
+        assert _joined(tool_format, [*text]) == whole, text
+        at = rng.randint(0, len(text))
+        assert _joined(tool_format, [text[:at], text[at:]]) == whole, text
+
+
+def _joined(tool_format: ToolFormat, texts: list[str]) -> list[Any]:
+    """Text without its borders, and calls."""
+    reader, found = CallReader(tool_format), list[Any]()
+    for piece in [piece for text in texts for piece in reader.feed(text)] + [*reader.finish()]:
+        if isinstance(piece, str) and found and isinstance(found[-1], str):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
+
+
+@pytest.mark.parametrize("arguments", ["null", "5", "true", "[1]", '"hello"', '"[1]"', '"{"', '""', "NaN"])
+@pytest.mark.parametrize("family", ["hermes", "llama"])
+def test_arguments_that_are_no_object_are_text(family: str, arguments: str) -> None:
+    tool_format = FORMATS[family]
+    body = f'{{"name": "f", "{tool_format.arguments}": {arguments}}}'
+    text = f"{tool_format.opens}{body}{tool_format.closes}"
+    assert _joined(tool_format, [text]) == [text]
+    given = body.replace(arguments, '{"a": 1}')
+    assert [call.arguments for call in _joined(tool_format, [text.replace(body, given)])] == ['{"a": 1}']
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("kind", [None, "text", "json_object"])
+def test_a_demanded_call_and_a_format(choice: Any, kind: str | None) -> None:
+    """The format "text" is the default of the API."""
+    tool = {"type": "function", "function": {"name": "weather"}}
+    body = {"messages": [{"role": "user", "content": "A"}], "tools": [tool], "tool_choice": choice}
+    body["response_format"] = kind and {"type": kind}
+    if kind == "json_object":
+        with pytest.raises(ApiError, match="leave response_format out"):
+            parse(ChatBody, json.dumps(body).encode())
+    else:
+        assert parse(ChatBody, json.dumps(body).encode()).must_call
