@@ -145,6 +145,22 @@ def test_what_stands_before_every_text(single: str, tmp_path: Path) -> None:
     assert wrapped("a")["input_ids"][: len(with_bos)] == with_bos
 
 
+def test_bytes_that_are_no_character_do_not_gather(board: Tokenizer, original: Any) -> None:
+    """The window stays short, so that the work of a token does not grow with those before it."""
+    alone = [
+        [token for token in range(300) if board.spell(token) == bytes([byte])] for byte in (0xF0, 0x9F, 0x98, 0xE2)
+    ]
+    singles = [found[0] for found in alone if found]
+    rng = random.Random(0)
+    for tokens in ([singles[0]] * 200, [rng.choice(singles) for _ in range(200)]):
+        stream, text, longest = board.stream(), "", 0
+        for token in tokens:
+            text += stream.add(token)
+            longest = max(longest, 0 if stream._bytes else len(stream._window))
+        assert longest < 12
+        assert text + stream.rest() == whole(original, tokens)
+
+
 def test_half_a_character(board: Tokenizer) -> None:
     with pytest.raises(UsageError, match=r"text has U\+D83D, half a character, at position 2; remove it"):
         board.encode("ab\ud83d")

@@ -23,6 +23,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that
 
 _LOOKS_BACK = 8  # tokens
 
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in vocabularies with byte fallback
 
 
@@ -162,6 +163,14 @@ class Tokenizer:
         token: int | None = self._native.token_to_id(text)
         return token if token in self._special else None
 
+    def has_text(self, token: int) -> bool:
+        """Whether a token is part of the text of a reply: special ones are not.
+
+        Args:
+            token: its id.
+        """
+        return token not in self._special
+
     def stream(self, shown: Sequence[str] = (), after: Sequence[int] = ()) -> TextStream:
         """The text of a reply, token by token.
 
@@ -234,7 +243,27 @@ class TextStream:
         if token in self._bytes:
             return ""
         text = self._decode()
-        return "" if text.endswith(_INCOMPLETE) else self._take(text)
+        return self._take(text) if not text.endswith(_INCOMPLETE) else self._sure(text)
+
+    def _sure(self, text: str) -> str:
+        """The text of waiting tokens that no later one can complete.  So the window stays short.
+
+        text: of the window.
+        """
+        waiting = len(self._window) - self._given
+        if self._bytes or waiting <= _LONGEST_CHARACTER:
+            return ""
+        for count in range(_LONGEST_CHARACTER - 1, 0, -1):  # the start of a character is shorter
+            window, last = self._window, self._window[-count:]
+            self._window = window[:-count]
+            sure = self._decode()
+            self._window = last
+            if text == sure + self._decode():
+                self._given, given = 0, len(self._given_text)
+                self._given_text = ""
+                return sure[given:]
+            self._window = window
+        return ""
 
     def rest(self) -> str:
         """The text that still waits.  Incomplete characters are replaced, as nothing will complete them."""
