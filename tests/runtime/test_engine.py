@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -665,3 +666,42 @@ def test_an_output_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     context = genai._Context(Generator(), np.zeros(1, np.int64), np.zeros(2, np.float32))
     with pytest.raises(BundleError, match="the graph gives avg_bits_used the shape"):
         context.bits_used()
+
+
+@pytest.mark.parametrize("kept", ["original", "passes"])
+def test_an_error_of_a_score_that_is_kept_leaves_the_engine_free(engine: Engine, kept: str) -> None:
+    """A notebook keeps the last error, with the frames that it went through."""
+    text, errors = ids("ABCDEFGABCDEFG"), list[BaseException]()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kept == "passes":
+            for name in ("rate", "rate_tokens", "compare", "join_logits"):
+                patch.setattr(engine_module, name, _behind_a_pass)
+        scores: list[Callable[[], object]] = [lambda: engine.score_against(text, 8.0, np.zeros((14, 3), np.float32))]
+        if kept == "passes":
+            scores += [lambda: engine.score(text, 8.0), lambda: engine.logits(text, 8.0)]
+            scores += [lambda: engine.likelihoods(text, 8.0)]
+        for score in scores:
+            with pytest.raises((UsageError, KeyboardInterrupt)) as caught:
+                score()
+            errors.append(caught.value)
+            assert engine.generate(ids("A"), max_tokens=2).text()
+    assert all(error.__traceback__ for error in errors)
+
+
+def _behind_a_pass(*given: Any) -> None:
+    next(next(one for one in given if isinstance(one, Generator)))
+    raise KeyboardInterrupt
+
+
+def test_a_reply_that_is_dropped_times_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = list[int]()
+    monkeypatch.setattr(Engine, "_time_guesses", lambda _: timed.append(1))
+    monkeypatch.setattr(engine, "_speculate", "auto")
+    reply = engine.generate(ids("ABCDEFGABCDEFG"), max_tokens=20)
+    next(reply)
+    del reply
+    gc.collect()
+    assert not timed
+    assert engine.generate(ids("A"), max_tokens=5).text()
+    assert timed

@@ -8,8 +8,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -332,6 +332,14 @@ class Engine:
         """
         return self._tokenizer.spell(token)
 
+    def has_text(self, token: int) -> bool:
+        """Whether a token is part of the text of a reply: special ones are not.
+
+        Args:
+            token: its id.
+        """
+        return self._tokenizer.has_text(token)
+
     def chat_prompt(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render a conversation by the bundle's chat template, ready for the reply.
 
@@ -522,7 +530,8 @@ class Engine:
         """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
-        return join_logits(self._passes(tokens, avg_bits))
+        with closing(self._passes(tokens, avg_bits)) as passes:
+            return join_logits(passes)
 
     def score(self, tokens: Sequence[int], avg_bits: float) -> Score:
         """Measure how well the model predicts a text.  The engine's budget does not change.
@@ -538,7 +547,8 @@ class Engine:
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
-        found = rate(tokens, self._passes(tokens, avg_bits))
+        with closing(self._passes(tokens, avg_bits)) as passes:
+            found = rate(tokens, passes)
         if not math.isfinite(found.nll):
             raise BundleError(f"{self.path}: the model's logits are not finite at {avg_bits:g} bits; export it again")
         return found
@@ -560,7 +570,8 @@ class Engine:
         """
         if not 1 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens: needed 1 to {self._context}")
-        return rate_tokens(tokens, self._passes(tokens, avg_bits), count, self.path)
+        with closing(self._passes(tokens, avg_bits)) as passes:
+            return rate_tokens(tokens, passes, count, self.path)
 
     def score_against(
         self, tokens: Sequence[int], avg_bits: float, original: NDArray[np.float32]
@@ -580,10 +591,14 @@ class Engine:
         """
         if not 2 <= len(tokens) <= self._context:
             raise UsageError(f"{len(tokens)} tokens to score: needed 2 to {self._context}")
-        return compare(tokens, self._passes(tokens, avg_bits), original, self.path)
+        with closing(self._passes(tokens, avg_bits)) as passes:
+            return compare(tokens, passes, original, self.path)
 
-    def _passes(self, tokens: Sequence[int], avg_bits: float) -> Iterator[Pass]:
-        """The passes over a text.  Logits are valid until the next."""
+    def _passes(self, tokens: Sequence[int], avg_bits: float) -> Generator[Pass, None, None]:
+        """The passes over a text.  Logits are valid until the next.
+
+        The engine is busy until the generator is closed: an exception in the caller does not close it.
+        """
         budget, ids = self._allowed(avg_bits), self._checked(tokens)
         with self._alone(), engine_errors(f"{self.path}: scoring failed"):
             yield from read_passes(self._backend, ids, budget, self._scoring_chunk)
@@ -638,8 +653,12 @@ class Engine:
             context, length = session, decoding.length
             if context is None:
                 context = KeptContext(self._backend, self._budget, length, self._chunk, first=length)
-            with suppress(GeneratorExit):  # behind an end token or a stop text nobody asks for more steps
+            try:
                 yield from decoding.steps(context, guesser, record)
+            except GeneratorExit:
+                # Behind an end token or a stop text nobody asks for more steps.  Who drops a reply waits for nothing.
+                if not record.finish_reason:
+                    raise
             if self._speculate == "auto" and not record.stopping:
                 self._time_guesses()
 

@@ -201,7 +201,9 @@ class Server:
         body = parse(CompletionBody, await self._read(request))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         model = self._model(body.model)
-        shape = CompletionShape(body.model or model.name, model.engine.spell, with_usage=with_usage)
+        shape = CompletionShape(
+            body.model or model.name, model.engine.spell, with_usage=with_usage, has_text=model.engine.has_text
+        )
         return self._reply(model, body, lambda form: shape)
 
     async def _respond(self, request: Request) -> Any:
@@ -240,8 +242,12 @@ class Server:
 
     async def _detokenize(self, request: Request) -> Response:
         body = parse(DetokenizeBody, await self._read(request))
+        engine = self._model(body.model).engine
+        if len(body.tokens) > engine.context_length:
+            message = f"tokens: {len(body.tokens)} ids; needed {engine.context_length} or fewer, the model's context"
+            raise ApiError(400, message, param="tokens", code="invalid_prompt")
         try:
-            text = await asyncio.to_thread(self._model(body.model).engine.decode, body.tokens)
+            text = await asyncio.to_thread(engine.decode, body.tokens)
         except MbqError as error:
             raise ApiError(400, str(error), param="tokens", code="invalid_prompt") from None
         return JSONResponse({"content": text, "prompt": text})
@@ -342,10 +348,14 @@ def _object(data: bytes) -> dict[str, Any]:
     """The body as a JSON object."""
     try:
         found = json.loads(data)
+        # Replies repeat parts of it.  Python takes NaN, numbers without end and half characters; JSON has none.
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the request body: has half a character; remove it", code="json_invalid") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ApiError(400, "the request body: needed a JSON object", code="json_invalid")
+        raise ApiError(400, "the request body: needed a JSON object, without NaN and Infinity", code="json_invalid")
     return found
 
 

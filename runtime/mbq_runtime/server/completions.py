@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -226,16 +227,26 @@ class CompletionShape(_Choices):
 
     PREFIX, OBJECT, CHUNK = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, spell: Callable[[int], bytes], *, with_usage: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        spell: Callable[[int], bytes],
+        *,
+        with_usage: bool = False,
+        has_text: Callable[[int], bool] = lambda token: True,
+    ) -> None:
         """See ``_Choices``.
 
         Args:
             model: name of the model.
             spell: returns the bytes of a token, by its id.
             with_usage: whether a stream ends with a chunk of the counts.
+            has_text: whether a token is part of the text, by its id.
         """
         super().__init__(model, spell, with_usage=with_usage)
+        self._has_text = has_text
         self._offsets: dict[int, int] = {}  # characters of each reply whose tokens were reported
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}  # a character may be several tokens
 
     def part(self, part: Part, *, last: bool = False) -> dict[str, Any]:
         return {"text": part.text}
@@ -255,7 +266,9 @@ class CompletionShape(_Choices):
             likely = ((self._spell(token).decode(errors="replace"), value) for token, value in reversed(one.top))
             found["top_logprobs"].append(None if first else dict(likely))
             found["text_offset"].append(self._offsets.setdefault(part.reply, 0))
-            self._offsets[part.reply] += len(text)
+            decoder = self._decoders.setdefault(part.reply, codecs.getincrementaldecoder("utf-8")("replace"))
+            if self._has_text(one.token):
+                self._offsets[part.reply] += len(decoder.decode(self._spell(one.token)))
         return found
 
 

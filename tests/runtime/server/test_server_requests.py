@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from serving import Running, serve
 from tiny_bundle import write_manifest
 
 from mbq_runtime import Engine
-from mbq_runtime.server import app, replies
+from mbq_runtime.engine.generation import Likelihood
+from mbq_runtime.server import app, completions, replies
+from mbq_runtime.server.worker import Part
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SAY_A = [{"role": "user", "content": "A"}]
@@ -407,3 +410,68 @@ def test_fields_of_wrong_types_never_break_the_server(running: Running, path: st
         status, found = ask(running, path, json.dumps(body).encode())
         assert status in (200, 400), (item, found)
     assert refused > 60
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'{"\\udfff": 1}'])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
+def test_what_json_cannot_say_is_refused_before_a_reply(
+    running: Running, path: str, value: bytes, stream: bool
+) -> None:
+    fields = b'"input": "hi", "max_output_tokens": 3' if "responses" in path else b'"max_tokens": 3'
+    flag = b"true" if stream else b"false"
+    status, found = ask(
+        running, path, b'{%s, "messages": [], "stream": %s, "metadata": {"a": [%s]}}' % (fields, flag, value)
+    )
+    assert status == 400
+    assert "the request body: " in json.dumps(found)
+
+
+def test_tokens_beyond_the_context_are_refused(running: Running) -> None:
+    status, found = ask(running, "/detokenize", json.dumps({"tokens": [68] * 97}).encode())
+    assert (status, found["error"]["param"]) == (400, "tokens")
+    assert "97 ids; needed 96 or fewer" in found["error"]["message"]
+    assert ask(running, "/detokenize", json.dumps({"tokens": [68] * 96}).encode())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 200),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}}, 200),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": False}}}, 400),
+        ({"structured_outputs": {"json": True}}, 200),
+        ({"structured_outputs": {"json": False}}, 400),
+    ],
+)
+def test_schemas_that_are_true_or_false(running: Running, asked: dict[str, Any], status: int) -> None:
+    needs.module("llguidance")
+    found = ask(running, CHAT, chat(max_tokens=3, **asked))
+    assert found[0] == status, found
+    if status == 400:
+        assert "no value fits the schema false" in found[1]["error"]["message"]
+        assert found[1]["error"]["param"] in asked
+
+
+@pytest.mark.parametrize("shape", ["whole", "parts"])
+@pytest.mark.parametrize(
+    ("tokens", "offsets"),
+    [
+        ("a\u00f6b", [0, 1, 1, 2]),
+        ("\u20acx", [0, 0, 0, 1]),
+        ("\U0001f600", [0, 0, 0, 0]),
+        ("<s>ab", [0, 0, 1]),
+        ("<s>\u00f6<s>c", [0, 0, 0, 1, 1]),
+    ],
+)
+def test_offsets_are_places_in_the_text(tokens: str, offsets: list[int], shape: str) -> None:
+    """A character may be several tokens, and special tokens are no text."""
+    spelled = [
+        piece for text in re.split("(<s>)", tokens)
+        for piece in ([b"<s>"] if text == "<s>" else [bytes([byte]) for byte in text.encode()])
+    ]  # fmt: skip
+    known = completions.CompletionShape("m", spelled.__getitem__, has_text=lambda token: spelled[token] != b"<s>")
+    likely = [Likelihood(token, -1.0, ()) for token in range(len(spelled))]
+    groups = [likely] if shape == "whole" else [[one] for one in likely]
+    found = [known.likelihoods(Part(0, "", tuple(group))) for group in groups]
+    assert [offset for one in found if one is not None for offset in one["text_offset"]] == offsets
