@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,19 @@ def test_large_schemas_are_not_deep(engine: Engine) -> None:
     engine.generate("A", grammar=Grammar.of_schema(circle))
     rules = "\n".join(f'r{at}: "x" /a:b/ | "(" r{at // 2 + 300} ")"' for at in range(500))
     assert levels_of_lark(f"start: r0\n{rules}") < 40
+
+
+@pytest.mark.parametrize(
+    "part", ["a", " ", "a ", "a[", "[", '"', '\\"', "/", "\\/", "a:", "a: %json 1\n", "%json {}\n", "(", "a: b\n"]
+)
+def test_the_time_for_levels_grows_with_the_text_alone(part: str) -> None:
+    def seconds(characters: int) -> float:
+        text = f"start: x{part * (characters // len(part))}"
+        begin_s = time.process_time()
+        levels_of_lark(text)
+        return time.process_time() - begin_s
+
+    assert seconds(128_000) < 40 * max(seconds(16_000), 0.005)
 
 
 def test_without_the_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

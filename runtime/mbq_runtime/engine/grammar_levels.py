@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -19,9 +21,10 @@ _MOST_LOOKUPS = 10**6
 _BASES, _ANCHORED = "bases", "anchored"  # parts of a graph: each leads to all of its kind
 _ELSEWHERE = ("$defs", "definitions")  # read only where a reference leads there
 _MAPS = (*_ELSEWHERE, "properties", "patternProperties", "dependentSchemas")  # their keys are names
-_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*|#[^\n]*')
+# Each takes a time that grows with the text alone: what is not closed is taken too, and no name begins in another.
+_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|//[^\n]*|#[^\n]*|/(?:[^/\\\n]|\\.)*/?')
 _JSON = re.compile(r"%json\s*")
-_RULE = re.compile(r"([A-Za-z_]\w*)\s*(?:\[[^\]]*\])?\s*:")
+_RULE = re.compile(r"(?<!\w)([A-Za-z_]\w*)(?:\s*\[[^\[\]]*\])?\s*:")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -97,13 +100,16 @@ def levels_of_lark(text: str) -> int:
     places = [(found.start(), found.end(), found[1]) for found in _RULE.finditer(plain)]
     ends = [*(start for start, _, _ in places[1:]), len(plain)]
     names = {name for _, _, name in places}
+    inside, starts = Counter[int](), [start for start, _, _ in places]
+    for at, levels in schemas:
+        rule = bisect(starts, at) - 1
+        inside[rule] = max(inside[rule], levels)
     graph: dict[Hashable, Node] = {}
-    for (_, begin, name), end in zip(places, ends, strict=True):
+    for rule, ((_, begin, name), end) in enumerate(zip(places, ends, strict=True)):
         body = plain[begin:end]
         before = graph.get(name, Node(0, ()))  # a name may be defined twice
         leads = [found for found in dict.fromkeys(_NAME.findall(body)) if found in names]
-        inside = max((levels for at, levels in schemas if begin <= at < end), default=0)
-        graph[name] = Node(max(before.levels, 1 + _brackets(body) + inside), [*before.leads, *leads])
+        graph[name] = Node(max(before.levels, 1 + _brackets(body) + inside[rule]), [*before.leads, *leads])
     graph[None] = Node(0, [*names])
     return longest(graph, None)
 
@@ -147,15 +153,15 @@ def longest(graph: Mapping[Hashable, Node], start: Hashable) -> int:
 
 
 def _levels_of_json(text: str) -> int:
-    return levels_of_schema(_parsed(text)[0])
+    return levels_of_schema(_parsed(text.lstrip(), 0)[0])
 
 
-def _parsed(text: str, at: int = 0) -> tuple[Any, int]:
+def _parsed(text: str, at: int) -> tuple[Any, int]:
     """The JSON at a place, and where it ends."""
     try:
         # A number of many digits is not read: only the structure counts.
         decoder = json.JSONDecoder(parse_int=len, parse_float=len)
-        return decoder.raw_decode(text, at + len(text[at:]) - len(text[at:].lstrip()))
+        return decoder.raw_decode(text, at)
     except RecursionError:
         raise TooDeepError("the JSON has too many levels; nest less") from None
 
