@@ -146,31 +146,35 @@ CHAINS: dict[str, Callable[[int], Grammar]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CHAINS)
 @pytest.mark.parametrize("levels", [3000, 9000])
-def test_no_depth_ends_the_process(bundle: Path, mbq: Mbq, kind: str, levels: int) -> None:
+def test_no_depth_ends_the_process(bundle: Path, mbq: Mbq, levels: int) -> None:
     """The compiler calls itself for each level, and the stack of a thread has an end."""
     program = f"""
 import sys, threading
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from mbq_runtime.engine.grammar import Grammars
-from mbq_runtime.engine.grammar_levels import levels_of_lark, levels_of_schema
 from mbq_runtime.errors import GrammarError
 from test_grammar import CHAINS
 def refused():
-    try:
-        Grammars(Path({str(bundle)!r}), 264, [2]).matcher(CHAINS[{kind!r}]({levels}))
-    except GrammarError as error:
-        print(error)
+    grammars = Grammars(Path({str(bundle)!r}), 264, [2])
+    for kind, chain in CHAINS.items():
+        print(kind, end=": ", flush=True)
+        try:
+            grammars.matcher(chain({levels}))
+            print("taken")
+        except GrammarError as error:
+            print(error)
 thread = threading.Thread(target=refused)
 thread.start()
 thread.join()
 """
     done = mbq([], program=program)
-    assert done.code == 0, done.err
-    assert re.match("(json_schema|regex|lark): .", done.out), done
-    assert len(done.out.splitlines()) == 1
+    assert done.code == 0, (done.out, done.err)
+    lines = done.out.splitlines()
+    assert len(lines) == len(CHAINS)
+    for kind, line in zip(CHAINS, lines, strict=True):
+        assert re.match(f"{re.escape(kind)}: (json_schema|regex|lark): .", line), line
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHAINS if not kind.startswith("nested") and kind != "ids"])
@@ -204,7 +208,7 @@ def test_the_time_for_levels_grows_with_the_text_alone(part: str) -> None:
         levels_of_lark(text)
         return time.process_time() - begin_s
 
-    assert seconds(128_000) < 40 * max(seconds(16_000), 0.005)
+    assert seconds(128_000) < 40 * max(seconds(16_000), 0.02)
 
 
 def test_without_the_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
