@@ -15,6 +15,7 @@ from mbq_runtime.bundle.facts import GROUP_SIZES
 from mbq_runtime.bundle.file_names import ENGINE_FILES
 from mbq_runtime.bundle.layout import KEY_LANES
 from mbq_runtime.errors import UsageError
+from mbq_runtime.locks import place_behind_links
 from mbq_targets.constants import MOST_HEAD_DIM
 from mbq_targets.machines import Target
 
@@ -238,7 +239,8 @@ def _missing_packages(options: Options) -> Iterator[str]:
 def _bad_folders(plans: dict[Path, Plan], options: Options) -> Iterator[str]:
     needed: dict[Path, int] = {}
     for output, plan in plans.items():
-        parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
+        place = place_behind_links(output)
+        parent = next(p for p in (place, *place.absolute().parents) if p.is_dir())
         engines = options.outputs[output].engines(options.engines)
         size = len(engines) * plan.disk_bytes + (0 if needed else plan.work_bytes)
         needed[parent] = needed.get(parent, 0) + size

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mbq_runtime.bundle.layout import PAGE_BYTES
 from mbq_runtime.errors import BundleError, UsageError
-from mbq_runtime.locks import locked
+from mbq_runtime.locks import locked, place_behind_links
 
 EXTERNAL_DATA = "model.onnx.data"
 INLINE_BYTES = 1024
@@ -28,22 +28,32 @@ def reserved(output: Path, force: bool) -> Iterator[None]:
     """Keep a bundle's name for this export while the block runs, and remove what a killed export left behind.
 
     Args:
-        output: the bundle's folder.
+        output: the bundle's folder, or a link to it.
         force: whether an existing bundle is replaced.
 
     Raises:
         UsageError: another export writes ``output``, or it exists and is not to be replaced.
         BundleError: the folder around ``output`` cannot be written.
     """
-    with locked(output, "another export", "another --output"):
-        old = _old(output)
-        if old.exists() and not output.exists():
+    place = place_behind_links(output)
+    with locked(place, "another export", "another --output"):
+        old = _old(place)
+        if old.is_dir() and not old.is_symlink() and not os.path.lexists(place):
             # A kill between the two renames of a replacement.
-            os.rename(old, output)
-        for stale in (old, _draft(output)):
-            shutil.rmtree(stale, ignore_errors=True)
+            os.rename(old, place)
+        for stale in (old, _draft(place)):
+            _remove(stale)
         _check_place(output, force)
         yield
+
+
+def _remove(stale: Path) -> None:
+    """Remove a folder, a file or a link.  What a link leads to stays."""
+    if stale.is_symlink() or stale.is_file():
+        with suppress(OSError):
+            stale.unlink()
+    else:
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _draft(output: Path) -> Path:
@@ -55,6 +65,8 @@ def _old(output: Path) -> Path:
 
 
 def _check_place(output: Path, force: bool) -> None:
+    if place_behind_links(output).is_symlink():
+        raise UsageError(f"{output}: its links lead to themselves; choose another --output, or remove them")
     if output.exists() and not force:
         raise UsageError(f"{output}: it exists; choose another --output, or --force to replace it")
     if output.exists() and not (output / "manifest.json").is_file():
@@ -65,10 +77,10 @@ def _check_place(output: Path, force: bool) -> None:
 def writing(output: Path, force: bool) -> Iterator[Path]:
     """A temporary folder that becomes the output when the block ends without an error, and is removed otherwise.
 
-    An existing bundle stays as it is until the new one is complete.
+    An existing bundle stays as it is until the new one is complete.  A link stays: what it leads to is replaced.
 
     Args:
-        output: the bundle's folder, ``reserved`` by the caller.
+        output: the bundle's folder, or a link to it, ``reserved`` by the caller.
         force: whether an existing bundle is replaced.
 
     Raises:
@@ -76,13 +88,14 @@ def writing(output: Path, force: bool) -> Iterator[Path]:
         BundleError: writing fails, for example on a full disk.
     """
     _check_place(output, force)
-    draft = _draft(output)
+    place = place_behind_links(output)
+    draft = _draft(place)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove(draft)
         draft.mkdir(mode=0o700, parents=True)
         yield draft
         draft.chmod(0o755)
-        _swap(draft, output)
+        _swap(draft, place)
     except OSError as error:
         where, reason = error.filename or output, error.strerror or error
         shutil.rmtree(draft, ignore_errors=True)
@@ -100,7 +113,7 @@ def _swap(draft: Path, output: Path) -> None:
         os.rename(draft, output)
         return
     old = _old(output)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     os.rename(output, old)
     try:
         os.rename(draft, output)

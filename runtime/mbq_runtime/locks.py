@@ -11,6 +11,19 @@ from pathlib import Path
 from .errors import BundleError, UsageError
 
 
+def place_behind_links(folder: Path) -> Path:
+    """The place that a folder's name leads to, so that what is written there leaves each link as it is.
+
+    Args:
+        folder: as the user wrote it.  It need not exist.
+
+    Returns:
+        An absolute path without a link.  It is ``folder`` where that has no name, and ends in a link where links lead
+        to themselves.
+    """
+    return Path(os.path.realpath(folder)) if folder.name else folder
+
+
 @contextmanager
 def locked(folder: Path, holder: str, choice: str) -> Iterator[None]:
     """Hold the lock on a folder's name while the block runs.

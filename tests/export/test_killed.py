@@ -163,3 +163,70 @@ def test_an_error_while_writing_keeps_the_old_bundle(tmp_path: Path) -> None:
         interrupted()
     assert (output / "manifest.json").read_text() == "mine"
     assert names(tmp_path) == ["one"]
+
+
+def linked(place: str, folder: Path) -> Path:
+    """A link in ``folder``: to a bundle, to a link to one, to nothing, or out of a folder that is a link."""
+    disk, link = folder / "disk", folder / "here" / "link"
+    link.parent.mkdir()
+    if place == "dangling":
+        link.symlink_to(disk / "one")
+        return link
+    bundle_at(disk / "one", "older")
+    if place == "parent":
+        link.symlink_to(disk)
+        return link / "one"
+    target = disk / "one"
+    if place == "link to a link":
+        target = folder / "here" / "between"
+        target.symlink_to(os.path.relpath(disk / "one", target.parent))
+    link.symlink_to(target)
+    return link
+
+
+@pytest.mark.parametrize("place", ["bundle", "link to a link", "dangling", "parent"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(place: str, tmp_path: Path) -> None:
+    output = linked(place, tmp_path)
+    before = names(tmp_path / "here")
+    for content in ("new", "newer"):
+        with reserved(output, force=True), writing(output, force=True) as draft:
+            (draft / "manifest.json").write_text(content)
+        assert (tmp_path / "here" / "link").is_symlink()
+        assert names(tmp_path / "here") == before
+        assert names(tmp_path / "disk") == ["one"]
+        assert (tmp_path / "disk" / "one" / "manifest.json").read_text() == content
+
+
+@pytest.mark.parametrize("left", [".one.old", ".one.part"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_or_a_file_with_a_name_of_ours_is_removed(left: str, there: bool, tmp_path: Path) -> None:
+    """``--force`` of older versions moved a link away, and left it."""
+    for at, kind in enumerate(("link", "file", "dangling")):
+        folder = tmp_path / str(at)
+        kept = bundle_at(folder / "disk", "kept")
+        if there:
+            bundle_at(folder / "one", "older")
+        if kind == "file":
+            (folder / left).write_text("x")
+        else:
+            (folder / left).symlink_to(kept if kind == "link" else folder / "nowhere")
+        with reserved(folder / "one", force=True), writing(folder / "one", force=True) as draft:
+            (draft / "manifest.json").write_text("new")
+        assert names(folder) == ["disk", "one"]
+        assert (folder / "one" / "manifest.json").read_text() == "new"
+        assert (kept / "manifest.json").read_text() == "kept"
+
+
+def test_links_that_lead_to_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    with pytest.raises(UsageError, match="one: its links lead to themselves; choose"), reserved(tmp_path / "one", True):
+        pass
+
+
+def test_a_link_to_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    (tmp_path / "one").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(UsageError, match="one: it is not a bundle"), reserved(tmp_path / "one", force=True):
+        pass
+    assert names(tmp_path) == ["one", "thesis.txt"]

@@ -14,7 +14,7 @@ from mbq_runtime.bundle.file_names import MANIFEST_NAME, SIGNATURE_NAME, TRIM_NA
 from mbq_runtime.bundle.manifest import MOST_MANIFEST_BYTES, MOST_TRIM_BYTES, Manifest, limited, parse, read, trim_text
 from mbq_runtime.bundle.reading import read_file
 from mbq_runtime.errors import BundleError, UsageError
-from mbq_runtime.locks import locked
+from mbq_runtime.locks import locked, place_behind_links
 from mbq_runtime.progress import Progress
 from mbq_runtime.trust import signature
 from mbq_runtime.trust.pulled import mark_pulled, pulled_from
@@ -60,11 +60,12 @@ def pull(
 ) -> Pulled:
     """Fetch a bundle, or what is missing of it.  The folder appears when the bundle is whole.
 
-    A bundle that is there is compared with the source.  Chunks that are not right are fetched again.
+    A bundle that is there is compared with the source.  Chunks that are not right are fetched again.  A link stays:
+    what it leads to is replaced.
 
     Args:
         source: of the bundle.
-        folder: where it goes; None for the cache folder.
+        folder: where it goes, or a link to it; None for the cache folder.
         allow_http: whether an http server may be another machine.
         key: file of the maker's public key; None: the bundle need not be signed.
         max_bits: fetch only the depths of at most so many bits per weight; None for all that the source has.
@@ -77,7 +78,7 @@ def pull(
             used.
         BundleError: the source has no bundle, a broken one or one that the key has not signed, or the disk is full.
     """
-    folder = place_of(source) if folder is None else Path(os.path.expanduser(folder))
+    folder = place_behind_links(place_of(source) if folder is None else Path(os.path.expanduser(folder)))
     if os.path.lexists(folder) and not os.path.isfile(folder / MANIFEST_NAME):
         raise UsageError(f"{folder}: it exists and is not a bundle; choose another folder")
     with source.files(allow_http=allow_http) as files:
@@ -108,6 +109,9 @@ def trim(bundle: Path, folder: Path, max_bits: float, progress: Progress | None 
     """
     if folder.exists():
         raise UsageError(f"{folder}: it exists; choose another folder")
+    folder = place_behind_links(folder)
+    if folder.is_symlink():
+        raise UsageError(f"{folder}: its links lead to themselves; choose another folder")
     read(bundle)  # it says best what is wrong with a folder
     files = FolderFiles(bundle)
     offer = _offer(str(bundle), files)

@@ -72,9 +72,11 @@ def end_swap(folder: Path) -> None:
     """
     old = old_of(folder)
     with suppress(OSError):
-        if old.is_symlink() or old.stat().st_uid != os.geteuid():
+        if old.lstat().st_uid != os.geteuid():
             return
-        if not os.path.lexists(folder) and (old / MANIFEST_NAME).is_file():
+        if old.is_symlink():
+            old.unlink()
+        elif not os.path.lexists(folder) and (old / MANIFEST_NAME).is_file():
             os.rename(old, folder)
         else:
             shutil.rmtree(old)

@@ -532,6 +532,47 @@ def test_a_disk_that_is_too_small(
     assert [path for path, _, _ in server.asked] == ["/tiny/manifest.json"]
 
 
+@pytest.mark.parametrize("place", ["bundle", "dangling", "parent"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(
+    place: str, server: FileServer, published: Path, tmp_path: Path
+) -> None:
+    source, link, disk = Source.of(f"{server.url}/tiny"), tmp_path / "links" / "link", tmp_path / "disk"
+    link.parent.mkdir()
+    if place != "dangling":
+        pull(source, disk / "one")
+    link.symlink_to(disk if place == "parent" else disk / "one")
+    for version in ("{}", "[]"):
+        (published / "tokenizer_config.json").write_text(version)
+        write_manifest(published)
+        for _ in range(2):
+            done = pull(source, link / "one" if place == "parent" else link)
+            assert files_of(done.folder) == files_of(disk / "one") == files_of(published)
+        assert link.is_symlink()
+        assert [path.name for path in (*link.parent.iterdir(), *disk.iterdir())] == ["link", "one"]
+
+
+def test_a_link_with_the_name_of_an_older_bundle_is_removed(
+    server: FileServer, published: Path, tmp_path: Path
+) -> None:
+    """An update through a link left it, in older versions."""
+    source, folder = Source.of(f"{server.url}/tiny"), tmp_path / "here"
+    kept = files_of(pull(source, tmp_path / "kept").folder)
+    pull(source, folder)
+    old_of(folder).symlink_to(tmp_path / "kept")
+    (published / "tokenizer_config.json").write_text("{}")
+    write_manifest(published)
+    pull(source, folder)
+    assert not os.path.lexists(old_of(folder))
+    assert files_of(folder) == files_of(published)
+    assert files_of(tmp_path / "kept") == kept
+
+
+def test_links_that_lead_to_themselves_are_no_folder(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(tmp_path / "here")
+    with pytest.raises(UsageError, match="it exists and is not a bundle"):
+        pull(Source.of(f"{server.url}/tiny"), tmp_path / "here")
+
+
 def test_a_folder_that_is_no_bundle_is_left_alone(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "thesis.txt").write_text("x")
