@@ -194,6 +194,19 @@ def read_all(path: Path) -> None:
         ({"llama__expert_weights_scale": 2.0}, r"metadata key llama\.expert_weights_scale = 2\.0 is not supported"),
         ({"blk__0__attn_sinks__weight": np.ones(6, np.float32)}, r"tensor blk\.0\.attn_sinks\.weight is not supported"),
         ({"llama__rope__scaling__type": "spiral"}, "spiral"),
+        ({"llama__rope__scaling__attn_factor": 1.25}, r"rope\.scaling\.attn_factor is 1\.25; only yarn and longrope"),
+        (
+            {"llama__rope__scaling__type": "none", "llama__rope__scaling__attn_factor": 1.25},
+            r"rope\.scaling\.attn_factor is 1\.25",
+        ),
+        (
+            {
+                "llama__rope__scaling__type": "linear",
+                "llama__rope__scaling__factor": 4.0,
+                "llama__rope__scaling__attn_factor": 0.5,
+            },
+            r"rope\.scaling\.attn_factor is 0\.5",
+        ),
         ({"llama__attention__causal": False}, "not causal"),
         ({"llama__rope__dimension_count": 16}, "rope.dimension_count is 16; 32 are needed"),
         ({"llama__vocab_size": 417}, "417, the embedding has 416 rows"),
@@ -210,6 +223,40 @@ def test_what_is_not_understood_is_refused(llama: Path, tmp_path: Path, changes:
     with pytest.raises(ModelError, match=reason) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
+
+
+YARN_IN_A_FILE = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"factor": 4.0},
+        {"type": "none", "factor": 4.0},
+        {"type": "linear", "factor": 4.0},
+        {"type": "linear"},
+        {"type": "linear", "factor": 0.0},
+        {"attn_factor": 1.0},
+        YARN_IN_A_FILE,
+        {**YARN_IN_A_FILE, "factor": 1.0, "attn_factor": 1.25},
+        *({**YARN_IN_A_FILE, "attn_factor": factor} for factor in (0.5, 1.0, 1.25)),
+    ],
+    ids=str,
+)
+def test_rotations_are_scaled_as_llama_cpp_scales_them(llama: Path, tmp_path: Path, scaling: dict[str, Any]) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path = edited(llama, tmp_path / "edited.gguf", **{f"llama__rope__scaling__{k}": v for k, v in scaling.items()})
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 300).tolist()
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=512, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0, flash_attn=False,
+        yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0,
+    )  # fmt: skip
+    theirs.eval(ids)
+    with torch.no_grad():
+        logits = load(locate(str(path))).model(torch.tensor([ids])).logits[0, -16:].numpy()
+    wanted = np.array(theirs._scores)[len(ids) - 16 : len(ids)]
+    error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
+    assert error < 0.01, error
 
 
 def test_an_end_of_turn_of_its_own_ends_replies(llama: Path, tmp_path: Path) -> None:

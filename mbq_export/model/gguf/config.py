@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def _rotation(file: GgufFile, rotated: int) -> dict[str, Any]:
     if dimensions != rotated:
         raise file.fault(f"{arch}.rope.dimension_count is {dimensions}; {rotated} are needed")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": file.get("{arch}.rope.freq_base", float, 10000.0)}
-    kind = file.get("{arch}.rope.scaling.type", str, "none")
+    kind = file.get("{arch}.rope.scaling.type", str, "linear")  # llama.cpp scales by a factor without a type
     factor = file.get("{arch}.rope.scaling.factor", float) or file.get("{arch}.rope.scale_linear", float)
     original = file.get("{arch}.rope.scaling.original_context_length", int)
     attention = file.get("{arch}.rope.scaling.attn_factor", float)
@@ -176,12 +177,14 @@ def _rotation(file: GgufFile, rotated: int) -> dict[str, Any]:
     longrope = file.has(LONG_FACTORS) or file.has(SHORT_FACTORS)
     if kind == "longrope" or longrope:
         return rope | _longrope(file, original, attention)
-    if kind == "linear" or (kind == "none" and factor not in (None, 0.0, 1.0)):
-        return rope | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return rope | _yarn(file, factor, original, attention)
-    if kind != "none":
+    if kind not in ("none", "linear"):
         raise file.fault(f"{arch}.rope.scaling.type is {kind!r}; supported: none, linear, yarn, longrope")
+    if attention not in (None, 1.0):
+        raise file.fault(f"{arch}.rope.scaling.attn_factor is {attention}; only yarn and longrope may have one but 1")
+    if kind == "linear" and factor not in (None, 0.0, 1.0):
+        return rope | {"rope_type": "linear", "factor": factor}
     return rope
 
 
@@ -191,7 +194,8 @@ def _yarn(file: GgufFile, factor: float | None, original: int | None, attention:
     found: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     attention = attention if attention is not None else file.get("{arch}.rope.scaling.yarn_attn_factor", float)
     if attention is not None:
-        found["attention_factor"] = attention
+        # llama.cpp multiplies YaRN's own scale by it.  transformers takes it in place of that scale.
+        found["attention_factor"] = attention * (1 + 0.1 * math.log(max(factor, 1.0)))
     for side in ("beta_fast", "beta_slow"):
         value = file.get(f"{{arch}}.rope.scaling.yarn_{side}", float)
         if value is not None:
