@@ -87,7 +87,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         sliding_window=window or keys.get("max_position_embeddings"),
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else float(keys.get("embedding_multiplier") or 1),
         rotates=_rotates(keys, family, window, kinds),
-        attention_cap=keys.get("attn_logit_softcapping") or None,
+        attention_cap=(keys.get("attn_logit_softcapping") or None) if family.capped_scores else None,
         logits_cap=keys.get("final_logit_softcapping") or None,
         query_growth=QueryGrowth(beta, keys.rope("original_max_position_embeddings")) if beta else None,
         conv_taps=keys.get("conv_L_cache") or 0,

@@ -170,6 +170,8 @@ class Family:
     """Each head of values goes through an RMS norm that multiplies by 1."""
     scores_as_they_are: bool = False
     """q . k is not multiplied by anything."""
+    capped_scores: bool = False
+    """``attn_logit_softcapping`` caps q . k.  transformers' Gemma 3 names the key, and caps nothing."""
     layer_scalars: bool = False
     """The residual stream behind a block is multiplied by the block's ``layer_scalar``."""
     ffn_size: str = "intermediate_size"
@@ -219,7 +221,7 @@ FAMILIES = {
         ),
         Family(
             "gemma2", "Gemma2ForCausalLM",
-            norms=SANDWICH_NORMS, norm_offset=1.0, scaled_embedding=True,
+            norms=SANDWICH_NORMS, norm_offset=1.0, scaled_embedding=True, capped_scores=True,
         ),
         Family(
             "gemma3_text", "Gemma3ForCausalLM",

@@ -51,6 +51,7 @@ def test_every_family_has_a_tiny_model() -> None:
     ("name", "changes", "message"),
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; a gemma3_text model"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "a token takes 9 of 8 experts; needed: 1 to all of them"),
         ("qwen3_moe", {"num_experts_per_tok": 0}, "a token takes 0 of 8 experts; needed: 1 to all of them"),
@@ -103,6 +104,20 @@ def unread(config: Any) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         keys.get(key)
     return dict(keys.unread())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_capped_where_transformers_caps_them(name: str) -> None:
+    """Some classes name the key and cap nothing.  The code of the attention says which ones do."""
+    config = config_of(name, attn_logit_softcapping=50.0)
+    modeling = type(config).__module__.replace("configuration_", "modeling_")
+    source = Path(importlib.import_module(modeling).__file__ or "").read_text(encoding="utf-8")
+    caps = "softcap=self.attn_logit_softcapping" in source
+    try:
+        capped = describe(config, name).attention_cap
+    except ModelError:
+        capped = None
+    assert capped == (50.0 if caps else None)
 
 
 def test_a_key_that_transformers_ignores_is_ignored() -> None:
