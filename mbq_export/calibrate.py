@@ -69,13 +69,14 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         The calibrated model.
 
     Raises:
-        ModelError: a weight or an activation is not finite, or the sliced model is not the model that was loaded.
+        ModelError: a weight or an activation is not finite, the model predicts nothing, or the sliced model is not the
+            model that was loaded.
         UsageError: there are fewer windows than processes.
     """
     checkpoint, profile = calibration.checkpoint, calibration.profile
     routing_windows, measured_windows = np.array_split(held_back, 2)
     original_model = Teacher(calibration, measured_windows, exact=True)
-    original_nll = quality.reference(original_model)
+    reference_perplexity = quality.perplexity(quality.reference(original_model))
     original = record(checkpoint, check_prompt(checkpoint, fitted))
     weights = _slice(calibration, fitted, original)
     if checkpoint.decoder.tied:
@@ -101,7 +102,7 @@ def calibrate(calibration: Calibration, fitted: NDArray[np.int64], held_back: ND
         weights.embedding,
         weights.head_scale,
         weights.head_input,
-        float(np.exp(original_nll.mean())),
+        reference_perplexity,
         tuple(
             QualityPoint(b, r.avg_bits_used, r.perplexity, float(r.divergence.mean()), r.same_top)
             for b, r in zip(bits, results, strict=True)

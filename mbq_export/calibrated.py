@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 CURVE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Budgets of the quality curve, in average bits."""
 
-_SMALLEST_DIVERGENCE = 1e-9
+SMALLEST_DIVERGENCE = 1e-9
+"""Mean KL divergences under this are equal, in nats a token."""
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Figures of each kind of router: kind, then average bits, then the figure's name."""
@@ -132,7 +133,7 @@ def quality_floor(calibrated: Calibrated, ratio: float) -> float:
         return np.asarray(np.interp(grid, bits, values))
 
     good = at_grid([np.log(point.perplexity) for point in curve]) <= np.log(ratio * calibrated.reference_perplexity)
-    divergence = [np.log(max(point.kl_divergence, _SMALLEST_DIVERGENCE)) for point in curve]
+    divergence = [np.log(max(point.kl_divergence, SMALLEST_DIVERGENCE)) for point in curve]
     good &= at_grid(divergence) <= np.log(FLOOR_DIVERGENCE)
     good &= at_grid([point.same_top for point in curve]) >= FLOOR_SAME_TOP
     # From this index on every budget is good.

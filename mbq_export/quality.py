@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mbq_runtime.errors import ModelError
+
 from . import processes
 from .context import Calibration
 from .format.codes import Sliced
@@ -28,6 +30,10 @@ from .tuning.teacher import TOKENS_AT_ONCE, Teacher
 FAST_BITS = 5.0
 """Budgets up to this are measured in the device's fast products.  bfloat16 adds 0.0003 to 0.0006 nats to a divergence,
 which is much at 8 bits, and at most 1 % here (docs/log.md)."""
+
+
+_MOST_NATS = 700.0
+"""A float64 has no exponential of more than 709."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,26 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean nats a token."""
-        return math.exp(float(self.nll.mean()))
+        """As ``perplexity``."""
+        return perplexity(self.nll)
+
+
+def perplexity(nll: NDArray[np.float64]) -> float:
+    """Exponential of the mean nats a token.
+
+    Args:
+        nll: float64 [windows], mean nats a token of each window.
+
+    Raises:
+        ModelError: the exponential is no number that a float has.
+    """
+    mean = float(nll.mean())
+    if not mean < _MOST_NATS:
+        raise ModelError(
+            f"the model predicts nothing: its loss on held-back text is {mean:.4g} nats a token, under {_MOST_NATS:g} "
+            "is needed; repair its weights, or give another model"
+        )
+    return math.exp(mean)
 
 
 def measure(

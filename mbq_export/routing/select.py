@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mbq_runtime.bundle.slice_profile import CODE_BITS
 
 from .. import processes, quality
-from ..calibrated import Comparison
+from ..calibrated import SMALLEST_DIVERGENCE, Comparison
 from ..context import Calibration
 from ..format.codes import Sliced
 from ..format.router import RouterParams, route, router_scores
@@ -291,8 +291,10 @@ def comparison(losses: Losses, shipped: str, bits: Sequence[float]) -> Compariso
     """
 
     def compared(loss: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
-        ratio = loss.mean() / best.mean()
-        difference = (loss - ratio * best) / best.mean()
+        # A model that says the same at all bits has no divergence.  A ratio to 0 is no number.
+        least = max(float(best.mean()), SMALLEST_DIVERGENCE)
+        ratio = max(float(loss.mean()), SMALLEST_DIVERGENCE) / least
+        difference = (loss - ratio * best) / least
         stderr = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
         figures = {"kl_divergence": loss.mean(), "over_shipped": ratio, "stderr": stderr}
         return {name: round(float(figure), 4) for name, figure in figures.items()}

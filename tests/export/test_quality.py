@@ -21,6 +21,7 @@ from mbq_export.model.source import locate
 from mbq_export.slicing import rtn
 from mbq_export.tuning.teacher import Teacher
 from mbq_runtime.bundle.slice_profile import SliceProfile
+from mbq_runtime.errors import ModelError
 
 PROFILE = SliceProfile((3, 1, 2, 2))
 WINDOWS = np.random.default_rng(0).integers(0, 250, (3, 80))  # more tokens than are computed together
@@ -53,6 +54,19 @@ def test_figures_are_those_of_their_definitions(tmp_path: Path, depth: int) -> N
     same = (predicted.argmax(-1) == expected.argmax(-1)).double().mean()
     assert measured.same_top == pytest.approx(float(same))
     assert measured.avg_bits_used == PROFILE.depth_bits[depth - 1]
+
+
+@pytest.mark.parametrize("nll", [[700.0], [1, 1e4], [np.inf, 1], [np.nan]])
+def test_a_model_that_predicts_nothing_is_refused(nll: list[float]) -> None:
+    windows = np.array(nll, np.float64)
+    for measure in (quality.perplexity, lambda nll: quality.Measured(nll, nll, 0.0, 8.0).perplexity):
+        with pytest.raises(ModelError, match=r"^the model predicts nothing: its loss .* nats a token, under 700 is "):
+            measure(windows)
+
+
+def test_a_perplexity_is_the_exponential_of_the_mean() -> None:
+    assert quality.perplexity(np.array([1.0, 3.0])) == pytest.approx(np.exp(2))
+    assert np.isfinite(quality.perplexity(np.array([699.0])))
 
 
 def test_deep_budgets_of_the_curve_are_measured_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,20 @@ def test_a_learned_router_ships_when_it_gains_more_than_its_own_bits_would(monke
     assert middle["stderr"] == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.parametrize("best", [0.0, 1e-300, -1e-12, 0.5])
+@pytest.mark.parametrize("other", [0.0, 1e-12, 0.25, 3.0])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_all_figures_of_a_comparison_are_numbers(best: float, other: float, windows: int) -> None:
+    """A model that says the same at all bits has no divergence."""
+    losses = {"norm": np.full((1, windows), best), "mlp": np.full((1, windows), other)}
+    compared = select.comparison(losses, "norm", [4.0])
+    figures = [figure for by_bits in compared.values() for of in by_bits.values() for figure in of.values()]
+    assert np.isfinite(figures).all()
+    assert compared["norm"]["4"]["over_shipped"] == 1
+    if best > 0.1:
+        assert compared["mlp"]["4"]["over_shipped"] == pytest.approx(other / best, abs=1e-4)
+
+
 def test_a_kind_that_is_clearly_worse_on_the_first_windows_is_not_measured_on_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
