@@ -36,6 +36,10 @@ AUTO_GROUP_SIZES = (64, 32)
 """What ``--group-size auto`` tries, in this order: 64 gives the better quality, 32 divides more widths."""
 
 
+STOCK_ROTATION_STEP = 16
+"""ONNX Runtime's attention rotates a multiple of so many channels of a head."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A checked export, before any work.
@@ -165,6 +169,7 @@ def problems(plans: dict[Path, Plan], options: Options, device: str) -> list[str
     return [
         *_bad_options(options),
         *_without_kernels(decoder, options),
+        *_odd_rotations(plans, options),
         *_missing_packages(options),
         *_bad_folders(plans, options),
         *_too_little_memory(max(plan.peak_memory_bytes for plan in plans.values()), device),
@@ -227,6 +232,24 @@ def _without_kernels(decoder: Decoder, options: Options) -> Iterator[str]:
             f"--kv {options.kv_bits}: heads of {head_dim} channels; kernels need a multiple of {KEY_LANES}, at "
             f"most {MOST_HEAD_DIM}; leave it out"
         )
+
+
+def _odd_rotations(plans: dict[Path, Plan], options: Options) -> Iterator[str]:
+    """ONNX Runtime's attention, which has float32 keys and values, rotates 16 channels at once."""
+    for output, target in options.outputs.items():
+        decoder, norms = plans[output].decoder, plans[output].decoder.family.head_norms
+        apart = norms is not None and norms.rotated_first  # another operator rotates
+        if apart or plans[output].kv_bits != 32 or "onnx" not in target.engines(options.engines):
+            continue
+        remedy = "leave --kv out" if target.native else "choose a target with kernels, such as host"
+        if decoder.some_share or _odd_heads(decoder):  # these have no kernels of 8-bit keys and values
+            remedy = "use --engine tvm" if target.native else f"{remedy}, and --engine tvm"
+        for rotated in decoder.rotated:
+            if rotated % STOCK_ROTATION_STEP:
+                yield (
+                    f"target {target.name}: {rotated} channels of a head are rotated; ONNX Runtime's attention needs a "
+                    f"multiple of {STOCK_ROTATION_STEP}; {remedy}"
+                )
 
 
 def _missing_packages(options: Options) -> Iterator[str]:

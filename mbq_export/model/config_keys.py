@@ -94,6 +94,16 @@ class ConfigKeys:
         self._read_of_rope.add(key)
         return (getattr(self._config, "rope_parameters", None) or {}).get(key)
 
+    def rotated_shares(self) -> set[float]:
+        """The share of a head's channels that is rotated, of each table of rotations: 1 for a table of all channels."""
+        rope = getattr(self._config, "rope_parameters", None) or {}
+        tables = [table for table in rope.values() if isinstance(table, Mapping)] or [rope]
+        # "proportional" turns all channels, some of them by nothing.
+        return {
+            1.0 if table.get("rope_type") == "proportional" else float(table.get("partial_rotary_factor") or 1)
+            for table in tables
+        }
+
     def unread(self) -> Iterator[tuple[str, Any]]:
         """Keys with their values that transformers reads, that have not been read, and that are not as by default."""
         known = self._read | _INERT | _IN_WEIGHTS | _IN_OTHER_KEYS | {"rope_parameters", "per_layer_config"}

@@ -98,6 +98,7 @@ def _described(keys: ConfigKeys, family: Family, where: str, tied: bool | None) 
         block_heads=block_heads,
         ffn_sizes=_ffn_sizes(keys, block_heads, ffn_size),
         per_layer_size=_per_layer_size(keys, family, where),
+        rotated=tuple(sorted(int(head_dims[0] * share) for share in keys.rotated_shares() if share < 1)),
     )
 
 

@@ -122,6 +122,8 @@ class Decoder:
     """Width of the MLP by block.  Empty: all have ``ffn_size``."""
     per_layer_size: int = 0
     """Numbers that a token has in a table for each block, beside its embedding.  0: there is no such table."""
+    rotated: tuple[int, ...] = ()
+    """Channels of a head that are rotated, of each table of rotations that turns a part of a head."""
 
     def mixer(self, layer: int) -> str:
         """What mixes tokens in a block: attn, conv or delta, the first part of its roles.

@@ -12,6 +12,7 @@ from tiny_models import COMMON, MODELS, write_checkpoint
 from transformers import AutoConfig
 from warm_start import Running
 
+from mbq_export.cli import command
 from mbq_export.data.windows import open_source
 from mbq_export.lines import one_line
 from mbq_export.model.boundary import reading
@@ -20,6 +21,7 @@ from mbq_export.model.loading import load, read_config
 from mbq_export.model.source import locate
 from mbq_export.options import Options
 from mbq_runtime.errors import BundleError, ModelError, UsageError
+from mbq_targets.constants import MOST_HEAD_DIM
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,6 +115,50 @@ def folder(tmp_path: Path) -> Path:
 
 def change(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "share", "options", "remedy"),
+    [
+        (
+            "glm4",
+            32,
+            0.25,
+            ("portable",),
+            "8 channels .* a multiple of 16; choose a target with kernels, such as host$",
+        ),
+        ("phi3", 32, 0.75, ("portable",), "24 channels .* choose a target with kernels, such as host$"),
+        ("glm4", 48, 0.5, ("portable",), "24 channels .* such as host$"),
+        ("glm4", 48, 0.5, ("rpi5",), None),
+        # Kernels of 8-bit keys and values take no head that is so wide.
+        ("glm4", MOST_HEAD_DIM + 32, 0.25, ("portable",), "channels .* such as host, and --engine tvm$"),
+        ("glm4", MOST_HEAD_DIM + 32, 0.25, ("rpi5",), "channels .* use --engine tvm$"),
+        ("glm4", 32, 0.25, ("rpi5", "--kv", "32"), "8 channels .* leave --kv out$"),
+        ("glm4", 32, 0.25, ("rpi5", "--kv", "32", "--engine", "tvm"), None),
+        ("glm4", 32, 0.25, ("rpi5",), None),
+        ("glm4", 32, 0.5, ("portable",), None),
+        ("glm4", 32, 1.0, ("portable",), None),
+        ("lfm3", 32, 0.25, ("portable",), None),  # all channels are rotated, some of them by nothing
+    ],
+)
+def test_a_part_of_a_head_that_stock_attention_does_not_rotate(
+    name: str, head_dim: int, share: float, options: tuple[str, ...], remedy: str | None, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One fact a sentence. " * 2000)
+    changes: dict[str, Any] = {"partial_rotary_factor": share, "head_dim": head_dim}
+    if name == "phi3":  # it has no key for the width of a head
+        changes = {"partial_rotary_factor": share, "hidden_size": 192, "num_attention_heads": 6}
+    if name == "lfm3":
+        changes = {}
+    model = write_checkpoint(tmp_path / name, name, **changes)
+    arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--calib-data", str(text), "--dry-run"]
+    arguments += ["--target", *options]
+    if remedy is None:
+        command(arguments, standalone_mode=False)
+        return
+    with pytest.raises(UsageError, match=remedy):
+        command(arguments, standalone_mode=False)
 
 
 def test_a_config_of_more_weights_than_the_files_hold(folder: Path) -> None:
