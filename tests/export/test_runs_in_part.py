@@ -236,15 +236,17 @@ def test_a_trimmed_bundle_can_be_published_and_completed(
     assert verify(place) == shrunk.manifest == small.limited(1)
 
 
-def test_a_bundle_is_trimmed_to_where_a_link_leads(exported: Path, tmp_path: Path) -> None:
-    link = tmp_path / "link"
+def test_a_bundle_is_trimmed_to_where_a_link_leads(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, link = in_small_chunks(exported, tmp_path / "bundle", monkeypatch), tmp_path / "link"
     link.symlink_to(tmp_path / "disk" / "small")
-    trim(exported, link, 4)
+    trim(bundle, link, 4)
     assert link.is_symlink()
     assert verify(tmp_path / "disk" / "small").trimmed
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
     with pytest.raises(UsageError, match="itself: its links lead to themselves; choose another folder"):
-        trim(exported, tmp_path / "itself", 4)
+        trim(bundle, tmp_path / "itself", 4)
 
 
 def test_what_cannot_be_trimmed(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
