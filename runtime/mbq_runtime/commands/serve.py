@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ from .steering import Steering, steered, steering_options
 from .trust import note_code, trust_option
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from mbq_runtime.bundle.facts import Budget
     from mbq_runtime.engine import Engine
 
@@ -150,7 +154,31 @@ def command(
         if api_key is None and not is_loopback(host):
             click.echo(f"note: {host} can be reached by others, and there is no --api-key", err=True)
         sys.setswitchinterval(SWITCH_S)
-        runner.run([Listener(fileno=listener.detach())])
+        with _ended_by_hangup(runner):
+            runner.run([Listener(fileno=listener.detach())])
+
+
+@contextmanager
+def _ended_by_hangup(runner: uvicorn.Server) -> Iterator[None]:
+    """Let SIGHUP end the server as SIGTERM does, while the block runs.  uvicorn knows SIGINT and SIGTERM alone."""
+    number = getattr(signal, "SIGHUP", None)  # Windows has none
+    before = None if number is None else signal.getsignal(number)
+    if number is None or before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def end(*_: object) -> None:
+        nonlocal came
+        came = runner.should_exit = True
+
+    signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+    if came:
+        signal.raise_signal(number)
 
 
 def _check_access(api_key: str | None, origins: Sequence[str]) -> None:

@@ -189,7 +189,7 @@ def test_a_file_of_events(tmp_path: Path) -> None:
         "time_s": 1.0, "old": 8.0, "new": 4.5, "reason": "heat: 79.0 C", "readings": {"time_s": 5.0, "temp_c": 79.0},
     }  # fmt: skip
     assert json.loads(second) == {"a": "ö"}
-    with pytest.raises(UsageError, match="the folder .*none does not exist; make it, or choose another file"):
+    with pytest.raises(UsageError, match=r"the folder .*none does not exist; make it, or choose another file"):
         JsonLines(tmp_path / "none" / "events.jsonl")
 
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_sigterm_ends_a_stream_in_time_and_the_log_stays_clean(bundle: Path) -> 
         assert served.stderr.read() == ""
 
 
+def wait_until_healthy(address: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        client = http.client.HTTPConnection(address, timeout=PATIENCE_S)
+        try:
+            client.request("GET", "/health")
+            assert client.getresponse().status == 200
+            return
+        except ConnectionError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        finally:
+            client.close()
+
+
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -125,6 +141,10 @@ def test_a_signal_leaves_no_files(
         assert process.stderr is not None
         assert process.stdout.read(len(begun)) == begun
         assert [*tmp_path.iterdir()]
+        if args[0] == "serve":  # the address is said before the loop of events runs
+            found = re.search(r"127\.0\.0\.1:\d+", process.stdout.readline())
+            assert found is not None
+            wait_until_healthy(found[0])
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 128 + number
         assert process.stderr.read().strip() == ""
