@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+from mbq_runtime.engine.prompt import continued_text
+
 from .blocks import BlockShape, Kind
 from .divide import Divider
 from .errors import ApiError
@@ -34,8 +36,8 @@ def as_chat(data: Mapping[str, Any]) -> dict[str, Any]:
     chat["messages"] = [*_system(fields.take("system"))]
     for where, message in fields.objects("messages"):
         chat["messages"] += _message(message, where)
-    last = chat["messages"][-1] if chat["messages"] else {}
-    if last.get("role") == "assistant" and not last.get("tool_calls") and last["content"] != last["content"].rstrip():
+    continued = continued_text(chat["messages"]) or ""
+    if continued != continued.rstrip():
         raise refuse("messages", "the reply continues the last message, which may not end with whitespace; remove it")
     if stops := fields.take("stop_sequences"):
         chat["stop"] = stops

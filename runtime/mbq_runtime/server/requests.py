@@ -413,8 +413,7 @@ class ChatBody(Body, _Conversation):
             raise ValueError(f"tool_choice {wanted!r}: no such tool; tools has {', '.join(names) or 'none'}")
         if self.must_call and not names:
             raise ValueError("tool_choice asks for a call, and tools is empty")
-        free = self.response_format is None or self.response_format.type == "text"
-        if self.must_call and not (free and self.structured_outputs is None):
+        if self.must_call and (self.has_format or self.structured_outputs is not None):
             raise ValueError("a reply that must call a tool can have no other format; leave response_format out")
         return self
 
@@ -422,7 +421,7 @@ class ChatBody(Body, _Conversation):
     def _end_fits(self) -> ChatBody:
         self.check_end(self.messages)
         constraints = {
-            "response_format": self.response_format is not None and self.response_format.type != "text",
+            "response_format": self.has_format,
             "structured_outputs": self.structured_outputs is not None,
             "tool_choice": self.must_call,
             "chat_template_kwargs.add_generation_prompt": "add_generation_prompt" in (self.chat_template_kwargs or {}),
@@ -438,6 +437,11 @@ class ChatBody(Body, _Conversation):
     def continued(self) -> str | None:
         """The text of the last message, where the reply continues it; None where it does not."""
         return continued_text(self.conversation()[-1:])
+
+    @property
+    def has_format(self) -> bool:
+        """Whether ``response_format`` asks for more than text."""
+        return self.response_format is not None and self.response_format.type != "text"
 
     @property
     def must_call(self) -> bool:
